@@ -4,7 +4,7 @@
 
 The gallery is one of cards, with 20 people and 150 strangers, and five clips are asked for. Figures
 are medians of seven turns, after one that fills caches: seconds, seconds of the processor, and
-these beside those of a process that imports numpy alone.
+these beside those of a process that imports numpy only.
 """
 
 import os
@@ -30,7 +30,7 @@ from vidjax import Gallery
 clips = {x.stem: dict(np.load(x)) for x in Path("clips").iterdir()}
 Gallery("people").identify(clips)
 """
-LEAST = "numpy alone"
+LEAST = "numpy only"
 STARTS = {
     LEAST: ["-c", "import numpy"],
     "a first answer from Python": ["-c", ANSWER],

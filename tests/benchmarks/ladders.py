@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 SEEDS = (0, 1, 2)
 SYNTHETIC, REAL = "synthetic", "real"
-NO_BODY, NO_SCENE = "no body", "no scene"
-NO_STRANGERS = "no distractors in train"
-SIMULATED = "synthetic clips alone"
-# Configuration -> the modalities of its own that real clips have, where they lack others.
-ON_REAL = {
-    "mma": "face,head,audio",
-    "deepmef": "face",
-    "plda": "face,head,audio",
-    "cosine": "face,head,audio",
-}
+SIMULATED = "synthetic clips only"
+# Reasons why a row has no run on real clips.
+NO_BODY, NO_SCENE, NO_STRANGERS, LARGER = (
+    {REAL: reason}
+    for reason in (
+        "no body", "no scene", "no distractors in train", "the standard set is synthetic",
+    )
+)  # fmt: skip
+# Configuration -> the modalities of real clips, which lack the other modalities.
+THREE_MODALITIES = "face,head,audio"
+ON_REAL = {"deepmef": "face", **dict.fromkeys(("mma", "plda", "cosine"), THREE_MODALITIES)}
 
 
 class Row(NamedTuple):
@@ -33,10 +34,9 @@ class Row(NamedTuple):
     absent: Mapping[str, str] = MappingProxyType({})  # dataset -> why there is no run on it
 
     def command(self, dataset: str, seed: int, folder: str) -> list[str]:
-        """Returns the words that train the row; a join has none.
+        """Returns the words that train the row on `folder`, the real clips; a join has none.
 
-        The seed is that of the net, on the synthetic dataset also of the data. `folder` holds the
-        real clips.
+        The seed is the seed of the net, and on the synthetic dataset also of the data.
         """
         real = dataset == REAL
         modalities = self.modalities or (ON_REAL.get(self.config, "") if real else "")
@@ -79,42 +79,41 @@ class Rung(NamedTuple):
 
 
 # Reasons for results that differ from a publication's, where rows show them.
-UNKNOWN = "not known"
-ONE_NET = "with one net, synthetic clips gain: see below; of real ones not known"
-ALL_CLIPS = "three nets of all clips gain on real ones: see the recipe; on synthetic ones not known"
-OTHER_DATA = "see the claims that need other data"
-RANKED_LAST = "the base ranks a clip without a face last, wherever it could stand"
-SMALL = "the published gain is smaller than these sets can tell"
+REASONS = {
+    "?": "not known",
+    "one net": "with one net, synthetic clips gain: see below; of real ones not known",
+    "all clips": (
+        "three nets of all clips gain on real ones: see the recipe; on synthetic ones not known"
+    ),
+    "other data": "see the claims that need other data",
+    "last": "the base ranks a clip without a face last, wherever it could stand",
+    "small": "the published gain is smaller than these sets can tell",
+    "body": "a body shows little: see body only",
+    "five": "five nets of all features gain as much",
+}
 THREE = "--config.ensemble.seeds=3"
 FIVE = "--config.ensemble.seeds=5"
 HELD_OUT = "--config.data.train_splits=train,val --config.ensemble.folds=5"
-FIRST_FOLD = "--config.ensemble.only=0"
-MORE_STEPS = "--config.batch_size=64"
-MLPS = ("mlp1", "mlp2", "mlp3", "mlp4")  # beside mlp5, the shipped one
+MLPS = ("mlp1", "mlp2", "mlp3", "mlp4")  # in addition to mlp5, the shipped one
 PLAIN = "average,concat"
 PAPER_NETS = ("mma_published", "mma_published_concat", "mma_published_pooled")
 # Knobs of the synthetic dataset: name -> (what turns it, keys of the rows that run with it).
 KNOBS = {
     "strangers": (
-        "--config.data.wrong_clips=0.6",
-        ("fusion", "fusion_voting", "fusion_raw", "deepmef", "deepmef_mean"),
+        "wrong_clips=0.6", ("fusion", "fusion_voting", "fusion_raw", "deepmef", "deepmef_mean"),
     ),
-    "blur": ("--config.data.blur=2", ("fusion", "fusion_voting", "fusion_raw")),
-    "labels": ("--config.data.label_noise=0.2", ("mma", "mma_smoothing")),
-    "distractors": ("--config.data.train_distractors=0.375", ("fusion", "fusion_unseen")),
+    "blur": ("blur=2", ("fusion", "fusion_voting", "fusion_raw")),
+    "labels": ("label_noise=0.2", ("mma", "mma_smoothing")),
+    "distractors": ("train_distractors=0.375", ("fusion", "fusion_unseen")),
     "missing": (
-        "--config.data.missing_rate=0.3",
+        "missing_rate=0.3",
         ("mma", "mma_unscaled", "mma_filled", "mma_concat", "mma_pooled", *PAPER_NETS),
     ),
-    "false": (
-        "--config.data.false_modality=0.3",
-        ("mma", "mma_concat", "mma_pooled", *PAPER_NETS),
-    ),
+    "false": ("false_modality=0.3", ("mma", "mma_concat", "mma_pooled", *PAPER_NETS)),
     "standard": (
-        "--config.data.size=standard",
-        ("fusion", "fusion_raw", "deepmef", "deepmef_mean", "deepmef_plain"),
+        "size=standard", ("fusion", "fusion_raw", "deepmef", "deepmef_mean", "deepmef_plain"),
     ),
-}
+}  # fmt: skip
 # The paper's table 3: end of a key -> words and modalities of `mma.py`.
 TABLE_3 = {
     **{f"{name}_mean": (PLAIN, name) for name in ("face", "head", "audio", "body")},
@@ -127,24 +126,12 @@ TABLE_3 = {
 }
 # Nets that climb table 3: begin of their keys -> words of `mma.py`.
 MMA_NETS = {"mma": "", "mma_published": "published", "mma_unit_published": "published,unit"}
-OTHERS = ("head", "body", "audio")
-# Modality, key of its row, published accuracy.
-ACCURACIES = (
-    ("face", "one_single", "0.81 to 0.88"),
-    ("head", "head", "0.60"),
-    ("body", "body", "0.35"),
-    ("audio", "audio", "0.25"),
-)
 NARROW, NARROW_MAIN = "--config.model.width=256", "--config.model.main.width=256"
 FALLBACKS = {"dense_other": "head", "dense_fallback": "body", "dense_fallbacks": "body,head"}
 DENSE = {
-    "dense_one_single": "one,single",
-    "dense_single": "single",
-    "dense_narrow": "",
-    "dense_plain": "plain",
-    "dense_one": "one",
-    "dense_one_fused": "one,fused",
-}
+    "one_single": "one,single", "single": "single", "narrow": "", "plain": "plain", "one": "one",
+    "one_fused": "one,fused",
+}  # fmt: skip
 DENSE_OPTIONS = {
     "gates": "--config.model.gate=True",
     "smoothing": "--config.loss.label_smoothing=0.1",
@@ -192,362 +179,292 @@ PUBLISHED_OPTIONS = {
     "masked": "--config.model.fill_missing=False",
     "two": "--config.model.attention_form=two",
 }
-LARGER = "the standard set is synthetic"
-_ROWS = (
+
+
+def _options(
+    key: str, config: str, options: Mapping[str, str], words: str = "", modalities: str = ""
+) -> Iterator[Row]:
+    """Yields a row for each option, as `KEY_OPTION`."""
+    for name, overrides in options.items():
+        yield Row(f"{key}_{name}", config, words, modalities, overrides)
+
+
+def _rows() -> Iterator[Row]:
+    """Yields the rows, except for rows with a knob."""
     # Nearest neighbours and noise classes (5th place 2018).
-    Row("knn", "knn"),
-    Row("knn_folds", "knn", overrides=HELD_OUT),
-    Row("leave_out", "noise_classes", "leave_out"),
-    Row("other", "noise_classes", "other"),
-    Row("other_joined", "noise_classes", "other", overrides="--config.noise.join=True"),
-    Row("noise", "noise_classes"),
-    Row("noise_prediction", "noise_classes", overrides="--config.noise.keep=prediction"),
-    Row("noise_seeds", "noise_classes", overrides=THREE),
-    Row("noise_published", "noise_classes", "published"),
+    yield Row("knn", "knn")
+    yield Row("knn_folds", "knn", overrides=HELD_OUT)
+    yield Row("leave_out", "noise_classes", "leave_out")
+    yield Row("other", "noise_classes", "other")
+    yield Row("other_joined", "noise_classes", "other", overrides="--config.noise.join=True")
+    yield Row("noise", "noise_classes")
+    options = {"prediction": "--config.noise.keep=prediction", "seeds": THREE}
+    yield from _options("noise", "noise_classes", options)
+    yield Row("noise_published", "noise_classes", "published")
     # Quality fusion (4th place 2019).
-    Row("fusion", "quality_fusion"),
-    Row("fusion_raw", "quality_fusion", "raw"),
-    Row("fusion_voting", "quality_fusion", "voting"),
-    Row(
-        "fusion_unseen", "quality_fusion", overrides="--config.data.distractors=leave_out",
-        absent={REAL: NO_STRANGERS},
-    ),
-    *(
-        Row(f"fusion_{name}", "quality_fusion", overrides=overrides)
-        for name, overrides in FUSION_OPTIONS.items()
-    ),
-    Row("fusion_published", "quality_fusion", "published"),
-    Row("fusion_published_steps", "quality_fusion", "published", overrides=MORE_STEPS),
-    Row("fusion_fold", "quality_fusion", "folds", overrides=FIRST_FOLD),
-    Row("fusion_folds", "quality_fusion", "folds"),
-    *(Row(f"fusion_{net}", "quality_fusion", net) for net in MLPS),
-    *(Row(f"fusion_{net}_folds", "quality_fusion", f"{net},folds") for net in MLPS),
-    Row("fusion_nets", joined=("fusion_folds", *(f"fusion_{net}_folds" for net in MLPS))),
+    yield Row("fusion", "quality_fusion")
+    yield Row("fusion_raw", "quality_fusion", "raw")
+    yield Row("fusion_voting", "quality_fusion", "voting")
+    unseen = "--config.data.distractors=leave_out"
+    yield Row("fusion_unseen", "quality_fusion", overrides=unseen, absent=NO_STRANGERS)
+    yield from _options("fusion", "quality_fusion", FUSION_OPTIONS)
+    yield Row("fusion_published", "quality_fusion", "published")
+    steps = {"steps": "--config.batch_size=64"}
+    yield from _options("fusion_published", "quality_fusion", steps, "published")
+    yield Row("fusion_fold", "quality_fusion", "folds", overrides="--config.ensemble.only=0")
+    yield Row("fusion_folds", "quality_fusion", "folds")
+    for words in ("", ",folds"):
+        for net in MLPS:
+            yield Row(f"fusion_{net}{words.replace(',', '_')}", "quality_fusion", net + words)
+    joined = ("fusion_folds", *(f"fusion_{net}_folds" for net in MLPS))
+    yield Row("fusion_nets", joined=joined)
     # DeepMEF (3rd place 2019).
-    Row("deepmef", "deepmef", "", "face"),
-    Row("deepmef_mean", "deepmef", "average", "face"),
-    Row("deepmef_danet", "deepmef", "danet", "face"),
-    *(
-        Row(f"deepmef_{name}", "deepmef", "", "face", overrides=overrides)
-        for name, overrides in DEEPMEF_OPTIONS.items()
-    ),
-    Row("deepmef_scene", "deepmef", absent={REAL: NO_SCENE}),
-    Row(
-        "deepmef_lacking", "deepmef", absent={REAL: NO_SCENE},
-        overrides="--config.model.threshold_share=0",
-    ),
-    Row("deepmef_published", "deepmef", "published"),
-    Row("deepmef_published_mean", "deepmef", "published,average"),
-    Row("deepmef_published_views", "deepmef", "published,views"),
+    yield Row("deepmef", "deepmef", "", "face")
+    yield Row("deepmef_mean", "deepmef", "average", "face")
+    yield Row("deepmef_danet", "deepmef", "danet", "face")
+    yield from _options("deepmef", "deepmef", DEEPMEF_OPTIONS, "", "face")
+    yield Row("deepmef_scene", "deepmef", absent=NO_SCENE)
+    lacking = "--config.model.threshold_share=0"
+    yield Row("deepmef_lacking", "deepmef", overrides=lacking, absent=NO_SCENE)
+    yield Row("deepmef_published", "deepmef", "published")
+    yield Row("deepmef_published_mean", "deepmef", "published,average")
+    yield Row("deepmef_published_views", "deepmef", "published,views")
     # Residual Dense Net (2nd place 2019).
-    Row("dense", "residual_dense", "", "face"),
-    *(Row(key, "residual_dense", words, "face", overrides=NARROW) for key, words in DENSE.items()),
-    *(
-        Row(f"dense_{name}", "residual_dense", "", "face", overrides=f"{NARROW} {overrides}")
-        for name, overrides in DENSE_OPTIONS.items()
-    ),
-    Row("dense_published", "residual_dense", "published", "face"),
-    Row("dense_both", joined=("dense_narrow", "dense_plain")),
-    *(
-        Row(
-            key, "residual_dense", "", f"face,{others}", overrides=NARROW_MAIN,
-            absent={REAL: NO_BODY} if "body" in others else {},
-        )
-        for key, others in FALLBACKS.items()
-    ),
-    *(
-        Row(
-            f"dense_{name}", "residual_dense", "one,single", name, overrides=NARROW,
-            absent={REAL: NO_BODY} if name == "body" else {},
-        )
-        for name in OTHERS
-    ),
+    yield Row("dense", "residual_dense", "", "face")
+    for name, words in DENSE.items():
+        yield Row(f"dense_{name}", "residual_dense", words, "face", NARROW)
+    options = {name: f"{NARROW} {overrides}" for name, overrides in DENSE_OPTIONS.items()}
+    yield from _options("dense", "residual_dense", options, "", "face")
+    yield Row("dense_published", "residual_dense", "published", "face")
+    yield Row("dense_both", joined=("dense_narrow", "dense_plain"))
+    for key, others in FALLBACKS.items():
+        absent = NO_BODY if "body" in others else {}
+        yield Row(key, "residual_dense", "", f"face,{others}", NARROW_MAIN, absent=absent)
+    for name in ("head", "body", "audio"):
+        absent = NO_BODY if name == "body" else {}
+        yield Row(f"dense_{name}", "residual_dense", "one,single", name, NARROW, absent=absent)
     # The iQIYI-VID paper.
-    *(
-        Row(
-            f"{first}_{name}", "mma", ",".join(filter(None, (net, words))), modalities,
-            absent={REAL: NO_BODY} if modalities == "body" else {},
-        )
-        for first, net in MMA_NETS.items() for name, (words, modalities) in TABLE_3.items()
-    ),
-    Row("mma_face", "mma", "", "face"),
-    Row("mma_concat", "mma", "concat"),
-    Row("mma_pooled", "mma", "pooled"),
-    Row("mma_average", "mma", "average"),
-    Row("mma", "mma", ""),
-    Row("mma_seeds", "mma", "", overrides=THREE),
-    *(
-        Row(f"mma_{name}", "mma", "", overrides=overrides)
-        for name, overrides in MMA_OPTIONS.items()
-    ),
-    Row("mma_published", "mma", "published"),
-    Row("mma_published_average", "mma", "published,average"),
-    Row("mma_published_concat", "mma", "published,concat"),
-    Row("mma_published_pooled", "mma", "published,pooled"),
-    Row("mma_unit_published", "mma", "published,unit"),
-    Row("mma_unit_published_concat", "mma", "published,unit,concat"),
-    *(
-        Row(f"mma_published_{name}", "mma", "published", overrides=overrides)
-        for name, overrides in PUBLISHED_OPTIONS.items()
-    ),
+    for first, net in MMA_NETS.items():
+        for name, (words, modalities) in TABLE_3.items():
+            arguments = ",".join(filter(None, (net, words)))
+            absent = NO_BODY if modalities == "body" else {}
+            yield Row(f"{first}_{name}", "mma", arguments, modalities, absent=absent)
+    yield Row("mma_face", "mma", "", "face")
+    for words in ("concat", "pooled", "average"):
+        yield Row(f"mma_{words}", "mma", words)
+    yield Row("mma", "mma")
+    yield from _options("mma", "mma", {"seeds": THREE, **MMA_OPTIONS})
+    yield Row("mma_published", "mma", "published")
+    for words in ("average", "concat", "pooled"):
+        yield Row(f"mma_published_{words}", "mma", f"published,{words}")
+    yield Row("mma_unit_published", "mma", "published,unit")
+    yield Row("mma_unit_published_concat", "mma", "published,unit,concat")
+    yield from _options("mma_published", "mma", PUBLISHED_OPTIONS, "published")
     # Ours: likelihood ratios in closed form, and cosines with a margin.
-    Row("plda", "plda"),
-    *(Row(f"plda_{name}", "plda", "", name) for name in ("face", "head", "audio")),
-    Row("plda_folds", "plda", "trainval"),
-    Row("cosine", "cosine"),
-    Row("cosine_seeds", "cosine", "ensemble"),
-    Row("cosine_folds", "cosine", "trainval"),
-    Row("cosine_plda", joined=("cosine_seeds", "plda")),
-    Row("cosine_plda_folds", joined=("cosine_folds", "plda_folds")),
-    *(
-        Row(f"{name}_standard", name, "standard", absent={REAL: LARGER})
-        for name in ("mma", "plda", "cosine")
-    ),
-)  # fmt: skip
+    yield Row("plda", "plda")
+    for name in THREE_MODALITIES.split(","):
+        yield Row(f"plda_{name}", "plda", "", name)
+    yield Row("plda_folds", "plda", "trainval")
+    yield Row("cosine", "cosine")
+    yield Row("cosine_seeds", "cosine", "ensemble")
+    yield Row("cosine_folds", "cosine", "trainval")
+    yield Row("cosine_plda", joined=("cosine_seeds", "plda"))
+    yield Row("cosine_plda_folds", joined=("cosine_folds", "plda_folds"))
+    for name in ("mma", "plda", "cosine"):
+        yield Row(f"{name}_standard", name, "standard", absent=LARGER)
 
 
-def _turned() -> Iterator[Row]:
-    """Yields the rows that run with a knob of the synthetic dataset turned, as `KEY_KNOB`."""
-    by_key = {row.key: row for row in _ROWS}
-    for knob, (override, keys) in KNOBS.items():
-        for key in keys:
-            row = by_key[key]
-            yield row._replace(
-                key=f"{key}_{knob}",
-                overrides=f"{row.overrides} {override}".strip(),
-                absent={REAL: SIMULATED},
-            )
+ROWS: dict[str, Row] = {row.key: row for row in _rows()}
+for _name, (_override, _keys) in KNOBS.items():  # rows with a knob of the synthetic dataset
+    for _row in (ROWS[key] for key in _keys):
+        ROWS[f"{_row.key}_{_name}"] = _row._replace(
+            key=f"{_row.key}_{_name}",
+            overrides=f"{_row.overrides} --config.data.{_override}".strip(),
+            absent={REAL: SIMULATED},
+        )
 
 
-ROWS: Mapping[str, Row] = {row.key: row for row in (*_ROWS, *_turned())}
+def _ladder(text: str) -> tuple[Rung, ...]:
+    """Returns the rungs of lines: text, key, base, published score and reason between `|`.
+
+    With knobs after a sixth `|`, the comparison is repeated with each of the knobs.
+    """
+    rungs = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        text, key, base, published, why, knobs = (
+            part.strip() for part in (line + "|" * (5 - line.count("|"))).split("|")
+        )
+        rung = Rung(text, key, base, published, REASONS.get(why, ""))
+        rungs.append(rung)
+        for knob in knobs.split():
+            rungs.append(rung._replace(key=f"{key}_{knob}", base=f"{base}_{knob}"))
+    return tuple(rungs)
 
 
-def _knob(text: str, key: str, base: str, *knobs: str, why: str = "") -> tuple[Rung, ...]:
-    """Returns a comparison on the synthetic dataset as it is, then with each of some knobs."""
-    turned = (Rung(text, f"{key}_{knob}", f"{base}_{knob}", why=why) for knob in knobs)
-    return Rung(text, key, base, why=why), *turned
-
-
-# Ladders that tell the share of known clips missed where 1 % of the distractors pass, too.
+# Ladders that also have the share of known clips missed where 1 % of the distractors pass.
 OPEN_SET = ("noise_classes",)
+# The paper's table 3, for the rows whose keys begin with `$`.
+LADDER_3 = """
+    head only | $_head_mean | | 0.5432
+    audio only | $_audio_mean | | 0.1179
+    body only | $_body_mean | | 0.0514
+    face only: averages, no attention | $_face_mean | | 0.8519
+    head | $_face_head_mean | $_face_mean | 0.8716
+    audio | $_face_head_audio_mean | $_face_head_mean | 0.8769 | ?
+    body | $_mean | $_face_head_audio_mean | 0.8780 | body
+    three nets on @ of the clips | $_mean_nets | $_mean | 0.8924 | #
+    NetVLAD instead of averages | $_netvlad_nets | $_mean_nets | 0.8946 | ?
+    attention between modalities | $_nets | $_netvlad_nets | 0.8970 | ?
+"""
 
 
-def _table_3(first: str, nets: str, why_nets: str) -> tuple[Rung, ...]:
-    """Returns the paper's table 3, climbed by the rows whose keys begin with `first`."""
-    alone = {"head": "0.5432", "audio": "0.1179", "body": "0.0514"}
-    return (
-        *(Rung(f"{name} alone", f"{first}_{name}_mean", "", x) for name, x in alone.items()),
-        Rung("face alone: averages, no attention", f"{first}_face_mean", published="0.8519"),
-        Rung("head", f"{first}_face_head_mean", f"{first}_face_mean", "0.8716"),
-        Rung(
-            "audio", f"{first}_face_head_audio_mean", f"{first}_face_head_mean", "0.8769", UNKNOWN,
-        ),
-        Rung(
-            "body", f"{first}_mean", f"{first}_face_head_audio_mean", "0.8780",
-            "a body tells little: see body alone", {REAL: NO_BODY},
-        ),
-        Rung(nets, f"{first}_mean_nets", f"{first}_mean", "0.8924", why_nets),
-        Rung(
-            "NetVLAD instead of averages", f"{first}_netvlad_nets", f"{first}_mean_nets",
-            "0.8946", UNKNOWN,
-        ),
-        Rung(
-            "attention between modalities", f"{first}_nets", f"{first}_netvlad_nets", "0.8970",
-            UNKNOWN,
-        ),
-    )  # fmt: skip
+def _table_3(first: str, share: str, why: str, more: str) -> tuple[Rung, ...]:
+    """Returns the paper's table 3 of the rows whose keys begin with `first`, and more rungs."""
+    lines = LADDER_3.replace("$", first).replace("@", share).replace("#", why)
+    return tuple(
+        rung._replace(absent=NO_BODY) if rung.text == "body" else rung
+        for rung in _ladder(lines + more)
+    )
 
 
 LADDERS: Mapping[str, tuple[Rung, ...]] = {
-    "residual_dense": (
-        Rung("one net, single frames", "dense_one_single", published="0.875"),
-        Rung("three quality subsets", "dense_single", "dense_one_single", "0.889"),
-        Rung(
-            "frames merged in training and test", "dense_narrow", "dense_single", "0.9019",
-            ONE_NET,
-        ),
-        Rung("joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035", SMALL),
-        Rung("frames merged, with one net", "dense_one", "dense_one_single"),
-        Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
-        Rung("shortcuts", "dense_narrow", "dense_plain", "better"),
-        Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
-        Rung(
-            "the body where a clip has no face", "dense_fallback", "dense_narrow", why=RANKED_LAST,
-        ),
-        Rung("the head beside this body", "dense_fallbacks", "dense_fallback", "no use"),
-        Rung("the head where a clip has no face", "dense_other", "dense_narrow", why=RANKED_LAST),
-        Rung("1024 units instead of 256", "dense", "dense_narrow"),
-        Rung("sigmoid gates after the layers", "dense_gates", "dense_narrow"),
-        Rung("label smoothing of 0.1", "dense_smoothing", "dense_narrow"),
-        Rung("mixup of clips, alpha 0.2", "dense_mixup", "dense_narrow"),
-        *(
-            Rung(f"{name} alone, one net, single frames", f"dense_{key}", published=f"top1 {top1}")
-            for name, key, top1 in ACCURACIES
-        ),
-        Rung("as published, all frames and merged ones", "dense_published"),
-    ),
-    "quality_fusion": (
-        Rung("every face scored by itself", "fusion_voting"),
-        Rung(
-            "one fused face in the test", "fusion", "fusion_voting", "+0.01",
-            UNKNOWN,
-        ),
-        Rung("faces filtered and fused in training", "fusion", "fusion_raw", "+0.02", OTHER_DATA),
-        Rung("faces fused, where they are filtered", "fusion", "fusion_filtered"),
-        Rung("faces filtered, where they are fused", "fusion", "fusion_fused"),
-        Rung("focal and softmax loss, not softmax alone", "fusion_mixed", "fusion_softmax"),
-        Rung("focal and softmax loss, not focal alone", "fusion_mixed", "fusion_focal"),
-        Rung("stages of this mixture", "fusion", "fusion_mixed"),
-        Rung("warm-up of the learning rate", "fusion", "fusion_unwarmed"),
-        Rung("cosine annealing", "fusion", "fusion_constant"),
-        Rung("as published, one net", "fusion_published"),
-        Rung(
-            "batches of 64 clips, not 512: more steps", "fusion_published_steps",
-            "fusion_published",
-        ),
-        Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
-        Rung("five of these nets", "fusion_folds", "fusion_fold", "0.8955"),
-        Rung(
-            "five kinds of nets (theirs: partially completed)", "fusion_nets", "fusion_folds",
-            "0.8983", SMALL,
-        ),
-        *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS),
-    ),
-    "mma": (
-        *_table_3("mma", "three nets on nine tenths of the clips", ALL_CLIPS),
-        Rung("attention, in one net", "mma", "mma_concat", why=UNKNOWN),
-        Rung("concatenation, not average pooling, in one net", "mma_concat", "mma_pooled"),
-        Rung("NetVLAD, in one net with attention", "mma", "mma_average", why=UNKNOWN),
-    ),
-    "mma_published": (
-        *_table_3("mma_published", "three nets on two thirds of the clips", UNKNOWN),
-        Rung("the paper's net, alone", "mma_published"),
-        Rung("NetVLAD, in one net", "mma_published", "mma_published_average", why=UNKNOWN),
-        Rung(
-            "NetVLAD with BatchNorm", "mma_published", "mma_published_slow", "faster", UNKNOWN,
-        ),
-        Rung("NetVLAD without L2 norms", "mma_published", "mma_published_l2", "better", UNKNOWN),
-        Rung("attention, in one net", "mma_published", "mma_published_concat", why=UNKNOWN),
-        Rung(
-            "concatenation, not average pooling", "mma_published_concat", "mma_published_pooled",
-        ),
-        Rung(
-            "missing modalities filled by attention", "mma_published", "mma_published_masked",
-            why=UNKNOWN,
-        ),
-        Rung(
-            "one Gram matrix, not two projections", "mma_published", "mma_published_two", "better",
-            UNKNOWN,
-        ),
-    ),
-    "mma_unit_published": (
-        *_table_3("mma_unit_published", "three nets on two thirds of the clips", UNKNOWN),
-        Rung("features of unit length, in one net", "mma_unit_published", "mma_published"),
-        Rung(
-            "attention, in one net", "mma_unit_published", "mma_unit_published_concat",
-            why=UNKNOWN,
-        ),
-    ),
-    "options": (
-        Rung("label smoothing of 0.1", "mma_smoothing", "mma"),
-        Rung("mixup of clips, alpha 0.2", "mma_mixup", "mma"),
-        Rung("sigmoid gates", "mma_gates", "mma"),
-        Rung("bfloat16", "mma_bfloat16", "mma"),
-        Rung("modality dropout", "mma", "mma_kept"),
-        Rung("LayerNorm after each map", "mma", "mma_lengths"),
-        Rung("weight decay", "mma", "mma_undecayed"),
-        Rung("a small scale of the Gram matrix", "mma", "mma_unscaled"),
-        Rung("ten times the attention", "mma_strong", "mma"),
-    ),
-    "recipe": (
-        Rung("one net, trained on train", "mma"),
-        Rung("three nets", "mma_seeds", "mma"),
-        Rung("five nets", "mma_five", "mma_seeds"),
-        Rung("five nets on folds of train and val, out of fold", "mma_folds"),
-        Rung("two nets per fold", "mma_folds_twice", "mma_folds"),
-    ),
-    "deepmef": (
-        Rung("face alone", "deepmef"),
-        Rung(
-            "learned weights of frames, not quality", "deepmef", "deepmef_mean", "better",
-            UNKNOWN,
-        ),
-        Rung("attention between frames", "deepmef", "deepmef_plain", why=UNKNOWN),
-        Rung("attention as in DANet, not ours", "deepmef_danet", "deepmef", why=UNKNOWN),
-        Rung("five nets", "deepmef_seeds", "deepmef"),
-        Rung(
-            "each lacks other features", "deepmef_views", "deepmef_seeds", "better",
-            "five nets of all features gain as much",
-        ),
-        Rung("each lacks other clips of every identity", "deepmef_bags", "deepmef_seeds"),
-        Rung(
-            "each lacks other clips, and so some identities", "deepmef_bags_lost", "deepmef_seeds",
-            "worse",
-        ),
-        Rung("identities lost, not kept", "deepmef_bags_lost", "deepmef_bags", "worse"),
-        Rung("the scene", "deepmef_scene", "deepmef"),
-        Rung("the scene for poor faces, too", "deepmef_scene", "deepmef_lacking"),
-        Rung("as published, one net", "deepmef_published"),
-        Rung(
-            "learned weights of frames, as published", "deepmef_published",
-            "deepmef_published_mean", "better", "not known",
-        ),
-        Rung("as published, eleven nets", "deepmef_published_views", published="0.8986"),
-    ),
-    "noise_classes": (
-        Rung("nearest neighbours", "knn_folds"),
-        Rung("a net", "leave_out", "knn_folds"),
-        Rung("noise classes", "noise", "leave_out"),
-        Rung("three seeds", "noise_seeds", "noise"),
-        Rung("noise classes, not one class", "noise", "other_joined"),
-        Rung("one class of distractors", "other", "leave_out"),
-        Rung("the predicted class is taken", "noise_prediction", "noise"),
-        Rung("as published, eight nets", "noise_published", published="0.8252"),
-    ),
-    "closed_form": (
-        Rung("likelihood ratios in closed form, not the MMA net", "plda", "mma"),
-        Rung("the same, of faces alone", "plda_face", "mma_face"),
-        Rung("a cosine net with a margin, not the MMA net", "cosine", "mma"),
-        Rung("three of these nets", "cosine_seeds", "cosine"),
-        Rung("joined with the closed form", "cosine_plda", "cosine_seeds"),
-        Rung("the closed form, joined with three nets", "cosine_plda", "plda"),
-        Rung("folds of train and val, out of fold: closed form", "plda_folds"),
-        Rung("folds of train and val, out of fold: nets", "cosine_folds"),
-        Rung("both joined", "cosine_plda_folds", "cosine_folds"),
-        Rung("the MMA net, of 1,000 identities", "mma_standard"),
-        Rung("the closed form there", "plda_standard", "mma_standard"),
-        Rung("the cosine net there", "cosine_standard", "mma_standard"),
-        Rung("the MMA net with vectors of unit length", "mma_unit", "mma"),
-        Rung("the MMA net with a cosine classifier", "mma_head", "mma"),
-    ),
-    "knobs": (
-        *_knob(
-            "one fused face in the test", "fusion", "fusion_voting", "strangers", "blur",
-            why=UNKNOWN,
-        ),
-        *_knob("faces filtered and fused", "fusion", "fusion_raw", "strangers", "blur", "standard"),
-        *_knob(
-            "learned weights of frames", "deepmef", "deepmef_mean", "strangers", "standard",
-            why=UNKNOWN,
-        ),
-        *_knob("attention between frames", "deepmef", "deepmef_plain", "standard", why=UNKNOWN),
-        *_knob("label smoothing", "mma_smoothing", "mma", "labels"),
-        *_knob("a class of distractors", "fusion", "fusion_unseen", "distractors"),
-        *_knob(
-            "attention between modalities", "mma", "mma_concat", "missing", "false", why=UNKNOWN,
-        ),
-        *_knob(
-            "concatenation, not average pooling", "mma_concat", "mma_pooled", "missing", "false",
-        ),
-        *_knob(
-            "attention, the paper's net", "mma_published", "mma_published_concat", "missing",
-            "false", why=UNKNOWN,
-        ),
-        *_knob(
-            "concatenation, not average pooling, the paper's net", "mma_published_concat",
-            "mma_published_pooled", "missing", "false",
-        ),
-        *_knob("a small scale of the Gram matrix", "mma", "mma_unscaled", "missing"),
-        *_knob("missing modalities filled in", "mma_filled", "mma", "missing", why=UNKNOWN),
-    ),
+    "residual_dense": _ladder("""
+        one net, single frames | dense_one_single | | 0.875
+        three quality subsets | dense_single | dense_one_single | 0.889
+        frames merged in training and test | dense_narrow | dense_single | 0.9019 | one net
+        joined with a net without shortcuts | dense_both | dense_narrow | 0.9035 | small
+        frames merged, with one net | dense_one | dense_one_single
+        three quality subsets, with merged frames | dense_narrow | dense_one
+        shortcuts | dense_narrow | dense_plain | better
+        the test by one mean frame | dense_one_fused | dense_one
+        the body where a clip has no face | dense_fallback | dense_narrow | | last
+        the head in addition to this body | dense_fallbacks | dense_fallback | no use
+        the head where a clip has no face | dense_other | dense_narrow | | last
+        1024 units instead of 256 | dense | dense_narrow
+        sigmoid gates after the layers | dense_gates | dense_narrow
+        label smoothing of 0.1 | dense_smoothing | dense_narrow
+        mixup of clips, alpha 0.2 | dense_mixup | dense_narrow
+        face only, one net, single frames | dense_one_single | | top1 0.81 to 0.88
+        head only, one net, single frames | dense_head | | top1 0.60
+        body only, one net, single frames | dense_body | | top1 0.35
+        audio only, one net, single frames | dense_audio | | top1 0.25
+        as published, all frames and merged ones | dense_published
+    """),
+    "quality_fusion": _ladder("""
+        every face scored by itself | fusion_voting
+        one fused face in the test | fusion | fusion_voting | +0.01 | ?
+        faces filtered and fused in training | fusion | fusion_raw | +0.02 | other data
+        faces fused, where they are filtered | fusion | fusion_filtered
+        faces filtered, where they are fused | fusion | fusion_fused
+        focal and softmax loss, not only softmax | fusion_mixed | fusion_softmax
+        focal and softmax loss, not only focal | fusion_mixed | fusion_focal
+        stages of this mixture | fusion | fusion_mixed
+        warm-up of the learning rate | fusion | fusion_unwarmed
+        cosine annealing | fusion | fusion_constant
+        as published, one net | fusion_published
+        batches of 64 clips, not 512: more steps | fusion_published_steps | fusion_published
+        one net on four fifths of the clips | fusion_fold | | 0.8811
+        five of these nets | fusion_folds | fusion_fold | 0.8955
+        five kinds of nets (theirs: partially completed) | fusion_nets | fusion_folds \
+            | 0.8983 | small
+        mlp1 instead of mlp5 | fusion_mlp1 | fusion
+        mlp2 instead of mlp5 | fusion_mlp2 | fusion
+        mlp3 instead of mlp5 | fusion_mlp3 | fusion
+        mlp4 instead of mlp5 | fusion_mlp4 | fusion
+    """),
+    "mma": _table_3("mma", "nine tenths", "all clips", """
+        attention, in one net | mma | mma_concat | | ?
+        concatenation, not average pooling, in one net | mma_concat | mma_pooled
+        NetVLAD, in one net with attention | mma | mma_average | | ?
+    """),
+    "mma_published": _table_3("mma_published", "two thirds", "?", """
+        one of the paper's nets | mma_published
+        NetVLAD, in one net | mma_published | mma_published_average | | ?
+        NetVLAD with BatchNorm | mma_published | mma_published_slow | faster | ?
+        NetVLAD without L2 norms | mma_published | mma_published_l2 | better | ?
+        attention, in one net | mma_published | mma_published_concat | | ?
+        concatenation, not average pooling | mma_published_concat | mma_published_pooled
+        missing modalities filled by attention | mma_published | mma_published_masked | | ?
+        one Gram matrix, not two projections | mma_published | mma_published_two | better | ?
+    """),
+    "mma_unit_published": _table_3("mma_unit_published", "two thirds", "?", """
+        features of unit length, in one net | mma_unit_published | mma_published
+        attention, in one net | mma_unit_published | mma_unit_published_concat | | ?
+    """),
+    "options": _ladder("""
+        label smoothing of 0.1 | mma_smoothing | mma
+        mixup of clips, alpha 0.2 | mma_mixup | mma
+        sigmoid gates | mma_gates | mma
+        bfloat16 | mma_bfloat16 | mma
+        modality dropout | mma | mma_kept
+        LayerNorm after each map | mma | mma_lengths
+        weight decay | mma | mma_undecayed
+        a small scale of the Gram matrix | mma | mma_unscaled
+        ten times the attention | mma_strong | mma
+    """),
+    "recipe": _ladder("""
+        one net, trained on train | mma
+        three nets | mma_seeds | mma
+        five nets | mma_five | mma_seeds
+        five nets on folds of train and val, out of fold | mma_folds
+        two nets per fold | mma_folds_twice | mma_folds
+    """),
+    "deepmef": _ladder("""
+        face only | deepmef
+        learned weights of frames, not quality | deepmef | deepmef_mean | better | ?
+        attention between frames | deepmef | deepmef_plain | | ?
+        attention as in DANet, not ours | deepmef_danet | deepmef | | ?
+        five nets | deepmef_seeds | deepmef
+        each lacks other features | deepmef_views | deepmef_seeds | better | five
+        each lacks other clips of every identity | deepmef_bags | deepmef_seeds
+        each lacks other clips, and so some identities | deepmef_bags_lost | deepmef_seeds | worse
+        identities lost, not kept | deepmef_bags_lost | deepmef_bags | worse
+        the scene | deepmef_scene | deepmef
+        the scene for poor faces, too | deepmef_scene | deepmef_lacking
+        as published, one net | deepmef_published
+        learned weights of frames, as published | deepmef_published \
+            | deepmef_published_mean | better | ?
+        as published, eleven nets | deepmef_published_views | | 0.8986
+    """),
+    "noise_classes": _ladder("""
+        nearest neighbours | knn_folds
+        a net | leave_out | knn_folds
+        noise classes | noise | leave_out
+        three seeds | noise_seeds | noise
+        noise classes, not one class | noise | other_joined
+        one class of distractors | other | leave_out
+        the predicted class is taken | noise_prediction | noise
+        as published, eight nets | noise_published | | 0.8252
+    """),
+    "closed_form": _ladder("""
+        likelihood ratios in closed form, not the MMA net | plda | mma
+        the same, of faces only | plda_face | mma_face
+        a cosine net with a margin, not the MMA net | cosine | mma
+        three of these nets | cosine_seeds | cosine
+        joined with the closed form | cosine_plda | cosine_seeds
+        the closed form, joined with three nets | cosine_plda | plda
+        folds of train and val, out of fold: closed form | plda_folds
+        folds of train and val, out of fold: nets | cosine_folds
+        both joined | cosine_plda_folds | cosine_folds
+        the MMA net, of 1,000 identities | mma_standard
+        the closed form there | plda_standard | mma_standard
+        the cosine net there | cosine_standard | mma_standard
+        the MMA net with vectors of unit length | mma_unit | mma
+        the MMA net with a cosine classifier | mma_head | mma
+    """),
+    "knobs": _ladder("""
+        one fused face in the test | fusion | fusion_voting | | ? | strangers blur
+        faces filtered and fused | fusion | fusion_raw | | | strangers blur standard
+        learned weights of frames | deepmef | deepmef_mean | | ? | strangers standard
+        attention between frames | deepmef | deepmef_plain | | ? | standard
+        label smoothing | mma_smoothing | mma | | | labels
+        a class of distractors | fusion | fusion_unseen | | | distractors
+        attention between modalities | mma | mma_concat | | ? | missing false
+        concatenation, not average pooling | mma_concat | mma_pooled | | | missing false
+        attention, the paper's net | mma_published | mma_published_concat | | ? | missing false
+        concatenation, not average pooling, the paper's net | mma_published_concat \
+            | mma_published_pooled | | | missing false
+        a small scale of the Gram matrix | mma | mma_unscaled | | | missing
+        missing modalities filled in | mma_filled | mma | | ? | missing
+    """),
 }  # fmt: skip
