@@ -9,6 +9,7 @@ import pytest
 
 import vidjax
 from tests.helpers.clip_files import write_labels, write_npz
+from vidjax.cli import program, run_commands
 from vidjax.cli.program import main
 from vidjax.core import optim
 from vidjax.evaluation import restore
@@ -50,33 +51,33 @@ def own(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "own")
 
 
-def command(own, words, *more):
+@pytest.fixture
+def again(own, say):
+    """Runs the command of the run again, with other words for its data."""
     weights = f"--config.data.weights={own}/weights.txt"
-    return main([*CONFIG, *words, weights, f"--workdir={own}/run", *more])
+    return lambda words, code=0: say(*CONFIG, *words, weights, f"--workdir={own}/run", code=code)
+
+
+@pytest.fixture
+def evaluate(own, say):
+    """Evaluates the run."""
+    return lambda *words, code=0: say("--mode=evaluate", f"--workdir={own}/run", *words, code=code)
 
 
 @pytest.mark.slow
-def test_results_of_other_settings_do_not_replace_those_of_the_run(own, say):
-    run = own / "run"
-    evaluate = ["--mode=evaluate", f"--workdir={run}", "--config.eval.report=True"]
-    say(*evaluate, "--config.eval.block_size=3")
+def test_results_of_other_settings_do_not_replace_those_of_the_run(own, evaluate):
+    run, report = own / "run", "--config.eval.report=True"
+    evaluate(report, "--config.eval.block_size=3")
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
-    said = say(*evaluate, "--config.eval.temperature=4")
-    assert "eval.temperature=4.0" in said and "ranking_val.txt" in said
+    out = evaluate(report, "--config.eval.temperature=4")
+    assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
     assert [(run / name).read_bytes() for name in names] == before
     assert 'href="report_val.html"' in (run / "report.html").read_text()
     assert "eval.temperature=4.0" in (run / "report_val.html").read_text()
-    assert main(evaluate) == 0
     assert vidjax.restore(run).results["map"] == json.loads(before[0])["map"]
-
-
-@pytest.mark.slow
-def test_an_analysis_is_that_of_the_last_evaluation(own):
-    run, evaluate = own / "run", ["--mode=evaluate", f"--workdir={own}/run"]
-    assert main([*evaluate, "--config.eval.report=True"]) == 0
-    assert (run / "analysis.npz").exists() and (run / "report.html").exists()
-    assert main(evaluate) == 0
+    # An analysis is of the last evaluation.
+    evaluate()
     assert not (run / "analysis.npz").exists() and not (run / "report.html").exists()
     with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
         vidjax.evaluate(run).average_precisions()
@@ -92,61 +93,43 @@ OTHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("different", OTHERS)
-def test_a_command_never_shows_results_of_other_data(own, tmp_path, capsys, different):
-    """Not where the run is finished, not where it is resumed, and not where it is evaluated."""
-    words = write(tmp_path / "other", **OTHERS[different])
-    before = (own / "run" / "metrics.json").read_bytes()
-    assert command(own, words) == 2
-    said = capsys.readouterr()
-    assert different in said.err and "--workdir=" in said.err and "MAP" not in said.out
-    assert len(said.err.strip().splitlines()) - said.err.count("converting") <= 3
+def test_a_command_never_shows_results_of_other_data(own, tmp_path, evaluate, again, different):
+    """Neither a finished run, nor a resumed run, nor an evaluation."""
+    words, path = write(tmp_path / "other", **OTHERS[different]), own / "run" / "metrics.json"
+    before = path.read_bytes()
+    error = again(words, code=2)
+    assert different in error and "--workdir=" in error
     if different != "train has other labels":  # the evaluated split is val
-        assert main(["--mode=evaluate", f"--workdir={own}/run", words[1]]) == 2
-        assert "vidjax rank" in capsys.readouterr().err
-    assert (own / "run" / "metrics.json").read_bytes() == before
-    (own / "run" / "metrics.json").unlink()  # as if it was stopped
-    assert command(own, words) == 2
-    assert different in capsys.readouterr().err
+        assert "vidjax rank" in evaluate(words[1], code=2)
+    assert path.read_bytes() == before
+    path.unlink()  # as if it was stopped
+    assert different in again(words, code=2)
 
 
 @pytest.mark.slow
-def test_the_data_of_a_run_may_move(own, capsys):
-    words = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"]
+def test_the_data_of_a_run_may_move_and_a_killed_run_is_completed(own, evaluate, again):
+    words, path = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"], own / "run"
     shutil.move(own / "data", own / "moved")
-    assert command(own, words) == 0
-    assert "finished before" in capsys.readouterr().out
-    assert main(["--mode=evaluate", f"--workdir={own}/run", words[1]]) == 0
-
-
-@pytest.mark.slow
-def test_a_command_completes_what_was_killed_between_results_and_pages(own, capsys):
-    path = own / "run" / "metrics.json"
-    results = json.loads(path.read_text())
-    path.write_text(json.dumps(results | {"finished": False}))
-    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
-    assert command(own, words) == 0
-    assert "finished before" not in capsys.readouterr().out
-    again = json.loads(path.read_text())
-    assert again["finished"] and again["map"] == results["map"]
-
-
-@pytest.mark.slow
-def test_weights_of_clips_are_data_by_their_content(own, capsys):
-    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
-    assert command(own, words) == 0  # copied: another path, the same bytes
+    assert "finished before" in again(words)
+    evaluate(words[1])
+    # A command completes what was killed between results and pages.
+    results = json.loads((path / "metrics.json").read_text())
+    (path / "metrics.json").write_text(json.dumps(results | {"finished": False}))
+    assert "finished before" not in again(words)
+    completed = json.loads((path / "metrics.json").read_text())
+    assert completed["finished"] and completed["map"] == results["map"]
+    # Weights of clips are data by their content, not by their path.
     (own / "weights.txt").write_text("train1.mp4 0\n")
-    assert command(own, words) == 2
-    assert "config.data.weights" in capsys.readouterr().err
+    assert "config.data.weights" in again(words, code=2)
 
 
 @pytest.mark.slow
-def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsys):
-    evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.split=test"]
-    words = write(tmp_path / "other", seed=1)
+def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, evaluate):
+    words, test = write(tmp_path / "other", seed=1), "--config.eval.split=test"
     shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
-    assert main([*evaluate, words[1]]) == 0
+    evaluate(test, words[1])
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
-    # What config.json names, maybe a stranger's word, counts while a split of it is the run's.
+    # The folder in config.json, maybe by a stranger, counts while a split of it is the run's.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())
@@ -155,12 +138,12 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsy
         manifest["config"]["data"]["dir"] = str(place)
         files.write_manifest(folder / "manifest.json", manifest)
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
-        assert main(evaluate) == code
-    assert "--config.data.dir=" in capsys.readouterr().err
+        error = evaluate(test, code=code)
+    assert "--config.data.dir=" in error
 
 
 @pytest.mark.slow
-def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypatch, capsys):
+def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypatch, say):
     """The file adds a function of optax as it is. Without the file the name is not known."""
     words = write(tmp_path / "data")
     (tmp_path / "own.py").write_text(
@@ -173,22 +156,18 @@ def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypa
     own, run = f"--config={tmp_path}/own.py", f"--workdir={tmp_path}/run"
     known = dict(optim.OPTIMIZERS)
 
-    def said(*words):
+    def result(*words, code=0):
         monkeypatch.setattr(optim, "OPTIMIZERS", dict(known))
-        capsys.readouterr()
-        return main([*words, run]), capsys.readouterr().err
+        error = say(*words, run, code=code)
+        return error if code else json.loads((tmp_path / "run" / "metrics.json").read_text())["map"]
 
-    assert said(own, *words, "--config.num_epochs=1")[0] == 0
-    wanted = json.loads((tmp_path / "run" / "metrics.json").read_text())["map"]
-    code, text = said("--mode=evaluate")
-    assert code == 2 and "config.optim.name='lion'" in text and "--config=FILE" in text
-    assert said("--mode=evaluate", own)[0] == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["map"] == wanted
+    wanted = result(own, *words, "--config.num_epochs=1")
+    error = result("--mode=evaluate", code=2)
+    assert "config.optim.name='lion'" in error and "--config=FILE" in error
+    assert result("--mode=evaluate", own) == wanted
 
 
-def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
-    from vidjax.cli import program, run_commands
-
+def test_a_default_folder_bears_the_name_of_the_data():
     def folder(*words):
         return str(run_commands.read_train_settings(program.parse(words))[1])
 
@@ -234,28 +213,25 @@ def test_what_is_cheap_is_refused_before_clips_are_clustered(tmp_path, monkeypat
         plan.make_plan(config, vidjax.load_data(config))
 
 
-def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
-    """The digest of features is of all modalities: with others beside them it says nothing."""
+def test_other_modalities_are_judged_by_clips_and_labels(tmp_path):
+    """The digest of features is of all modalities: with additional modalities it says nothing."""
     report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
     before = report["splits"]["val"]["sha256"]
     more = before | {"modalities": ["face", "head"], "features": "x"}
-    with pytest.warns(UserWarning, match="other modalities"):
-        assert restore.difference("val", before, more) == ""
-    with pytest.warns(UserWarning, match="other modalities"):
-        assert restore.difference("val", before, more | {"labels": "y"}) == "val has other labels"
+    for after, wanted in ((more, ""), (more | {"labels": "y"}, "val has other labels")):
+        with pytest.warns(UserWarning, match="other modalities"):
+            assert restore.difference("val", before, after) == wanted
 
 
 @pytest.mark.slow
-def test_an_evaluation_reads_each_file_of_the_run_once(own, monkeypatch):
+def test_an_evaluation_reads_each_file_of_the_run_once(own, monkeypatch, evaluate):
     opened, open_regular = collections.Counter(), reading.open_regular
 
     def count(path, *args, **options):
-        if path.is_relative_to(own / "run"):
-            opened[path.name] += 1
+        opened[path.name] += path.is_relative_to(own / "run")
         return open_regular(path, *args, **options)
 
     monkeypatch.setattr(reading, "open_regular", count)
-    evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.report=True"]
-    assert main(evaluate) == 0
-    assert {opened[name] for name in ("config.json", "metrics.json", "identities.json")} == {1}
-    assert opened["members.npz"] == opened["manifest.json"] == 1
+    evaluate("--config.eval.report=True")
+    names = ("config.json", "metrics.json", "identities.json", "members.npz", "manifest.json")
+    assert [opened[name] for name in names] == [1] * 5
