@@ -28,19 +28,18 @@ def write(
     results: Mapping[str, Any] | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes configuration, identities, results and analysis; returns the folder.
+    """Writes configuration, identities, results and analysis of a run; returns its folder.
 
     Args:
       folder: of the run.
       averages: identity -> average precision.
-      overrides: words as `--config.seed=1`.
+      overrides: words such as `--config.seed=1`.
       positives: clips of every identity.
-      num_clips: how many were ranked.
-      split: what `metrics{suffix}.json` is of.
-      suffix: `_SPLIT` of a split that training did not watch.
-      truth: False where the split has no ground truth.
-      results: more of `metrics.json`.
-      arrays: more of `analysis.npz`.
+      num_clips: number of ranked clips.
+      split: the split of `metrics{suffix}.json`.
+      suffix: `_SPLIT` for a split that training did not watch.
+      truth: False if the split has no ground truth.
+      results, arrays: more values of `metrics.json` and of `analysis.npz`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
@@ -87,11 +86,8 @@ def example(
 ) -> Any:
     """Returns JSON of a format with a value at every key, another one each time.
 
-    Args:
-      kind: a type of `vidjax.runs.schemas`, or what msgspec knows of it.
-      texts: key -> its texts, with {} for a number.
-      key: that of the value.
-      counter: of the numbers.
+    `kind` is a type of `vidjax.runs.schemas` or of msgspec, and `texts` are key -> text, with {}
+    for a number.
     """
     counter = counter or itertools.count()
     kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)

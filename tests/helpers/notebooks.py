@@ -1,8 +1,6 @@
-"""Runs notebooks from a clean kernel: `python -m tests.helpers.notebooks` keeps their outputs anew.
+"""Runs notebooks from a clean kernel.
 
-The outputs that a reader sees are those of the present commit after
-
-    python -m tests.helpers.notebooks colab/*.ipynb
+`python -m tests.helpers.notebooks colab/*.ipynb` writes their outputs again.
 """
 
 import argparse
@@ -18,7 +16,7 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).parents[2]
-# In a process of its own, whose event loop and sockets are none of this one's.
+# In a separate process, with its own event loop and sockets.
 EXECUTE = """
 import sys, nbformat
 from nbclient import NotebookClient
@@ -34,15 +32,9 @@ finally:
 
 
 def run(path: Path, folder: Path, cache_dir: Path) -> Any:
-    """Returns a notebook with the outputs of a run from top to bottom.
+    """Returns a notebook with the outputs of a run from top to bottom, in an empty folder.
 
-    Args:
-      path: the notebook.
-      folder: an empty folder, to work in.
-      cache_dir: the cache of records and programs.
-
-    Raises:
-      RuntimeError: no kernel ran. An error in a cell is among its outputs.
+    An error in a cell is in its outputs. If no kernel ran, raises RuntimeError.
     """
     notebook: Any = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
@@ -52,14 +44,9 @@ def run(path: Path, folder: Path, cache_dir: Path) -> Any:
     where.mkdir()
     shutil.copytree(ROOT / "configs", where / "configs")
     nbformat.write(notebook, given)
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "VIDJAX_CACHE": str(cache_dir),
-        "PYTHONPATH": str(ROOT),
-        "IPYTHONDIR": str(folder / "ipython"),
-        "JUPYTER_DATA_DIR": str(folder / "jupyter"),  # no kernel of the user's own
-    }
+    env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    env |= {"IPYTHONDIR": f"{folder}/ipython"}
+    env |= {"JUPYTER_DATA_DIR": f"{folder}/jupyter"}  # no kernel of the user's own
     command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     if ran.returncode:

@@ -1,18 +1,14 @@
 """Configurations that note which of their fields are read."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 
 def record(config: Any, reads: set[str], prefix: str = "") -> Any:
-    """Returns a configuration that adds to `reads` the dotted name of every field that is read.
+    """Changes a ConfigDict so that it adds to `reads` the dotted names of fields that are read.
 
-    Args:
-      config: a ConfigDict, changed in place.
-      reads: dotted names. Conversion to JSON, comparison and overrides are no reads.
-      prefix: of the names.
+    Conversion to JSON, comparison and overrides are no reads.
     """
     for key, value in config._fields.items():
         if isinstance(value, ConfigDict):
@@ -29,8 +25,7 @@ class _Recorded(ConfigDict):
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
         if not isinstance(value, ConfigDict) and "." not in key:
-            reads, prefix = self.noted
-            reads.add(prefix + key)
+            self.noted[0].add(self.noted[1] + key)
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -43,12 +38,12 @@ class _Recorded(ConfigDict):
         return field.get_type() if isinstance(field, FieldReference) else type(field)
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        found = _RecordedDict()
-        found.noted = self.noted
+        copy = _RecordedDict()
+        copy.noted = self.noted
         for key, value in self._fields.items():
             value = value.get() if isinstance(value, FieldReference) else value
-            found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-        return found
+            copy[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+        return copy
 
 
 def _values(config: Any) -> dict[str, Any]:
@@ -56,9 +51,8 @@ def _values(config: Any) -> dict[str, Any]:
     values = {}
     for key, value in config._fields.items():
         if isinstance(value, FieldReference):
-            value = (
-                config_dict.placeholder(value.get_type()) if value.get() is None else value.get()
-            )
+            unset = value.get() is None
+            value = config_dict.placeholder(value.get_type()) if unset else value.get()
         values[key] = _values(value) if isinstance(value, ConfigDict) else value
     return values
 
@@ -67,13 +61,11 @@ class _RecordedDict(dict[str, Any]):
     """A dict whose items are noted when they are looked up or spread; `items()` is no read."""
 
     noted: tuple[set[str], str]
-    _fields: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
         if not isinstance(self.get(key), dict):
-            reads, prefix = self.noted
-            reads.add(prefix + key)
+            self.noted[0].add(self.noted[1] + key)
         return super().__getitem__(key)
 
-    def __iter__(self) -> Iterator[str]:  # with it, `dict(spec)` and `**spec` look every item up
+    def __iter__(self) -> Any:  # with it, `dict(spec)` and `**spec` look every item up
         return super().__iter__()
