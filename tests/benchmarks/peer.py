@@ -1,19 +1,17 @@
-"""The peer of the benchmarks: the same nets and data in idiomatic PyTorch, eager or compiled.
+"""The same nets and data in idiomatic PyTorch, eager or compiled, on the CPU.
 
     python -m tests.benchmarks.peer DIR [--epochs=10] [--batch_size=1024] [--compile]
 
 Unpickles the faces of the official files of DIR into memory, trains the MLP, ranks val, saves a
-checkpoint, and prints one line of JSON. `Step`, `make_scorer` and `rank` are the parts of it
-that other benchmarks time one by one. Needs torch; knows nothing of vidjax. All on the CPU.
+checkpoint, and prints one line of JSON. Other benchmarks time `Step`, `make_scorer` and `rank`.
+Needs torch, and does not use vidjax.
 """
 
-# Torch is an extra of the benchmarks: where it is not installed, types are checked without it.
 # pyright: reportMissingImports=false
 
 import argparse
 import collections
 import functools
-import itertools
 import json
 import math
 import pickle
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 MMA_MODALITIES = ("face", "head", "body", "audio")
+MAX_FRAMES = 64  # of a clip in training
 FRAME_STEP = 16  # padding is to a multiple of it, so that few shapes are compiled
 
 
@@ -68,9 +67,9 @@ def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
 # Fusion.
 
 
-def filter_frames(frames: Frames, *, min_quality: float, min_detection: float) -> Frames:
+def keep_good(frames: Frames) -> Frames:
     """Returns the frames with a mask of the good ones; a clip that would lose all keeps them."""
-    good = frames.mask & (frames.quality >= min_quality) & (frames.detection >= min_detection)
+    good = frames.mask & (frames.quality >= 25.0) & (frames.detection >= 0.7)
     mask = torch.where(good.any(dim=1, keepdim=True), good, frames.mask)
     return frames._replace(mask=mask)
 
@@ -78,8 +77,8 @@ def filter_frames(frames: Frames, *, min_quality: float, min_detection: float) -
 def frame_weights(frames: Frames, weighting: str) -> Tensor:
     """Returns weights of frames [B, T] float32, 0 on padding and not all 0 in a clip with frames.
 
-    They are `uniform`; `quality`, quality x detection; or `graded`, W(x): that times 0, .2, .3, .6
-    or 1 for a quality below 0, 20, 30, 40 or no less.
+    They are `uniform`; `quality`, the product of quality and detection; or `graded`, this product
+    times 0, .2, .3, .6 or 1 for a quality below 0, 20, 30, 40 or at least 40.
     """
     uniform = frames.mask.float()
     if weighting == "uniform":
@@ -98,8 +97,7 @@ def frame_weights(frames: Frames, weighting: str) -> Tensor:
 def take_frames(features: Tensor, index: Tensor) -> Tensor:
     """Returns features[b, index[b, j]]: of [B, T, D], at [B, T'], in the stored dtype."""
     num_clips, num_frames, dim = features.shape
-    first = torch.arange(num_clips)[:, None] * num_frames
-    rows = (first + index).flatten()
+    rows = (torch.arange(num_clips)[:, None] * num_frames + index).flatten()
     return features.flatten(0, 1).index_select(0, rows).view(*index.shape, dim)
 
 
@@ -113,8 +111,8 @@ def random_fusion(
 ) -> Fused:
     """Returns `num_draws` vectors a clip, each the weighted mean of 1 to S frames at random.
 
-    `probs` are S probabilities of fusing 1, 2, ... frames, all as likely to be drawn. Without
-    `replacement` no frame comes twice in a vector, unless the clip has fewer than are wanted.
+    `probs` are S probabilities of fusing 1, 2, ... frames. Without `replacement` no frame comes
+    twice in a vector, unless the clip has too few frames.
     """
     num_slots = len(probs)
     num_clips, num_frames = frames.mask.shape
@@ -165,43 +163,32 @@ def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
 class DenseLayer(nn.Module):
     """A linear layer, an activation, BatchNorm or not, dropout."""
 
-    def __init__(
-        self, in_dim: int, width: int, activation: nn.Module, batch_norm: bool, dropout_rate: float
-    ):
+    def __init__(self, in_dim: int, width: int, activation: nn.Module, batch_norm: bool):
         super().__init__()
-        self.dense = nn.Linear(in_dim, width)
+        self.dense = make_linear(in_dim, width)
         self.activation = activation
         self.norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout_rate)
-        _init_linear(self.dense)
+        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.norm(self.activation(self.dense(x))))
 
 
-def _init_linear(linear: nn.Linear) -> None:
+def make_linear(in_dim: int, width: int) -> nn.Linear:
+    linear = nn.Linear(in_dim, width)
     nn.init.xavier_uniform_(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class MLP(nn.Module):
     """Quality fusion (4th place 2019), its main net: swish layers with dropout, a classifier."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        widths: Sequence[int] = (1024, 1024),
-        dropout_rate: float = 0.5,
-    ):
+    def __init__(self, dim: int, num_classes: int):
         super().__init__()
-        dims = (dim, *widths)
-        pairs = itertools.pairwise(dims)
-        layers = [DenseLayer(*pair, nn.SiLU(), False, dropout_rate) for pair in pairs]
-        self.layers = nn.Sequential(*layers)
-        self.classifier = nn.Linear(dims[-1], num_classes)
-        _init_linear(self.classifier)
+        pairs = ((dim, 1024), (1024, 1024))
+        self.layers = nn.Sequential(*(DenseLayer(*pair, nn.SiLU(), False) for pair in pairs))
+        self.classifier = make_linear(1024, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
         """Returns logits [B N, 1 + C] of N face vectors of every clip."""
@@ -211,40 +198,29 @@ class MLP(nn.Module):
 class ResidualDense(nn.Module):
     """Residual Dense Net (2nd place 2019): h1 = f1(x), h2 = h1 + f2(h1), h3 = h2 + f3(h2)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        width: int = 8192,
-        num_layers: int = 3,
-        dropout_rate: float = 0.5,
-    ):
+    def __init__(self, dim: int, num_classes: int, width: int = 8192):
         super().__init__()
-        dims = (dim, *[width] * (num_layers - 1))
-        self.layers = nn.ModuleList(
-            DenseLayer(before, width, nn.ReLU(), True, dropout_rate) for before in dims
-        )
-        self.classifier = nn.Linear(width, num_classes)
-        _init_linear(self.classifier)
+        layers = (DenseLayer(before, width, nn.ReLU(), True) for before in (dim, width, width))
+        self.layers = nn.ModuleList(layers)
+        self.classifier = make_linear(width, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
         """Returns logits [B N, 1 + C] of N face vectors of every clip."""
         x = fused["face"].features.flatten(0, 1)
         for i, layer in enumerate(self.layers):
-            x = x + layer(x) if i in (1, 2) else layer(x)
+            x = x + layer(x) if i else layer(x)
         return self.classifier(x)
 
 
 class MaskedBatchNorm(nn.Module):
     """BatchNorm over the real frames of [B, T, K]; nn.BatchNorm1d would count the others too."""
 
-    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5):
+    def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
-        self.momentum, self.eps = momentum, eps
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         mean: Tensor = self.running_mean  # type: ignore[assignment]
@@ -255,9 +231,9 @@ class MaskedBatchNorm(nn.Module):
             mean = (x * real).sum(dim=(0, 1)) / count
             var = ((x - mean).square() * real).sum(dim=(0, 1)) / count
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)  # type: ignore[operator]
-                self.running_var.lerp_(var, self.momentum)  # type: ignore[operator]
-        return (x - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
+                self.running_mean.lerp_(mean, 0.1)  # type: ignore[operator]
+                self.running_var.lerp_(var, 0.1)  # type: ignore[operator]
+        return (x - mean) * (torch.rsqrt(var + 1e-5) * self.weight) + self.bias
 
 
 class NetVLAD(nn.Module):
@@ -281,10 +257,9 @@ class NetVLAD(nn.Module):
 class MultimodalAttention(nn.Module):
     """O = X + gamma X Y, Y the softmax of the Gram matrix of W_f X over the vectors that exist."""
 
-    def __init__(self, embed_dim: int, dim: int = 64, gamma: float = 0.05):
+    def __init__(self, embed_dim: int):
         super().__init__()
-        self.w_f = nn.Linear(embed_dim, dim, bias=False)
-        self.gamma = gamma
+        self.w_f = nn.Linear(embed_dim, 64, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Returns [B, M, D] of vectors x [B, M, D] with mask [B, M]."""
@@ -293,7 +268,7 @@ class MultimodalAttention(nn.Module):
         pairs = mask[:, :, None] & mask[:, None, :]
         z = z.masked_fill(~pairs, torch.finfo(z.dtype).min)
         y = z.softmax(dim=1).masked_fill(~pairs, 0.0)
-        return x + self.gamma * torch.bmm(y.transpose(1, 2), x)
+        return x + 0.05 * torch.bmm(y.transpose(1, 2), x)
 
 
 class MMA(nn.Module):
@@ -302,35 +277,25 @@ class MMA(nn.Module):
     A clip that loses modalities in training never loses all.
     """
 
-    def __init__(
-        self,
-        dims: Mapping[str, int],
-        num_classes: int,
-        num_clusters: int = 3,
-        dropout_rate: float = 0.5,
-        modality_dropout_rate: float = 0.5,
-        embed_dim: int = 512,
-        num_face_vectors: int = 3,
-        gram_dim: int = 64,
-    ):
+    def __init__(self, dims: Mapping[str, int], num_classes: int, embed_dim: int = 512):
         super().__init__()
-        self.counts = {name: num_face_vectors if name == "face" else 1 for name in dims}
-        self.embed_dim, self.modality_dropout_rate = embed_dim, modality_dropout_rate
-        self.netvlad = NetVLAD(dims["face"], num_clusters)
-        widths = {**dims, "face": num_clusters * dims["face"]}
+        self.counts = {name: 3 if name == "face" else 1 for name in dims}
+        self.embed_dim = embed_dim
+        self.netvlad = NetVLAD(dims["face"], 3)
+        widths = {**dims, "face": 3 * dims["face"]}
         self.maps = nn.ModuleDict(
             {name: nn.Linear(widths[name], n * embed_dim) for name, n in self.counts.items()}
         )
         norms = {name: nn.LayerNorm(embed_dim, eps=1e-6) for name in dims}
         self.map_norms = nn.ModuleDict(norms)
-        self.attention = MultimodalAttention(embed_dim, gram_dim)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.attention = MultimodalAttention(embed_dim)
+        self.dropout = nn.Dropout(0.5)
         self.classifier = nn.Linear(sum(self.counts.values()) * embed_dim, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
-        """Returns logits [B, 1 + C]; of modalities but the face, the one fused frame."""
+        """Returns logits [B, 1 + C]; a modality except the face has one fused frame."""
         present = torch.stack([fused[name].mask.any(dim=1) for name in self.counts], dim=1)
-        if self.training and self.modality_dropout_rate:
+        if self.training:
             present = self._drop(present)
         vectors, masks = [], []
         for i, (name, count) in enumerate(self.counts.items()):
@@ -347,35 +312,35 @@ class MMA(nn.Module):
     def _drop(self, present: Tensor) -> Tensor:
         draw = torch.rand(present.shape).masked_fill(~present, -1.0)
         last = draw == draw.amax(dim=1, keepdim=True)
-        return present & ((draw >= self.modality_dropout_rate) | last)
+        return present & ((draw >= 0.5) | last)
 
 
 # Losses.
 
 
-def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
-    """Returns the sigmoid one-vs-rest focal loss [B], summed over classes.
+def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the sigmoid one-vs-rest focal loss [B] with gamma 2, summed over classes.
 
-    The sum of the negative term over all classes, corrected at the label: no one-hot is built.
+    The negative term of all classes is corrected at the label, without a one-hot array.
     """
-    at_label = logits.gather(1, labels[:, None])  # [B, 1]
 
     def negative(x: Tensor) -> Tensor:
-        return x.sigmoid().pow(gamma) * F.softplus(x)
+        return x.sigmoid().pow(2.0) * F.softplus(x)
 
+    at_label = logits.gather(1, labels[:, None])  # [B, 1]
     corrected = negative(-at_label) - negative(at_label)
     return negative(logits).sum(dim=1) + corrected[:, 0]
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, focal_weight: Tensor | float | None) -> Tensor:
-    """Returns w x focal + (1 - w) x softmax cross-entropy, [B]; None for the latter alone."""
+    """Returns w x focal + (1 - w) x softmax cross-entropy, [B]; only the softmax for None."""
     softmax = F.cross_entropy(logits, labels, reduction="none")
     if focal_weight is None:
         return softmax
     return focal_weight * focal_loss(logits, labels) + (1 - focal_weight) * softmax
 
 
-# What belongs together, a training step, and ranking.
+# A recipe, a training step, and ranking.
 
 
 class Recipe(NamedTuple):
@@ -407,14 +372,10 @@ def make_recipe(
     width: int = 8192,
     num_draws: int | None = None,
 ) -> Recipe:
-    """Returns one of the three systems, `mlp`, `residual` or `mma`.
+    """Returns one of the three systems, `mlp`, `residual` or `mma`, with 1 + C classes.
 
-    Args:
-      net_name: which.
-      num_classes: 1 + C.
-      dims: modality -> feature width; None: 512 for each modality of the net.
-      width: of `residual`.
-      num_draws: random fusions of a clip in a step; None: 1, 2 and 4.
+    `dims` are modality -> feature width, 512 by default. `width` is of `residual`. `num_draws` are
+    random fusions of a clip in a step, by default 1, 2 and 4.
     """
     dims = dims or dict.fromkeys(MMA_MODALITIES if net_name == "mma" else ("face",), 512)
     draw, weighting = FUSION[net_name]
@@ -424,7 +385,7 @@ def make_recipe(
     def fuse(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
         face = frames["face"]
         if train and net_name == "mlp":
-            face = filter_frames(face, min_quality=25.0, min_detection=0.7)
+            face = keep_good(face)
         fused = random_fusion(face, **draw) if train else mean_frame(face, weighting)
         others = {name: mean_frame(frames[name]) for name in dims if name != "face"}
         return {"face": fused, **others}
@@ -457,17 +418,10 @@ class Step:
         dtype: torch.dtype = torch.float32,
         learning_rate: float = 1e-3,
     ):
-        """Prepares it.
-
-        Args:
-          recipe: the net and its fusion.
-          compile: whether fusion, net and loss are compiled, as one function.
-          dtype: of the computation, float32 or bfloat16; parameters are float32.
-          learning_rate: of Adam.
-        """
+        """Compiles fusion, net and loss as one function if `compile`; parameters are float32."""
         self.net = recipe.net.train()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
-        # A tensor, so that another weight compiles nothing anew.
+        # A tensor, so that another weight compiles nothing again.
         self.focal_weight = torch.tensor(0.75) if recipe.focal else None
 
         def mean_loss(batch: Batch, focal_weight: Tensor | None) -> Tensor:
@@ -519,10 +473,8 @@ def make_scorer(
     return score
 
 
-def rank(
-    score: Callable[[Batch], Tensor], blocks: Iterable[Batch], *, num_best: int = 100
-) -> tuple[Tensor, Tensor]:
-    """Returns the best clips of every identity, best first: scores and rows, both [C, num_best].
+def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Returns the best 100 clips of every identity, best first: scores and rows, both [C, 100].
 
     `blocks` are the clips in the order of their rows. Places that no clip takes have -inf.
     """
@@ -535,7 +487,7 @@ def rank(
             index = index.expand(len(scores), -1)
             if best is not None and rows is not None:
                 scores, index = torch.cat([best, scores], dim=1), torch.cat([rows, index], dim=1)
-            best, place = scores.topk(min(num_best, scores.shape[1]), dim=1)
+            best, place = scores.topk(min(100, scores.shape[1]), dim=1)
             rows = index.gather(1, place)
     if best is None or rows is None:
         raise ValueError("no clips to rank")
@@ -549,10 +501,10 @@ def mean_average_precision(
     truth: Mapping[str, int],
     columns: Mapping[int, int],
 ) -> float:
-    """Returns MAP over all identities of `truth`; nothing is found of one without a column.
+    """Returns MAP over all identities of `truth`, clip -> identity.
 
-    `rows` and `scores` are those of `rank`; `labels` [N] are class columns, 0 for others; `truth`
-    is clip -> identity, and `columns` identity -> class column, from 1.
+    `rows` and `scores` are results of `rank`; `labels` [N] are class columns, 0 for others;
+    `columns` are identity -> class column, from 1. The AP of an identity without a column is 0.
     """
     hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(scores)
     precision = np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1])
@@ -576,11 +528,7 @@ class Clip(NamedTuple):
 
 def load_clips(directory: Path, split: str) -> dict[str, Clip]:
     """Returns clip name -> Clip, of clips with a face, unpickled from an official file."""
-    path = directory / f"face_{split}_v2.pickle"
-    if not path.is_file():
-        path = directory / f"face_{split}.pickle"
-    with path.open("rb") as file:
-        content = pickle.load(file, encoding="bytes")
+    content = pickle.loads((directory / f"face_{split}.pickle").read_bytes(), encoding="bytes")
     clips = {}
     for key, frames in content.items():
         if len(frames):
@@ -604,28 +552,19 @@ def load_truth(directory: Path, split: str) -> dict[str, int]:
 class ClipDataset(Dataset):
     """The clips of one split in memory, as arrays per clip.
 
-    In training, those with a label, of which longer ones are cut at random; in evaluation all, by
-    length, so that blocks are padded little. `labels` are class columns, 0 for others.
+    In training, clips with a label, and a random part of a longer clip; in evaluation all clips by
+    length, so that blocks have little padding. `labels` are class columns, 0 for others.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        split: str,
-        columns: Mapping[int, int],
-        *,
-        train: bool,
-        max_frames: int = 64,
-    ):
+    def __init__(self, directory: Path, split: str, columns: Mapping[int, int], *, train: bool):
         """Loads the files; `columns` are identity -> class column, from 1."""
-        clips = load_clips(directory, split)
-        truth = load_truth(directory, split)
+        clips, truth = load_clips(directory, split), load_truth(directory, split)
         names = sorted(clips)
         if train:
             names = [name for name in names if truth.get(name) in columns]
         else:
             names.sort(key=lambda name: len(clips[name].features))
-        self.train, self.max_frames = train, max_frames
+        self.train = train
         self.labels = np.array([columns.get(truth.get(n, -1), 0) for n in names], np.int64)
         self.clips = [clips[name] for name in names]
 
@@ -634,9 +573,9 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Clip, int]:
         clip = self.clips[row]
-        if self.train and len(clip.features) > self.max_frames:
-            start = int(torch.randint(len(clip.features) - self.max_frames + 1, ()))
-            clip = Clip(*(x[start : start + self.max_frames] for x in clip))
+        if self.train and len(clip.features) > MAX_FRAMES:
+            start = int(torch.randint(len(clip.features) - MAX_FRAMES + 1, ()))
+            clip = Clip(*(x[start : start + MAX_FRAMES] for x in clip))
         return clip, int(self.labels[row])
 
     def collate(self, examples: Sequence[tuple[Clip, int]]) -> Batch:
@@ -658,21 +597,17 @@ class ClipDataset(Dataset):
 
 def make_loader(dataset: ClipDataset, batch_size: int) -> DataLoader:
     """Returns batches: in training, shuffled and of one size; in evaluation, in order and all."""
-    return DataLoader(
-        dataset,
-        batch_size=min(batch_size, len(dataset)),
-        shuffle=dataset.train,
-        drop_last=dataset.train,
-        collate_fn=dataset.collate,
-    )
+    options: dict[str, Any] = {"shuffle": dataset.train, "drop_last": dataset.train}
+    size = min(batch_size, len(dataset))
+    return DataLoader(dataset, batch_size=size, collate_fn=dataset.collate, **options)
 
 
 # The whole run.
 
 
-def learning_rate_scale(step: int, num_steps: int, warmup: float = 0.1) -> float:
-    """Returns the factor of the peak rate: a linear warm-up, then a cosine to 0.01."""
-    warmup_steps = max(1, math.ceil(warmup * num_steps))
+def learning_rate_scale(step: int, num_steps: int) -> float:
+    """Returns the factor of the peak rate: a linear warm-up of a tenth, then a cosine to 0.01."""
+    warmup_steps = max(1, math.ceil(0.1 * num_steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
@@ -695,14 +630,9 @@ def fit(
     each_epoch: bool = False,
     softmax: bool = False,
 ) -> dict[str, Any]:
-    """Trains the MLP, saves a checkpoint and returns the MAP@100 on val.
+    """Trains the MLP on official files, saves a checkpoint and returns the MAP@100 on val.
 
-    Args:
-      directory: the folder of the official files.
-      epochs, batch_size: passes over the training clips; clips a step.
-      compile, dtype, learning_rate: as in `Step`.
-      each_epoch: True to write the MAP after every epoch.
-      softmax: True for the softmax loss alone, without the focal loss.
+    With `each_epoch` the MAP is written after every epoch. `softmax` leaves out the focal loss.
     """
     identities = sorted(set(load_truth(directory, "train").values()))
     columns = {identity: 1 + i for i, identity in enumerate(identities)}
@@ -723,9 +653,8 @@ def fit(
     def evaluate() -> float:
         best, rows = rank(score, blocks)
         recipe.net.train()  # scoring left it in evaluation
-        lists = rows.numpy(), best.numpy()
         truth = load_truth(directory, "val")
-        return mean_average_precision(*lists, val.labels, truth, columns)
+        return mean_average_precision(rows.numpy(), best.numpy(), val.labels, truth, columns)
 
     number, loss = 0, torch.zeros(())
     for batch in (batch for _ in range(epochs) for batch in loader):

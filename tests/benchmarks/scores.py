@@ -3,7 +3,7 @@
     python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=KEYS] [--collect] [--time]
 
 trains every run that FOLDER lacks, one after the other (hours). It then writes the results into
-`scores.json` beside this file, the tables into the pages of `PAGES`, below the comments
+`scores.json`, the tables into the pages of `PAGES`, below the comments
 `<!-- table: NAME -->`, and time and score into the docstrings of the configurations. `ladders`
 lists the runs and what is compared.
 
@@ -47,6 +47,7 @@ PAGES = {  # table -> the page that shows it
 }
 RESULTS = HERE / "scores.json"
 DATASETS = (SYNTHETIC, REAL)
+RUNGS = tuple(itertools.chain(*LADDERS.values()))
 
 
 # The short table in the main README: key of the row with the scores, what the system is, and MAP of
@@ -69,20 +70,18 @@ HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma", "cosine", 
 
 
 def time_systems(only: Sequence[str]) -> dict[str, float]:
-    """Returns key -> seconds of each command in the main README, with nothing cached before.
+    """Returns key -> seconds of each command in the main README, without any cache.
 
-    The seconds run from the start of the process to its end: dataset, compilation, training,
-    evaluation and report.
+    The seconds include the dataset, compilation, training, evaluation and report.
     """
     seconds = {}
     for key in dict.fromkeys((*(key for key, *_ in SYSTEMS), *HEADERS)):
-        if not is_chosen(key, only):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            spec, *overrides = ROWS[key].spec.split()
-            words = (f"--config=configs/{spec}", *overrides)
-            seconds[key], _ = first_command.run(Path(folder), *words)
-        sys.stdout.write(f"{key}: {seconds[key]:.0f} s\n")
+        if is_chosen(key, only):
+            with tempfile.TemporaryDirectory() as folder:
+                spec, *overrides = ROWS[key].spec.split()
+                words = (f"--config=configs/{spec}", *overrides)
+                seconds[key], _ = first_command.run(Path(folder), *words)
+            sys.stdout.write(f"{key}: {seconds[key]:.0f} s\n")
     return seconds
 
 
@@ -99,10 +98,8 @@ def folder_name(row: Row, dataset: str, seed: int) -> str:
 def runs(real: str | None) -> Iterator[tuple[str, str, list[str]]]:
     """Yields (key of the row, name of the folder, words of the command) of every run.
 
-    A join comes after the runs that it joins; its words hold FOLDER in their place.
-
-    Args:
-      real: the folder of real clips; None for no runs on them.
+    `real` is the folder of real clips, None for no runs on them. A join comes after the joined
+    runs; in its words, FOLDER stands for their place.
     """
     for row in ROWS.values():
         for dataset in DATASETS if real else (SYNTHETIC,):
@@ -139,12 +136,9 @@ def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
 def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the contents of `scores.json`, from the runs in a folder.
 
-    `old` are the contents so far, kept for runs that the folder lacks.
-
-    Returns:
-      `rows`: key -> dataset -> `map`, `top1` and `fnir` (at an FPIR of 1 %) of each seed and the
-        `commits` of the code;
-      `rungs`: key and base -> dataset -> `mean` and `error` of the difference; `seconds`.
+    `old` are the contents so far, kept for runs that the folder lacks. `rows` are key -> dataset ->
+    `map`, `top1` and `fnir` (at an FPIR of 1 %) of each seed and the `commits` of the code; `rungs`
+    are key and base -> dataset -> `mean` and `error` of the difference.
     """
     rows: dict[str, Any] = {}
     for key, row in ROWS.items():
@@ -157,18 +151,13 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
         return comparison.read(str(path))
 
     rungs: dict[str, Any] = {}
-    for rung in filter(lambda rung: rung.base, all_rungs()):
+    for rung in (rung for rung in RUNGS if rung.base):
         pair = pair_name(rung)
         before = old.get("rungs", {}).get(pair, {})
         found = {name: _difference(folder, rung, name, read) for name in DATASETS}
         found = {name: value or before.get(name) for name, value in found.items()}
         rungs[pair] = {name: value for name, value in found.items() if value}
     return {"rows": rows, "rungs": rungs, "seconds": old.get("seconds", {})}
-
-
-def all_rungs() -> Iterator[Rung]:
-    """Returns the rungs of all ladders."""
-    return itertools.chain(*LADDERS.values())
 
 
 def pair_name(rung: Rung) -> str:
@@ -236,12 +225,10 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
     for dataset in DATASETS:
         head += [f"{dataset}, seeds {seeds}", "mean"]
     above = ["added", "`--config=configs/`", "to", "published", *DATASETS, "gain?", "why"]
-    ladders = {
-        name: common.markdown(
-            above, [_ladder_row(rung, found, strangers=name in OPEN_SET) for rung in rungs]
-        )
-        for name, rungs in LADDERS.items()
-    }
+    ladders = {}
+    for name, rungs in LADDERS.items():
+        cells = [_ladder_row(rung, found, strangers=name in OPEN_SET) for rung in rungs]
+        ladders[name] = common.markdown(above, cells)
     return {"systems": _systems(found), "scores": common.markdown(head, rows), **ladders}
 
 
@@ -251,7 +238,7 @@ def _ladder_row(rung: Rung, found: Mapping[str, Any], *, strangers: bool) -> lis
     cells = []
     for dataset in DATASETS:
         score = _mean(scores.get(dataset, {}).get("map", []))
-        if score and rung.published.startswith("top1"):  # an accuracy, beside which stands ours
+        if score and rung.published.startswith("top1"):  # an accuracy: ours, too
             score += f", top1 {_mean(scores[dataset]['top1'])}"
         reason = {**ROWS[rung.key].absent, **rung.absent}.get(dataset, "")
         gain = _with_interval(differences.get(dataset)) or _no_base(rung, dataset)
@@ -276,9 +263,7 @@ def _no_base(rung: Rung, dataset: str) -> str:
 
 def published_gain(rung: Rung) -> float | None:
     """Returns the published MAP of a rung minus that of its base, None if either is not given."""
-    by_key = {
-        one.key: one.published for one in all_rungs() if re.fullmatch(r"0\.\d+", one.published)
-    }
+    by_key = {one.key: one.published for one in RUNGS if re.fullmatch(r"0\.\d+", one.published)}
     if rung.published != by_key.get(rung.key) or rung.base not in by_key:
         return None
     return float(rung.published) - float(by_key[rung.base])
@@ -326,7 +311,7 @@ def replace(text: str, name: str, table: str) -> str:
 
 
 def header(row: Row, found: Mapping[str, Any]) -> str:
-    """Returns the lines of a configuration's docstring that tell time and score of a row."""
+    """Returns the lines with time and score of a row, for a configuration's docstring."""
     scores, seconds = found["rows"].get(row.key, {}), found["seconds"].get(row.key)
     arguments = " and ".join(f"`{word}`" for word in row.arguments.split(",") if word)
     spoken = f" with the argument {arguments}" if arguments else ""
