@@ -1,7 +1,7 @@
-"""What the benchmarks share: made-up clips and runs, timing in turns, matrix products, tables.
+"""Shared parts of the benchmarks: made-up clips and runs, timing in turns, products, tables.
 
-Needs jax, flax and optax only, and fills its arrays on the device, so that it runs where there is
-neither TensorFlow nor a dataset.
+Needs only jax, flax and optax, and fills its arrays on the device: it runs without TensorFlow and
+without a dataset.
 """
 
 import argparse
@@ -157,25 +157,24 @@ def make_loop(run: Run) -> Any:
 
 
 def for_torch(frames: Mapping[str, Frames]) -> dict[str, tuple[np.ndarray, ...]]:
-    """Returns padded clips as `make_batch` of PyTorch's side takes them."""
-    arrays = {
-        n: (fusion.read(x.features), x.quality, x.detection, x.mask) for n, x in frames.items()
+    """Returns padded clips as `peer.make_batch` takes them."""
+    return {
+        name: tuple(map(np.array, (fusion.read(x.features), x.quality, x.detection, x.mask)))
+        for name, x in frames.items()
     }
-    return {name: tuple(map(np.array, fields)) for name, fields in arrays.items()}
 
 
 class Product(NamedTuple):
     """A matrix product of a trace."""
 
     flops: int
-    equation: Any  # of the trace; bound again to run it alone
+    equation: Any  # of the trace; bound again to run only this product
 
 
 def products(jaxpr: Any) -> Iterator[Product]:
-    """Yields every matrix product of a trace, those of its inner functions included.
+    """Yields every matrix product of a trace and of its inner functions.
 
-    Raises:
-      ValueError: one lies in a loop, where it would count once and run often.
+    Raises ValueError for a product in a loop: it would count once and run often.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -191,10 +190,10 @@ def products(jaxpr: Any) -> Iterator[Product]:
 
 
 def make_bare(found: Sequence[Product], rng: Array, times: int) -> Callable[[], Array]:
-    """Returns the products alone, on made-up operands of their own, as one compiled program.
+    """Returns only the products, with made-up operands, as one compiled program.
 
     The program repeats all of them `times` times in a loop, as training repeats its steps.
-    Otherwise it would measure how the system hands out memory for new results, too.
+    Otherwise it would also measure how the system hands out memory for new results.
     """
     shapes = [x.aval for product in found for x in product.equation.invars]
     keys = jax.random.split(rng, len(shapes))
@@ -228,8 +227,7 @@ def make_copy() -> tuple[Callable[[], Array], int]:
 
 def seconds_each(function: Callable[[], Any], repeats: int) -> float:
     """Returns the time of one call, over calls that are dispatched one after another."""
-    start = time.perf_counter()
-    result = None
+    start, result = time.perf_counter(), None
     for _ in range(repeats):
         result = function()
     jax.block_until_ready(result)
@@ -268,7 +266,7 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# Those that products in bfloat16 depend on.
+# Flags that change the speed of products in bfloat16.
 _FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -276,10 +274,8 @@ def describe() -> str:
     """Returns the processor, its flags and the JAX version that the figures were measured with."""
     kind = jax.devices()[0].device_kind
     if kind == "cpu":
-        lines: dict[str, str] = {}
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            lines[name.strip()] = value.strip()
+        parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        lines = {name.strip(): value.strip() for name, _, value in parts}
         flags = [flag for flag in _FLAGS if flag in lines.get("flags", "").split()]
         kind = f"{os.cpu_count()} cores of {lines.get('model name', 'a processor')}"
         kind += f" with {', '.join(flags) or 'no AVX-512'}"

@@ -74,15 +74,10 @@ def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = 10
 def measure(
     films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
 ) -> dict[str, float]:
-    """Returns shares of tracks, and what is said of unknown people, over random draws.
+    """Returns shares of tracks, and figures of unknown people, over random draws.
 
-    Args:
-      films: the tracks.
-      photos: [P, K, D] vectors of K photos of P people; their places are their numbers.
-      known: number of people that are enrolled.
-      count: number of photos of each.
-      draws: number of random choices of people and photos.
-      votes: True if tracks that form a group vote.
+    `photos` are [P, K, D] vectors of K photos of P people; `known` people are enrolled with `count`
+    photos each, in `draws` random choices. With `votes`, tracks that form a group vote.
     """
     found = backend.make_card_backend({"face": card()}, STRANGER_ODDS)
     rng, shares, sure, correct = np.random.default_rng(0), [], [], []
@@ -137,9 +132,8 @@ def main() -> None:
     for known in (8, len(photos)):
         for count in (1, 3):
             for votes in (False, True):
-                found = measure(
-                    films, photos, known=known, count=count, draws=args.draws, votes=votes
-                )
+                sizes = {"known": known, "count": count, "draws": args.draws}
+                found = measure(films, photos, **sizes, votes=votes)
                 cells = " | ".join(f"{name} {value:.3f}" for name, value in found.items())
                 sys.stdout.write(f"{known} people, {count} photos, votes {votes} | {cells}\n")
                 sys.stdout.flush()

@@ -4,12 +4,10 @@
         [--streaming]
 
 The MLP of `configs/quality_fusion.py` at published size on made-up official files (20 to 30 faces a
-clip, 10,034 identities), against the same net in PyTorch (the extra `bench`) that unpickles the
-files into memory, as the systems of the challenge did. They take turns. Our first run converts the
-files and compiles; it is shown by itself, the ratio is that of later ones.
-
-With `--streaming` there is no PyTorch: training on clips that tf.data streams (the extra
-`tensorflow`) is compared with training on resident ones.
+clip, 10,034 identities) takes turns with the same net in PyTorch (the extra `bench`), which
+unpickles the files into memory. Our first run converts the files and compiles; the ratio is of the
+later runs. With `--streaming`, training on clips that tf.data streams (the extra `tensorflow`) is
+compared with training on resident clips, without PyTorch.
 """
 
 import argparse
@@ -35,9 +33,8 @@ def write_files(
 ) -> None:
     """Writes made-up faces as official files; a third of val are distractors.
 
-    `counts` are split -> number of clips, of one person after another. `likeness` is the length of
-    a person's own part of a face, relative to the rest of it; 0 for none. Otherwise features have a
-    standard deviation near 1, from which nets learn sooner.
+    `counts` are split -> number of clips. `likeness` is the length of a person's own part of a
+    face, relative to the rest. If it is not 0, features have a standard deviation near 1.
     """
     rng = np.random.default_rng(0)
     frames = random_clip(rng, 4096, 512)
@@ -51,29 +48,21 @@ def write_files(
             first, length = int(rng.integers(0, 4000)), int(rng.integers(20, 31))
             name = f"IQIYI_VID_{split.upper()}_{number:07d}"
             clip = type(frames)(*(field[first : first + length] for field in frames))
-            identity = 0
-            if split == "train" or number % 3:
-                identity = 1 + number % num_identities
+            identity = 1 + number % num_identities if split == "train" or number % 3 else 0
+            if identity:
                 labels[name] = str(identity)
-            clips[name] = clip._replace(
-                features=(clip.features + people[identity]).astype(np.float16)
-            )
+            features = (clip.features + people[identity]).astype(np.float16)
+            clips[name] = clip._replace(features=features)
         write_pickle(directory, "face", split, clips)
         write_truth(directory, split, labels)
 
 
 def run(words: Sequence[str], env: dict[str, str]) -> list[tuple[float, str]]:
     """Returns the lines that a process wrote, with seconds from its start; "" at its end."""
-    began = time.perf_counter()
-    lines = []
-    with subprocess.Popen(
-        [sys.executable, "-m", *words],
-        cwd=common.ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
+    began, lines = time.perf_counter(), []
+    pipes: Any = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, "-m", *words]
+    with subprocess.Popen(command, cwd=common.ROOT, env=env, **pipes) as process:
         assert process.stdout
         for line in process.stdout:
             lines.append((time.perf_counter() - began, line))
@@ -86,7 +75,7 @@ SIZES = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs"
 
 
 def our_words(folder: Path, epochs: int, batch_size: int) -> list[str]:
-    """Returns the words of a run of ours without a report, of which PyTorch has no like."""
+    """Returns the words of our run, without a report."""
     words = ["vidjax.main", "--config=configs/quality_fusion.py:iqiyi_vid"]
     words += [f"--config.data.dir={folder}", f"--config.num_epochs={epochs}"]
     return [*words, f"--config.batch_size={batch_size}", "--config.eval.report=False"]

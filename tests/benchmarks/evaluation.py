@@ -3,14 +3,12 @@
     python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
         [--peer] [--rounds=3] [--published]
 
-Clips are made up and resident. The whole is `vidjax.evaluation.scoring.score`, with MAP and the
-open-set figures; the forward pass is the same blocks without a ranking. With `--peer` the same net
-in PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
-blocks that lie in memory. All take turns in one process.
-
-`--published` times the nets of the two publications that tell how long their test takes, at the
-official number of identities, on a sample of clips of 30 frames on average. `--clips` should be
-many times `--block_size`, since the last block of each length is filled up.
+The whole is `vidjax.evaluation.scoring.score` of made-up resident clips, with MAP and the open-set
+figures; the forward pass has the same blocks without a ranking. With `--peer` the same net in
+PyTorch (the extra `bench`), eager and by torch.compile, ranks padded blocks in memory with
+`torch.topk`. All take turns in one process. `--published` times the nets of the two publications
+that report a time of their test, at the official number of identities. `--clips` should be many
+times `--block_size`, since the last block of each length is filled up.
 """
 
 # pyright: reportMissingImports=false
@@ -33,13 +31,13 @@ from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
 
-TESTED = 80_000  # clips of the official test, of which a publication speaks
-TESTS = {  # what a publication times -> one of its nets, and how many there are
+TESTED = 80_000  # clips of the official test
+TESTS = {  # test with a published time -> one of its nets, and their number
     "R31: merged frames": ("residual_dense.py:published,iqiyi_vid,face,one", 3),
     "Q11: a fused face": ("quality_fusion.py:published,iqiyi_vid", 1),
     "Q11: every face": ("quality_fusion.py:published,voting,iqiyi_vid", 1),
 }
-PEER_CLIPS = 8192  # that PyTorch ranks: padded ones of all would not fit into memory
+PEER_CLIPS = 8192  # that PyTorch ranks: all padded clips would not fit into memory
 
 
 class MadeUp:
@@ -151,11 +149,8 @@ def benchmark(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{args.num_identities:,} identities\n\n")
     common.write_table(["", "clips/s"], rows)
     rows: list[list[str]] = [["top 100 / forward", common.ratio(seconds, "top 100", "forward")]]
-    rows += [
-        [f"{k} / whole", common.ratio(seconds, k, "whole")]
-        for k in counts
-        if k in ("eager", "compiled")
-    ]
+    peers = [name for name in counts if name in ("eager", "compiled")]
+    rows += [[f"{name} / whole", common.ratio(seconds, name, "whole")] for name in peers]
     common.write_table(["", "ratio"], rows)
 
 

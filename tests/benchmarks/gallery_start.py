@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.gallery_start
 
-The gallery is one of cards, with 20 people and 150 strangers, and five clips are asked for. Figures
-are medians of seven turns, after one that fills caches: seconds, seconds of the processor, and
-these beside those of a process that imports numpy only.
+A gallery of cards has 20 people and 150 strangers, and answers for five clips. Figures are medians
+of seven turns, after a turn that fills caches: seconds, seconds of the processor, and the ratio to
+a process that only imports numpy.
 """
 
 import os
@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ WIDTH, PEOPLE, STRANGERS, ASKED, TURNS = 128, 20, 150, 5, 7
 CARDS = VectorOrigin("made-up", "0" * 64, centred=True, cards={"face": "0" * 64})
 ANSWER = """
 from pathlib import Path
+from typing import Any
 import numpy as np
 from vidjax import Gallery
 clips = {x.stem: dict(np.load(x)) for x in Path("clips").iterdir()}
@@ -45,9 +47,13 @@ def make(folder: Path) -> None:
     faces = np.random.default_rng(0).standard_normal((PEOPLE + STRANGERS + ASKED, WIDTH))
     faces = (faces / np.linalg.norm(faces, axis=1, keepdims=True)).astype(np.float32)
     same, different = (0.958, 0.0146), (0.83, 0.0352)  # cosines of dlib's vectors of faces
-    card = BackEnd(
-        centre=[0.0] * WIDTH, same=same, different=different, pairs=(1, 1), data="made-up"
-    )
+    facts: dict[str, Any] = {
+        "same": same,
+        "different": different,
+        "pairs": (1, 1),
+        "data": "made-up",
+    }
+    card = BackEnd(centre=[0.0] * WIDTH, **facts)
     clips = {
         f"clip {n}": StoredClip(f"person {n}" if n < PEOPLE else None, face)
         for n, face in enumerate(faces[:-ASKED])

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.intervals [--repetitions=1000] [--identities=20,37,100,300,1000]
 
 Identities are drawn from populations whose mean is known. `held` is the share of samples whose
-95 % interval holds that mean, beside the share for the t interval, cut to the same range; `width`
+95 % interval contains the mean, the same share for the t interval in the same range; `width`
 is the mean width in widths of the t interval.
 """
 

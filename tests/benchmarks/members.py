@@ -1,10 +1,9 @@
-"""The member axis: a step of E members against E steps, one run of folds against as many runs.
+"""The member axis: a step of E members against E steps, one run of folds against five runs.
 
     python -m tests.benchmarks.members [--members=5] [--batch_size=1024] [--runs]
 
-Steps are those of `configs/quality_fusion.py` on made-up resident clips, as on a CPU: a member
-after the other, each batch drawn anew for it. They take turns in one process. With `--runs` whole
-trainings follow, each a process: start, compilation, input, evaluation.
+Steps of `configs/quality_fusion.py` on made-up resident clips take turns in one process; as on a
+CPU, one member follows the other. With `--runs`, whole trainings follow, each in a process.
 """
 
 import argparse
@@ -40,7 +39,7 @@ def make_step(args: argparse.Namespace, count: int) -> Any:
 
 
 def compare_steps(args: argparse.Namespace) -> None:
-    """Writes the cost of a step of E members beside E steps of one."""
+    """Writes the cost of a step of E members, relative to E steps of one member."""
     functions = {"one": make_step(args, 1), "all": make_step(args, args.members)}
     seconds = common.in_turns(functions, args.rounds)
     seconds["one"] = [args.members * x for x in seconds["one"]]
@@ -52,7 +51,7 @@ def compare_steps(args: argparse.Namespace) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> None:
-    """Writes the time of one run of five folds beside that of five runs, each a process."""
+    """Writes the time of one run of five folds, relative to five runs."""
     base = [sys.executable, "-m", "vidjax.main", f"--config={common.CONFIGS / SPEC}:folds"]
     folds, seconds = 5, {"all": [], "apart": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,12 @@
-"""Identifications a second of `vidjax serve`, beside a server that answers one request at a time.
+"""Identifications a second of `vidjax serve`, and of a server that answers one request at a time.
 
     python -m tests.benchmarks.serve [--people=20000] [--clients=32] [--seconds=60]
 
-A gallery of people with one vector of 512 each is served; each client sends one clip, one frame of
-512 as a binary tensor, waits for its answer and sends the next one. One clip in five shows a
-stranger. Clients and server share the machine: `server_cpu_ms` is the processor time that the
-server takes for a request, `client_cpu_ms` that of its client. `cores_of_others` is how many cores
-other programs took meanwhile, on average: with more than 0.1, rates say little. The other server is
-`PLAIN`: Python's own http.server, and the same gallery.
+Each client sends one clip, one frame of 512 as a binary tensor, waits for its answer and sends the
+next clip. One clip in five shows a stranger. Clients and server share the machine: `server_cpu_ms`
+and `client_cpu_ms` are processor times of a request. `cores_of_others` is the mean number of cores
+that other programs used; above 0.1, the rates mean little. The other server is `PLAIN`: Python's
+http.server, and the same gallery.
 """
 
 import asyncio
@@ -60,12 +59,11 @@ server.serve_forever()
 
 def request_of(vector: np.ndarray) -> bytes:
     """Returns a request of the Open Inference Protocol, headers and body."""
+    binary = {"binary_data_size": 4 * len(vector)}
     tensor = {"name": "face", "shape": [1, 1, len(vector)], "datatype": "FP32"}
-    outputs = [
-        {"name": name, "parameters": {"binary_data": True}} for name in ("identity", "scores")
-    ]
-    content = {"inputs": [tensor | {"parameters": {"binary_data_size": 4 * len(vector)}}]}
-    head = json.dumps({**content, "outputs": outputs}).encode()
+    outputs = [{"name": x, "parameters": {"binary_data": True}} for x in ("identity", "scores")]
+    content = {"inputs": [tensor | {"parameters": binary}], "outputs": outputs}
+    head = json.dumps(content).encode()
     body = head + vector.astype("<f4").tobytes()
     return (
         "POST /v2/models/gallery/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -155,11 +153,9 @@ def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, secon
     """Starts a server by a command that prints its address, and loads it."""
     with limits.running([sys.executable, *words], stderr=None) as process:
         assert process.stdout
-        began = time.perf_counter()
         port = int(process.stdout.readline().rsplit(":", 1)[1])
         if "serve" in words:
             servers.Served(process, port).wait()
-        ready = time.perf_counter() - began
         load(port, requests, clients, min(2, seconds))
         before, busy = cpu_seconds(process.pid), busy_seconds()
         found = load(port, requests, clients, seconds)
@@ -167,15 +163,10 @@ def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, secon
         cpu = 1000 * own / found["requests"]
         both = (cpu + found["client_cpu_ms"]) * found["requests"] / 1000
         cores = (busy - both) * found["per_second"] / found["requests"]
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        memory = int(status.split("VmRSS:")[1].split()[0]) // 1024
-        return found | {
-            "server_cpu_ms": cpu, "cores_of_others": cores, "ready_seconds": ready,
-            "memory_mb": memory,
-        }  # fmt: skip
+        return found | {"server_cpu_ms": cpu, "cores_of_others": cores}
 
 
-def main() -> int:
+def main() -> None:
     """Prints the figures of both servers as JSON lines."""
     args = common.parse(__doc__, people=20_000, clients=32, seconds=60.0)
     rng = np.random.default_rng(0)
@@ -191,10 +182,9 @@ def main() -> int:
         own = ["-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
         for name, words in (("serve", own), ("plain", ["-c", PLAIN, str(folder)])):
             found = measure(words, requests, args.clients, args.seconds)
-            sys.stdout.write(json.dumps({"server": name, **found, "cores": os.cpu_count()}) + "\n")
+            sys.stdout.write(json.dumps({"server": name, **found}) + "\n")
             sys.stdout.flush()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,11 @@
-"""Measures speed on this machine and writes it beside that of others into `README.md` here.
+"""Measures speed on this machine and writes it into `README.md`, with a column for each machine.
 
     python -m tests.benchmarks.speed [--only=NAME,NAME] [--collect]
 
-Every benchmark of BENCHMARKS is a process. What it prints as tables goes into `speed.json`, under
-the name of the processor, and from there into the tables below `<!-- table: speed NAME -->`, with a
-column for each machine. A machine that measures again replaces its own column. `--collect` measures
-nothing and writes the tables. PyTorch (the extra
-`bench`) and 20 GB of memory are needed. It takes about an hour on 2 cores; run nothing else
-beside it.
+Every benchmark of BENCHMARKS is a process. Its printed tables go into `speed.json`, under the name
+of the processor, and from there into the tables below `<!-- table: speed NAME -->`. `--collect`
+only writes the tables. The measurement needs PyTorch (the extra `bench`), 20 GB of memory, an hour
+on 2 cores, and an otherwise idle machine.
 """
 
 import argparse

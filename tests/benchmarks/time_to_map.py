@@ -1,14 +1,13 @@
-"""Time to a result: from the start of a process to a MAP within 0.005 of a final one.
+"""Time to a result: from the start of a process to a MAP within 0.005 of a final MAP.
 
     python -m tests.benchmarks.time_to_map [--clips=20000] [--epochs=10] [--rounds=1]
 
 The MLP of `configs/quality_fusion.py` at published size, on made-up official files with people that
-can be told apart; softmax alone, as the focal loss learns little of two clips a person; MAP on val
-after every epoch. Ours in float32 and in bfloat16; PyTorch (the extra `bench`) eager, compiled, and
-compiled in bfloat16: the same net, files, batches and schedule. The MAP to reach is the final one
-of each run, and the lowest final one of all: runs do not end at the same MAP. Each run is a
-process, and they take turns. Before the first round, one run of each kind of ours converts the
-files and compiles, and one of each compiled kind of PyTorch fills its cache.
+differ; only softmax, as the focal loss learns little from two clips a person; MAP on val after
+every epoch. Ours in float32 and in bfloat16; PyTorch (the extra `bench`) eager, compiled, and
+compiled in bfloat16, with the same net, files, batches and schedule. The MAP to reach is the final
+MAP of the run, and the lowest final MAP of all runs. Each run is a process, and they take turns,
+after a run of each kind that fills its cache.
 """
 
 import os

@@ -3,12 +3,11 @@
     python -m tests.benchmarks.training_step [--nets=mlp,residual,mma] [--peer] [--bfloat16]
         [--batch_size=1024] [--num_identities=10034] [--rounds=5]
 
-Nets are those of `configs/` at published size, the residual one 4096 wide with one draw a clip. A
-step is what training does with resident clips: the draw of a batch, fusion, forward, loss,
-backward, optimiser, metrics; four steps a dispatch. The bare products are those of the step's own
-trace, with the same shapes, dtypes and precision, and nothing between them. With `--peer` the same
-nets in PyTorch (the extra `bench`), eager and by torch.compile, train on padded batches that lie in
-memory. All take turns in one process, because machines drift: the ratios are medians over rounds.
+The nets of `configs/` have their published size, but the residual net is 4096 wide with one draw a
+clip. A step is a step of training on resident clips; four steps are one dispatch. The bare products
+are the products of the step's trace and nothing between them. With `--peer`, the same nets in
+PyTorch (the extra `bench`), eager and by torch.compile, train on padded batches in memory. All take
+turns in one process, because machines drift: the ratios are medians over rounds.
 """
 
 # pyright: reportMissingImports=false
@@ -52,17 +51,16 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     """Returns the row of a net."""
     spec, overrides, _ = common.NETS[name]
     words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
-    run = common.make_run(
-        spec, words, batch_size=args.batch_size, num_identities=args.num_identities
-    )
+    sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
+    run = common.make_run(spec, words, **sizes)
     loop, state = common.make_loop(run), run.state
 
-    def step_alone(state: Any, clips: Any) -> Any:
+    def one_step(state: Any, clips: Any) -> Any:
         batch = resident.draw_batch(clips, run.plan, state.step)
         return train_step.train_step(run.system, state, run.tables, batch)
 
-    found = list(common.products(jax.make_jaxpr(step_alone)(state, run.clips).jaxpr))
-    cost: Any = jax.jit(step_alone).lower(state, run.clips).compile().cost_analysis()
+    found = list(common.products(jax.make_jaxpr(one_step)(state, run.clips).jaxpr))
+    cost: Any = jax.jit(one_step).lower(state, run.clips).compile().cost_analysis()
 
     def train() -> Any:
         nonlocal state
@@ -70,7 +68,7 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
         return outcome
 
     jax.block_until_ready(train())
-    peak = common.peak_bytes()  # before the operands of the bare products lie beside the state
+    peak = common.peak_bytes()  # before the operands of the bare products are made
     copy, copied = common.make_copy()
     functions: dict[str, Callable[[], Any]] = {
         "step": train,

@@ -1,17 +1,16 @@
-"""Speakers told by their voices alone, with nets and cards as they ship and nothing trained.
+"""Speakers named by their voices, with nets and cards as they ship and nothing trained.
 
     VIDJAX_MODELS=models VIDJAX_SPEECH=FOLDER python -m tests.benchmarks.voices
 
 The folder has SPEAKER/*.flac. The first three utterances of each speaker are enrolled in a gallery
-of the models, and the others are asked. Strangers are all utterances of a speaker who is left out,
-asked of a gallery of the others, each speaker in turn.
+of the models, and the others are identified. Strangers are all utterances of a speaker who is not
+enrolled, each speaker in turn.
 
-    cosines         mean and deviation of pairs of utterances, as the card tells them
-    first           others whose most probable identity is right, and their number
-    by_card         shares that get the right name, a wrong one, and strangers who get one, as
-                    `identify` answers without any strangers
-    at_1_percent    the same by a threshold that 1 % of strangers reach at most: for the utterances
-                    of each speaker, known or as a stranger, it is set on those of all others
+    cosines         mean and deviation of pairs of utterances, as in the card
+    first           utterances whose most probable identity is right, and their number
+    by_card         shares with the right name, a wrong name, and strangers with a name
+    at_1_percent    the same by a threshold that at most 1 % of strangers reach: for the utterances
+                    of each speaker, it is set on all other speakers
 """
 
 import json
@@ -29,7 +28,7 @@ from vidjax.apps.video import cards, voices
 from vidjax.core import metrics
 
 ENROLLED = 3
-FPIR = 1 / 91  # the least rate that the 90 utterances of all others can show
+FPIR = 1 / 91  # the lowest rate that the 90 utterances of all other speakers can show
 
 
 def read(path: Path) -> np.ndarray:
