@@ -1,61 +1,26 @@
-"""`vidjax check`: what it says of good and damaged data, runs and galleries."""
+"""`vidjax check`: its answers for good and damaged data, runs and galleries."""
 
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.helpers import clip_files
 from tests.helpers.datasets import prepare
-from vidjax.core import ensemble
-from vidjax.evaluation import restore
-from vidjax.models.system import TaskSpec
-from vidjax.runs import checkpoint, config_io
+from vidjax.runs import checkpoint
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import api
-from vidjax.utils import files
 
-ROOT = Path(__file__).parent.parent
-SPEC = f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"
-OLDER, NEWER = (f"run/checkpoints/{step}/state/**/*" for step in (10, 20))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with official files, the cache of their records, and a run of two steps."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "official").mkdir()
-    clip_files.write_learnable(folder / "official", num_clips={"train": 24, "val": 16})
-    prepare(folder / "official", folder / "cache")
-    words = [f"--config.data.dir={folder}/official", f"--config.data.cache_dir={folder}/cache"]
-    config = config_io.override(config_io.load_file(SPEC), words)
-    workdir = folder / "run"
-    workdir.mkdir()
-    RunFolder(workdir).write_config(config)
-    data = api.load_data(config)
-    files.write_json(workdir / "identities.json", list(data.identities))
-    training_sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b"), np.ones((1, 2), bool))
-    ensemble.save(workdir, training_sets)
-    widths = {name: data.modalities[name].dim for name in config.modalities}
-    task = TaskSpec(widths, len(data.identities), None, 2, 20, train_other=True)
-    for step in (10, 20):
-        items = {"params": {"kernel": np.full((64, 64), step, np.float32)}}
-        info = {
-            **task._asdict(),
-            **restore.companion_digests(data.identities, training_sets),
-            "data": restore.data_digests(config, data),
-            "config": config.to_dict(),
-        }
-        checkpoint.save(workdir, step, items, info)
-    return folder
+SPEC = f"{Path(__file__).parents[1]}/configs/mma.py:iqiyi_vid,face,head,audio"
 
 
 @pytest.fixture
-def folder(made, tmp_path):
-    """A copy, to damage; the data stay where they are."""
-    return Path(shutil.copytree(made, tmp_path / "made"))
+def folder(nearest_run, official_dir, cache_dir, tmp_path):
+    """Copies of a run, of its records and of the ground truth, to damage."""
+    records = prepare(official_dir, cache_dir).folder
+    shutil.copytree(records, tmp_path / "cache" / records.parent.name / records.name)
+    shutil.copytree(nearest_run, tmp_path / "run")
+    return tmp_path
 
 
 @pytest.fixture
@@ -73,9 +38,8 @@ def check(command):
 @pytest.fixture
 def check_run(folder, check):
     """Checks the run of the copy."""
-    return lambda *words: check(
-        f"--workdir={folder}/run", f"--config.data.cache_dir={folder}/cache", *words
-    )
+    words = f"--workdir={folder}/run", f"--config.data.cache_dir={folder}/cache"
+    return lambda *more: check(*words, *more)
 
 
 def damage(folder, pattern):
@@ -87,11 +51,12 @@ def damage(folder, pattern):
     path.write_bytes(content)
 
 
-def test_a_good_run(check_run):
+def test_a_good_run(folder, check_run):
     code, lines = check_run()
     assert (code, lines[-1]) == (0, "all good"), lines
-    for words in ("python 3.", "jax ", "8 x cpu", "checkpoint 10: ", "checkpoint 20: ",
-                  "step 20 and its data", "train 24 clips, val 16 clips"):  # fmt: skip
+    (step,) = checkpoint.manifests(folder / "run")
+    for words in ("python 3.", "jax ", "8 x cpu", f"checkpoint {step}: ",
+                  f"step {step} and its data", "train 96 clips, val 60 clips"):  # fmt: skip
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
     (line,) = check_run("--json")[1]
@@ -101,8 +66,8 @@ def test_a_good_run(check_run):
 @pytest.mark.parametrize(
     ("pattern", "code", "words"),
     [
-        (NEWER, 3, "FAULT  checkpoint 20: "),
-        ("run/checkpoints/20/manifest.json", 3, "FAULT  checkpoint 20: "),
+        ("run/checkpoints/*/state/**/*", 3, "FAULT  checkpoint "),
+        ("run/checkpoints/*/manifest.json", 3, "FAULT  checkpoint "),
         ("run/identities.json", 3, "identities.json"),
         ("run/members.npz", 3, "members.npz"),
         ("cache/**/index.npz", 2, "FAULT  run: "),
@@ -116,25 +81,28 @@ def test_damage_is_found(folder, check_run, pattern, code, words):
 
 
 def test_a_fault_hides_no_other(folder, check_run):
-    for pattern in (OLDER, NEWER):
-        damage(folder, pattern)
+    (step,) = (folder / "run" / "checkpoints").iterdir()
+    shutil.copytree(step, step.with_name("1"))
+    for number in (step.name, "1"):
+        damage(folder, f"run/checkpoints/{number}/state/**/*")
     code, lines = check_run()
-    assert (code, lines[-1]) == (3, "FAULT: checkpoint 10, checkpoint 20, run"), lines
+    wanted = f"FAULT: checkpoint 1, checkpoint {step.name}, run"
+    assert (code, lines[-1]) == (3, wanted), lines
 
 
-def test_other_data_than_those_of_the_run(folder, check_run):
+def test_other_data_than_those_of_the_run(folder, check_run, official_dir):
+    shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
-    prepare(folder / "official", folder / "cache")
     words = f"--config.data.dir={folder}/official", "--config.eval.split=train"
     code, lines = check_run(*words)
     assert code == 2 and "train has other labels" in lines[-2]
 
 
-def test_data_of_a_configuration(made, check, tmp_path):
+def test_data_of_a_configuration(check, official_dir, cache_dir, tmp_path):
     (tmp_path / "file").touch()
-    words = (f"--config={SPEC}", f"--config.data.cache_dir={made}/cache")
-    official = f"--config.data.dir={made}/official"
+    words = (f"--config={SPEC}", f"--config.data.cache_dir={cache_dir}")
+    official = f"--config.data.dir={official_dir}"
     assert check(*words, official)[1][-1] == "all good"
     for message, *given in (
         ("nowhere", f"--config.data.dir={tmp_path}/nowhere"),
