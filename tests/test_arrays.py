@@ -349,7 +349,7 @@ def test_a_bad_folder_is_refused(tmp_path, refused):
 def test_frames_of_several_clips_are_counted(tmp_path):
     path, features = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
-        more = {} if length is None else {"face_length": length}
+        more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=features, **more)
         words = str(path), "'face_length' must count the frames of each clip"
         seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), *words)
@@ -419,11 +419,12 @@ def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
 
 def test_bad_clips_in_memory_are_named():
     good, wide = {"face": np.ones((1, 24), np.float32)}, {"a": {"face": np.zeros((2, 23))}}
-    for clips, words in (
+    cases: Any = (
         ([good], "not list"),
         ({"a": {"fcae": [1.0]}}, "clip a: it has fcae, wanted face, head"),
         ({"b": good, "c": good, **wide}, "23 wide, in other clips 24"),
         ({"a": good, "a.mp4": good}, "clip a comes twice"),
-    ):
+    )
+    for clips, words in cases:
         with pytest.raises(ValueError, match=words):
             memory.MemoryClips.from_dict(clips, {"face": 24, "head": 8}, ("1",))

@@ -19,7 +19,7 @@ from vidjax.utils import files
 from vidjax.utils.files import reading
 
 CLIPS = 6  # of each split
-CONFIG = ("--config=knn:face", "--config.eval.report=False")
+CONFIG = ("--config=knn:face", "--config.eval.report=False", "--config.batch_size=5")
 
 
 def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
@@ -149,6 +149,7 @@ def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypa
         "import optax, vidjax\nfrom vidjax.core import optim\n"
         'optim.OPTIMIZERS["lion"] = optax.scale_by_lion\n'
         "def get_config(args=''):\n    config = vidjax.load_config('quality_fusion:face')\n"
+        "    config.model.layers = ((4, 'swish', False, 0.0),)\n"
         "    config.optim.name = 'lion'\n    config.optim.learning_rate = 1e-4\n"
         "    config.eval.report = False\n    return config\n"
     )
