@@ -360,9 +360,10 @@ def test_frames_of_several_clips_are_counted(tmp_path):
 
 
 def test_parts_of_a_split_are_not_passed_over(tmp_path, refused):
-    (tmp_path / "train-00001-of-00002.parquet").touch()
-    refused(tmp_path, "train-00001", "a split is a single table", "join the tables")
-    (tmp_path / "train.parquet").touch()
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        (tmp_path / f"{name}.parquet").touch()
+    refused(tmp_path, "train-00000", "a split is a single table", "join the tables")
+    (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
     refused(tmp_path, "train-00001", "would not be read", "train.parquet")
 
 
