@@ -297,7 +297,7 @@ def test_embedding_logits_and_attention_are_what_they_are_said_to_be(name):
 
 @pytest.mark.parametrize(
     ("name", "modalities", "message"),
-    [("mma", {}, "needs a modality"), ("knn", {"head": 5}, "config.modalities=head")],
+    [("mma", {}, "model .mma. needs"), ("knn", {"head": 5}, "config.modalities=head")],
 )
 def test_impossible_tasks_are_refused(name, modalities, message):
     sizes = {"modalities": modalities, "num_classes": 5, "num_clips": 6}

@@ -249,8 +249,8 @@ def test_mistakes_are_named_before_anything_is_read(dataset):
         ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
         ({"modalities": ("face", "face")}, "config.modalities=face,face: .* only once"),
-        ({"modalities": ()}, "config.modalities=: name modalities"),
-        ({"splits": ()}, "config.data.train_splits=: name splits"),
+        ({"modalities": ()}, "config.modalities=: name"),
+        ({"splits": ()}, "config.data.train_splits=: name"),
         ({"batch_size": 0}, "1 or more"),
         ({"step": -1}, "step=-1: must be 0 or more"),
     ):
