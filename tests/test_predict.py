@@ -177,7 +177,7 @@ def test_few_clips_score_as_many(name, restored, new):
     run = restored(name)
     wanted = run.scores(new)
     if run.config.eval.scores != "logits":
-        with pytest.raises(ValueError, match=r"\nof a probability p it is math\.log"):
+        with pytest.raises(ValueError, match=r"\nfor a probability p give threshold=math\.log"):
             run.identify(new, threshold=0.5)
     each = np.concatenate([run.scores(dict([item])) for item in first(new, 12).items()])
     np.testing.assert_allclose(each, wanted[:12], rtol=1e-4, atol=1e-4)

@@ -207,7 +207,7 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):
             raise UserError(
-                f"{parts[0]}: is not read: a split must be a single table, {split}.parquet\n"
+                f"{parts[0]}: is not read: a split is a single table, {split}.parquet\n"
                 f"join the tables, or write a file {split}/CLIP.npz for each clip"
             )
 

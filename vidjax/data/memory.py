@@ -232,7 +232,7 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
         if left < 0:
             raise UserError(
                 f"{clip.place}: clip {show(clip.name)}: the clips up to this clip take more "
-                f"than {limit:,} bytes, a third of the memory\nuse fewer clips at a time"
+                f"than {limit:,} bytes, a third of the memory\nuse fewer clips at once"
             )
         yield clip
 

@@ -159,7 +159,7 @@ class FallbackIdentifier(Identifier):
             rows = clips.mask & sees if train else clips.mask
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
-                raise UserError("model 'fallback': main and other must have a single branch each")
+                raise UserError("model 'fallback': main and other must have one branch each")
             outputs.append(output)
 
         poor = jnp.zeros_like(main_sees)

@@ -91,7 +91,7 @@ class Draft:
             raise UserError(f"'{show(to)}' has this name already")
         if to in self.groups and not merge:
             raise UserError(
-                f"'{show(to)}' is enrolled, too: two people would become the same person\n"
+                f"'{show(to)}' is enrolled, too: two people would become one\n"
                 "if they are the same: merge=True in Python, --merge on the command line"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})

@@ -224,7 +224,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
     """
     if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
-            f"subtitles need a single video, not {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
+            f"subtitles need one video, not {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
             "write a table for all videos: --out=names.tsv"
         )
     blocks = ["WEBVTT\n"] if ending == ".vtt" else []
