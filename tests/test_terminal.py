@@ -55,8 +55,8 @@ SEEN = [
     r"",
 ]
 TINY = (
-    "--config=configs/mma.py:iqiyi_vid,face,head", "--config.num_epochs=4",
-    "--config.batch_size=32", "--config.model.embed_dim=16", "--config.model.num_clusters=2",
+    "--config=configs/quality_fusion.py:iqiyi_vid", "--config.num_epochs=4",
+    "--config.batch_size=32", "--config.model.layers=((8,'swish',True,0.5),)",
     "--config.eval.report=False",
 )  # fmt: skip
 
