@@ -21,14 +21,14 @@ MUTATIONS = (flip, cut, insert, repeat)
 def originals(place: Path) -> dict[str, bytes]:
     """Returns the bytes of a file of each kind: drawn people, and pictures of patches."""
     faces = [("Ada", 20, 30), ("Bob", 80, 50)]
-    found = {}
-    for name, codec in {"a.mp4": "libx264", "a.mkv": "libx264", "a.avi": "mpeg4"}.items():
-        drawn_people.write_film(place / name, (1, 20, faces), (1, 60, faces[:1]), codec=codec)
-        found[name] = (place / name).read_bytes()
-    spoken = place / "sound.mp4"
-    shot, sound = (3, 20, faces[:1]), drawn_people.tone(440, 3)
-    drawn_people.write_film(spoken, shot, codec="libx264", sound=sound)
-    found[spoken.name] = spoken.read_bytes()
+    sound = {"sound": drawn_people.tone(440, 3)}
+    for name, codec, shots, more in (
+        ("a.mkv", "libx264", [(1, 20, faces), (1, 60, faces[:1])], {}),
+        ("a.avi", "mpeg4", [(1, 20, faces), (1, 60, faces[:1])], {}),
+        ("sound.mp4", "libx264", [(3, 20, faces[:1])], sound),
+    ):
+        drawn_people.write_film(place / name, *shots, codec=codec, **more)
+    found = {path.name: path.read_bytes() for path in sorted(place.glob("*.*"))}
     for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
         found[name] = films.photo(drawn_people.picture(faces), codec, orientation=6)
     return found
@@ -36,31 +36,21 @@ def originals(place: Path) -> dict[str, bytes]:
 
 def trial(path: Path, nets: film.Nets) -> tuple[str, str]:
     """Returns what became of a file, and what is wrong with that."""
-    began = time.process_time()
-    wrong = ""
+    began, wrong = time.process_time(), ""
+    settings, stamp = features_folder.ExtractionSettings(), features_folder.FileStamp.of(path)
     try:
-        found = film.extract(
-            path,
-            path.parent,
-            "x",
-            nets,
-            features_folder.ExtractionSettings(),
-            features_folder.FileStamp.of(path),
-            "0" * 64,
-        )
+        found = film.extract(path, path.parent, "x", nets, settings, stamp, "0" * 64)
         lost = found.corrupt or found.refused or found.lost_sound
         became = "damaged" if found.damaged or lost else "whole"
     except MemoryError:  # a size that a mutation made: the child would tell
         became = "refused"
     except UserError as error:
         became = "refused"
-        if len(str(error).splitlines()) > 3:
-            wrong = "more than three lines"
+        wrong = "more than three lines" if len(str(error).splitlines()) > 3 else ""
     except Exception as error:
         became, wrong = "error", f"{type(error).__name__}: {error}"
-    if time.process_time() - began > SECONDS:
-        wrong += f" took {time.process_time() - began:.0f} s"
-    return became, wrong
+    seconds = time.process_time() - began
+    return became, wrong + (f" took {seconds:.0f} s" if seconds > SECONDS else "")
 
 
 def run(folder: Path, count: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:
@@ -73,12 +63,10 @@ def run(folder: Path, count: int, seed: int) -> tuple[dict[str, Counter[str]], l
         counts[name] = Counter()
         for number in range(count):
             rng = random.Random(f"{seed} {name} {number}")
-            path = folder / name
-            path.write_bytes(content)
+            (folder / name).write_bytes(content)
             mutation = rng.choice(MUTATIONS)
-            mutation(path, rng)
-            became, fault = trial(path, nets)
+            mutation(folder / name, rng)
+            became, fault = trial(folder / name, nets)
             counts[name][became] += 1
-            if fault:
-                wrong.append(f"{name} {number} {mutation.__name__}: {fault}")
+            wrong += [f"{name} {number} {mutation.__name__}: {fault}"] if fault else []
     return counts, wrong

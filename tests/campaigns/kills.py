@@ -22,75 +22,59 @@ from tests.benchmarks import common
 from tests.campaigns.same_bytes import digests
 from tests.helpers.small_runs import ROOT, flat, saved
 
-MODES = ("streaming", "resident")
 # How long after a moment began the kill may come, in seconds: about as long as it lasts.
-SPANS: dict[str, float] = {
-    "conversion": 1.0,
-    "start": 6.0,
-    "compile": 3.0,
-    "step": 0.05,
-    "save": 0.25,
-    "evaluation": 0.4,
-}
+SPANS = {"conversion": 1.0, "compile": 3.0, "step": 0.05, "save": 0.25, "evaluation": 0.4}
 SAME_FILES = ("config.json", "identities.json", "members.npz")  # beside those of `digests`
 # Of metrics.json: what no two runs share.
 MEASURED = re.compile("seconds|per_second|^command$|date$")
 
 SMALL = (
     "--config.batch_size=32",
-    "--config.num_epochs=16",
+    "--config.num_epochs=8",
     "--config.eval.every_epochs=4",
+    "--config.model.layers=((8,'linear',False,0.0),)",
     "--config.eval.block_size=16",
     "--config.checkpoint_every_seconds=0.5",
     "--config.eval.report=False",
 )
-LINEAR = "--config.model.layers=((8,'linear',False,0.0),)"
 CASES = {
-    "mma": (
-        "--config=configs/mma.py:iqiyi_vid,face,head,audio",
-        "--config.model.embed_dim=16",
-        "--config.model.num_clusters=2",
+    "quality_fusion": (
+        "--config=configs/quality_fusion.py:iqiyi_vid,face",
+        "--config.data.mode=resident",
+        "--config.log_every_steps=1",
     ),
     "noise_classes": (
         "--config=configs/noise_classes.py:iqiyi_vid",
         "--config.ensemble.folds=2",
         "--config.noise.eps=1.1",
-        LINEAR,
+        "--config.data.mode=streaming",
+        "--config.log_every_steps=4",
     ),
 }
-# Resident clips are trained on many steps at a time, unless every step is logged.
-LOG_EVERY = {"streaming": 1, "resident": 4}
 
 
 class Run:
     """A run's folder, its records and the command that makes it."""
 
-    def __init__(self, folder: Path, official: Path, case: str, mode: str, like: "Run | None"):
+    def __init__(self, folder: Path, official: Path, case: str, like: "Run | None"):
         """Lays out a run below `folder`, where the compiled programs are, too.
 
-        `case` and `mode` are of CASES and MODES; `like` is None for the run that nobody disturbs.
+        `case` is of CASES; `like` is None for the run that nobody disturbs.
         """
-        name = f"{case}-{mode}" + ("-killed" if like else "")
+        name = case + ("-killed" if like else "")
         self.workdir, self.cache = folder / name, folder / f"{name}-cache"
         self.like = like
-        words = (f"--config.data.dir={official}", f"--config.data.mode={mode}")
-        words += (f"--config.log_every_steps={LOG_EVERY[mode]}",)
-        self.words: tuple[str, ...] = (f"--workdir={self.workdir}", *CASES[case], *SMALL, *words)
+        data = f"--config.data.dir={official}"
+        self.words: tuple[str, ...] = (f"--workdir={self.workdir}", *CASES[case], *SMALL, data)
         for old in (self.workdir, self.cache):
             shutil.rmtree(old, ignore_errors=True)
         (folder / "programs").mkdir(parents=True, exist_ok=True)
         self.cache.mkdir()
         (self.cache / "programs").symlink_to(folder / "programs")
 
-    def environment(self, num_devices: int = 1) -> dict[str, str]:
-        """Returns the environment of its command."""
-        env = {"VIDJAX_CACHE": str(self.cache), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        env |= {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_NUM_CPU_DEVICES": str(num_devices)}
-        return {**os.environ, **env}
-
     def start(self, *words: str, compiling: bool = False) -> "Process":
         """Starts the command, or another one; `compiling` hides what was compiled before."""
-        env = self.environment()
+        env = {**os.environ, "VIDJAX_CACHE": str(self.cache), "XLA_FLAGS": ""}
         if compiling:
             empty = self.cache / "no-programs"
             shutil.rmtree(empty, ignore_errors=True)
@@ -102,15 +86,6 @@ class Run:
         process = self.start(*words)
         process.wait(600)
         assert process.code == 0, process.said()
-
-    def finished(self) -> bool:
-        """Returns True if its results and pages exist."""
-        path = self.workdir / "metrics.json"
-        return path.exists() and json.loads(path.read_text())["finished"]
-
-    def converted(self) -> bool:
-        """Returns True if its records are complete."""
-        return any(self.cache.glob("iqiyi_vid/*/manifest.json"))
 
     def manifests(self) -> dict[int, dict[str, Any]]:
         """Returns step -> manifest of every committed checkpoint."""
@@ -132,15 +107,15 @@ class Run:
         return {line["step"] for line in lines if "split" in line}
 
     def outcome(self) -> dict[str, Any]:
-        """Returns what kills may not change, by name: digests, bytes, results, and checkpoints.
-
-        Of every checkpoint, these are all arrays: the state of the optimiser is among them.
-        """
+        """Returns what kills may not change: files, results, and all arrays of checkpoints."""
         paths = (self.workdir / name for name in SAME_FILES)
-        found = {path.name: path.read_bytes() for path in paths if path.exists()}
-        results = _results(self.workdir / "metrics.json")
-        arrays = {f"step {step}": _arrays(self.workdir, step) for step in self.manifests()}
-        return found | digests(self.workdir) | results | arrays
+        found: dict[str, Any] = {x.name: x.read_bytes() for x in paths if x.exists()}
+        for step in self.manifests():
+            arrays = flat(saved(self.workdir, step))
+            assert any("opt_state" in name for name in arrays)
+            for name, x in arrays.items():
+                found[f"step {step}: {name}"] = (x.dtype, x.shape, x.tobytes())
+        return found | digests(self.workdir) | results(self.workdir / "metrics.json")
 
     def differences(self) -> list[str]:
         """Returns the files and values whose bytes differ from the undisturbed run."""
@@ -149,37 +124,23 @@ class Run:
         return [name for name in {*left, *right} if left.get(name) != right.get(name)]
 
 
-def _results(path: Path) -> dict[str, Any]:
+def results(path: Path) -> dict[str, Any]:
+    """Returns what two runs share of their metrics."""
     found = json.loads(path.read_text())
     return {name: value for name, value in found.items() if not MEASURED.search(name)}
-
-
-def _arrays(workdir: Path, step: int) -> dict[str, tuple[Any, ...]]:
-    """Returns path -> dtype, shape and bytes of every array of a checkpoint."""
-    found = flat(saved(workdir, step))
-    assert any("opt_state" in name for name in found)
-    return {name: (x.dtype, x.shape, x.tobytes()) for name, x in found.items()}
 
 
 class Process:
     """One process of the command, and what its folder shows of it."""
 
-    def __init__(
-        self,
-        run: Run,
-        words: Sequence[str],
-        env: Mapping[str, str],
-        *,
-        program: Sequence[str] = ("-m", "vidjax.main"),
-        output: str = "output.txt",
-    ):
+    def __init__(self, run: Run, words: Sequence[str], env: Mapping[str, str]):
         """Starts it; what it says goes to a file in the run's cache."""
         self._run = run
         self._resumed = max(run.manifests(), default=0)
         self._left_over = set(run.cache.glob("iqiyi_vid/*.partial"))
-        self._output = run.cache / output
+        self._output = run.cache / "output.txt"
         self._began = time.time()
-        command = [sys.executable, *program, *words]
+        command = [sys.executable, "-m", "vidjax.main", *words]
         with self._output.open("wb") as file:
             self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
 
@@ -229,7 +190,7 @@ class Process:
         return False
 
     def moment(self) -> str:
-        """Returns the phase that the process is in, or died in: one of SPANS, or 'end'."""
+        """Returns the phase that the process is in, or died in: of SPANS, 'start', or 'end'."""
         run = self._run
         if set(run.cache.glob("iqiyi_vid/*.partial")) - self._left_over:
             return "conversion"
@@ -266,10 +227,9 @@ def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:
 
     Returns the moment in which it died; None where it was done before.
     """
-    compiling = moment == "compile" and rng.random() < 0.5
     # Which may differ from process to process: steps are short beside what saves them.
     seldom = ("--config.checkpoint_every_seconds=60",) if moment == "step" else ()
-    process = run.start(*run.words, *seldom, compiling=compiling)
+    process = run.start(*run.words, *seldom, compiling=moment == "compile" and rng.random() < 0.5)
     if process.wait_for(moment):
         time.sleep(rng.uniform(0, SPANS[moment]))
     process.kill()
@@ -277,29 +237,3 @@ def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:
         assert process.code == 0, process.said()
         return None
     return process.moment()
-
-
-def kill_evaluations(run: Run, count: int, rng: random.Random) -> list[str]:
-    """Kills the evaluation of a finished run, of both splits in turn, and returns what is wrong."""
-    wrong = []
-    for split, suffix in (("val", ""), ("test", "_test")):
-        words = ("--mode=evaluate", f"--workdir={run.workdir}", f"--config.eval.split={split}")
-        began = time.monotonic()
-        run.finish(*words)
-        seconds = time.monotonic() - began
-        ranking = run.workdir / f"ranking{suffix}.txt"
-        metrics = run.workdir / f"metrics{suffix}.json"
-        before = ranking.read_bytes(), _results(metrics)
-        for _ in range(count):
-            process = run.start(*words)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.3, 1.0) * seconds)
-            if (ranking.read_bytes(), _results(metrics)) != before:
-                wrong.append(f"{ranking.name} after a kill")
-        if split == "test":
-            ranking.unlink()
-            metrics.unlink()
-        run.finish(*words)
-        if (ranking.read_bytes(), _results(metrics)) != before:
-            wrong.append(f"{ranking.name} after kills and a whole evaluation")
-    return wrong
