@@ -1,8 +1,4 @@
-"""Kills the command at random moments and tells from its folder which ones they were.
-
-Nothing of the program is patched. A SIGKILL is sent some random time after the folder shows that
-the moment began, and what it hit is read from the folder once the process is dead.
-"""
+"""Kills the command at random moments, which its folder shows; no program is patched."""
 
 import contextlib
 import json
@@ -14,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +34,8 @@ SMALL = (
     "--config.eval.report=False",
 )
 CASES = {
-    "quality_fusion": (
-        "--config=configs/quality_fusion.py:iqiyi_vid,face",
-        "--config.data.mode=resident",
-        "--config.log_every_steps=1",
-    ),
+    "quality_fusion": ("--config.data.mode=resident", "--config.log_every_steps=1"),
     "noise_classes": (
-        "--config=configs/noise_classes.py:iqiyi_vid",
         "--config.ensemble.folds=2",
         "--config.noise.eps=1.1",
         "--config.data.mode=streaming",
@@ -64,8 +55,8 @@ class Run:
         name = case + ("-killed" if like else "")
         self.workdir, self.cache = folder / name, folder / f"{name}-cache"
         self.like = like
-        data = f"--config.data.dir={official}"
-        self.words: tuple[str, ...] = (f"--workdir={self.workdir}", *CASES[case], *SMALL, data)
+        words = (f"--config=configs/{case}.py:iqiyi_vid,face", f"--config.data.dir={official}")
+        self.words: tuple[str, ...] = (f"--workdir={self.workdir}", *words, *CASES[case], *SMALL)
         for old in (self.workdir, self.cache):
             shutil.rmtree(old, ignore_errors=True)
         (folder / "programs").mkdir(parents=True, exist_ok=True)
@@ -101,11 +92,6 @@ class Run:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
-    def eval_steps(self) -> set[int]:
-        """Returns the steps at which the undisturbed run was evaluated."""
-        lines = (self.like or self).lines("metrics.jsonl")
-        return {line["step"] for line in lines if "split" in line}
-
     def outcome(self) -> dict[str, Any]:
         """Returns what kills may not change: files, results, and all arrays of checkpoints."""
         paths = (self.workdir / name for name in SAME_FILES)
@@ -135,11 +121,8 @@ class Process:
 
     def __init__(self, run: Run, words: Sequence[str], env: Mapping[str, str]):
         """Starts it; what it says goes to a file in the run's cache."""
-        self._run = run
-        self._resumed = max(run.manifests(), default=0)
-        self._left_over = set(run.cache.glob("iqiyi_vid/*.partial"))
-        self._output = run.cache / "output.txt"
-        self._began = time.time()
+        self._run, self._output = run, run.cache / "output.txt"
+        self._left_over = {moment: self._signs(moment) for moment in SPANS}
         command = [sys.executable, "-m", "vidjax.main", *words]
         with self._output.open("wb") as file:
             self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
@@ -178,62 +161,48 @@ class Process:
         self._process.wait()
 
     def wait_for(self, moment: str, seconds: float = 300) -> bool:
-        """Waits until a moment has begun; False where the process ends before."""
+        """Waits until a moment of SPANS has begun; False where the process ends before."""
         end = time.monotonic() + seconds
         while self._process.poll() is None:
-            if self.moment() == moment:
+            if self._signs(moment) - self._left_over[moment]:
                 return True
             if time.monotonic() > end:
                 self.kill()
                 raise TimeoutError(f"no {moment} within {seconds} s: {self.said()}")
-            time.sleep(0.002)
+            time.sleep(0.005)
         return False
 
-    def moment(self) -> str:
-        """Returns the phase that the process is in, or died in: of SPANS, 'start', or 'end'."""
+    def _signs(self, moment: str) -> set[Any]:
+        """Returns what the folder has of a moment; there is more when it begins again."""
         run = self._run
-        if set(run.cache.glob("iqiyi_vid/*.partial")) - self._left_over:
-            return "conversion"
-        if not any(run.workdir.glob(f"events.out.tfevents.*.{self._process.pid}")):
-            return "start"
-        if any(self._is_new(path) for path in self._half_checkpoints()):
-            return "save"
-        manifests, eval_steps = run.manifests(), run.eval_steps()
-        newest = max(manifests, default=0)
-        if newest in eval_steps:
-            if not manifests[newest].get("evaluated"):
-                return "evaluation"
-            if newest == max(eval_steps):
-                return "end"
-        logged = max((line["step"] for line in run.lines("timing.jsonl")), default=0)
-        return "step" if max(newest, logged) > self._resumed else "compile"
-
-    def _half_checkpoints(self) -> Iterator[Path]:
-        for folder in self._run.workdir.glob("checkpoints/*"):
-            if not (folder / "manifest.json").exists():
-                yield folder
-            with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
-                yield from filter(self._is_new, folder.glob(".manifest.json.*.partial"))
-
-    def _is_new(self, path: Path) -> bool:
-        try:
-            return path.stat().st_mtime > self._began  # not left over from another process
-        except FileNotFoundError:
-            return False
+        if moment == "step":
+            return {line["step"] for line in run.lines("timing.jsonl")}
+        if moment == "evaluation":
+            steps = {
+                line["step"] for line in (run.like or run).lines("metrics.jsonl") if "split" in line
+            }
+            return {
+                n for n, one in run.manifests().items() if n in steps and "evaluated" not in one
+            }
+        pattern = {
+            "conversion": "iqiyi_vid/*.partial",
+            "compile": "events.out.tfevents.*",
+            "save": "checkpoints/**/*partial*",
+        }[moment]
+        found = set()
+        for path in (run.cache if moment == "conversion" else run.workdir).glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                found.add((path.name, path.stat().st_ctime_ns if moment == "save" else 0))
+        return found
 
 
-def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:
-    """Starts a run's command and kills it at a random time from some moment on.
-
-    Returns the moment in which it died; None where it was done before.
-    """
+def kill_once(run: Run, moment: str, rng: random.Random) -> bool:
+    """Kills a run's command some time after a moment began; False where it was done before."""
     # Which may differ from process to process: steps are short beside what saves them.
     seldom = ("--config.checkpoint_every_seconds=60",) if moment == "step" else ()
     process = run.start(*run.words, *seldom, compiling=moment == "compile" and rng.random() < 0.5)
     if process.wait_for(moment):
         time.sleep(rng.uniform(0, SPANS[moment]))
     process.kill()
-    if process.code != 128 + signal.SIGKILL:
-        assert process.code == 0, process.said()
-        return None
-    return process.moment()
+    assert process.code in (0, 128 + signal.SIGKILL), process.said()
+    return process.code != 0

@@ -75,29 +75,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of runs, split by commas")
     parser.add_argument("--cache", help="folder of records and compiled programs to use")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        env = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "VIDJAX_CACHE": args.cache or str(folder / "cache"),
-        }
-        wanted = [name for name in args.only.split(",") if name] or [*RUNS, "resumed", "blend"]
-        found = {}
+    wanted = [name for name in args.only.split(",") if name] or [*RUNS, "resumed", "blend"]
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        env["VIDJAX_CACHE"] = args.cache or str(folder / "cache")
         for name in wanted:
-            began = time.monotonic()
-            workdir = folder / name
-            if name == "resumed":
-                train_with_a_break(workdir, env)
-            elif name == "blend":
-                blend(workdir, [folder / "quality_fusion", folder / "deepmef"], env)
-            else:
-                train(workdir, *RUNS[name], env)
+            began, at = time.monotonic(), f"--workdir={folder / name}"
+            spec, overrides = RUNS.get(name, RUNS["mma"])
+            words = (f"--config=configs/{spec}", at, *overrides)
+            if name == "blend":  # val by two runs together, with given weights
+                runs = f"--runs={folder / 'quality_fusion'},{folder / 'deepmef'}"
+                words = ("--mode=evaluate", at, runs, "--config.join.weights=2,1")
+            elif name == "resumed":
+                stop(words, folder / name / "metrics.jsonl", env)
+            run(words, env)
             if name in ("mma", "vmap"):
-                words = (f"--workdir={workdir}", "--config.eval.split=test")
-                run(("--mode=evaluate", *words), env)
-            found[name] = digests(workdir)
+                run(("--mode=evaluate", at, "--config.eval.split=test"), env)
+            found[name] = digests(folder / name)
             sys.stdout.write(f"{name}: {time.monotonic() - began:.1f} s\n")
             args.out.write_text(json.dumps(found, indent=2) + "\n")
     if not args.against:
@@ -122,30 +118,14 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> None:
         raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr[-3000:]}")
 
 
-def train(workdir: Path, spec: str, overrides: Sequence[str], env: Mapping[str, str]) -> None:
-    """Trains a configuration into a folder."""
-    run((f"--config=configs/{spec}", f"--workdir={workdir}", *overrides), env)
-
-
-def train_with_a_break(workdir: Path, env: Mapping[str, str]) -> None:
-    """Trains as the run `mma`, stopped by SIGTERM after its first line of metrics, and resumed."""
-    spec, overrides = RUNS["mma"]
-    words = (f"--config=configs/{spec}", f"--workdir={workdir}", *overrides)
+def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
+    """Stops a command by SIGTERM after its first line of metrics."""
     command = [sys.executable, "-m", "vidjax.main", *words]
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
-        metrics = workdir / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-    sys.stdout.write(f"resumed: stopped with exit code {process.returncode}\n")
-    run(words, env)
-
-
-def blend(workdir: Path, runs: Sequence[Path], env: Mapping[str, str]) -> None:
-    """Ranks val by two runs together, with given weights."""
-    names = ",".join(map(str, runs))
-    words = (f"--workdir={workdir}", f"--runs={names}", "--config.join.weights=2,1")
-    run(("--mode=evaluate", *words), env)
+    sys.stdout.write(f"stopped with exit code {process.returncode}\n")
 
 
 def digests(workdir: Path) -> dict[str, str]:

@@ -32,67 +32,61 @@ SECONDS = 25.0  # of the slowest answer
 SLOW = 0.01  # share of requests whose body has another length than they say
 
 
+def post(path, body, *headers):
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", *headers, "Connection: close"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
 def right(rng):
     """Returns a request that gets a 200."""
     clips = {"q": servers.make_frames(rng.randrange(10**6), f"person {rng.randrange(12)}")}
     if rng.random() < 0.5:
         body = json.dumps({"clips": servers.as_json(clips)}).encode()
-        return _request("/identify", body, ["Content-Type: application/json"])
+        return post("/identify", body, "Content-Type: application/json")
     face = clips["q"]["face"][None].astype("<f4")
     tensor = {"name": "face", "shape": list(face.shape), "datatype": "FP32"}
     tensor["parameters"] = {"binary_data_size": face.nbytes}
     head = json.dumps({"inputs": [tensor]}).encode()
     length = f"Inference-Header-Content-Length: {len(head)}"
-    return _request("/v2/models/gallery/infer", head + face.tobytes(), [length])
+    return post("/v2/models/gallery/infer", head + face.tobytes(), length)
 
 
-def _request(path, body, headers):
-    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", *headers, "Connection: close"]
-    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+# What is replaced in a body, once, and by what: numbers, sizes, types.
+REPLACED = {
+    b"0.": [b"NaN", b"-1e999", b"1e39", b'"0"', b"[0", b"{}"],
+    b"[1, 1, 8]": [b"[]", b"[-1]", b"[9999999999]", b"[1,2,8]"],
+    b"FP32": [b"FP64", b"BYTES", b"INT8", b"\xff", b"null"],
+}
+LINES = [b"GET / HTTP/9", b"DELETE /clips/" + b"a" * 3000 + b" HTTP/1.1", b"\xff"]
 
 
 def mutated(rng):
     """Returns a request with something wrong, mostly."""
     head, _, body = right(rng).partition(b"\r\n\r\n")
-    kind = rng.randrange(9)
-    if kind == 0:  # bytes of the body
-        changed = bytearray(body)
-        for _ in range(rng.randrange(1, 9)):
-            changed[rng.randrange(len(changed))] = rng.randrange(256)
-        body = bytes(changed)
-    elif kind == 1:  # a number
-        body = body.replace(
-            b"0.", rng.choice([b"NaN", b"-1e999", b"1e39", b'"0"', b"[0", b"{}"]), 1
-        )
-    elif kind == 2:  # a size
-        body = body.replace(b"[1, 1, 8]", rng.choice([b"[]", b"[-1]", b"[9999999999]", b"[1,2,8]"]))
-    elif kind == 3:  # a type
-        body = body.replace(b"FP32", rng.choice([b"FP64", b"BYTES", b"INT8", b"\xff", b"null"]))
-    elif kind == 4:  # depth
-        body = rng.choice([b"[", b'{"a":', b'{"clips":[']) * rng.randrange(1, 50_000)
-    elif kind == 5:  # half a body, or too much
-        body = body[: rng.randrange(len(body))] if rng.random() < 0.5 else body * 3
-    elif kind == 6:  # headers
-        head = head.replace(b"Host", rng.choice([b"Ho st", b"X" * 50_000, b"\0", b"Origin"]), 1)
-    elif kind == 7:  # the method and the path
-        line = rng.choice(
-            [b"GET / HTTP/9", b"DELETE /clips/" + b"a" * 3000 + b" HTTP/1.1", b"\xff"]
-        )
-        head = line + head[head.index(b"\r\n") :]
-    else:  # random bytes
+    kind = rng.randrange(7)
+    if kind == 0:
         return rng.randbytes(rng.randrange(1, 3000)) + b"\r\n\r\n"
-    if kind != 5 or rng.random() > SLOW:  # the length is right, so that the body is looked at
+    if kind == 1:
+        at = rng.randrange(len(body))
+        body = body[:at] + rng.randbytes(4) + body[at + 4 :]
+    elif kind < 4:
+        for old, new in REPLACED.items():
+            body = body.replace(old, rng.choice(new), 1)
+    elif kind == 4:  # depth; half a body, or too much
+        deep = rng.choice([b"[", b'{"a":', b'{"clips":[']) * rng.randrange(1, 50_000)
+        body = rng.choice([deep, body[: rng.randrange(len(body))], body * 3])
+    elif kind == 5:
+        head = head.replace(b"Host", rng.choice([b"Ho st", b"X" * 50_000, b"\0", b"Origin"]), 1)
+    else:
+        head = rng.choice(LINES) + head[head.index(b"\r\n") :]
+    if rng.random() > SLOW:  # the length is right, so that the body is looked at
         lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
         head = b"\r\n".join([*lines, b"Content-Length: %d" % len(body)])
     return head + b"\r\n\r\n" + body
 
 
 def send(port, content):
-    """Sends bytes; returns the status of the answer, 0 if the server only hung up.
-
-    Raises:
-      TimeoutError: neither came.
-    """
+    """Sends bytes; returns the status of the answer, 0 if the server only hung up."""
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as one:
         answer = b""
         with contextlib.suppress(ConnectionError):
@@ -149,37 +143,32 @@ def packed(array, method=zipfile.ZIP_DEFLATED):
 def test_small_requests_that_become_large_take_little_memory(tmp_path):
     """Before, 64 arrays of uint8 took 4 GB, as many lists in JSON 2.5 GB; most got no answer."""
     rng, width = np.random.default_rng(0), made.WIDTH
-    clips = {
-        f"c {n}": StoredClip(f"p {n}", x) for n, x in enumerate(np.eye(width, dtype=np.float32))
-    }
+    clips = {f"c {n}": StoredClip(f"p {n}", x) for n, x in enumerate(np.eye(width, dtype="f4"))}
     origin, front = VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64}), made.make_front
     Gallery.of_clips(tmp_path / "g", origin, front(["face"], rng), clips)
-    npz, json_type = "application/x-npz", "application/json"
-    lists = json.dumps({"clips": [{"clip": "c", "face": [[1] * width] * 2600}]}).encode()
     many = [{"clip": f"c {n}", "face": [[n + 1] * width]} for n in range(256)]
-    kinds = (
-        (packed(np.ones((1 << 14, width), np.uint8)), npz),
-        (packed(np.ones((1 << 16, width), np.uint8)), npz),
-        (packed(np.ones((1 << 14, width), np.float32), zipfile.ZIP_BZIP2), npz),
-        (lists, json_type),
-        (b'{"clips": [{"clip": "c", "face": [' + b"[]," * 1_000_000 + b"1]}]}", json_type),
-        (json.dumps({"clips": many, "k": 1000}).encode(), json_type),
+    bodies = (
+        packed(np.ones((1 << 16, width), np.uint8)),
+        packed(np.ones((1 << 14, width), np.float32), zipfile.ZIP_BZIP2),
+        json.dumps({"clips": [{"clip": "c", "face": [[1] * width] * 2600}]}).encode(),
+        b'{"clips": [{"clip": "c", "face": [' + b"[]," * 1_000_000 + b"1]}]}",
+        json.dumps({"clips": many, "k": 1000}).encode(),
     )
     with servers.served(tmp_path / "g") as server, ThreadPoolExecutor(64) as pool:
 
-        def ask(kind):
-            headers = {"Content-Type": kind[1]}
+        def ask(body):
+            kind = "application/json" if body[:1] == b"{" else "application/x-npz"
             with contextlib.suppress(ConnectionError):  # it is refused while it comes
-                return server.ask("POST", "/identify?clip=c", kind[0], headers)[0]
+                return server.ask("POST", "/identify?clip=c", body, {"Content-Type": kind})[0]
             return 429
 
-        for kind in kinds:
-            statuses = Counter(pool.map(ask, [kind] * 64))
-            assert statuses.keys() <= {200, 413, 422, 429, 503}
+        for body in bodies:
+            assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
             assert memory(server, "VmHWM") < 1000
         assert server.end() == 0
 
 
+@pytest.mark.nightly
 def test_the_description_holds(tmp_path, fault_seed, campaign):
     """Requests that fit the description, and others, get one of its statuses, and no 5xx."""
     pytest.importorskip("schemathesis")
@@ -205,7 +194,7 @@ def test_what_a_killed_server_answered_is_there_and_nobody_removed_is_named(
     rng, number = random.Random(fault_seed), 0
     held: dict[str, bool] = {}  # person -> enrolled, as the last answer said
     unsure: set[str] = set()  # whose change got no answer
-    for _ in range(50 if campaign else 5):
+    for _ in range(50 if campaign else 2):
         with servers.served(tmp_path / "g") as server:
             people = server.ask("GET", "/identities")[1]["identities"]
             sure = held.keys() - unsure
@@ -221,7 +210,7 @@ def test_what_a_killed_server_answered_is_there_and_nobody_removed_is_named(
                         use(server, rng, held, unsure, number)
             finally:
                 timer.join()
-    assert number > 10
+    assert number > 4
 
 
 def use(server, rng, held, unsure, number):
