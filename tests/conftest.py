@@ -2,17 +2,14 @@
 
 import os
 
-# Before jax or TensorFlow is imported anywhere. Eight devices on two cores, beside other processes,
-# may wait for each other longer than the 40 seconds after which XLA aborts the process. Twice a
-# blend over eight devices hung. The cause is not proven: a device that waits may keep one of XLA's
-# threads, of which there is one for each device or core. `NPROC` is their number.
+# Before jax or TensorFlow is imported anywhere. Eight devices on two cores may wait for each other
+# longer than the 40 seconds after which XLA aborts the process. Twice a blend over eight devices
+# hung: a device that waits may keep one of XLA's threads, of which there are `NPROC`.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=180"
 )
-os.environ["NPROC"] = "64"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ |= {"NPROC": "64", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 import contextlib
 import gc
@@ -39,13 +36,11 @@ gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the options of tests with random faults."""
-    parser.addoption(
-        "--campaign", action="store_true", help="random faults by the hundred, not a sample"
-    )
-    parser.addoption(
-        "--fault-seed", type=int, metavar="N", help="repeats the random faults of a failed test"
-    )
+    for name, options in {
+        "--campaign": {"action": "store_true", "help": "random faults by the hundred"},
+        "--fault-seed": {"type": int, "metavar": "N", "help": "repeats faults of a failed test"},
+    }.items():
+        parser.addoption(name, **options)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,18 +52,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def campaign(request: pytest.FixtureRequest) -> bool:
+def campaign(pytestconfig: pytest.Config) -> bool:
     """Whether random faults come by the hundred (`--campaign`) or as a sample."""
-    return bool(request.config.getoption("--campaign"))
+    return bool(pytestconfig.getoption("--campaign"))
 
 
 @pytest.fixture
-def fault_seed(request: pytest.FixtureRequest) -> int:
+def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
     """A seed for random faults; in a campaign another one every time, which a failed test shows."""
     given = request.config.getoption("--fault-seed")
-    if given is None:
-        given = time.time_ns() % 10**9 if request.config.getoption("--campaign") else 0
-    seed = int(given)
+    seed = int(given) if given is not None else time.time_ns() % 10**9 * campaign
     sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
     return seed
 
@@ -276,10 +269,10 @@ def python(cache_dir: Path) -> Callable[..., str]:
 
     def run(program: str, *words: str | Path, cwd: Path = ROOT, **env: str) -> str:
         env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **env}
+        command = [sys.executable, "-c", program, *map(str, words)]
         done = subprocess.run(
-            [sys.executable, "-c", program, *map(str, words)],
-            cwd=cwd, env=env, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -288,13 +281,11 @@ def python(cache_dir: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m MODULE WORDS` as a user would, on one device."""
+    """Runs `python -m vidjax.main WORDS` as a user would, on one device."""
 
-    def run(
-        *words: str | Path, module: str = "vidjax.main", cwd: Path = ROOT
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
-        command = [sys.executable, "-m", module, *map(str, words)]
+        command = [sys.executable, "-m", "vidjax.main", *map(str, words)]
         return subprocess.run(
             command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600
         )

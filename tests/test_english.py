@@ -34,9 +34,8 @@ def read_prose(path):
     text = path.read_text()
     if path.suffix == ".py":
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT or (
-                token.type == tokenize.STRING and " " in token.string
-            ):
+            comment = token.type == tokenize.COMMENT
+            if comment or (token.type == tokenize.STRING and " " in token.string):
                 yield token.start[0], token.string
     elif path.suffix == ".ipynb":
         for number, cell in enumerate(json.loads(text)["cells"]):
@@ -44,9 +43,8 @@ def read_prose(path):
     else:
         for number, line in enumerate(text.splitlines(), 1):
             # Rows of CONTRIBUTING show the habit; rows of benchmarks are written by scripts.
-            if not line.startswith("| ") or not path.match(".github/*") | path.match(
-                "benchmarks/*"
-            ):
+            shown = path.match(".github/*") or path.match("benchmarks/*")
+            if not line.startswith("| ") or not shown:
                 yield number, re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)  # names and quotations
 
 

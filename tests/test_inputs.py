@@ -1,6 +1,5 @@
 """Clips to rank or to find: pipes, bombs and damaged files are named with a remedy."""
 
-import os
 import pickle
 import resource
 import warnings
@@ -13,8 +12,6 @@ from tests.helpers.clip_files import bomb
 from tests.helpers.seen import refused
 from vidjax.data import labels, memory
 from vidjax.utils import errors, files
-
-GB = 1 << 30
 
 
 def read_input(path):
@@ -33,21 +30,21 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     folder.mkdir()
     np.savez(tmp_path / "real.npz", face=np.ones((1, 4), np.float32))
     path = folder / "x.npz"
-    for make, words in (
-        (os.mkfifo, "is a pipe"),
-        (lambda path: path.symlink_to("/dev/zero"), "is a device"),
-        (lambda path: path.mkdir(), "is a folder"),
-    ):
-        make(path)
+    for kind, words in {
+        "pipe": "is a pipe",
+        "zero": "is a device",
+        "folder": "is a folder",
+    }.items():
+        mutations.put(path, kind, tmp_path)
         refused_input(folder, words)
-        path.rmdir() if path.is_dir() else path.unlink()
+        path.rmdir() if kind == "folder" else path.unlink()
     path.symlink_to(tmp_path / "real.npz")  # their own folders may be made of links
     (folder / "._x.npz").write_text("what other systems leave beside a file")
     assert read_input(folder).names == ("x",)
     for name in ("labels.csv", "val_gt.txt"):
-        os.mkfifo(tmp_path / name)
-        with mutations.alarm(), pytest.raises(ValueError, match="is a pipe"):
-            labels.load_label_table(tmp_path / name, {"val": ["x"]})
+        mutations.put(tmp_path / name, "pipe", tmp_path)
+        with mutations.alarm():
+            refused(lambda: labels.load_label_table(tmp_path / name, {"val": ["x"]}), "is a pipe")  # noqa: B023
 
 
 @pytest.mark.parametrize(
@@ -55,20 +52,19 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     [
         (b"no archive", "damaged or not an .npz file: write it again"),
         (b"", "damaged or not an .npz file: write it again"),
-        (b"\x80\x04K\x01.", "damaged or not an .npz file: write it again"),
         ({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)"),
         ({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')"),
         ({"face": np.array([{}], object)}, "contains Python objects"),
-        ({"face": np.broadcast_to(np.float32(0), (files.MB, 1024))}, "unpacks to more than"),
+        ({}, "unpacks to more than"),
     ],
 )
 def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatch, content, words):
-    monkeypatch.setattr("vidjax.data.clip_files.MAX_CLIP_BYTES", 64 * files.MB)
+    monkeypatch.setattr("vidjax.data.clip_files.MAX_CLIP_BYTES", 16 * files.MB)
     path = tmp_path / "a.npz"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif "unpacks" in words:
-        bomb(path, gigabytes=0.125)
+        bomb(path, gigabytes=1 / 32)
     else:
         np.savez(path, **content)
     refused_input(tmp_path, "a.npz", words)
@@ -108,7 +104,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     parquet.write_table(many, path)  # of 4 GB, were each name a text of its own
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused_input(path, ", wanted face")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GB // 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
     monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))
     features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
@@ -118,24 +114,19 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
 
 
 def test_frames_that_are_not_finite_are_counted(tmp_path):
-    face = np.ones((3, 4), np.float32)
+    face, quality = np.ones((3, 4), np.float32), np.array([1, 1, np.inf], np.float32)
     face[1, 2] = np.nan
-    quality = np.array([1, 1, np.inf], np.float32)
     np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
         memory.load_clips(tmp_path, {"face": 4}, ())
-    said = [str(one.message) for one in caught]
-    assert said == [
+    assert [str(one.message) for one in caught] == [
         "face: 2 of 4 frames are not read: their features are not finite; 1 clips lose all frames",
         "face: 1 of 4 frames have a quality that is not finite: 0 is used",
     ]
-    pickled = tmp_path / "official"
-    pickled.mkdir()
+    official = tmp_path / "official"
+    official.mkdir()
     entries = [[n, (0.0, 0.0, 1.0, 1.0), 0.9, 50.0, row] for n, row in enumerate(face)]
-    (pickled / "face_val.pickle").write_bytes(pickle.dumps({b"a.mp4": entries}, 2))
-    with pytest.warns(match="1 of 3 frames are not read") as warned:
-        memory.load_clips(pickled, {"face": 4}, ())
-    # Commands show the warnings of this category only.
-    assert {one.category for one in (*caught, *warned)} == {errors.VidjaxWarning}
+    (official / "face_val.pickle").write_bytes(pickle.dumps({b"a.mp4": entries}, 2))
+    with pytest.warns(errors.VidjaxWarning, match="1 of 3 frames are not read"):
+        memory.load_clips(official, {"face": 4}, ())

@@ -160,9 +160,6 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
     refused(lambda: labels_lib.find_ground_truth(tmp_path / "train_gt.txt"), "not a directory")
 
 
-# Ground truth.
-
-
 def truth(folder, text, name="gt.txt", **kwargs):
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
     return labels_lib.load_ground_truth(folder / name, **kwargs)

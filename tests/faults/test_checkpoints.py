@@ -42,9 +42,6 @@ WORDS = (
 )
 
 
-# ---- random damage, in a folder of two steps
-
-
 def make_items(seed):
     rng = np.random.default_rng(seed)
     params = {"a": rng.normal(size=(40, 20)).astype(np.float32), "b": np.arange(5, dtype=np.int32)}
@@ -111,9 +108,6 @@ def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
     assert checkpoint.find(tmp_path) is None
     checkpoint.save(tmp_path, 8, make_items(8), {})
     assert (tmp_path / "checkpoints" / "8.damaged" / "weights.bin").read_text() == "the user's"
-
-
-# ---- a run
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +246,6 @@ def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finis
     assert (finished / "members.npz").read_bytes() == (whole / "members.npz").read_bytes()
 
 
-# ---- another configuration, other data
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False], ids=["config.json", "the manifest's"])
 def test_another_configuration_is_refused_with_the_difference(say, words, parts, kept):
@@ -290,9 +281,6 @@ def test_another_list_of_identities_is_refused(config, data, parts):
         data = data.with_identities(("999", *data.identities[1:]))
     with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
         run(config, parts, data)
-
-
-# ---- moved, cut and full
 
 
 @pytest.mark.slow

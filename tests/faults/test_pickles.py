@@ -4,7 +4,7 @@ import json
 import os
 import random
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import pytest
 
@@ -108,16 +108,14 @@ def test_the_sandbox_limits_memory_and_cpu_time(tmp_path, campaign):
 
 
 def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign):
-    """After random changes of the opcodes of sound ones, always the same changes."""
-    count, chance, seeds = 2000 if campaign else 80, random.Random(0), []
-    for data in python2.real().values():
-        with suppress(ValueError):  # `pickletools` takes text of protocol 0 to be ASCII
-            seeds.append(hostile.operations(data))
+    """After random changes of sound ones, always the same changes."""
+    count, chance = 2000 if campaign else 80, random.Random(0)
     attacks = hostile.attacks(tmp_path / "canary" / "mark").values()
     grafts = [attack.data[:-1] for attack in attacks if attack.fires]
     grafts += [data[:-1] for data in hostile.TRICKS.values()]
+    seeds = [*python2.real().values()]
     files = {f"{n:05d}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
     found = read_all(files, tmp_path, "fork")
     loaded = {name: [f"/{name}: ", *end[1:]] for name, end in found.items() if not end[0]}
     check_refused(found | loaded, strict=campaign)
-    assert count / 50 < len(loaded) < count / 2
+    assert count / 50 < len(loaded) < count * 0.8

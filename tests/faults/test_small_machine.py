@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import limits
+from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_labels, write_npz
 from vidjax.data import arrays
 from vidjax.data.records.conversion import convert
@@ -15,7 +16,6 @@ def write_own(folder, splits, widths):
     """Writes own features, split -> number of clips, and their labels: 20 people."""
     rng = np.random.default_rng(0)
     people = {name: rng.standard_normal((20, width)) for name, width in widths.items()}
-    labels = {f"{split}{n}": f"p{n % 20}" for split, count in splits.items() for n in range(count)}
     clips = {
         split: {
             f"{split}{number}": {
@@ -26,6 +26,7 @@ def write_own(folder, splits, widths):
         }
         for split, count in splits.items()
     }
+    labels = {name: f"p{n % 20}" for some in clips.values() for n, name in enumerate(some)}
     write_labels(write_npz(folder, clips) / "labels.csv", labels)
 
 
@@ -43,25 +44,19 @@ def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
     assert shards == {path.name: path.read_bytes() for path in some.parent.rglob("*.tfrecord*")}
 
 
-@pytest.fixture(scope="module")
-def half_a_gigabyte(tmp_path_factory):
-    """A folder of features, and one for the cache that the first run on them fills."""
-    folder = tmp_path_factory.mktemp("half_a_gigabyte")
-    write_own(folder / "data", {"train": 6000, "val": 2000}, {"face": 2048, "body": 2048})
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_conversion_and_training_fit_a_small_machine(half_a_gigabyte, tmp_path, mode):
-    """As under `ulimit -n 256` and a memory cgroup of 4 GB; .5 GB of features, in many shards."""
+@pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
+def test_conversion_and_training_fit_a_small_machine(tmp_path, mode):
+    """As under `ulimit -n 256` and a memory cgroup of 2 GB; .1 GB of features, in many shards."""
+    write_own(tmp_path / "data", {"train": 2500, "val": 500}, {"face": 2048, "body": 2048})
     ended = limits.run(
         [
-            sys.executable, "-m", "vidjax.main", "--config=mma:face,body", "--config.num_epochs=2",
-            "--config.data.name=arrays", f"--config.data.dir={half_a_gigabyte / 'data'}",
-            f"--config.data.mode={mode}", f"--workdir={tmp_path / 'run'}",
+            sys.executable, "-m", "vidjax.main", "--config=quality_fusion:face,body",
+            "--config.num_epochs=1", "--config.data.name=arrays",
+            f"--config.data.dir={tmp_path / 'data'}", f"--config.data.mode={mode}",
+            f"--workdir={tmp_path / 'run'}",
         ],
-        files=256, memory=4 * limits.GB, env={"VIDJAX_CACHE": str(half_a_gigabyte / "cache")},
+        files=256, memory=2 * limits.GB, env={"VIDJAX_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert ended.returncode == 0, (ended.stderr[-1000:], ended.peak)
     assert (tmp_path / "run" / "report.html").exists()

@@ -27,9 +27,8 @@ def random_clip(
     rng: np.random.Generator, num_frames: int, dim: int, dtype: str = "float16"
 ) -> Clip:
     """Returns a clip of made-up frames."""
-    features = rng.normal(0, 20, (num_frames, dim)).astype(dtype)
     return Clip(
-        features=features,
+        features=rng.normal(0, 20, (num_frames, dim)).astype(dtype),
         quality=rng.normal(80, 20, num_frames).astype(np.float32),
         detection=rng.uniform(0.8, 1, num_frames).astype(np.float32),
         number=np.sort(rng.integers(0, 1000, num_frames)).astype(np.int32),
@@ -112,12 +111,9 @@ def write_parquet(
 ) -> Path:
     """Writes a table with a row a frame, the rows of all clips mixed; returns its path.
 
-    Args:
-      path: the table.
-      clips: clip -> modality -> features, or a dict with them and other fields.
-      fields: what else is written.
-      width: of the lists of features, -1 for lists of any length.
-      options: of `pyarrow.parquet.write_table`.
+    `clips` are clip -> modality -> features, or a dict with them and other fields, of which some
+    `fields` are written. Lists of features have a `width`, -1 for any length; `options` are of
+    `pyarrow.parquet.write_table`.
     """
     import pyarrow
     from pyarrow import parquet
@@ -206,12 +202,11 @@ def write_learnable(
             write_truth(directory, split, truth)
 
 
-def bomb(path: Path, gigabytes: float = 8.0) -> None:
+def bomb(path: Path, gigabytes: float) -> None:
     """Writes an archive of a few megabytes that unpacks to gigabytes of zeros."""
     size, header = int(gigabytes * (1 << 30)), io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "<f8", "fortran_order": False, "shape": (size // 8,)}
-    )
+    about = {"descr": "<f8", "fortran_order": False, "shape": (size // 8,)}
+    np.lib.format.write_array_header_1_0(header, about)
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("ap.npy", "w", force_zip64=True) as entry,

@@ -12,18 +12,6 @@ from vidjax.data import processes
 from vidjax.utils.errors import UserError
 
 
-def refused(name: str) -> bool:
-    """Returns whether this process may not open a socket, or not start a program."""
-    try:
-        if name == "socket":
-            socket.socket()
-        else:
-            subprocess.run([sys.executable, "-V"], check=True)
-    except PermissionError:
-        return True
-    return False
-
-
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     match arguments["wanted"]:
         case "memory":
@@ -31,8 +19,6 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "time":
             while True:
                 np.sort(np.arange(10000.0))
-        case "connections":
-            return {name: refused(name) for name in ("socket", "program")}
         case "crash":
             os.abort()
         case "bug":
@@ -40,9 +26,19 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "mistake":
             raise UserError("film.mp4: give another film")
         case "missing":
-            os.stat(arguments["path"])
+            os.stat("nowhere")
     os.write(1, b"a library prints this")
-    return {"arguments": arguments}
+    opened = {
+        "socket": socket.socket,
+        "program": lambda: subprocess.run([sys.executable, "-V"], check=True),
+    }
+    refused = []
+    for name, call in opened.items():
+        try:
+            call()
+        except PermissionError:
+            refused.append(name)
+    return {"arguments": arguments, "refused": refused}
 
 
 if __name__ == "__main__":

@@ -14,17 +14,13 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 GB = 1 << 30
-SAMPLE_SECONDS = 0.02
 
 
 class Ended(NamedTuple):
     """A command that has ended.
 
-    Attributes:
-      returncode: its exit code, negative where a signal ended it: SIGKILL where memory was short.
-      stdout, stderr: what it printed.
-      peak: the most memory that it and its children held at once, in bytes; without pages of files,
-        which the system takes back where memory is short.
+    The exit code is negative where a signal ended it: SIGKILL where memory was short. The peak is
+    the most memory that it and its children held at once, in bytes; without pages of files.
     """
 
     returncode: int
@@ -46,10 +42,9 @@ def slowness() -> float:
 
 @contextlib.contextmanager
 def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Runs a program while the context is open; `options` go to `subprocess.Popen`.
+    """Runs a program while the context is open; at its end it is killed, if it still runs.
 
-    Its output is text, in pipes. At the end it is killed, if it still runs, and its pipes are
-    closed.
+    Its output is text, in pipes; `options` go to `subprocess.Popen`.
     """
     chosen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     with subprocess.Popen([str(word) for word in words], **chosen) as process:
@@ -67,33 +62,19 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 600,
 ) -> Ended:
-    """Runs a command under limits, as `ulimit -n` and a memory cgroup set them.
+    """Runs a command in the root of the repository, as under `ulimit -n` and a memory cgroup.
 
-    No rights are needed: the memory of the command and its children is read some fifty times a
-    second, and all of them are killed when it is beyond the limit.
-
-    Args:
-      words: the command; it runs in the root of the repository.
-      files: how many files a process may open, a limit that it cannot raise; None for no limit.
-      memory: bytes that all its processes may hold together; None for no limit.
-      env: variables of the environment beside those of this process.
-      timeout: seconds after which it is killed.
-
-    Raises:
-      subprocess.TimeoutExpired: it was killed by the timeout.
+    `files` is how many files a process may open, `memory` the bytes that all its processes may hold
+    together, `timeout` the seconds after which it is killed, with a TimeoutExpired. No rights are
+    needed: memory is read fifty times a second, and all of them are killed beyond the limit.
     """
     command = [str(word) for word in words]
     if files:
         command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files), *command]
+    env, pipe = {**os.environ, "XLA_FLAGS": "", **(env or {})}, subprocess.PIPE
+    more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
     with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", **(env or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, cwd=ROOT, env=env, text=True, start_new_session=True, **more
     ) as child:
         peak, done = [0], threading.Event()
         watch = threading.Thread(target=_watch, args=(child, memory, peak, done))
@@ -152,7 +133,7 @@ def _watch(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             return
-        time.sleep(SAMPLE_SECONDS)
+        time.sleep(0.02)
 
 
 def _held(session: int) -> int:
