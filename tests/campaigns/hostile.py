@@ -1,8 +1,8 @@
 """Pickles from strangers: code, tricks, greed, damage, and mutations of sound files.
 
-Run as a program it reads a folder of them, as the package would, and reports on each:
+Run as a program it reads a folder of them, and reports on each:
 
-    python -m tests.campaigns.hostile unpack FOLDER        through `pickles.unpack`
+    python -m tests.campaigns.hostile unpack FOLDER        through `sandbox.unpack`
     python -m tests.campaigns.hostile fork FOLDER          each in a fork: quick
     python -m tests.campaigns.hostile fire FOLDER CANARY   with `pickle.load`: which change CANARY
 """
@@ -155,9 +155,7 @@ def attacks(mark: Path) -> dict[str, Attack]:
         routes[words] = Attack(data, told, False)
     calls = {
         "__builtin__ eval": [python],
-        "builtins exec": [python],
         "io open": [path, text("w")],
-        "os mkdir": [path],
         "os remove": [text(str(mark.parent / "keep"))],
         "shutil rmtree": [text(str(mark.parent / "keep_folder"))],
         "subprocess Popen": [b"](" + text("touch") + path + b"e"],
@@ -172,11 +170,8 @@ def attacks(mark: Path) -> dict[str, Attack]:
         "time sleep": [part(3600)],
         "builtins bytearray": [b"J\xff\xff\xff\x7f"],
         "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
-        "sys setrecursionlimit": [part(2**30)],
         "socket create_connection": [part(("127.0.0.1", 9))],
-        "importlib import_module": [text("this")],
         "numpy.core.numeric load": [path],
-        "numpy.core.multiarray frombuffer": [part(b"ab")],
         "_codecs decode": [part(b"ab"), text("zlib")],
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
         "__main__ Array": [],
@@ -195,27 +190,22 @@ def attacks(mark: Path) -> dict[str, Attack]:
 
 def _tricks() -> Iterator[tuple[str, bytes]]:
     new = b"}" + text("__new__") + b"Ns"
-    for words in ("numpy ndarray", "numpy dtype", "_codecs encode", "__builtin__ bytes"):
+    for words in ("numpy ndarray", "_codecs encode"):
         yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
     yield "attributes of _reconstruct", RECONSTRUCT + new + b"b."
-    yield "slots of scalar", SCALAR + b"N" + new + b"\x86b."
     state = part((3, b"<", None, None, None, -1, -1, 0))
     yield "state of the class dtype", name("numpy dtype") + state + b"b."
-    yield "item of the class ndarray", name("numpy ndarray") + b"NNs."
     yield "_reconstruct of itself", 2 * RECONSTRUCT + b"K\x00\x85U\x01b\x87R."
     yield "_reconstruct of None", RECONSTRUCT + b"(NNNtR."
-    yield "NEWOBJ of _reconstruct", RECONSTRUCT + b")\x81."
     yield "ndarray called", name("numpy ndarray") + b"(J\xff\xff\xff\x7ftR."
     yield "NEWOBJ_EX of ndarray", name("numpy ndarray") + b")}" + text("shape") + b"K\x01s\x92."
     yield "INST of ndarray", b"(inumpy\nndarray\n."
     yield "bytes of 2 GB", name("__builtin__ bytes") + b"(J\xff\xff\xff\x7ftR."
     encode = name("_codecs encode")
-    for encoding in ("zlib", "utf-16", "unicode_escape"):
+    for encoding in ("zlib", "utf-16"):
         yield f"encode as {encoding}", encode + text("a") + part(encoding) + b"\x86R."
     yield "encode of bytes", encode + b"(U\x01aU\x06latin1tR."
-    yield "encode beyond latin1", encode + text("\u0416") + b"U\x06latin1\x86R."
     yield "call of an array", EMPTY + b")R."
-    yield "append to an array", EMPTY + b"Na."
     yield "attributes of an array", EMPTY + b"}" + text("code") + part("|O") + b"sb."
     yield "attributes of a list", b"]" + new + b"b."
     order = b"(" + part((b"ab", F2, (1,))) + text("K") + b"tR."
@@ -226,7 +216,6 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
     yield "array of objects", array_pickle((1, (1,), F2, False, [None]))
     yield "array of text", array_pickle((1, (1,), F2, False, "ab"))
     yield "array of four parts", array_pickle(((1,), F2, False, b"ab"))
-    yield "array of no state", array_pickle(None)
     yield "array of a dtype", array_pickle((1, (1,), F2, False, b"ab"), "numpy dtype")
     for code in (b"O8", b"V8", b"M8", b"U4", b"c8", b"f16", b"f2,f2", b"<f2", b"", b"\xff"):
         yield f"dtype {code!r}", dtype_pickle(code)
@@ -236,19 +225,15 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
         "metadata": (4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
         "item size": (3, b"<", None, None, None, 10**9, -1, 0),
         "flags": (3, b"<", None, None, None, -1, -1, 63),
-        "version": (99, b"<", None, None, None, -1, -1, 0),
         "order": (3, b"!", None, None, None, -1, -1, 0),
-        "order of a number": (3, 60, None, None, None, -1, -1, 0),
         "short": (3,),
     }.items():
         yield f"dtype with {kind}", dtype_pickle(b"f2", *state)
     eight = np.dtype("<f8")
     yield "scalar too short", SCALAR + part((eight, b"7 bytes")) + b"R."
     yield "scalar of text", SCALAR + part((eight, "8 unicod")) + b"R."
-    yield "scalar without dtype", SCALAR + part((None, b"8 bytes!")) + b"R."
     yield "numpy object array", pickle.dumps(np.array([None]), 2)
     yield "numpy records", pickle.dumps(np.zeros(2, [("a", "f2")]), 2)
-    yield "numpy complex", pickle.dumps(np.zeros(2, "c8"), 4)
     yield "numpy cube", pickle.dumps(np.zeros((2, 2, 2)), 5)
 
 
@@ -294,12 +279,9 @@ def wide(*shape: int) -> bytes:
 
 GREED = {
     "memo": b"Nr\xff\xff\xff\xff.",
-    "text memo": b"Np%d\n." % 2**40,
     "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
-    "text of 60 GB": b"\x80\x04\x8d" + struct.pack("<Q", 60 << 30) + b"abc.",
     "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
     "frame of 60 GB": b"\x80\x04\x95" + struct.pack("<Q", 60 << 30) + b"abc.",
-    "string of 2 GB": b"T" + struct.pack("<i", 2**31 - 1) + b"abc.",
     "integer of 2 GB": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc.",
     "integer of a megabit": b"}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.",
     "nested lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
@@ -307,11 +289,8 @@ GREED = {
     "nested dicts": b"".join([b"}"] + [b"K\x00}"] * 10**5 + [b"s"] * 10**5) + b".",
     "marks": b"(" * 10**6 + b".",
     "laughing lists": b"}U\x01a" + _laughs("list") + b"s.",
-    "laughing name": b"}" + _laughs("tuple") + b"Ns.",
     "digits of a long": b"}L" + b"9" * 10**6 + b"L\nNs.",
-    "digits of a float": b"}F" + b"9" * 10**6 + b"\nNs.",
     "colliding names": b"}(" + b"".join(n + b"N" for n in _colliding(70_000)) + b"u.",
-    "colliding set": b"\x80\x04(" + b"".join(_colliding(70_000)) + b"\x91.",
     "copies of one text": b"](%s%se." % (
         name("_codecs encode") + b"q\x000" + text("x" * 900_000) + text("latin1") + b"\x86q\x010",
         b"h\x00h\x01R" * 2_000,
@@ -327,7 +306,7 @@ GREED = {
 
 def damage(sound: bytes) -> dict[str, bytes]:
     """Returns damaged versions of the pickle `sound`, and other files under its name."""
-    archive, tar = io.BytesIO(), io.BytesIO()
+    archive, tar, npz = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("archive/data.pkl", sound)
         file.writestr("archive/version", "3\n")
@@ -335,9 +314,7 @@ def damage(sound: bytes) -> dict[str, bytes]:
         facts = tarfile.TarInfo("face_train.pickle")
         facts.size = len(sound)
         file.addfile(facts, io.BytesIO(sound))
-    npz, npy = io.BytesIO(), io.BytesIO()
     np.savez(npz, a=np.zeros(3))
-    np.save(npy, np.zeros(3))
     return {
         **{f"cut to {end} bytes": sound[:end] for end in (2, len(sound) // 2, len(sound) - 1)},
         "empty": b"",
@@ -345,20 +322,16 @@ def damage(sound: bytes) -> dict[str, bytes]:
         "ground truth": b"IQIYI_VID_TRAIN_0000001.mp4 195\n",
         "text in UTF-16": "clip 1\n".encode("utf-16"),
         "web page": b"<!DOCTYPE html>\n<html><title>404 Not Found</title></html>\n",
-        "JSON": b'{"clip": [[1, [0, 0, 1, 1], 0.5, 80, [1, 2, 3]]]}\n',
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "zip of PyTorch": archive.getvalue(),
         "old PyTorch": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
         "npz": npz.getvalue(),
-        "npy": npy.getvalue(),
         "gzip": gzip.compress(sound),
         "tar": tar.getvalue(),
-        "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100),
         "picture": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100),
         "line ends of Windows": sound.replace(b"\n", b"\r\n"),
         "read as text": sound.decode("latin-1").encode(),
         "twice": sound + sound,
-        "followed by a line end": sound + b"\n",
     }
 
 

@@ -118,24 +118,3 @@ def test_features_that_are_no_numbers_are_refused_unread(tmp_path):
         columns = {"clip": ["a"], "modality": ["face"], "features": features}
         parquet.write_table(pyarrow.table(columns), path)
         refused(path, "column features is", "wanted lists of numbers")
-
-
-def test_a_table_of_many_pages_and_row_groups_is_read_as_it_was_written(tmp_path):
-    rng = np.random.default_rng(0)
-    for width, groups, page in ((3, 7, 64), (1, 1000, 1 << 20), (0, 9, 64)):
-        features = rng.normal(size=(200, width)).astype(np.float32)
-        clips = rng.integers(0, 5, 200)
-        table = pyarrow.table({
-            "clip": [f"c{one}" for one in clips],
-            "modality": ["face" if one % 2 else "head" for one in clips],
-            "features": pyarrow.array(list(features), pyarrow.list_(pyarrow.float32())),
-            "quality": np.arange(200.0),
-        })  # fmt: skip
-        path = tmp_path / "a.parquet"
-        parquet.write_table(table, path, row_group_size=groups, data_page_size=page)
-        for clip in clip_files.read_parquet(path):
-            number = int(clip.name[1:])
-            (found,) = clip.modalities.values()
-            rows = clips == number
-            np.testing.assert_array_equal(found["features"], features[rows])
-            np.testing.assert_array_equal(found["quality"], np.flatnonzero(rows))
