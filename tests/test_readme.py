@@ -21,7 +21,6 @@ from vidjax.cli import program, run_commands
 from vidjax.data import arrays, iqiyi_vid, synthetic
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 FOLDERS = (
     "configs", "vidjax/data", "vidjax/apps/export", "vidjax/apps/video", "vidjax/apps/gallery",
     "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
@@ -57,12 +56,9 @@ def shell_commands(page):
 
 def commands():
     """Returns module and words of every command of all pages, in their order, each once."""
-    found = []
-    for words in (words for page in PAGES for words in shell_commands(page)):
-        if words[:2] == ["python", "-m"]:
-            found.append(words[2:])
-        elif words[0] == "vidjax":
-            found.append(["vidjax.main", *words[1:]])
+    every = (words for page in PAGES for words in shell_commands(page))
+    every = [["python", "-m", "vidjax.main", *x[1:]] if x[0] == "vidjax" else x for x in every]
+    found = [words[2:] for words in every if words[:2] == ["python", "-m"]]
     return [words for i, words in enumerate(found) if words not in found[:i]]
 
 
@@ -77,46 +73,32 @@ def example(name, page="README.md"):
 def prose(page):
     """Returns the text of a page, or of the cells of a notebook, without blocks of code."""
     text = (ROOT / page).read_text()
-    if page.endswith(".ipynb"):
+    if str(page).endswith(".ipynb"):
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
         text = "\n".join("".join(cell["source"]) for cell in cells)
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-def anchors(page):
-    """Returns the names by which links reach the headings of a page."""
-    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
-    names = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
-    assert len(names) == len(set(names)), page
-    return names
-
-
-def links():
-    """Returns (page, target) of every link in the READMEs and the notebooks."""
+def test_links_lead_somewhere():
+    """Of the READMEs and the notebooks."""
+    blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
-    found = []
     for page in (*PAGES, *notebooks):
         text = prose(page)
         targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
-        found += [(page, target) for target in targets]
-    return found
-
-
-def test_links_lead_somewhere():
-    found = links()
-    assert {page for page, _ in found} >= {*PAGES} - {"vidjax/runs/README.md"}
-    blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
-    for page, target in found:
-        if target.startswith(blob):  # the notebook itself
-            assert target.removeprefix(blob) == page
-        elif target.startswith("https://"):
-            assert urllib.parse.urlsplit(target).netloc in KNOWN_HOSTS, (page, target)
-        else:
-            path, _, anchor = target.partition("#")
-            to = (ROOT / page).parent / path if path else ROOT / page
-            assert to.exists(), (page, target)
-            if anchor:
-                assert anchor in anchors(str(to.resolve().relative_to(ROOT))), (page, target)
+        assert targets or page == "vidjax/runs/README.md", page
+        for target in targets:
+            if target.startswith(blob):  # the notebook itself
+                assert target.removeprefix(blob) == page
+            elif target.startswith("https://"):
+                assert urllib.parse.urlsplit(target).netloc in KNOWN_HOSTS, (page, target)
+            else:
+                path, _, anchor = target.partition("#")
+                to = (ROOT / page).parent / path if path else ROOT / page
+                assert to.exists(), (page, target)
+                heads = re.findall(r"^#+ (.*)$", prose(to) if anchor else "", re.MULTILINE)
+                names = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in heads]
+                assert names.count(anchor) == bool(anchor), (page, target)
 
 
 @pytest.mark.slow

@@ -1,95 +1,195 @@
-"""Death at any moment: the command is killed, or told to stop, and goes on to the same bytes."""
+"""Death at any moment: the command is killed, or told to stop, and goes on to the same bytes.
+
+Nothing of the program is patched. A signal is sent some time after the folder shows that a moment
+began. Limits of time are of the CPU's: other tests may run beside.
+"""
 
 import contextlib
+import json
+import os
 import random
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.campaigns import kills
-from tests.campaigns.kills import Run
+from tests.benchmarks import common
+from tests.campaigns.same_bytes import digests
 from tests.helpers.cases import quick_first
+from tests.helpers.small_runs import ROOT, flat, saved
+from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
-SECONDS = 120  # limits of time are of the CPU's: other tests may run beside
+# What a moment writes, and how long after that the kill may come, in seconds.
+MOMENTS = {
+    "conversion": ("cache/iqiyi_vid/*.partial", 1.0),
+    "compile": ("run/events.out.tfevents.*", 3.0),
+    "step": ("run/timing.jsonl", 0.05),
+    "save": ("run/checkpoints/.partial/*", 0.25),
+    "evaluation": ("run/metrics.jsonl", 0.4),
+}
+SMALL = (
+    "--config.batch_size=32",
+    "--config.num_epochs=8",
+    "--config.eval.every_epochs=4",
+    "--config.eval.block_size=16",
+    "--config.eval.report=False",
+    "--config.checkpoint_every_seconds=0.5",
+    "--config.model.layers=((8,'linear',False,0.0),)",
+)
+CASES = {
+    "quality_fusion": ("--config.data.mode=resident", "--config.log_every_steps=1"),
+    "noise_classes": (
+        "--config.ensemble.folds=2",
+        "--config.noise.eps=1.1",
+        "--config.data.mode=streaming",
+        "--config.log_every_steps=4",
+    ),
+}
+# Of metrics.json: what no two runs share.
+MEASURED = re.compile("seconds|per_second|^command$|date$")
+
+
+class Run:
+    """The folder of a run and of its cache, and the command that makes it."""
+
+    def __init__(self, folder, official, case):
+        self.folder, self.workdir = folder, folder / "run"
+        source = f"--config=configs/{case}.py:iqiyi_vid,face", f"--config.data.dir={official}"
+        self.words = (f"--workdir={self.workdir}", *source, *SMALL, *CASES[case])
+        (folder.parent / "programs").mkdir(exist_ok=True)
+        (folder / "cache").mkdir(parents=True)
+        (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
+
+    def start(self, *words, **env):
+        """Starts the command, or another one."""
+        self.before = {moment: self.signs(moment) for moment in MOMENTS}
+        env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), "XLA_FLAGS": "", **env}
+        command = [sys.executable, "-m", "vidjax.main", *(words or self.words)]
+        with (self.folder / "said").open("w") as file:
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+
+    def said(self):
+        return (self.folder / "said").read_text()
+
+    def finish(self, *words):
+        assert self.start(*words).wait(600) == 0, self.said()
+
+    def signs(self, moment):
+        found = set()
+        for path in self.folder.glob(MOMENTS[moment][0]):
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                found.add((path.name, path.stat().st_ctime_ns))
+        return found
+
+    def wait_for(self, moment, process):
+        """Waits until a moment begins, or the process ends."""
+        end = time.monotonic() + 300
+        while process.poll() is None and not self.signs(moment) - self.before[moment]:
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.002)
+
+    def kill(self, moment, rng):
+        """Kills the command some time after a moment began; False where it was done before."""
+        process = self.start()
+        self.wait_for(moment, process)
+        time.sleep(rng.uniform(0, MOMENTS[moment][1]))
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL), self.said()
+        return process.returncode != 0
+
+    def outcome(self, split=""):
+        """Returns what kills may not change: files, results, and all arrays of checkpoints."""
+        names = ("config.json", "identities.json", "members.npz", f"ranking{split}.txt")
+        found = {x.name: x.read_bytes() for x in map(self.workdir.joinpath, names) if x.exists()}
+        for step in checkpoint.manifests(self.workdir):
+            for name, x in flat(saved(self.workdir, step)).items():
+                found[f"step {step}: {name}"] = (x.dtype, x.shape, x.tobytes())
+        metrics = json.loads((self.workdir / f"metrics{split}.json").read_text())
+        found |= {name: value for name, value in metrics.items() if not MEASURED.search(name)}
+        return found | digests(self.workdir)
 
 
 @pytest.fixture(scope="module")
 def disturbed(official_dir, tmp_path_factory):
-    """Returns a function that lays out a run beside the same one without a break, made once."""
+    """Lays out a run; returns it, and the same one without a break, which is made once."""
     folder, likes = tmp_path_factory.mktemp("kills"), {}
 
     def lay_out(case):
         if case not in likes:
-            likes[case] = Run(folder, official_dir, case, None)
+            likes[case] = Run(folder / case, official_dir, case)
             likes[case].finish()
-        return Run(folder, official_dir, case, likes[case])
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        return Run(folder / "killed", official_dir, case), likes[case]
 
     return lay_out
 
 
-@pytest.mark.parametrize("case", quick_first(kills.CASES, mark=pytest.mark.nightly))
+def differences(run, like):
+    left, right = like.outcome(), run.outcome()
+    assert any("opt_state" in name for name in left)
+    return [name for name in {*left, *right} if left.get(name) != right.get(name)]
+
+
+@pytest.mark.parametrize("case", quick_first(CASES, mark=pytest.mark.nightly))
 def test_killed_runs_end_with_the_same_bytes(disturbed, fault_seed, campaign, case):
-    rng, run = random.Random(fault_seed), disturbed(case)
-    moments = 20 * [*kills.SPANS] if campaign else ["step", "save", "evaluation"]
-    died = [kills.kill_once(run, moment, rng) for moment in moments]
-    assert campaign or died.count(False) <= 1  # a run that was done before it was killed
+    rng, (run, like) = random.Random(fault_seed), disturbed(case)
+    moments = 20 * [*MOMENTS] if campaign else ["step", "save", "evaluation"]
+    died = [run.kill(moment, rng) for moment in moments]
+    assert campaign or died.count(False) <= 1
     run.finish()
-    assert not run.differences(), died
+    assert not differences(run, like), died
 
 
 def test_killed_evaluations_change_nothing(disturbed, fault_seed, campaign):
-    run, rng = disturbed("quality_fusion").like, random.Random(fault_seed)
+    (_, run), rng = disturbed("quality_fusion"), random.Random(fault_seed)
     words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
-
-    def outcome():
-        ranking = (run.workdir / "ranking_test.txt").read_bytes()
-        return ranking, kills.results(run.workdir / "metrics_test.json")
-
     began = time.monotonic()
     run.finish(*words)
-    seconds, before = time.monotonic() - began, outcome()
-    for _ in range(50 if campaign else 2):
+    seconds, before = time.monotonic() - began, run.outcome("_test")
+    for _ in range(50 if campaign else 1):
         process = run.start(*words)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.3, 1.0) * seconds)
-        assert outcome() == before
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        process.wait()
+        assert run.outcome("_test") == before
     (run.workdir / "ranking_test.txt").unlink()
     run.finish(*words)
-    assert outcome() == before
+    assert run.outcome("_test") == before
     for path in run.workdir.glob("*_test.*"):
         path.unlink()
 
 
 def test_signals_end_the_command_as_they_should(disturbed):
     """Before the first step at once, then after a checkpoint, at once again with the second."""
-    run = disturbed("quality_fusion")
-    for moment, signum in [("conversion", signal.SIGTERM), ("compile", signal.SIGINT)]:
-        process = run.start(compiling=moment == "compile")
-        assert process.wait_for(moment), process.said()
+    run, like = disturbed("quality_fusion")
+
+    def end(moment, limit, *signals, **env):
+        process = run.start(**env)
+        run.wait_for(moment, process)
         time.sleep(0.5 if moment == "compile" else 0)
-        process.send(signum)
-        assert process.wait(SECONDS) < 2
-        assert process.code == 128 + signum
-        assert process.said().splitlines()[-1] == "vidjax: stopped"
-        assert not run.manifests()
+        stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
+        for signum in signals:
+            process.send_signal(signum)
+        assert process.wait(120) - 128 in signals, run.said()
+        assert common.children_seconds() - used < limit
 
-    process = run.start()
-    assert process.wait_for("step"), process.said()
-    process.send(signal.SIGTERM)
-    assert process.wait(SECONDS) < 10
-    assert process.code == 128 + signal.SIGTERM
-    logged = max(line["step"] for line in run.lines("metrics.jsonl"))
-    assert f"stopped at step {logged}; run the same command" in process.said()
-    assert max(run.manifests()) == logged
-
-    process = run.start()
-    assert process.wait_for("step"), process.said()
-    process.send(signal.SIGINT)
-    process.send(signal.SIGTERM)
-    assert process.wait(SECONDS) < 2
-    assert process.code in (130, 143)  # two that arrive together come in no order
+    end("conversion", 2, signal.SIGTERM)
+    assert run.said().splitlines()[-1] == "vidjax: stopped"
+    empty = str(run.folder / "no programs")
+    end("compile", 2, signal.SIGINT, JAX_COMPILATION_CACHE_DIR=empty)
+    assert run.said().splitlines()[-1] == "vidjax: stopped"
+    assert not checkpoint.manifests(run.workdir)
+    end("step", 10, signal.SIGTERM)
+    logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"stopped at step {logged}; run the same command" in run.said()
+    assert max(checkpoint.manifests(run.workdir)) == logged
+    end("step", 2, signal.SIGINT, signal.SIGTERM)
     run.finish()
-    assert not run.differences()
+    assert not differences(run, like)
