@@ -175,7 +175,7 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path):
     assert note(6) == note(6, "data.whole_epochs=True") == "None"
     assert "--config.batch_size=6" in note(7)
     told = note(7, "data.whole_epochs=True")
-    assert "a step has all of them" in told and "--config.batch_size=3" in told
+    assert "a step uses all clips" in told and "--config.batch_size=3" in told
     with pytest.raises(ValueError, match=r"batch_size=100000000.*\n--config.batch_size=6"):
         note(100_000_000)
 
