@@ -16,8 +16,8 @@ WIDTH = 24
 
 @pytest.fixture(scope="module")
 def run(trained):
-    spec = "configs/quality_fusion.py:iqiyi_vid"
-    return vidjax.restore(trained(spec, "--config.modalities=face"), num_devices=1)
+    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
+    return vidjax.restore(folder, num_devices=1)
 
 
 def faces(count):

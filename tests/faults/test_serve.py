@@ -63,19 +63,19 @@ LINES = [b"GET / HTTP/9", b"DELETE /clips/" + b"a" * 3000 + b" HTTP/1.1", b"\xff
 def mutated(rng):
     """Returns a request with something wrong, mostly."""
     head, _, body = right(rng).partition(b"\r\n\r\n")
-    kind = rng.randrange(7)
+    kind = rng.choice([0, 1, 1, 2, 2, 2, 3, 4, 5])
     if kind == 0:
         return rng.randbytes(rng.randrange(1, 3000)) + b"\r\n\r\n"
     if kind == 1:
         at = rng.randrange(len(body))
         body = body[:at] + rng.randbytes(4) + body[at + 4 :]
-    elif kind < 4:
+    elif kind == 2:
         for old, new in REPLACED.items():
             body = body.replace(old, rng.choice(new), 1)
-    elif kind == 4:  # depth; half a body, or too much
+    elif kind == 3:  # depth; half a body, or too much
         deep = rng.choice([b"[", b'{"a":', b'{"clips":[']) * rng.randrange(1, 50_000)
         body = rng.choice([deep, body[: rng.randrange(len(body))], body * 3])
-    elif kind == 5:
+    elif kind == 4:
         head = head.replace(b"Host", rng.choice([b"Ho st", b"X" * 50_000, b"\0", b"Origin"]), 1)
     else:
         head = rng.choice(LINES) + head[head.index(b"\r\n") :]
