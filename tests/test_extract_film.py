@@ -56,11 +56,6 @@ def test_each_picture_of_a_slow_film_has_its_person(tmp_path, drawn, held_s, ali
     assert found(tmp_path / "slides.mkv", drawn.models) == wanted
 
 
-def test_a_track_begins_and_ends_with_its_shot(tmp_path, drawn):
-    write_film(tmp_path / "film.mkv", (1.1, 20, [("Ada", 20, 30)]), (1.3, 60, [("Eve", 80, 50)]))
-    assert found(tmp_path / "film.mkv", drawn.models) == [(0, 1.1, "Ada"), (1.1, 2.4, "Eve")]
-
-
 @pytest.mark.slow
 def test_faces_of_all_of_a_tracks_time_are_kept(tmp_path, drawn):
     """The best are at its end; at 25 pictures a second, in a film of ten minutes."""

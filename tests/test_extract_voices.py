@@ -244,14 +244,3 @@ def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     face, audio = both.parts
     other_part = backend.Backend((face, audio._replace(name="head")), both.settings)
     assert abs(odds(one, other, other_part) - odds(one, none, other_part)) > np.log(9)
-
-
-def test_a_shot_is_a_clip_of_its_main_figure(tmp_path, models):
-    """Alone; beside somebody as large, in too few frames, and too short: no clip."""
-    film, clips = hear(
-        tmp_path, models, "film.mkv", (2, 20, [ADA]), (2, 60, [("Bob", 10, 60), ("Eve", 90, 20)]),
-        (2, 35, []), (0.6, 70, [("Eve", 80, 50)]), (2, 25, [("Bob", 10, 20)]), unit="shot",
-    )  # fmt: skip
-    assert [(one.clip, one.shot) for one in film.tracks] == [("film.s000", 0), ("film.s004", 4)]
-    for one in film.tracks:
-        assert len(clips[one.clip]["face"]) == one.seen

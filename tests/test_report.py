@@ -13,7 +13,6 @@ from tests.helpers import made_runs
 from tests.helpers.browser import CHROMIUM, browse
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
-from vidjax.evaluation.report import html as html_lib
 from vidjax.evaluation.report import run_page
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io, schemas
@@ -240,13 +239,6 @@ def test_names_from_right_to_left_are_kept_apart_from_what_follows(tmp_path):
     letters = re.compile("[\u0590-\u06ff]")
     shown = [around for text, around in page.texts if letters.search(text) and "svg" not in around]
     assert shown and all({"bdi", "title", "h1"} & set(around) for around in shown)
-
-
-def test_the_labels_of_an_axis_are_its_values():
-    plot = html_lib.Plot()
-    plot.axes.plot([0, 1, 2], [9.90353, 9.90353 + 1e-7, 9.90353])
-    drawn = plot.html("loss", "loss", "loss")
-    assert "9.903530" in drawn and "+" not in "".join(re.findall("<text[^>]*>([^<]*)<", drawn))
 
 
 @pytest.mark.slow
