@@ -25,89 +25,70 @@ def parts_of(gallery, clips):
     return gallery.backend.split(np.stack([clip.vector for clip in clips]))
 
 
-# ---- probabilities
+def vectors_of(gallery, clips):
+    """Returns clips, name -> StoredClip, as the vectors that a gallery enrols."""
+    parts = dict(zip(made_galleries.WIDTHS, parts_of(gallery, clips.values()), strict=True))
+    return Vectors(tuple(clips), parts, tuple(clip.identity for clip in clips.values()))
 
 
 def ratio(space, clips, query):
     """Returns log p(query | clips of the person) / p(query), from normal densities."""
-    z = (np.asarray(query, np.float64) - space.mean) @ space.transform
-    known = [(np.asarray(clip, np.float64) - space.mean) @ space.transform for clip in clips]
+    z, *known = ((np.asarray(x, float) - space.mean) @ space.transform for x in (query, *clips))
     total = 0.0
     for d, psi in enumerate(space.ratio):
         # One person's clips: covariance psi between two of them, and 1 more on the diagonal.
-        size = 1 + len(known)
-        joint = stats.multivariate_normal(cov=psi * np.ones((size, size)) + np.eye(size))
-        alone = stats.multivariate_normal(cov=joint.cov_object.covariance[1:, 1:])
+        joint = psi + np.eye(1 + len(known))
         others = [one[d] for one in known]
-        total += joint.logpdf([z[d], *others]) - alone.logpdf(others)
+        total += stats.multivariate_normal.logpdf([z[d], *others], cov=joint)
+        total -= stats.multivariate_normal.logpdf(others, cov=joint[1:, 1:])
         total -= stats.norm.logpdf(z[d], scale=np.sqrt(1 + psi))
     return total
 
 
 def oracle(people, clip):
     """Returns identity -> log-probability, and that of somebody new under None."""
-    front, widths = people.backend, people.backend.widths
+    front = people.backend
+    ends = np.cumsum(list(front.widths.values()))[:-1]
     logits = {None: front.settings.stranger + np.log(len(people.identities))}
-    ends = np.cumsum(list(widths.values()))[:-1]
-    queries = np.split(clip.vector, ends)
     for name in people.identities:
         logits[name] = 0.0
-        shown = [
-            np.split(one.vector, ends) for one in people.clips.values() if one.identity == name
-        ]
+        own = [x.vector for x in people.clips.values() if x.identity == name]
         for number, part in enumerate(front.parts):
-            if not queries[number].any():
+            query, *shown = (np.split(x, ends)[number] for x in (clip.vector, *own))
+            if not query.any():
                 continue
-            clips = [made_unit(part, one[number]) for one in shown if one[number].any()]
-            if clips:
-                found = ratio(part.space, clips, made_unit(part, queries[number]))
-                logits[name] += front.settings.scale * found
-            else:
-                logits[name] += front.settings.unenrolled
-    logs = special.log_softmax(np.array(list(logits.values())))
-    return dict(zip(logits, logs.tolist(), strict=True))
+            query, *clips = (embeddings.unit(x - part.centre) for x in (query, *shown) if x.any())
+            weight = front.settings.scale
+            logits[name] += (
+                weight * ratio(part.space, clips, query) if clips else front.settings.unenrolled
+            )
+    return dict(zip(logits, special.log_softmax([*logits.values()]).tolist(), strict=True))
 
 
-def made_unit(part, x):
-    """Returns the vector of length 1 from the centre to another one."""
-    shifted = x.astype(np.float64) - part.centre
-    return shifted / np.sqrt(np.sum(shifted**2))
-
-
-@pytest.mark.parametrize("lacks", ["", "audio", "face"])
+@pytest.mark.parametrize("lacks", ["", "face"])
 def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
     people = make(tmp_path / "g")
     clip = make_clip(777, "person 3", lacks=lacks)
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
-    wanted = oracle(people, clip)
     found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, abs=2e-5)
+    assert found == pytest.approx(oracle(people, clip), abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
-def test_log_softmax_is_exact(spread):
+def test_log_softmax_is_exact():
     rng = np.random.default_rng(0)
-    for size in (1, 2, 3, 50):
+    for spread, size in ((1, 1), (1, 50), (30, 3), (300, 2), (300, 50)):
         logits = rng.normal(0, spread, size)
-        wide = logits.astype(np.longdouble)
-        best, found = int(np.argmax(logits)), backend_lib.log_softmax(logits)
+        wide, best = logits.astype(np.longdouble), int(np.argmax(logits))
         rest = np.sum(np.exp(np.delete(wide, best) - wide[best]))
-        wanted = wide - wide[best] - np.log1p(rest)
-        np.testing.assert_allclose(found, wanted.astype(float), rtol=1e-10, atol=1e-300)
+        wanted = (wide - wide[best] - np.log1p(rest)).astype(float)
+        found = backend_lib.log_softmax(logits)
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-300)
 
 
-# ---- thresholds
-
-
-@pytest.mark.parametrize(
-    ("fpir", "strangers"), quick_first([(0.01, 99), (0.01, 150), (0.01, 373), (0.1, 50)])
-)
-def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
+def test_the_chosen_rate_is_held_within_its_interval():
     """Scores of strangers are uniform: the true rate of a threshold t is 1 - t."""
-    rng = np.random.default_rng(0)
+    rng, fpir, strangers = np.random.default_rng(0), 0.01, 99
     inside, rates = [], []
     for _ in range(2000):
         found = answers_lib.threshold(rng.random(strangers), fpir, 1)
@@ -122,11 +103,10 @@ def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
 def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
     people = make(tmp_path / "g")
     found = people.threshold(0.29)
-    assert (found.num_strangers, found.num_alarms) == (6, 1)
-    assert found.num_identities == len(people.identities)
+    assert (found.num_strangers, found.num_alarms, found.num_identities) == (6, 1, 12)
     with pytest.raises(ValueError, match="needs 7 clips of strangers or more, the gallery has 6"):
         people.threshold(0.14)
-    for fpir in (0, 1, -0.1, float("nan")):
+    for fpir in (0, 1, float("nan")):
         with pytest.raises(ValueError, match="rate above 0 and below 1"):
             people.threshold(fpir)
     people.add({"one more": make_clip(1234, None)})
@@ -146,38 +126,30 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
     """Strangers of another world reach nobody: a share of them alone would let everybody pass."""
     rng = np.random.default_rng(0)
     people = make(tmp_path / "g")
-    gallery = Gallery(tmp_path / "g")
-    by_new, rule = named(gallery)
+    by_new, rule = named(people)
     assert rule.by == "new" and rule.default and "99 clips of strangers instead of 6" in rule.about
-    far = {}
-    for n in range(200):
-        x = rng.normal(size=13) * [5, *[1e-3] * 7, 5, *[1e-3] * 4]
-        x = np.concatenate([x[:8] / np.linalg.norm(x[:8]), x[8:] / np.linalg.norm(x[8:])])
-        far[f"far {n}"] = StoredClip(None, x.astype(np.float32))
+    x = rng.normal(size=(200, 13)) * [5, *[1e-3] * 7, 5, *[1e-3] * 4]
+    x = np.hstack([embeddings.unit(x[:, :8]), embeddings.unit(x[:, 8:])]).astype(np.float32)
     people.remove(clip=people.strangers)
-    people.add(far)
-    gallery = Gallery(tmp_path / "g")
-    for fpir in (0.01, 0.1, 0.5, 0.99):
-        found, rule = named(gallery, fpir=fpir)
+    people.add({f"far {n}": StoredClip(None, one) for n, one in enumerate(x)})
+    for fpir in (0.01, 0.5, 0.99):
+        found, rule = named(people, fpir=fpir)
         assert rule.by == "fpir" and not rule.default
         assert all(one in (None, two) for one, two in zip(found, by_new, strict=True)), fpir
-    assert named(gallery, fpir=0.99)[0] == by_new  # whom strangers do not exclude, new decides
+    assert found == by_new  # whom strangers do not exclude, new decides
 
 
 @pytest.mark.slow
 def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     """Of strangers like those of the gallery 1 % are named, not the share that new lets pass."""
-    clips = make_clips()
-    clips |= {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
-    people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
-    gallery = Gallery(people.folder)
+    strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
+    gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
     found, rule = named(gallery)
     assert rule.default and rule.by == "fpir" and rule.threshold == gallery.threshold(0.01)
     assert found == named(gallery, fpir=0.01)[0]
     others = [make_clip(70_000 + n, None) for n in range(1000)]
     answers = identify(gallery, parts_of(gallery, others))
-    share = np.mean([answer.identity is not None for answer in answers])
-    assert share < 0.03
+    assert np.mean([answer.identity is not None for answer in answers]) < 0.03
 
 
 def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_path):
@@ -188,10 +160,8 @@ def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
     rules: list[dict[str, float]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
     for rule in rules:
-        found = identify(people, parts, 1, **rule)
-        assert [one.identity is not None for one in found] == [
-            bool(people.rule(**rule).names(one.score)) for one in found
-        ]
+        for one in identify(people, parts, 1, **rule):
+            assert (one.identity is not None) == people.rule(**rule).names(one.score)
     assert people.rule(fpir=0.25).score != before.score
 
 
@@ -199,27 +169,22 @@ def test_a_list_holds_the_clips_that_identify_names(tmp_path):
     """The clip that sets a threshold lies just below it, which no rounding may hide."""
     clips = make_clips(strangers=100)
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
-    names = people.strangers
-    parts = parts_of(people, [clips[name] for name in names])
-    shown = Vectors(
-        tuple(names), dict(zip(made_galleries.WIDTHS, parts, strict=True)), (None,) * len(names)
-    )
-    for fpir in (0.01, 0.05, 0.2, 0.5):
+    shown = vectors_of(people, {name: clips[name] for name in people.strangers})
+    for fpir in (0.01, 0.2, 0.5):
         answers = people.identify(shown, 1, fpir=fpir)
         named = {name for name, answer in answers.items() if answer.identity}
         lists = people.rank(shown, fpir=fpir)
-        listed = {clip for pairs in lists.values() for clip, _ in pairs}
-        assert named == listed and len(named) <= fpir * len(names)
+        assert named == {clip for pairs in lists.values() for clip, _ in pairs}
+        assert len(named) <= fpir * len(shown.names)
 
 
 def test_a_probability_decides_alone(tmp_path):
-    gallery = Gallery(make(tmp_path / "g").folder)
-    shown = [make_clip(700 + n, f"person {n % 24}") for n in range(50)]
-    parts = parts_of(gallery, shown)
-    for least in (1e-6, 0.3, 0.999, 1.0):
+    gallery = make(tmp_path / "g")
+    parts = parts_of(gallery, [make_clip(700 + n, f"person {n % 24}") for n in range(50)])
+    for least in (1e-6, 0.3, 1.0):
         for answer in identify(gallery, parts, threshold=least):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
-    for wrong in (0, -3.0, 1.5, float("nan")):
+    for wrong in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="a probability above 0 and at most 1"):
             gallery.rule(threshold=wrong)
     with pytest.raises(ValueError, match="choose one"):
@@ -227,29 +192,27 @@ def test_a_probability_decides_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "photos"), quick_first([(5, 1), (20, 1), (5, 3), (1, 1), (1, 6)])
+    ("count", "photos"), quick_first([(5, 1), (1, 1), (20, 1)], mark=pytest.mark.nightly)
 )
 def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys, count, photos):
     """Of vectors as dlib makes them of faces: the prior answers, and says so."""
     best, right, named = [], [], []
-    for seed in range(4):
-        make = embeddings.Faces(seed)
-        shown = make(count, photos + 10).astype(np.float32)
-        strangers = make(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
+    for seed in range(2):
+        faces = embeddings.Faces(seed)
+        shown = faces(count, photos + 10).astype(np.float32)
+        strangers = faces(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
         enrolled = {
             f"{person} {turn}": StoredClip(f"{person}", shown[person, turn])
             for person, turn in np.ndindex(count, photos)
         }
         front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
         assert "have two clips or more, too few" in capsys.readouterr().err
-        folder = tmp_path / str(seed)
-        gallery = Gallery.of_clips(folder, made_galleries.RUN, front, enrolled)
+        gallery = Gallery.of_clips(tmp_path / f"{seed}", made_galleries.RUN, front, enrolled)
         found = identify(gallery, [np.concatenate(shown[:, photos:])])
         wanted = [str(person) for person in range(count) for _ in range(10)]
         best += [x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]
         right += [x.identity == y for x, y in zip(found, wanted, strict=True)]
-        new = identify(gallery, [strangers])
-        named += [answer.identity is not None for answer in new]
+        named += [answer.identity is not None for answer in identify(gallery, [strangers])]
     assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named) <= 0.02
 
 
@@ -275,50 +238,42 @@ def share_days(seed: int, people: int, days: int, photos: int) -> tuple[float, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("people", [50, 100])
-def test_clips_of_one_film_count_as_one(people):
+def test_clips_of_one_film_count_as_one():
     """Before, 4 clips of one day made nearly everybody new: P(new) was .86 and more."""
     found = {
-        (days, photos): np.mean([share_days(s, people, days, photos) for s in range(2)], axis=0)
-        for days, photos in ((1, 1), (1, 4), (2, 1), (2, 4), (2, 10))
+        (days, photos): np.mean([share_days(s, 50, days, photos) for s in range(2)], axis=0)
+        for days, photos in ((1, 1), (1, 4), (2, 4))
     }
     for (_, photos), (new, _) in found.items():
         assert photos == 1 or abs(new - 0.5) < 0.1, found
-    one, four, two, eight, twenty = (named for _, named in found.values())
-    assert one < four < eight and two - 0.01 < eight < twenty + 0.01, found
+    one, four, eight = (named for _, named in found.values())
+    assert one < four < eight, found
 
 
 def test_a_person_of_one_film_has_one_clip_and_the_user_hears_it(tmp_path, capsys):
     people = make(tmp_path / "g")
     films = {f"film.s00{n}.t00": make_clip(900 + n, "Ada") for n in range(3)}
-    shown = films | {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
-    parts = dict(zip(made_galleries.WIDTHS, parts_of(people, [*shown.values()]), strict=True))
-    people.enrol(Vectors(tuple(shown), parts, tuple(clip.identity for clip in shown.values())))
+    more = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
+    people.enrol(vectors_of(people, films | more))
     assert "all clips of Ada are of one film, so they are alike" in capsys.readouterr().err
-    for gone in range(3):
-        left = [clip.vector for clip in [*films.values()][gone:]]
-        mean = np.mean(left, axis=0, dtype=float).astype(np.float32)
-        one = enrol(people.backend, {"Ada": ["film"]}, {"film": StoredClip("Ada", mean)})
-        ada, bob = (people.index.names.index(name) for name in ("Ada", "Bob"))
-        assert people.identities["Ada"] == 3 - gone and people.index.counts[:, ada].max() == 1
-        assert people.index.counts[:, bob].max() == 2
-        for block in people.index.blocks:
-            if "Ada" in block.names:
-                same = block.take([block.names.index("Ada")])
-                for x, y in zip(same.linear, one.linear, strict=True):
-                    np.testing.assert_array_equal(x, y)
-        if gone < 2:
-            people.remove(clip=[*films][gone])
+    people.remove(clip="film.s000.t00")
+    left = [clip.vector for clip in [*films.values()][1:]]
+    mean = np.mean(left, axis=0, dtype=float).astype(np.float32)
+    one = enrol(people.backend, {"Ada": ["film"]}, {"film": StoredClip("Ada", mean)})
+    ada, bob = (people.index.names.index(name) for name in ("Ada", "Bob"))
+    assert people.identities["Ada"] == 2
+    assert people.index.counts[:, [ada, bob]].max(axis=0).tolist() == [1, 2]
+    (block,) = (block for block in people.index.blocks if "Ada" in block.names)
+    for x, y in zip(block.linear, one.linear, strict=True):
+        np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
 
 
 def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_path):
     people = make(tmp_path / "g")
-    assert len(people) == 12 and list(people) == list(people.identities)
-    assert "person 3" in people and "Ada" not in people
     people.remove(identity="person 3")
-    assert len(people) == 11 and "person 3" not in people
-    shown = make_clip(700, "person 5")
-    (answer,) = identify(people, people.backend.split(shown.vector[None]), 2)
+    assert len(people) == 11 and list(people) == list(people.identities)
+    assert "person 2" in people and "person 3" not in people
+    (answer,) = identify(people, parts_of(people, [make_clip(700, "person 5")]), 2)
     told = json.loads(json.dumps(answer.to_dict()))
     assert told["identity"] == answer.identity and told["score"] == answer.score
     assert [one["identity"] for one in told["best"]] == [name for name, _ in answer.best]
