@@ -15,28 +15,28 @@ from vidjax.runs import config_io
 pytestmark = pytest.mark.slow  # trains
 
 GIVEN = {"within": 0.8, "between": 0.75, "scale": 0.3, "unenrolled": -1.0, "stranger": 3.0}
-
-
-def trained(name, folder, data, official_dir, *words):
-    spec = f"{small_runs.ROOT}/configs/{name}.py:iqiyi_vid,face,head,audio"
-    config = config_io.override(
-        config_io.load_file(spec),
-        [
-            f"--config.data.dir={official_dir}",
-            "--config.batch_size=32",
-            "--config.eval.block_size=16",
-            *words,
-        ],
-    )
-    small_runs.run(config, folder, data)
-    return predict.restore(folder, num_devices=1)
+WORDS = tuple(f"--config.model.{name}={value}" for name, value in GIVEN.items())
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data, official_dir):
-    folder = tmp_path_factory.mktemp("runs") / "plda"
-    words = [f"--config.model.{name}={value}" for name, value in GIVEN.items()]
-    return trained("plda", folder, data, official_dir, *words)
+def trained_plda(tmp_path_factory, data, official_dir):
+    """Trains PLDA on the official files."""
+
+    def train(*words):
+        spec = f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,head,audio"
+        words += ("--config.batch_size=32", "--config.eval.block_size=16")
+        directory = f"--config.data.dir={official_dir}"
+        config = config_io.override(config_io.load_file(spec), [directory, *words])
+        folder = tmp_path_factory.mktemp("runs") / "plda"
+        small_runs.run(config, folder, data)
+        return predict.restore(folder, num_devices=1)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def run(trained_plda):
+    return trained_plda(*WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +47,19 @@ def made(tmp_path_factory, run, data):
 
 @pytest.fixture
 def gallery(made, run, tmp_path):
-    shutil.copytree(made.folder, tmp_path / "g")
-    return vidjax.Gallery(tmp_path / "g", run=run)
+    return vidjax.Gallery(shutil.copytree(made.folder, tmp_path / "g"), run=run)
 
 
-def map_of(ranked, data, split="val"):
-    found = data.split(split)
+def map_of(ranked, data):
+    found = data.split("val")
     place = {name: number for number, name in enumerate(found.clips)}
     index = np.full((len(data.identities), topk.MAX_NAMES), -1)
     for name, clips in ranked.items():
-        row = data.identities.index(name)
-        index[row, : len(clips)] = [place[clip] for clip, _ in clips]
+        index[data.identities.index(name), : len(clips)] = [place[clip] for clip, _ in clips]
     return metrics.mean_average_precision(index, found.labels, found.positives, found.num_others)
 
 
-def test_a_gallery_ranks_as_its_run(made, run, data):
+def test_a_gallery_ranks_as_its_run_and_keeps_its_settings(made, run, data):
     ranked, wanted = made.rank(data, split="val"), run.rank(data, split="val")
     assert list(ranked) == list(wanted)
     assert map_of(ranked, data) == pytest.approx(map_of(wanted, data), abs=1e-12)
@@ -69,6 +67,8 @@ def test_a_gallery_ranks_as_its_run(made, run, data):
         scores = dict(ranked[name])
         for clip, score in clips:
             assert scores[clip] == pytest.approx(score, abs=2e-3, rel=1e-3)
+    found = made.backend.settings._asdict()
+    assert 0.9 < found.pop("centred") < 1 and found == GIVEN
 
 
 def test_a_gallery_of_a_run_holds_its_clips_and_strangers(made, data):
@@ -91,11 +91,11 @@ def test_one_person_with_one_photo_is_a_gallery(tmp_path):
     assert found == {"same": "Ada", "other": None}
 
 
-def in_memory(data, split, places):
-    """Returns clips of a dataset as a user would hold them."""
-    names, found = data.split(split).clips, {}
+def in_memory(data, places):
+    """Returns clips of the training split as a user would hold them."""
+    names, found = data.split("train").clips, {}
     for modality in data.modalities:
-        for index, frames in data.packed(split, [modality]):
+        for index, frames in data.packed("train", [modality]):
             packed = frames[modality]
             for n, clip in enumerate(index.tolist()):
                 rows = slice(int(packed.start[n]), int(packed.start[n] + packed.length[n]))
@@ -108,13 +108,11 @@ def in_memory(data, split, places):
 
 def test_a_vector_does_not_depend_on_the_clips_read_with_it(made, data):
     every = made.embed(data, "train")
-    places = range(6)
-    clips = in_memory(data, "train", places)
-    assert len(clips) >= 4
+    clips = in_memory(data, range(4))
     for some in [*([name] for name in clips), list(clips)]:
         found = made.embed({name: clips[name] for name in some})
+        rows = [every.names.index(clip) for clip in found.names]
         for name, x in found.parts.items():
-            rows = [every.names.index(clip) for clip in found.names]
             np.testing.assert_array_equal(x, every.parts[name][rows])
 
 
@@ -125,11 +123,11 @@ def test_enrolling_again_changes_nothing(gallery, data):
 
 
 def test_clips_without_a_usable_frame(gallery):
-    widths = gallery.run.modalities
-    clips = {"dead": {"face": np.zeros((0, widths["face"]), np.float16)}, "gone": {}}
+    width = gallery.run.modalities["face"]
+    clips = {"dead": {"face": np.zeros((0, width), np.float16)}, "gone": {}}
     with pytest.raises(ValueError, match="no clip has a usable frame, such as 'dead'"):
         gallery.enrol(clips, "nobody")
-    alive = {"alive": {"face": np.ones((1, widths["face"]), np.float16)}}
+    alive = {"alive": {"face": np.ones((1, width), np.float16)}}
     assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})
     for fpir in (None, 0.5):
         assert gallery.identify(clips, fpir=fpir)["dead"] == Answer(None, 0.0, -np.inf, ())
@@ -139,47 +137,36 @@ def test_clips_without_a_usable_frame(gallery):
 def test_an_empty_gallery_is_for_own_people(tmp_path, run, data):
     gallery = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True)
     assert gallery.identities == {} and len(gallery.strangers) > 3
-    clips = in_memory(data, "train", range(4))
+    clips = in_memory(data, range(4))
     for action in (gallery.identify, gallery.rank):
         with pytest.raises(ValueError, match="nobody enrolled"):
             action(clips)
     gallery.enrol(clips, {name: f"the one of {name}" for name in clips})
-    assert set(gallery.identities.values()) == {1} and len(gallery.identities) == len(clips)
-    for name in clips:
-        assert gallery.identify({name: clips[name]})[name].identity == f"the one of {name}"
+    assert gallery.identities == {f"the one of {name}": 1 for name in clips}
+    for name, answer in gallery.identify(clips).items():
+        assert answer.identity == f"the one of {name}"
 
 
-def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, official_dir):
-    folds = trained(
-        "plda", tmp_path / "folds", data, official_dir, "--config.data.train_splits=train,val",
-        "--config.ensemble.folds=2", *(f"--config.model.{n}={v}" for n, v in GIVEN.items()),
-    )  # fmt: skip
+def test_of_folds_the_first_member_makes_the_vectors(tmp_path, trained_plda, data):
+    folds = trained_plda(
+        "--config.data.train_splits=train,val", "--config.ensemble.folds=2", *WORDS
+    )
     gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
-    assert gallery.backend.widths == dict(run.modalities)
+    assert gallery.backend.widths == dict(folds.modalities)
     assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
 
 
-def check_net(folder, run, data, worse):
-    gallery = vidjax.Gallery.create(folder, run, data)
-    assert list(gallery.backend.widths) == ["embedding"]
-    assert not gallery.origin.centred
+def test_a_gallery_of_embeddings(nearest_run, tmp_path, data):
+    gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
+    assert list(gallery.backend.widths) == ["embedding"] and not gallery.origin.centred
     own = map_of(gallery.run.rank(data, split="val"), data)
-    assert map_of(gallery.rank(data, split="val"), data) > own - worse
+    assert map_of(gallery.rank(data, split="val"), data) > own - 0.05
     answers = gallery.identify(data, split="val").values()
     assert all(answer.best or not answer.probability for answer in answers)
 
 
-def test_a_gallery_of_embeddings(nearest_run, tmp_path, data):
-    check_net(tmp_path / "g", nearest_run, data, 0.05)
-
-
-def test_given_settings_of_a_plda_run_are_kept(made):
-    found = made.backend.settings._asdict()
-    assert 0.9 < found.pop("centred") < 1 and found == GIVEN
-
-
-def test_fitted_settings_of_a_plda_run_are_kept(tmp_path, data, official_dir):
-    run = trained("plda", tmp_path / "run", data, official_dir, "--config.model.within=0.5")
+def test_fitted_settings_of_a_plda_run_are_kept(tmp_path, trained_plda, data):
+    run = trained_plda("--config.model.within=0.5")
     gallery = vidjax.Gallery.create(tmp_path / "g", run, data)
     settings = dict(run.manifest["settings"]) | {"within": 0.5}
     assert gallery.backend.settings._asdict() == settings
