@@ -172,7 +172,7 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
             _, workdir = run_commands.read_train_settings(program.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
             words += CLOSED_FORM if "plda" in text else SHORT
-            if workdir in compared:  # by what a report writes
+            if str(workdir) in compared:  # by what a report writes
                 words.remove(NO_REPORT)
             words += SMALL if "mma.py:iqiyi_vid" in text else ()
             words += FEW if "ensemble" in text else FEW[:1] if "trainval" in text else ()
