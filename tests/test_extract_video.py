@@ -186,6 +186,23 @@ def test_times_count_from_the_first_moment_of_the_file(tmp_path):
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
 
 
+def test_films_that_were_cut_off_or_have_flipped_bits_are_read_as_far_as_possible(film):
+    content = film.read_bytes()
+    film.write_bytes(content[: len(content) // 3])
+    frames, video = read(film)
+    assert 0 < len(frames) < 30 and video.counts.damaged
+    assert video.info.seconds == pytest.approx(2.4, abs=0.05)
+    films.write(film, [films.scene(n) for n in range(60)])
+    content, rng = bytearray(film.read_bytes()), np.random.default_rng(0)
+    for place in rng.integers(2000, len(content) - 2000, 15):
+        content[place] ^= 1 << rng.integers(8)
+    film.write_bytes(content)
+    frames, video = read(film)
+    found = video.counts
+    assert len(frames) == found.frames > 20 and found.corrupt + found.refused > 0
+    assert 50 <= found.frames + found.corrupt + found.refused <= 62
+
+
 @pytest.mark.parametrize("name", films.NO_FILMS)
 def test_what_is_no_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # which no list may open
