@@ -5,6 +5,7 @@ import functools
 import graphlib
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def imports(path):
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else str(node.module) for name in names}
     return found
+
+
+def test_module_and_class_names_differ():
+    names = Counter(module.rpartition(".")[2] for module in MODULES)
+    for path in MODULES.values():
+        body = ast.parse(path.read_text()).body
+        names.update(node.name for node in body if isinstance(node, ast.ClassDef))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_no_import_circle():
