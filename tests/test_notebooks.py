@@ -70,6 +70,13 @@ def test_its_outputs_are_kept_and_tell_nothing_of_a_machine(name):
     assert PATHS[name].stat().st_size < 1 << 20
 
 
+@notebooks
+def test_it_imports_what_exists(name):
+    source = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
+    for line in re.findall(r"^from vidjax.*$", source, re.MULTILINE):
+        exec(line, {})
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
