@@ -296,7 +296,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(source, found, tmp_path):
     # The signal may come to another thread: the main one learns of it a moment later.
     quick_first(
         [
-            ("os.kill(os.getpid(), 2); time.sleep(60)", -2),
+            ("os.kill(os.getpid(), 2)\nfor _ in range(600): time.sleep(0.1)", -2),
             ("raise KeyError", 1),
             ("sys.exit(3)", 3),
         ],
