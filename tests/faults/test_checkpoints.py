@@ -171,13 +171,12 @@ def largest(workdir, step):
 
 @pytest.mark.slow
 def test_a_manifest_that_lacks_an_entry_is_one_error(evaluate, parts):
+    manifests = checkpoint.manifests(parts)
     for name in ("members_sha256", "config", "modalities"):
-        for step, manifest in checkpoint.manifests(parts).items():
+        for step, manifest in manifests.items():
             lacking = {key: value for key, value in manifest.items() if key != name}
-            path = parts / "checkpoints" / str(step) / "manifest.json"
-            files.write_manifest(path, lacking)
+            files.write_manifest(parts / "checkpoints" / str(step) / "manifest.json", lacking)
         assert f"has no entry '{name}'" in evaluate(parts)
-        files.write_manifest(path, manifest)
 
 
 @pytest.mark.parametrize(
