@@ -17,7 +17,6 @@ from tests.helpers import limits
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
-from vidjax.cli.program import main
 from vidjax.utils.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -188,27 +187,23 @@ def test_no_ranking_is_left_of_other_tables(say, nearest_run, people, day, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_call_is_continued_to_the_same_bytes(people, day, tmp_path):
+def test_a_killed_call_is_continued_to_the_same_bytes(say, people, day, tmp_path):
     """Two calls make all tables at once; one is killed after the first table."""
     for number in range(4, 20):
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
-    words = [sys.executable, "-m", "vidjax", "gallery", "identify", str(people), f"--input={day}"]
+    words = ["gallery", "identify", str(people), f"--input={day}"]
     out, whole = tmp_path / "out", tmp_path / "whole"
-
-    def start(folder):
-        return limits.running([*words, f"--out={folder}", "--quiet"], stdout=subprocess.DEVNULL)
-
-    with start(out) as killed, start(out) as other, start(whole) as one:
+    command = [sys.executable, "-m", "vidjax", *words, f"--out={out}", "--quiet"]
+    silent = {"stdout": subprocess.DEVNULL}
+    with limits.running(command, **silent) as killed, limits.running(command, **silent) as other:
         until = time.monotonic() + 100
         while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
             time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
-        assert killed.wait(60) == -signal.SIGKILL
-        for process in (other, one):
-            assert process.wait(200) == 0
-    before = contents(out)
-    assert main(["gallery", "identify", str(people), f"--input={day}", f"--out={out}"]) == 0
-    assert before == contents(out) == contents(whole) and len(before) == 20
+        assert killed.wait(60) == -signal.SIGKILL and other.wait(200) == 0
+    for folder in (out, whole):
+        say(*words, f"--out={folder}")
+    assert contents(out) == contents(whole) and len(contents(out)) == 20
 
 
 @pytest.mark.parametrize("change", quick_first(["clips", "rule", "gallery", "damage", "foreign"]))

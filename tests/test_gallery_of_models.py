@@ -100,27 +100,18 @@ def faces(name, vectors):
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}
 
 
-def test_a_gallery_of_models_lives_without_them(gallery, models):
-    friends = draw(np.random.default_rng(1), 3, 4)
+def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, models, python):
+    """Not even its models."""
     assert not gallery.identities and gallery.origin.cards.keys() == {"face"}
-    for number, clips in enumerate(friends):
-        gallery.enrol(faces(f"{number}/", clips[:3]), f"friend {number}")
-    (models / "embed.onnx").unlink()
-    again = Gallery(gallery.folder)
-    answers = again.identify(faces("q", friends[:, 3]))
-    assert [one.identity for one in answers.values()] == [f"friend {n}" for n in range(3)]
-    assert again.remove(identity="friend 1") == 3
-    with pytest.raises(ValueError, match="made of models, not of a run"):
-        _ = again.run
-
-
-def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, python):
     friends = draw(np.random.default_rng(1), 3, 3)
     (tmp_path / "in").mkdir()
     for number, vectors in enumerate(friends):
         gallery.enrol(faces(f"{number}/", vectors[:2]), str(number))
         np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])
     gallery.enrol(faces("s", draw(np.random.default_rng(2), 4, 1)[:, 0]), strangers=True)
+    (models / "embed.onnx").unlink()
+    with pytest.raises(ValueError, match="made of models, not of a run"):
+        _ = gallery.run
     absent = ("jax", "tensorflow", "tensorflow_datasets", "flax", "optax", "orbax", "pyarrow",
               "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
     code = (

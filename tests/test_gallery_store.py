@@ -1,7 +1,6 @@
 """The folder of a gallery: the same answers however people came, the old state or the new one."""
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -25,14 +24,14 @@ from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
-from tests.helpers.cases import quick_first
+from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import gallery as gallery_lib
 from vidjax.apps.gallery import store as store_lib
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
-from vidjax.apps.gallery.store import StoredClip, VectorOrigin
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group
 from vidjax.models import two_covariance
 from vidjax.utils import errors
 
@@ -41,79 +40,85 @@ FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIP
 NEW = {"new": make_clip(7777, "new")}
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("template") / "g").folder
+
+
 @pytest.fixture
-def gallery(tmp_path):
-    return make(tmp_path / "g")
+def gallery(template, tmp_path):
+    return Gallery(shutil.copytree(template, tmp_path / "g"))
 
 
-# ---- the same, however people came and left
+def check_same(gallery, wanted):
+    """Asserts that a gallery, and what its folder holds, are another one, in rows and answers."""
+    assert contents(gallery.folder) == contents(wanted.folder)
+    for opened in (gallery, Gallery(gallery.folder)):
+        assert answers(opened) == answers(wanted)
+        assert (opened.identities, opened.strangers) == (wanted.identities, wanted.strangers)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("swaps")
-    names = sorted(CLIPS)
-    first = data.draw(st.sets(st.sampled_from(names)))
-    people = make(folder / "g", {name: CLIPS[name] for name in first})
-    there, version = set(first), 1
-    for _ in range(data.draw(st.integers(1, 4))):
-        batch = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=12))
-        if data.draw(st.booleans()):
-            assert people.add({name: CLIPS[name] for name in batch}) == len(batch - there)
-            version += bool(batch - there)
-            there |= batch
-        elif batch & there:
-            assert people.remove(clip=batch & there) == len(batch & there)
-            version += 1
-            there -= batch
-        if data.draw(st.integers(0, 3)) == 0:
-            people = Gallery(folder / "g")
-    at_once = make(folder / "once", {name: CLIPS[name] for name in there})
-    assert people.version == version
-    assert contents(folder / "g") == contents(folder / "once")
-    assert people.identities == at_once.identities and people.strangers == at_once.strangers
-    for opened in (people, Gallery(folder / "g")):
-        assert answers(opened) == answers(at_once)
+    folder, names = tmp_path_factory.mktemp("swaps"), sorted(CLIPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
+        patch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
+        there, version = data.draw(st.sets(st.sampled_from(names))), 1
+        people = make(folder / "g", {name: CLIPS[name] for name in there})
+        for _ in range(data.draw(st.integers(1, 4))):
+            batch = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=12))
+            if data.draw(st.booleans()):
+                assert people.add({name: CLIPS[name] for name in batch}) == len(batch - there)
+                version += bool(batch - there)
+                there |= batch
+            elif batch & there:
+                assert people.remove(clip=batch & there) == len(batch & there)
+                version += 1
+                there -= batch
+            if data.draw(st.integers(0, 3)) == 0:
+                people = Gallery(folder / "g")
+        assert people.version == version
+        check_same(people, make(folder / "once", {name: CLIPS[name] for name in there}))
 
 
-@pytest.mark.slow
-def test_one_by_one_is_all_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
-    monkeypatch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
-    people = make(tmp_path / "g", {})
-    for name in sorted(CLIPS, key=lambda name: name[::-1]):
-        people.add({name: CLIPS[name]})
-    at_once = make(tmp_path / "once")
-    assert contents(tmp_path / "g") == contents(tmp_path / "once")
-    assert answers(people) == answers(at_once)
-    assert people.version == 1 + len(CLIPS)
+@pytest.mark.parametrize("together", [False, True])
+def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(gallery, together):
+    three, seven, one, five = (group(CLIPS)[f"person {n}"] for n in (3, 7, 1, 5))
+
+    def change(draft):
+        assert draft.rename("person 3", "Ada") == len(three)
+        assert draft.relabel(seven[0], "Grace") == "person 7"
+        assert draft.relabel("stranger 1", "Ada") is None
+        assert draft.rename("person 1", "person 2", merge=True) == len(one)
+        assert draft.relabel("clip 90", None) == "person 9"
+        draft.add(NEW)
+        draft.remove(clip=five[0])
+
+    if together:
+        with gallery.change() as draft:
+            change(draft)
+    else:
+        change(gallery)
+    assert gallery.version == (2 if together else 8)
+    names = dict.fromkeys([*three, "stranger 1"], "Ada") | dict.fromkeys(one, "person 2")
+    names |= {seven[0]: "Grace", "clip 90": None}
+    wanted = {n: x._replace(identity=names.get(n, x.identity)) for n, x in (CLIPS | NEW).items()}
+    del wanted[five[0]]
+    check_same(gallery, make(gallery.folder.parent / "once", wanted))
 
 
-def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_path):
-    people = make(tmp_path / "g")
-    wanted = dict(CLIPS)
+def test_several_changes_are_written_together_or_not_at_all(gallery):
+    before = contents(gallery.folder)
 
-    def relabel(names, to):
-        wanted.update({name: CLIPS[name]._replace(identity=to) for name in names})
+    def change():
+        with gallery.change() as draft:
+            draft.rename("person 3", "Ada")
+            draft.remove(identity="person 3")
 
-    shown = {n: [c for c, clip in CLIPS.items() if clip.identity == f"person {n}"] for n in (3, 7)}
-    assert people.rename("person 3", "Ada") == len(shown[3])
-    relabel(shown[3], "Ada")
-    assert people.relabel(shown[7][0], "Grace") == "person 7"
-    relabel(shown[7][:1], "Grace")
-    assert people.relabel("stranger 1", "Ada") is None
-    relabel(["stranger 1"], "Ada")
-    assert people.rename("person 1", "person 2", merge=True) > 0
-    relabel([c for c, clip in CLIPS.items() if clip.identity == "person 1"], "person 2")
-    assert people.relabel("clip 90", None) == "person 9"
-    relabel(["clip 90"], None)
-    assert people.version == 6
-    at_once = make(tmp_path / "once", wanted)
-    assert contents(tmp_path / "g") == contents(tmp_path / "once")
-    for opened in (people, Gallery(tmp_path / "g")):
-        assert answers(opened) == answers(at_once)
-        assert opened.identities == at_once.identities
+    refused(change, "no identity 'person 3'")
+    assert contents(gallery.folder) == before and gallery.version == 1
 
 
 def test_two_people_do_not_become_one_by_a_slip(gallery):
@@ -121,7 +126,6 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
     refused(lambda: gallery.rename("person 3", "person 4"), "would become one", "--merge")
     refused(lambda: gallery.rename("person 3", "person 3"), "this name already")
     refused(lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'")
-    refused(lambda: gallery.rename("", "Ada"), "no identity ''")
     refused(lambda: gallery.rename("person 3", " Ada"), "trailing blanks")
     refused(lambda: gallery.relabel("clip 30", "person 3"), "shows 'person 3' already")
     refused(lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'")
@@ -130,10 +134,9 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
 
 def test_a_fitted_clip_stays_one_as_a_stranger(tmp_path):
     """Its back end must be fitted anew when the clip goes, whoever the clip shows by then."""
-    gallery = make(tmp_path / "g", FITTED)
+    gallery, clip = make(tmp_path / "g", FITTED), CLIPS["clip 30"]._replace(identity="Ada")
     gallery.relabel("clip 30", None)
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
-    clip = CLIPS["clip 30"]._replace(identity="Ada")
     other = clip._replace(vector=-clip.vector)
     refused(lambda: gallery.add({"clip 30": other}), "another vector")
     assert gallery.add({"clip 30": clip}) == 1
@@ -151,35 +154,10 @@ def test_no_byte_is_left_of_an_old_name(gallery):
     assert not holds(gallery.folder, b"Ada") and not holds(gallery.folder, b"clip 51")
 
 
-def test_several_changes_are_written_together_or_not_at_all(gallery):
-    before = contents(gallery.folder)
-
-    def change():
-        with gallery.change() as draft:
-            draft.rename("person 3", "Ada")
-            draft.remove(identity="person 3")
-
-    refused(change, "no identity 'person 3'")
-    assert contents(gallery.folder) == before and gallery.version == 1
-    with gallery.change() as draft:
-        draft.add({f"new {n}": make_clip(7777 + n, f"new {n % 2}") for n in range(5)})
-        draft.rename("person 3", "new 0", merge=True)
-        draft.relabel("new 0", "person 3")
-        draft.remove(clip="new 2")
-        draft.relabel("stranger 1", "new 1")
-    assert gallery.version == 2
-    wanted = make(gallery.folder.parent / "once", gallery.clips)
-    assert contents(gallery.folder) == contents(wanted.folder)
-    assert answers(gallery) == answers(wanted)
-
-
 def test_nobody_else_may_read_it(gallery):
     gallery.add(NEW)
-    assert stat.S_IMODE(gallery.folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((gallery.folder / store_lib.GALLERY_FILE).stat().st_mode) == 0o600
-
-
-# ---- nothing is left of who was removed
+    folder, file = gallery.folder.stat(), (gallery.folder / store_lib.GALLERY_FILE).stat()
+    assert (stat.S_IMODE(folder.st_mode), stat.S_IMODE(file.st_mode)) == (0o700, 0o600)
 
 
 def holds(folder, content):
@@ -208,10 +186,9 @@ def test_no_byte_is_left_of_who_was_removed(gallery, by):
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
 
 
-@pytest.mark.parametrize("page", quick_first([512, 4096]))
-def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch, page):
+def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch):
     """SQLite copies rows from page to page; with small pages, many times."""
-    monkeypatch.setattr(store_lib, "PAGE_BYTES", page)
+    monkeypatch.setattr(store_lib, "PAGE_BYTES", 512)
     people, rng = make(tmp_path / "g", {}), random.Random(0)
     for turn in range(12):
         some = (make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
@@ -220,8 +197,7 @@ def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch, page):
         vectors = pieces([people.clips[name].vector for name in gone])
         people.remove(clip=gone)
         content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
-        assert not [x for x in vectors if x in content]
-        assert not [name for name in gone if name.encode() in content]
+        assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
 
 
 def test_a_stranger_who_is_enrolled_and_removed_is_gone(gallery):
@@ -246,57 +222,48 @@ def test_a_clip_that_is_removed_and_enrolled_in_one_change_was_removed(gallery):
 def test_a_back_end_does_not_keep_a_clip_that_was_replaced_in_one_change(tmp_path):
     people = make(tmp_path / "g", FITTED)
     numbers = people.backend.numbers()
-    with people.change() as draft:  # of a stranger, to whom nothing is fitted
-        draft.remove(clip="stranger 0")
-        draft.add({"stranger 0": make_clip(9998, None)})
-    assert np.array_equal(people.backend.numbers(), numbers)
-    with people.change() as draft:
-        draft.remove(clip="clip 71")
-        draft.add({"clip 71": make_clip(9999, "person 7")})
-    opened = Gallery(people.folder)
-    assert not np.array_equal(opened.backend.numbers(), numbers)
-    assert answers(opened) == answers(people)
+    for clip, person, kept in (("stranger 0", None, True), ("clip 71", "person 7", False)):
+        with people.change() as draft:
+            draft.remove(clip=clip)
+            draft.add({clip: make_clip(9999, person)})
+        assert np.array_equal(people.backend.numbers(), numbers) == kept
+    assert answers(Gallery(people.folder)) == answers(people)
 
 
-def computed_again(front, centred, others):
-    """Returns the vector of the one clip that is missing, from what its back end has summed up."""
+def found_again(front, centred, others, removed):
+    """Returns the cosine of a removed vector and what its back end's sums say of it."""
     part, people = front.parts[0], 1 + len({one.identity for one in others})
     unit = np.stack([clip.vector for clip in others]).astype(np.float64)
     # With centred vectors the mean of the model is that of all clips.
-    share = two_covariance.centre_share(people)
-    mean = part.space.mean / share if centred else part.centre
-    return (len(others) + 1) * mean - unit.sum(axis=0)
+    mean = part.space.mean / two_covariance.centre_share(people) if centred else part.centre
+    found = (len(others) + 1) * mean - unit.sum(axis=0)
+    return float(found @ removed / np.linalg.norm(found) / np.linalg.norm(removed))
 
 
-def cosine(a, b):
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-
-@pytest.mark.parametrize("centred", [False, True], ids=["net or knn", "plda"])
-@pytest.mark.parametrize("empty", quick_first([False, True]))
+@pytest.mark.parametrize(
+    ("centred", "empty"), [(False, False), (True, False), (False, True)],
+    ids=["net or knn", "plda", "made empty"],
+)  # fmt: skip
 def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
     """From the centre or the mean that is left and the clips of the others."""
-    rng = np.random.default_rng(0)
-    clips = {}
+    rng, clips = np.random.default_rng(0), {}
     for person in range(12):
         centre = rng.standard_normal(16)
         for turn in range(2 if person else 1):
-            x = centre + 0.5 * rng.standard_normal(16)
-            clips[f"{person} {turn}"] = StoredClip(
-                f"p{person}", (x / np.linalg.norm(x)).astype(np.float32), fitted=not empty
-            )
-    removed = clips["0 0"].vector
-    others = [clip for name, clip in clips.items() if name != "0 0"]
-    background = {n: clip for n, clip in clips.items() if not empty or n != "0 0"}
+            x = unit(centre + 0.5 * rng.standard_normal(16)).astype(np.float32)
+            clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=not empty)
+    others = {name: clip for name, clip in clips.items() if name != "0 0"}
+    background = others if empty else clips
     front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
     run = VectorOrigin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, front, {} if empty else clips)
     if empty:
         people.add(clips)
-    left = cosine(computed_again(people.backend, centred, others), removed)
+    attack = (centred, others.values(), clips["0 0"].vector)
+    left = found_again(people.backend, *attack)
     assert abs(left) < 0.9 if empty else left > 0.9999999  # what the attack finds where it can
     people.remove(identity=["p0"])
-    assert abs(cosine(computed_again(people.backend, centred, others), removed)) < 0.9
+    assert abs(found_again(people.backend, *attack)) < 0.9
     if empty:  # nothing of the person ever entered the back end
         own, first = people.backend.parts[0].space, front.parts[0].space
         assert own and first and own.mean.tobytes() == first.mean.tobytes()
@@ -304,19 +271,13 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
 
 def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
     clips = {name: clip for name, clip in FITTED.items() if clip.fitted}
-    front = fit_backend(
-        clips, made_galleries.WIDTHS, centred=False, settings=made_galleries.SETTINGS
-    )
-    people = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, clips)
+    people = make(tmp_path / "g", clips)
     people.remove(identity=list(people.identities))
     for part in people.backend.parts:
         assert part.space is not None
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
-    people.add({"new": make_clip(1, "new")})
+    people.add(NEW)
     assert people.index.names == ["new"]
-
-
-# ---- an open gallery answers from what the folder holds
 
 
 def test_an_open_gallery_answers_from_the_changed_one(gallery):
@@ -340,39 +301,34 @@ def test_an_open_gallery_answers_from_the_changed_one(gallery):
 
 
 def test_a_gallery_made_anew_of_another_run_asks_for_that_run(gallery, monkeypatch):
-    digests = {"one": gallery.origin.digest, "two": "1" * 64}
-
     def run_at(name: str) -> Any:
         return SimpleNamespace(workdir=Path(name))
 
+    def origin(run):
+        return VectorOrigin("", run.workdir.name[0] * 64, False)
+
     monkeypatch.setattr(gallery_lib, "_restored", lambda run: run)
-    monkeypatch.setattr(
-        gallery_lib,
-        "make_run_origin",
-        lambda run: VectorOrigin("", digests[run.workdir.name], False),
-    )
-    open_one = Gallery(gallery.folder, run=run_at("one"))
-    assert open_one.run.workdir.name == "one"
+    monkeypatch.setattr(gallery_lib, "make_run_origin", origin)
+    open_one = Gallery(gallery.folder, run=run_at("0"))
+    assert open_one.run.workdir.name == "0"
     shutil.rmtree(gallery.folder)
-    other = gallery.origin.__class__("elsewhere", digests["two"], False)
+    other = VectorOrigin("elsewhere", "1" * 64, False)
     Gallery.of_clips(gallery.folder, other, made_galleries.make_front(), CLIPS)
     open_one.refresh()
     refused(lambda: open_one.run, "was made with the run at", "elsewhere", "--run=FOLDER")
-    assert Gallery(gallery.folder, run=run_at("two")).run.workdir.name == "two"
+    assert Gallery(gallery.folder, run=run_at("1")).run.workdir.name == "1"
 
 
-@pytest.mark.parametrize("rename", [False, True])
-def test_a_change_is_never_made_to_an_older_state(tmp_path, monkeypatch, rename):
+def test_a_change_is_never_made_to_an_older_state(gallery, monkeypatch):
     """Another thread has read the gallery before a removal, and would keep what it read."""
-    people = make(tmp_path / "g")
-    Gallery(people.folder).rename("person 1", "Bob")  # so the thread has to read
-    read, refresh = people._store.read, people.refresh
+    Gallery(gallery.folder).rename("person 1", "Bob")  # so the thread has to read
+    read, refresh = gallery._store.read, gallery.refresh
     begun, go = threading.Event(), threading.Event()
 
     def slow_read():
         state = read()
         begun.set()
-        go.wait(1)
+        go.wait(0.2)
         return state
 
     def late_refresh():
@@ -380,68 +336,16 @@ def test_a_change_is_never_made_to_an_older_state(tmp_path, monkeypatch, rename)
         go.set()
         thread.join()
 
-    monkeypatch.setattr(people._store, "read", slow_read)
+    monkeypatch.setattr(gallery._store, "read", slow_read)
     thread = threading.Thread(target=refresh)
     thread.start()
     begun.wait()
-    monkeypatch.setattr(people._store, "read", read)
-    people.remove(identity="person 2")
-    monkeypatch.setattr(people, "refresh", late_refresh)
-    if rename:
-        people.rename("person 3", "Cid")
-    else:
-        people.add({"one more": make_clip(1234, "Cid")})
-    again = Gallery(people.folder)
+    monkeypatch.setattr(gallery._store, "read", read)
+    gallery.remove(identity="person 2")
+    monkeypatch.setattr(gallery, "refresh", late_refresh)
+    gallery.rename("person 3", "Cid")
+    again = Gallery(gallery.folder)
     assert "person 2" not in again and {"Bob", "Cid"} <= {*again}
-
-
-def test_a_state_of_another_one_than_the_file_holds_is_not_written(tmp_path):
-    people = make(tmp_path / "g")
-    old, before = people._state, people.folder.joinpath(store_lib.GALLERY_FILE)
-    Gallery(people.folder).remove(identity="person 2")
-    content = before.read_bytes()
-    with people._store.open(write=True) as transaction:  # noqa: SIM117
-        with pytest.raises(ValueError, match="was changed meanwhile"):
-            people._store.write(transaction, old)
-    assert before.read_bytes() == content
-
-
-@pytest.mark.slow
-def test_reading_meets_the_old_state_or_the_new_one(gallery):
-    stop, wrong = threading.Event(), []
-
-    def change():
-        while not stop.is_set():
-            gallery.add(NEW)
-            gallery.remove(clip=["new"])
-
-    def answer():
-        open_one = Gallery(gallery.folder)
-        vectors = make_clip(700, "person 7").vector[None]
-        while not stop.is_set():
-            for logs in made_galleries.search(open_one, open_one.backend.split(vectors)):
-                if len(logs) not in (13, 14):
-                    wrong.append(len(logs))
-
-    threads = [threading.Thread(target=one) for one in (change, answer, answer)]
-    for thread in threads:
-        thread.start()
-    try:
-        sizes = {len(Gallery(gallery.folder).clips) for _ in range(12)}
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(60)
-    assert sizes <= {len(CLIPS), len(CLIPS) + 1} and not wrong
-
-
-def test_two_processes_change_in_turn(gallery):
-    other = Gallery(gallery.folder)
-    other.remove(identity=["person 7"])
-    gallery.add(NEW)  # reads what the other one did
-    assert "person 7" not in gallery.identities and "new" in gallery.identities
-    assert answers(Gallery(gallery.folder)) == answers(gallery)
-    refused(lambda: gallery.remove(identity=["person 7"]), "person 7")
 
 
 @pytest.mark.slow
@@ -461,24 +365,19 @@ def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeyp
     assert gallery.remove(clip=["clip 30"]) == 1
 
 
-# ---- a change that fails or is killed
-
-
 @pytest.mark.slow
 def test_a_change_on_a_full_disk_leaves_the_old_state(tmp_path, campaign):
     failed = 0
     for turn in range(100 if campaign else 1):
         place = tmp_path / str(turn)
-        place.mkdir()
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
     assert failed
 
 
 @pytest.mark.slow
 def test_a_killed_change_leaves_the_old_state_or_the_new_one(tmp_path, campaign):
-    for turn in range(100 if campaign else 4):
+    for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
-        place.mkdir()
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
@@ -496,18 +395,14 @@ def cut_off(folder):
     assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 
-@pytest.mark.parametrize("then", quick_first(["add", "read", "remove"]))
-def test_what_a_killed_change_left_is_undone(gallery, then):
+def test_what_a_killed_change_left_is_undone(gallery):
     before = answers(gallery)
     (gallery.folder / "notes.txt").write_text("mine")
     cut_off(gallery.folder)
     assert answers(Gallery(gallery.folder)) == before
     cut_off(gallery.folder)
-    if then == "add":
-        gallery.add(NEW)
-    if then == "remove":
-        gallery.remove(clip=["clip 30"])
-    assert set(Gallery(gallery.folder).clips) == set(gallery.clips)
+    gallery.add(NEW)
+    assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}
     assert (gallery.folder / "notes.txt").read_text() == "mine"
 
 
@@ -526,24 +421,21 @@ def test_a_gallery_that_may_only_be_read_answers(gallery):
 
 
 @pytest.mark.slow
-def test_200_000_clips_with_few_open_files_and_little_memory(tmp_path):
+def test_many_clips_with_few_open_files_and_little_memory(tmp_path):
     code = f"""
 import numpy as np
 from pathlib import Path
 from tests.helpers import made_galleries as made
+from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
-from vidjax.utils import errors
-from vidjax.apps.gallery import backend as backend_lib
 
-width, rng = 256, np.random.default_rng(0)
-x = rng.standard_normal((200_000, width), np.float32)
+rng, folder = np.random.default_rng(0), Path({str(tmp_path / "g")!r})
+x = rng.standard_normal((12_000, 256), np.float32)
 x /= np.linalg.norm(x, axis=1, keepdims=True)
 front = backend_lib.fit({{"x": x[:3000]}}, np.arange(3000) // 3 + 1, centred=True,
-                      settings=made.SETTINGS)
-clips = {{f"clip {{n}}": StoredClip(f"person {{n // 2}}", row, fitted=n < 3000)
-         for n, row in enumerate(x)}}
-folder = Path({str(tmp_path / "g")!r})
+                        settings=made.SETTINGS)
+clips = {{f"clip {{n}}": StoredClip(f"person {{n // 2}}", row) for n, row in enumerate(x)}}
 Gallery.of_clips(folder, VectorOrigin("", "0" * 64, True), front, clips)
 del clips
 people = Gallery(folder)
@@ -552,16 +444,12 @@ def best(row):
     (found,) = people.index.nearest([x[row:row + 1]], 1)
     return found.best[0][0]
 assert best(77) == "person 38"
-people.add({{"new": StoredClip("Ada", np.ones(width, np.float32))}})
-assert people.remove(identity=["Ada"]) == 1
-assert people.remove(identity=["person 38"]) == 2
-assert best(77) != "person 38" and len(Gallery(folder).clips) == 199_998
+people.add({{"new": StoredClip("Ada", x[0])}})
+assert people.remove(identity=["Ada"]) == 1 and people.remove(identity=["person 38"]) == 2
+assert best(77) != "person 38" and len(Gallery(folder).clips) == 11_998
 """
-    ended = limits.run([sys.executable, "-c", code], files=256, memory=4 * limits.GB, timeout=1200)
+    ended = limits.run([sys.executable, "-c", code], files=256, memory=limits.GB // 2, timeout=600)
     assert ended.returncode == 0, (ended.stderr[-2000:], ended.peak / limits.GB)
-
-
-# ---- folders that are no galleries, or hostile ones
 
 
 def test_a_folder_that_is_no_gallery(tmp_path):
@@ -572,17 +460,12 @@ def test_a_folder_that_is_no_gallery(tmp_path):
     refused(lambda: make(tmp_path / "file"), "is a file")
     make(tmp_path / "g")
     refused(lambda: make(tmp_path / "g"), "holds a gallery")
-    (tmp_path / "empty").mkdir()
-    (
-        tmp_path / "empty" / store_lib.GALLERY_FILE
-    ).touch()  # of a process that was killed as it made one
-    refused(lambda: Gallery(tmp_path / "empty"), "holds no gallery")
-    assert make(tmp_path / "empty").identities
-
-
-def test_a_gallery_of_another_version_is_refused_in_one_line(gallery):
-    forged(gallery.folder, "PRAGMA user_version=2")
-    refused(lambda: Gallery(gallery.folder), "the format 2, not 3", "create the gallery again")
+    forged(tmp_path / "g", "PRAGMA user_version=2")
+    refused(lambda: Gallery(tmp_path / "g"), "the format 2, not 3", "create the gallery again")
+    (tmp_path / "e").mkdir()  # of a process that was killed as it made one
+    (tmp_path / "e" / store_lib.GALLERY_FILE).touch()
+    refused(lambda: Gallery(tmp_path / "e"), "holds no gallery")
+    assert make(tmp_path / "e").identities
 
 
 DAMAGES = {  # of the file of a gallery; or something beside it that SQLite would read
@@ -591,39 +474,20 @@ DAMAGES = {  # of the file of a gallery; or something beside it that SQLite woul
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "gone": lambda path: path.unlink(),
-    "of write-ahead": lambda path: path.write_bytes(replaced(path.read_bytes(), 18, b"\2\2")),
+    "of write-ahead": lambda path: path.write_bytes(
+        path.read_bytes()[:18] + b"\2\2" + path.read_bytes()[20:]
+    ),
     "pipe as journal": lambda path: os.mkfifo(f"{path}-journal"),
     "link as journal": lambda path: os.symlink("/dev/zero", f"{path}-journal"),
     "write-ahead log": lambda path: Path(f"{path}-wal").write_bytes(b"x" * 4096),
 }
 
 
-def replaced(content, at, new):
-    return content[:at] + new + content[at + len(new) :]
-
-
-@pytest.mark.parametrize("kind", quick_first(DAMAGES, 3))
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_folder_is_named_in_one_error(gallery, kind):
     DAMAGES[kind](gallery.folder / store_lib.GALLERY_FILE)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
     refused(gallery.refresh, str(gallery.folder)) if kind != "cut" else None
-
-
-@pytest.mark.parametrize("collects", [True, False])
-def test_reading_leaves_the_garbage_collector_as_it_was(gallery, monkeypatch, collects):
-    during = []
-
-    def read(connection):
-        during.append(gc.isenabled())
-        raise store_lib.UserError("made up")
-
-    monkeypatch.setattr(store_lib, "_read", read)
-    (gc.enable if collects else gc.disable)()
-    try:
-        refused(lambda: Gallery(gallery.folder), "made up")
-        assert during == [False] and gc.isenabled() == collects
-    finally:
-        gc.enable()
 
 
 def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):
@@ -638,7 +502,9 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
     content, told, rng = path.read_bytes(), 0, random.Random(0)
     used = [at for at in range(len(content)) if content[at]]
     for at in rng.choices(used, k=60):
-        path.write_bytes(replaced(content, at, bytes([content[at] ^ 1 << rng.randrange(8)])))
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
         try:
             assert answers(Gallery(gallery.folder)) == wanted
         except ValueError as error:
@@ -657,10 +523,8 @@ def test_a_journal_does_not_delete_another_file(gallery, tmp_path):
     with journal.open("ab") as file:
         file.write(b"\0\0\0\0" + name + len(name).to_bytes(4, "big") + total.to_bytes(4, "big"))
         file.write(store_lib.SUPER_JOURNAL)
-    shutil.copytree(gallery.folder, tmp_path / "copy")
-    with contextlib.closing(
-        sqlite3.connect(tmp_path / "copy" / store_lib.GALLERY_FILE)
-    ) as connection:
+    copy = shutil.copytree(gallery.folder, tmp_path / "copy") / store_lib.GALLERY_FILE
+    with contextlib.closing(sqlite3.connect(copy)) as connection:
         connection.execute("SELECT * FROM gallery").fetchall()
     assert not thesis.exists()  # what SQLite does by itself
     thesis.write_text("mine")
@@ -668,21 +532,15 @@ def test_a_journal_does_not_delete_another_file(gallery, tmp_path):
     assert thesis.read_text() == "mine"
 
 
-DIGEST = "the digest of the rows as they are then"
-
-
-def forged(folder, *sql, facts=None):
+def forged(folder, *sql, facts=None, digest=False):
     """Changes the file of a gallery as somebody would who knows its format."""
     with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
         for line in sql:
-            if line != DIGEST:
-                connection.execute(line)
-                continue
-            total = 0
-            for table in ("backend", "person", "clip"):
-                rows = connection.execute(f"SELECT * FROM {table}")  # noqa: S608
-                total += sum(map(store_lib._digest, rows))
-            facts = {"rows": f"{total % 2**256:064x}"}
+            connection.execute(line)
+        if digest:  # of the rows as they are now
+            tables = ("backend", "person", "clip")
+            rows = [x for name in tables for x in connection.execute(f"SELECT * FROM {name}")]  # noqa: S608
+            facts = {"rows": f"{sum(map(store_lib._digest, rows)) % 2**256:064x}"}
         if facts is not None:
             ((text,),) = connection.execute("SELECT facts FROM gallery").fetchall()
             text = json.dumps(json.loads(text) | facts)
@@ -691,69 +549,63 @@ def forged(folder, *sql, facts=None):
         connection.commit()
 
 
-NAN = f"UPDATE clip SET vector = x'{'0000c07f' * 13}'"  # noqa: S608
-
-
-@pytest.mark.parametrize(
-    "sql",
-    [
-        ("CREATE VIEW mine AS SELECT 1",),
-        ("CREATE TABLE mine (x)",),
-        ("CREATE INDEX mine ON clip (name)",),
-        ("CREATE TRIGGER mine AFTER INSERT ON clip BEGIN DELETE FROM clip; END",),
-        ("DROP TABLE person",),
-        ("UPDATE clip SET vector = zeroblob(52) WHERE name = 'clip 30'",),
-        (NAN, DIGEST),
-        ("UPDATE clip SET vector = zeroblob(48)", DIGEST),
-        ("UPDATE clip SET fitted = 2", DIGEST),
-        ("UPDATE clip SET fitted = 'x'", DIGEST),
-        ("UPDATE clip SET name = 'a' || char(10) WHERE name = 'clip 30'", DIGEST),
-        ("UPDATE clip SET person = 'nobody' WHERE name = 'clip 30'", DIGEST),
-        ("DELETE FROM clip WHERE name = 'clip 30'",),
-        ("DELETE FROM clip WHERE person = 'person 7'",),
-        ("DELETE FROM person WHERE name = 'person 7'",),
-        ("UPDATE person SET coefficients = zeroblob(75)", DIGEST),
-        ("UPDATE person SET coefficients = x'" + "ff" * 76 + "'", DIGEST),
-        ("UPDATE person SET coefficients = zeroblob(76)",),
-        ("UPDATE backend SET numbers = zeroblob(8)",),
-        ("INSERT INTO backend VALUES (1, zeroblob(8))",),
-        ("DELETE FROM backend",),
-        ("DELETE FROM gallery",),
-        ("INSERT INTO gallery SELECT * FROM gallery",),
-        ("UPDATE gallery SET facts = zeroblob(9)",),
-        ("UPDATE clip SET name = zeroblob(900000) WHERE name = 'clip 30'",),
-    ],
-    ids=str,
+FORGED = (  # with a digest of other rows
+    "CREATE VIEW mine AS SELECT 1",
+    "CREATE TABLE mine (x)",
+    "CREATE INDEX mine ON clip (name)",
+    "CREATE TRIGGER mine AFTER INSERT ON clip BEGIN DELETE FROM clip; END",
+    "DROP TABLE person",
+    "UPDATE clip SET vector = zeroblob(52) WHERE name = 'clip 30'",
+    "DELETE FROM clip WHERE person = 'person 7'",
+    "UPDATE person SET coefficients = zeroblob(76)",
+    "UPDATE backend SET numbers = zeroblob(8)",
+    "INSERT INTO backend VALUES (1, zeroblob(8))",
+    "DELETE FROM gallery",
+    "INSERT INTO gallery SELECT * FROM gallery",
+    "UPDATE gallery SET facts = zeroblob(9)",
+    "UPDATE clip SET name = zeroblob(900000) WHERE name = 'clip 30'",
 )
-def test_forged_tables_are_refused(gallery, sql):
-    forged(gallery.folder, *sql)
-    refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
-
-
-@pytest.mark.parametrize(
-    "facts",
-    [
-        {"parts": [{"name": "x", "width": 2**31 - 1}]},
-        {"parts": [{"name": "x", "width": 16_384}]},
-        {"parts": [{"name": "x", "width": 12}]},
-        {"parts": []},
-        {"parts": [{"name": "x", "width": 8}, {"name": "x", "width": 5}]},
-        {"parts": [{"name": "x", "width": 8, "by_distance": True}, {"name": "y", "width": 5}]},
-        {"parts": [{"name": "x", "width": "8"}, {"name": "y", "width": 5}]},
-        {"version": -1},
-        {"version": 2**63 - 1},
-        {"version": 10**300},
-        {"settings": {"within": 0.1}},
-        {"settings": dict.fromkeys(two_covariance.Settings._fields, float("nan"))},
-        {"run": {"workdir": ["x"], "digest": "0" * 64, "centred": True}},
-        {"clips": 2**31 - 1},
-        {"people": 3},
-    ],
-    ids=str,
+ILL_FORMED = (  # with the digest of these rows
+    f"UPDATE clip SET vector = x'{'0000c07f' * 13}'",  # noqa: S608
+    "UPDATE clip SET vector = zeroblob(48)",
+    "UPDATE clip SET fitted = 2",
+    "UPDATE clip SET fitted = 'x'",
+    "UPDATE clip SET name = 'a' || char(10) WHERE name = 'clip 30'",
+    "UPDATE clip SET person = 'nobody' WHERE name = 'clip 30'",
+    "UPDATE person SET coefficients = zeroblob(75)",
+    f"UPDATE person SET coefficients = x'{'ff' * 76}'",  # noqa: S608
 )
-def test_forged_facts_are_refused(gallery, facts):
-    forged(gallery.folder, facts=facts)
-    refused(lambda: Gallery(gallery.folder), str(gallery.folder))
+FACTS = (
+    {"parts": [{"name": "x", "width": 2**31 - 1}]},
+    {"parts": [{"name": "x", "width": 12}]},
+    {"parts": []},
+    {"parts": [{"name": "x", "width": 8}, {"name": "x", "width": 5}]},
+    {"parts": [{"name": "x", "width": 8, "by_distance": True}, {"name": "y", "width": 5}]},
+    {"parts": [{"name": "x", "width": "8"}, {"name": "y", "width": 5}]},
+    {"version": -1},
+    {"version": 10**300},
+    {"settings": {"within": 0.1}},
+    {"settings": dict.fromkeys(two_covariance.Settings._fields, float("nan"))},
+    {"run": {"workdir": ["x"], "digest": "0" * 64, "centred": True}},
+    {"clips": 2**31 - 1},
+    {"people": 3},
+)
+
+
+def test_forged_tables_and_facts_are_refused(gallery):
+    folder, path = str(gallery.folder), gallery.folder / store_lib.GALLERY_FILE
+    content = path.read_bytes()
+    for sql in (*FORGED, *ILL_FORMED):
+        path.write_bytes(content)
+        forged(gallery.folder, sql, digest=sql in ILL_FORMED)
+        refused(lambda: Gallery(folder), folder, "damaged")
+    for facts in FACTS:
+        path.write_bytes(content)
+        forged(gallery.folder, facts=facts)
+        refused(lambda: Gallery(folder), folder)
+    path.write_bytes(content)
+    forged(gallery.folder, facts={}, digest=True)
+    assert answers(Gallery(folder)) == answers(gallery)
 
 
 @pytest.mark.slow
@@ -766,22 +618,17 @@ def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
         connection.execute("PRAGMA writable_schema=ON")
         connection.execute("INSERT INTO sqlite_master VALUES ('index', 'x', 'x', 2, NULL)")
         connection.commit()
-    leaf = bytearray(path.read_bytes()[:size])
-    head, pages = bytes(leaf[:16]) + size.to_bytes(2, "big") + bytes(leaf[18:100]), []
+    leaf, cells = path.read_bytes()[:size], range(size - 300 * 6, size, 6)
+    head, pages = leaf[:16] + size.to_bytes(2, "big") + leaf[18:100], []
     for level in range(1, levels):
-        start = 100 if level == 1 else 0
-        cells = range(size - 300 * 6, size, 6)
-        page = bytearray(size)
+        start, page = 100 if level == 1 else 0, bytearray(size)
         page[:start] = head[:28] + levels.to_bytes(4, "big") + head[32:] if start else b""
         page[start : start + 12] = struct.pack(">B2xHHxI", 5, 300, cells[0], level + 1)
         page[start + 12 : start + 612] = struct.pack(">300H", *cells)
         for number, at in enumerate(cells):
             page[at : at + 5] = struct.pack(">IB", level + 1, number % 127 + 1)
         pages.append(bytes(page))
-    end = bytearray(size)
-    end[:8], end[8:] = leaf[100:108], leaf[8:]
-    end[8:10] = leaf[108:110]
-    path.write_bytes(b"".join([*pages, bytes(end)]))
+    path.write_bytes(b"".join([*pages, leaf[100:108], leaf[108:110], leaf[10:]]))
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
@@ -792,8 +639,6 @@ def test_a_file_with_two_names_is_not_changed(gallery, tmp_path):
     refused(lambda: gallery.add({"x": make_clip(1, "x")}), "hard links")
 
 
-# ---- a gallery of another day
-
 FROZEN = Path(__file__).parent / "helpers" / "frozen_gallery.npz"
 
 
@@ -802,7 +647,6 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
     people = Gallery(tmp_path)
-    assert people.identities["Zoë Å"] == 4
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
     found = made_galleries.identify(people, parts, len(people.identities))
@@ -810,25 +654,20 @@ def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
     assert [[name for name, _ in answer.best] for answer in found] == frozen["names"].tolist()
     probabilities = [[p for _, p in answer.best] for answer in found]
     np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
-    assert people.add({"new": make_clip(1, "new")}) == 1
-    assert people.remove(identity=["Zoë Å"]) == 4
+    assert people.add(NEW) == 1 and people.remove(identity=["Zoë Å"]) == 4
     assert "new" in Gallery(tmp_path).identities
-
-
-# ---- clips
 
 
 def test_a_vector_that_cannot_be_is_not_taken(gallery):
     good = make_clip(1, "x")
-    for vector, word in {
-        "width": (good.vector[:5], "expected float32 (13,)"),
-        "type": (good.vector.astype(np.float64), "float64"),
-        "value": (good.vector * np.nan, "not finite"),
-        "nothing": (good.vector * 0, "no usable frame"),
-    }.values():
-        refused(
-            lambda v=vector: gallery.add({"fine": good, "bad": StoredClip("x", v)}), "'bad'", word
-        )
+    for vector, word in (
+        (good.vector[:5], "expected float32 (13,)"),
+        (good.vector.astype(np.float64), "float64"),
+        (good.vector * np.nan, "not finite"),
+        (good.vector * 0, "no usable frame"),
+    ):
+        clips = {"fine": good, "bad": StoredClip("x", vector)}
+        refused(lambda clips=clips: gallery.add(clips), "'bad'", word)
     refused(lambda: gallery.add({"a\nb": good}), "control")
     refused(lambda: gallery.add({"bad": good._replace(identity=" ")}), "empty")
     refused(lambda: gallery.add({"x" * 1001: good}), "longer than 1,000 letters")

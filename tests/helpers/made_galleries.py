@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.answers import Answer
@@ -17,8 +18,6 @@ from vidjax.models.two_covariance import Settings
 WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
 RUN = VectorOrigin("somewhere", "0" * 64, centred=False)
-
-OF_THE_WAY = {"version": 0, "rows": ""}  # facts, of how it came, and of rounding
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
@@ -39,23 +38,21 @@ def hash_of(text: str) -> int:
 
 def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
     """Returns clips of people, 1 to 4 each, of whom some lack a part; and strangers."""
-    clips = {}
+    clips = {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
     for person in range(num_people):
         for turn in range(1 + person % 4):
             lacks = ("", "audio", "face")[(person + turn) % 5 % 3]
             number = 10 * person + turn
             clips[f"clip {number}"] = make_clip(number, f"person {person}", lacks=lacks)
-    return clips | {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
+    return clips
 
 
 def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
     """Returns a front that is fitted to other people."""
-    rng = np.random.default_rng(99)
-    labels = np.repeat(np.arange(1, 31), 3)
-    vectors = {}
+    rng, labels, vectors = np.random.default_rng(99), np.repeat(np.arange(1, 31), 3), {}
     for name, width in WIDTHS.items():
         x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))
-        vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        vectors[name] = unit(x).astype(np.float32)
     return backend_lib.fit(vectors, labels, centred=False, settings=settings)
 
 
@@ -71,8 +68,7 @@ class Answers(dict[tuple[int, str], float]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Answers) or self.keys() != other.keys():
             return False
-        pairs = [(value, other[key]) for key, value in self.items()]
-        return np.allclose(*np.array(pairs).reshape(-1, 2).T, rtol=1e-6, atol=1e-6)
+        return np.allclose(list(self.values()), [other[key] for key in self], rtol=1e-6, atol=1e-6)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -87,12 +83,6 @@ def answers(people: Gallery, count: int = 6) -> Answers:
     return Answers({(n, name): log for n, one in found for name, log in one.best})
 
 
-def search(gallery: Gallery, parts):
-    """Yields the logarithms of probabilities for clips, of what the folder holds now."""
-    gallery.refresh()
-    return gallery.index.search(parts)
-
-
 def contents(folder) -> dict[str, list]:
     """Returns all rows but the version, the coefficients of people, and their digests."""
     with contextlib.closing(sqlite3.connect(folder / store.GALLERY_FILE)) as connection:
@@ -100,9 +90,8 @@ def contents(folder) -> dict[str, list]:
             table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
             for table in store.SCHEMA
         }
-    ((facts, _),) = found["gallery"]
-    people = [row[0] for row in found["person"]]
-    return found | {"gallery": [json.loads(facts) | OF_THE_WAY], "person": people}
+    facts = json.loads(found["gallery"][0][0]) | {"version": 0, "rows": ""}
+    return found | {"gallery": [facts], "person": [row[0] for row in found["person"]]}
 
 
 def identify(gallery: Gallery, parts: Sequence[np.ndarray], k: int = 1, **rule) -> list[Answer]:
