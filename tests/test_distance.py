@@ -21,7 +21,8 @@ SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)  # cosines of dlib's vectors
 DLIB = distance.of_cosines(SAME, DIFFERENT)
 
 
-CARD = cards.BackEnd([0.0] * WIDTH, same=SAME, different=DIFFERENT, pairs=(1, 1), data="made")
+FITTED = {"same": SAME, "different": DIFFERENT, "pairs": (1, 1), "data": "made"}
+CARD = cards.BackEnd(centre=[0.0] * WIDTH, **FITTED)
 BACKEND = backend_lib.make_card_backend({"face": CARD})
 
 
