@@ -448,7 +448,7 @@ people.add({{"new": StoredClip("Ada", x[0])}})
 assert people.remove(identity=["Ada"]) == 1 and people.remove(identity=["person 38"]) == 2
 assert best(77) != "person 38" and len(Gallery(folder).clips) == 11_998
 """
-    ended = limits.run([sys.executable, "-c", code], files=256, memory=limits.GB // 2, timeout=600)
+    ended = limits.run([sys.executable, "-c", code], files=256, memory=limits.GB, timeout=600)
     assert ended.returncode == 0, (ended.stderr[-2000:], ended.peak / limits.GB)
 
 

@@ -483,8 +483,8 @@ def test_headers_that_change_what_a_request_means_are_refused(inside):
     body = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     end = "Connection: close\r\n\r\n"
     for content, status, words in (
-        (f"GET /v2 HTTP/1.1\r\n{host}{host}{end}", 400, b"one header Host"),
-        (f"GET /v2 HTTP/1.1\r\n{end}", 400, b"one header Host"),
+        (f"GET /v2 HTTP/1.1\r\n{host}{host}{end}", 400, b"single header Host"),
+        (f"GET /v2 HTTP/1.1\r\n{end}", 400, b"single header Host"),
         (f"GET /v2 HTTP/1.1\r\n{host}{end}", 200, b"x-content-type-options: nosniff"),
         (f"PUT /v2 HTTP/1.1\r\n{host}{end}", 405, b"\r\nallow: "),
         (f"{post}{host}{upgrade}{body}", 400, b"without the header Upgrade"),

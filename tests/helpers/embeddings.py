@@ -1,6 +1,37 @@
-"""Made-up vectors, exactly of the two-covariance model."""
+"""Made-up vectors of photos: as dlib makes them, or exactly of the two-covariance model."""
 
 import numpy as np
+
+WIDTH = 128  # of dlib
+SAME, DIFFERENT = 0.42, 0.85  # mean distances of two photos of one person, and of two people
+# Effective number of directions of both parts: the distances then deviate by .08 and .09.
+NOISE, PEOPLE = 15.0, 38.0
+LENGTH = 1.4
+
+
+class Faces:
+    """A population of faces: unit vectors of photos of people, in 128 numbers."""
+
+    def __init__(self, seed: int):
+        """Draws the directions in which people and photos differ."""
+        self._rng = np.random.default_rng(seed)
+        within = (SAME**2 + 0.08**2) / 2
+        total = (DIFFERENT**2 + 0.09**2) / 2
+        self._noise = np.sqrt(_variances(within, NOISE))
+        self._people = np.sqrt(_variances(total - within, PEOPLE))
+        self._axes = np.linalg.qr(self._rng.normal(size=(WIDTH, WIDTH)))[0]
+        mean = self._rng.normal(size=WIDTH)
+        self._mean = mean / np.linalg.norm(mean) * np.sqrt(LENGTH**2 - total)
+
+    def raw(self, people: int, photos: int) -> np.ndarray:
+        """Returns vectors of new people, [people, photos, 128], whose distances are dlib's."""
+        who = self._people * self._rng.normal(size=(people, 1, WIDTH))
+        noise = self._noise * self._rng.normal(size=(people, photos, WIDTH))
+        return self._mean + who + noise @ self._axes
+
+    def __call__(self, people: int, photos: int) -> np.ndarray:
+        """Returns the same of length 1."""
+        return unit(self.raw(people, photos))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -8,14 +39,52 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+def _variances(total: float, directions: float) -> np.ndarray:
+    """Returns falling variances with a sum, and (sum)^2 / (sum of squares) = directions."""
+    low, high = 0.5, 1.0
+    values = np.ones(WIDTH)
+    for _ in range(60):
+        middle = (low + high) / 2
+        values = middle ** np.arange(WIDTH)
+        below = values.sum() ** 2 / (values**2).sum() < directions
+        low, high = (middle, high) if below else (low, middle)
+    return values / values.sum() * total
+
+
 def exact(
     rng: np.random.Generator, people: int, clips: int, width: int, within: float
 ) -> np.ndarray:
     """Returns vectors of length 1 of people of the two-covariance model, [people, clips, width].
 
-    `within` is the share of the variance that is not the person's.
+    Args:
+      rng: source of the draws.
+      people: number of people.
+      clips: number of clips of each.
+      width: length of the vectors.
+      within: share of the variance that is not the person's.
     """
-    between, noise = np.geomspace(1, 0.1, width), np.geomspace(0.3, 1, width)
-    who, each = (1 - within) * between / between.sum(), within * noise / noise.sum()
-    found = rng.normal(size=(people, 1, width)) * np.sqrt(who)
-    return unit(found + rng.normal(size=(people, clips, width)) * np.sqrt(each))
+    who, each = _spread(width, within)
+    found = rng.normal(size=(people, 1, width)) * who
+    return unit(found + rng.normal(size=(people, clips, width)) * each)
+
+
+def of_days(
+    rng: np.random.Generator, people: int, days: int, clips: int, width: int, within: float
+) -> np.ndarray:
+    """Returns such vectors of several days, [people, days, clips, width].
+
+    The clips of a person on one day share half of their noise.
+    """
+    who, each = _spread(width, within)
+    found = rng.normal(size=(people, 1, 1, width)) * who
+    for shape in ((people, days, 1, width), (people, days, clips, width)):
+        found = found + rng.normal(size=shape) * each * np.sqrt(0.5)
+    return unit(found)
+
+
+def _spread(width: int, within: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the deviations of people and of clips in each number, [width] both."""
+    between = np.geomspace(1, 0.1, width)
+    noise = np.geomspace(1, 0.3, width)[::-1]
+    people = np.sqrt((1 - within) * between / between.sum())
+    return people, np.sqrt(within * noise / noise.sum())
