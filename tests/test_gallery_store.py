@@ -349,6 +349,36 @@ def test_a_change_is_never_made_to_an_older_state(gallery, monkeypatch):
 
 
 @pytest.mark.slow
+def test_reading_meets_the_old_state_or_the_new_one(gallery):
+    stop, wrong = threading.Event(), []
+
+    def change():
+        while not stop.is_set():
+            gallery.add(NEW)
+            gallery.remove(clip=["new"])
+
+    def answer():
+        open_one = Gallery(gallery.folder)
+        vectors = make_clip(700, "person 7").vector[None]
+        while not stop.is_set():
+            open_one.refresh()
+            for logs in open_one.index.search(open_one.backend.split(vectors)):
+                if len(logs) not in (13, 14):
+                    wrong.append(len(logs))
+
+    threads = [threading.Thread(target=one) for one in (change, answer, answer)]
+    for thread in threads:
+        thread.start()
+    try:
+        sizes = {len(Gallery(gallery.folder).clips) for _ in range(12)}
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert sizes <= {len(CLIPS), len(CLIPS) + 1} and not wrong
+
+
+@pytest.mark.slow
 def test_the_second_process_is_told_that_the_gallery_is_changed(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     code = (
