@@ -109,7 +109,7 @@ def is_known(option: str, value: Any) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_quickly() -> Iterator[None]:
-    """Programs of this process are compiled without optimisation; those of commands are not."""
+    """Compiles programs of this process without optimisation; commands compile as for users."""
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)
     get_compile_options = compiler.get_compile_options
@@ -228,7 +228,7 @@ class Done(NamedTuple):
     err: str
 
     def refused(self, *words: str) -> bool:
-        """Returns whether it was a mistake of the user, told with these words in three lines."""
+        """Returns whether the error is a mistake of the user, in three lines with these words."""
         lines = self.err.strip().splitlines()
         return self.code == 2 and 1 <= len(lines) <= 3 and all(word in self.err for word in words)
 
@@ -265,7 +265,7 @@ def say(command: Callable[..., Done]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def python(cache_dir: Path) -> Callable[..., str]:
-    """Runs a program in a process of its own, which must succeed; returns what it printed."""
+    """Runs a program in a new process, which must succeed; returns its output."""
 
     def run(program: str, *words: str | Path, cwd: Path = ROOT, **env: str) -> str:
         env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **env}
@@ -295,7 +295,7 @@ def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path | None]]:
-    """Mounts a file system of its own with some options; None where that may not be done."""
+    """Mounts a file system with some options; returns None if this is not allowed."""
     with contextlib.ExitStack() as stack:
 
         def mount(options: str) -> Path | None:

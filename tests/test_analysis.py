@@ -196,7 +196,7 @@ def test_of_one_clip_a_person_the_interval_of_top1_is_that_of_map(share):
 
 @pytest.mark.slow
 def test_intervals_of_shares_of_clips_hold_the_truth():
-    """Of people who differ: some are always found, others half of the time."""
+    """Some people are always found, others half of the time."""
     rng, held = np.random.default_rng(0), {"top1": 0, "auroc": 0}
     for _ in range(60):
         skill = np.repeat(rng.choice([0.5, 1.0], 40), 5)

@@ -139,7 +139,8 @@ def test_a_mean_of_probabilities_by_hand():
 
     found = joined((0, 1, 2), (0.5, 2.0, 1.0))
     wanted = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
-    np.testing.assert_allclose(np.exp(found), wanted, rtol=1e-5)  # NaN of a run is shown
+    np.testing.assert_allclose(np.exp(found), wanted, rtol=1e-5)
+    # A NaN of a run stays NaN, unless the run has weight 0.
     assert np.isnan(found[4]).all() and np.isfinite(np.delete(found, 4, axis=0)).all()
     np.testing.assert_array_equal(joined((0, 1, 2), (1.0, 0.0, 3.0)), joined((0, 2), (1.0, 3.0)))
 
@@ -231,7 +232,7 @@ def test_the_command_line(runs, load, tmp_path, command):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*the data have other modalities")
 def test_one_folder_of_data_for_all_runs(runs, official_dir, tmp_path, blended):
-    """Where config.data.dir is set it stands for that of every run, and scores do not change."""
+    """If config.data.dir is set, it replaces the folder of every run; scores do not change."""
     found = []
     for words in ((), (f"--config.data.dir={official_dir}",)):
         blended(runs, *words)

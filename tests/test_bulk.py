@@ -116,7 +116,7 @@ def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, tmp_pat
 
 @pytest.mark.slow
 def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, people, made, day, tmp_path):
-    """Also for clips of equal scores, whose order is that of their names."""
+    """Clips with equal scores are sorted by name."""
     words = ("gallery", "rank", people, f"--input={day}", "--threshold=0.3")
     found = lists_of(say(*words, f"--out={tmp_path / 'people'}")["results"])
     wanted = {name: x for name, x in made.rank(CLIPS, threshold=0.3).items() if x}
@@ -160,7 +160,7 @@ def test_the_best_lists_are_those_of_a_sort():
 
 @pytest.mark.slow
 def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, day, tmp_path):
-    """Also by another name, and where 100 clips as good as one half keep it from every list."""
+    """This holds with and without `.mp4`, and even if 100 equal clips crowd it out of the lists."""
     names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys(names, same))
     write_parquet(day / "part-5.parquet", {"z": same})

@@ -265,7 +265,7 @@ def test_only_runs_on_the_same_clips_are_compared(tmp_path, compared, change, me
 
 
 def test_clips_and_labels_are_told_apart_by_their_digests(tmp_path, compared):
-    """As many clips may be others; other features of the same clips are no other clips."""
+    """Equal numbers of clips may be different clips. Other features are not other clips."""
     own = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
     for name, more in {"a": {}, "b": {"features": "b"}, "names": {"names": "b"}, "labels":
                        {"labels": "b"}}.items():  # fmt: skip

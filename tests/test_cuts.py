@@ -63,7 +63,7 @@ def test_appearances_are_events_with_time_around_them(tmp_path):
     [(23.976, 24000 / 1001, 24), (29.98, NTSC, 30), (30.0, 30.0, 30), (14.7, 24000 / 1001, 24)],
 )
 def test_a_list_has_the_rate_of_its_films(tmp_path, rate, exact, base):
-    """Of 29.97 frames a second, a time code has 30 frames a second, and runs slow."""
+    """At 29.97 frames per second, a time code counts 30 frames per second, so it is slow."""
     one = film("a.mp4", rate, 5000.0)
     cuts.write(tmp_path, [seen(one, 1000, 2000)], [one], 0.0)
     (event,) = read(tmp_path / "Ada.edl", base)

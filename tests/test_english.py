@@ -20,7 +20,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "tests/README.md", "tests/benchmarks/README.md")),
 ]
 # Words of sentences that leave out a noun, or that are translated word by word.
-HABIT = re.compile(
+AVOIDED = re.compile(
     r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b"
     r"|[;,] else\b",
     re.IGNORECASE,
@@ -49,14 +49,14 @@ def read_prose(path):
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "README.md", "tests"])
-def test_prose_avoids_the_words_of_the_habit(folder):
+def test_prose_avoids_vague_and_translated_words(folder):
     pages = [path for path in PAGES if path.is_relative_to(ROOT / folder)]
     assert pages
     assert not [
         f"{path.relative_to(ROOT)}:{number}: {match[0]}"
         for path in pages
         for number, text in read_prose(path)
-        if (match := HABIT.search(text))
+        if (match := AVOIDED.search(text))
     ]
 
 

@@ -42,7 +42,7 @@ SYSTEMS = {
 
 @pytest.fixture
 def export(command, tmp_path):
-    """Exports by the command; returns what it told as JSON, or its complaint if the code is 2."""
+    """Exports by the command; returns its JSON, or its error message if the exit code is 2."""
 
     def run(source, name, to="out", code=0):
         words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")
@@ -214,7 +214,7 @@ def test_weights_that_no_program_holds_are_refused(name, nearest_run, export, mo
 
 @pytest.mark.slow
 def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, export, monkeypatch):
-    """They lie beside its program."""
+    """They are next to the exported program."""
     monkeypatch.setattr(function, "LARGEST", 1000)
     export(nearest_run, "saved_model")
     program = tmp_path / "out" / "saved_model" / "saved_model.pb"
@@ -269,7 +269,7 @@ def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, export):
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_the_reader_orders_clips_that_are_all_but_sure_or_hopeless(members):
-    """Of two people, the first leads by so many nats."""
+    """The first of two people leads by this many nats."""
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
     linear = nothing + np.diag([1000.0, 0])

@@ -14,7 +14,7 @@ def turn(angle, scale, x=0, y=0):
 
 
 def test_similarity_is_the_least_squares_solution():
-    """Of (a, b, x, y) in u = a x - b y + x0, v = b x + a y + y0."""
+    """Solves for (a, b, x0, y0) in u = a x - b y + x0, v = b x + a y + y0."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         place = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))

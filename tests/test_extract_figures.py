@@ -89,7 +89,7 @@ def test_heads_that_overlap_keep_their_own_boxes(models):
 
 
 def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
-    """Of two detected bodies each has its own person, and none is given to two."""
+    """Each of two detected bodies is given to a different person."""
     small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
     large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
     np.testing.assert_array_equal(film._pair_boxes(small, large), [0, 1, -1])

@@ -75,7 +75,7 @@ def test_faces_of_all_of_a_tracks_time_are_kept(tmp_path, drawn):
 
 @pytest.mark.parametrize("degrees", quick_first([90, 0], mark=nightly))
 def test_a_track_has_the_place_of_its_best_face(tmp_path, drawn, degrees):
-    """As parts of the picture as it is shown, at the time of that picture."""
+    """Boxes are fractions of the displayed picture, at the time of the picture."""
     shown = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
     stored = [np.rot90(one, -degrees // 90) for one in shown]
     films.write(tmp_path / "film.mp4", stored, "mpeg4", fps=10, rotation=degrees)

@@ -10,7 +10,7 @@ import pytest
 from vidjax.apps.video import cards, tracks
 from vidjax.apps.video.cards import BackEnd
 
-# Numbers of the faces of 234 tracks, of real films; the folder lies beside VIDJAX_REAL_DATA.
+# Faces of 234 tracks of real films, in the folder next to VIDJAX_REAL_DATA.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 
 
@@ -165,7 +165,7 @@ def test_overlap_is_intersection_over_union():
 
 
 def test_the_main_figure_by_its_definition():
-    """Against the paper, section 3.2: alone, or three times larger; in more than 30 % of frames."""
+    """Section 3.2: the only person, or three times larger, in more than 30 % of the frames."""
 
     def seen(frames, fps=5):
         shots = tracks.MainFigures()
@@ -244,7 +244,7 @@ def test_parts_of_a_track_have_its_sightings():
 
 @pytest.mark.skipif(not TRACKS.exists(), reason="no tracks beside VIDJAX_REAL_DATA")
 def test_real_tracks_of_two_people_are_split_and_no_other_is():
-    """More than a fifth of the faces of 13 tracks is of somebody else; fewer are of dissolves."""
+    """In 13 tracks, over a fifth of the faces show another person; fewer faces are a dissolve."""
     with np.load(TRACKS) as file:
         arrays = dict(file)
     split = {True: [], False: []}

@@ -102,7 +102,7 @@ FORMATS = [(ending, n) for ending in ("avif", "tiff", "png", "webp") for n in (1
     ("ending", "orientation"), quick_first([*ORIENTATIONS, *FORMATS], 2, nightly)
 )
 def test_photos_are_shown_upright(tmp_path, ending, orientation):
-    """With a colour profile, as cameras, phones, screens and editors write it."""
+    """Cameras, phones, screens and editors write colour profiles."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     from PIL import Image, ImageCms
 
@@ -242,7 +242,7 @@ def test_sound_is_placed_by_its_time_stamps(tmp_path, rate):
 
 
 def test_sound_ends_where_its_time_stamps_go_back(tmp_path):
-    """Of two films, one after the other, the second one's sound belongs to unknown frames."""
+    """Two films follow each other in a file. The sound of the second film has no known frames."""
     samples = np.sin(np.arange(48_000) / 5) * 0.5
     films.write(tmp_path / "a.ts", [films.scene(0)] * 75, sound=samples)
     (tmp_path / "two.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)

@@ -1,4 +1,4 @@
-"""Voices of films: whose face is seen alone, where sound lies in time, and what clips get of it."""
+"""Voices of films: times with a single face, the time of the sound, and the audio of clips."""
 
 import tracemalloc
 
@@ -32,7 +32,7 @@ def models(drawn):
 
 
 def hear(folder, models, name, *shots, unit="track", **sound):
-    """Writes a film and extracts it; returns what is told of it, and its clips."""
+    """Writes a film and extracts it; returns its description and its clips."""
     path = folder / name
     write_film(path, *shots, **sound)
     return extract(path, folder / path.stem, models, unit=unit)
@@ -43,7 +43,7 @@ def track(clip, start_s, end_s, shot=0):
 
 
 def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
-    """In the first shot a tone sounds from 1 s on; in the second one two faces are seen."""
+    """In the first shot a tone sounds from 1 s on; in the second shot two faces are visible."""
     sound = tone(440, 12)
     sound[:16_000] = 0
     shots = (4, 20, [ADA]), (4, 60, [ADA, BOB]), (4, 35, [BOB])
@@ -52,7 +52,7 @@ def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
     assert voice == {"film.s000.t00", "film.s002.t00"} and film.voices == 2
     assert len(clips) == 4 and all("face" in arrays for arrays in clips.values())
     first = clips["film.s000.t00"]
-    # Seen from 0 to 4 s; windows of 1.6 s, of which one hears the tone for 0.6 s alone.
+    # Visible from 0 to 4 s; a window of 1.6 s contains only 0.6 s of the tone.
     np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
     embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
@@ -94,7 +94,7 @@ def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
 
 @pytest.mark.slow
 def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_path, models):
-    """Bob leaves the picture of the first shot; Eve is seen all along beside Ada in the second."""
+    """Bob leaves the picture in the first shot; in the second shot, Eve is always next to Ada."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
     sound = {"sound": tone(440, 16), "size": (240, 320)}
     _, clips = hear(tmp_path, models, "film.mkv", *shots, unit="shot", **sound)
@@ -223,7 +223,7 @@ def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, mod
 
 
 def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
-    """Whatever the voice says; a voice alone, and parts of a run, are as they were."""
+    """A voice changes the odds by a limited factor. Clips with only a voice are not limited."""
     card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),
                          data="made")  # fmt: skip
     both = backend.make_card_backend({"face": card, "audio": card})

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "configs/fidelity.md").read_text()
 NAMES = sorted({name for name in re.findall(r"`([^`]+)`", PAGE) if re.search(r"[./=]", name)})
 MODES = ("train", "evaluate", "rank", "compare", "report", "check", "config")
-# Models and fusions have options of their own, which are fields or arguments somewhere in vidjax/.
+# The options of models and fusions are fields or arguments somewhere in vidjax/.
 OPTIONS = {
     name
     for part in ("models", "core")

@@ -53,7 +53,7 @@ def test_a_link_may_not_lead_out_of_a_folder(tmp_path):
 
 
 def test_processes_of_one_number_do_not_meet(tmp_path):
-    """As in containers, where all have a small one. Threads have one, too."""
+    """In containers, processes have small numbers. Threads have numbers, too."""
 
     def work(number):
         for turn in range(10):

@@ -222,7 +222,7 @@ def test_impossible_specs_are_refused(spec, message):
 
 
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):
-    """Which frames of one clip pass."""
+    """Returns which frames of a clip pass."""
     quality, real = frames.quality[clip], frames.mask[clip]
     kept = real.copy()
     if min_quality is not None:

@@ -46,7 +46,7 @@ def ratio(space, clips, query):
 
 
 def oracle(people, clip):
-    """Returns identity -> log-probability, and that of somebody new under None."""
+    """Returns identity -> log-probability; None is a new person."""
     front = people.backend
     ends = np.cumsum(list(front.widths.values()))[:-1]
     logits = {None: front.settings.stranger + np.log(len(people.identities))}
@@ -123,7 +123,7 @@ def named(gallery, count=300, **options):
 
 @pytest.mark.slow
 def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
-    """Strangers of another world reach nobody: a share of them alone would let everybody pass."""
+    """Very different strangers reach no probability, so a rate would let every clip pass."""
     rng = np.random.default_rng(0)
     people = make(tmp_path / "g")
     by_new, rule = named(people)
@@ -141,7 +141,7 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
 
 @pytest.mark.slow
 def test_strangers_decide_where_nothing_is_chosen(tmp_path):
-    """Of strangers like those of the gallery 1 % are named, not the share that new lets pass."""
+    """1 % of new strangers are named if the gallery has enough strangers for a threshold."""
     strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
     gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
     found, rule = named(gallery)
@@ -195,7 +195,7 @@ def test_a_probability_decides_alone(tmp_path):
     ("count", "photos"), quick_first([(5, 1), (1, 1), (20, 1)], mark=pytest.mark.nightly)
 )
 def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys, count, photos):
-    """Of vectors as dlib makes them of faces: the prior answers, and says so."""
+    """Vectors like dlib's are so alike that only the prior decides, which is reported."""
     best, right, named = [], [], []
     for seed in range(2):
         faces = embeddings.Faces(seed)
@@ -217,7 +217,7 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys
 
 
 def share_days(seed: int, people: int, days: int, photos: int) -> tuple[float, float]:
-    """Returns the mean probability of somebody new, and the share of known clips that are named.
+    """Returns the mean probability of a new person, and the share of known clips that are named.
 
     Half of the clips that are asked show strangers. The gallery fits a back end to its clips.
     """

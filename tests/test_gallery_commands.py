@@ -62,7 +62,7 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     assert "identity ' Ada' has leading or trailing blanks" in say(*ada, "--identity= Ada", code=2)
     said = say(*ada, "--identity=Eve", code=2)
     assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in said
-    assert "remove" not in said  # it would delete Ada, to enrol somebody else
+    assert "remove" not in said  # it would delete Ada, to enrol another person
     lines = say("list", folder, "--clips", "--identity=Ada").splitlines()
     assert [line.split(None, 1)[1] for line in lines[:2]] == ["Ada 0", "Ada 1"]
     assert say("list", folder, "--clips", "--json")["clips"]["Ada"] == ["Ada 0", "Ada 1"]

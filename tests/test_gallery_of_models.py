@@ -24,7 +24,7 @@ VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
 
 
 def draw(rng, people, clips):
-    """Draws unit vectors [people, clips, 128] whose cosines are those of the card."""
+    """Draws unit vectors [people, clips, 128] whose cosines agree with the card."""
     found = np.zeros((people, clips, WIDTH))
     found[..., PERSON] += rng.normal(0, np.sqrt((SAME[0] - DIFFERENT[0]) / 36), (people, 1, 36))
     found[..., CLIP] += rng.normal(0, np.sqrt((1 - SAME[0]) / 17), (people, clips, 17))
@@ -101,7 +101,7 @@ def faces(name, vectors):
 
 
 def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, models, python):
-    """Not even its models."""
+    """The check does not read the models."""
     assert not gallery.identities and gallery.origin.cards.keys() == {"face"}
     friends = draw(np.random.default_rng(1), 3, 3)
     (tmp_path / "in").mkdir()
@@ -216,7 +216,7 @@ def test_tracks_of_one_person_are_joined_over_gaps():
 
 
 def test_nobody_is_seen_twice_at_one_time():
-    """Of two tracks of one name and time the less probable one is unknown, and keeps its group."""
+    """If two tracks at the same time get the same name, the less probable track stays unknown."""
     shown = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
@@ -231,7 +231,7 @@ def test_nobody_is_seen_twice_at_one_time():
 
 
 def test_a_name_needs_more_than_one_half(gallery):
-    """Of people who are as probable as each other, nobody is named, however few strangers come."""
+    """If two people are equally probable, neither is named, however few strangers come."""
     (twin,) = draw(np.random.default_rng(3), 1, 2)
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
@@ -243,7 +243,7 @@ def test_a_name_needs_more_than_one_half(gallery):
 
 
 def test_a_list_leaves_out_whom_no_part_tells(tmp_path, models):
-    """A clip with a voice only is as probable of Ada, who has a photo only, as of somebody new."""
+    """A voice says nothing about Ada, who has only a photo: she is as probable as a new person."""
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     gallery = Gallery.of_models(tmp_path / "g", models)
     (x,) = draw(np.random.default_rng(6), 1, 2)
@@ -276,7 +276,7 @@ def test_clips_of_a_group_vote(gallery):
     assert len({answers[f"a{n}"].probability for n in range(7)}) == 1
     assert answers["a0"].evidence == ("face",)
     assert gallery.identify(vectors.only([]), groups={}) == {}
-    # A clip without a group is not of the group that has its name.
+    # The group is called e0, like a clip. The clip e0 has no group, so it does not vote in it.
     answers = gallery.identify(vectors, groups={f"a{n}": "e0" for n in range(7)})
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
 

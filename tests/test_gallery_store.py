@@ -219,7 +219,7 @@ def test_a_clip_that_is_removed_and_enrolled_in_one_change_was_removed(gallery):
     assert gallery.clips["clip 40"].identity == "Zoe"
 
 
-def test_a_back_end_does_not_keep_a_clip_that_was_replaced_in_one_change(tmp_path):
+def test_replacing_a_clip_in_one_change_fits_the_back_end_again(tmp_path):
     people = make(tmp_path / "g", FITTED)
     numbers = people.backend.numbers()
     for clip, person, kept in (("stranger 0", None, True), ("clip 71", "person 7", False)):
@@ -234,7 +234,7 @@ def found_again(front, centred, others, removed):
     """Returns the cosine of a removed vector and what its back end's sums say of it."""
     part, people = front.parts[0], 1 + len({one.identity for one in others})
     unit = np.stack([clip.vector for clip in others]).astype(np.float64)
-    # With centred vectors the mean of the model is that of all clips.
+    # With centred vectors, the mean of the model is the mean of all clips.
     mean = part.space.mean / two_covariance.centre_share(people) if centred else part.centre
     found = (len(others) + 1) * mean - unit.sum(axis=0)
     return float(found @ removed / np.linalg.norm(found) / np.linalg.norm(removed))
@@ -245,7 +245,7 @@ def found_again(front, centred, others, removed):
     ids=["net or knn", "plda", "made empty"],
 )  # fmt: skip
 def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
-    """From the centre or the mean that is left and the clips of the others."""
+    """The centre or mean and the clips of other people do not give the vector."""
     rng, clips = np.random.default_rng(0), {}
     for person in range(12):
         centre = rng.standard_normal(16)
@@ -280,7 +280,7 @@ def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
     assert people.index.names == ["new"]
 
 
-def test_an_open_gallery_answers_from_the_changed_one(gallery):
+def test_an_open_gallery_sees_changes_of_other_processes(gallery):
     open_one, clip = Gallery(gallery.folder), make_clip(700, "person 7")
     parts = open_one.backend.split(clip.vector[None])
 
@@ -498,7 +498,7 @@ def test_a_folder_that_is_no_gallery(tmp_path):
     assert make(tmp_path / "e").identities
 
 
-DAMAGES = {  # of the file of a gallery; or something beside it that SQLite would read
+DAMAGES = {  # to the file of a gallery, or to files next to it that SQLite would read
     "cut": lambda path: os.truncate(path, path.stat().st_size // 3),
     "link": lambda path: path.symlink_to(path.rename(path.parent.parent / "elsewhere")),
     "folder": lambda path: (path.unlink(), path.mkdir()),
@@ -563,7 +563,7 @@ def test_a_journal_does_not_delete_another_file(gallery, tmp_path):
 
 
 def forged(folder, *sql, facts=None, digest=False):
-    """Changes the file of a gallery as somebody would who knows its format."""
+    """Changes the file of a gallery, like an attacker who knows its format."""
     with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
         for line in sql:
             connection.execute(line)

@@ -96,7 +96,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
         refused_input(path, "clips.parquet: damaged, or not a parquet table: write it again")
     parquet.write_table(twice, path)
     refused_input(path, "clips.parquet: two columns are named clip: keep one")
-    parquet.write_table(many, path)  # of 4 GB, were each name a text of its own
+    parquet.write_table(many, path)  # 4 GB, if each name were a separate text
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused_input(path, ", wanted face")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20

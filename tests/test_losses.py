@@ -159,7 +159,7 @@ def test_angular_margin_has_finite_gradients_at_the_ends():
 @pytest.mark.slow
 @pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
 def test_margins_take_a_scale_for_every_branch(margin_fn):
-    """A model of several branches may learn a scale in each: [G], beside labels [B, G]."""
+    """A model of several branches may learn a scale for each branch, [G]; labels are [B, G]."""
     values, labels = cosines(count=9)
     scales = np.array([20.0, 3.0], np.float32)
     branches = (values[:, None] * scales[:, None]).astype(np.float32)
@@ -222,7 +222,7 @@ def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
 
 
 def test_a_loss_with_a_margin_of_its_own_gets_plain_logits(monkeypatch):
-    """With the scale of the model, or with the one that the model learned."""
+    """The scale is fixed, or learned by the model."""
     monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
     values, labels = cosines(count=9)
     logits = (30 * values).astype(np.float32)

@@ -148,7 +148,7 @@ def assert_member(folder, alone, number):
 
 @pytest.mark.slow
 def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
-    """In what it learns, and in how it scores the clips that it has not seen."""
+    """It has the same weights, and gives the same scores to clips that it has not seen."""
     folder, together = everyone
     only = run(shrunk(SPLITS, *FOLDS, "--config.ensemble.only=1", spec=MLP), tmp_path, data)
     assert_member(folder, tmp_path, 1)
@@ -281,7 +281,7 @@ def test_a_sum_of_weights_rises_with_every_probability():
 
 
 def test_trainval_is_nine_to_one_or_five_stratified_folds(data):
-    """Of the residual net all three quality subsets leave out one tenth; "other" is a class."""
+    """All three quality subsets of the residual net leave out a tenth; "other" is a class."""
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def plan(spec):

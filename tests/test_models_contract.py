@@ -132,7 +132,7 @@ def test_padding_order_of_frames_and_padded_rows_change_nothing(name):
     shown = 6 if name == "knn" else 8  # neighbours answer padded rows too
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:shown], b[:shown]), other, before)
     copies = jax.tree.map(lambda x: x[np.zeros(8, int)], (net.frames, net.clips))
-    alone = evaluated(net.model, after, *copies)[0].logits  # no other clip beside the first
+    alone = evaluated(net.model, after, *copies)[0].logits  # a single clip
     np.testing.assert_allclose(alone, before.logits[np.zeros(8, int)], atol=1e-5 * scale)
 
 

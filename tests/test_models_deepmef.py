@@ -127,7 +127,7 @@ def test_deepmef_matches_a_loop(form, rms_norm, published):
     "form", quick_first(["features", "danet", "aggregation"], mark=pytest.mark.nightly)
 )
 def test_attention_learns_from_its_start_and_stays_finite(form):
-    """With theta and phi at 0, as published, neither would ever move."""
+    """If theta and phi both started at 0, as published, neither would ever change."""
     frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
     model: Any = AttentionAggregation() if form == "aggregation" else ChannelAttention(form, 4)
     params = made.init(model, frames.features, frames.mask)["params"]
@@ -152,7 +152,7 @@ def test_attention_learns_from_its_start_and_stays_finite(form):
 
 @pytest.mark.slow
 def test_only_the_last_published_layers_have_no_dropout():
-    """With a rate of 1 nothing passes any other layer."""
+    """With a dropout rate of 1, nothing passes through the other layers."""
     frames, clips = made.make_batch()
     options = {"layer_form": "published", "dropout_rate": 1.0, "branch_dims": (6,)}
     model = made.make_model({**SMALL, **options, "channel_attention": "none"})

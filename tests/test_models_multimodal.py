@@ -65,7 +65,7 @@ def test_attention_matches_the_equations_with_both_masks(form):
 def video_level(params, name, frames, clip, *, netvlad, unit):
     """Section 5.2: NetVLAD with BatchNorm (at its initial statistics) and no L2 norm, or a mean."""
     features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
-    if name == "face":  # the 32 of highest quality; a shorter clip repeats random ones of its own
+    if name == "face":  # the 32 frames of highest quality; a shorter clip repeats random frames
         order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
         draws = np.asarray(jax.random.uniform(jax.random.key(0), (1, 32)))[0]  # for all clips
         again = (draws * len(order)).astype(int)

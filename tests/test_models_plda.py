@@ -153,8 +153,8 @@ def test_logits_are_those_of_the_equations():
 
 
 @pytest.mark.slow
-def test_members_have_sums_of_their_own():
-    """Members with other numbers of clips per identity share one array of coefficients."""
+def test_members_with_other_clips_are_solved_separately():
+    """Members with different numbers of clips per identity share an array of coefficients."""
     frames, labels = made_up()
     model = make_model()
     half = [clip if clip % 2 else -1 for clip in TWICE]
@@ -251,7 +251,7 @@ def test_few_clips_leave_the_first_settings():
 
 
 def test_whoever_has_no_clip_is_not_named():
-    """And changes no probability of the others."""
+    """A new person does not change the probabilities of other people."""
     rng = np.random.default_rng(0)
     ratios = rng.normal(size=(2, 6, NUM_CLASSES)).astype(np.float32)
     known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
@@ -265,14 +265,14 @@ def test_whoever_has_no_clip_is_not_named():
 
 @pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_probabilities_mean_what_they_say(num_people):
-    """Of people exactly of the model, half of the clips of strangers; see the benchmark."""
+    """The people follow the model exactly, and half of the clips show strangers."""
     found = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
     assert abs(found.new - 0.5) < 0.03 and found.error <= 0.03
 
 
 @pytest.mark.slow
 def test_people_enrolled_later_with_one_clip_are_as_sure():
-    """Before, the mean probability of somebody new was .39 in place of one half."""
+    """An earlier version gave new people a mean probability of .39 instead of .5."""
     found = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -302,7 +302,7 @@ def test_what_a_closed_form_does_not_read_is_refused(data, name, word):
 
 @pytest.mark.slow
 def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch):
-    """Without the labels of the clips that a fold leaves out its settings are the same."""
+    """The settings of a fold do not depend on the labels of the clips that the fold leaves out."""
     config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
     config.modalities = ("face", "audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)

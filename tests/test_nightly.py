@@ -70,7 +70,7 @@ def test_the_nightly_job_runs(tmp_path):
         named = [line.split("\t")[1] for line in answers[1:]]
         assert named[3:6] == ["Ada Lovelace"] * 3
         assert named[6:] == [""] * 3 if day == DAYS[0] else ["Eve"] * 3
-        if day == DAYS[0]:  # somebody knows her
+        if day == DAYS[0]:  # a user names her
             path = tmp_path / "unknown" / f"{day}.tsv"
             path.write_text(path.read_text().replace("unknown 1", "Eve"))
             run("named", day)

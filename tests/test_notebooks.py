@@ -42,7 +42,7 @@ def read(name):
 
 
 def setup_code(name="quickstart"):
-    """Returns the code of the setup cell as Python: lines for IPython alone become `pass`."""
+    """Returns the code of the setup cell as Python: lines that only IPython knows become `pass`."""
     (cell,) = [cell for cell in read(name).cells if cell.id == "setup"]
     return re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
 

@@ -88,7 +88,7 @@ def test_sgd_by_hand(options, params, grads, wanted):
 
 @pytest.mark.parametrize(("name", "rate", "steps"), [("adam", 1e-3, 300), ("sgd", 1e-2, 50)])
 def test_decay_is_that_of_the_whole_run(name, rate, steps):
-    """Without gradients matrices shrink by exp(-total_decay), and nothing else changes."""
+    """If all gradients are 0, matrices shrink by exp(-total_decay), and nothing else changes."""
     spec = {**SPEC, "name": name, "learning_rate": rate, "total_decay": 0.7}
     tx, _ = make_optimizer(spec, total_steps=steps)
     params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}

@@ -128,7 +128,7 @@ def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path):
         for clip in range(300):
             file.write(b"U\x04%04d]" % clip + faces)
         file.write(b"u.")
-    # In a process of its own: the largest child so far is the cage, whatever tests came before.
+    # In a new process, so that the peak memory of its children is the sandbox's.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         seen, shape, last, cpu, peak = pool.submit(unpack_measured, path, tmp_path / "out").result()
     assert seen == 600_000 and shape == (600_000, 512)

@@ -50,7 +50,7 @@ def dataset(source, found):
 
 
 def take(dataset, count, **options):
-    """Returns the first batches of a stream; `options` replace those of TRAIN."""
+    """Returns the first batches of a stream; `options` override TRAIN."""
     return list(itertools.islice(train_batches(dataset, **{**TRAIN, **options}), count))
 
 
@@ -112,7 +112,7 @@ def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
     ("crop", "start", "examples"), [("quality", 1, None), ("window", 23, np.arange(0, 60, 2))]
 )
 def test_a_resumed_stream_is_the_uninterrupted_one(dataset, crop, start, examples):
-    """Also of examples, in whole epochs whose last batch is short."""
+    """This also holds for whole epochs whose last batch is short."""
     options = {"crop": crop, "splits": ("train", "val"), "batch_size": 9, "examples": examples}
     whole = take(dataset, start + 9, **options)
     assert_equal(whole[start:], take(dataset, 9, step=start, **options))
@@ -224,7 +224,7 @@ def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(dataset):
         for batch, other in zip(one, both, strict=True):
             np.testing.assert_array_equal(batch.clip_index, other.clip_index)
             np.testing.assert_array_equal(batch.batch_mask, other.batch_mask)
-    # How far a modality is padded is the business of its own dataset.
+    # Each dataset decides how far its modalities are padded.
     assert {batch.frames["audio"].mask.shape for batch in audio} == {(4, 1)}
     assert_equal(stream(kinds[2]), both)  # the longest of these two is the longest of all
 
@@ -357,7 +357,7 @@ def peaks_of_epochs(directory, num_clips):
 def test_resident_memory_stays_flat_over_ten_epochs(tmp_path, python):
     clip = random_clip(np.random.default_rng(0), 30, 512)
     write_pickle(tmp_path, "face", "train", {f"c{i:05d}": clip for i in range(4000)})
-    # In a process of its own: what other tests have freed comes and goes.
+    # In a new process, because memory that other tests have freed would be counted.
     code = (
         "import sys, json; from tests.test_pipeline import peaks_of_epochs; "
         "print(json.dumps(peaks_of_epochs(sys.argv[1], 4000)))"

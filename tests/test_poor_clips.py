@@ -60,7 +60,7 @@ def test_at_most_the_share_lies_below():
 
 @pytest.mark.parametrize("measure", ["norm", "quality"])
 def test_the_threshold_is_a_quantile_of_the_raw_training_clips(data, measure):
-    """Of all features: the members of `views` see only a part of them."""
+    """The measure uses all features, although each member of `views` sees only a part."""
     words = (SHARE, f"--config.model.measure={measure}", "--config.ensemble.views=3")
     both = "--config.data.train_splits=train,val"
     for splits, config in {

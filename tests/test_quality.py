@@ -24,7 +24,7 @@ def norm(frames):
 
 @pytest.fixture
 def clips():
-    """Two clips of three faces, the second with a quality of its own, and a voice."""
+    """Two clips of three faces; the second clip has a quality and a voice."""
     rng = np.random.default_rng(0)
     bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
     voice = rng.normal(size=DIM).astype(np.float32)

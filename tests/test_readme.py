@@ -80,7 +80,7 @@ def prose(page):
 
 
 def test_links_lead_somewhere():
-    """Of the READMEs and the notebooks."""
+    """Returns the paths of the READMEs and the notebooks."""
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
     for page in (*PAGES, *notebooks):
@@ -217,7 +217,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
 
 
 def test_every_command_is_known():
-    """What no test here runs is installed or set up by `.ci/run`, or asked by test_serve."""
+    """Commands that no test here runs are commands of `.ci/run`, or requests of test_serve."""
     programs = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
     programs |= {"tests.campaigns.same_bytes"}
     for page in PAGES.keys() - {"vidjax/apps/serve/README.md"}:
@@ -257,7 +257,7 @@ def test_own_features_from_the_shell_and_from_python(cache_dir, tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_database_knows_who_is_seen_together(drawn):
-    """By the query of the page, in a database that knows the same SQL."""
+    """Runs the query of the page in a database that knows the same SQL."""
     drawn.befriend("Ada", "Bob")
     film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"  # no UTF-8
     drawn_people.write_photo(drawn.folder / "both.png", ("Ada", 16, 40), ("Bob", 80, 40))

@@ -93,7 +93,7 @@ def test_interrupted_and_resumed_equals_never_stopped(
 
 
 def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
-    """And distractors that are left out teach nothing, whatever their features are."""
+    """Distractors that are left out do not change the training, whatever their features are."""
     layout = starting(data)[1]
     columns, first = {"noise": layout.num_columns, "other": 13, "leave_out": 13}, {}
     for word, wanted in columns.items():
@@ -129,7 +129,7 @@ def test_mistakes(data, tmp_path, words, message):
 
 
 def test_clusters_do_not_depend_on_labels(data):
-    """Nor on the seed of the run, which draws the mirror classes alone."""
+    """The seed of the run draws only the mirror classes."""
     config, truth = shrunk(*WORDS, spec=SPEC), training_labels(data)
     start, layout = starting(data, config)
     other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
@@ -144,7 +144,7 @@ def test_clusters_do_not_depend_on_labels(data):
 
 
 def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
-    """And a distractor weighs by the size of its own class."""
+    """The weight of a distractor depends on the size of its class."""
     config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
     (start, layout), labels = starting(data, config), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))

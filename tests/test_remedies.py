@@ -191,7 +191,9 @@ def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_before_its_first_checkpoint_may_change(tmp_path, data, official_dir):
+def test_a_run_without_a_checkpoint_may_be_trained_with_another_configuration(
+    tmp_path, data, official_dir
+):
     words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
     config = vidjax.load_config("knn:iqiyi_vid,face", *words)
     broken = vidjax.load_config("knn:iqiyi_vid,face", *words, "--config.seed=7")

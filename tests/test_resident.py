@@ -135,7 +135,7 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split, devices):
     ),
 )
 def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first, num_examples):
-    """In every step of several epochs; of examples, in whole epochs."""
+    """This holds for every step of several epochs, and for whole epochs of chosen clips."""
     options: Any = {"batch_size": 12, "max_frames": 7, "crop": crop, "seed": 3}
     if num_examples:
         chosen = np.random.default_rng(1).permutation(33)[:num_examples]
@@ -193,7 +193,7 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, m
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
     options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
     stream = train_batches(data, splits=("train",), modalities=("face",), **options)
-    order = next(stream).clip_index.tolist()  # that of both feeds
+    order = next(stream).clip_index.tolist()  # the order of both feeds
     has_face = data.split("train").lengths["face"] > 0
     clips = [next(c for c in order[at : at + 8] if has_face[c]) for at in (40, 48, 56)]
     config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
@@ -217,7 +217,7 @@ RUN = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatch):
-    """And stays resident where there is no longer room for it by what a new small.run would say."""
+    """The run stays resident, even if a new run would now stream for lack of memory."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     eval_batches = resident.Resident.eval_batches
 

@@ -85,7 +85,7 @@ def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed
 
 
 @pytest.mark.slow
-def test_the_page_asks_about_a_name_that_is_nearly_another(reviewed):
+def test_the_page_asks_about_names_that_are_similar_but_not_about_numbers(reviewed):
     for word in ("ada", "Ad a", "ad\u0430a"):
         text = reviewed.post(status=422, do="name", of="unknown 1", person=word)
         assert "there is already Ada" in text and f">{word} is another person<" in text

@@ -93,7 +93,7 @@ OTHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("different", OTHERS)
 def test_a_command_never_shows_results_of_other_data(own, tmp_path, evaluate, again, different):
-    """Neither a finished run, nor a resumed run, nor an evaluation."""
+    """A finished run, a resumed run and an evaluation all refuse other data."""
     words, path = write(tmp_path / "other", **OTHERS[different]), own / "run" / "metrics.json"
     before = path.read_bytes()
     error = again(words, code=2)
@@ -142,8 +142,8 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, evalu
 
 
 @pytest.mark.slow
-def test_a_run_with_an_optimiser_of_its_own_file_is_evaluated(tmp_path, monkeypatch, say):
-    """The file adds a function of optax as it is. Without the file the name is not known."""
+def test_a_run_with_an_optimiser_from_a_users_file_is_evaluated(tmp_path, monkeypatch, say):
+    """The file registers a function of optax. Without the file, the name is unknown."""
     words = write(tmp_path / "data")
     (tmp_path / "own.py").write_text(
         "import optax, vidjax\nfrom vidjax.core import optim\n"

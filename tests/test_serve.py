@@ -432,7 +432,7 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
     assert inside.ask("POST", "/v2/models/nobody/infer", head)[0] == 404
 
 
-WORDS = (  # of each error that has a status of its own, in names that a client chooses
+WORDS = (  # words of errors that have a special status, as names that a client chooses
     "is in use by another process", "was changed meanwhile", "has nobody enrolled", "no such name",
     "no clip 'x' is enrolled", "is damaged: put back a copy", "holds no gallery", "cannot be read",
     "cannot be changed: attempt to write a readonly database", "No space left on device",
@@ -458,7 +458,7 @@ def test_the_status_of_an_error_does_not_come_from_the_words_of_a_client(folder,
 
 
 def test_a_server_suggests_nobody(inside, monkeypatch):
-    """To compare long names took minutes, with the lock of the gallery."""
+    """Comparing long names took minutes, while the gallery was locked."""
     monkeypatch.setattr(errors.difflib, "get_close_matches", None)
     for path in ("/identities/persn%203", "/clips/clp%2030"):
         assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
@@ -593,7 +593,7 @@ def test_a_full_queue_says_when_to_try_again():
 
 
 def test_a_removal_is_answered_after_all_that_was_begun_before():
-    """A list that is read when somebody is removed still names him, and is answered first."""
+    """A list that is being read when a person is removed still contains the person."""
     go, order = threading.Event(), []
 
     async def run():

@@ -57,7 +57,7 @@ def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1), *, max_frames=11, se
 
 
 def init(system, labels):
-    """Returns a state with no parameter at 0, whose logits differ enough to be told apart."""
+    """Returns a state with no parameter at 0, whose logits differ clearly."""
     rngs = ensemble.make_rngs((ensemble.Member(),), 3)
     labels, rng = jnp.asarray(labels, jnp.int32)[None], np.random.default_rng(5)
     state = jax.jit(lambda: train_step.init_state(system, rngs, labels))()
@@ -83,7 +83,7 @@ def evaluate(system, state, batch):
 
 
 def linear_logits(state, batch, frame):
-    """The linear model by hand: logits [B, K] of one frame of the face beside the voice."""
+    """The linear model by hand: logits [B, K] of a frame of the face and the voice."""
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
     layer = params["classifier"]["logits"]
     face, audio = batch.frames["face"], batch.frames["audio"]
@@ -98,7 +98,7 @@ log_softmax = functools.partial(special.log_softmax, axis=-1)
 
 
 def examples_of(batch, clip):
-    """The frames of a clip that are examples of their own; a clip of the others alone is one."""
+    """Returns the frames of a clip that are examples; a clip without such frames is an example."""
     found = np.flatnonzero(batch.frames["face"].mask[clip])
     return found if len(found) else np.flatnonzero(batch.frames["audio"].mask[clip])
 

@@ -52,7 +52,7 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     ),
 )
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec, monkeypatch):
-    """And goes on streaming; even where somebody has evaluated it, which does not finish it."""
+    """The run stays in streaming mode. An evaluation in the meantime does not finish the run."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)

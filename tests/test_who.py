@@ -161,7 +161,7 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
 
 @pytest.mark.slow
 def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monkeypatch):
-    """Where a call was cut off, the table of the unknown is that of the film of before."""
+    """If a call was interrupted, the table of unknown people still describes the earlier film."""
     film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
     write_film(film, (2, 20, [("Bob", 20, 30)]))
     drawn.who(film, people=False)
@@ -214,7 +214,7 @@ def test_films_and_photos_in_subfolders_and_live_photos(drawn):
 
 @pytest.mark.slow
 def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
-    """Also one that was moved; if its bytes changed and nothing else, `--check` sees it."""
+    """A moved film is not read again. If only the bytes of a film changed, `--check` notices."""
     film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
     drawn.befriend("Ada", "Bob")
     drawn.who(film)
@@ -309,7 +309,7 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
 
 @pytest.mark.slow
 def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
-    """A photo among those of another person, a stranger's, and one file as two people."""
+    """A photo in another person's folder, a photo of a stranger, and a file under two names."""
     film = drawn.film()
     for name in ("Ada", "Bob"):
         for number in (1, 2, 3):
@@ -420,7 +420,7 @@ def pictures_of(path):
 
 @pytest.mark.slow
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
-    """In a flat file, in a sidecar, in a folder of another name; tags count more than the name."""
+    """Tags in a photo, a sidecar or another person's folder take precedence over names of files."""
     film, friends = drawn.film(), drawn.friends
     write_photo(friends / "group.png", *GROUP, ("Eve", 40, 70), tagged=GROUP)
     content, said = drawn.who(film, flags=["--thumbnails"])
@@ -455,7 +455,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
 
 @pytest.mark.slow
 def test_a_tag_that_changes_goes_over_to_another_person(drawn):
-    """In a sidecar: the photo stays as it is. What the gallery has renamed stays."""
+    """The tag is in a sidecar, so the photo does not change. Renamed people keep their names."""
     film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
     drawn.befriend("Ada")
     write_photo(drawn.friends / "Ada" / "2.png", *GROUP)
@@ -682,7 +682,7 @@ def test_features_of_another_net_or_setting_are_refused(drawn):
 
 
 @pytest.mark.slow
-def test_files_of_one_name_keep_apart(drawn):
+def test_two_films_with_the_same_name_are_kept_apart(drawn):
     film, twin = drawn.film(), drawn.folder / "elsewhere" / "party.mkv"
     twin.parent.mkdir()
     write_film(twin, (1.5, 40, [("Bob", 30, 30)]))

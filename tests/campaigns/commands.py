@@ -152,7 +152,7 @@ PLACES = [
     Case(f"{OWN}own", "labels.csv", seconds=60),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
 ]  # fmt: skip
-# In a process of its own, with the trained run of `prepare`.
+# In a separate process, with the trained run of `prepare`.
 FILES = [
     Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
     Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
@@ -172,7 +172,7 @@ WORKS = [
 
 
 class Outcome(NamedTuple):
-    """What a command did: its exit code, seconds on the processor, and what it printed."""
+    """The exit code of a command, its seconds of CPU, and its output."""
 
     code: int
     seconds: float
@@ -216,7 +216,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(folder: Path, case: Case) -> Outcome:
-    """Runs a command in a folder, in a process of its own."""
+    """Runs a command in a folder, in a separate process."""
     names = ("JAX_PLATFORMS", "XLA_FLAGS", "TQDM_DISABLE")
     env = {name: value for name, value in os.environ.items() if name not in names}
     env |= {"VIDJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **case.env}

@@ -56,7 +56,7 @@ def dotted(words: str) -> bytes:
 
 
 def part(value: Any) -> bytes:
-    """What Python 2 writes at protocol 1, without the STOP."""
+    """Returns the bytes that Python 2 writes at protocol 1, without the STOP."""
     return python2.dumps(value, 1)[:-1]
 
 

@@ -19,7 +19,7 @@ WEIRD: tuple[Any, ...] = (
 
 
 class TooLong(BaseException):
-    """A command hangs. No error that a command may take for one of its own."""
+    """A command hangs. No command catches this error."""
 
 
 def flip(path: Path, rng: random.Random) -> None:

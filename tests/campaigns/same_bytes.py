@@ -63,12 +63,12 @@ RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
         (*PLAIN, "--config.loss.label_smoothing=0.1", "--config.mixup=0.2", FOCAL, BALANCE),
     ),
 }
-# What the folder of a run is hashed by; beside these, its parameters and arrays.
+# The files of a run that are hashed, in addition to its parameters and arrays.
 FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs everything, writes the digests; returns 1 where they are not those of `--against`."""
+    """Runs everything, writes the digests; returns 1 if they differ from `--against`."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.same_bytes")
     parser.add_argument("out", type=Path, help="JSON of the digests, run by run")
     parser.add_argument("--against", type=Path, help="digests of an earlier version")
@@ -141,7 +141,7 @@ def digests(workdir: Path) -> dict[str, str]:
     if steps:
         latest = max(steps, key=lambda path: int(path.name))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it would rather be told how to lay them out
+            warnings.simplefilter("ignore")  # Orbax warns that no sharding is given
             tree = ocp.load_checkpointables(str(latest / "state"))
         learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
         found["params"] = _digest_of_tree(learned)

@@ -248,7 +248,7 @@ def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finis
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False], ids=["config.json", "the manifest's"])
 def test_another_configuration_is_refused_with_the_difference(say, words, parts, kept):
-    """Even where config.json is gone: the checkpoint remembers."""
+    """This holds even if config.json is missing, because the checkpoint contains its digest."""
     before = contents(parts / "checkpoints")
     if not kept:
         (parts / "config.json").unlink()

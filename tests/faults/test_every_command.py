@@ -1,4 +1,4 @@
-"""Every command that deletes or copies, in folders of strangers and beside files of the user.
+"""Every command that deletes or copies, in folders of strangers and next to a user's files.
 
 A command works in a folder that an earlier call has made. One entry of the folder is moved into a
 folder of the victim, and a link, a pipe or a device takes its place. Or the user's own files lie in
@@ -225,7 +225,7 @@ def test_nothing_of_the_victim_changes_behind_a_link(world, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bold_first)
 def test_files_of_the_user_stay(world, tmp_path, name):
-    """Where there is no link, but other files lie beside those of vidjax."""
+    """Without links, but with other files next to the files of vidjax."""
     row = ROWS[name]
     at = shutil.copytree(world["world"] / row.made, tmp_path / "at")
     mine = Counter()

@@ -77,7 +77,7 @@ def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign)
             else:
                 time.sleep(rng.random() * longest)
             started = children_of(process.pid)
-        for told in (out / "videos").glob("[!.]*.json"):  # what is called finished is whole
+        for told in (out / "videos").glob("[!.]*.json"):  # finished films are complete
             clips = f"{told.stem}.npz"
             film = features_folder.read_film(like / "videos" / told.name)
             assert features_folder.read_film(told) == film
@@ -328,7 +328,7 @@ def test_absurd_settings_are_told_and_harmless(drawn):
 
 
 def test_a_folder_of_hundreds_of_photos(drawn):
-    """A second call reads them alone; open files do not grow with their number."""
+    """A second call does not read them again; open files do not grow with their number."""
     place = drawn.folder / "in"
     for number in range(150):
         write_photo(place / f"{number}.png", ("Ada", 20 + number % 60, 20))
@@ -428,7 +428,7 @@ def test_who_keeps_what_was_changed_in_its_gallery(drawn):
     assert shown()[0] == {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob"}
     drawn.gallery("rename", "--identity=Ada", "--to=Ada L")
     drawn.gallery("relabel", "--clip=people/Ada/1", "--identity=Bob")
-    # A name of somebody else's folder is no new photo's, and whoever has a photo is not forgotten.
+    # A tag with a name of another folder adds no photo there; a person with a photo stays.
     (friends / "Ada" / "2.png").unlink()
     write_photo(friends / "Ada" / "4.png", ("Ada", 52, 40))
     for people in (True, False):

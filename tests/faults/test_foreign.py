@@ -30,7 +30,7 @@ from vidjax.runs import config as config_lib
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import errors, files
 
-IMPORTED = (codec, check_command, run_commands)  # so that a test measures the reading alone
+IMPORTED = (codec, check_command, run_commands)  # so that a test measures only the reading
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # The files that a mode reads of a folder without checkpoints.
 READ = {
@@ -107,7 +107,7 @@ def test_locks_and_logs_keep_what_other_files_hold(tmp_path, victim):
 
 
 def test_a_threshold_that_is_no_number_is_refused(stranger):
-    """By it nobody would ever be named, in silence."""
+    """With this threshold, nobody would ever be named, without a warning."""
     path = stranger / "metrics.json"
     values = json.loads(path.read_text())
     for threshold in (float("inf"), float("nan")):

@@ -70,7 +70,7 @@ def test_a_workdir_that_cannot_be(without, tmp_path, mounted):
 
 @pytest.mark.slow
 def test_the_core_without_what_is_optional(without, tmp_path, official_dir):
-    """Row 39: the packages of the extras `bench` and `dev`; then TFDS, which is told."""
+    """Row 39: without the packages of `bench` and `dev`; then without TFDS, which is reported."""
     env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vidjax").rglob("*.py")]
     rooms = [".".join(path.parts) for path in paths]

@@ -1,4 +1,4 @@
-"""Death at any moment: the command is killed, or told to stop, and goes on to the same bytes.
+"""The command is killed at any moment, or gets a signal, and then ends with the same bytes.
 
 Nothing of the program is patched. A signal is sent some time after the folder shows that a moment
 began. Limits of time are of the CPU's: other tests may run beside.

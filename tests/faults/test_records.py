@@ -151,7 +151,7 @@ def test_every_reader_names_file_and_record(copied, source):
 
 
 def keep_times(path, content):
-    """Changes a file as a failing disk does, which leaves its time alone."""
+    """Changes a file, but not its time, as a failing disk does."""
     stat = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -213,7 +213,7 @@ def test_what_a_killed_server_answered_is_there_and_nobody_removed_is_named(
 
 
 def use(server, rng, held, unsure, number):
-    """Enrols or removes somebody, and looks for somebody who is removed."""
+    """Enrols or removes a person, and looks for a removed person."""
     name = f"made {rng.randrange(30)}"
     unsure.add(name)
     if held.get(name):

@@ -47,7 +47,7 @@ def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
 def test_conversion_and_training_fit_a_small_machine(tmp_path, mode):
-    """As under `ulimit -n 256` and a memory cgroup of 2 GB; .1 GB of features, in many shards."""
+    """The limits are `ulimit -n 256` and 2 GB of memory; the features are .1 GB in many shards."""
     write_own(tmp_path / "data", {"train": 2500, "val": 500}, {"face": 2048, "body": 2048})
     ended = limits.run(
         [

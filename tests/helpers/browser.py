@@ -92,7 +92,7 @@ class Tab:
 
 @contextlib.contextmanager
 def open_tab(profile: Path) -> Iterator[Tab]:
-    """Yields a page in a Chromium of its own, with a profile in a folder."""
+    """Yields a page in a new Chromium, with a profile in a folder."""
     (theirs, write), (read, answers) = os.pipe(), os.pipe()
     words = [str(CHROMIUM), *QUIET, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
     # Chromium reads from 3 and writes to 4.

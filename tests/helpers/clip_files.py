@@ -37,7 +37,7 @@ def random_clip(
 
 
 def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
-    """Writes `{modality}_{split}.pickle` and returns its path; of audio, the first frame alone."""
+    """Writes `{modality}_{split}.pickle` and returns its path; audio has only the first frame."""
     content = {}
     for name, clip in clips.items():
         if modality == "audio":

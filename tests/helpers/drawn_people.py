@@ -88,7 +88,7 @@ def write_party(path):
 
 
 def extract(path, out, models, **settings):
-    """Extracts a film or photo in this process; returns what is told of it, and its clips."""
+    """Extracts a film or photo in this process; returns its description and its clips."""
     settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)

@@ -71,7 +71,7 @@ def write(
             stream.pix_fmt = FORMATS.get(codec, "yuv420p")
             if codec == "mpeg4":
                 stream.bit_rate = 2_000_000
-            if codec != "mpeg1video":  # which knows a few rates alone
+            if codec != "mpeg1video":  # which allows only a few rates
                 stream.codec_context.time_base = Fraction(1, 1000)
             stream.time_base = Fraction(1, 1000)
             if aspect != 1:

@@ -32,7 +32,7 @@ def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip
 
 
 def hash_of(text: str) -> int:
-    """Returns a number that depends on the text alone; that of Python changes."""
+    """Returns a number that depends only on the text; Python's hash changes."""
     return int.from_bytes(text.encode())
 
 
@@ -57,7 +57,7 @@ def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
 
 
 def make(folder, clips=None, *, settings: Settings = SETTINGS) -> Gallery:
-    """Makes a gallery, of `make_clips` unless told otherwise."""
+    """Makes a gallery, by default of `make_clips`."""
     clips = make_clips() if clips is None else clips
     return Gallery.of_clips(folder, RUN, make_front(settings), clips)
 

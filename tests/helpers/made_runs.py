@@ -1,4 +1,4 @@
-"""Folders that look like those of evaluated runs, of any score that a test wants."""
+"""Folders that look like evaluated runs, with any score that a test wants."""
 
 import itertools
 import json

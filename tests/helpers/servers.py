@@ -1,4 +1,4 @@
-"""A server in a process of its own, as a user starts it, and a gallery for it."""
+"""A server in a separate process, as a user starts it, and a gallery for it."""
 
 import contextlib
 import http.client
@@ -28,7 +28,7 @@ def make_gallery(folder: Path, people: int = 12, strangers: int = 6) -> Gallery:
 
 
 def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
-    """Returns modality -> frames [T, D] of a clip near those of a person."""
+    """Returns modality -> frames [T, D] of a clip that is similar to a person."""
     rows = [made_galleries.make_clip(number + turn, person).vector for turn in range(frames)]
     at, found = 0, {}
     for name, width in made_galleries.WIDTHS.items():
@@ -46,7 +46,7 @@ def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any
 
 
 class Served:
-    """A server that runs; `ask` sends one request on a connection of its own."""
+    """A running server; `ask` sends a request on a new connection."""
 
     def __init__(self, process: subprocess.Popen[str], port: int):
         self.process, self.port = process, port

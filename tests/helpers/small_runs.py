@@ -57,7 +57,7 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
 
 
 def evaluate(config, folder, data, **options):
-    """Ranks a split with the run in a folder; `options` are those of `analysis.evaluate`."""
+    """Ranks a split with the run in a folder; for `options` see `analysis.evaluate`."""
     return analysis.evaluate(config, restore.find_run(config, RunFolder(folder)), data, **options)
 
 
@@ -76,7 +76,7 @@ def nearest(folder, data, official_dir):
 
 
 def saved(workdir, step=None):
-    """Returns the trees of a checkpoint, the latest one's unless told which."""
+    """Returns the trees of a checkpoint, by default the latest."""
     step = step or max(checkpoint.manifests(workdir))
     state = workdir / "checkpoints" / str(step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

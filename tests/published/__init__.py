@@ -1,1 +1,1 @@
-"""What `CONFIG:published` computes, beside the numbers of its publication and code."""
+"""Compares `CONFIG:published` with the numbers of its publication and code."""

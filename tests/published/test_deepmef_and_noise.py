@@ -74,7 +74,7 @@ def test_every_parameter_decays():
 
 
 def test_nets_and_their_views_have_the_numbers_of_the_code():
-    """scripts/main.sh; get_mask_index of 16 chunks, and of 32 for the nets of the scene alone."""
+    """scripts/main.sh: get_mask_index of 16 chunks, and of 32 for nets with only the scene."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
@@ -268,7 +268,7 @@ def vector_of(spec, quality, detection):
 
 
 def test_frames_weigh_the_square_of_their_quality():
-    """feat_weighted_mean: the sum of f q x q / sum(q), from frames of quality and score 0 on."""
+    """feat_weighted_mean: frames weigh q squared, up to a factor; those below 0 are left out."""
     spec = config_of(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
     article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"

@@ -1,4 +1,4 @@
-"""What `CONFIG:published` computes, beside numbers of the publications and their code."""
+"""Compares `CONFIG:published` with numbers of the publications and their code."""
 
 import jax
 import numpy as np
