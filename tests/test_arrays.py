@@ -364,7 +364,7 @@ def test_parts_of_a_split_are_not_passed_over(tmp_path, refused):
         (tmp_path / f"{name}.parquet").touch()
     refused(tmp_path, "train-00000", "a split is a single table", "join the tables")
     (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
-    refused(tmp_path, "train-00001", "would not be read", "train.parquet")
+    refused(tmp_path, "train-00001", "is not read", "train.parquet")
 
 
 def test_features_next_to_the_clips_to_score_are_not_passed_over(tmp_path):

@@ -113,6 +113,7 @@ def check_ranking(path, runs, load, weights=(1.0,), split="val"):
         assert (values[1:] <= values[:-1] * (1 + 1e-5) + 1e-30).all()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_copy_rank_as_it_does_alone(
     nearest_run, data, official_dir, tmp_path, blended
 ):

@@ -53,6 +53,7 @@ def raw(records):
     return [bytes(record.numpy()) for record in tf.data.TFRecordDataset(paths)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
 def test_tfds_shows_what_was_packed(clips, records):
     from vidjax.data.records.codec import tfds

@@ -146,6 +146,7 @@ def test_an_imported_run_evaluates_equal_to_the_bit(made, official_data, tmp_pat
     small_runs.assert_equal_weights(*folders)
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
     monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
     complaint = export(nearest_run, "safetensors", code=2)
@@ -344,6 +345,7 @@ def as_onnx(*names):
     return model.SerializeToString(), inputs
 
 
+@pytest.mark.slow
 def test_onnx_computes_what_jax_does():
     graph, inputs = as_onnx(*OPERATIONS)
     session = importlib.import_module("onnxruntime").InferenceSession(graph)

@@ -93,6 +93,7 @@ def test_clips_without_a_usable_frame_are_named(say, folder, tmp_path):
     assert ["dead", "unknown", "no", "usable", "frame"] in rows
 
 
+@pytest.mark.slow
 def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, data):
     wanted = made.identify(data, k=3, fpir=0.1, split="val")
     words = ("identify", folder, "--split=val", "--fpir=0.1", "--k=3")

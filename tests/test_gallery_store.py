@@ -240,6 +240,7 @@ def found_again(front, centred, others, removed):
     return float(found @ removed / np.linalg.norm(found) / np.linalg.norm(removed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("centred", "empty"), [(False, False), (True, False), (False, True)],
     ids=["net or knn", "plda", "made empty"],

@@ -234,7 +234,7 @@ PLDA = {"name": "plda"}
         (FALLBACK, {"other_modalities": ("face",)}, "modalities other than 'face', not face"),
         (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
         (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),
-        (FALLBACK, {"main": FALLBACK}, "main and other must have a single branch"),
+        (FALLBACK, {"main": FALLBACK}, "main and other must have one branch"),
         (FALLBACK, {"other": {"name": "plda"}}, "PLDAIdentifier needs separate passes"),
     ],
 )

@@ -192,6 +192,7 @@ def people(rng, num_identities=40, clips=6, widths=(12, 12), missing=0.0):
     return vectors, labels
 
 
+@pytest.mark.slow
 def test_settings_that_are_given_stay(monkeypatch):
     vectors, labels = people(np.random.default_rng(0))
     given = {"within": 0.33, "scale": 0.2}

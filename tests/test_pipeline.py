@@ -108,6 +108,7 @@ def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
     assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 31]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("crop", "start", "examples"), [("quality", 1, None), ("window", 23, np.arange(0, 60, 2))]
 )

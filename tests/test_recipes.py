@@ -15,6 +15,7 @@ PAGE = Path(__file__).parent.parent / "vidjax/apps/gallery/RECIPES.md"
 WIDTH = 16
 
 
+@pytest.mark.slow
 def test_qdrant_finds_the_clips_of_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
     back_end = made_nets.back_end((0.958, 0.0146), (0.2, 0.2), WIDTH)

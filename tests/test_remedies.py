@@ -68,6 +68,7 @@ COMMANDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("typed", "pattern", "then"), quick_first(COMMANDS, 5))
 def test_the_remedy_of_a_command_works(typed, pattern, then, remedy, say):
     words = remedy(typed, pattern, then)
@@ -208,7 +209,7 @@ def test_a_run_without_a_checkpoint_may_be_trained_with_another_configuration(
 
 
 def test_folds_are_no_remedy_for_one_clip_of_a_person(tmp_path):
-    for clips, words in ((60, "most people have 1 clip"), (120, "folds=5")):
+    for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
         counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
         (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
         assert words in results_lib.unmeasured(config_lib.default().to_dict(), tmp_path)

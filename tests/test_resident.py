@@ -125,6 +125,7 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split, devices):
         assert len(wanted) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("splits", "modalities", "crop", "first", "num_examples"),
     quick_first(

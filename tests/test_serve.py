@@ -526,6 +526,7 @@ def talk(port, content, seconds=10.0):
         return found
 
 
+@pytest.mark.slow
 def test_slow_and_false_clients_are_cut_off(inside):
     head = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n"
     sent = head + "Content-Type: application/json\r\n"

@@ -169,6 +169,7 @@ def test_a_file_of_endless_size_is_not_read(stranger, tmp_path, complaint):
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_archives_that_unpack_to_gigabytes_are_refused_unread(stranger, complaint):
     bomb(stranger / "analysis.npz", gigabytes=0.25)
     tracemalloc.start()

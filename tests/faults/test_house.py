@@ -50,6 +50,7 @@ def without(tmp_path):
     return hide
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be(without, tmp_path, mounted):
     """Row 31: before anything is compiled, and before what takes seconds to import."""
     (tmp_path / "file").write_text("mine")
