@@ -55,6 +55,7 @@ def test_few_strangers_show_no_rate():
     assert measures.open_set(clips, np.zeros_like(labels), 200) is None
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_intervals_hold_in_simulation(monkeypatch):
     """At 10 % the threshold of the population is the .9 quantile; it misses 24 % of the people."""

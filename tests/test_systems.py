@@ -36,13 +36,20 @@ def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path,
 
 
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
-def test_real_clips(vidjax_command, tmp_path):
-    """Three nets have .909 to .912 in the benchmarks: another processor rounds otherwise."""
-    spec = "configs/mma.py:iqiyi_vid,few,face,head,audio"
-    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", "--config.ensemble.seeds=3")
+@pytest.mark.parametrize(
+    ("name", "words", "least"),
+    [
+        ("plda", (), 0.93),  # .934 in the benchmarks
+        # Three nets have .909 to .912 in the benchmarks: other processors round differently.
+        pytest.param("mma", ("--config.ensemble.seeds=3",), 0.905, marks=pytest.mark.nightly),
+    ],
+)
+def test_real_clips(vidjax_command, tmp_path, name, words, least):
+    spec = f"configs/{name}.py:iqiyi_vid,few,face,head,audio"
+    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", *words)
     metrics = results(vidjax_command, tmp_path, *words)
     counts = [metrics[key] for key in ("num_clips", "num_distractors", "num_identities")]
     assert metrics["map_kind"] == "val" and counts == [1232, 373, 413]
-    assert metrics["map"] >= 0.905
+    assert metrics["map"] >= least
     scored = vidjax_command("score", f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt")
     assert float(scored.stdout.split()[-1]) == metrics["map"]
