@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from vidjax.apps.video import cuts
+from vidjax.apps.video import cuts, pipeline
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.features_folder import FileStamp, Film
+from vidjax.utils.errors import UserError
 
 NTSC = 30000 / 1001
 
@@ -89,3 +90,9 @@ def test_each_person_has_a_file_whatever_the_name(tmp_path):
     assert len({name.casefold() for name in found}) == len(names)
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in found)
     assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_misspelt_film_is_suggested(tmp_path):
+    (tmp_path / "holiday.mp4").touch()
+    with pytest.raises(UserError, match=r"no such file or folder\ndid you mean '.*holiday\.mp4'"):
+        pipeline.list_files([tmp_path / "holidy.mp4"])

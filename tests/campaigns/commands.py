@@ -105,7 +105,7 @@ FIELDS = [
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000",
          "parameters: reduce its sizes"),
 ]  # fmt: skip
-# Experiments of one's own: content, and what is said of it.
+# Configuration files of a user: content, and words of the message.
 BEGIN = "from vidjax.runs import config\n\n\ndef get_config(args=''):\n"
 MINE = {
     "empty.py": ("", "get_config"),
