@@ -7,6 +7,7 @@ without a dataset.
 import argparse
 import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -286,6 +287,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def read_markdown(text: str) -> list[list[str]]:
+    """Returns the cells of the rows of a Markdown table, the first row the header."""
+    lines = [line.strip()[1:-1].split("|") for line in text.splitlines()]
+    rows = [[cell.strip() for cell in cells] for cells in lines]
+    return [row for row in rows if set(row[0]) != {"-"}]
+
+
+def replace_table(text: str, name: str, table: str) -> str:
+    """Returns a page with another table below `<!-- table: NAME -->`, of which it must have one."""
+    pattern = rf"(<!-- table: {name} -->\n)(?:\|.*\n)+"
+    new, count = re.subn(pattern, lambda match: match[1] + table, text)
+    if count != 1:
+        raise ValueError(f"wanted one table below `<!-- table: {name} -->`")
+    return new
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

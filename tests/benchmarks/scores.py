@@ -1,15 +1,16 @@
 """MAP and time of every configuration, and the tables of the READMEs that show them.
 
-    python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=KEYS] [--collect] [--time]
+    python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=ROWS] [--collect] [--time]
 
-trains every run that FOLDER lacks, one after the other (hours). It then writes the results into
-`scores.json`, the tables into the pages of `PAGES`, below the comments
-`<!-- table: NAME -->`, and time and score into the docstrings of the configurations. `ladders`
-lists the runs and what is compared.
+The tables say what is run. A row of the table `scores` is a configuration with its overrides, or a
+join of several by ` + `; a row of the tables with a column `to` compares two of these rows. A new
+row has empty cells for what is measured, or the reason why there is no run. The script trains every
+run that FOLDER lacks, one after the other (hours). It writes the results into `scores.json`, from
+there into the tables, and time and score into the docstrings of the configurations.
 
 - `--collect` trains nothing. Runs that FOLDER lacks keep the figures of `scores.json`.
 - `--real` names a folder of official files, for the columns of real clips.
-- `--only` names the rows to train or to time: their keys, separated by commas; `*` stands for any
+- `--only` names the rows to train or to time, without `.py`, separated by `;`. `*` stands for any
   text.
 - `--time` measures the commands of the main README instead (minutes, on an idle machine).
 """
@@ -17,7 +18,6 @@ lists the runs and what is compared.
 import argparse
 import fnmatch
 import functools
-import itertools
 import json
 import math
 import re
@@ -32,102 +32,128 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import common, first_command
-from tests.benchmarks.ladders import LADDERS, OPEN_SET, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
 from vidjax.evaluation import comparison
 from vidjax.evaluation.comparison import RankedRun
 from vidjax.evaluation.significance import squared_errors
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-CONFIGS = ROOT / "configs"
-PAGES = {  # table -> the page that shows it
-    "systems": ROOT / "README.md",
-    "scores": HERE / "README.md",
-    **dict.fromkeys(LADDERS, HERE / "README.md"),
-}
+CONFIGS = common.CONFIGS
+PAGES = {"systems": common.ROOT / "README.md", "scores": HERE / "README.md"}
 RESULTS = HERE / "scores.json"
-DATASETS = (SYNTHETIC, REAL)
-RUNGS = tuple(itertools.chain(*LADDERS.values()))
+SYNTHETIC, REAL = DATASETS = "synthetic", "real"
+SEEDS = (0, 1, 2)
+MODALITIES = {"face", "head", "body", "audio", "scene"}
+# Configuration -> the modalities of real clips, which lack the others.
+THREE = ["face", "head", "audio"]
+ON_REAL = {"deepmef": ["face"], "mma": THREE, "plda": THREE, "cosine": THREE}
+# The rows in the docstrings of the configurations, one each.
+HEADERS = (
+    "knn.py", "quality_fusion.py", "deepmef.py", "residual_dense.py:face", "noise_classes.py",
+    "mma.py", "cosine.py", "plda.py",
+)  # fmt: skip
+TABLE = re.compile(r"<!-- table: (\w+) -->\n((?:\|.*\n)+)")
 
 
-# The short table in the main README: key of the row with the scores, what the system is, and MAP of
-# the publication at full size.
-SYSTEMS = (
-    ("knn", "nearest training clip, the baseline", ""),
-    ("fusion", "a few good faces fused by quality, and an MLP; 4th place 2019", "0.8983"),
-    ("deepmef", "DeepMEF: attention between frames, angular margin; 3rd place 2019", "0.8986"),
-    ("dense", "Residual Dense Net, three quality subsets; 2nd place 2019", "0.9035"),
-    ("noise", "noise classes: distractors clustered into classes; 5th place 2018", "0.8252"),
-    ("mma", "the iQIYI-VID paper: NetVLAD, attention between modalities", "0.8970"),
-    ("cosine", "ours: unit vectors of all modalities, a cosine classifier with a margin", ""),
-    ("plda", "ours: PLDA, likelihood ratios in closed form; nothing is trained", ""),
-)
-# One row a configuration.
-HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma", "cosine", "plda")
+def read_tables(page: str) -> dict[str, list[list[str]]]:
+    """Returns name -> rows of cells of the tables of a page, the first row the header."""
+    found = TABLE.findall(PAGES[page].read_text())
+    return {name: common.read_markdown(text) for name, text in found}
+
+
+def is_reason(cell: str) -> bool:
+    """Returns True if a cell tells why there is no run, in place of a score."""
+    return bool(cell) and not cell[0].isdigit()
+
+
+def read_rows() -> dict[str, dict[str, str]]:
+    """Returns row -> dataset -> why there is no run on it, or an empty string."""
+    return {
+        spec.strip("`"): {
+            name: cell if is_reason(cell) else ""
+            for name, cell in zip(DATASETS, (synthetic, real), strict=True)
+        }
+        for spec, synthetic, _, real, _ in read_tables("scores")["scores"][1:]
+    }
+
+
+def is_chosen(row: str, only: Sequence[str]) -> bool:
+    """Returns True if a row matches one of some patterns, or there are none."""
+    name = row.replace(".py", "")
+    return not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
 
 
 # Runs.
 
 
-def time_systems(only: Sequence[str]) -> dict[str, float]:
-    """Returns key -> seconds of each command in the main README, without any cache.
+def folder_name(row: str, dataset: str, seed: int) -> str:
+    return re.sub(r"[^\w.=-]+", "_", f"{row.replace('.py', '')}-{dataset}-{seed}")
 
-    The seconds include the dataset, compilation, training, evaluation and report.
+
+def command(row: str, dataset: str, seed: int, folder: str) -> list[str]:
+    """Returns the words that train a row on `folder`, the real clips.
+
+    The seed is the seed of the net, and on the synthetic dataset also of the data.
     """
-    seconds = {}
-    for key in dict.fromkeys((*(key for key, *_ in SYSTEMS), *HEADERS)):
-        if is_chosen(key, only):
-            with tempfile.TemporaryDirectory() as folder:
-                spec, *overrides = ROWS[key].spec.split()
-                words = (f"--config=configs/{spec}", *overrides)
-                seconds[key], _ = first_command.run(Path(folder), *words)
-            sys.stdout.write(f"{key}: {seconds[key]:.0f} s\n")
-    return seconds
+    spec, *overrides = row.split()
+    name, _, words = spec.partition(".py")
+    given = [word for word in words.strip(":").split(",") if word]
+    own = [f"--config.data.seed={seed}"]
+    if dataset == REAL:
+        given += [] if MODALITIES & {*given} else ON_REAL.get(name, [])
+        given = ["iqiyi_vid", *["few"] * (name != "knn"), *given]
+        own = [f"--config.data.dir={folder}"]
+    spec = ":".join(filter(None, (f"configs/{name}.py", ",".join(given))))
+    return [f"--config={spec}", *overrides, f"--config.seed={seed}", *own]
 
 
-def is_chosen(key: str, only: Sequence[str]) -> bool:
-    """Returns True if a key matches one of some patterns, or there are none."""
-    return not only or any(fnmatch.fnmatchcase(key, pattern) for pattern in only)
+def runs(folder: Path, real: str | None) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields (row, name of its folder, words of the command) of every run in `folder`.
 
-
-def folder_name(row: Row, dataset: str, seed: int) -> str:
-    """Returns the name of a run's folder."""
-    return f"{row.key}-{dataset}-{seed}"
-
-
-def runs(real: str | None) -> Iterator[tuple[str, str, list[str]]]:
-    """Yields (key of the row, name of the folder, words of the command) of every run.
-
-    `real` is the folder of real clips, None for no runs on them. A join comes after the joined
-    runs; in its words, FOLDER stands for their place.
+    `real` is the folder of real clips, None for no runs on them. A join comes after its parts.
     """
-    for row in ROWS.values():
+    rows = read_rows()
+    for row in sorted(rows, key=lambda row: " + " in row):
         for dataset in DATASETS if real else (SYNTHETIC,):
-            for seed in SEEDS:
-                if dataset in row.absent:
-                    continue
-                name = folder_name(row, dataset, seed)
-                if row.joined:
-                    parts = [folder_name(ROWS[key], dataset, seed) for key in row.joined]
-                    joined = ",".join(f"FOLDER/{part}" for part in parts)
-                    yield row.key, name, ["--mode=evaluate", f"--runs={joined}"]
-                else:
-                    yield row.key, name, row.command(dataset, seed, real or "")
+            for seed in [] if rows[row][dataset] else SEEDS:
+                words = command(row, dataset, seed, real or "")
+                if " + " in row:
+                    parts = [folder_name(part, dataset, seed) for part in row.split(" + ")]
+                    words = [
+                        "--mode=evaluate",
+                        f"--runs={','.join(f'{folder / x}' for x in parts)}",
+                    ]
+                yield row, folder_name(row, dataset, seed), words
 
 
 def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
     """Trains the runs that a folder lacks, and resumes interrupted ones."""
-    for key, name, words in runs(real):
+    for row, name, words in runs(folder, real):
         workdir = folder / name
-        if not is_chosen(key, only) or (workdir / "metrics.json").exists():
+        if not is_chosen(row, only) or (workdir / "metrics.json").exists():
             continue
-        words = [word.replace("FOLDER", str(folder)) for word in words]
         sys.stdout.write(f"{name}: {' '.join(words)}\n")
         sys.stdout.flush()
-        command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}", "--quiet"]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        words = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}", "--quiet"]
+        ended = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True)
         if ended.returncode:
             raise SystemExit(f"{name}: {ended.stderr[-2000:]}")
+
+
+def time_systems(only: Sequence[str]) -> dict[str, float]:
+    """Returns row -> seconds of each command in the main README, without any cache.
+
+    The seconds include the dataset, compilation, training, evaluation and report.
+    """
+    seconds = {}
+    shown = [spec.strip("`") for spec, *_ in read_tables("systems")["systems"][1:]]
+    for row in dict.fromkeys((*shown, *HEADERS)):
+        if is_chosen(row, only):
+            with tempfile.TemporaryDirectory() as folder:
+                spec, *overrides = row.split()
+                words = (f"--config=configs/{spec}", *overrides)
+                seconds[row], _ = first_command.run(Path(folder), *words)
+            sys.stdout.write(f"{row}: {seconds[row]:.0f} s\n")
+    return seconds
 
 
 # Results.
@@ -136,67 +162,65 @@ def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
 def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the contents of `scores.json`, from the runs in a folder.
 
-    `old` are the contents so far, kept for runs that the folder lacks. `rows` are key -> dataset ->
+    `old` are the contents so far, kept for runs that the folder lacks. `rows` are row -> dataset ->
     `map`, `top1` and `fnir` (at an FPIR of 1 %) of each seed and the `commits` of the code; `rungs`
-    are key and base -> dataset -> `mean` and `error` of the difference.
+    are row and base -> dataset -> `mean` and `error` of the difference.
     """
-    rows: dict[str, Any] = {}
-    for key, row in ROWS.items():
-        before = old.get("rows", {}).get(key, {})
-        scores = {name: _scores(folder, row, name) or before.get(name) for name in DATASETS}
-        rows[key] = {name: value for name, value in scores.items() if value}
-
-    @functools.cache
-    def read(path: Path) -> RankedRun:
-        return comparison.read(str(path))
-
+    read = functools.cache(lambda path: comparison.read(str(path)))
+    rows = {
+        row: {name: _scores(_folders(folder, row, name)) for name in DATASETS}
+        for row in read_rows()
+    }
     rungs: dict[str, Any] = {}
-    for rung in (rung for rung in RUNGS if rung.base):
-        pair = pair_name(rung)
-        before = old.get("rungs", {}).get(pair, {})
-        found = {name: _difference(folder, rung, name, read) for name in DATASETS}
-        found = {name: value or before.get(name) for name, value in found.items()}
-        rungs[pair] = {name: value for name, value in found.items() if value}
-    return {"rows": rows, "rungs": rungs, "seconds": old.get("seconds", {})}
+    for header, *lines in read_tables("scores").values():
+        for _, spec, base, _, *cells in lines if "to" in header else []:
+            if base:
+                pair = [x.strip("`") for x in (base, spec)]
+                rungs[pair_name(spec, base)] = {
+                    name: _difference([_folders(folder, row, name) for row in pair], name, read)
+                    for name, cell in zip(DATASETS, cells, strict=False)
+                    if not is_reason(cell)
+                }
+    found: dict[str, Any] = {"rows": rows, "rungs": rungs}
+    for kind, results in found.items():
+        for key, of_datasets in results.items():
+            before = old.get(kind, {}).get(key, {})
+            found_or_old = {name: value or before.get(name) for name, value in of_datasets.items()}
+            results[key] = {name: value for name, value in found_or_old.items() if value}
+    return {**found, "seconds": old.get("seconds", {})}
 
 
-def pair_name(rung: Rung) -> str:
+def pair_name(spec: str, base: str) -> str:
     """Returns the name of a comparison in `scores.json`."""
-    return f"{rung.key} against {rung.base}"
+    return f"{spec} against {base}".replace("`", "")
 
 
-def _folders(folder: Path, row: Row, dataset: str) -> list[Path]:
+def _folders(folder: Path, row: str, dataset: str) -> list[Path]:
     """Returns the folders of a row's finished runs, one per seed; none unless all are there."""
     folders = [folder / folder_name(row, dataset, seed) for seed in SEEDS]
     return folders if all((path / "metrics.json").exists() for path in folders) else []
 
 
-def _scores(folder: Path, row: Row, dataset: str) -> dict[str, Any] | None:
-    paths = _folders(folder, row, dataset)
-    metrics = [json.loads((path / "metrics.json").read_text()) for path in paths]
+def _scores(folders: Sequence[Path]) -> dict[str, Any] | None:
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in folders]
     if not metrics:
         return None
-    commits = {one.get("versions", {}).get("commit", "unknown") for one in metrics}
     return {
         "map": [one["map"] for one in metrics],
         "top1": [one["top1"] for one in metrics],
         "fnir": [one.get("fnir_at_fpir_0.01") for one in metrics],
-        "commits": sorted(commits),
+        "commits": sorted({one.get("versions", {}).get("commit", "unknown") for one in metrics}),
     }
 
 
 def _difference(
-    folder: Path, rung: Rung, dataset: str, read: Callable[[Path], RankedRun]
+    folders: Sequence[Sequence[Path]], dataset: str, read: Callable[[Path], RankedRun]
 ) -> dict[str, float] | None:
-    """Returns mean and standard error of a rung's difference in MAP, None without its runs."""
-    if dataset in rung.absent:
-        return None
-    base, new = (_folders(folder, ROWS[key], dataset) for key in (rung.base, rung.key))
+    """Returns mean and standard error of a difference in MAP, None without the runs."""
     gaps = []
-    for first_folder, folder_of_new in zip(base, new, strict=False):
-        first = read(first_folder)
-        other = comparison.align(first, read(folder_of_new))
-        gaps.append(other.ap - first.ap)
+    for base, new in zip(*folders, strict=False):
+        first = read(base)
+        gaps.append(comparison.align(first, read(new)).ap - first.ap)
     if not gaps:
         return None
     of_identities, of_seeds = squared_errors(gaps)
@@ -209,153 +233,123 @@ def _difference(
 # Tables.
 
 
-def tables(found: Mapping[str, Any]) -> dict[str, str]:
-    """Returns name -> table in Markdown, of the contents of `scores.json`."""
-    rows = []
-    for key, row in ROWS.items():
-        scores = found["rows"].get(key, {})
-        cells = []
-        for dataset in DATASETS:
-            values = scores.get(dataset, {}).get("map", [])
-            reason = row.absent.get(dataset, "")
-            cells += [" ".join(map(_short, values)) or reason, _mean(values)]
-        rows.append([f"`{row.spec}`", *cells])
-    seeds = ", ".join(map(str, SEEDS))
-    head = ["`--config=configs/`"]
-    for dataset in DATASETS:
-        head += [f"{dataset}, seeds {seeds}", "mean"]
-    above = ["added", "`--config=configs/`", "to", "published", *DATASETS, "gain?", "why"]
-    ladders = {}
-    for name, rungs in LADDERS.items():
-        cells = [_ladder_row(rung, found, strangers=name in OPEN_SET) for rung in rungs]
-        ladders[name] = common.markdown(above, cells)
-    return {"systems": _systems(found), "scores": common.markdown(head, rows), **ladders}
+def fill_system(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
+    """Returns a row of the short table of the main README with what was measured."""
+    spec, text, _, _, paper, _ = cells
+    seconds = found["seconds"].get(spec.strip("`"))
+    scored = [_mean(found, spec, dataset) for dataset in DATASETS]
+    return [spec, text, *scored, paper, "" if seconds is None else f"{seconds:.0f} s"]
 
 
-def _ladder_row(rung: Rung, found: Mapping[str, Any], *, strangers: bool) -> list[str]:
-    scores = found["rows"].get(rung.key, {})
-    differences = found["rungs"].get(pair_name(rung), {})
-    cells = []
-    for dataset in DATASETS:
-        score = _mean(scores.get(dataset, {}).get("map", []))
-        if score and rung.published.startswith("top1"):  # an accuracy: ours, too
-            score += f", top1 {_mean(scores[dataset]['top1'])}"
-        reason = {**ROWS[rung.key].absent, **rung.absent}.get(dataset, "")
-        gain = _with_interval(differences.get(dataset)) or _no_base(rung, dataset)
-        missed = scores.get(dataset, {}).get("fnir", []) if strangers else []
-        missed = _mean([share for share in missed if share is not None])
-        cells.append(reason or f"{score} {gain}".strip() + f", FNIR {missed}" * bool(missed))
-    published = rung.published
-    if rung.base and (gain := published_gain(rung)) is not None:
-        published = f"{published} ({gain:+.4f})"
-    verdicts = [verdict(differences.get(dataset)) for dataset in DATASETS]
-    gained = ", ".join(filter(None, verdicts))
-    base = f"`{ROWS[rung.base].spec}`" if rung.base else ""
-    why = rung.why if {*verdicts} - {"", "yes"} else ""
-    return [rung.text, f"`{ROWS[rung.key].spec}`", base, published, *cells, gained, why]
+def fill_scores(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
+    """Returns a row of the table `scores` with what was measured."""
+    spec, *old = cells
+    new = []
+    for dataset, cell in zip(DATASETS, old[::2], strict=True):
+        every = " ".join(f"{value:.3f}" for value in _values(found, spec, dataset))
+        new += [cell if is_reason(cell) else every, _mean(found, spec, dataset)]
+    return [spec, *new]
 
 
-def _no_base(rung: Rung, dataset: str) -> str:
-    """Returns why the base of a rung has no score on a dataset, or an empty string."""
-    reason = ROWS[rung.base].absent.get(dataset) if rung.base else None
-    return f"({reason})" if reason else ""
+def fill_ladder(
+    cells: Sequence[str], found: Mapping[str, Any], absent: Mapping[str, str], *, strangers: bool
+) -> list[str]:
+    """Returns a comparison with what was measured.
+
+    `absent` are dataset -> why its base has no run. With `strangers` it also has the share of known
+    clips that are missed where 1 % of the distractors pass.
+    """
+    text, spec, base, published, *old, _, why = cells
+    gaps = found["rungs"].get(pair_name(spec, base), {})
+    new = []
+    for dataset, cell in zip(DATASETS, old, strict=True):
+        told = _mean(found, spec, dataset)
+        if told and published.startswith("top1"):  # an accuracy: ours, too
+            told += f", top1 {_mean(found, spec, dataset, 'top1')}"
+        if gap := gaps.get(dataset):
+            told += f" ({gap['mean']:+.3f} ± {2 * gap['error']:.3f})"
+        elif absent.get(dataset):
+            told += f" ({absent[dataset]})"
+        missed = _mean(found, spec, dataset, "fnir") if strangers else ""
+        new.append(cell if is_reason(cell) else told + f", FNIR {missed}" * bool(missed))
+    verdicts = [verdict(gaps[dataset]) for dataset in DATASETS if dataset in gaps]
+    why = why if {*verdicts} - {"yes"} else ""
+    return [text, spec, base, published, *new, ", ".join(verdicts), why]
 
 
-def published_gain(rung: Rung) -> float | None:
-    """Returns the published MAP of a rung minus that of its base, None if either is not given."""
-    by_key = {one.key: one.published for one in RUNGS if re.fullmatch(r"0\.\d+", one.published)}
-    if rung.published != by_key.get(rung.key) or rung.base not in by_key:
-        return None
-    return float(rung.published) - float(by_key[rung.base])
-
-
-def verdict(difference: Mapping[str, float] | None) -> str:
+def verdict(gap: Mapping[str, float]) -> str:
     """Returns `yes` for a gain outside of the interval, `no` for a loss, `open` for neither."""
-    if not difference:
-        return ""
-    mean, half = difference["mean"], 2 * difference["error"]
+    mean, half = gap["mean"], 2 * gap["error"]
     return "yes" if mean > half else "no" if mean < -half else "open"
 
 
-def _systems(found: Mapping[str, Any]) -> str:
-    """Returns the short table of the main README."""
-    rows = []
-    for key, text, paper in SYSTEMS:
-        scores, seconds = found["rows"].get(key, {}), found.get("seconds", {})
-        time_taken = f"{seconds[key]:.0f} s" if key in seconds else ""
-        scored = [_mean(scores.get(name, {}).get("map", [])) for name in DATASETS]
-        rows.append([f"`{ROWS[key].spec}`", text, *scored, paper, time_taken])
-    return common.markdown(["`--config=configs/`", "system", *DATASETS, "published", "time"], rows)
+def _values(
+    found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map"
+) -> Sequence[float]:
+    return found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
 
 
-def _mean(values: Sequence[float]) -> str:
-    return _short(float(np.mean(values))) if values else ""
+def _mean(found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map") -> str:
+    values = [x for x in _values(found, spec, dataset, metric) if x is not None]
+    return f"{np.mean(values):.3f}" if values else ""
 
 
-def _short(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _with_interval(difference: Mapping[str, float] | None) -> str:
-    if not difference:
-        return ""
-    return f"({difference['mean']:+.3f} ± {2 * difference['error']:.3f})"
-
-
-def replace(text: str, name: str, table: str) -> str:
-    """Returns a page with another table below `<!-- table: NAME -->`, of which it must have one."""
-    pattern = rf"(<!-- table: {name} -->\n)(?:\|.*\n)+"
-    if len(re.findall(pattern, text)) != 1:
-        raise ValueError(f"wanted one table below `<!-- table: {name} -->`")
-    return re.sub(pattern, lambda match: match[1] + table, text)
-
-
-def header(row: Row, found: Mapping[str, Any]) -> str:
+def header(row: str, found: Mapping[str, Any]) -> str:
     """Returns the lines with time and score of a row, for a configuration's docstring."""
-    scores, seconds = found["rows"].get(row.key, {}), found["seconds"].get(row.key)
-    arguments = " and ".join(f"`{word}`" for word in row.arguments.split(",") if word)
-    spoken = f" with the argument {arguments}" if arguments else ""
+    seconds, (_, _, words) = found["seconds"].get(row), row.partition(".py:")
+    spoken = f" with the argument {' and '.join(f'`{x}`' for x in words.split(','))}" * bool(words)
     taken = "not measured" if seconds is None else f"about {seconds:.0f} seconds on 2 CPU cores"
     lines = [f"Time: {taken}{spoken}."]
-    means = {name: _mean(scores.get(name, {}).get("map", [])) for name in DATASETS}
+    means = {name: _mean(found, row, name) for name in DATASETS}
     told = [f"{mean} on the small {name} dataset" for name, mean in means.items() if mean]
-    if told:
-        protocol = ", out of fold" if row.is_out_of_fold else ""
-        lines += textwrap.wrap(
-            f"Score: MAP@100 {', '.join(told)}{protocol}{spoken} (means of {len(SEEDS)} seeds).",
-            width=99,
-        )
+    if told:  # members of noise classes score the clips that they were not trained on
+        protocol = ", out of fold" if row.startswith("noise_classes") else ""
+        score = f"Score: MAP@100 {', '.join(told)}{protocol}{spoken} (means of {len(SEEDS)} seeds)."
+        lines += textwrap.wrap(score, width=99)
     return "".join(f"{line}\n" for line in lines)
 
 
 def replace_header(text: str, lines: str) -> str:
     """Returns the text of a configuration with other lines of time and score."""
-    pattern = r"(?m)^Time: .*\n(?:.+\n)*"
-    if len(re.findall(pattern, text)) != 1:
+    new, count = re.subn(r"(?m)^Time: .*\n(?:.+\n)*", lambda _: lines, text)
+    if count != 1:
         raise ValueError("wanted one paragraph that begins with `Time:`")
-    return re.sub(pattern, lambda match: lines, text)
+    return new
 
 
 def write_pages(found: Mapping[str, Any]) -> None:
     """Writes every table into its page, and time and score into every configuration."""
-    for name, table in tables(found).items():
-        sys.stdout.write(f"{table}\n")
-        PAGES[name].write_text(replace(PAGES[name].read_text(), name, table))
-    for key in HEADERS:
-        path = CONFIGS / f"{ROWS[key].config}.py"
-        path.write_text(replace_header(path.read_text(), header(ROWS[key], found)))
+    rows = read_rows()
+    for page, path in PAGES.items():
+        for name, (head, *lines) in read_tables(page).items():
+            if name == "systems":
+                new = [fill_system(cells, found) for cells in lines]
+            elif name == "scores":
+                new = [fill_scores(cells, found) for cells in lines]
+            else:
+                strangers = name == "noise_classes"
+                bases = [rows.get(cells[2].strip("`"), {}) for cells in lines]
+                new = [
+                    fill_ladder(cells, found, absent, strangers=strangers)
+                    for cells, absent in zip(lines, bases, strict=True)
+                ]
+            table = common.markdown(head, new)
+            sys.stdout.write(f"{table}\n")
+            path.write_text(common.replace_table(path.read_text(), name, table))
+    for row in HEADERS:
+        path = CONFIGS / f"{row.partition('.')[0]}.py"
+        path.write_text(replace_header(path.read_text(), header(row, found)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, collects, and writes the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--real", help="a folder of official files")
-    parser.add_argument("--only", default="", help="keys of rows; * stands for any text")
+    parser.add_argument("--only", default="", help="rows, separated by `;`; * stands for any text")
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--time", action="store_true", help="time the commands of README.md")
     args = parser.parse_args(argv)
-    only = [text for text in args.only.split(",") if text]
+    only = [text for text in args.only.split(";") if text]
     if not (args.collect or args.time):
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder.absolute(), args.real, only)

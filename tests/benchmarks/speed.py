@@ -10,13 +10,13 @@ on 2 cores, and an otherwise idle machine.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.benchmarks import common
-from tests.benchmarks.scores import replace
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "speed.json"
@@ -38,27 +38,21 @@ BENCHMARKS = {
 }
 
 
-def read_tables(text: str) -> Iterator[tuple[str, str]]:
-    """Yields (row and column, value) of all Markdown tables in what a benchmark printed."""
-    header: list[str] = []
-    for line in text.splitlines():
-        if not line.startswith("|"):
-            header = []
-            continue
-        cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
-        if not header:
-            header = cells
-        elif set(cells[0]) != {"-"}:
-            for name, value in zip(header[1:], cells[1:], strict=True):
-                if value:
-                    yield f"{cells[0]}: {name}", value
+def read_tables(text: str) -> dict[str, str]:
+    """Returns row and column -> value of all Markdown tables in what a benchmark printed."""
+    found = {}
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        (_, *names), *rows = common.read_markdown(table)
+        for row, *cells in rows:
+            found |= {f"{row}: {name}": x for name, x in zip(names, cells, strict=True) if x}
+    return found
 
 
 def measure(words: list[str]) -> dict[str, str]:
     """Returns what one benchmark measures."""
     command = [sys.executable, "-m", f"tests.benchmarks.{words[0]}", *words[1:]]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(read_tables(done.stdout))
+    return read_tables(done.stdout)
 
 
 def render(found: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> str:
@@ -70,7 +64,6 @@ def render(found: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, keeps and writes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(BENCHMARKS))
     parser.add_argument("--collect", action="store_true")
@@ -84,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = PAGE.read_text()
     for name in BENCHMARKS:
         if any(name in results for results in found.values()):
-            text = replace(text, f"speed {name}", render(found, name))
+            text = common.replace_table(text, f"speed {name}", render(found, name))
     PAGE.write_text(text)
 
 
