@@ -116,7 +116,8 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, models, python
               "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
     code = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.cli.program import main\n"
+        "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.apps.serve import app\n"
+        "from vidjax.cli.program import main\n"
         "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
         "gallery = Gallery('g')\n"
         "assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]\n"

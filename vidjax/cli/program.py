@@ -232,6 +232,10 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax.cli import forget_command
 
             return forget_command.add_flags
+        case "serve":
+            from vidjax.cli import serve_command
+
+            return serve_command.add_flags
         case "export" | "import":
             from vidjax.cli import export_commands as commands
 
@@ -242,7 +246,6 @@ def load(name: str) -> Callable[[Parser], None]:
         config_command,
         rank_command,
         run_commands,
-        serve_command,
     )
 
     return {
@@ -254,7 +257,6 @@ def load(name: str) -> Callable[[Parser], None]:
         "report": run_commands.add_report_flags,
         "check": check_command.add_flags,
         "config": config_command.add_flags,
-        "serve": serve_command.add_flags,
     }[name]
 
 

@@ -39,9 +39,12 @@ def serve(args: argparse.Namespace) -> Result:
         )
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.serve import app as app_lib
-    from vidjax.evaluation import predict
 
-    restored = predict.restore(args.run) if args.run else None
+    restored = None
+    if args.run:
+        from vidjax.evaluation import predict
+
+        restored = predict.restore(args.run)
     gallery = Gallery(args.gallery)
     if restored is not None and not gallery.origin.cards:
         gallery = Gallery(args.gallery, run=restored)

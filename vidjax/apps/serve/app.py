@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from types import FrameType
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -62,9 +62,11 @@ from vidjax.apps.serve.served_models import (
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.data.untrusted.names import clean_identity, normal_form, show
-from vidjax.evaluation.predict import Predictor
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+
+if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
+    from vidjax.evaluation.predict import Predictor
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -143,7 +145,7 @@ class Application:
     def __init__(
         self,
         gallery: Gallery,
-        run: Predictor | None,
+        run: "Predictor | None",
         bodies: Bodies,
         limits: Limits,
         metrics: ServerMetrics,
@@ -485,7 +487,7 @@ def _encode_json(content: object) -> Response:
 
 def make_app(
     gallery: Gallery,
-    run: Predictor | None = None,
+    run: "Predictor | None" = None,
     limits: Limits | None = None,
     token: bytes | None = None,
 ) -> Guard:

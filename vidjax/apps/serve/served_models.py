@@ -7,7 +7,7 @@ an error.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery, pad_batches
 from vidjax.apps.serve.limits import Limits, unprocessable
 from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
-from vidjax.core import devices
 from vidjax.data.clips import PAD_LENGTHS
 from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
-from vidjax.evaluation.predict import SMALL_REQUEST, Predictor
-from vidjax.evaluation.scoring import ModelScorer
+
+if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
+    from vidjax.evaluation.predict import Predictor
 
 TABLE_CLIPS = 512  # more clips than a batch has
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
@@ -240,7 +240,7 @@ class RunModel:
 
     name = "run"
 
-    def __init__(self, run: Predictor):
+    def __init__(self, run: "Predictor"):
         self.run = run
         self._width = self.answer_batch([_make_question(self, 1)])[0].vectors.shape[1]
 
@@ -260,6 +260,9 @@ class RunModel:
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Scored]:
         """Scores the clips of each question."""
+        from vidjax.core import devices
+        from vidjax.evaluation.scoring import ModelScorer
+
         run, request = self.run, self.run.request(_join_clips(questions), None)
         data = request.data
         split = data.split(request.split)
@@ -297,6 +300,8 @@ class RunModel:
 
     def warm(self) -> None:
         """Compiles the programs for both block sizes and all padded lengths."""
+        from vidjax.evaluation.predict import SMALL_REQUEST
+
         for length in PAD_LENGTHS:
             self.answer_batch([_make_question(self, length)])
             self.answer_batch([_make_question(self, length, SMALL_REQUEST + 1)])
