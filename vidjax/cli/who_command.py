@@ -33,7 +33,7 @@ def name_people(args: argparse.Namespace) -> Result:
         done = reviewed._replace(failed=done.failed, missed=done.missed)
     named = [row.identity for row in done.appearances if row.probability is not None]
     content = {
-        "out": str(out), "people": done.people, "named": len(named), "groups": done.groups,
+        "out": str(out), "people": done.people, "named": len(named), "groups": done.num_unknown,
         "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
     first_names = ", ".join(map(messages.short, sorted(done.people)[:5]))
@@ -48,8 +48,9 @@ def name_people(args: argparse.Namespace) -> Result:
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= extract_command.list_remedies(done.failed.values())
-    if done.groups:
-        count = f"{done.groups:,} {'person' if done.groups == 1 else 'people'} without a name"
+    if done.num_unknown:
+        people = "person" if done.num_unknown == 1 else "people"
+        count = f"{done.num_unknown:,} {people} without a name"
         rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
     lines = [[messages.short(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.aligned(lines))

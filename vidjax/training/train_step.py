@@ -130,7 +130,7 @@ def from_items(items: Mapping[str, Any]) -> TrainState:
     return TrainState(**fields, **items["train"])
 
 
-Clips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
+TrainingClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
 # For a member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden view []
 MemberInputs = tuple[Array, Array, Array, Array, Array]
 
@@ -303,7 +303,7 @@ class Outcome(NamedTuple):
 
 def make_train_loop(
     system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch]
-) -> Callable[[TrainState, Tables, Clips, Array | None], tuple[TrainState, Outcome]]:
+) -> Callable[[TrainState, Tables, TrainingClips, Array | None], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
     The number of steps is an argument, so that the program is compiled only once. If it is None,
@@ -314,7 +314,7 @@ def make_train_loop(
     """
 
     def loop(
-        state: TrainState, tables: Tables, clips: Clips, count: Array | None
+        state: TrainState, tables: Tables, clips: TrainingClips, count: Array | None
     ) -> tuple[TrainState, Outcome]:
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry

@@ -85,7 +85,7 @@ ClipJson = Annotated[
         },
     ),
 ]
-Clips = Annotated[list[ClipJson], Meta(min_length=1)]
+ClipList = Annotated[list[ClipJson], Meta(min_length=1)]
 MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 COMMON_ERRORS = (400, 401, 403, 500, 503)  # of every endpoint
 ERROR_REF = "#/components/responses/Error"
@@ -95,14 +95,14 @@ BODY_ERRORS = (413, 415, 422, 429)  # of endpoints that read a body
 class IdentifyRequest(protocol.RuleParameters, kw_only=True):
     """Clips to identify."""
 
-    clips: Clips
+    clips: ClipList
     k: protocol.K = protocol.DEFAULT_K
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
     """Clips of a single person, of a given person per clip, or of strangers."""
 
-    clips: Clips
+    clips: ClipList
     identity: str | None = None
     identities: dict[str, str] | None = None
     strangers: bool = False

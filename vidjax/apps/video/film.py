@@ -209,7 +209,7 @@ class Kept:
         return [*self._best.values()]
 
 
-class Clips:
+class ClipBuilder:
     """The clips of tracks that have ended, and the best pictures of tracks that have not.
 
     Attributes:
@@ -356,7 +356,7 @@ def extract(
     them. If `tagged` is True, face tags in a photo name its faces, see `regions`. Memory grows only
     with the clips: 12 kB for each, if vectors are 128 wide.
     """
-    clips = Clips(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
+    clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
     tags, lost = regions.Tags([]), list[str]()
     with decode.open_video(path) as video:
         if video.info.photo:
@@ -395,7 +395,7 @@ def extract(
 
 def _make_clips(
     video: decode.Video,
-    clips: Clips,
+    clips: ClipBuilder,
     nets: Nets,
     stem: str,
     out: Path,
@@ -443,7 +443,7 @@ def _make_clips(
 
 
 def _find_in_photo(
-    path: Path, video: decode.Video, clips: Clips, nets: Nets, stem: str, tags: regions.Tags
+    path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
 ) -> list[str]:
     """Makes a clip of each face in a photo; its tag names it. Returns the tags without a face."""
     frame = next(video.frames(1.0))

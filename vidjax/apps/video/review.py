@@ -64,7 +64,7 @@ class Step(NamedTuple):
     words: str
     at: str
     clips: dict[str, StoredClip | None]
-    numbers: who.Numbers
+    numbers: who.UnknownNumbers
 
 
 class Review:
@@ -94,9 +94,9 @@ class Review:
         self._numbers = who.read_numbers(out)
 
     @property
-    def done(self) -> who.Done:
+    def done(self) -> who.WhoResults:
         """The current results."""
-        return who.Done.of(self._gallery, self._decision, {})
+        return who.WhoResults.of(self._gallery, self._decision, {})
 
     def film(self, number: int) -> Path | None:
         """Returns the path of a film; None if there is no such film, or if its file has changed.
@@ -209,7 +209,7 @@ class Review:
         """Returns the clips of an appearance or a person, and the name on the page."""
         if appearance := self._find_appearance(of):
             return appearance.clips, appearance.identity or IGNORED
-        clips = [clip for clip, group in self._decision.groups.items() if group == of]
+        clips = [clip for clip, group in self._decision.unknown.items() if group == of]
         clips += [
             clip for clip, entry in self._gallery.clips.items() if of and entry.identity == of
         ]
@@ -224,8 +224,8 @@ class Review:
     def _find_group(self, name: str) -> str:
         """Returns the name of an unknown person as the page spells it."""
         group = " ".join(name.casefold().split())
-        if group not in self._decision.groups.values():
-            groups = sorted({*self._decision.groups.values()}, key=parse_group_number)[:5]
+        if group not in self._decision.unknown.values():
+            groups = sorted({*self._decision.unknown.values()}, key=parse_group_number)[:5]
             alternatives = f", or {', '.join(groups)} ..." if groups else ""
             raise UserError(f"{group} is not on the page: type a name{alternatives}")
         return group
@@ -254,19 +254,21 @@ class Review:
         of: str,
         after: str,
         clips: Mapping[str, StoredClip | None],
-        numbers: who.Numbers | None = None,
+        numbers: who.UnknownNumbers | None = None,
     ) -> None:
         before = self._numbers
         self._steps.append(Step(words, of, self._put(clips), before))
         self._decide(numbers or before)
         self._forms = Forms(0, message=f"Saved: {words}.", at=after)
 
-    def _decide(self, numbers: who.Numbers) -> None:
+    def _decide(self, numbers: who.UnknownNumbers) -> None:
         self._decision = self._make_decision(numbers, self._decision)
         self._numbers = who.read_numbers(self._out)
         self.version += 1
 
-    def _make_decision(self, numbers: who.Numbers, last: who.Decision | None) -> who.Decision:
+    def _make_decision(
+        self, numbers: who.UnknownNumbers, last: who.Decision | None
+    ) -> who.Decision:
         gallery, out, films = self._gallery, self._out, self._films
         return who.decide(gallery, out, films, numbers, self._identify, last)
 
@@ -426,7 +428,7 @@ def serve_review(
     fpir: float | None = None,
     threshold: float | None = None,
     padding: float = who.PADDING_SECONDS,
-) -> who.Done:
+) -> who.WhoResults:
     """Serves the page of a folder of results until Ctrl-C; returns the final results."""
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits

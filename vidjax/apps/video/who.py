@@ -59,13 +59,13 @@ NUMBERS_REMEDY = "delete it: the next call numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB
 
 
-class Done(NamedTuple):
+class WhoResults(NamedTuple):
     """The results of a call.
 
     Attributes:
       people: person -> number of enrolled clips.
       appearances: all appearances in films.
-      groups: the number of unknown people.
+      num_unknown: the number of unknown people.
       failed: path -> remedy, for files that could not be read or show no usable face. The remedy is
         "" if it was already printed.
       decision: the decision that the results show.
@@ -74,16 +74,16 @@ class Done(NamedTuple):
 
     people: dict[str, int]
     appearances: list[Appearance]
-    groups: int
+    num_unknown: int
     failed: dict[str, str]
     decision: "Decision"
     missed: Sequence[str] = ()
 
     @classmethod
-    def of(cls, gallery: Gallery, decision: "Decision", failed: dict[str, str]) -> "Done":
+    def of(cls, gallery: Gallery, decision: "Decision", failed: dict[str, str]) -> "WhoResults":
         """Returns the results of a decision."""
-        groups = len({*decision.groups.values()})
-        return cls(gallery.identities, decision.appearances, groups, failed, decision)
+        num_unknown = len({*decision.unknown.values()})
+        return cls(gallery.identities, decision.appearances, num_unknown, failed, decision)
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
@@ -97,7 +97,7 @@ class Done(NamedTuple):
         return rows
 
 
-class Numbers(Struct, kw_only=True):
+class UnknownNumbers(Struct, kw_only=True):
     """The contents of `unknown.json`: the numbers and corrections of unknown people.
 
     Films are identified by a digest of the file and its clips. A film that was replaced, or split
@@ -153,7 +153,7 @@ class Numbers(Struct, kw_only=True):
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
-    def join(self, groups: Iterable[str]) -> "Numbers":
+    def join(self, groups: Iterable[str]) -> "UnknownNumbers":
         """Returns numbers in which all groups are the person with the lowest of their numbers."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
@@ -161,7 +161,7 @@ class Numbers(Struct, kw_only=True):
 
     def deny(
         self, films: Iterable[features_folder.Film], clips: Collection[str], name: str
-    ) -> "Numbers":
+    ) -> "UnknownNumbers":
         """Returns numbers in which the clips do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
@@ -172,7 +172,9 @@ class Numbers(Struct, kw_only=True):
                 denied[_hash_film(film)] = denied_in_film
         return msgspec.structs.replace(self, denied=denied)
 
-    def keep(self, films: Iterable[features_folder.Film], people: Collection[str]) -> "Numbers":
+    def keep(
+        self, films: Iterable[features_folder.Film], people: Collection[str]
+    ) -> "UnknownNumbers":
         """Returns numbers that contain only these films and people."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied = {
@@ -184,9 +186,11 @@ class Numbers(Struct, kw_only=True):
             })
         }  # fmt: skip
         films_kept = {digest: self.films[digest] for digest in kept}
-        return Numbers(films=films_kept, denied=denied, same=self.same)
+        return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
-    def update(self, films: Iterable[features_folder.Film], groups: Mapping[str, str]) -> "Numbers":
+    def update(
+        self, films: Iterable[features_folder.Film], groups: Mapping[str, str]
+    ) -> "UnknownNumbers":
         """Adds the groups (clip -> `unknown N`) of all films; returns new numbers."""
         numbers = {**self.films}
         for film in films:
@@ -202,17 +206,17 @@ class Decision(NamedTuple):
     Attributes:
       films: all films.
       vectors: the vectors of all clips; None if there are no clips.
-      votes: clip -> its group. The clips of a group vote on their name.
+      vote_groups: clip -> its group. The clips of a group vote on their name.
       answers: clip -> answer.
-      groups: clip -> `unknown N`, for clips without a name.
+      unknown: clip -> `unknown N`, for clips without a name.
       appearances: the appearances in order of time.
     """
 
     films: Sequence[features_folder.Film]
     vectors: Vectors | None
-    votes: dict[str, str]
+    vote_groups: dict[str, str]
     answers: dict[str, Answer]
-    groups: dict[str, str]
+    unknown: dict[str, str]
     appearances: list[Appearance]
 
 
@@ -226,12 +230,12 @@ def read_films(out: Path) -> list[features_folder.Film]:
     return features_folder.read_films(out / FEATURES)
 
 
-def read_numbers(out: Path) -> Numbers:
+def read_numbers(out: Path) -> UnknownNumbers:
     """Returns the contents of `unknown.json`; without this file, empty numbers."""
     path = out / NUMBERS
     if not files.exists(path):
-        return Numbers(films={})
-    return schemas.read(path, Numbers, NUMBERS_REMEDY, NUMBERS_BYTES)
+        return UnknownNumbers(films={})
+    return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
 def name_people(
@@ -249,7 +253,7 @@ def name_people(
     check: bool = False,
     prune: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
-) -> Done:
+) -> WhoResults:
     """Names the people in films, and writes the files listed at the top of this module.
 
     The results contain these films and all films of earlier calls.
@@ -311,7 +315,7 @@ def name_people(
         )
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         results = _find_people(gallery, failed, outcomes, before, out, identify, padding)
-        looked_for = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
+        looked_for = {photo.person for clip in gallery.clips if (photo := PhotoFace.of(clip))}
         return results._replace(missed=sorted(names - looked_for))
 
 
@@ -360,11 +364,11 @@ def _find_people(
     gallery: Gallery,
     failed: dict[str, str],
     outcomes: Sequence[FileOutcome],
-    before: Numbers,
+    before: UnknownNumbers,
     out: Path,
     identify: Callable[..., dict[str, Answer]],
     padding: float,
-) -> Done:
+) -> WhoResults:
     """Finds the people of the gallery in the films, and writes the results."""
     failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
     films = read_films(out)
@@ -382,7 +386,7 @@ def _find_people(
         say(f"no pictures of {bare[0].video}: add the film to the command to read it with pictures")
     decision = decide(gallery, out, films, before, identify)
     write(out, gallery, decision, padding)
-    return Done.of(gallery, decision, failed)
+    return WhoResults.of(gallery, decision, failed)
 
 
 def _open_gallery(out: Path, models: Path) -> Gallery:
@@ -480,7 +484,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
     """Refuses a folder without any of the people of earlier calls: they would all be forgotten."""
-    enrolled = [photo for clip in gallery.clips if (photo := Photo.of(clip))]
+    enrolled = [photo for clip in gallery.clips if (photo := PhotoFace.of(clip))]
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not photos or before & {*photos}:
         return
@@ -546,7 +550,7 @@ def _enrol_photos(
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
-    known = {photo.person for clip in gallery.clips if (photo := Photo.of(clip))}
+    known = {photo.person for clip in gallery.clips if (photo := PhotoFace.of(clip))}
     for folder, outcomes in outcomes_of.items():
         named = usable[folder] = {}
         tags = {name for outcome in outcomes if outcome.film for name in outcome.film.tags}
@@ -559,7 +563,7 @@ def _enrol_photos(
         if tags and folder.name not in {*tags, *named.values(), *known}:
             names.discard(folder.name)
         if not all(outcome.film for outcome in outcomes):  # tags of unreadable photos are unknown
-            enrolled = map(Photo.of, gallery.clips)
+            enrolled = map(PhotoFace.of, gallery.clips)
             names |= {photo.person for photo in enrolled if photo and photo.folder == folder.name}
         _warn_of_tags(
             folder.name, [outcome for outcome in outcomes if outcome.path.parent != people]
@@ -622,7 +626,7 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     """
     before = {name: Counter[str]() for name in names}
     for clip, entry in gallery.clips.items():
-        if entry.identity and (photo := Photo.of(clip)) and photo.person in before:
+        if entry.identity and (photo := PhotoFace.of(clip)) and photo.person in before:
             before[photo.person][entry.identity] += 1
     chosen = {}
     for name, labels in before.items():
@@ -638,13 +642,13 @@ def _enrol(
 
     Removes enrolled clips whose photo is no longer in this folder.
     """
-    photos = [(clip, photo_of) for clip in gallery.clips if (photo_of := Photo.of(clip))]
+    photos = [(clip, photo_of) for clip in gallery.clips if (photo_of := PhotoFace.of(clip))]
     old = {clip for clip, photo in photos if photo.folder == folder.name and photo.person in labels}
     if not usable:
         gallery.remove(clip=old)
         return
     vectors = _embed(gallery, folder, usable)
-    photo_of = {clip: Photo(folder.name, clip, usable[clip]) for clip in vectors.names}
+    photo_of = {clip: PhotoFace(folder.name, clip, usable[clip]) for clip in vectors.names}
     vectors = vectors._replace(names=tuple(str(photo_of[clip]) for clip in vectors.names))
     unchanged = gallery.complete(vectors)
     gallery.remove(clip=old - unchanged)
@@ -661,7 +665,8 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
       outcomes: folder of a person -> outcomes of its photos.
     """
     given = {
-        str(Photo(folder.name, track.clip, track.name or folder.name)): (outcome.path, outcome.film)
+        str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
+            (outcome.path, outcome.film)
         for folder, photos in outcomes.items()
         for outcome in photos if outcome.film
         for track in outcome.film.tracks
@@ -687,7 +692,7 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
             say(f"{path}: given as {name}, but {seems}: {wrong} if it shows another person")
 
 
-class Photo(NamedTuple):
+class PhotoFace(NamedTuple):
     """An enrolled face of a photo. Its clip in the gallery is `people/FOLDER/CLIP`.
 
     If a face tag names a person other than the folder, the clip is `people/FOLDER/CLIP/PERSON`.
@@ -702,7 +707,7 @@ class Photo(NamedTuple):
         return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
 
     @classmethod
-    def of(cls, clip: str) -> "Photo | None":
+    def of(cls, clip: str) -> "PhotoFace | None":
         """Returns the photo of a clip of the gallery; None if the clip is part of a film."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
@@ -720,7 +725,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
       names: the people who have photos now.
       places: the names of the folders of photos that exist now.
     """
-    photos = {clip: photo for clip in gallery.clips if (photo := Photo.of(clip))}
+    photos = {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
     gone = {clip for clip, photo in photos.items() if photo.folder not in places} | forgotten
@@ -759,7 +764,7 @@ def decide(
     gallery: Gallery,
     out: Path,
     films: Sequence[features_folder.Film],
-    before: Numbers,
+    before: UnknownNumbers,
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
 ) -> Decision:
@@ -771,9 +776,9 @@ def decide(
 
     Args:
       identify: `gallery.identify` with a rule.
-      last: the last decision on the same films, whose vectors and votes are used again; or None.
+      last: the last decision on the same films, whose vectors and groups are used again; or None.
     """
-    vectors, votes = (last.vectors, last.votes) if last else (None, dict[str, str]())
+    vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
     clips = {track.clip for film in films for track in film.tracks}
     if clips:
@@ -848,7 +853,7 @@ def write(
     for name in TABLES:
         appearances.write(out / name, decision.appearances, decision.films)
     answers_lib.write_groups(
-        out / UNKNOWN, decision.groups, appearances.list_places(decision.films)
+        out / UNKNOWN, decision.unknown, appearances.list_places(decision.films)
     )
     by_video = appearances.group_by_video(decision.appearances)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
@@ -886,7 +891,7 @@ def render_page(
     """Returns the page of a decision; for `address` and `forms`, see `names_page.render`."""
     people = {name: list[names_page.Picture]() for name in gallery.identities}
     for clip, entry in sorted(gallery.clips.items()):
-        if (photo := Photo.of(clip)) and entry.identity in people:
+        if (photo := PhotoFace.of(clip)) and entry.identity in people:
             picture = _locate_picture(out, out / PEOPLE / photo.folder, photo.clip)
             people[entry.identity] += [(picture, entry.identity)] if picture else []
     has_thumbnails = (out / FEATURES / features_folder.THUMBNAILS).exists()
