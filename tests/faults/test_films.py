@@ -1,5 +1,6 @@
 """Faults of `vidjax extract`, `who` and galleries of films: kills, full disks, hostile files."""
 
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,6 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from tests.benchmarks import extract
 from tests.campaigns import films as film_mutations
 from tests.helpers import films
-from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, children_of, file_limit, running, slowness
@@ -40,14 +40,12 @@ def start(*words):
 
 def ended(pid, seconds=5):
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            if "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+    return True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -65,17 +63,15 @@ def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign)
             _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
 
-    began = time.monotonic()
     finish(like)
-    longest = time.monotonic() - began
-    for number in range(50 if campaign else 4):
+    for number in range(50 if campaign else 2):
         with start(*inputs, f"--out={out}") as process:
-            if number % 2:  # while clips are written and moved
+            if number % 2 == 0:  # while clips are written and moved
                 while process.poll() is None and not holds_clips(out):
                     time.sleep(0.002)
                 time.sleep(rng.random() * 0.05)
             else:
-                time.sleep(rng.random() * longest)
+                time.sleep(rng.random() * 3)
             started = children_of(process.pid)
         for told in (out / "videos").glob("[!.]*.json"):  # finished films are complete
             clips = f"{told.stem}.npz"
@@ -83,9 +79,6 @@ def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign)
             assert features_folder.read_film(told) == film
             assert (out / clips).read_bytes() == (like / clips).read_bytes()
         assert all(ended(child) for child in started), "a child goes on without its parent"
-        if number % 3 == 2:  # begin anew
-            for path in (out / "videos").glob("*.json"):
-                path.unlink()
     finish(out)
     assert contents(out) == contents(like)
 
@@ -111,12 +104,11 @@ def test_a_killed_child_costs_its_file_and_two_at_once_are_refused(drawn):
     assert drawn.extract(film)[0]["clips"] == 4
 
 
-@pytest.mark.parametrize("limit", [400, 1500])  # of the size of a file: extract.json fits
-def test_a_full_disk_ends_it_and_leaves_nothing_half(drawn, limit):
+def test_a_full_disk_ends_it_and_leaves_nothing_half(drawn):
     photo, out = drawn.folder / "photo.png", drawn.out
     write_photo(photo, ("Ada", 20, 20))
     inputs = [photo, drawn.film(), photo]
-    with file_limit(limit):
+    with file_limit(1500):  # extract.json fits
         _, said = drawn.extract(*inputs, flags=["--workers=1"], code=2)
     assert "File too large" in said
     assert not [*out.glob("party*.npz"), *out.glob(".extract-*"), *out.rglob("*.partial")]
@@ -167,9 +159,8 @@ def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(drawn):
 
 
 ODD_NAMES = [
-    b"blank name.png", b"x..png", b"=cmd().png", b"new\nline.png", b"\x1b[2J.png",
-    b"not \xff utf-8.png", b"<script>.png", b"x" * 251 + b".png", "字".encode() * 83 + b".png",
-    b"a.s000.t00.png", b"a.png", b"A.png", b"a.PNG", b"--.png", b"\xe2\x80\xaetxt.png",
+    b"x..png", b"=cmd().png", b"new\nline.png", b"\x1b[2J.png", b"not \xff utf-8.png",
+    b"x" * 251 + b".png", b"a.s000.t00.png", b"a.png", b"A.png", b"a.PNG", b"\xe2\x80\xaetxt.png",
 ]  # fmt: skip
 
 
@@ -194,28 +185,6 @@ def test_odd_names_of_files_are_kept_apart_and_printable(drawn):
     assert all(outcome.kept for outcome in again), "another order of the files"
 
 
-def test_names_of_people_are_escaped_in_every_format_or_refused(drawn):
-    for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # no file can hold them
-        write_photo(drawn.friends / name / "1.png", ("Ada", 40, 40))
-        _, said = drawn.who(drawn.film(), code=2)
-        assert len(said.splitlines()) <= 3 and not drawn.out.exists()
-        shutil.rmtree(drawn.friends)
-    people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
-    for name, colour in people.items():
-        write_photo(drawn.friends / name / "1.png", (colour, 40, 40))
-    out = drawn.out
-    content, _ = drawn.who(drawn.film())
-    assert {*content["people"]} == {*people}
-    page, table = (out / "names.html").read_text(), (out / "names.tsv").read_text()
-    assert page.count("<script") == 1 and "&lt;script&gt;" in page and "\t'=cmd()\t" in table
-    text = (out / "subtitles" / "party.vtt").read_text()
-    assert all(line.count("-->") == (":" in line) for line in text.splitlines())
-    assert "<" not in text and "--&gt;" in text and "&amp;" in text
-    drawn.gallery("identify", f"--input={out / 'features'}", f"--out={drawn.folder / 'x.rttm'}")
-    lines = (drawn.folder / "x.rttm").read_text().splitlines()
-    assert len(lines) == 4 and all(len(line.split()) == 10 for line in lines)
-
-
 FILM = {
     "format": 3, "video": "x.mp4",
     "source": {"address": "/x.mp4", "size": 1, "mtime_ns": 0, "inode": 1},
@@ -227,14 +196,13 @@ FILM = {
 
 def hostile_films():
     track = FILM["tracks"][0]
-    for clip in ("../../x", "/etc/passwd", "a\nb", "", "\ud800", "x" * 5000, 5, None):
+    for clip in ("../../x", "a\nb", "\ud800", "x" * 5000, 5):
         yield json.dumps({**FILM, "tracks": [{**track, "clip": clip}]})
-    for video in ("../x.mp4", "..\n", "\x1b[2J", "\ud800", "x" * 5000, " ", []):
+    for video in ("../x.mp4", "\x1b[2J", "x" * 5000, []):
         yield json.dumps({**FILM, "video": video})
     for start_s, end_s in ((2, 1), (-1, 1), (0, 1e300), (0, "1"), (float("nan"), 1)):
         yield json.dumps({**FILM, "tracks": [{**track, "start_s": start_s, "end_s": end_s}]})
-    yield from ("", "null", "[]", "{}", "[" * 200_000, json.dumps({**FILM, "seconds": 10**400}))
-    yield json.dumps({**FILM, "tracks": [[[[]]]]})
+    yield from ("", "[]", "{}", "[" * 200_000, json.dumps({**FILM, "seconds": 10**400}))
     yield json.dumps({**FILM, "shots": [[0, 1]] * 10 + [[1]]})
     yield '{"video": "' + "x" * 1_000_000
 
@@ -282,49 +250,19 @@ def test_nothing_outside_of_a_folder_of_strangers_is_touched(drawn):
     assert contents(mine) == {"party.json": b"mine", "x.npz": b"mine"}
 
 
-def test_tables_of_names_that_spreadsheets_wrote_are_read(drawn):
-    here, features, groups = drawn.folder, drawn.folder / "f", drawn.folder / "groups.tsv"
-    write_photo(here / "in" / "-2.png", ("Ada", 20, 20))
-    drawn.film().rename(here / "in" / "-film.mkv")
-    drawn.extract(here / "in", out=features)
-    drawn.gallery("create", f"--models={drawn.models}")
-    drawn.gallery("group", f"--input={features}", f"--out={groups}")
-    text = groups.read_text()
-    assert "'-film.s000.t00" in text  # guarded against formulas
-    for number in range(1, text.count("\n")):
-        text = text.replace(f"\tunknown {number}\n", f"\tPerson {number}\r\n")
-    groups.write_text("\ufeff" + text.replace("\tPerson 1\r", '\t"Zoë ""Z"" K"\r'))
-    drawn.gallery("enrol", f"--input={features}", f"--labels={groups}")
-    assert len(Gallery(drawn.out / "gallery").clips) == len(text.splitlines()) - 1
-    drawn.gallery("list", '--identity=Zoë "Z" K')
-    os.mkfifo(here / "pipe.tsv")
-    wrong = {
-        "utf16": "a\tb\n".encode("utf-16"), "three": b"a\tb\tc\n", "one": b"a\n", "no": b"",
-        "long": b"a\t" + b"b" * 200_000, "two": b"a\tb\na\tc\n",
-    }  # fmt: skip
-    for name, content in wrong.items():
-        (here / f"{name}.tsv").write_bytes(content)
-    for name in (*wrong, "pipe", "absent"):
-        labels = f"--labels={here / name}.tsv"
-        said = drawn.gallery("enrol", f"--input={features}", labels, code=2)
-        assert len(said.splitlines()) <= 3 and f"{name}.tsv" in said and len(said) < 1000, said
-
-
 def test_absurd_settings_are_told_and_harmless(drawn):
     place, film, many = drawn.folder / "in", drawn.folder / "in" / "film.mkv", "9" * 9999
     write_photo(place / "photo.png", ("Ada", 20, 20))
     write_film(film, (1, 20, []))
-    for wrong in ("--fps=nan", "--fps=inf", "--fps=-1", f"--fps={many}", "--size=31",
-                  f"--size={many}", "--workers=0", f"--workers={many}"):  # fmt: skip
+    for wrong in ("--fps=nan", "--fps=-1", f"--fps={many}", "--size=31", f"--workers={many}"):
         _, said = drawn.extract(place, flags=[wrong], code=2)
         assert len(said.splitlines()) <= 3 and len(said) < 1000, wrong[:20]
     assert len(drawn.extract(place, out=place, code=2)[1].splitlines()) <= 3
     assert not drawn.out.exists()
-    twice = [film, place / ".." / "in" / "film.mkv", place]
-    for number, fine in enumerate((["--fps=1e-300"], ["--fps=1000", "--workers=9999"])):
-        content, _ = drawn.extract(*twice, out=drawn.folder / f"out{number}", flags=fine)
-        assert content["files"] == 2  # each once
-        assert content["clips"] == 1, "a film without a face has no clip"
+    flags = ["--fps=1000", "--workers=9999"]
+    content, _ = drawn.extract(film, place / ".." / "in" / "film.mkv", place, flags=flags)
+    assert content["files"] == 2  # each once
+    assert content["clips"] == 1, "a film without a face has no clip"
 
 
 def test_a_folder_of_hundreds_of_photos(drawn):
@@ -356,25 +294,27 @@ def test_who_writes_into_no_folder_of_other_things(drawn):
     assert contents(drawn.folder) == before
 
 
-@pytest.mark.parametrize("left", ["probe", "empty", "half"])
+HALF = """
+import os, sqlite3, sys
+gallery = sqlite3.connect(sys.argv[1])
+gallery.execute("PRAGMA cache_size=1")
+gallery.execute("BEGIN")
+gallery.execute("CREATE TABLE clip (vector BLOB)")
+for _ in range(400):
+    gallery.execute("INSERT INTO clip VALUES (?)", (os.urandom(3000),))
+os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("left", ["probe", "half"])
 def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, left):
-    """It left the file that tried the folder, an empty gallery, or half of one and a journal."""
+    """It left the file that tried the folder, or half of a gallery and a journal."""
     path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
     if left == "probe":
         (path.parent / ".write-test-0badc0de").touch()
     else:
-        path.touch()
-    if left == "half":
-        code = (
-            "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
-            "c.execute('PRAGMA cache_size=1')\nc.execute('BEGIN')\n"
-            "c.execute('CREATE TABLE clip (vector BLOB)')\n"
-            "for _ in range(400):\n"
-            "    c.execute('INSERT INTO clip VALUES (?)', (os.urandom(3000),))\n"
-            "os._exit(1)\n"
-        )
-        subprocess.run([sys.executable, "-c", code, path], check=False)
+        subprocess.run([sys.executable, "-c", HALF, path], check=False)
         assert path.stat().st_size and path.with_name(store.JOURNAL_FILE).stat().st_size
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
 
@@ -392,19 +332,19 @@ def test_a_photo_of_a_killed_call_goes_with_the_photo(drawn):
     assert [path.name for path in (features / "thumbnails").iterdir()] == ["1"]
 
 
-def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed):
-    counts, wrong = film_mutations.run(tmp_path, 100, fault_seed)
+def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, campaign):
+    counts, wrong = film_mutations.run(tmp_path, 1000 if campaign else 25, fault_seed)
     assert not wrong
     for count in counts.values():
         assert count["refused"] > 2 and count["whole"] > 2
 
 
-@pytest.mark.parametrize("longer", quick_first([8, 30], mark=pytest.mark.nightly))
-def test_memory_does_not_grow_with_the_length_of_a_film(drawn, longer):
+@pytest.mark.nightly
+def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
     shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
     minute, peaks = drawn.folder / "minute.mp4", []
     write_film(minute, *shots, codec="libx264")
-    for minutes in (2, longer):
+    for minutes in (2, 30):
         out = drawn.folder / f"out{minutes}"
         path = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
         peaks.append(extract.peak(path, out, drawn.models))

@@ -108,16 +108,10 @@ def test_locks_and_logs_keep_what_other_files_hold(tmp_path, victim):
 
 def test_a_threshold_that_is_no_number_is_refused(stranger):
     """With this threshold, nobody would ever be named, without a warning."""
-    path = stranger / "metrics.json"
-    values = json.loads(path.read_text())
-    for threshold in (float("inf"), float("nan")):
-        path.write_text(json.dumps(values | {"threshold_at_fpir_0.01": threshold}))
-        if np.isnan(threshold):
-            refused(
-                RunFolder(stranger).metrics, "a number, not NaN - at `$.threshold_at_fpir_0.01`"
-            )
-        else:
-            RunFolder(stranger).metrics()
+    values = json.loads((stranger / "metrics.json").read_text())
+    values["threshold_at_fpir_0.01"] = float("nan")
+    (stranger / "metrics.json").write_text(json.dumps(values))
+    refused(RunFolder(stranger).metrics, "a number, not NaN - at `$.threshold_at_fpir_0.01`")
 
 
 @pytest.mark.parametrize("mode", READ)
@@ -148,14 +142,11 @@ def test_a_number_that_overflows_a_float_is_one_error(stranger, complaint):
 
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
 def test_json_nested_deeply_is_one_error(stranger, complaint, name):
-    path = stranger / f"{name}.json"
-    if name == "manifest":
-        path = stranger / "checkpoints" / "1" / "manifest.json"
-        path.parent.mkdir(parents=True)
+    folder = stranger / ("checkpoints/1" if name == "manifest" else "")
+    folder.mkdir(parents=True, exist_ok=True)
     (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
-    for content in (DEEP, *((b"[" * 900 + b"]" * 900,) if name == "metrics" else ())):
-        path.write_bytes(content)
-        complaint(stranger, *READ)
+    (folder / f"{name}.json").write_bytes(DEEP)
+    complaint(stranger, *READ)
 
 
 def test_a_file_of_endless_size_is_not_read(stranger, tmp_path, complaint):
@@ -234,7 +225,6 @@ def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_
             dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2)),
         ),
         ({}, {"attention": np.zeros((20_000, 2), np.float32)}),
-        ({}, {"ap": np.array(["<b>"]), "positives": np.array([1])}),
         ({}, {"ap": np.array([0.5])}),
     ],
 )
@@ -285,27 +275,24 @@ def load(folder):
         return checkpoint.load(found, ITEMS, everywhere), found.manifest
 
 
-@pytest.mark.parametrize("link", quick_first(["state/sub", "state", ""]))
+@pytest.mark.parametrize("link", quick_first(["state/sub", ""]))
 def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
     """An older step lists the files of another folder, to which a link in it leads."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
-    for name in ("thesis.tex", "sub/photo.jpg", "manifest.json"):
+    for name in ("thesis.tex", "sub/photo.jpg"):
         (outside / name).write_text("mine")
     save(folder, 0, 1)
     theirs = folder / "checkpoints" / "0"
     manifest = checkpoint.read_manifest(theirs)
     manifest["files"] = dict.fromkeys(("thesis.tex", "photo.jpg", "sub/photo.jpg"), "0" * 64)
     files.write_manifest(theirs / "manifest.json", manifest)
-    shutil.rmtree(theirs / "state")
-    if link == "state/sub":
-        (theirs / "state").mkdir()
-    elif not link:
-        shutil.copy(theirs / "manifest.json", outside / "manifest.json")
-        (outside / "state").symlink_to(outside)
-        shutil.rmtree(theirs)
-    before = contents(outside)
+    shutil.copy(theirs / "manifest.json", outside)
+    (outside / "state").symlink_to(outside)
+    shutil.rmtree(theirs / "state" if link else theirs)
+    (theirs / link).parent.mkdir(exist_ok=True)
     (theirs / link).symlink_to(outside, target_is_directory=True)
+    before = contents(outside)
     shutil.copytree(theirs, folder / "checkpoints" / ".partial" / "0", symlinks=True)
     save(folder, 2, 3, 4)
     assert load(folder)[1]["step"] == 4
@@ -336,14 +323,10 @@ def test_a_checkpoint_that_is_a_link_is_damaged_and_not_written(tmp_path):
     save(tmp_path / "run", 0)
     link = tmp_path / "run" / "checkpoints" / "1"
     before = (real / "manifest.json").read_bytes()
-    shutil.copytree(real, link)
-    shutil.rmtree(link / "state")
-    for leads in (link / "state", link):
-        shutil.rmtree(link) if leads == link else None
-        leads.symlink_to(real / leads.relative_to(link), target_is_directory=True)
-        with pytest.raises(checkpoint.DamagedError, match="is a link"):
-            checkpoint.verify(link)
-        assert load(tmp_path / "run")[1]["step"] == 0
+    link.symlink_to(real, target_is_directory=True)
+    with pytest.raises(checkpoint.DamagedError, match="is a link"):
+        checkpoint.verify(link)
+    assert load(tmp_path / "run")[1]["step"] == 0
     checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
     assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
 
@@ -365,12 +348,11 @@ def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path, victim, kind
         checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("module", quick_first(["vidjax", "vidjax.main"]))
-def test_modules_of_the_present_folder_are_not_run(tmp_path, module):
+def test_modules_of_the_present_folder_are_not_run(tmp_path):
     """A stranger's folder may hold a `json.py`, and the user may stand in it."""
     for name in ("json", "numpy", "typing", "contextlib", "argparse", "yaml"):
         (tmp_path / f"{name}.py").write_text(f"open('{name}.ran', 'w').close()")
-    command = [sys.executable, "-B", "-m", module, "--mode=check", "--config=knn", "--workdir=no"]
+    command = [sys.executable, "-B", "-m", "vidjax", "--mode=check", "--config=knn", "--workdir=no"]
     env = {name: text for name, text in os.environ.items() if name != "PYTHONSAFEPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
@@ -424,9 +406,7 @@ def test_a_shared_cache_is_opened_as_a_run_folder_is(tmp_path, converted, name):
     "change",
     [
         lambda m: m["modalities"]["face"].update(dim=1 << 40),
-        lambda m: m["splits"]["train"].update(records=1 << 40),
         lambda m: m["splits"]["train"]["shards"][0].update(path="../../../../secret.tfrecord"),
-        lambda m: m["splits"]["train"]["shards"][0].update(size=1 << 60, mtime_ns=0),
         lambda m: m["splits"]["train"].update(shards=5),
         lambda m: m.update(files={}),
     ],
@@ -467,12 +447,11 @@ def no_programs():
 def test_programs_are_kept_where_nobody_else_may_write(tmp_path, no_programs):
     cache = tmp_path / "cache"
     (cache / "programs").mkdir(parents=True)
-    for folder, mode in ((cache, 0o777), (cache / "programs", 0o1777)):  # others may add a program
-        folder.chmod(mode)
-        with pytest.warns(UserWarning, match=f"chmod go-w {folder}"):
-            devices.keep_programs(cache)
-        assert jax.config.values["jax_compilation_cache_dir"] is None
-        folder.chmod(0o755)
+    cache.chmod(0o777)  # others may add a program
+    with pytest.warns(UserWarning, match=f"chmod go-w {cache}"):
+        devices.keep_programs(cache)
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    cache.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(cache, 12345, 12345)
         assert files.find_foreign_folder(cache / "programs") == cache
@@ -491,11 +470,8 @@ def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
     assert (data.dir, data.weights) == (f"{tmp_path}/here/features", f"{tmp_path}/here/weights.txt")
 
 
-@pytest.mark.slow
-def test_a_finished_run_gets_no_other_configuration(trained, say, official_dir):
-    run = trained("configs/quality_fusion.py:iqiyi_vid")
-    words = [f"--config={run}/config.json", f"--config.data.dir={official_dir}"]
-    before = contents(run)
-    said = say(*words, f"--workdir={run}", "--config.optim.learning_rate=0.5", code=2)
-    assert "another workdir" in said and "metrics.json" in before
-    assert contents(run) == before
+def test_a_finished_run_gets_no_other_configuration(nearest_run, say, official_dir):
+    words = [f"--config={nearest_run}/config.json", f"--config.data.dir={official_dir}"]
+    before = contents(nearest_run)
+    said = say(*words, f"--workdir={nearest_run}", "--config.seed=5", code=2)
+    assert "another workdir" in said and contents(nearest_run) == before

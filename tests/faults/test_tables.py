@@ -76,8 +76,7 @@ def test_a_table_of_one_value_is_refused_whatever_its_footer_says(tmp_path):
         assert "damaged" in str(error)
 
 
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
 def test_numbers_of_pages_and_footer_that_differ_are_refused(tmp_path, version, dictionary):
     path = tmp_path / "a.parquet"
     options = {"data_page_version": version, "use_dictionary": dictionary}

