@@ -1,9 +1,7 @@
 """Writes feature pickles as the official ones are laid out, of any content a test wants."""
 
 import csv
-import io
 import pickle
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,18 +100,13 @@ def write_labels(path: Path, labels: Mapping[str, object]) -> Path:
 
 
 def write_parquet(
-    path: Path,
-    clips: Mapping[str, Mapping[str, Any]],
-    *,
-    fields: Collection[str] = (),
-    width: int = -1,
-    **options: Any,
-) -> Path:
+    path: Path, clips: Mapping[str, Mapping[str, Any]], *, fields: Collection[str] = (),
+    width: int = -1, **options: Any,
+) -> Path:  # fmt: skip
     """Writes a table with a row a frame, the rows of all clips mixed; returns its path.
 
     `clips` are clip -> modality -> features, or a dict with them and other fields, of which some
-    `fields` are written. Lists of features have a `width`, -1 for any length; `options` are of
-    `pyarrow.parquet.write_table`.
+    `fields` are written. Lists of features have a `width`, -1 for any length.
     """
     import pyarrow
     from pyarrow import parquet
@@ -200,17 +193,3 @@ def write_learnable(
         if split != "test":
             truth = {n: str(i) for n, i in zip(names, labels, strict=True) if i}
             write_truth(directory, split, truth)
-
-
-def bomb(path: Path, gigabytes: float) -> None:
-    """Writes an archive of a few megabytes that unpacks to gigabytes of zeros."""
-    size, header = int(gigabytes * (1 << 30)), io.BytesIO()
-    about = {"descr": "<f8", "fortran_order": False, "shape": (size // 8,)}
-    np.lib.format.write_array_header_1_0(header, about)
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("ap.npy", "w", force_zip64=True) as entry,
-    ):
-        entry.write(header.getvalue())
-        for _ in range(size >> 24):
-            entry.write(bytes(1 << 24))

@@ -20,10 +20,10 @@ from vidjax.runs.config_io import value_text
 
 
 def documentation() -> Mapping[str, str]:
-    """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
+    """Returns section of `configs/README.md` -> its Markdown."""
     known = _known_names()
-    tables = (_argument_table(), _field_tables(known), _name_tables(known))
-    return dict(zip(("arguments", "fields", "names"), tables, strict=True))
+    fields, names = _field_tables(known), _name_tables(known)
+    return {"arguments": _argument_table(), "fields": fields, "names": names}
 
 
 def _known_names() -> Mapping[str, Mapping[str, str]]:
@@ -99,8 +99,7 @@ def _name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, *rows]
-    text = [f"| {' | '.join(line)} |" for line in lines]
+    text = [f"| {' | '.join(line)} |" for line in (head, *rows)]
     return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]]) + "\n"
 
 

@@ -56,12 +56,7 @@ def exact(
 ) -> np.ndarray:
     """Returns vectors of length 1 of people of the two-covariance model, [people, clips, width].
 
-    Args:
-      rng: source of the draws.
-      people: number of people.
-      clips: number of clips of each.
-      width: length of the vectors.
-      within: share of the variance that is not the person's.
+    `within` is the share of the variance that is not the person's.
     """
     who, each = _spread(width, within)
     found = rng.normal(size=(people, 1, width)) * who

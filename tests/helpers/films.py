@@ -54,12 +54,9 @@ def write(
 ) -> None:
     """Writes pictures uint8 [H, W, 3] as a film; without any it has sound only.
 
-    Args:
-      stamps: times in milliseconds.
-      aspect: width of a pixel by its height.
-      held_ms: how long the last picture lasts, if above 0.
-      sound: samples [n] from `start_s` on, `rate` a second.
-      broken: the part of the packets of sound, from the first one on, that are no sound.
+    `stamps` are times in milliseconds, `aspect` is the width of a pixel by its height. The last
+    picture lasts `held_ms`, if above 0. `sound` are samples [n] from `start_s` on; a part of its
+    packets, from the first one on, is `broken`.
     """
     pictures = iter(frames)
     first, stream = next(pictures, None), None
@@ -142,20 +139,17 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
     context = av.VideoCodecContext.create(codec, "w")
     assert isinstance(context, av.VideoCodecContext)
     context.height, context.width = picture.shape[:2]
-    context.pix_fmt = {"mjpeg": "yuvj444p", "bmp": "bgr24", "libwebp": "yuv420p"}.get(
-        codec, "rgb24"
-    )
+    formats = {"mjpeg": "yuvj444p", "bmp": "bgr24", "libwebp": "yuv420p"}
+    context.pix_fmt = formats.get(codec, "rgb24")
     context.time_base = Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-    frame = frame.reformat(
-        format=context.pix_fmt, dst_color_range="JPEG" if codec == "mjpeg" else None
-    )
+    colours = "JPEG" if codec == "mjpeg" else None
+    frame = frame.reformat(format=context.pix_fmt, dst_color_range=colours)
     data = b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
     if codec != "mjpeg":
         return data
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + struct.pack(
-        ">HHI", orientation, 0, 0
-    )
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01"
+    exif += struct.pack(">HHI", orientation, 0, 0)
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
 
 

@@ -17,10 +17,9 @@ GB = 1 << 30
 
 
 class Ended(NamedTuple):
-    """A command that has ended.
+    """A command that has ended; SIGKILL ends it where memory was short.
 
-    The exit code is negative where a signal ended it: SIGKILL where memory was short. The peak is
-    the most memory that it and its children held at once, in bytes; without pages of files.
+    The peak is the bytes that it and its children held at once, without pages of files.
     """
 
     returncode: int
@@ -64,9 +63,8 @@ def run(
 ) -> Ended:
     """Runs a command in the root of the repository, as under `ulimit -n` and a memory cgroup.
 
-    `files` is how many files a process may open, `memory` the bytes that all its processes may hold
-    together, `timeout` the seconds after which it is killed, with a TimeoutExpired. No rights are
-    needed: memory is read fifty times a second, and all of them are killed beyond the limit.
+    `memory` is the bytes that all its processes may hold together: it is read fifty times a second,
+    and all of them are killed beyond it.
     """
     command = [str(word) for word in words]
     if files:

@@ -30,16 +30,9 @@ def write(
 ) -> Path:
     """Writes configuration, identities, results and analysis of a run; returns its folder.
 
-    Args:
-      folder: of the run.
-      averages: identity -> average precision.
-      overrides: words such as `--config.seed=1`.
-      positives: clips of every identity.
-      num_clips: number of ranked clips.
-      split: the split of `metrics{suffix}.json`.
-      suffix: `_SPLIT` for a split that training did not watch.
-      truth: False if the split has no ground truth.
-      results, arrays: more values of `metrics.json` and of `analysis.npz`.
+    `averages` are identity -> average precision, of `positives` clips each. The `suffix` is
+    `_SPLIT` for a split that training did not watch; `results` and `arrays` are more values of
+    `metrics.json` and of `analysis.npz`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
@@ -84,10 +77,9 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def example(
     kind: Any, texts: Mapping[str, str], key: str = "", counter: Iterator[int] | None = None
 ) -> Any:
-    """Returns JSON of a format with a value at every key, another one each time.
+    """Returns JSON of a type of `vidjax.runs.schemas`, with another value at every key.
 
-    `kind` is a type of `vidjax.runs.schemas` or of msgspec, and `texts` are key -> text, with {}
-    for a number.
+    `texts` are key -> text, with {} for a number.
     """
     counter = counter or itertools.count()
     kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)

@@ -17,18 +17,12 @@ VOID = ("meta", "link", "br", "img", "input")
 
 
 class Page(html.parser.HTMLParser):
-    """The elements and the texts of a page, as a browser would see them.
-
-    Attributes:
-      tags: (tag, attributes, tags around it) of every element.
-      open: tags that were opened and not closed.
-      texts: (text, tags around it) of every text.
-      data: (value, shown text) of every number that `html.number` wrote.
-    """
+    """The elements and the texts of a page, as a browser would see them."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open, self.texts, self.data = [], [], [], []
+        self.tags, self.open = [], []  # (tag, attributes, tags around it); tags that are open
+        self.texts, self.data = [], []  # (text, tags around it); (value, shown text) of numbers
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -68,13 +62,7 @@ def values(text):
 
 
 def check_numbers(folder, text, split=None):
-    """Asserts that every value of a report is in a file of the run, or follows from one.
-
-    Args:
-      folder: the folder of the run.
-      text: the page.
-      split: the split that the page is of; None for the split of the run.
-    """
+    """Asserts that every value of a report is in a file of the run, or follows from one."""
     exact, data = file_numbers(folder) | derived(folder, split), Page(text).data
     assert len(data) > 5
     assert [pair for pair in data if float(pair[0]) not in exact] == []
