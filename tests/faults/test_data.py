@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -294,48 +293,3 @@ def test_identities_that_no_clip_shows_keep_their_columns(official):
     with pytest.warns(UserWarning, match="show identities without a class in the training data"):
         fewer = load(official).with_identities(("1", "2", "9"))
     assert set(fewer.split("train").labels.tolist()) == {0, 1, 2}
-
-
-def random_directory(rng, folder, size=40):
-    """Writes files with faults at random; returns what was written, counted as it was written."""
-    told: dict[str, Any] = {}
-    for split in ("train", "val"):
-        present: set[str] = set()
-        for modality, missing in {"face": 0.1, "head": 0.2, "audio": 0.2}.items():
-            clips, counts = {}, Counter()
-            for name in (f"{split}{i:03d}" for i in range(size) if rng.random() > missing):
-                length = int(rng.choice([0, 1, 2, 7])) if modality != "audio" else 1
-                clip = clips[name] = random_clip(rng, length, DIM)
-                bad = rng.random(length) < rng.choice([0.0, 0.1, 1.0], p=[0.6, 0.3, 0.1])
-                clip.features[bad, rng.integers(DIM)] = rng.choice([np.nan, np.inf, -np.inf])
-                clip.quality[rng.random(length) < 0.05] = np.nan
-                kept = length - int(bad.sum())
-                counts += Counter(frames_seen=length, frames=kept, clips_seen=1, clips=kept > 0)
-            write_pickle(folder, modality, split, clips)
-            present |= clips.keys()
-            told[f"{split}/{modality}"] = counts
-        labels = {name: str(1 + int(rng.integers(9))) for name in sorted(present)}
-        write_truth(folder, split, {name: labels[name] for name in labels if rng.random() < 0.85})
-        told[f"{split}/clips"] = present
-    return told
-
-
-@pytest.mark.slow
-def test_loaded_and_skipped_add_up_to_what_was_seen(tmp_path, campaign):
-    for trial in range(60 if campaign else 2):
-        folder = tmp_path / str(trial)
-        folder.mkdir()
-        told = random_directory(np.random.default_rng(trial), folder)
-        with warnings.catch_warnings(action="ignore"):
-            data = load(folder)
-        assert_adds_up(data.report)
-        for split, facts in data.report["splits"].items():
-            for modality, counts in facts["modalities"].items():
-                wanted = told[f"{split}/{modality}"]
-                assert {key: counts[key] for key in wanted} == dict(wanted)
-                came = features_of(data, split, modality)
-                assert len(came) == facts["clips"]
-                assert sum(map(len, came.values())) == counts["frames"]
-                assert all(np.isfinite(features).all() for features in came.values())
-            assert {*data.split(split).clips} == told[f"{split}/clips"]
-            assert (data.split(split).labels > 0).sum() == facts["labelled_clips"]

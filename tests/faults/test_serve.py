@@ -1,21 +1,15 @@
-"""A server that gets hostile requests, and one that is killed while it changes people.
-
-Requests are right ones with a seeded mutation, large ones, and those that schemathesis makes of the
-description. With `--campaign` tests of random requests take ten times as long.
-"""
+"""A server that gets hostile requests, and one that is killed while it changes people."""
 
 import contextlib
 import http.client
 import io
 import json
 import random
-import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,94 +23,6 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 
 pytestmark = pytest.mark.slow
-SECONDS = 25.0  # of the slowest answer
-
-
-def post(path, body, *headers):
-    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", *headers, "Connection: close"]
-    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
-
-
-def right(rng):
-    """Returns a request that gets a 200."""
-    clips = {"q": servers.make_frames(rng.randrange(10**6), f"person {rng.randrange(12)}")}
-    if rng.random() < 0.5:
-        body = json.dumps({"clips": servers.as_json(clips)}).encode()
-        return post("/identify", body, "Content-Type: application/json")
-    face = clips["q"]["face"][None].astype("<f4")
-    tensor = {"name": "face", "shape": list(face.shape), "datatype": "FP32"}
-    tensor["parameters"] = {"binary_data_size": face.nbytes}
-    head = json.dumps({"inputs": [tensor]}).encode()
-    length = f"Inference-Header-Content-Length: {len(head)}"
-    return post("/v2/models/gallery/infer", head + face.tobytes(), length)
-
-
-def mutated(rng):
-    """Returns a request with something wrong, mostly."""
-    head, _, body = right(rng).partition(b"\r\n\r\n")
-    kind, at = rng.randrange(6), rng.randrange(len(body))
-    if kind == 0:
-        return rng.randbytes(rng.randrange(1, 3000)) + b"\r\n\r\n"
-    if kind == 1:
-        head = head.replace(b"Host", rng.choice([b"Ho st", b"X" * 50_000, b"\0", b"Origin"]), 1)
-        return head + b"\r\n\r\n" + body
-    if kind == 2:  # a number of another size or type
-        body = body.replace(b"0.", rng.choice([b"NaN", b"-1e999", b"1e39", b'"0"', b"{}"]), 1)
-    elif kind == 3:  # depth; half a body, or too much
-        deep = rng.choice([b"[", b'{"a":', b'{"clips":[']) * rng.randrange(1, 50_000)
-        body = rng.choice([deep, body[:at], body * 3])
-    else:
-        body = body[:at] + rng.randbytes(4) + body[at + 4 :]
-    # The length is right, so that the body is looked at.
-    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Content-Length")]
-    lines.append(b"Content-Length: %d" % len(body))
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-def send(port, content):
-    """Sends bytes; returns the status of the answer, 0 if the server only hung up."""
-    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as one:
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            one.sendall(content)
-            one.shutdown(socket.SHUT_WR)
-            while part := one.recv(1 << 16):
-                answer += part
-    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
-
-
-def memory(server, kind):
-    """Returns the memory of a server in MiB: VmRSS is what it takes now, VmHWM the most."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.split(f"{kind}:")[1].split()[0]) >> 10
-
-
-def near(content):
-    """Returns what equals the JSON of an answer to 1e-6."""
-    if isinstance(content, dict):
-        return {name: near(one) for name, one in content.items()}
-    if isinstance(content, list):
-        return [near(one) for one in content]
-    return pytest.approx(content, abs=1e-6) if isinstance(content, float) else content
-
-
-def test_hostile_requests_get_an_answer_and_cost_no_memory(tmp_path, fault_seed, campaign):
-    servers.make_gallery(tmp_path / "g")
-    rng, statuses, level = random.Random(fault_seed), Counter(), []
-    with servers.served(tmp_path / "g") as server:
-        query = {"clips": servers.as_json({"q": servers.make_frames(7030, "person 3")})}
-        status, content = server.ask("POST", "/identify", query)
-        wanted = status, near(content)
-        for number in range(2000 if campaign else 200):
-            status = send(server.port, mutated(rng))
-            assert status < 500, f"request {number}: {status}"
-            statuses[status] += 1
-            if number % 50 == 49:
-                assert server.ask("POST", "/identify", query) == wanted
-                level.append(memory(server, "VmRSS"))
-        assert server.end() == 0
-    assert statuses[422] > statuses.total() / 4
-    assert level[-1] <= level[len(level) // 2] + 64
 
 
 def packed(array, method):
@@ -155,7 +61,10 @@ def test_small_requests_that_become_large_take_little_memory(tmp_path, kind):
             return 429
 
         assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
-        assert memory(server, "VmHWM") < 1000
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        assert int(status.split("VmHWM:")[1].split()[0]) < 1000 << 10
+        status, found = server.ask("POST", "/identify", {"clips": MANY[:1], "threshold": 0.5})
+        assert status == 200 and found["clips"][0]["clip"] == "c 0"
         assert server.end() == 0
 
 

@@ -10,10 +10,7 @@ from vidjax.cli import program
 
 SIDE = made_nets.FACE
 # A net that tells people apart by the colour of their faces.
-EMBED = {
-    "content": made_nets.embedder(weights=made_nets.colours()),
-    "input": {"mean": [170.0] * 3},
-}
+EMBED = {"content": made_nets.embedder(weights=made_nets.colours()), "input": {"mean": [170.0] * 3}}
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
 
 
