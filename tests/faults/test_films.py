@@ -117,39 +117,27 @@ def test_a_full_disk_ends_it_and_leaves_nothing_half(drawn):
 
 
 def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(drawn):
-    """A file of each kind that is no film, and damaged ones."""
     where, film = drawn.folder / "in", drawn.film()
     where.mkdir()
-    whole = film.read_bytes()
-    films.write(where / "half.mp4", [films.scene(n) for n in range(20)])
-    half = (where / "half.mp4").read_bytes()
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
     bmp = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     bmp[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
-    flipped, rng = bytearray(whole), np.random.default_rng(0)
-    for place in rng.integers(3000, len(whole) - 10, 10):
-        flipped[place] ^= 1 << int(rng.integers(8))
-    bad = {
-        **films.NO_FILMS, "half.mp4": half[: len(half) // 2], "huge.bmp": bytes(bmp),
-        "http.m3u8": films.PLAYLIST.format(address).encode(),
-    }  # fmt: skip
-    fine = {"secret.mkv": whole, "cut.mkv": whole[: len(whole) // 2], "flipped.mkv": bytes(flipped)}
-    for name, content in (bad | fine).items():
-        (where / name).write_bytes(content)
-    os.mkfifo(where / "pipe.mp4")
+    (where / "huge.bmp").write_bytes(bmp)
+    (where / "http.m3u8").write_bytes(films.PLAYLIST.format(address).encode())
+    (where / "list.mp4").write_bytes(films.NO_FILMS["list.mp4"])
     (where / "device.mp4").symlink_to("/dev/zero")
-    (where / "nowhere.mp4").symlink_to(where / "absent")
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(os.path.relpath(where / "socket.mp4"))
+    os.mkfifo(where / "pipe.mp4")
     films.write(where / "voice.m4a", [], sound=np.zeros(8000))
-    failing = [*bad, "pipe.mp4", "device.mp4", "nowhere.mp4", "socket.mp4", "voice.m4a"]
-    paths = [where / name for name in [*failing, *fine]]
-    content, said = drawn.extract(*paths, flags=["--workers=4"], code=1)
-    assert content["files"] == 3
-    assert sorted(map(os.path.basename, content["failed"])) == sorted(failing)
+    failing = sorted(path.name for path in where.iterdir())
+    whole = film.read_bytes()
+    (where / "secret.mkv").write_bytes(whole)
+    (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    content, said = drawn.extract(*sorted(where.iterdir()), flags=["--workers=4"], code=1)
+    assert content["files"] == 2
+    assert sorted(map(os.path.basename, content["failed"])) == failing
     assert all(f"/{name}'" in said for name in failing)
-    assert "Traceback" not in said and len(said.splitlines()) <= 3 * len(paths)
+    assert "Traceback" not in said and len(said.splitlines()) <= 3 * (len(failing) + 2)
     found = {film.video: film for film in features_folder.read_films(drawn.out)}
     assert found["cut.mkv"].damaged and not found["secret.mkv"].damaged
     assert len(found["secret.mkv"].tracks) == 4
