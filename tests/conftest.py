@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from tests.helpers import clip_files
 ROOT = Path(__file__).parent.parent
 # Fewer programs in flight, and no memory of several.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-LINUX = sys.platform == "linux"
 MOST_RESIDENT = [2 << 30]  # bytes of this process above which programs are forgotten
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which nothing frees
 
@@ -78,8 +77,8 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 def resident() -> int:
     """Returns the bytes of memory of this process, 0 where it is not known."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if LINUX else 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -263,16 +262,19 @@ def say(command: Callable[..., Done]) -> Callable[..., Any]:
     return run
 
 
+def execute(words: Iterable[str | Path], cwd: Path, **env: str) -> Any:
+    """Runs Python with some words on one device."""
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
 @pytest.fixture(scope="session")
 def python(cache_dir: Path) -> Callable[..., str]:
     """Runs a program in a new process, which must succeed; returns its output."""
 
     def run(program: str, *words: str | Path, cwd: Path = ROOT, **env: str) -> str:
-        env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **env}
-        command = [sys.executable, "-c", program, *map(str, words)]
-        done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600
-        )
+        done = execute(("-c", program, *words), cwd, **env)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -281,16 +283,8 @@ def python(cache_dir: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m vidjax.main WORDS` as a user would, on one device."""
-
-    def run(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
-        command = [sys.executable, "-m", "vidjax.main", *map(str, words)]
-        return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600
-        )
-
-    return run
+    """Runs `python -m vidjax.main WORDS` as a user would."""
+    return lambda *words, cwd=ROOT: execute(("-m", "vidjax.main", *words), cwd)
 
 
 @pytest.fixture

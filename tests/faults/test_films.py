@@ -152,7 +152,7 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
-def test_odd_names_of_files_are_kept_apart_and_printable(drawn):
+def test_odd_names_of_files_are_kept_apart_and_printable(drawn, read_here):
     place, features = drawn.folder / "in", drawn.out / "features"
     write_photo(drawn.folder / "one.png", ("Ada", 20, 20))
     content = (drawn.folder / "one.png").read_bytes()
@@ -211,7 +211,7 @@ def test_folders_of_strangers_end_in_errors_of_a_line(tmp_path):
             features_folder.read_extraction(place)
 
 
-def test_nothing_outside_of_a_folder_of_strangers_is_touched(drawn):
+def test_nothing_outside_of_a_folder_of_strangers_is_touched(drawn, read_here):
     """Names that lead out of it are mended by the same call; a link is refused wherever it is."""
     film, out, mine = drawn.film(), drawn.out, drawn.folder / "mine"
     mine.mkdir()
@@ -295,7 +295,7 @@ os._exit(1)
 
 
 @pytest.mark.parametrize("left", ["probe", "half"])
-def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, left):
+def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, read_here, left):
     """It left the file that tried the folder, or half of a gallery and a journal."""
     path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
@@ -307,7 +307,7 @@ def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, left):
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
 
 
-def test_a_photo_of_a_killed_call_goes_with_the_photo(drawn):
+def test_a_photo_of_a_killed_call_goes_with_the_photo(drawn, read_here):
     """It was killed after the clip was there, and before the file that tells of it."""
     film, features = drawn.film(), drawn.out / "people" / "Ada"
     for number in (1, 2):
@@ -342,7 +342,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
     assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks
 
 
-def test_who_keeps_what_was_changed_in_its_gallery(drawn):
+def test_who_keeps_what_was_changed_in_its_gallery(drawn, read_here):
     """Photos that were relabelled, people who were renamed; a photo that is another one now."""
     film, friends = drawn.film(), drawn.friends
     for name, number in (("Ada", 1), ("Ada", 2), ("Bob", 1)):
