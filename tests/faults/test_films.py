@@ -324,7 +324,7 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
     counts, wrong = film_mutations.run(tmp_path, 1000 if campaign else 25, fault_seed)
     assert not wrong
     for count in counts.values():
-        assert count["refused"] > 2 and count["whole"] > 2
+        assert count["refused"] and count["whole"]
 
 
 @pytest.mark.nightly
