@@ -129,7 +129,9 @@ def test_other_blocks_give_the_same_analysis(workdir, data):
 
 def test_qualities_are_means_of_the_frames(nearest_run, data):
     model, mesh = small_runs.restored(nearest_run, data), devices.make_mesh(1)
-    quality, attention = analysis.look(model, "val", mesh, 16, attention=False)
+    quality, attention = analysis.measure_quality_and_attention(
+        model, "val", mesh, 16, attention=False
+    )
     assert attention is None
     for clips, packed in data.packed("val", ("face",)):
         face = packed["face"]

@@ -240,7 +240,7 @@ def test_a_modality_that_the_run_does_not_read_gets_a_warning_where_one_is_missi
     run = restored("cosine")
     assert set(run.modalities) == {"face", "head", "audio"}
     face = next(one["face"] for one in clips["val"].values() if len(one["face"]["features"]))
-    with pytest.warns(UserWarning, match="no clip has .*audio.*aduio is not read.*mean 'audio'"):
+    with pytest.warns(UserWarning, match="no clip has .*audio.*aduio, which the run.*mean 'audio'"):
         run.scores({"a": {"face": face, "head": [], "aduio": np.ones((1, 3))}})
     with pytest.raises(ValueError, match="leave it out"):
         run.scores({"a": {"face": face}}, split="val")

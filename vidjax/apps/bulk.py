@@ -213,7 +213,7 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: Work) -> bytes:
-    """Returns a note that identifies a table (by size and time) and the work."""
+    """Returns JSON that identifies a table, by size and time, and the run or gallery of `work`."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return msgspec.json.encode({"clips": clips, **work.made_by()})

@@ -87,7 +87,7 @@ class FeatureDict:
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Checks all clips and writes them to flat files."""
+        """Reads and checks all clips; their arrays are in raw files below `scratch`."""
         return {
             split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
@@ -142,13 +142,13 @@ class FeatureFolder:
         ]
 
     def file_of(self, modality: str, split: str) -> Path:
-        """Returns the table of a split, or the folder of its clips."""
+        """Returns the path that messages name: the table of a split, or the folder of its files."""
         del modality
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Checks all clips and writes them to flat files."""
+        """Reads and checks all clips; their arrays are in raw files below `scratch`."""
         options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:

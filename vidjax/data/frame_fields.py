@@ -113,7 +113,10 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Returns clips whose flat files and `summary` come from another process."""
+        """Opens the arrays that a child process wrote to `folder`, as one raw file per field.
+
+        `summary` has the names, lengths, width, dtype and counts of the clips.
+        """
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(

@@ -127,8 +127,8 @@ class MemoryClips:
             similar = [closest(name.lower(), missing) for name in sorted(unread)]
             hint = next((f"; did you mean '{name}'?" for name in similar if name), "")
             warn(
-                f"no clip has {', '.join(missing)}, a modality of the run; "
-                f"{show(', '.join(sorted(unread)))} is not read{hint}"
+                f"no clip has the modality {', '.join(missing)} of the run; the clips have "
+                f"{show(', '.join(sorted(unread)))}, which the run does not use{hint}"
             )
         return cls(packed, names, modalities, identities)
 

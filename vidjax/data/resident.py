@@ -188,7 +188,10 @@ def choose_mode(
 
 
 def free_bytes(mesh: Mesh) -> float:
-    """Returns the free bytes of the fullest local device. Emulated devices share the memory."""
+    """Returns the free bytes of the fullest local device.
+
+    On a CPU, the free memory of the host is divided by the number of emulated devices.
+    """
     free = []
     for device in mesh.local_devices:
         stats = device.memory_stats() if device.platform != "cpu" else None

@@ -359,8 +359,8 @@ def restore(
     """Restores a trained run and checks its weights against their sha256.
 
     If the requested step is damaged, the next intact step is used, with a warning. The folder of
-    the run is not changed. Compiled programs are kept in the cache of the command line. For the
-    arguments and errors see `vidjax.restore`.
+    the run is not changed. Compiled programs are cached on the disk, as by `vidjax` commands. For
+    the arguments and errors see `vidjax.restore`.
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")

@@ -179,7 +179,10 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
         if not _is_text(line):
             raise UserError(f"{place}: not UTF-8 text")
         if len(fields) < 2:
-            raise UserError(f"{place}: {fields[0]!r} has no positive")
+            raise UserError(
+                f"{place}: identity {fields[0]!r} has no clip\n"
+                "write NAME.mp4 ID, or ID NAME.mp4 NAME.mp4 ..."
+            )
     direct = _names_come_first(path, [fields for _, fields in rows])
     positives: dict[str, list[str]] = {}
     seen: dict[str, str] = {}

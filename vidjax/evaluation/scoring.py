@@ -95,7 +95,7 @@ class ModelScorer:
         self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK]
     ) -> list[Array]:
         model, totals = self.model, list[Any]([None] * len(blocks))
-        judges = np.stack([self._judges(block) for block in blocks], axis=1)
+        judges = np.stack([self._find_members(block) for block in blocks], axis=1)
         for number, member in enumerate(model.training_sets.members):
             if not judges[number].any():
                 continue
@@ -111,8 +111,12 @@ class ModelScorer:
                 rankings[number].flush()  # frees the scores of this member
         return [_mean(total) for total in totals]
 
-    def _judges(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, True for the members that may score a clip; member 0 if none may."""
+    def _find_members(self, block: Batch) -> np.ndarray:
+        """Returns [E] bool, True for the members that may score a clip of the block.
+
+        A member does not score clips that it was trained on. If no member may score a clip, member
+        0 is True.
+        """
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
         return used if np.any(used) else np.arange(len(used)) == 0

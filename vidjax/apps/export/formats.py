@@ -279,7 +279,10 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 
 
 def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the vectors for the reader: part -> [B, D], mean frames scaled to length 1."""
+    """Returns the inputs of `reader.log_probabilities`: modality -> [B, D] of L2 norm 1.
+
+    A row is the mean of the fused frames of a clip.
+    """
     batch = function.make_batch(run, inputs)
     fused = run.system.fuse(None, batch.frames, jax.numpy.int32(-1))
     return {part: np.asarray(unit_mean(fused[part])) for part in run.modalities}

@@ -42,8 +42,8 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]  # variable sizes are symbols
 def input_shapes(run: Predictor) -> Shapes:
     """Returns name -> shape and dtype of the inputs of `compute_outputs`.
 
-    The sizes B (clips) and T_MODALITY (frames) are symbols. If frames are examples, with
-    `after_fusion=examples`, all modalities have the same length T.
+    The sizes B (clips) and T_MODALITY (frames) are symbolic dimensions of `jax.export`. With
+    `after_fusion=examples`, all modalities share the dimension T.
     """
     same_length = run.system.frame_is_example
     scope = jax.export.SymbolicScope()

@@ -347,7 +347,10 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns coordinates and terms of clips, whose unit vectors are [Q, D]."""
+        """Returns the coordinates [Q, D] and the constants [Q, kinds] of clips.
+
+        `units` are the unit vectors [Q, D] of the clips.
+        """
         del effective
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -355,7 +358,15 @@ class Ratios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns products of coordinates and `People.linear` into ratios, in place."""
+        """Adds the constants of people and clips to products, in place.
+
+        Args:
+          ratios: products of the coordinates of clips and `People.linear`. Afterwards they are
+            log-likelihood ratios.
+          rows: the people of `ratios`.
+          owner: the clip of each element of `ratios`.
+          terms: the constants of all clips, from `ask`.
+        """
         ratios += self._constant[rows].astype(ratios.dtype)
         # Often all people have the same number of clips.
         column = 0 if terms.shape[1] == 1 else self.kind[rows]
@@ -414,7 +425,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns products of coordinates and `People.linear` into ratios, in place."""
+        """Turns products into log-likelihood ratios, in place; see `ProductRatios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (

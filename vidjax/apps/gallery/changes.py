@@ -52,7 +52,11 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds missing parts to enrolled clips; returns the clips whose other parts are equal."""
+        """Adds the modalities that enrolled clips lack; see `Gallery.complete`.
+
+        A clip is skipped if a modality that it has differs from `vectors`, clip -> vector. Returns
+        the names of all other clips.
+        """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
             old, vector = self.clips[name].vector, vectors[name]
@@ -91,7 +95,7 @@ class Draft:
             raise UserError(f"'{show(to)}' has this name already")
         if to in self.groups and not merge:
             raise UserError(
-                f"'{show(to)}' is enrolled, too: two people would become one\n"
+                f"'{show(to)}' is already enrolled: two people would become one\n"
                 "if they are the same: merge=True in Python, --merge on the command line"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})
@@ -164,8 +168,8 @@ class Draft:
         new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
         return find_similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
-    def _pairs(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        """Returns (old, new) for each changed clip; None if the clip did not or does not exist."""
+    def _list_changes(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
+        """Returns (old, new) for each changed clip. `old` or `new` is None if it does not exist."""
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
 
     @property
@@ -173,14 +177,14 @@ class Draft:
         """True if the back end must be fitted again, because it was fitted to a removed clip."""
         return any(
             old.fitted and (new is None or new.vector is not old.vector)
-            for old, new in self._pairs()
+            for old, new in self._list_changes()
             if old
         )
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
         """The new clips, and the strangers that became people. None if there are other changes."""
-        for old, new in self._pairs():
+        for old, new in self._list_changes():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
                 return None
         return {name: self.clips[name] for name in self._changed_clips}

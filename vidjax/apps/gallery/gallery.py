@@ -13,13 +13,14 @@ on the order of changes: a new gallery of the same clips and back end gives the 
 1e-6.
 
 An open gallery answers from the current content of its folder, even if another process changed it.
-A `State` is replaced and never changed, so an answer in another thread keeps its state to the end.
+A `State` is immutable, so an answer in another thread keeps its state to the end.
 A change is written to the folder first. If writing fails, folder and memory stay as they were.
 
-A removed person leaves no trace in the folder. If the back end was fitted to a removed clip, its
-vector could be computed from the centre and the other clips. `remove` therefore fits the back end
-again. The run, and the back end of a gallery made with `empty`, still depend on their training
-clips. Only a new training run without the clips removes this dependence.
+A removed person leaves no trace in the folder. If the back end (the parameters that score pairs of
+clips) was fitted to a removed clip, the vector of this clip could be computed from the back end and
+the other clips. `remove` therefore fits the back end again. The run, and the back end of a gallery
+made with `empty`, still depend on their training clips. Only a new training run without the clips
+removes this dependence.
 """
 
 import contextlib
@@ -361,7 +362,7 @@ class Gallery:
         """
         if self.origin.cards:
             raise UserError(
-                f"gallery '{self.folder}' was made of models, not of a run\n"
+                f"gallery '{self.folder}' was made from nets, not from a trained run\n"
                 "give it features of vidjax extract: --input=FOLDER"
             )
         wanted = self.origin.digest  # changes if the gallery is made again
@@ -483,7 +484,9 @@ class Gallery:
                     "every clip has a label, so no clip shows a stranger\n"
                     "leave out strangers=True, or --strangers on the command line"
                 )
-            raise UserError("no clip has a label: there is nobody to enrol\nsay who they show")
+            raise UserError(
+                "no clip has a label, so nobody can be enrolled\nname the person: --identity=NAME"
+            )
         labels = [None if label is None else check_person(label) for label in vectors.labels]
         usable = select_usable_clips(vectors._replace(labels=tuple(labels)))
         chosen = {name: usable[name] for name in wanted if name in usable}
@@ -935,11 +938,12 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         )
 
 
-def _advise_other_films(groups: Mapping[str, Collection[str]]) -> None:
-    """Reports people with several clips, all of the same film; `groups` is name -> clips."""
+def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
+    """Reports people with several clips, all of the same film; `clips_of` is name -> clips."""
     few = [
-        name for name, some in groups.items() if len(some) > 1 == len({*map(cut_film_name, some)})
-    ]
+        name for name, clips in clips_of.items()
+        if len(clips) > 1 == len({*map(cut_film_name, clips)})
+    ]  # fmt: skip
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
         say(f"all clips of {named} are of the same film, so they are alike: add other clips")
@@ -952,10 +956,10 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end to the clips with an identity; see `backend.fit`.
+    """Fits the parameters that score pairs of clips to the labelled clips; see `backend.fit`.
 
-    The order of the clips does not matter. If a person has several clips in a film, the first clip
-    is used for fitting, and their mean for enrolment.
+    The order of the clips does not matter. If a person has several clips in a film, the first of
+    these clips is used for fitting. The mean of these clips is used for enrolment.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)

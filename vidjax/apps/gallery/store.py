@@ -532,7 +532,7 @@ def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backen
     numbers = np.frombuffer(bytes(content), "<f8")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
-        raise UserError("its back end holds a number that is not finite")
+        raise UserError("a parameter of its back end is NaN or infinite")
     backend = from_numbers(kinds, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("a variance is below 0")
@@ -557,7 +557,7 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, St
             clips[name] = StoredClip(None if person == STRANGER else person, x, bool(fitted))
         vectors = np.frombuffer(b"".join(row[3] for row in rows), FLOAT).reshape(len(rows), -1)
         if not np.isfinite(vectors).all():
-            raise UserError("the vector of a clip holds a number that is not finite")
+            raise UserError("the vector of a clip contains NaN or infinity")
     return clips, total
 
 
@@ -567,7 +567,7 @@ def _check_names(name: str, person: str) -> None:
         if person != STRANGER:
             check_name(person, "identity")
     except UserError:  # its message contains the name, which must not enter the log of a server
-        raise UserError("a name is malformed") from None
+        raise UserError("the name of a clip or person is not valid") from None
 
 
 def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list[People], int]:
@@ -585,7 +585,7 @@ def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list
             for name in layout.names or ()
         )
         if not all(np.isfinite(x).all() for x in (*linear, constant)):
-            raise UserError("the coefficients of a person hold a number that is not finite")
+            raise UserError("the coefficients of a person contain NaN or infinity")
         if (count < 0).any():
             raise UserError("a number of clips is below 0")
         blocks.append(People(tuple(row[0] for row in rows), tuple(linear), constant.T, count.T))

@@ -128,8 +128,14 @@ def parse(
         length = tensor.parameters.binary_data_size
         if length is not None:
             size = math.prod(tensor.shape) * dtype.itemsize
-            if length != size or len(bytes(tensor.data)) or at + size > len(body):
-                raise unprocessable(f"input '{name}': its shape needs {size:,} bytes of the body")
+            if length != size:
+                raise unprocessable(
+                    f"input '{name}': binary_data_size is {length:,}, but its shape has {size:,}"
+                )
+            if len(bytes(tensor.data)):
+                raise unprocessable(f"input '{name}': send data or binary_data_size, not both")
+            if at + size > len(body):
+                raise unprocessable(f"input '{name}': the body ends before its {size:,} bytes")
             array = np.frombuffer(body, dtype, math.prod(tensor.shape), at)
             at += size
         else:

@@ -85,7 +85,7 @@ def make_question(
         fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
         arrays = {field: tensors[key] for field, key in fields.items() if key in tensors}
         if arrays and name not in tensors:
-            raise unprocessable(f"input '{fields[next(iter(arrays))]}' without '{name}'")
+            raise unprocessable(f"input '{fields[next(iter(arrays))]}' needs input '{name}'")
         for field, array in arrays.items():
             shape = (count, *tensors[name].shape[1:2])
             if array.shape[:2] != shape:

@@ -29,14 +29,13 @@ def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
       template: [P, 2], (x, y) in the crop.
 
     Returns:
-      [N, 2, 3] float64: M of crop (x', y') = M (x, y, 1). If all points of a face coincide, they
-      are only shifted.
+      [N, 2, 3] float64: matrices M that map a picture to its crop, (x', y') = M (x, y, 1). If all
+      points of a face coincide, M only shifts them.
 
     Source: Umeyama 1991, "Least-squares estimation of transformation parameters between two point
     patterns", equations 40 to 42. In two dimensions without mirroring, no singular value
-    decomposition
-    is needed: with both sets centred, scale times cosine and scale times sine are quotients of
-      sums.
+    decomposition is needed: scale times cosine and scale times sine are quotients of sums over the
+    centred points.
     """
     points, template = np.asarray(points, np.float64), np.asarray(template, np.float64)
     middle, target = points.mean(1), template.mean(0)

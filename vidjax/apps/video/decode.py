@@ -221,7 +221,7 @@ class Video:
         self.counts.damaged |= ends_early(self.counts.seconds, self.info)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the end of a frame; a frame may declare a longer duration than usual."""
+        """Returns the time at which a frame ends: after 1 / rate, or its declared duration."""
         end_s = time_s + 1.0 / self.info.rate
         duration_s = float((frame.duration or 0) * (frame.time_base or 0))
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))

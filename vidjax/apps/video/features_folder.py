@@ -133,7 +133,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
 
 class Film(Struct, kw_only=True):
-    """`videos/STEM.json`: a video or a photo.
+    """The content of `videos/STEM.json`, which describes a video or a photo.
 
     Attributes:
       video: the name of the file. `read_films` adds folders if two files have the same name.
@@ -242,9 +242,10 @@ def read_films(folder: Path) -> list[Film]:
 
 
 def check_photo(film: Film) -> tuple[str | None, str]:
-    """Returns the clip of the only face in a photo, or None, and the problem of the photo, or "".
+    """Returns (clip, problem) of a photo.
 
-    A poor face has both a clip and a problem, because it can be used.
+    `clip` is None unless the photo shows exactly one face. `problem` is "" for a good face. A poor
+    face has both a clip and a problem, because it can be used.
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"

@@ -401,9 +401,9 @@ def _make_clips(
     out: Path,
     settings: features_folder.ExtractionSettings,
 ) -> tuple[list[tuple[float, float]], list[features_folder.FilmTrack]]:
-    """Makes the clips of a video; returns its shots and the tracks of all people for `hear`.
+    """Makes a clip of each track; with `--unit=shot`, a clip of the main person of each shot.
 
-    With `--unit=shot`, only the main figure of a shot has a clip.
+    Returns the shots (begin and end in seconds), and all tracks, to which voices are assigned.
     """
     fps, cuts = settings.fps, Cuts()
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))

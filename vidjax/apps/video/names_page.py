@@ -103,13 +103,13 @@ class Forms(NamedTuple):
         return self.film or self.person
 
     @property
-    def view(self) -> str:
-        """The film or the person as the query of an address."""
+    def url_query(self) -> str:
+        """The query of a URL that opens this film or person."""
         words = {"film": self.film, "person": self.person}
         return urlencode({key: word for key, word in words.items() if word})
 
 
-class Row(NamedTuple):
+class PersonAppearances(NamedTuple):
     """A person in a film or in all films: the appearances and their total time."""
 
     name: str
@@ -122,7 +122,7 @@ class FilmSection(NamedTuple):
 
     video: str
     about: str
-    rows: list[Row]
+    rows: list[PersonAppearances]
     entries: list[PageEntry]
 
 
@@ -182,7 +182,7 @@ def render(
         num_doubtful=len(doubtful),
         videos=[*entries_of],
         films=[_make_section(film, entries_of[film.video], people) for film in open_films],
-        people=[Row(name, times[name], "") for name in open_people],
+        people=[PersonAppearances(name, times[name], "") for name in open_people],
         faces=faces,
         entries_of=times,
         ignored=IGNORED,
@@ -264,7 +264,9 @@ def _make_section(film: Film, entries: list[PageEntry], people: Collection[str])
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends before the end that it declares" if film.damaged else ""
     return FilmSection(film.video, length + about, [
-        Row(name, by_name[name], "" if film.photo else f"in all {_format_length(total[name])}")
+        PersonAppearances(
+            name, by_name[name], "" if film.photo else f"in all {_format_length(total[name])}"
+        )
         for name in order
     ], entries)  # fmt: skip
 

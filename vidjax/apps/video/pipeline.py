@@ -68,7 +68,10 @@ class FileOutcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A file to extract, its stem, and the folder of features with its settings."""
+    """A film or photo to read: its path, its stem in the folder `out`, the settings of this folder.
+
+    If `tagged`, the face tags of the photo are read, too.
+    """
 
     path: Path
     stem: str

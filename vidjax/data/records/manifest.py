@@ -149,7 +149,7 @@ def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
 
 def _modality(dim: int, dtype: str) -> Modality:
     if not 1 <= dim <= 1 << 24 or dtype not in DTYPES:
-        raise UserError(f"features of width {dim!r} and type {dtype!r}")
+        raise UserError(f"features of width {dim!r} and dtype {dtype!r} are not supported")
     return Modality(dim, dtype)
 
 

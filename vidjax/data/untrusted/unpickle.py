@@ -159,7 +159,7 @@ class _Encode(metaclass=_Sealed):
     def __new__(cls, text: object, encoding: object) -> bytes:
         known = type(encoding) in (str, bytes) and encoding in ("latin1", b"latin1")
         if type(text) is not str or not known:
-            raise UserError("the pickle encodes text other than as latin1: refused")
+            raise UserError("the pickle encodes text with an encoding other than latin1")
         return text.encode("latin-1")
 
 

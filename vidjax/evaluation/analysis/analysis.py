@@ -51,7 +51,9 @@ def analyse(
     """
     model, split = models[0], evaluation.split
     names = model.system.model.vector_names if len(models) == 1 else ()
-    quality, matrix = look(model, split.name, mesh, config.eval.block_size, attention=bool(names))
+    quality, matrix = measure_quality_and_attention(
+        model, split.name, mesh, config.eval.block_size, attention=bool(names)
+    )
     logs = model.system.scores_are_logs
     values: Values = {
         "split": split.name,
@@ -84,7 +86,7 @@ def analyse(
     return values | more[0], arrays | more[1]
 
 
-def look(
+def measure_quality_and_attention(
     model: TrainedModel, split_name: str, mesh: Mesh, block_size: int, *, attention: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the mean quality of each clip and, if `attention`, the mean attention of a model.

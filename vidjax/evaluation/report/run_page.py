@@ -553,7 +553,7 @@ def render(run: RunFiles) -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"'{run.folder}': its results do not fit each other ({reason})\n"
-            "vidjax evaluate of this folder writes them again"
+            f"to write them again: vidjax evaluate --workdir={run.folder}"
         ) from error
 
 
