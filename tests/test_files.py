@@ -13,7 +13,7 @@ import pytest
 
 from vidjax.core import ensemble
 from vidjax.runs import results, signals
-from vidjax.runs.results import keep_until
+from vidjax.runs.results import truncate_log
 from vidjax.utils import files, tables
 
 
@@ -89,7 +89,7 @@ def test_the_log_of_a_large_run_is_read_back(tmp_path, monkeypatch):
     log, pad = tmp_path / "metrics.jsonl", "x" * 100_000
     lines = [f'{{"step": {step}, "train_loss": 1.0, "pad": "{pad}"}}\n' for step in range(200)]
     log.write_text("".join(lines))  # 20 MB
-    keep_until(log, 198)
+    truncate_log(log, 198)
     assert log.stat().st_size == sum(map(len, lines[:-1]))
     monkeypatch.setattr(results, "MAX_LOG_LINES", 50)
     assert [line["step"] for line in results.read_lines(log)] == list(range(0, 199, 4))

@@ -5,16 +5,16 @@ import json
 import pytest
 
 from vidjax.runs import terminal as terminal_lib
-from vidjax.runs.results import Logs, keep_until
+from vidjax.runs.results import Logs, truncate_log
 from vidjax.runs.terminal import Progress
 
 
 def test_lines_after_the_step_and_half_lines_go(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n{"step": 3, "x": 3}\n{"step": 4, "x')
-    keep_until(path, 2)
+    truncate_log(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    keep_until(tmp_path / "absent.jsonl", 2)
+    truncate_log(tmp_path / "absent.jsonl", 2)
     assert not (tmp_path / "absent.jsonl").exists()
 
 

@@ -48,29 +48,29 @@ def raising(error):
     ],
 )
 def test_an_error_is_the_user_s_or_a_fault_of_vidjax(capsys, error, code):
-    assert messages.guarded(raising(error), ["--json"]) == code
+    assert messages.run_to_exit_code(raising(error), ["--json"]) == code
     captured = capsys.readouterr()
     assert ("Traceback" in captured.err) == (code == 1)
     assert code == 1 or 1 <= len(captured.err.splitlines()) <= 3
-    if messages.is_memory(error):
+    if messages.is_out_of_memory(error):
         for remedy in ("--config.batch_size", "--config.eval.block_size", "--config.data.mode"):
             assert remedy in captured.err
     assert json.loads(captured.out)["error"].strip()
-    assert messages.guarded(raising(error), []) == code
+    assert messages.run_to_exit_code(raising(error), []) == code
     assert not capsys.readouterr().out
 
 
 def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys, tmp_path):
     hostile = "x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     shown = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
-    messages.say(f"{hostile}\n\tAda علي")
-    messages.complain(hostile)
-    messages.guarded(raising(KeyError(hostile)), [])
+    messages.print_text(f"{hostile}\n\tAda علي")
+    messages.print_problem(hostile)
+    messages.run_to_exit_code(raising(KeyError(hostile)), [])
     captured = capsys.readouterr()
     assert captured.out == f"{shown}\n\tAda علي\n"
     assert captured.err.startswith(f"vidjax: {shown}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(captured.err)
-    messages.guarded((tmp_path / "gone").read_text, [])
+    messages.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
 

@@ -121,7 +121,7 @@ def test_training_adds_up_every_clip_once(size, used):
 def solved(model, *states):
     """Returns the collections that evaluation reads, of each member."""
     together = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    found = model.solve({}, together)
+    found = model.finalise_state({}, together)
     return [ensemble.take(found, number) for number in range(len(states))]
 
 
@@ -309,7 +309,7 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
     labels = data.split("train").labels
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
-    clips = plan.training_clips(config, data, labels, used)
+    clips = plan.make_training_clips(config, data, labels, used)
     free = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
     found: Any = plda_fit.training_settings(free, clips)
     assert len(set(found["scale"])) == 3

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax.core.batch import NoiseLayout
+from vidjax.core.batch import NoiseClassLayout
 from vidjax.training import plan
 
-LAYOUT = NoiseLayout(num_identities=3, num_clusters=2)
+LAYOUT = NoiseClassLayout(num_identities=3, num_clusters=2)
 COLUMNS = np.arange(9)  # 0 other, 1-3 identities, 4-5 clusters, 6-8 mirrors
 
 
@@ -70,7 +70,7 @@ def test_every_column_is_one_thing() -> None:
         kinds = [LAYOUT.is_identity(columns), LAYOUT.is_cluster(columns), LAYOUT.is_mirror(columns)]
         assert [np.flatnonzero(kind).tolist() for kind in kinds] == [[1, 2, 3], [4, 5], [6, 7, 8]]
     assert LAYOUT.num_columns == 9 and not any(LAYOUT.is_mirror(np.array([-1, 9, 100])))
-    bare = NoiseLayout(3, 0)
+    bare = NoiseClassLayout(3, 0)
     assert bare.num_columns == 7 and not bare.is_cluster(COLUMNS).any()
 
 
@@ -80,7 +80,7 @@ def test_published_arithmetic(keep) -> None:
 
     The article keeps the label there; its code takes the prediction.
     """
-    published = NoiseLayout(num_identities=4934, num_clusters=3691)
+    published = NoiseClassLayout(num_identities=4934, num_clusters=3691)
     assert published.mirror_shift == 4934 + 3691 == 8625 != 8652  # a misprint of the article
     assert published.num_columns == 1 + 2 * 4934 + 3691
     everything = np.arange(1, published.num_columns)

@@ -156,7 +156,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
     np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
     made = plan.make_plan(config, data)
     _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
-    share = made.tables.weight[0] * counts[column]  # 0 for clips of another fold
+    share = made.constants.weight[0] * counts[column]  # 0 for clips of another fold
     np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
 
 

@@ -71,7 +71,7 @@ def trainer(system):
 
     def train(state, batch, weight=None):
         weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
-        return step(state, train_step.make_tables((ensemble.Member(),), weight), batch)
+        return step(state, train_step.make_member_constants((ensemble.Member(),), weight), batch)
 
     return train
 
@@ -196,7 +196,7 @@ def test_clips_without_a_good_frame_are_kept_or_dropped():
         ("keep", 40, weight), ("drop", 40, [2, 0, 0, 1, 0]), ("drop", least, weight),
     ):  # fmt: skip
         clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(bound), ())
-        left = augment.keep_quality(jax.random.key(0), clips, poor_clips=poor_clips)
+        left = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
         np.testing.assert_array_equal(left.weight, expected)
         if bound == 40:
             counts = np.sum(left.frames["face"].mask, axis=1)
@@ -311,10 +311,10 @@ def test_is_best_is_argmax():
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     column = rng.integers(0, 6, 500).astype(np.int32)
     scores[0] = -np.inf
-    found = jax.jit(losses.is_best)(scores, column)
+    found = jax.jit(losses.is_argmax)(scores, column)
     np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
     assert 0 < np.sum(found) < 500
-    assert not losses.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+    assert not losses.is_argmax(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
 
 
 def test_logarithms_of_probabilities_near_one_keep_their_order():

@@ -112,6 +112,6 @@ def test_a_run_shows_nothing_but_its_own_lines(tmp_path, official_dir, cache_dir
 
 
 def test_a_long_name_is_printed_without_its_middle():
-    assert messages.short("x" * 40) == "x" * 40
-    name = messages.short("a" * 200 + " (2009).mp4, 97%")
+    assert messages.shorten("x" * 40) == "x" * 40
+    name = messages.shorten("a" * 200 + " (2009).mp4, 97%")
     assert len(name) == 40 and name.startswith("a" * 24 + "...") and name.endswith(".mp4, 97%")

@@ -105,7 +105,7 @@ class Run(NamedTuple):
 
     system: System
     state: train_step.TrainState
-    tables: train_step.Tables
+    constants: train_step.MemberConstants
     clips: dict[str, Packed]
     plan: BatchPlan
     num_params: int
@@ -139,7 +139,7 @@ def make_run(
         return train_step.init_state(system, rngs, jnp.asarray(labels, jnp.int32))
 
     state: Any = train_step.make_state(init, system.tx, devices.replicated(mesh))
-    tables = train_step.make_tables(members, np.ones((len(members), num_clips)))
+    tables = train_step.make_member_constants(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     places = {name: PLACES[name] for name in modalities}

@@ -26,7 +26,7 @@ def make_step(args: argparse.Namespace, count: int) -> Any:
     sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
     run = common.make_run(SPEC, [f"ensemble.seeds={count}"], **sizes)
     loop, states = common.make_loop(run), list(train_step.split_state(run.state, 1))
-    tables = ensemble.split(run.tables, 1)
+    tables = ensemble.split(run.constants, 1)
 
     def train() -> list[Any]:
         outcomes = []

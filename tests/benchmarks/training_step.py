@@ -57,14 +57,14 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
 
     def one_step(state: Any, clips: Any) -> Any:
         batch = resident.draw_batch(clips, run.plan, state.step)
-        return train_step.train_step(run.system, state, run.tables, batch)
+        return train_step.train_step(run.system, state, run.constants, batch)
 
     found = list(common.products(jax.make_jaxpr(one_step)(state, run.clips).jaxpr))
     cost: Any = jax.jit(one_step).lower(state, run.clips).compile().cost_analysis()
 
     def train() -> Any:
         nonlocal state
-        state, outcome = loop(state, run.tables, run.clips, np.int32(STEPS))
+        state, outcome = loop(state, run.constants, run.clips, np.int32(STEPS))
         return outcome
 
     jax.block_until_ready(train())

@@ -265,7 +265,7 @@ def failing_run(config, folder, data):
     """Trains into a folder where that must fail; returns what the command line would say."""
     with pytest.raises(OSError) as caught:
         run(config, folder, data)
-    assert messages.exit_code(caught.value) == 2
+    assert messages.get_exit_code(caught.value) == 2
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value)
 

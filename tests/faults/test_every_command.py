@@ -126,7 +126,7 @@ def call(words):
         execute = PROGRAMS[words[0]]
         words = words[1:]
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        code = program.messages.guarded(lambda: execute(list(words)), words)
+        code = program.messages.run_to_exit_code(lambda: execute(list(words)), words)
     assert time.process_time() - began < SECONDS
     return code
 

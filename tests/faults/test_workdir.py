@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import limits
 from tests.helpers.limits import file_limit
-from vidjax.runs.results import Logs, keep_until
+from vidjax.runs.results import Logs, truncate_log
 from vidjax.utils import files
 
 HOLD = """
@@ -53,7 +53,7 @@ def test_a_log_cut_anywhere_is_repaired(tmp_path):
     ends = np.cumsum([len(line) for _, line in lines]) - 1  # a line may lack its newline
     for cut in range(len(content) + 1):
         path.write_text(content[:cut])
-        keep_until(path, 9)
+        truncate_log(path, 9)
         whole = [line for (step, line), end in zip(lines, ends, strict=True)
                  if cut >= end and step <= 9]  # fmt: skip
         assert path.read_text() == "".join(whole), cut
@@ -63,7 +63,7 @@ def test_a_damaged_line_takes_no_other_with_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line_of(1).encode() + b"\x00\xff\x00\n7\n" + line_of(3).encode() + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed: \[2, 3\]"):
-        keep_until(path, 5)
+        truncate_log(path, 5)
     assert path.read_text() == line_of(1) + line_of(3)
 
 

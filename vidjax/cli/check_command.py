@@ -37,13 +37,15 @@ def check(args: argparse.Namespace) -> Result:
         try:
             text = run_check()
         except Exception as error:  # a library can raise any exception for a damaged file
-            state, error_code = "FAULT", messages.exit_code(error)
-            text = messages.text_of(error) if error_code else f"{type(error).__name__}: {error}"
+            state, error_code = "FAULT", messages.get_exit_code(error)
+            text = (
+                messages.describe_error(error) if error_code else f"{type(error).__name__}: {error}"
+            )
             code = max(code, error_code or 2)
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
         if not args.json and (state != "ok" or not args.quiet):
-            messages.say(f"  {state:5}  {subject}: {text}")
+            messages.print_text(f"  {state:5}  {subject}: {text}")
     faults = [finding["subject"] for finding in findings if finding["state"] != "ok"]
     verdict = f"FAULT: {', '.join(faults)}" if faults else "all good"
     return Result({"findings": findings, "verdict": verdict}, text=verdict, code=code)

@@ -45,7 +45,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
     with locked(args.workdir) as workdir:
         result = comparison.compare([_split_seeds(name) for name in folders], split=split)
         result.write(workdir)
-    page = f"{messages.shown(workdir)}/comparison.html"
+    page = f"{messages.relative_path(workdir)}/comparison.html"
     text = f"{result.text()}\ncomparison: {page}, .json, .tex"
     return Result({"comparison": page, "table": result.text(), **result.to_dict()}, text=text)
 

@@ -35,7 +35,7 @@ def show_config(args: argparse.Namespace) -> Result:
         config, file = api.load_config(args.config), args.config
     elif args.workdir:
         workdir = Path(args.workdir).expanduser()
-        config, file = api.open_run(workdir).config, messages.shown(workdir / CONFIG)
+        config, file = api.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
     else:
         config, file = config_lib.default(), DEFAULT
     fields = describe_fields(config, args.overrides, file)
@@ -43,7 +43,7 @@ def show_config(args: argparse.Namespace) -> Result:
     for name, row in fields.items():
         default = value_text(row["default"]) if name in DEFAULTS else ""
         table.append((name, value_text(row["value"]), default, row["from"]))
-    return Result({"fields": fields}, text="\n".join(messages.aligned(table)))
+    return Result({"fields": fields}, text="\n".join(messages.align_columns(table)))
 
 
 def describe_fields(

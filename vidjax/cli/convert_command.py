@@ -23,4 +23,4 @@ def add_flags(parser: Parser) -> None:
 def convert_package(args: argparse.Namespace) -> Result:
     """Writes the net and its card."""
     path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
-    return Result({"card": str(path)}, {"card": messages.shown(path)})
+    return Result({"card": str(path)}, {"card": messages.relative_path(path)})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidjax.utils import files, messages
-from vidjax.utils.errors import UserError, need
+from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _export(args: argparse.Namespace) -> Result:
     from vidjax.apps.gallery.store import GALLERY_FILE
 
     target = FORMATS[args.format]
-    need(f"--format={args.format}", *target.packages, extra=target.extra)
+    require_packages(f"--format={args.format}", *target.packages, extra=target.extra)
     with files.atomic_folder(to) as folder:
         if is_gallery := files.exists(source / GALLERY_FILE):
             facts = _write_gallery(source, folder, target, args.format)
@@ -61,7 +61,7 @@ def _export(args: argparse.Namespace) -> Result:
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     rows = {
-        "folder": messages.shown(to),
+        "folder": messages.relative_path(to),
         "holds": target.file or ("arrays.safetensors" if is_gallery else "weights.safetensors"),
         "compared": f"largest difference {facts['difference']:.1e}; 1e-05 is allowed",
         "size": f"{size / 1e6:,.1f} MB",
@@ -135,6 +135,6 @@ def _import(args: argparse.Namespace) -> Result:
     source, to = _read_paths(args)
     weights.read(source, to)
     run = predict.restore(to)
-    rows = {"workdir": messages.shown(to), "step": f"{run.step:,}"}
+    rows = {"workdir": messages.relative_path(to), "step": f"{run.step:,}"}
     rows |= {"identities": f"{len(run.identities):,}", "modalities": ", ".join(run.modalities)}
     return Result({"workdir": str(to), "step": run.step}, rows)

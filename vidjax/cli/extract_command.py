@@ -112,9 +112,11 @@ def add_shared_flags(parser: Parser) -> None:
     about = "frames per second in which faces are searched for (default: 5)"
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
     about = "shrinks frames to this longer side, in pixels (default: 640)"
-    parser.add_argument("--size", metavar="N", type=messages.whole(*SIZE_RANGE), help=about)
+    parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
     about = "number of processes (default: the number of cores)"
-    parser.add_argument("--workers", metavar="N", type=messages.whole(1, MAX_WORKERS), help=about)
+    parser.add_argument(
+        "--workers", metavar="N", type=messages.whole_number(1, MAX_WORKERS), help=about
+    )
     about = "compares the contents of all files, instead of size, time and inode"
     parser.add_argument("--check", action="store_true", help=about)
     about = "removes the results of films that no longer exist; deletes no film"

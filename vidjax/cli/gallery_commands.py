@@ -19,7 +19,7 @@ from vidjax.apps.video import appearances
 from vidjax.data.untrusted.names import normal_form
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import UserError, closest, named, warn
+from vidjax.utils.errors import UserError, closest, prefix_errors, warn
 from vidjax.utils.messages import Parser, Result
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _add_identify(parser: Parser) -> None:
     add_rule(parser)
     about = "number of names per clip (default: %(default)s)"
     parser.add_argument(
-        "--k", metavar="K", type=messages.whole(1, 1_000_000), default=5, help=about
+        "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
     about = (
         "the new file: .jsonl, .csv, .tsv, .parquet; with times, .vtt, .srt, .rttm; for a folder "
@@ -337,7 +337,7 @@ def _enrol(args: argparse.Namespace) -> Result:
             raise UserError(f"--clip={args.clip}: no clip has this name")
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
-    with named(args.labels) if args.labels else contextlib.nullcontext():
+    with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
         names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
@@ -538,7 +538,7 @@ def _list(args: argparse.Namespace) -> Result:
                 clips_of[clip.identity].append(name)
         content |= {"clips": clips_of}
         lines = [(name, clip) for name, clips in clips_of.items() for clip in clips]
-    text = "\n".join(f"  {line}" for line in messages.aligned(lines))
+    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
     return result._replace(content=content, text=text)
 
 

@@ -86,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parse(words)
-        with messages.quietly() if args.quiet else contextlib.nullcontext():
+        with messages.hide_progress() if args.quiet else contextlib.nullcontext():
             distributed.join(args)
             return _run(args)
 
-    code = messages.guarded(command, words)
+    code = messages.run_to_exit_code(command, words)
     if code not in (0, 130, 143) and distributed.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     result = args.execute(args)
     if distributed.is_first():
-        messages.show(result, args.command, as_json=args.json)
+        messages.print_result(result, args.command, as_json=args.json)
     return result.code
 
 
@@ -119,7 +119,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]
     if name == "--version" and "--json" in flags:
-        messages.say(
+        messages.print_text(
             json.dumps({"mode": "version", "version": importlib.metadata.version("vidjax")})
         )
         raise SystemExit(0)

@@ -105,7 +105,7 @@ def _process(
     timed, numbers = terminal.timing(began, size)
     content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
     rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
-    rows |= {**dict(timed), kind: messages.shown(out)}
+    rows |= {**dict(timed), kind: messages.relative_path(out)}
     return Result(content | written | numbers, rows)
 
 

@@ -210,7 +210,7 @@ def summarise(
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
     rows = _make_rows(config, folder, results, seconds)
-    rows |= {name: messages.shown(path) for name, path in files.items()}
+    rows |= {name: messages.relative_path(path) for name, path in files.items()}
     content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
     content |= {"finished_before": seconds is None, "metrics": dict(results)}
     note = ": was finished before, and was not trained again" if seconds is None else ""
@@ -221,7 +221,7 @@ def _make_rows(
     config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> dict[str, str]:
     split = config.eval.split
-    rows = {"workdir": messages.shown(folder.path)}
+    rows = {"workdir": messages.relative_path(folder.path)}
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"

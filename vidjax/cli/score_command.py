@@ -29,7 +29,7 @@ def score_files(args: argparse.Namespace) -> Result:
     positives = ranking.read_ground_truth(args.gt)
     submission = ranking.read_submission(args.ranking, identities=positives)
     for complaint in submission.complaints():
-        messages.complain(f"{'error' if args.strict else 'warning'}: {complaint}")
+        messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
     if args.strict and submission.faults:
         return Result({"faults": submission.complaints()}, code=2)
     _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
@@ -49,11 +49,11 @@ def _warn_if_nothing_matches(
 ) -> None:
     """Warns on stderr if the score is 0 because the files share no identity or no clip name."""
     if positives.keys().isdisjoint(ranking):
-        messages.complain(f"warning: {path}: no identity of the ground truth is ranked")
+        messages.print_problem(f"warning: {path}: no identity of the ground truth is ranked")
     true_clips = {clip for clips in positives.values() for clip in clips}
     ranked_clips = {clip for clips in ranking.values() for clip in clips}
     if true_clips.isdisjoint(ranked_clips):
-        messages.complain(
+        messages.print_problem(
             f"warning: {path}: no clip of the ground truth is ranked: do the suffixes differ? "
             f"the ground truth has {min(true_clips)!r}, the submission "
             f"{min(ranked_clips, default='no clip')!r}"

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from vidjax.utils import messages
-from vidjax.utils.errors import UserError, VidjaxWarning, need
+from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
 from vidjax.utils.messages import Parser, Result
 
 
@@ -19,7 +19,7 @@ def add_flags(parser: Parser) -> None:
     about = "the address to listen at (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
     about = "the port; 0: any free port (default: %(default)s)"
-    port = messages.whole(0, 65535)
+    port = messages.whole_number(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
     about = "clients must send the token of this file; needed for another --host"
     parser.add_argument("--token-file", metavar="F", help=about)
@@ -28,7 +28,9 @@ def add_flags(parser: Parser) -> None:
 
 def serve(args: argparse.Namespace) -> Result:
     """Serves until a signal arrives. Prints the address on the first line."""
-    need("serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve")
+    require_packages(
+        "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
+    )
     from vidjax.apps.serve import limits as limits_lib
 
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
@@ -55,7 +57,7 @@ def serve(args: argparse.Namespace) -> Result:
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
-        messages.say(f"http://{host}:{number}")
+        messages.print_text(f"http://{host}:{number}")
         # Messages for the terminal contain names of people. The log of a server must not.
         os.environ[messages.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)

@@ -7,14 +7,14 @@ from vidjax.apps.video import who
 from vidjax.cli import extract_command
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
-from vidjax.utils.errors import need
+from vidjax.utils.errors import require_packages
 from vidjax.utils.messages import Parser, Result
 
 
 def name_people(args: argparse.Namespace) -> Result:
     """Names the people of films. The exit code is 1 if a file could not be read."""
     if args.review:
-        need("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
+        require_packages("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
     workers = extract_command.count_workers(args)
     done = who.name_people(
@@ -36,7 +36,7 @@ def name_people(args: argparse.Namespace) -> Result:
         "out": str(out), "people": done.people, "named": len(named), "groups": done.num_unknown,
         "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
-    first_names = ", ".join(map(messages.short, sorted(done.people)[:5]))
+    first_names = ", ".join(map(messages.shorten, sorted(done.people)[:5]))
     rows = {
         "people": f"{len(done.people):,}: {first_names}" if first_names else "none",
         "found": f"{len({*named}):,} of them, {len(named):,} appearance{'s' * (len(named) != 1)}",
@@ -44,7 +44,7 @@ def name_people(args: argparse.Namespace) -> Result:
         "table": str(out / who.TABLES[0]),
     }
     if done.missed:
-        rows["not looked for"] = ", ".join(map(messages.short, done.missed[:5]))
+        rows["not looked for"] = ", ".join(map(messages.shorten, done.missed[:5]))
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= extract_command.list_remedies(done.failed.values())
@@ -52,8 +52,8 @@ def name_people(args: argparse.Namespace) -> Result:
         people = "person" if done.num_unknown == 1 else "people"
         count = f"{done.num_unknown:,} {people} without a name"
         rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
-    lines = [[messages.short(cell) for cell in line] for line in done.lines]
-    text = "\n".join(f"  {line}" for line in messages.aligned(lines))
+    lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
+    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
 
 

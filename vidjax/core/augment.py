@@ -40,7 +40,7 @@ class MemberClips(NamedTuple):
 BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
-def keep_quality(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
+def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops frames below the member's `min_quality`; does not use the key.
 
     A clip may have frames of the first modality, but none of this quality. It trains on all its
@@ -216,7 +216,7 @@ def make_transforms(
     after: list[BatchTransform] = []
     if config["ensemble"]["min_quality"]:
         poor_clips = config["ensemble"]["poor_clips"]
-        before.append(functools.partial(keep_quality, poor_clips=poor_clips))
+        before.append(functools.partial(drop_poor_frames, poor_clips=poor_clips))
     if config["noise"]["join"]:
         if config["data"]["max_frames"] < NOISE_FRAMES:
             raise UserError(

@@ -6,7 +6,7 @@ E ensemble members, G branches of a model.
 
 Class columns in all modules: column 0 is "other" (distractors). Columns 1..C are the identities in
 the order of `identities.json`. So logits and scores are [B, 1 + C]. The columns of noise classes
-follow (`NoiseLayout`); the `num_classes` of a model includes them.
+follow (`NoiseClassLayout`); the `num_classes` of a model includes them.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
-class NoiseLayout(NamedTuple):
+class NoiseClassLayout(NamedTuple):
     """The class columns with noise classes: 0 other, 1..C identities, K clusters, C mirrors.
 
     Source: noise classes (5th place 2018). Unlike the paper, column 0 is "other". So the published

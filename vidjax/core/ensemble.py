@@ -38,7 +38,8 @@ class Member(NamedTuple):
         it.
       fold: fold that the member is not trained on, or -1.
       bootstrap: number of the member's bootstrap sample, or -1.
-      view: chunk of every feature vector that is hidden from the member, or -1.
+      view: number of the chunk of every feature vector that is hidden from the member, or -1.
+        A chunk is one of `config.ensemble.chunks` equal pieces.
       min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
     """
 
@@ -237,14 +238,16 @@ def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
     return {name: i for i, name in enumerate(clips)}
 
 
-def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
-    """Removes chunk `view` from features [..., D]. A chunk is D // num_chunks adjacent features.
+def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
+    """Removes the chunk number `hidden_chunk` from features [..., D].
+
+    Chunk i consists of the features from i x (D // num_chunks) on, D // num_chunks of them.
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """
     dim = features.shape[-1]
     kept = jnp.arange(dim - dim // num_chunks)
-    index = kept + jnp.where(kept >= view * (dim // num_chunks), dim // num_chunks, 0)
+    index = kept + jnp.where(kept >= hidden_chunk * (dim // num_chunks), dim // num_chunks, 0)
     return jnp.take(features, index, axis=-1, mode="clip")  # [..., D - D // num_chunks]
 
 

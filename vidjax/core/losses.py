@@ -125,7 +125,7 @@ def binary_focal(
     not_label = focal_negative(label_logit, gamma)
     if class_mask is not None:
         not_label = jnp.where(jnp.asarray(class_mask)[labels], not_label, 0.0)
-    kept = leave_out(logits, class_mask)
+    kept = mask_logits(logits, class_mask)
     return sum_of_focal_negatives(kept, gamma) - not_label + positive
 
 
@@ -329,7 +329,7 @@ def _at_label_jvp(
     return at_label(values, labels), jnp.sum(picked, axis=-1)
 
 
-def is_best(scores: Array, column: Array) -> Array:
+def is_argmax(scores: Array, column: Array) -> Array:
     """Computes `argmax(scores, axis=1) == column`, on a CPU 9 times faster than with argmax.
 
     Scores are [B, K] float, and the column is [B] int32. Of equal scores the first column is best.
@@ -347,7 +347,7 @@ def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
     return jnp.where(is_label(labels, logits.shape[-1]), values[..., None], logits)
 
 
-def leave_out(logits: Array, class_mask: Array | None) -> Array:
+def mask_logits(logits: Array, class_mask: Array | None) -> Array:
     """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False.
 
     The number adds 0 to the sums below. It is finite, because infinite logits have NaN derivatives.
@@ -371,13 +371,13 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
     best = jnp.max(trained, axis=-1, keepdims=True)
     column = jnp.arange(logits.shape[-1])
     first = jnp.min(jnp.where(trained == best, column, len(class_mask)), axis=-1, keepdims=True)
-    is_best = column == first
-    others = jnp.where(is_best, -jnp.inf, trained)
+    is_argmax = column == first
+    others = jnp.where(is_argmax, -jnp.inf, trained)
     second = jnp.max(others, axis=-1, keepdims=True)
     second = jnp.where(second == -jnp.inf, 0.0, second)
     lead = best - second - jnp.log(jnp.sum(jnp.exp(others - second), axis=-1, keepdims=True))
     total = best + jax.nn.softplus(-lead)
-    return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
+    return jnp.where(is_argmax, jax.nn.log_sigmoid(lead), logits - total)
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:

@@ -45,7 +45,7 @@ def make_piecewise(
     return lambda epoch: jnp.interp(epoch, epochs, values)
 
 
-class Rise(NamedTuple):
+class Warmup(NamedTuple):
     """The part of a schedule that is the same for all decays: the warm-up and the run's length.
 
     Attributes:
@@ -69,42 +69,44 @@ class Rise(NamedTuple):
         return lambda step: rise(step) * scale(step)
 
 
-def cosine(rise: Rise, *, final_scale: float) -> optax.Schedule:
+def cosine(warmup: Warmup, *, final_scale: float) -> optax.Schedule:
     """Returns a cosine decay from the end of the warm-up to the end of the run.
 
     `final_scale` is the rate at the end relative to the peak.
     """
-    if rise.warmup_steps < 1:
-        return optax.cosine_decay_schedule(rise.peak, max(rise.total_steps, 1), final_scale)
+    if warmup.warmup_steps < 1:
+        return optax.cosine_decay_schedule(warmup.peak, max(warmup.total_steps, 1), final_scale)
     return optax.warmup_cosine_decay_schedule(
-        init_value=rise.start,
-        peak_value=rise.peak,
-        warmup_steps=rise.warmup_steps,
-        decay_steps=rise.total_steps,
-        end_value=rise.peak * final_scale,
+        init_value=warmup.start,
+        peak_value=warmup.peak,
+        warmup_steps=warmup.warmup_steps,
+        decay_steps=warmup.total_steps,
+        end_value=warmup.peak * final_scale,
     )
 
 
-def constant(rise: Rise) -> optax.Schedule:
+def constant(warmup: Warmup) -> optax.Schedule:
     """Returns a rate that stays at the peak after the warm-up."""
-    return rise.then(optax.constant_schedule(1.0))
+    return warmup.then(optax.constant_schedule(1.0))
 
 
-def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
+def staircase(warmup: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
     """Returns a rate that is multiplied by a factor every few epochs, counted from the first step.
 
     `decay_factor` is above 0. `decay_every_epochs` is above 0 and may be a fraction.
     """
-    width = decay_every_epochs * rise.steps_per_epoch  # width of a stair in steps
-    num_stairs = math.ceil(rise.total_steps / width) + 1
+    width = decay_every_epochs * warmup.steps_per_epoch  # width of a stair in steps
+    num_stairs = math.ceil(warmup.total_steps / width) + 1
     # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
     # move an edge by a step.
     edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
-    return rise.then(lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")])
+    return warmup.then(
+        lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
+    )
 
 
-def piecewise(rise: Rise, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
+def piecewise(warmup: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
     """Multiplies the rate by a factor for each epoch: pairs (epoch, factor) of `make_piecewise`.
 
     Source: quality fusion (4th place 2019), whose code (training.py:314-331 at 60f5127) starts with
@@ -112,7 +114,7 @@ def piecewise(rise: Rise, *, points: Sequence[Sequence[float]]) -> optax.Schedul
     """
     factor = make_piecewise(points, name="config.optim.points")
     # The epoch is taken at the middle of a step, so that rounding cannot move a jump by a step.
-    return rise.then(lambda step: factor((jnp.asarray(step) + 0.5) / rise.steps_per_epoch))
+    return warmup.then(lambda step: factor((jnp.asarray(step) + 0.5) / warmup.steps_per_epoch))
 
 
 # name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of
@@ -121,7 +123,7 @@ DECAYS: dict[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
     "cosine": cosine,
     "piecewise": piecewise,
-    "steps": stairs,
+    "steps": staircase,
 }
 
 
@@ -150,7 +152,7 @@ def make_schedule(
     check_entry("config.optim.decay", decay, DECAYS)
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
-    rise = Rise(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
+    rise = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
     return DECAYS[decay](rise, **_options(DECAYS[decay], spec))
 
 

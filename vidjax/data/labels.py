@@ -15,7 +15,7 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
 from vidjax.utils import files
-from vidjax.utils.errors import NoFileError, UserError, check_argument, closest, named, warn
+from vidjax.utils.errors import NoFileError, UserError, check_argument, closest, prefix_errors, warn
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
@@ -150,7 +150,7 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
                 f"{place}: an identity is text or int, not {kind}: use str(), or None for a "
                 "distractor"
             )
-        with named(place):
+        with prefix_errors(place):
             text = clean_identity(str(identity))
         if re.fullmatch("-[0-9]+", text):
             raise UserError(
@@ -224,7 +224,7 @@ def load_ground_truth(
                 "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all lines"
             )
         identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
-        with named(where.removesuffix(":")):
+        with prefix_errors(where.removesuffix(":")):
             identity = clean_identity(unescape(identity))
         if inverted and not names:
             raise UserError(f"{where} identity {show(identity)} has no clips")

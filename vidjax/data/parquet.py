@@ -18,7 +18,7 @@ import numpy as np
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted.names import show
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, closest, need
+from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.machine import memory_bytes
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _Errors:
         self._path = path
 
     def __enter__(self) -> None:
-        need(str(self._path), "pyarrow", extra="parquet")
+        require_packages(str(self._path), "pyarrow", extra="parquet")
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, (UserError, MemoryError)):

@@ -509,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(out_dir, size=size, seed=seed, options=SyntheticOptions(**args))
         return 0
 
-    return messages.guarded(command, words)
+    return messages.run_to_exit_code(command, words)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,9 @@ def load_weights(
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated(mesh))
     params = items["params"]
-    return params, devices.replicate(mesh, system.model.solve(params, items["model_state"]))
+    return params, devices.replicate(
+        mesh, system.model.finalise_state(params, items["model_state"])
+    )
 
 
 def companion_digests(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble, metrics
 from vidjax.core.batch import Array, Batch
-from vidjax.core.losses import is_best
+from vidjax.core.losses import is_argmax
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
@@ -451,7 +451,7 @@ def _add_best(
     """Writes the best score of each clip of a block [B, C] to `clips`; `labels` are [N] int32."""
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
-    right = is_best(scores, label - 1) & (label > 0) & (best > -jnp.inf)
+    right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)
     return clips._replace(
         best=jnp.asarray(clips.best).at[rows].set(best, mode="drop"),
         right=jnp.asarray(clips.right).at[rows].set(right, mode="drop"),

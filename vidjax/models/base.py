@@ -29,7 +29,7 @@ class TrainingClips(NamedTuple):
     fusions: Mapping[str, Callable[[None, Frames], Frames]]  # for evaluation, [B, T] -> [B, T']
     values: Callable[[str, Callable[[Frames], Array], np.ndarray], np.ndarray]
     seed: int
-    tell: Callable[[str], None]  # prints a message to the user
+    print_message: Callable[[str], None]  # prints a message to the user
 
 
 class Identifier(nn.Module):
@@ -46,16 +46,16 @@ class Identifier(nn.Module):
         value, and `ModelOutput.logit_scale` is its current value.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
-      exact_inputs: True if the model is not optimised: training only adds up or stores the clips.
+      is_closed_form: True if the model is not optimised: training only adds up or stores the clips.
         Then no option may change or repeat clips.
-      knows_unknown: True if the logit of column 0 needs no training clips of column 0.
+      scores_unknown: True if the logit of column 0 needs no training clips of column 0.
       min_epochs: number of passes over the training clips that the model needs.
       parts: maps each field that is itself a model to the field that lists its modalities.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
-    exact_inputs: ClassVar[bool] = False
-    knows_unknown: ClassVar[bool] = False
+    is_closed_form: ClassVar[bool] = False
+    scores_unknown: ClassVar[bool] = False
     min_epochs: ClassVar[float] = 0.0
     parts: ClassVar[Mapping[str, str]] = {}
 
@@ -123,7 +123,7 @@ class Identifier(nn.Module):
         """Adds the values that `prepare` computed to `spec`, unless `spec` sets them."""
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
-    def solve(self, params: Params, model_state: ModelState) -> ModelState:
+    def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
         """Turns the collections after training, [E, ...], into the collections for evaluation."""
         return model_state
 

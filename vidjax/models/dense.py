@@ -303,7 +303,7 @@ class NeighbourIdentifier(Identifier):
     num_clips: int
     modality: str = "face"
     logit_scale: float = 1.0
-    exact_inputs: ClassVar[bool] = True
+    is_closed_form: ClassVar[bool] = True
 
     @nn.compact
     def __call__(

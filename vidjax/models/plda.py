@@ -21,11 +21,11 @@ from vidjax.utils.errors import UserError
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip is its mean frame, scaled to length 1, centred, and scaled to length 1
-    again. Training passes over the clips twice: first it adds up the centre, then the sums of the
-    centred vectors. `solve` turns the sums into the coefficients that score clips. The fields from
-    `within` to `centred` are the fields of Settings. Each is a number, a tuple with a number
-    per member, or None: then it is fitted.
+    The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all
+    clips, and scaled to length 1 again. Training passes over the clips twice. The first pass sums
+    the vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes
+    the coefficients that score clips from these sums. The fields from `within` to `centred` are the
+    fields of Settings: a number, a tuple with a number per member, or None if `prepare` fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. The sum over modalities and its scale are not published.
@@ -46,8 +46,8 @@ class PLDAIdentifier(Identifier):
     stranger: float | tuple[float, ...] | None = None
     centred: float | None = None
     logit_scale = 1.0  # pyright: ignore[reportAssignmentType]
-    exact_inputs: ClassVar[bool] = True
-    knows_unknown: ClassVar[bool] = True
+    is_closed_form: ClassVar[bool] = True
+    scores_unknown: ClassVar[bool] = True
     min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class PLDAIdentifier(Identifier):
         )
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
-    def solve(self, params: Params, model_state: ModelState) -> dict[str, Any]:
+    def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
         """Computes the collection `solved` of an ensemble, which replaces `model_state` [E, ...].
 
         It contains `settings` and, for each modality, `centre`, `space` and `enrolled`, [E, ...].
@@ -153,12 +153,12 @@ class PLDAIdentifier(Identifier):
         parts = devices.fetch({name: sums[name] for name in self.modalities})
         members = range(len(jax.tree.leaves(parts)[0]))
         solved = [
-            self._solve_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
+            self._finalise_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
             for e in members
         ]
         return {"solved": jax.tree.map(_stack, *solved)}
 
-    def _solve_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         """Computes the collection `solved` of a member, from host arrays."""
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:

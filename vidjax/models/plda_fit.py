@@ -121,7 +121,7 @@ def training_settings(
     if not fitted:
         return {}
     trained = labels[clips.used.any(axis=0)]
-    report_few_people(trained, clips.tell)
+    report_few_people(trained, clips.print_message)
     people = len(np.unique(trained[trained > 0]))
     fixed = {"centred": two_covariance.centre_share(people), **fixed}
     if fitted == {"centred"}:
@@ -150,11 +150,11 @@ def training_settings(
     }
 
 
-def report_few_people(labels: np.ndarray, tell: Callable[[str], None]) -> None:
+def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
     """Informs the user if too few people have two clips for a fit; labels [N], 0 for nobody."""
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
-        tell(
+        print_message(
             f"{count:,} people have two clips or more, too few to calibrate probabilities: default "
             f"values for faces are used\nprobabilities are rough until {FEWEST_PEOPLE} people "
             "have two clips; the order of answers is not affected"

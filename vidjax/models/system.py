@@ -13,11 +13,11 @@ import optax
 
 from vidjax.core import augment, ensemble, fusion, losses, optim
 from vidjax.core.augment import BatchTransform
-from vidjax.core.batch import Array, ClipInfo, Frames, NoiseLayout
+from vidjax.core.batch import Array, ClipInfo, Frames, NoiseClassLayout
 from vidjax.models import identifier
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.runs import config as config_lib
-from vidjax.utils.errors import UserError, check_entry, named
+from vidjax.utils.errors import UserError, check_entry, prefix_errors
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 
@@ -65,13 +65,15 @@ class System(NamedTuple):
         return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
     def fuse(
-        self, rng: Array | None, frames: Mapping[str, Frames], view: Array
+        self, rng: Array | None, frames: Mapping[str, Frames], hidden_chunk: Array
     ) -> dict[str, Frames]:
         """Fuses the frames of all modalities to Frames [B, T'] for a member.
 
-        The position of a modality is folded into `rng`. If `rng` is None, frames are fused for
-        evaluation. `view` [] int32 is the chunk of the features that is hidden from the member; it
-        is removed. -1 hides nothing.
+        Args:
+          rng: PRNG key of training; None fuses for evaluation.
+          frames: modality -> Frames [B, T].
+          hidden_chunk: [] int32, number of the chunk of each feature vector that is removed (see
+            `ensemble.drop_chunk`). It is not read if `config.ensemble.views` is 0.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -79,7 +81,9 @@ class System(NamedTuple):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
             if self.config["ensemble"]["views"]:
-                features = ensemble.drop_chunk(features, view, self.config["ensemble"]["chunks"])
+                features = ensemble.drop_chunk(
+                    features, hidden_chunk, self.config["ensemble"]["chunks"]
+                )
             fused[name] = result._replace(features=features)
         return fused
 
@@ -144,7 +148,7 @@ class TaskSpec(NamedTuple):
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
-      num_clusters: number of clusters, the K of `NoiseLayout`, or None without noise classes.
+      num_clusters: number of clusters, the K of `NoiseClassLayout`, or None without noise classes.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
       settings: attributes of the model that its `prepare` computed, name -> value, or None.
@@ -161,11 +165,11 @@ class TaskSpec(NamedTuple):
     num_places: int | None = None
 
     @property
-    def layout(self) -> NoiseLayout | None:
+    def layout(self) -> NoiseClassLayout | None:
         """The layout of class columns with noise classes, or None without noise classes."""
         if self.num_clusters is None:
             return None
-        return NoiseLayout(self.num_identities, self.num_clusters)
+        return NoiseClassLayout(self.num_identities, self.num_clusters)
 
     @property
     def num_columns(self) -> int:
@@ -188,7 +192,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     )
     model = make_model(config, task)
     # The unknown column needs training clips, unless the model computes its logit without them.
-    knows_other = task.train_other or model.knows_unknown
+    knows_other = task.train_other or model.scores_unknown
     class_mask = jnp.asarray((np.arange(task.num_columns) > 0) | knows_other)
     check_entry("config.eval.scores", config["eval"]["scores"], SCORES)
     score_fn, scores_are_logs = SCORES[config["eval"]["scores"]]
@@ -227,8 +231,9 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         modalities[name] = width - width // chunks if views else width
     if views and max(task.modalities.values()) < chunks:
         raise UserError(
-            f"config.ensemble.views: no modality has {chunks} features, so a view hides nothing\n"
-            "--config.ensemble.chunks=N with a smaller N, or no views"
+            f"config.ensemble.views: no modality has {chunks} or more features "
+            "(config.ensemble.chunks), so no chunk can be hidden\n"
+            "lower --config.ensemble.chunks, or leave --config.ensemble.views out"
         )
     return identifier.make_identifier(
         spec,
@@ -249,14 +254,14 @@ def make_fusions(
     fusions = {}
     for name in modalities:
         field = f"config.fusion.{name}.{phase}"
-        with named(field):
+        with prefix_errors(field):
             fuse = fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
-        fusions[name] = named(field)(fuse)
+        fusions[name] = prefix_errors(field)(fuse)
     return fusions
 
 
 def _make_column_weight(
-    spec: Mapping[str, Any], layout: NoiseLayout | None, steps_per_epoch: float
+    spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
     """Builds `System.column_weight`: `spec["mirror_weight"]` for mirrors, 1 for other columns."""
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from vidjax.data.synthetic import LARGEST
-from vidjax.utils.errors import UserError, closest, missing
+from vidjax.utils.errors import UserError, closest, describe_missing_packages
 from vidjax.utils.files import INTEGER_LIMIT
 
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `default()`
@@ -408,18 +408,18 @@ def check(config: Config) -> None:
 def problems(config: Config) -> Iterator[str]:
     """Yields a message for every value that is out of range, in conflict or never read."""
     values = dict(fields(config))
-    yield from _out_of_range(values)
-    yield from _untrainable(values)
-    yield from _unread(values)
+    yield from _find_out_of_range(values)
+    yield from _find_untrainable(values)
+    yield from _find_unread(values)
 
 
 def check_ranges(config: Config | Mapping[str, Any]) -> None:
     """Raises UserError if a value is out of range."""
-    for problem in _out_of_range(dict(fields(config))):
+    for problem in _find_out_of_range(dict(fields(config))):
         raise UserError(problem)
 
 
-def _out_of_range(values: Values) -> Iterator[str]:
+def _find_out_of_range(values: Values) -> Iterator[str]:
     """Yields a message for every value outside the range or the choices of its field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
@@ -458,13 +458,13 @@ def _numbers(value: Any) -> Iterator[int | float]:
         yield value
 
 
-def _untrainable(values: Values) -> Iterator[str]:
+def _find_untrainable(values: Values) -> Iterator[str]:
     """Yields a message for every combination of values that no training can use."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name a split"
     if values["data.mode"] == "streaming":
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
-        yield from missing(
+        yield from describe_missing_packages(
             "data.mode streaming", "tensorflow", extra="tensorflow", instead=resident
         )
     split = values["eval.split"]
@@ -478,7 +478,7 @@ def _untrainable(values: Values) -> Iterator[str]:
         )
 
 
-def _unread(values: Values) -> Iterator[str]:
+def _find_unread(values: Values) -> Iterator[str]:
     """Yields a message for every changed value that no code reads."""
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):

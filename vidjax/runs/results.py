@@ -206,7 +206,7 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
     return analysis, arrays
 
 
-def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
+def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Removes the lines of a .jsonl file after `step`, which a resumed run will write again.
 
     Damaged lines are removed with a warning. An unfinished last line, from a killed process, is
@@ -235,7 +235,7 @@ class Logs:
     """The open logs of a run: `metrics.jsonl`, `timing.jsonl` and the events of TensorBoard.
 
     Only process 0 writes. New events replace the events of earlier files after `step`. See
-    `keep_until` for `evaluated`.
+    `truncate_log` for `evaluated`.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
@@ -243,7 +243,7 @@ class Logs:
         if not distributed.is_first():
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
-            keep_until(workdir / name, step, evaluated=evaluated)
+            truncate_log(workdir / name, step, evaluated=evaluated)
             self._files[name] = files.open_log(workdir / name)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._files["events"] = files.open_log(workdir / name)

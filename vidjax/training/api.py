@@ -52,8 +52,10 @@ def open_run(workdir: str | Path) -> RunFolder:
     """Opens the folder of a run. If it contains no run, raises UserError with a remedy."""
     folder = RunFolder(workdir)
     if not folder.has(CONFIG):
-        runs = [messages.shown(path.parent) for path in sorted(folder.path.glob(f"*/{CONFIG}"))]
-        hint = f"train a run: vidjax train --config=mma --workdir={messages.shown(folder.path)}"
+        paths = sorted(folder.path.glob(f"*/{CONFIG}"))
+        runs = [messages.relative_path(path.parent) for path in paths]
+        place = messages.relative_path(folder.path)
+        hint = f"train a run: vidjax train --config=mma --workdir={place}"
         if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
             hint = "name the folder of a run; to train a run: vidjax train --config=mma"
         if runs:
@@ -117,14 +119,16 @@ def load_data(
         return sources.load(
             given, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
         )
-    for name, value, default, field in (
-        ("labels", labels, None, "dir"),
-        ("cache_dir", cache_dir, None, "cache_dir"),
-        ("non_finite", non_finite, "drop", "non_finite"),
-        ("quality", quality, "given", "quality"),
+    for name, value, default, remedy in (
+        ("labels", labels, None, "labels are read from the folder config.data.dir"),
+        ("cache_dir", cache_dir, None, "set config.data.cache_dir"),
+        ("non_finite", non_finite, "drop", "set config.data.non_finite"),
+        ("quality", quality, "given", "set config.data.quality"),
     ):
         if value != default:
-            raise UserError(f"{name}: the configuration decides it\nset config.data.{field}")
+            raise UserError(
+                f"load_data: leave out {name}, because the source is a configuration\n{remedy}"
+            )
     data = cast(Config, source).data
     cache = files.cache_root(data.cache_dir).absolute()
     try:

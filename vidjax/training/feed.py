@@ -15,12 +15,12 @@ from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.models.system import System
 from vidjax.training import train_step
-from vidjax.training.train_step import Outcome, Tables, TrainState
+from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # wanted duration of a dispatch
 # One entry for each group of members. One program trains the members of a group.
 States = Sequence[TrainState]
-AllTables = Sequence[Tables]
+AllConstants = Sequence[MemberConstants]
 
 
 class DispatchResult(NamedTuple):
@@ -48,7 +48,9 @@ class Feed(abc.ABC):
         self._step_seconds: float | None = None  # of the last dispatch
         self._fastest = float("inf")  # of all dispatches
 
-    def advance(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
+    def advance(
+        self, states: States, constants: AllConstants, step: int, most: int
+    ) -> DispatchResult:
         """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
 
         `step` is the number of steps before the call. The `states` are donated.
@@ -56,7 +58,7 @@ class Feed(abc.ABC):
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.largest(max(1, min(most, count)))
         began = time.monotonic()
-        states, dispatched = self._dispatch(states, tables, count)
+        states, dispatched = self._dispatch(states, constants, count)
         outcomes = devices.fetch(dispatched)
         count = int(states[0].step) - step
         if self._compiled:
@@ -69,8 +71,8 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def _dispatch(
-        self, states: States, tables: AllTables, count: int
-    ) -> tuple[list[TrainState], list[list[Outcome]]]:
+        self, states: States, constants: AllConstants, count: int
+    ) -> tuple[list[TrainState], list[list[LoopResult]]]:
         """Dispatches `count` steps or fewer. Returns the states, and outcomes of the loop.
 
         Only the outcomes of the last call, or the last two, are returned: a bad step in an earlier
@@ -101,14 +103,14 @@ class StreamingFeed(Feed):
         return devices.shard_batch(self._mesh, batch)
 
     def _dispatch(
-        self, states: States, tables: AllTables, count: int
-    ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        outcomes: list[list[Outcome]] = []
+        self, states: States, constants: AllConstants, count: int
+    ) -> tuple[list[TrainState], list[list[LoopResult]]]:
+        outcomes: list[list[LoopResult]] = []
         first, is_single = time.monotonic(), distributed.count() == 1
         for _ in range(count):
             batch = self._next or self._put(next(self._batches))
             began = time.monotonic()
-            pairs = zip(states, tables, strict=True)
+            pairs = zip(states, constants, strict=True)
             results = [self._loop(*pair, batch, None) for pair in pairs]
             states = [state for state, _ in results]
             outcomes = [*outcomes[-1:], [outcome for _, outcome in results]]
@@ -140,8 +142,8 @@ class ResidentFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, draw)
 
     def _dispatch(
-        self, states: States, tables: AllTables, count: int
-    ) -> tuple[list[TrainState], list[list[Outcome]]]:
-        pairs = zip(states, tables, strict=True)
+        self, states: States, constants: AllConstants, count: int
+    ) -> tuple[list[TrainState], list[list[LoopResult]]]:
+        pairs = zip(states, constants, strict=True)
         results = [self._loop(*pair, self._clips, np.asarray(count, np.int32)) for pair in pairs]
         return [state for state, _ in results], [[outcome for _, outcome in results]]

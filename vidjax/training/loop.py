@@ -240,7 +240,7 @@ class TrainingRun:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
         self._group_size = size = self._num_members if self._system.vmap_members else 1
-        self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
+        self._constants = [self._replicate(part) for part in ensemble.split(plan.constants, size)]
         self._states = [self._replicate(part) for part in train_step.split_state(state, size)]
         del state  # frees its memory; the parts are copies
         self._feed, self._clips = self._make_feed(data, manifest.get("mode"))
@@ -281,7 +281,7 @@ class TrainingRun:
         restore.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.set_aside_later(workdir, manifest["step"])
-        return train_step.from_items(items), manifest
+        return train_step.convert_from_items(items), manifest
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
         """Builds the feed of training clips from this step on, and the source for evaluation.
@@ -331,7 +331,7 @@ class TrainingRun:
         member has `MAX_BAD_STEPS` consecutive steps without a finite loss and gradient.
         """
         dispatched = time.monotonic()
-        done = self._feed.advance(self._states, self._tables, self.step, stop - self.step)
+        done = self._feed.advance(self._states, self._constants, self.step, stop - self.step)
         self._states = done.states
         num_drawn = self._plan.batches.num_drawn
         num_clips = num_drawn(self.step + done.num_steps) - num_drawn(self.step)
@@ -363,7 +363,7 @@ class TrainingRun:
                 "loss or gradient is not finite"
             )
         values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
-        if not self._system.model.exact_inputs:
+        if not self._system.model.is_closed_form:
             values["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
         weight = max(sums["weight"], 1e-6)
         values |= {
@@ -441,7 +441,7 @@ class TrainingRun:
             self._system,
             self._eval_step,
             state.params,
-            self._replicate(self._system.model.solve(state.params, state.model_state)),
+            self._replicate(self._system.model.finalise_state(state.params, state.model_state)),
             self._plan.training_sets,
             self._clips,
         )

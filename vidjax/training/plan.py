@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble, fusion
-from vidjax.core.batch import Array, Batch, Frames, NoiseLayout
+from vidjax.core.batch import Array, Batch, Frames, NoiseClassLayout
 from vidjax.data import sources
 from vidjax.data.checks import unusable
 from vidjax.data.clips import (
@@ -38,7 +38,7 @@ from vidjax.utils.errors import UserError, warn
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
 # Besides `loss.*` and `optim.*`: fields that a model with exact inputs refuses.
-UNREAD_BY_EXACT = (
+UNREAD_IN_CLOSED_FORM = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
 MAX_BATCH_ROWS = 65_536  # a larger batch, if it is larger than the dataset, is a typing error
@@ -62,7 +62,7 @@ class RunPlan(NamedTuple):
     task: TaskSpec
     training_sets: ensemble.TrainingSets
     labels: np.ndarray
-    tables: train_step.Tables
+    constants: train_step.MemberConstants
     batches: BatchPlan
 
 
@@ -127,11 +127,11 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_places=batches.num_places,
     )
     # The settings are fitted before the first step, because compiled programs contain them.
-    clips = training_clips(config, data, labels, weight > 0)
+    clips = make_training_clips(config, data, labels, weight > 0)
     settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
     task = task._replace(settings=settings)
-    tables = train_step.make_tables(members, weight)
-    return RunPlan(task, training_sets, labels, tables, batches)
+    constants = train_step.make_member_constants(members, weight)
+    return RunPlan(task, training_sets, labels, constants, batches)
 
 
 def _check_plan(
@@ -184,7 +184,7 @@ def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.
 
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
-) -> tuple[np.ndarray, NoiseLayout]:
+) -> tuple[np.ndarray, NoiseClassLayout]:
     """Gives distractors (label 0) the columns of clusters and mirrors.
 
     Returns the new labels [N] and the layout.
@@ -209,7 +209,7 @@ def label_distractors(
         eps=config.noise.eps,
         min_samples=config.noise.min_samples,
     )
-    layout = NoiseLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
+    layout = NoiseClassLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
     labels = labels.copy()
     labels[is_noise] = initial_labels(clusters, layout, config.seed)
     say(
@@ -256,7 +256,7 @@ def compute_values(
     return np.concatenate(values)
 
 
-def training_clips(
+def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
     """Builds the training clips that `Identifier.prepare` receives before the first step."""
@@ -274,7 +274,7 @@ def training_clips(
             config, data, (modality,), lambda batch: value_of(batch.frames[modality]), wanted
         ),
         seed=config.seed,
-        tell=say,
+        print_message=say,
     )
 
 
@@ -292,12 +292,12 @@ def check_model(config: Config) -> None:
             f"config.num_epochs={config.num_epochs:g}: model '{name}' reads every clip "
             f"{model.min_epochs:g} times\n--config.num_epochs={model.min_epochs:g}"
         )
-    if not model.exact_inputs:
+    if not model.is_closed_form:
         return
     defaults = config_lib.DEFAULTS
     for field, value in config_lib.fields(config):
         changed = field in defaults and value != defaults[field]
-        if changed and (field in UNREAD_BY_EXACT or field.startswith(("loss.", "optim."))):
+        if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
             raise UserError(
                 f"config.{field}={value}: model '{name}' has no optimiser and reads each clip "
                 f"once, unchanged\nleave it out: --config.{field}={defaults[field]}"
@@ -365,7 +365,7 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
     weight = weight / weight.mean()
     if config.data.weights:
         given = load_clip_weights(config.data.weights, clips)
-        if MODELS[config.model.name].exact_inputs and not np.all((given == 0) | (given == 1)):
+        if MODELS[config.model.name].is_closed_form and not np.all((given == 0) | (given == 1)):
             raise UserError(
                 f"config.data.weights: model '{config.model.name}' uses a clip or leaves it out: "
                 "weights are 0 or 1"
@@ -471,7 +471,7 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     return clusters
 
 
-def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.ndarray:
+def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
     """Returns [n] int32: the column of each distractor's cluster, or of a random mirror.
 
     The mirror of a clip depends only on the seed and on its row.
@@ -487,7 +487,9 @@ def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.n
     return columns.astype(np.int32)
 
 
-def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str = "label") -> Array:
+def relabel(
+    labels: Array, predicted: Array, layout: NoiseClassLayout, *, keep: str = "label"
+) -> Array:
     """Moves unclustered distractors to the mirrors of the identities that they are mistaken for.
 
     Args:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from vidjax.core import devices, ensemble, fusion
 from vidjax.core.augment import MemberClips
 from vidjax.core.batch import Array, Batch, ClipInfo, Packed
-from vidjax.core.losses import is_best
+from vidjax.core.losses import is_argmax
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import System
 
@@ -34,20 +34,22 @@ class TrainState(struct.PyTreeNode):
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the last line of the log
 
 
-class Tables(NamedTuple):
+class MemberConstants(NamedTuple):
     """Weights and settings of the members, which are constant during training."""
 
     weight: Array  # [E, N] float32, of every training clip; 0 if it does not train the member
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    view: Array  # [E] int32, chunk of the features that is hidden from a member; -1 for none
+    hidden_chunk: (
+        Array  # [E] int32, chunk of the features that is hidden from a member; -1 for none
+    )
 
 
-def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
-    """Builds the tables of E members, with the weight [E, N] of every training clip."""
-    return Tables(
+def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
+    """Builds the constants of E members, with the weight [E, N] of every training clip."""
+    return MemberConstants(
         weight=np.asarray(weight, np.float32),
         min_quality=np.array([member.min_quality for member in members], np.float32),
-        view=np.array([member.view for member in members], np.int32),
+        hidden_chunk=np.array([member.view for member in members], np.int32),
     )
 
 
@@ -124,19 +126,19 @@ def convert_to_items(state: TrainState) -> dict[str, Any]:
     return {**items, "train": rest}
 
 
-def from_items(items: Mapping[str, Any]) -> TrainState:
+def convert_from_items(items: Mapping[str, Any]) -> TrainState:
     """Turns the items of a checkpoint into a state again."""
     fields = {name: item for name, item in items.items() if name != "train"}
     return TrainState(**fields, **items["train"])
 
 
-TrainingClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
-# For a member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden view []
+StepClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
+# For a member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden chunk []
 MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
-    system: System, state: TrainState, tables: Tables, batch: Batch
+    system: System, state: TrainState, constants: MemberConstants, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
     """Takes an optimiser step of every member. Returns the new state and the losses [E].
 
@@ -146,8 +148,8 @@ def train_step(
     """
     usable = batch.batch_mask & fusion.has_frames({x: batch.frames[x] for x in system.fuse_train})
     labels = state.labels[:, batch.clip_index]  # [E, B]
-    weight = tables.weight[:, batch.clip_index] * usable
-    inputs = (state.rng, labels, weight, tables.min_quality, tables.view)
+    weight = constants.weight[:, batch.clip_index] * usable
+    inputs = (state.rng, labels, weight, constants.min_quality, constants.hidden_chunk)
     members = (state.replace(step=None, rng=None, labels=None), inputs)
 
     def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
@@ -171,8 +173,8 @@ def take_member_step(
     axis E.
     """
     rng, labels, weight, *settings = inputs
-    fuse_rng, dropout_rng, modality_rng, transform_rng = member_keys(rng, step)
-    clips = _draw_clips(system, fuse_rng, batch, labels, weight, *settings)
+    fuse_rng, dropout_rng, modality_rng, transform_rng = derive_keys(rng, step)
+    clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
         # Small numbers could repeat keys that the first transform derives with `split`.
@@ -209,7 +211,7 @@ def take_member_step(
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (logits, model_state)), grads = gradient(learned.params)
-    is_right = is_best(jnp.where(system.class_mask, logits, -jnp.inf), labels)
+    is_right = is_argmax(jnp.where(system.class_mask, logits, -jnp.inf), labels)
     correct = average_over_examples(is_right, exists)
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
@@ -249,21 +251,21 @@ def _update_if_finite(
     return jax.lax.cond(is_finite, update, skip)
 
 
-def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
+def derive_keys(rng: Array, step: Array) -> tuple[Array, ...]:
     """Derives the keys of a step for fusion, dropout, modality dropout and transforms."""
     return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
 
 
-def _draw_clips(
+def _transform_and_fuse(
     system: System,
     rng: Array,
     batch: Batch,
     labels: Array,
     weight: Array,
     min_quality: Array,
-    view: Array,
+    hidden_chunk: Array,
 ) -> MemberClips:
-    """Draws the fused frames that train a member in a step."""
+    """Applies the clip transforms and the random frame fusion of a member to a batch."""
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
@@ -272,12 +274,12 @@ def _draw_clips(
         targets=((labels, jnp.ones_like(weight)),),
     )
     # Fusion folds the numbers 0 to M - 1 into the key. Transforms use the numbers from M on,
-    # counted from the last transform, so that `keep_quality` in front does not change other draws.
+    # counted from the last transform. So `drop_poor_frames`, the first, changes no other draw.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1
         clips = transform(jax.random.fold_in(rng, number), clips)
-    fused = system.fuse(rng, clips.frames, view)
+    fused = system.fuse(rng, clips.frames, hidden_chunk)
     return clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
 
 
@@ -294,7 +296,7 @@ def _sum_gradients(grads: Params) -> Array:
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
-class Outcome(NamedTuple):
+class LoopResult(NamedTuple):
     """The result of a call of the training loop, for the host."""
 
     loss: Array  # [E] float32, loss of the last step
@@ -303,8 +305,10 @@ class Outcome(NamedTuple):
 
 def make_train_loop(
     system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch]
-) -> Callable[[TrainState, Tables, TrainingClips, Array | None], tuple[TrainState, Outcome]]:
-    """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
+) -> Callable[
+    [TrainState, MemberConstants, StepClips, Array | None], tuple[TrainState, LoopResult]
+]:
+    """Compiles a loop of steps: (state, constants, clips, count) -> (state, outcome).
 
     The number of steps is an argument, so that the program is compiled only once. If it is None,
     the program takes a step without a loop: a loop on a GPU waits for the host after each step. The
@@ -314,18 +318,18 @@ def make_train_loop(
     """
 
     def loop(
-        state: TrainState, tables: Tables, clips: TrainingClips, count: Array | None
-    ) -> tuple[TrainState, Outcome]:
-        def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
+        state: TrainState, constants: MemberConstants, clips: StepClips, count: Array | None
+    ) -> tuple[TrainState, LoopResult]:
+        def body(_: Array, carry: tuple[TrainState, LoopResult]) -> tuple[TrainState, LoopResult]:
             state, outcome = carry
             batch = devices.constrain_batch(mesh, draw(clips, state.step))
-            new, losses = train_step(system, state, tables, batch)
+            new, losses = train_step(system, state, constants, batch)
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
-            return new, Outcome(losses.astype(jnp.float32), bad_step)
+            return new, LoopResult(losses.astype(jnp.float32), bad_step)
 
         num_members = len(state.rng)
-        start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
+        start = LoopResult(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
         if count is None:
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))

@@ -68,7 +68,7 @@ def check_choice(name: str, value: object, known: Collection[object]) -> None:
 
 
 @contextlib.contextmanager
-def named(place: str) -> Iterator[None]:
+def prefix_errors(place: str) -> Iterator[None]:
     """Puts `place`, such as a field's name, before the message of a UserError raised inside."""
     try:
         yield
@@ -76,17 +76,19 @@ def named(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from error
 
 
-def need(what: str, *packages: str, extra: str, instead: str = "") -> None:
+def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
     """Raises UserError, "`what` needs ...", unless the packages of an extra are installed.
 
     `instead` describes a way to go on without the packages.
     """
-    for problem in missing(what, *packages, extra=extra, instead=instead):
+    for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
 
 
-def missing(what: str, *packages: str, extra: str, instead: str = "") -> Iterator[str]:
-    """Yields the message of `need` if a package is not installed."""
+def describe_missing_packages(
+    what: str, *packages: str, extra: str, instead: str = ""
+) -> Iterator[str]:
+    """Yields the message of `require_packages` if a package is not installed."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}\n{remedy}")
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
     """Returns the `type` of a flag whose value is a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
@@ -123,15 +123,15 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def show(result: Result, name: str, *, as_json: bool) -> None:
+def print_result(result: Result, name: str, *, as_json: bool) -> None:
     """Prints the result of the command `name`."""
     if as_json:
-        say(json.dumps(_plain({"mode": name, **result.content}), allow_nan=False))
+        print_text(json.dumps(_plain({"mode": name, **result.content}), allow_nan=False))
         return
     rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
     heading = [name + result.note] if rows else []
     if lines := [*([result.text] if result.text else []), *heading, *rows]:
-        say("\n".join(lines))
+        print_text("\n".join(lines))
 
 
 def _plain(value: object) -> object:
@@ -161,7 +161,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
+def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command, prints its error if it fails, and returns its exit code.
 
     The exit codes are listed in `utils.errors`. (`check` also returns 3 for a damaged checkpoint.)
@@ -172,21 +172,21 @@ def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
         return command()
     except KeyboardInterrupt:
         code, text = 130, "stopped"
-        complain(text)
+        print_problem(text)
     except Exception as error:
-        code, text = exit_code(error), text_of(error)
+        code, text = get_exit_code(error), describe_error(error)
         if "--debug" in words or code is None:
             text = f"{type(error).__name__}: {text}" if code is None else text
             _print(traceback.format_exc(), sys.stderr)
         else:
-            complain(text)
+            print_problem(text)
     if "--json" in words:
-        say(json.dumps({"error": text}))
+        print_text(json.dumps({"error": text}))
     return code or 1
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def hide_progress() -> Iterator[None]:
     """Hides progress bars and log messages while the context is open; warnings still appear."""
     log = logging.getLogger("vidjax")
     before, level = os.environ.get(QUIET), log.level
@@ -201,30 +201,30 @@ def quietly() -> Iterator[None]:
             os.environ[QUIET] = before
 
 
-def say(text: str) -> bool:
+def print_text(text: str) -> bool:
     """Prints the result of a command. Returns False if the reader has closed the pipe."""
     return _print(text, sys.stdout)
 
 
-def complain(text: str) -> None:
+def print_problem(text: str) -> None:
     """Prints an error or a warning, at most three lines of it, to standard error."""
     lines = [line for line in text.split("\n") if line.strip()] or ["unknown error"]
     _print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
 
 
-def shown(path: Path) -> str:
+def relative_path(path: Path) -> str:
     """Returns a path below the working directory as a relative path, any other path unchanged."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def short(text: str, most: int = 40) -> str:
+def shorten(text: str, most: int = 40) -> str:
     """Shortens text to `most` letters: "..." replaces the middle, and the end stays."""
     tail = most // 3
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns a line for every row of a table, with the columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -260,14 +260,14 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
-def text_of(error: Exception) -> str:
-    """Returns the message of an error for a user, of which `complain` prints three lines."""
+def describe_error(error: Exception) -> str:
+    """Returns the message of an error for a user, of which `print_problem` prints three lines."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
             "installs what training, evaluation and reports need"
         )
-    if is_memory(error):
+    if is_out_of_memory(error):
         reason = (str(error) or "no more is free").splitlines()[0][:200]
         return (
             f"the memory is exhausted: {reason}\n"
@@ -278,26 +278,26 @@ def text_of(error: Exception) -> str:
     return describe_system_error(error) or str(error)
 
 
-def is_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Returns True if an error means that the host or a device has no memory left."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     )
 
 
-def exit_code(error: Exception) -> int | None:
+def get_exit_code(error: Exception) -> int | None:
     """Returns the exit code of an expected error (see `vidjax.utils.errors`), or None for a bug."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):
         return error.exit_code
-    return 2 if is_memory(error) or describe_system_error(error) else None
+    return 2 if is_out_of_memory(error) or describe_system_error(error) else None
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:
     """Prints a warning without its place in the code; replaces `warnings.showwarning`."""
     del args, kwargs
-    complain(f"warning: {message}")
+    print_problem(f"warning: {message}")
 
 
 def stop_at_once(signum: int, frame: object) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, need, warn
+from vidjax.utils.errors import UserError, require_packages, warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,7 +46,7 @@ def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
         raise UserError(f"--out={path}: there is no folder '{path.parent}': make it first")
     if path.suffix == ".parquet":
         instead = "end the name in .tsv or .jsonl"
-        need(f"--out={path}", "pyarrow", extra="parquet", instead=instead)
+        require_packages(f"--out={path}", "pyarrow", extra="parquet", instead=instead)
 
 
 def write(

@@ -21,7 +21,7 @@ from vidjax.apps import bulk
 from vidjax.core import metrics
 from vidjax.data.untrusted.names import clean_identity, is_unknown, show
 from vidjax.utils import messages, tables
-from vidjax.utils.errors import UserError, check_argument, named
+from vidjax.utils.errors import UserError, check_argument, prefix_errors
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.backend import Nearest
@@ -230,7 +230,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
             continue
         if len(cells) < 2 or not all(map(str.strip, cells[:2])):
             raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
-        with named(f"{path}: line {number}"):
+        with prefix_errors(f"{path}: line {number}"):
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
         if names.setdefault(clip, identity) != identity:
             raise UserError(
@@ -245,7 +245,7 @@ def table(answers: Answers) -> list[str]:
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
         rows.append((clip, answer.identity or "unknown", best or "no usable frame"))
-    return [f"  {line}" for line in messages.aligned(rows)]
+    return [f"  {line}" for line in messages.align_columns(rows)]
 
 
 def share(value: float) -> str:

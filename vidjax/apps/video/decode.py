@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, need
+from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -333,7 +333,7 @@ def open_video(path: Path, *, most_pixels: int = MOST_PIXELS) -> Iterator[Video]
 
 def _convert_heif(path: Path, file: io.FileIO, most_pixels: int) -> io.BytesIO:
     """Returns a HEIC or AVIF photo as an upright BMP file."""
-    need(f"'{path}', a photo in HEIC or AVIF,", "pillow_heif", extra="heif")
+    require_packages(f"'{path}', a photo in HEIC or AVIF,", "pillow_heif", extra="heif")
     import pillow_heif
     from PIL import Image, ImageOps
 
@@ -391,7 +391,7 @@ class _NamelessFile:
 
 
 def _open_container(path: Path, file: io.FileIO | io.BytesIO, most_pixels: int) -> "InputContainer":
-    need(f"'{path}', a video or photo,", "av", extra="video")
+    require_packages(f"'{path}', a video or photo,", "av", extra="video")
     import av
     from av.error import FFmpegError
 

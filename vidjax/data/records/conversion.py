@@ -284,7 +284,7 @@ def run_command(
         source = open_source(args)
         records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.truth(records.clips))
-        messages.say(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
+        messages.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
         return 0
 
-    return messages.guarded(command, words)
+    return messages.run_to_exit_code(command, words)

@@ -16,7 +16,7 @@ from vidjax.data.labels import Truth
 from vidjax.data.records.data_report import digest_data, label_records
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.record_reader import Reader, eval_batches
-from vidjax.utils.errors import UserError, need, warn
+from vidjax.utils.errors import UserError, require_packages, warn
 
 MAX_PACKED_CLIPS = 256  # clips in a chunk of `Dataset.packed`
 
@@ -103,7 +103,7 @@ class Dataset:
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
-        need("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
+        require_packages("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
         from vidjax.data.records import streaming
 
         return streaming.train_batches(self._records, plan, step)

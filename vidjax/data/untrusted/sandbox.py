@@ -28,7 +28,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClip
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, load
-from vidjax.utils.errors import DiskError, NoFileError, UserError, named
+from vidjax.utils.errors import DiskError, NoFileError, UserError, prefix_errors
 
 MB = 1 << 20
 # Normal files load at tens of MB per CPU second, so the limit allows a much slower machine.
@@ -49,7 +49,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
-            with named(str(path)):
+            with prefix_errors(str(path)):
                 content = load(file, size)
         with Packer(modality, out_dir, arguments["non_finite"]) as packer:
             for clip in read_clips(content, modality, str(path), size):
@@ -144,7 +144,7 @@ def read_clips(content: object, modality: str, place: str, size: int) -> Iterato
     Raises:
       UserError: the content has a different structure; the message names clip and field.
     """
-    with named(place):
+    with prefix_errors(place):
         clips = _clean_names(content, size)
         fields, budget = _choose_fields(clips, modality), _Budget(size)
         for name in list(clips):

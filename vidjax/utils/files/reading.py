@@ -20,7 +20,7 @@ from typing import IO, TypeVar, cast
 
 import numpy as np
 
-from vidjax.utils.errors import UserError, named
+from vidjax.utils.errors import UserError, prefix_errors
 
 T = TypeVar("T")
 
@@ -203,7 +203,7 @@ def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
     """Returns name -> array of an `.npz` file; `limit` is in bytes, both packed and unpacked."""
-    with open_regular(path, limit=limit) as file, named(f"cannot read '{path}'"):
+    with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
 
