@@ -71,7 +71,7 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
     from vidjax.core import devices
 
     kept = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
-    devices.keep_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
+    devices.cache_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

@@ -28,7 +28,7 @@ WORDS = (
 
 def test_one_process_agrees_with_itself():
     assert distributed.count() == 1 and distributed.is_first()
-    assert distributed.largest(7, -3) == [7, -3]
+    assert distributed.max_over_processes(7, -3) == [7, -3]
     distributed.barrier()
     distributed.check_same({"configuration": {"a": 1}})
 
@@ -36,7 +36,7 @@ def test_one_process_agrees_with_itself():
 @pytest.mark.parametrize("words", ["--coordinator=h:9", "--process_id=0 --num_processes=2"])
 def test_a_flag_that_is_missing_is_told(words):
     with pytest.raises(UserError, match=r"missing; .*--coordinator=HOST:PORT"):
-        distributed.join(program.parse(["--config=mma", *words.split()]))
+        distributed.join_processes(program.parse(["--config=mma", *words.split()]))
 
 
 @pytest.fixture

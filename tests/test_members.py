@@ -264,7 +264,7 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
         lost = np.mean([every[:, column].sum(axis=1) == 0 for column in columns])
         assert lost == pytest.approx(np.exp(-number), abs=0.02)
     members = ensemble.make_members({**SPEC, "bootstraps": 2})
-    rows = ensemble.partition(members, labels, 0, 0, "all")
+    rows = ensemble.count_clip_uses(members, labels, 0, 0, "all")
     np.testing.assert_array_equal(rows, every[:2])
 
 

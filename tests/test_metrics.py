@@ -186,7 +186,7 @@ def test_identification_errors_by_hand():
     nobody = errors(1, scores=np.full(8, -np.inf))
     assert nobody is not None and (nobody.fpir, nobody.fnir) == (0, 1)
     # 29 of 100 are .29 of them, though .29 * 100 is less than 29.
-    assert metrics.num_allowed(99, 0.29) == 28
+    assert metrics.count_allowed(99, 0.29) == 28
     assert errors(0.1, known=np.ones(8, bool)) is errors(0.1, known=np.zeros(8, bool)) is None
     for wrong in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match=r"fpir must be from 0 to 1"):

@@ -73,7 +73,7 @@ def measure(
     gaps = [abs(np.sum((best - right)[bins == number])) for number in range(10)]
     alarms = np.nan
     if others:
-        score = metrics.threshold_of(
+        score = metrics.find_threshold(
             logs_of(embeddings.exact(rng, MOST, 1, width, within)[:, 0])[:, 1:].max(axis=1),
             fpir=0.01,
         )

@@ -78,7 +78,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
     scores = [np.array([answer.score for answer in some]) for some in strangers]
     for number, person in enumerate(people):
         others = np.concatenate(scores[:number] + scores[number + 1 :])
-        threshold = metrics.threshold_of(others, fpir=FPIR)
+        threshold = metrics.find_threshold(others, fpir=FPIR)
         reached[truth == person] = score[truth == person] >= threshold
         alarms += (scores[number] >= threshold).tolist()
     return {

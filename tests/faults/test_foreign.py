@@ -439,14 +439,14 @@ def test_programs_are_kept_where_nobody_else_may_write(tmp_path, no_programs):
     (cache / "programs").mkdir(parents=True)
     cache.chmod(0o777)  # others may add a program
     with pytest.warns(UserWarning, match=f"chmod go-w {cache}"):
-        devices.keep_programs(cache)
+        devices.cache_programs(cache)
     assert jax.config.values["jax_compilation_cache_dir"] is None
     cache.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(cache, 12345, 12345)
         assert files.find_foreign_folder(cache / "programs") == cache
         os.chown(cache, 0, 0)
-    devices.keep_programs(cache)
+    devices.cache_programs(cache)
     assert f"{cache}/programs/" in str(jax.config.values["jax_compilation_cache_dir"])
 
 

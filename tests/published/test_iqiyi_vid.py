@@ -64,6 +64,6 @@ def test_mma_ensemble():
     members = ensemble.make_members(spec)
     assert len(members) == 3
     labels = np.repeat(np.arange(1, 21), 6)
-    uses = ensemble.partition(members, labels, spec["folds"], seed=0)
+    uses = ensemble.count_clip_uses(members, labels, spec["folds"], seed=0)
     np.testing.assert_array_equal(uses.sum(axis=0), 2)  # every clip is left out by one
     np.testing.assert_array_equal(uses.sum(axis=1), 80)

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         args = parse(words)
         with messages.hide_progress() if args.quiet else contextlib.nullcontext():
-            distributed.join(args)
+            distributed.join_processes(args)
             return _run(args)
 
     code = messages.run_to_exit_code(command, words)

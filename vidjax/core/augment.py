@@ -1,7 +1,7 @@
 """Augmentation of the clips of a training step, for a member of an ensemble.
 
 A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` receive all frames of
-the clips, before fusion. `System.transforms` receive the fused frames.
+the clips. Then fusion selects or averages frames. `System.transforms` receive the fused frames.
 """
 
 import functools
@@ -19,7 +19,7 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated; value of the cod
 
 
 class MemberClips(NamedTuple):
-    """The B clips of a step for a member.
+    """The B clips of a training step, for a member of the ensemble.
 
     Attributes:
       frames: modality -> Frames [B, T].
@@ -41,10 +41,10 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
-    """Drops frames below the member's `min_quality`; does not use the key.
+    """Drops the frames whose quality is below `clips.min_quality`; does not use `rng`.
 
-    A clip may have frames of the first modality, but none of this quality. It trains on all its
-    frames if `poor_clips` is `keep`, and gets weight 0 if `poor_clips` is `drop`.
+    If a clip has frames of the first modality, but none of this quality, `poor_clips` decides: with
+    `keep` the clip keeps all frames, with `drop` the clip gets the weight 0.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Unlike the
     paper, `keep` exists, and frames of exactly the lowest quality are kept.
@@ -101,6 +101,7 @@ def concat_clips(
     same partner, and cut it at the same relative position.
 
     Args:
+      frames: Frames [B, T] of a modality.
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
       short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
       pieces: `equal`: a long clip keeps `max_frames` frames, as above. `random`: it keeps a piece
@@ -158,7 +159,10 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Computes share x frames + (1 - share) x the partner's frames; missing frames count as 0."""
+    """Computes share x clip + (1 - share) x the clip at row `partner`; missing frames count as 0.
+
+    `partner` is [B] int, and `share` is [B] float.
+    """
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -187,7 +191,7 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """An entry of TRANSFORMS.
+    """A transform that `config.transforms` may name.
 
     `function` (rng, MemberClips, *, options) -> MemberClips receives all frames of the clips if
     `before_fusion` is True, and the fused frames if it is False.
@@ -208,8 +212,9 @@ def make_transforms(
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
     """Builds the transforms of a configuration, (before fusion, after fusion).
 
-    Transforms with separate fields come first. Then come `config.transforms`: keys of TRANSFORMS,
-    or dicts of `name` and keyword arguments. Raises UserError if a transform is unknown or an
+    First come the transforms of `config.ensemble.min_quality`, `config.noise.join` and
+    `config.mixup`. Then come `config.transforms`: keys of TRANSFORMS, or dicts of
+    `name` and keyword arguments. Raises UserError if a transform is unknown or an
     argument is missing.
     """
     before: list[BatchTransform] = []
@@ -220,8 +225,8 @@ def make_transforms(
     if config["noise"]["join"]:
         if config["data"]["max_frames"] < NOISE_FRAMES:
             raise UserError(
-                f"config.noise.join: distractors of {NOISE_FRAMES} frames are long, and "
-                f"config.data.max_frames={config['data']['max_frames']} leaves fewer\n"
+                f"config.noise.join=True needs clips of up to {NOISE_FRAMES} frames, but "
+                f"config.data.max_frames={config['data']['max_frames']}\n"
                 f"--config.data.max_frames={NOISE_FRAMES} or more"
             )
         pieces = config["noise"]["pieces"]

@@ -1,8 +1,8 @@
 """The structures of a batch of clips, and the conventions for axes and class columns.
 
-Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities (or
-the vectors that a model makes of them), D features, K clusters or class columns, C identities,
-E ensemble members, G branches of a model.
+Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities or
+vectors that a model computes from them, D features, K clusters or class columns, C identities, E
+ensemble members, G branches of a model.
 
 Class columns in all modules: column 0 is "other" (distractors). Columns 1..C are the identities in
 the order of `identities.json`. So logits and scores are [B, 1 + C]. The columns of noise classes
@@ -23,7 +23,11 @@ Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
 class NoiseClassLayout(NamedTuple):
-    """The class columns with noise classes: 0 other, 1..C identities, K clusters, C mirrors.
+    """The class columns of a run with noise classes, `config.data.distractors=noise`.
+
+    Column 0 is "other". Columns 1..C are the identities. Columns C+1..C+K are clusters of
+    distractors that look alike. Columns C+K+1..2C+K are the mirrors: the mirror of an identity is a
+    class of distractors that the model mistakes for this identity.
 
     Source: noise classes (5th place 2018). Unlike the paper, column 0 is "other". So the published
     `l < C` is `1 <= l <= C` here; the shift of C + K is the same.
@@ -43,20 +47,22 @@ class NoiseClassLayout(NamedTuple):
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
-        """Marks columns 1..C; `columns` are integers of any shape."""
+        """Returns True for the columns of identities; `columns` are integers of any shape."""
         return (columns >= 1) & (columns <= self.num_identities)
 
     def is_cluster(self, columns: Array) -> Array:
-        """Marks columns C+1..C+K; `columns` are integers of any shape."""
+        """Returns True for the columns of clusters; `columns` are integers of any shape."""
         return (columns > self.num_identities) & (columns <= self.mirror_shift)
 
     def is_mirror(self, columns: Array) -> Array:
-        """Marks columns C+K+1..2C+K; `columns` are integers of any shape."""
+        """Returns True for the columns of mirrors; `columns` are integers of any shape."""
         return (columns > self.mirror_shift) & (columns < self.num_columns)
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] that `fusion.read` gathers later; frame selection changes only `index`.
+    """Features [B, T, D] as rows of one array, which `fusion.read` gathers.
+
+    To select frames, only `index` changes.
 
     Attributes:
       values: [F, D], features of all frames of the dataset, in the stored dtype.
@@ -92,12 +98,12 @@ class Frames(NamedTuple):
     mask: Array
 
 
-# The fields that Frames and Packed share with records. (Records also have boxes.)
+# The fields of Frames and Packed that records in the cache have, too. (They also have boxes.)
 BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
 class Batch(NamedTuple):
-    """The clips of a step.
+    """The clips of a training step, or of a block of an evaluation.
 
     Attributes:
       frames: modality -> Frames [B, T]; modalities may differ in T.
@@ -111,14 +117,16 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """The input of a model besides the frames: B clips, or B examples if each frame is an example.
+    """The input of a model besides the frames, with a row for each of B clips.
+
+    If `config.after_fusion` is `examples`, each fused frame has a separate row.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, `Identifier.measure_clips` of the raw frames, before fusion and with all
-        features. It is None in training, and for models that treat all clips alike.
+      measure: [B] float32, the result of `Identifier.measure_clips` for the raw frames, such as
+        their mean quality. It is None in training, and for models that do not use it.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -155,7 +163,7 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The F frames of a modality of N clips, without padding, clip after clip.
+    """All F frames of N clips in a modality: arrays without padding, clip after clip.
 
     Attributes:
       features: [F, D] in the stored dtype.

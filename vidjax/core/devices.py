@@ -27,7 +27,7 @@ NVIDIA = Path("/dev/nvidia0")
 CUDA = "'vidjax[cuda13]' (driver 580 or newer) or 'vidjax[cuda12]' (driver 525 or newer)"
 
 
-def keep_programs(folder: Path) -> None:
+def cache_programs(folder: Path) -> None:
     """Caches compiled programs in `folder`, unless jax is configured to use another cache.
 
     jax runs the machine code in its cache. So if another user may change the folder, or a folder
@@ -60,8 +60,8 @@ def keep_programs(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def keep_no_programs() -> Iterator[None]:
-    """Keeps programs out of the cache while the context is open, because each has all weights."""
+def disable_program_cache() -> Iterator[None]:
+    """Disables the cache while the context is open, for programs that contain all weights."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -71,7 +71,7 @@ def keep_no_programs() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def be_deterministic() -> None:
+def make_deterministic() -> None:
     """Makes runs on a GPU bit-identical. Warns if jax has already looked for devices."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
@@ -82,7 +82,7 @@ def be_deterministic() -> None:
     looked = getattr(bridge, "backends_are_initialized", lambda: False)
     if looked() and jax.default_backend() == "gpu":
         warn(
-            "config.deterministic=True has no effect: jax has begun to use the GPU\n"
+            "config.deterministic=True has no effect: jax already uses the GPU\n"
             f"set it before Python starts: XLA_FLAGS={flag}"
         )
 
@@ -119,18 +119,18 @@ def _read_commit(checkout: Path) -> str | None:
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh of the first `num_devices` devices (None: all), with the axis `data`.
 
-    Clips are split over that axis. It is Auto: the same program runs on any number of devices, with
-    equal draws, and computes batch statistics over all devices.
+    Clips are split over that axis. The axis has the type Auto, so JAX inserts the communication.
+    Random draws and batch statistics are the same for every number of devices.
     """
     try:
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: no name is left
-        name = jax.config.values["jax_platforms"] or "the default name"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
+        name = jax.config.values["jax_platforms"] or "any device"
         reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
         raise UserError(
             f"jax cannot use {name}: {reason}\n"
             f"an NVIDIA GPU needs {CUDA}, a TPU 'vidjax[tpu]'\n"
-            "to use the devices of this machine: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
+            "to use the devices of this machine, unset JAX_PLATFORMS, or set JAX_PLATFORMS=cpu"
         ) from error
     if NVIDIA.exists() and devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
         warn(
@@ -140,7 +140,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
     if num_devices is not None and not 0 < num_devices <= len(devices):
         raise UserError(
-            f"num_devices={num_devices}: this machine has {len(devices)}\n"
+            f"num_devices={num_devices}: this machine has {len(devices)} devices\n"
             f"choose from 1 to {len(devices)}, or None for all"
         )
     devices = devices[:num_devices]
@@ -171,14 +171,14 @@ def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
     if distributed.count() == 1:
         return jax.device_put(tree, layout)
 
-    def lay(sharding: NamedSharding, x: Array) -> Array:
+    def place(sharding: NamedSharding, x: Array) -> Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.jit(_return_unchanged, out_shardings=sharding)(x)
         # `jax.device_put` would send the whole array to the other processes to compare it.
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(lay, jax.tree.broadcast(layout, tree), tree)
+    return jax.tree.map(place, jax.tree.broadcast(layout, tree), tree)
 
 
 def _return_unchanged(x: Array) -> Array:
@@ -197,7 +197,7 @@ def _fetch(x: Array) -> np.ndarray:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns a PartitionSpec per array of a batch; only the values of LazyFeatures stay whole."""
+    """Returns a PartitionSpec per array: split by clips, except for `LazyFeatures.values`."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:
@@ -209,7 +209,7 @@ def batch_specs(batch: Batch) -> Batch:
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Distributes a batch over the devices, B / devices clips on each. It may be there already."""
+    """Distributes a batch over the devices: equally many clips on each."""
     rows = np.shape(batch.clip_index)[0]
     if rows % mesh.size:
         raise UserError(

@@ -18,14 +18,14 @@ from vidjax.utils.errors import UserError
 FLAGS = ("coordinator", "num_processes", "process_id")
 
 
-def join(args: argparse.Namespace) -> None:
+def join_processes(args: argparse.Namespace) -> None:
     """Joins the other processes if `args` has values for FLAGS. Call it before JAX is used."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         raise UserError(
-            f"{', '.join(missing)}: missing; several processes need "
+            f"{', '.join(missing)}: missing; a run of several processes needs "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         )
     import jax
@@ -53,8 +53,11 @@ def is_first() -> bool:
     return count() == 1 or sys.modules["jax"].process_index() == 0
 
 
-def largest(*values: int) -> list[int]:
-    """Returns the maximum of each value over all processes; waits for them (|value| < 2**31)."""
+def max_over_processes(*values: int) -> list[int]:
+    """Returns the maximum of each value over all processes; waits for all of them.
+
+    The values must fit into int32.
+    """
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
@@ -63,15 +66,18 @@ def largest(*values: int) -> list[int]:
 
 
 def barrier() -> None:
-    """Waits until all processes have arrived here."""
-    largest(0)
+    """Waits until all processes have called this function."""
+    max_over_processes(0)
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if their `facts`, JSON values, differ."""
+    """Raises UserError in all processes if a value differs between them.
+
+    `facts` maps a name, for the message, to a JSON value.
+    """
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
-        if largest(number, -number) != [number, -number]:
+        if max_over_processes(number, -number) != [number, -number]:
             raise UserError(
                 f"{name} is not the same in all processes\n"
                 "start them with the same command, except --process_id, and the same data"

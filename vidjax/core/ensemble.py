@@ -72,10 +72,14 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
     if spec["folds"] and spec["bootstraps"]:
-        raise UserError("config.ensemble: folds and bootstraps exclude each other")
+        raise UserError(
+            "config.ensemble.folds and config.ensemble.bootstraps exclude each other\n"
+            "set one of them to 0"
+        )
     if spec["views"] > spec["chunks"]:
         raise UserError(
-            f"config.ensemble.views={spec['views']}: must be at most chunks={spec['chunks']}"
+            f"config.ensemble.views={spec['views']}: must be at most "
+            f"config.ensemble.chunks={spec['chunks']}"
         )
     if not all(isinstance(quality, (int, float)) for quality in spec["min_quality"]):
         raise UserError(f"config.ensemble.min_quality={spec['min_quality']}: must be numbers")
@@ -132,7 +136,7 @@ def bootstrap_counts(
     return np.bincount(drawn, minlength=len(labels)).astype(np.int32)
 
 
-def partition(
+def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
     """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
@@ -151,13 +155,13 @@ def partition(
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns a typed key per member, [E], which depends only on the seed and its number."""
+    """Returns the PRNG key of each member, [E]; it depends only on the seed and `Member.number`."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
 
 def digest(training_sets: TrainingSets) -> str:
-    """Returns the sha256 of training sets."""
+    """Returns the sha256 of members, clip names and training sets, in hexadecimal."""
     parts = (json.dumps(training_sets.members), "\n".join(training_sets.clips))
     sha256 = hashlib.sha256(training_sets.trained.tobytes())
     for part in parts:
@@ -184,9 +188,8 @@ def check_size(training_sets: TrainingSets) -> None:
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
     if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
         raise UserError(
-            f"{count:,} training clips of {members} members are too many: the most are "
-            f"{MAX_TRAINING_CLIPS:,} clips, and {MAX_FILE_BYTES:,} bytes of names and members, "
-            f"but these have {size:,}\n"
+            f"{count:,} training clips of {members} members need {size:,} bytes: the limits are "
+            f"{MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES:,} bytes\n"
             "leave some clips out, or train with fewer members"
         )
 
@@ -211,9 +214,11 @@ def load(folder: Path) -> TrainingSets:
     )
     shape = (len(members), names.count("\n") + 1)
     if not are_valid or not members or trained.dtype != bool or trained.shape != shape:
-        raise UserError(f"'{path}' is damaged: the shapes of its arrays differ")
+        raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
     if shape[1] > MAX_TRAINING_CLIPS:
-        raise UserError(f"'{path}' names more than {MAX_TRAINING_CLIPS:,} clips")
+        raise UserError(
+            f"'{path}' names {shape[1]:,} clips: at most {MAX_TRAINING_CLIPS:,} are read"
+        )
     return TrainingSets(members, tuple(names.split("\n")), trained)
 
 

@@ -47,7 +47,7 @@ def filter_frames(
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share or kept_share: {top_share} must be above 0 and at most 1")
+        raise UserError(f"top_share or kept_share is {top_share}: must be above 0 and at most 1")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -73,8 +73,8 @@ def top_frames(
 
     A shorter clip keeps all frames and repeats some. If `rng` is a key, it repeats random frames.
     If `rng` is None, `repeats` decides: `turn` repeats all frames in turn, the best first;
-    `random` repeats the same places in all clips of equal length. Among equal qualities the earlier
-    frame is better; NaN is the lowest quality.
+    `random` draws with a fixed key, so clips of equal length repeat the same ranks. Among equal
+    qualities the earlier frame is better; NaN is the lowest quality.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -326,8 +326,8 @@ def random_fusion(
     """
     if rng is None:
         raise UserError(
-            "the fusion 'random' is only for training: evaluate with sample, top, windows, crops, "
-            "mean or all"
+            "the fusion 'random' is only for training: for evaluation choose sample, top, windows, "
+            "crops, mean or all"
         )
     _check_count("num_draws", num_draws)
     _check_count("max_frames", max_frames)
@@ -530,8 +530,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         options_of(function),
         options,
         f", or from the options of every fusion: {', '.join(filters)}, kept_share\n"
-        "--config.fusion.MODALITY.PHASE.name=NAME keeps the other options of the file: "
-        "write the fusion into a copy of it",
+        "--config.fusion.MODALITY.PHASE.name=NAME keeps the options of the old fusion: "
+        "change them in a copy of the configuration file",
     )
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:
@@ -566,10 +566,10 @@ def options_of(function: Callable) -> dict[str, bool]:
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws frame indices [B, T'] int32 for every slot, with probability proportional to `weights`.
+    """Draws a frame for every slot of a fused frame, with probability proportional to `weights`.
 
     `weights` are [B, T]. `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`,
-    every frame that can be drawn is drawn before any is repeated.
+    every frame that can be drawn is drawn before any is repeated. Returns [B, T'] int32 per slot.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.
@@ -614,6 +614,8 @@ def _fuse(
 ) -> Frames:
     """Computes float32 weighted means of picked frames, with the number of the first pick.
 
+    A fused frame has as many slots as the fusion may fuse frames. Each slot holds a picked frame.
+
     Args:
       frames: Frames [B, T].
       picks, weights: for every slot, indices [B, T'] int32 and weights [B, T'] float32, 0 or more.
@@ -651,7 +653,9 @@ def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     """Returns the cumulative probabilities of fusing 1, 2, ... frames, float32 [length]."""
     weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
-        raise UserError(f"fusion probs must be {length} finite numbers of 0 or more, not {probs}")
+        raise UserError(
+            f"probs={probs}: must be {length} finite numbers of 0 or more, and not all 0"
+        )
     return (np.cumsum(weights) / weights.sum()).astype(np.float32)
 
 

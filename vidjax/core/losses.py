@@ -156,10 +156,11 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Computes cross-entropies times (1 - p)^gamma, where -log p is their mean over the batch.
+    """Computes each cross-entropy times (1 - p)^gamma, where -log p is the mean of the batch.
 
     Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`, for B G examples.
+      logits, labels, gamma, class_mask: as in `multiclass_focal`, with a row for each of B examples
+        and G branches of the model.
       counted: [B, G] float, weights of the B examples in the mean of each branch. None means 1.
 
     Returns:
@@ -260,14 +261,15 @@ def make_loss(
     check_entry("config.loss.margin_type", spec["margin_type"], MARGINS)
     if spec["margin"] and logit_scale == 1.0:
         raise UserError(
-            f"config.loss.margin={spec['margin']} needs a cosine classifier with a "
-            "model.logit_scale other than 1"
+            f"config.loss.margin={spec['margin']} needs a cosine classifier, with a "
+            "config.model.logit_scale other than 1\n"
+            "choose such a model, or --config.loss.margin=0"
         )
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
         raise UserError(
-            f"config.loss.schedule: weights must lie between 0 and 1, not {weights.tolist()}"
+            f"config.loss.schedule: weights are {weights.tolist()}, must lie between 0 and 1"
         )
 
     def loss_fn(
@@ -350,7 +352,8 @@ def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
 def mask_logits(logits: Array, class_mask: Array | None) -> Array:
     """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False.
 
-    The number adds 0 to the sums below. It is finite, because infinite logits have NaN derivatives.
+    The number adds 0 to the sums of the losses. It is finite, because infinite logits have NaN
+    derivatives.
     """
     if class_mask is None:
         return logits
@@ -381,7 +384,7 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:
-    """Computes -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
+    """Computes the focal loss of wrong classes, -p^gamma log(1 - p) with p = sigmoid(logits)."""
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)
     return jnp.exp(gamma * (logits - log_rest)) * log_rest
 

@@ -59,7 +59,9 @@ def mean_average_precision(
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
-        raise UserError("no identity has a positive clip: there is nothing to average")
+        raise UserError(
+            "MAP is undefined: no identity has a clip in the ground truth of this split"
+        )
     filled = (index >= 0) & (index < len(labels))
     if len(labels):
         listed = np.where(filled, labels[np.where(filled, index, 0)], 0)  # [C, k]
@@ -129,7 +131,7 @@ def identification_errors(
     distractors, num_known = scores[~known], int(known.sum())
     if not len(distractors) or not num_known:
         return None
-    if (threshold := threshold_of(distractors, fpir=fpir)) is None:
+    if (threshold := find_threshold(distractors, fpir=fpir)) is None:
         return None
     hits = known & np.asarray(correct, bool) & (scores >= threshold)
     return IdentificationErrors(
@@ -139,7 +141,7 @@ def identification_errors(
     )
 
 
-def num_allowed(num_distractors: int, fpir: float) -> int:
+def count_allowed(num_distractors: int, fpir: float) -> int:
     """Returns how many of S distractors may reach a threshold, or -1 if S is below 1 / fpir - 1.
 
     If r distractors reach it, a new distractor does so with probability (r + 1) / (S + 1), on
@@ -150,14 +152,14 @@ def num_allowed(num_distractors: int, fpir: float) -> int:
     return int(np.sum(np.arange(1, num_distractors + 2) / (num_distractors + 1) <= most)) - 1
 
 
-def threshold_of(distractors: np.ndarray, *, fpir: float) -> float | None:
+def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
     """Returns the lowest threshold that a new distractor reaches with probability `fpir` at most.
 
     `distractors` [S] are the best scores of distractors, without NaN. The threshold has the
-    precision of their dtype. Returns None if S is too small, see `num_allowed`.
+    precision of their dtype. Returns None if S is too small, see `count_allowed`.
     """
     ordered = np.sort(distractors)[::-1]  # best first
-    if (allowed := num_allowed(len(ordered), fpir)) < 0:
+    if (allowed := count_allowed(len(ordered), fpir)) < 0:
         return None
     refused = ordered[allowed] if allowed < len(ordered) else np.array(-np.inf, ordered.dtype)
     return float(np.nextafter(refused, np.array(np.inf, ordered.dtype)))
@@ -187,7 +189,7 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The best score of every clip of a split, by clip index.
+    """The best score of each of the N clips of a split, and whether its identity is right.
 
     Attributes:
       pool: [N] bool, the clips that are ranked.
@@ -210,14 +212,18 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Computes the AUROC of best scores, labelled clips against distractors; see `top1`."""
+    """Computes the AUROC of the best scores: labelled clips against distractors.
+
+    For the arguments see `top1`.
+    """
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns `fnir` or `threshold` of `identification_errors`, or None if they are undefined.
+    """Returns a field of `identification_errors`, or None if the errors are undefined.
 
-    The threshold is a logarithm, unless the run ranks by logits. For the arguments see `top1`.
+    `value` is the name of the field, `fnir` or `threshold`. For the other arguments see `top1`. The
+    threshold is a logarithm, unless the run ranks by logits.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -269,7 +275,7 @@ CLIP_METRICS: dict[str, Metric] = {
 }
 
 
-def logged(results: Mapping[str, Any]) -> dict[str, float]:
+def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
     """Selects MAP and the metrics with `log=True` from a `metrics.json`, if they are defined."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}

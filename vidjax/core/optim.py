@@ -37,7 +37,9 @@ def make_piecewise(
         table = np.empty((0, 0), np.float32)
     pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
-        raise UserError(f"{name} must be finite (epoch, value) pairs in order, not {points}")
+        raise UserError(
+            f"{name}={points}: must be pairs (epoch, value) of finite numbers, in order of epochs"
+        )
     epochs, values = table.T
     # `optax.piecewise_interpolate_schedule` multiplies scales: it can never leave 0 and has no
     # jumps. The added point makes a jump at the last epoch take its second value.
@@ -46,7 +48,7 @@ def make_piecewise(
 
 
 class Warmup(NamedTuple):
-    """The part of a schedule that is the same for all decays: the warm-up and the run's length.
+    """The warm-up of the learning rate and the length of the run, which all decays need.
 
     Attributes:
       peak, start: learning rates at the peak, and at the first step of the warm-up.
@@ -61,8 +63,8 @@ class Warmup(NamedTuple):
     total_steps: int
     steps_per_epoch: float
 
-    def then(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns a schedule: first the warm-up, then the peak, multiplied by `scale(step)`."""
+    def multiply(self, scale: optax.Schedule) -> optax.Schedule:
+        """Returns the warm-up followed by the peak rate, everything multiplied by `scale(step)`."""
         rise = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rise = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -70,7 +72,7 @@ class Warmup(NamedTuple):
 
 
 def cosine(warmup: Warmup, *, final_scale: float) -> optax.Schedule:
-    """Returns a cosine decay from the end of the warm-up to the end of the run.
+    """Returns a schedule with a cosine decay from the end of the warm-up to the end of the run.
 
     `final_scale` is the rate at the end relative to the peak.
     """
@@ -86,14 +88,14 @@ def cosine(warmup: Warmup, *, final_scale: float) -> optax.Schedule:
 
 
 def constant(warmup: Warmup) -> optax.Schedule:
-    """Returns a rate that stays at the peak after the warm-up."""
-    return warmup.then(optax.constant_schedule(1.0))
+    """Returns a schedule that stays at the peak after the warm-up."""
+    return warmup.multiply(optax.constant_schedule(1.0))
 
 
 def staircase(warmup: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
-    """Returns a rate that is multiplied by a factor every few epochs, counted from the first step.
+    """Returns a schedule that multiplies the rate by `decay_factor` every `decay_every_epochs`.
 
-    `decay_factor` is above 0. `decay_every_epochs` is above 0 and may be a fraction.
+    Epochs are counted from the first step. Both numbers are above 0; the epochs may be a fraction.
     """
     width = decay_every_epochs * warmup.steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(warmup.total_steps / width) + 1
@@ -101,20 +103,22 @@ def staircase(warmup: Warmup, *, decay_factor: float, decay_every_epochs: float)
     # move an edge by a step.
     edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
-    return warmup.then(
+    return warmup.multiply(
         lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
     )
 
 
 def piecewise(warmup: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
-    """Multiplies the rate by a factor for each epoch: pairs (epoch, factor) of `make_piecewise`.
+    """Returns a schedule that multiplies the rate by a piecewise linear function of the epoch.
+
+    `points` are pairs (epoch, factor), see `make_piecewise`.
 
     Source: quality fusion (4th place 2019), whose code (training.py:314-331 at 60f5127) starts with
     a low rate, jumps to the peak and halves it every 50 epochs.
     """
     factor = make_piecewise(points, name="config.optim.points")
     # The epoch is taken at the middle of a step, so that rounding cannot move a jump by a step.
-    return warmup.then(lambda step: factor((jnp.asarray(step) + 0.5) / warmup.steps_per_epoch))
+    return warmup.multiply(lambda step: factor((jnp.asarray(step) + 0.5) / warmup.steps_per_epoch))
 
 
 # name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of
@@ -174,27 +178,27 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-class Restarting(NamedTuple):
-    """The state of `restarting`: the state of the optimiser, and the number of updates so far."""
+class RestartState(NamedTuple):
+    """The state of `restart_before`: the optimiser's state, and the number of updates so far."""
 
     state: optax.OptState
     updates: Array
 
 
-def restarting(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
+def restart_before(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
     """Resets the state of an optimiser before its update number `step`, counted from 0."""
 
-    def init(params: optax.Params) -> Restarting:
-        return Restarting(tx.init(params), jnp.int32(0))
+    def init(params: optax.Params) -> RestartState:
+        return RestartState(tx.init(params), jnp.int32(0))
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, Restarting]:
-        assert isinstance(state, Restarting)
+    ) -> tuple[optax.Updates, RestartState]:
+        assert isinstance(state, RestartState)
         is_due, fresh = state.updates == step, tx.init(updates)
         old = jax.tree.map(lambda x, new: jnp.where(is_due, new, x), state.state, fresh)
         updates, new = tx.update(updates, old, params)
-        return updates, Restarting(new, state.updates + 1)
+        return updates, RestartState(new, state.updates + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -232,12 +236,13 @@ def make_optimizer(
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
     scaled = OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec))
     restart = round(spec["restart_epoch"] * steps_per_epoch)
-    parts.append(restarting(scaled, restart) if restart else scaled)
+    parts.append(restart_before(scaled, restart) if restart else scaled)
     if spec["total_decay"]:
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
         if not 0 < rates < math.inf:
             raise UserError(
-                f"config.optim.total_decay={spec['total_decay']}: learning rates sum to {rates}\n"
+                f"config.optim.total_decay={spec['total_decay']}: the learning rates sum to "
+                f"{rates}, must be above 0 and finite\n"
                 "change config.optim.learning_rate, or --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates

@@ -125,7 +125,7 @@ class Predictor(NamedTuple):
     def _of_few_distractors(self) -> bool:
         """True if the evaluated distractors are too few for a rate of 1 %."""
         count = self.results.get("num_distractors") or 0
-        return count > 0 and metrics.num_allowed(count, 0.01) < 0
+        return count > 0 and metrics.count_allowed(count, 0.01) < 0
 
     @property
     def _of_few_members(self) -> bool:
@@ -371,7 +371,7 @@ def restore(
             f"'{workdir}' joins other runs; restore a member:\n{', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
-    devices.keep_programs(files.cache_root())
+    devices.cache_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, folder)
     system = make_system(config.to_dict(), run.task)

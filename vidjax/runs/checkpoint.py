@@ -60,7 +60,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
-    if not any(distributed.largest(int(first and _add_info(folder, info)))):
+    if not any(distributed.max_over_processes(int(first and _add_info(folder, info)))):
         _save_new(folder, items, {"step": step, **info})
     if first:
         _drop_others(workdir)

@@ -34,7 +34,7 @@ class Interruption:
 
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if any process got a signal, or `save_due` is true in any process."""
-        signum, due = distributed.largest(self._received or 0, int(save_due))
+        signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)
 

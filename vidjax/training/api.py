@@ -69,8 +69,8 @@ def set_up_devices(config: Config) -> None:
     from vidjax.core import devices
 
     if config.deterministic:
-        devices.be_deterministic()
-    devices.keep_programs(files.cache_root(config.data.cache_dir))
+        devices.make_deterministic()
+    devices.cache_programs(files.cache_root(config.data.cache_dir))
     devices.make_mesh()
 
 

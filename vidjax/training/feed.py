@@ -56,7 +56,7 @@ class Feed(abc.ABC):
         `step` is the number of steps before the call. The `states` are donated.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
-        (count,) = distributed.largest(max(1, min(most, count)))
+        (count,) = distributed.max_over_processes(max(1, min(most, count)))
         began = time.monotonic()
         states, dispatched = self._dispatch(states, constants, count)
         outcomes = devices.fetch(dispatched)

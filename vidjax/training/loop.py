@@ -146,7 +146,7 @@ def _take_steps(
             interruption.raise_if_asked(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
-            scores = metrics.logged(evaluated.results)
+            scores = metrics.select_logged(evaluated.results)
             logs.metrics(run.step, {"split": split, **scores})
             line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
@@ -298,7 +298,7 @@ class TrainingRun:
         mode = mode or resident.choose_mode(
             config.data.mode, plan_in_memory, mesh, num_drawn, taken
         )
-        (is_streaming,) = distributed.largest(int(mode == "streaming"))
+        (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
             say("clips are streamed from the records")
             stream = data.train_batches(batches, step=self.step)

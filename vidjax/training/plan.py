@@ -93,7 +93,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     if not np.any(labels > 0):
         raise UserError(explain_no_identity(config))
 
-    trained = ensemble.partition(
+    trained = ensemble.count_clip_uses(
         members, labels, spec["folds"], config.seed, spec["resample"]
     )  # [E, N]
     weight = trained * _compute_clip_weights(config, labels, clips)

@@ -77,7 +77,7 @@ def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         # There is a program for each input size, and each program contains all weights.
-        with devices.keep_no_programs():
+        with devices.disable_program_cache():
             return jax.device_get(jax.jit(loaded.call).lower(inputs).compile()(inputs))
 
     return predict_outputs

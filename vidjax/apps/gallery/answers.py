@@ -186,7 +186,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     Source: FPIR of ISO/IEC 19795-1.
     """
     check_strangers(len(best), fpir)
-    score = metrics.threshold_of(best, fpir=fpir)
+    score = metrics.find_threshold(best, fpir=fpir)
     assert score is not None  # there are enough strangers
     score += SCORE_ROUNDING * abs(score)
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))

@@ -363,12 +363,12 @@ def resample_fnir(
       known: [n] float64, the scores of known clips.
       right: [n] bool, True if the best identity of a known clip is right.
       people: [n] int, the identities of the known clips.
-      rate: the FPIR at which `metrics.threshold_of` would set the threshold of each sample.
+      rate: the FPIR at which `metrics.find_threshold` would set the threshold of each sample.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
     names, person = np.unique(people, return_inverse=True)
-    place = num - 1 - metrics.num_allowed(num, rate)  # of the best refused score
+    place = num - 1 - metrics.count_allowed(num, rate)  # of the best refused score
     rates = []
     for _ in range(RESAMPLES):
         refused = np.partition(strange[rng.integers(0, num, num)], place)[place]
