@@ -264,7 +264,7 @@ def test_photos_of_decades_are_doubted_where_they_show_somebody_else():
     for kind, found in (("same", cosines[same]), ("different", cosines[~same])):
         np.testing.assert_allclose((found.mean(), found.std()), back_end[kind], atol=0.005)
 
-    distances = distance.of_cosines(*(tuple(back_end[kind]) for kind in ("same", "different")))
+    distances = distance.from_cosines(*(tuple(back_end[kind]) for kind in ("same", "different")))
     rng, found, right = np.random.default_rng(0), 0, 0
     for _ in range(20):
         order = rng.permutation(10) + 10 * np.arange(12)[:, None]  # photos of a person are in order

@@ -18,7 +18,7 @@ from vidjax.models import distance
 
 WIDTH = 128
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)  # cosines of dlib's vectors of faces
-DLIB = distance.of_cosines(SAME, DIFFERENT)
+DLIB = distance.from_cosines(SAME, DIFFERENT)
 
 
 FITTED = {"same": SAME, "different": DIFFERENT, "pairs": (1, 1), "data": "made"}
@@ -100,10 +100,10 @@ def test_gaussian_vectors_have_the_probabilities_of_a_joint_density(people):
     share, variance = distance.posterior(card, known, counts.astype(float))
     centres = known.mean + share[:, None] * (means - known.mean)
     square, far = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
-    new = distance.new_density(
+    new = distance.stranger_log_density(
         card, np.array(far), np.array(card.within + card.between + known.variance)
     )
-    ratios = distance.same_density(card, square, variance + card.within) - new
+    ratios = distance.person_log_density(card, square, variance + card.within) - new
 
     def density(of):
         """The log density of all photos and the clip, where the clip shows the person `of`."""

@@ -34,7 +34,7 @@ def make(rng, widths, *, scale, spread, blocks=(300, 1, 399), cards=False):
     settings = SETTINGS._replace(scale=scale, unenrolled=-2.0, stranger=1.0)
     backend = backend_lib.fit(fitted, labels, centred=False, settings=settings)
     if cards:
-        found = distance.of_cosines((1 - 0.4 * spread, 0.1), (0.1, 0.15))
+        found = distance.from_cosines((1 - 0.4 * spread, 0.1), (0.1, 0.15))
         parts = tuple(part._replace(space=None, distances=found) for part in backend.parts)
         backend = backend_lib.Backend(parts, settings)
     owner = np.repeat(np.arange(PEOPLE), rng.integers(1, 4, PEOPLE))

@@ -311,10 +311,10 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
     clips = plan.make_training_clips(config, data, labels, used)
     free = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
-    found: Any = plda_fit.training_settings(free, clips)
+    found: Any = plda_fit.fit_member_settings(free, clips)
     assert len(set(found["scale"])) == 3
     changed = np.where(used[1], labels, 0)
-    again: Any = plda_fit.training_settings(free, clips._replace(labels=changed))
+    again: Any = plda_fit.fit_member_settings(free, clips._replace(labels=changed))
     for field in ("scale", "stranger"):
         assert found[field][1] == again[field][1] and found[field][0] != again[field][0], field
 

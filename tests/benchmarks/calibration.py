@@ -50,7 +50,7 @@ def measure(
     part, settings = front.parts[0], front.settings
     assert part.space is not None
     sums = two_covariance.make_sums(backend_lib.unit(part, enrolled), labels, num_people + 1)
-    space, people = plda_fit.as_arrays(
+    space, people = plda_fit.to_device_arrays(
         part.space, two_covariance.enrol(part.space, sums.count, sums.total), jnp.dtype("float32")
     )
 

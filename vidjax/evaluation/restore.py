@@ -166,7 +166,7 @@ def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Loads the parameters and computes the other collections of a run; arrays are [E, ...]."""
-    params, model_state = system.shapes(len(run.training_sets.members))
+    params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated(mesh))
     params = items["params"]

@@ -16,11 +16,11 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips, as `Identifier.prepare` receives them.
+    """The N training clips of a run, as `Identifier.prepare` receives them.
 
-    `values(modality, value_of, wanted)` computes a value of each clip that is True in `wanted` [N]
-    bool. It returns [n, ...] for the n clips. `value_of` maps all frames of B clips, Frames [B, T],
-    to [B, ...].
+    `values(modality, value_of, wanted)` computes a value of each clip for which `wanted` [N] bool
+    is True. It returns [n, ...] for these n clips. `value_of` is a function that maps all frames of
+    B clips, Frames [B, T], to [B, ...].
     """
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
@@ -46,9 +46,10 @@ class Identifier(nn.Module):
         value, and `ModelOutput.logit_scale` is its current value.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
-      is_closed_form: True if the model is not optimised: training only adds up or stores the clips.
-        Then no option may change or repeat clips.
-      scores_unknown: True if the logit of column 0 needs no training clips of column 0.
+      is_closed_form: True if the model has no loss and no optimiser: training only adds up or
+        stores the clips. Then no option may change or repeat clips.
+      scores_unknown: True if the model computes the logit of column 0, "other", without training
+        clips of column 0.
       min_epochs: number of passes over the training clips that the model needs.
       parts: maps each field that is itself a model to the field that lists its modalities.
     """
@@ -110,9 +111,10 @@ class Identifier(nn.Module):
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Computes attributes before training. Returns name -> value; checkpoints store them.
+        """Computes attributes of the model from the training clips, before the first step.
 
-        A value is a number, a tuple with a number per member, or None.
+        Returns attribute -> value; checkpoints store them. A value is a number, a tuple with a
+        number per member, or None.
         """
         return {}
 
@@ -124,7 +126,7 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Turns the collections after training, [E, ...], into the collections for evaluation."""
+        """Computes the collections for evaluation from the collections after training, [E, ...]."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:

@@ -60,7 +60,7 @@ class DeepMEF(Identifier):
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
-    if a view hides a sixteenth of 2048 (article: 128 = 2048/16); the hidden layer has twice
+    if a sixteenth of 2048 features is hidden (article: 128 = 2048/16); the hidden layer has twice
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
     margin loss discards the magnitude of features, so quality is joined to normalised features.
     Not published: the root mean square of 1, which brings features to the magnitude of
@@ -118,7 +118,7 @@ class DeepMEF(Identifier):
         return ModelOutput(logits[:, None], embedding=x)
 
     def _apply_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
-        """Computes x + f(x), [B, D]."""
+        """Computes x + f(x), [B, D], with the f of `layer_form`."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
             return block(x, has_frames, train=train)
@@ -196,12 +196,13 @@ class ChannelAttention(nn.Module):
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
-                "\n--config.model.channel_attention=channels, or leave it False"
+                "\n--config.model.channel_attention=channels, or leave channel_norm out"
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise UserError(
-                f"channel attention needs {self.num_frames} frames, not {x.shape[1]}: let the "
-                f"fusion sample {self.num_frames}, or use the form 'features'"
+                f"config.model.channel_attention=channels needs {self.num_frames} frames, not "
+                f"{x.shape[1]}\nlet config.fusion sample {self.num_frames} frames, or "
+                "--config.model.channel_attention=features"
             )
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = jnp.where(mask[..., None], x.astype(param_dtype), 0.0)

@@ -147,7 +147,9 @@ class MLP(nn.Module):
 def _check_layer(layer: object) -> None:
     """Raises UserError unless a layer has four values, each in its range."""
     if not isinstance(layer, tuple) or len(layer) != 4:
-        raise UserError(f"a layer is (width, activation, batch_norm, dropout_rate), not {layer!r}")
+        raise UserError(
+            f"a layer is {layer!r}, must be (width, activation, batch_norm, dropout_rate)"
+        )
     width, _, _, dropout_rate = layer
     if not isinstance(width, int) or width < 1:
         raise UserError(f"the width of a layer must be a whole number of 1 or more, not {width!r}")
@@ -155,7 +157,7 @@ def _check_layer(layer: object) -> None:
         raise UserError(f"the dropout rate of a layer must be 0 to 1, not {dropout_rate!r}")
 
 
-_NUM_CONNECTED = 3
+_NUM_CONNECTED = 3  # the first layers, which have shortcuts
 
 
 class ResidualDenseNet(nn.Module):
@@ -217,7 +219,7 @@ class ResidualDenseNet(nn.Module):
 
 
 class CosineIdentifier(Identifier):
-    """Joins a unit vector per modality, weighted, and classifies by cosines.
+    """Concatenates a weighted unit vector of each modality, and classifies by cosines.
 
     With the mean frame x_m of modality m and learned weights a_m:
 
@@ -289,10 +291,11 @@ _NO_NEIGHBOUR = -2.0
 
 
 class NeighbourIdentifier(Identifier):
-    """The baseline: cosine of a clip to the nearest training clip of each class, by mean frames.
+    """A baseline: the logit of a class is the cosine of a clip to the nearest clip of the class.
 
-    Training stores the clips in the collection `memory`: `vectors` [N, D] float32 of unit length,
-    and `labels` [N] int32. Empty rows and zero vectors are never neighbours.
+    The vector of a clip is its mean frame in `modality`. Training stores the clips in the
+    collection `memory`: `vectors` [N, D] float32 of unit length, and `labels` [N] int32. Empty rows
+    and zero vectors are never neighbours.
 
     Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Here k = 1
     for each class.

@@ -58,8 +58,8 @@ class Population(NamedTuple):
     variance: float
 
 
-def of_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
-    """Computes the distances of a card from the (mean, deviation) of its cosines.
+def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
+    """Computes the distribution of distances from the (mean, deviation) of cosines on a card.
 
     `same` is for clips of the same person, `different` for clips of two people.
 
@@ -94,7 +94,7 @@ def population(
     effective: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> Population:
-    """Computes the posterior of m from people, who come in blocks.
+    """Computes the posterior of the mean m of all people, from the people of several blocks.
 
     Args:
       distances: the distribution on the card.
@@ -132,11 +132,13 @@ def posterior(distances: Distances, known: Population, effective: np.ndarray) ->
     return Posterior(share, share * noise + (1 - share) ** 2 * known.variance)
 
 
-def same_density(distances: Distances, square: np.ndarray, variance: np.ndarray) -> np.ndarray:
+def person_log_density(
+    distances: Distances, square: np.ndarray, variance: np.ndarray
+) -> np.ndarray:
     """Computes log densities at the squared distances `square` from people.
 
-    Terms that are equal for all people are left out; `new_density` leaves out the same terms. The
-    mean of the squared distance is `variance`. Both are float arrays that broadcast.
+    Terms that are equal for all people are left out; `stranger_log_density` leaves out the same
+    terms. The mean of the squared distance is `variance`. Both are float arrays that broadcast.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)
@@ -147,8 +149,10 @@ def same_density(distances: Distances, square: np.ndarray, variance: np.ndarray)
     return density
 
 
-def new_density(distances: Distances, square: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Computes log densities for a stranger, without the terms that `same_density` leaves out.
+def stranger_log_density(
+    distances: Distances, square: np.ndarray, variance: np.ndarray
+) -> np.ndarray:
+    """Computes log densities for a stranger, without the terms that `person_log_density` lacks.
 
     `square` is the squared distance from the mean m; its expectation is `variance`.
     """
@@ -166,4 +170,6 @@ def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray)
     same = distances.within * noise
     different = same + 2 * distances.between
     square = np.maximum(square, MIN_SQUARE * distances.within)
-    return same_density(distances, square, same) - new_density(distances, square, different)
+    return person_log_density(distances, square, same) - stranger_log_density(
+        distances, square, different
+    )

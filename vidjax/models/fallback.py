@@ -68,7 +68,9 @@ class FallbackIdentifier(Identifier):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.threshold_share < 1:
-            raise UserError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
+            raise UserError(
+                f"config.model.threshold_share={self.threshold_share}: must be from 0 to below 1"
+            )
         if self.modality not in (self.main_modalities or self.modalities):
             main = ", ".join(self.main_modalities or self.modalities)
             raise UserError(
@@ -89,8 +91,8 @@ class FallbackIdentifier(Identifier):
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
-                f"logit_scale of main and other must be equal, not {self.main.logit_scale} and "
-                f"{self.other.logit_scale}"
+                "model 'fallback': logit_scale of main and other must be equal, not "
+                f"{self.main.logit_scale} and {self.other.logit_scale}"
             )
 
     @property
@@ -104,7 +106,7 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Computes the `threshold`: `threshold_share` of the training clips lie below it.
+        """Computes the `threshold`, below which `threshold_share` of the training clips lie.
 
         It is computed from data, because the scale of measures differs between face networks. All
         clips with the modality count, whatever their identity and fold. If measures are equal,

@@ -56,7 +56,8 @@ def make_identifier(
     model = MODELS[name]
     if not issubclass(model, Identifier):
         raise UserError(
-            f"model {name!r}: derive its class from vidjax.models.base.Identifier, not nn.Module"
+            f"model {name!r}: its class is not an Identifier\n"
+            "derive the class from vidjax.models.base.Identifier"
         )
     fields = {field.name: field for field in dataclasses.fields(model)}
     given = {
@@ -74,7 +75,7 @@ def make_identifier(
     fusion.check_options(f"model {name!r}", known, options)
     _check_sizes(name, options)
     if not modalities:
-        raise UserError(f"model {name!r} needs at least one modality")
+        raise UserError(f"config.modalities is empty: model {name!r} needs at least one")
     for part, choice in model.parts.items():
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):

@@ -115,7 +115,7 @@ def _backward(
     x, kernel = residuals
     wide, gradient = gradient.dtype, gradient.astype(dtype)
     x_gradient = _product(gradient, kernel, 1, wide)
-    return x_gradient, _product(transposed(x), gradient, 0, wide)
+    return x_gradient, _product(transpose_in_memory(x), gradient, 0, wide)
 
 
 trained_matmul.defvjp(_forward, _backward)
@@ -128,7 +128,7 @@ def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
-def transposed(x: Array) -> Array:
+def transpose_in_memory(x: Array) -> Array:
     """Returns x.T; on CPUs the transpose is stored in memory.
 
     XLA for CPUs has no fast product that sums over the first axis of both operands.

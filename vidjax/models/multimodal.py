@@ -26,8 +26,9 @@ from vidjax.models.layers import (
 class MultimodalIdentifier(Identifier):
     """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
-    The vectors of a missing modality are exactly 0 in the feature map, including the bias. With
-    `fill_missing`, attention fills them from the other vectors.
+    The feature map of a clip is a matrix with one or more vectors of each modality. The vectors of
+    a missing modality are exactly 0 in the feature map, including the bias. With `fill_missing`,
+    attention fills them from the other vectors.
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.

@@ -63,14 +63,16 @@ class PLDAIdentifier(Identifier):
         """Returns the settings of a member; UserError if any is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
-            raise UserError(f"model 'plda' lacks {', '.join(missing)}: train it again")
+            raise UserError(
+                f"model 'plda' has no value of {', '.join(missing)}: train the run again"
+            )
         chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
         """Fits the settings that are None, on held-out training clips; returns name -> value."""
         given = {name: getattr(self, name) for name in Settings._fields}
-        return plda_fit.training_settings(given, clips)
+        return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
         """Returns the settings of the first member, which galleries use."""
@@ -88,7 +90,7 @@ class PLDAIdentifier(Identifier):
         real, _ = real_frames(frames, self.modalities, clips.mask)
         vectors = {name: unit_mean(frames) for name, frames in real.items()}
         if not train and self.has_variable("solved", "settings"):
-            return self.compare(vectors)
+            return self.score_vectors(vectors)
         share = 1.0 if self.centred is None else self.centred  # None if only shapes are needed
         update = train and not self.is_initializing()
         centred = self._add_up(vectors, clips, share, update=update)
@@ -99,11 +101,12 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Centres vectors, modality -> [B, D] of length 1 or 0; if `update`, adds them to `sums`.
+        """Subtracts the mean from unit vectors; if `update`, adds the vectors to `sums`.
 
-        The first occurrence of a clip adds to the centre, the second adds to the sums, and later
-        occurrences add nothing. A batch may contain clips of two passes, and a clip more than once.
-        The `share` of the mean is subtracted.
+        `vectors` maps a modality to [B, D], with rows of length 1 or 0. The first occurrence of a
+        clip adds to the centre, the second adds to the sums, and later occurrences add nothing. A
+        batch may contain clips of two passes, and a clip more than once. `share` of the mean is
+        subtracted. Returns [B, D] of each modality.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
@@ -126,8 +129,8 @@ class PLDAIdentifier(Identifier):
             centred.append(_centre_vectors(x, _compute_mean(part.value, share)))
         return centred
 
-    def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Scores unit vectors, modality -> [B, D], with the collection `solved`."""
+    def score_vectors(self, vectors: Mapping[str, Array]) -> ModelOutput:
+        """Computes logits for unit vectors, modality -> [B, D], with the collection `solved`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre_vectors(x, solved[name]["centre"]) for name, x in vectors.items()
@@ -167,7 +170,7 @@ class PLDAIdentifier(Identifier):
             if np.sum(count) > 0:
                 space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
-            space, enrolled = plda_fit.as_arrays(space, enrolled, dtype)
+            space, enrolled = plda_fit.to_device_arrays(space, enrolled, dtype)
             centre = jnp.asarray(_compute_mean(sums[name], settings.centred), dtype)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
         return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
@@ -207,6 +210,7 @@ def _count_occurrences(index: Array, mask: Array) -> Array:
 
 
 def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
+    """Computes `share` x the mean of the vectors of the first pass, [D]."""
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 

@@ -64,8 +64,8 @@ def unit_mean(frames: Frames) -> Array:
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 
-def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Puts both on the device, with floats of a dtype."""
+def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
+    """Puts both tuples on the device; floats get the dtype `dtype`."""
 
     def cast(x: Array) -> jax.Array:
         floats = np.issubdtype(np.asarray(x).dtype, np.floating)
@@ -108,7 +108,7 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
     return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
 
 
-def training_settings(
+def fit_member_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
     """Fits the settings that are None in `given` on the training clips; returns name -> value.
@@ -151,7 +151,7 @@ def training_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Informs the user if too few people have two clips for a fit; labels [N], 0 for nobody."""
+    """Prints a message if too few people have two clips; labels are [N] int, 0 for nobody."""
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
@@ -167,9 +167,9 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Marks the labelled clips from which to fit, [N] bool.
+    """Chooses the labelled clips for the fit. Returns [N] bool, True for these clips.
 
-    If there are more than MAX_FITTED_CLIPS, marks all clips of random identities, two or more.
+    If there are more than MAX_FITTED_CLIPS, these are all clips of two or more random identities.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -238,12 +238,17 @@ class _Fold(NamedTuple):
 
 def _hold_out(
     vectors: Mapping[str, np.ndarray],
-    films: Mapping[str, np.ndarray],
+    enrolled_vectors: Mapping[str, np.ndarray],
     labels: np.ndarray,
     number: int,
     seed: int,
 ) -> _Fold | None:
-    """Holds out fold `number` and hides identities. Returns None if no comparison is possible."""
+    """Holds out the clips of fold `number`, and leaves random identities unenrolled.
+
+    `vectors` and `enrolled_vectors` map a modality to [N, D], labels are [N] int from 1 on, see
+    `fit_settings`. Returns None if no modality has an enrolled clip, or if all held-out clips or
+    none of them show strangers.
+    """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
     held_out = ensemble.stratified_folds(labels, FOLDS, seed) == number
@@ -258,8 +263,8 @@ def _hold_out(
             return None
         share = two_covariance.centre_share(len(np.unique(labels[visible])))
         centre = share * x[visible].mean(axis=0)
-        centred, film_vectors = (
-            two_covariance.unit_from(centre, side) for side in (x, films[name])
+        centred, to_enrol = (
+            two_covariance.unit_vectors_from(centre, side) for side in (x, enrolled_vectors[name])
         )
         sums = two_covariance.make_sums(centred[visible], labels[visible], 1 + num_identities)
         parts["covariances"].append(two_covariance.covariances(sums))
@@ -267,9 +272,7 @@ def _hold_out(
         few = visible & ((labels + number) % 2 == 1)
         few[rows[np.unique(labels[rows], return_index=True)[1]]] = True
         for kind, chosen in (("totals", visible), ("few", few)):
-            pair = two_covariance.make_totals(
-                film_vectors[chosen], labels[chosen], 1 + num_identities
-            )
+            pair = two_covariance.make_totals(to_enrol[chosen], labels[chosen], 1 + num_identities)
             parts[kind].append(pair)
         parts["queries"].append(centred[held_out])
     known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
@@ -292,7 +295,7 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)
         enrolled = two_covariance.enrol(space, *pair)
-        arrays = as_arrays(space, enrolled, jnp.dtype("float32"))
+        arrays = to_device_arrays(space, enrolled, jnp.dtype("float32"))
         with jax.default_matmul_precision("highest"):  # as in evaluation
             ratios.append(log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
     return _Ratios(

@@ -96,8 +96,8 @@ class System(NamedTuple):
         variables = dict(self.model.init(rng, fused, clips, train=False))
         return variables.pop("params", {}), variables
 
-    def shapes(self, num_members: int) -> tuple[Params, ModelState]:
-        """Returns shapes and dtypes, as `init` does but for all members: [E, ...]."""
+    def compute_shapes(self, num_members: int) -> tuple[Params, ModelState]:
+        """Returns shapes and dtypes of the results of `init`, for all members: [E, ...]."""
         rngs = jax.random.split(jax.random.key(0), num_members)
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
@@ -118,8 +118,8 @@ class System(NamedTuple):
         sizes = {modality.mask.shape[1] for modality in frames.values()}
         if len(sizes - {1}) > 1:
             raise UserError(
-                f"config.after_fusion='examples': after fusion, modalities must have equally "
-                f"many frames, or a single frame, not {sorted(sizes)}"
+                f"config.after_fusion=examples: the modalities have {sorted(sizes)} frames after "
+                "fusion\nlet config.fusion give them the same number of frames, or a single frame"
             )
         num_examples = max(sizes - {1}, default=1)  # the sizes of an exported run are symbols
         masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
@@ -135,7 +135,7 @@ class System(NamedTuple):
 
 
 def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns a clip of a single frame, because the shapes of parameters depend only on widths."""
+    """Returns a clip of a single frame of zeros: modality -> Frames [1, 1], with these widths."""
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -166,7 +166,7 @@ class TaskSpec(NamedTuple):
 
     @property
     def layout(self) -> NoiseClassLayout | None:
-        """The layout of class columns with noise classes, or None without noise classes."""
+        """The class columns of a run with noise classes, or None for other runs."""
         if self.num_clusters is None:
             return None
         return NoiseClassLayout(self.num_identities, self.num_clusters)
@@ -191,7 +191,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
     model = make_model(config, task)
-    # The unknown column needs training clips, unless the model computes its logit without them.
+    # Column 0 needs training clips, unless the model computes its logit without them.
     knows_other = task.train_other or model.scores_unknown
     class_mask = jnp.asarray((np.arange(task.num_columns) > 0) | knows_other)
     check_entry("config.eval.scores", config["eval"]["scores"], SCORES)
@@ -222,7 +222,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration. With views, feature widths lack the hidden chunk."""
+    """Builds the model. With `config.ensemble.views`, it receives features without one chunk."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)

@@ -43,7 +43,7 @@ class Space(NamedTuple):
 
 
 class Enrolled(NamedTuple):
-    """The K classes. The log-ratio of z (see Space) is linear . z + curve . z^2 + constant."""
+    """K enrolled classes. The log-ratio of z (see Space) is linear . z + curve . z^2 + constant."""
 
     linear: Array  # [K, D] float, coefficients of z
     constant: Array  # [K] float
@@ -67,7 +67,7 @@ def make_totals(
     return np.bincount(labels, minlength=num_classes).astype(np.float64), total
 
 
-def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
+def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Computes unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
     gap = x - centre
     unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
@@ -86,8 +86,8 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums) -> Covariances:
     """Computes W, pooled over N - C degrees of freedom, and B, the second moment minus W.
 
-    The sums must have clips. W and B are averaged with typical covariances of
-    embeddings, which count as PRIOR clips and PRIOR people. This matters for few data: a single
+    The sums must have clips. W and B are averaged with typical covariances of embeddings, which
+    count as PRIOR clips and PRIOR people. This matters for few data: a single
     photo of each person gives no information about W, and a single person gives none about B. The
     mean is multiplied by `centre_share`.
     """
@@ -138,10 +138,10 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
     sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
-    return coefficients(space, count, sums)
+    return compute_coefficients(space, count, sums)
 
 
-def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
+def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D].
 
     After k clips with the mean z, the posterior of y has the mean k psi z / (k psi + 1) and the
@@ -165,8 +165,8 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
 def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
     """Computes log(p(clips | same class) / p(clips | two classes)), [G], of a group and G groups.
 
-    `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of the
-    number of its clips. `row` is the row of the first group.
+    `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of its
+    number of clips. `row` is the index of the group that is compared with all G groups.
     """
     noise = noise[:, None]
     share = space.ratio / (space.ratio + noise[row])

@@ -106,7 +106,7 @@ def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> d
     """Returns the shapes and dtypes of the weights of a configuration and a manifest."""
     task = restore.read_task(manifest)
     system = make_system(config.to_dict(), task)
-    return dict(zip(ITEMS, system.shapes(members), strict=True))
+    return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
 
 
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:

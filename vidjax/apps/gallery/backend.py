@@ -76,7 +76,7 @@ class Part(NamedTuple):
             mean = total / np.maximum(count, 1)[:, None]
             return mean, np.vecdot(mean, mean)
         sums = _product(total - count[:, None] * self.space.mean, np.asarray(self.space.transform))
-        enrolled = two_covariance.coefficients(self.space, count.astype(np.float64), sums)
+        enrolled = two_covariance.compute_coefficients(self.space, count.astype(np.float64), sums)
         return np.asarray(enrolled.linear), np.asarray(enrolled.constant)
 
     def arrays(self) -> list[np.ndarray]:
@@ -242,7 +242,7 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
         Part(
             name,
             np.array(back_end.centre, np.float64),
-            distances=distance.of_cosines(back_end.same, back_end.different),
+            distances=distance.from_cosines(back_end.same, back_end.different),
         )
         for name, back_end in back_ends.items()
     )
@@ -264,7 +264,7 @@ def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.nda
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
     """Returns unit vectors [N, D] float64 from the centre of a part to x; 0 if x is 0."""
-    return two_covariance.unit_from(part.centre, np.asarray(x, np.float64))
+    return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
@@ -342,7 +342,7 @@ class Ratios:
         kinds, self.kind = np.unique(count, return_inverse=True)
         blank = np.zeros((len(kinds), len(part.centre)))
         self.curve = np.asarray(
-            two_covariance.coefficients(part.space, kinds.astype(np.float64), blank).curve
+            two_covariance.compute_coefficients(part.space, kinds.astype(np.float64), blank).curve
         )
         self._part, self._scale, self._constant = part, scale, scale * constant
 
@@ -402,10 +402,10 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """[5]: both shapes, the smallest squared distance, constant and slope of `new_density`."""
+        """[5]: both shapes, smallest squared distance, constant and slope of `stranger_log_density`."""
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
-        constant = distance.new_density(distances, zero, variance)
+        constant = distance.stranger_log_density(distances, zero, variance)
         slope = distances.different / variance
         least = distance.MIN_SQUARE * distances.within
         return np.array([distances.same, distances.different, least, constant, slope])
@@ -419,7 +419,7 @@ class DistanceRatios:
         x = units - self.population.mean
         square = np.vecdot(x, x)
         variance = distances.between + noise + self.population.variance
-        new = distance.new_density(distances, square, variance)
+        new = distance.stranger_log_density(distances, square, variance)
         return x, np.stack([x @ self.population.mean, square, noise, new], axis=1)
 
     def finish(
@@ -437,7 +437,7 @@ class DistanceRatios:
         ratios += square
         if np.all(noise == noise[:1]):  # true for single clips: fewer logarithms are computed
             noise = noise[:1]
-        ratios[...] = distance.same_density(self._distances, ratios, variance + noise)
+        ratios[...] = distance.person_log_density(self._distances, ratios, variance + noise)
         ratios -= new
 
 
