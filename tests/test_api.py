@@ -138,7 +138,10 @@ def test_wrong_arguments_say_what_was_expected(clips, made, official_dir, cache_
         (lambda: public.load_data(official_dir, quality="norm"), "leave `quality` out"),
         (lambda: public.train(str(new), config, made), "train: config wants a configuration"),
         (lambda: public.train(config, made, new), "train: workdir wants the path of a folder"),
-        (lambda: public.train(config, new, str(new)), "train: data wants a dataset, .* not str"),
+        (
+            lambda: public.train(config, new, str(new)),
+            "train: data must be the result of vidjax.load_data",
+        ),
         (lambda: public.train(misspelt, new, made), r"learn_rate=1: .*optim\.learning_rate"),
         (lambda: public.restore(config), "restore: workdir wants the path"),
         (lambda: public.restore(new), f"no run in '{new}'"),

@@ -118,7 +118,7 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
     [
         (("--config.data.train_splits=train",), "without distractors use the argument 'other'"),
         (("--config.data.distractors=drop",), "choose from other, leave_out, noise"),
-        (("--config.noise.modality=fac",), "config.noise.modality='fac': the data have"),
+        (("--config.noise.modality=fac",), "config.noise.modality='fac' is not in the data"),
         (("--config.noise.join=True", "--config.data.max_frames=40"), "distractors of 50 frames"),
     ],
 )

@@ -103,7 +103,7 @@ FIELDS = [
     Case(f"{MLP} --config.model.layers=((8,'swosh',False,0.5),)", "swish"),
     Case("--config=mma --workdir=new --config.model.num_clusters=-2", "num_clusters=-2"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000",
-         "parameters: reduce its sizes"),
+         "reduce its sizes"),
 ]  # fmt: skip
 # Configuration files of a user: content, and words of the message.
 BEGIN = "from vidjax.runs import config\n\n\ndef get_config(args=''):\n"

@@ -92,12 +92,12 @@ def load_data(
         Features are [T, D] or [D], float16, float32, float64 or int8. In place of the features, a
         dict may have `features` and optionally `quality` [T], `detection` [T], `number` [T] and
         `box` [T, 4]. A clip may lack modalities, or have no frame at all. Or a folder of official
-        pickles, `.npz` files or parquet tables. Or a configuration, whose fields `config.data` then
-        replace the other arguments.
-      labels: clip name -> identity, for all splits; or a file: `.csv` with the columns `clip` and
-        `identity`, or ground truth in an official form. A clip without a label (or with None) is a
-        distractor. A split without a labelled clip is ranked but not scored. None means the ground
-        truth next to the files.
+        pickles, `.npz` files or parquet tables. Or a configuration: then its fields `config.data`
+        decide, and no other argument may be given.
+      labels: clip name -> identity, for all splits. Or a file: a `.csv` with the columns `clip` and
+        `identity`, or ground truth in the official format. A clip without a label (or with None) is
+        a distractor. A split without a labelled clip is ranked but not scored. None means the
+        ground truth in the folder of the features.
       cache_dir: the folder of the records. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: `drop` leaves out and counts frames with a feature that is not finite; `error`
         refuses them.
@@ -168,7 +168,7 @@ def train(
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
     if not hasattr(data, "train_batches"):
         raise ArgumentError(
-            f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
+            f"train: data must be the result of vidjax.load_data, not a {type(data).__name__}"
         )
     config = _name_data(config, data)
     with locked(workdir) as path:
@@ -179,7 +179,7 @@ def train(
 def _name_data(config: Config, data: "TrainingData") -> Config:
     """Returns a copy of a configuration in which `data.name` and `data.dir` name the given data.
 
-    Fields that are not read for such data get their defaults.
+    Fields that apply only to other kinds of data get their defaults.
     """
     config, origin = copy.deepcopy(config), data.report["data"]
     name, folder = origin["name"], origin["dir"]
@@ -211,7 +211,8 @@ def train_run(
 ) -> tuple[dict[str, Any], bool]:
     """Trains in a locked folder. Returns the metrics, and True if the run was already finished.
 
-    For the arguments see `train` and `training.loop.train`. If `data` is None, they are loaded.
+    For the arguments see `train` and `training.loop.train`. If `data` is None, the data of `config`
+    are loaded.
     """
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
@@ -267,7 +268,7 @@ def evaluate(
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      UserError: the folder contains no run, or a run that joins other runs, or the data do not fit.
+      UserError: the folder contains no run, or a blend of other runs, or the data do not fit.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
@@ -276,8 +277,9 @@ def evaluate(
     config = folder.config
     if config.join.runs:
         raise UserError(
-            f"'{folder.path}' joins other runs: evaluate {' or '.join(config.join.runs)},\n"
-            "or all with the command: vidjax evaluate --workdir=FOLDER"
+            f"'{folder.path}' is a blend of other runs, which this function cannot evaluate\n"
+            f"evaluate {' or '.join(config.join.runs)},\n"
+            "or the blend with the command: vidjax evaluate --workdir=FOLDER"
         )
     config.eval.split = split or config.eval.split
     with locked(folder.path):
@@ -298,7 +300,7 @@ def evaluate_run(
 
     set_up_devices(config)
     run = restore.find_run(config, folder)
-    # Read now, so that errors in these files come before the evaluation.
+    # The files are read now, so that damaged files are reported before the evaluation.
     _ = folder.metrics(), folder.other_metrics() if config.eval.report else None
     data = load_data(config) if data is None else data
     _check_same(config, data)
@@ -312,7 +314,7 @@ def compare(
     out: str | Path | None = None,
     split: str | None = None,
 ) -> "Comparison":
-    """Compares runs on the same clips: differences of MAP from the first, with 95 % intervals.
+    """Compares runs on the same clips: MAP minus the MAP of the first run, with 95 % intervals.
 
     Only the results in the folders are read; no model is computed. Print the result, or use its
     `to_dict`, `to_latex` or `differences`.
@@ -335,7 +337,7 @@ def compare(
         for run in runs
     ]
     if len(groups) < 2 or not all(groups):
-        raise UserError("compare: runs needs two or more runs, or two groups of runs")
+        raise UserError("compare: too few runs: give two or more runs, or two groups of runs")
     from vidjax.evaluation import comparison
 
     result = comparison.compare(groups, split=split)
@@ -359,7 +361,7 @@ def restore(
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      UserError: the folder contains no run, or a run that joins other runs.
+      UserError: the folder contains no run, or a blend of other runs.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("restore: workdir", workdir, (str, os.PathLike), "the path of a run's folder")

@@ -1,4 +1,8 @@
-"""Feeds bring clips to the training step: streamed from records, or resident on the devices."""
+"""Feeds give batches of clips to the training step: streamed from the records, or resident.
+
+Resident clips all stay in the memory of the devices. A dispatch is a group of training steps that
+the host starts at once.
+"""
 
 import abc
 import time
@@ -18,13 +22,13 @@ from vidjax.training import train_step
 from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # wanted duration of a dispatch
-# One entry for each group of members. One program trains the members of a group.
+# An entry for each group of members that a single program trains.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch, a number of steps that the host starts together and waits for."""
+    """The result of a dispatch. A dispatch is a group of steps that the host starts at once."""
 
     states: list[TrainState]  # of every group of members
     num_steps: int
@@ -33,7 +37,7 @@ class DispatchResult(NamedTuple):
 
 
 class Feed(abc.ABC):
-    """Brings clips to the training step.
+    """Gives batches of clips to the training step, and runs it.
 
     Attributes:
       mode: `streaming` or `resident`.
@@ -53,7 +57,8 @@ class Feed(abc.ABC):
     ) -> DispatchResult:
         """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
 
-        `step` is the number of steps before the call. The `states` are donated.
+        `step` is the number of steps before the call. The arrays of `states` are donated to the
+        program: they cannot be used afterwards.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, count)))
@@ -73,27 +78,27 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, constants: AllConstants, count: int
     ) -> tuple[list[TrainState], list[list[LoopResult]]]:
-        """Dispatches `count` steps or fewer. Returns the states, and outcomes of the loop.
+        """Dispatches `count` steps or fewer. Returns the states, and results of the training loop.
 
-        Only the outcomes of the last call, or the last two, are returned: a bad step in an earlier
-        call would have ended the dispatch. The outer list is by call, the inner list by group of
-        members.
+        The inner list has a result for each group of members. The outer list has the results of the
+        last call of the loop, or the last two calls: a bad step in an earlier call would have ended
+        the dispatch.
         """
 
 
 class StreamingFeed(Feed):
-    """Streams a batch per step; the host fetches it while the devices work on the last batch.
+    """Streams a batch per step; the host reads it while the devices work on the last batch.
 
-    The host reads the outcome of a step after it has dispatched the next step, so no device waits
-    for the host. When the outcome is read, the batch of that step is free: the devices store at
-    most two batches. `waited` is an estimate. If the devices finish before a fetch, it grows by the
-    fetch time minus the fastest step time so far.
+    The host reads the result of a step after it has started the next step, so no device waits for
+    the host. Then the batch of the finished step is free: the devices store at most two batches.
+    `waited` is an estimate: if the devices finish before the host has read the next batch, it grows
+    by the time of that read minus the fastest step time so far.
     """
 
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Takes an endless iterator of batches with numpy arrays."""
+        """Takes `batches`, an endless iterator of batches with numpy arrays."""
         self._mesh, self._batches = mesh, batches
         super().__init__()
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)

@@ -1,4 +1,4 @@
-"""The training loop: takes steps, evaluates, logs and saves checkpoints."""
+"""The training loop: takes optimiser steps, evaluates, logs and saves checkpoints."""
 
 import contextlib
 import functools
@@ -48,9 +48,10 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the metrics of the run in a folder, or None if `config` needs more work.
+    """Returns the metrics of the run in a folder, or None if the run is not finished.
 
-    Raises UserError if the run cannot go on with this configuration.
+    With more epochs in `config` than in the folder, the run is not finished. Raises UserError if
+    the run cannot go on with this configuration.
     """
     if not folder.has(CONFIG):
         return None
@@ -58,7 +59,7 @@ def finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None
     if not results and not checkpoint.folders(folder.path):
         return None  # a run that stopped before its first checkpoint starts again
     check_resumes(folder.path, recorded, absolute(config))
-    # Evaluation also writes the file. If a result is missing, the run is evaluated again.
+    # `vidjax evaluate` also writes this file. If a result is missing, the run is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
     wanted += ["best_map", "best_step"] if "best_map" in results else []
@@ -142,7 +143,7 @@ def _take_steps(
         interruption = stack.enter_context(signals.catch_interruption())
 
         def evaluate() -> Evaluation:
-            """Evaluates; writes the scores to the log and to the checkpoint of this step."""
+            """Evaluates; writes the metrics to the log and to the checkpoint of this step."""
             interruption.raise_if_asked(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
@@ -325,7 +326,7 @@ class TrainingRun:
         return train_step.merge_states(self._states)
 
     def advance(self, stop: int) -> tuple[int, float]:
-        """Trains for a dispatch of the feed, at most to step `stop`.
+        """Trains for a dispatch of the feed (about a second), at most to step `stop`.
 
         Returns the number of clips, and the last loss, averaged over members. Raises UserError if a
         member has `MAX_BAD_STEPS` consecutive steps without a finite loss and gradient.
@@ -347,12 +348,12 @@ class TrainingRun:
                 f"loss or gradient is not finite at step {done.bad_step + 1} and "
                 f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
                 f"{saved}lower config.optim.learning_rate, or check the clips for huge features\n"
-                "JAX_DEBUG_NANS=1 before the command reports the operation that gives the first NaN"
+                "to see the operation that gives the first NaN, set JAX_DEBUG_NANS=1"
             )
         return num_clips, done.loss
 
     def log(self, logs: Logs) -> None:
-        """Logs the means since the last line of the log, and resets the sums."""
+        """Logs mean loss and accuracy since the last line of the log, and resets the sums."""
         sums = {
             name: sum(float(np.sum(state.sums[name])) for state in self._states)
             for name in self._states[0].sums
@@ -360,7 +361,7 @@ class TrainingRun:
         if sums["bad_steps"]:
             warn(
                 f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
-                "loss or gradient is not finite"
+                "loss or gradient was not finite"
             )
         values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
         if not self._system.model.is_closed_form:
@@ -384,7 +385,7 @@ class TrainingRun:
     def relabel(self) -> None:
         """Relabels unclustered distractors by the predictions of each member, see `plan.relabel`.
 
-        A member predicts its training clips, from frames fused as `noise.relabel_by` chooses.
+        A member predicts its training clips. `noise.relabel_by` chooses the fusion of their frames.
         """
         config, classes = self._config, self._plan.task.layout
         assert classes
@@ -421,7 +422,10 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in its manifest, or only adds `more` to a saved step."""
+        """Saves a checkpoint of this step, with the entries `more` in its manifest.
+
+        If the step has a checkpoint, only the entries are added.
+        """
         check_there(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

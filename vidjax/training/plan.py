@@ -1,4 +1,4 @@
-"""Plans a run: its sizes, members, tables and schedule, from the configuration and the data."""
+"""Plans a run from configuration and data: sizes, members, constants of the members, schedule."""
 
 import bisect
 import math
@@ -37,11 +37,11 @@ from vidjax.utils.errors import UserError, warn
 
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
-# Besides `loss.*` and `optim.*`: fields that a model with exact inputs refuses.
+# Besides `loss.*` and `optim.*`: fields that a model in closed form refuses.
 UNREAD_IN_CLOSED_FORM = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
-MAX_BATCH_ROWS = 65_536  # a larger batch, if it is larger than the dataset, is a typing error
+MAX_BATCH_ROWS = 65_536  # a larger batch is a typing error, unless there are as many clips
 
 # For a dry run:
 WIDTH = 512  # feature width of a modality whose files have not been read
@@ -53,9 +53,10 @@ class RunPlan(NamedTuple):
     """The plan of a run.
 
     Attributes:
+      task: sizes of the training data, on which the system depends.
       training_sets: the E members and the training clips of each.
       labels: [N] int32, class columns of the training clips at step 0.
-      tables: weights and settings of the members.
+      constants: weights of clips and settings, for each member.
       batches: the clips of every step.
     """
 
@@ -81,7 +82,7 @@ def explain_no_identity(config: Config) -> str:
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run. Noise classes, whole epochs and `prepare` of the model read features."""
+    """Plans a run. Reads features only for noise classes, whole epochs and a model's `prepare`."""
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
@@ -141,8 +142,8 @@ def _check_plan(
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
-                f"member {member.number} has no training clip: change config.ensemble, "
-                "config.data.distractors or config.data.weights"
+                f"member {member.number} of the ensemble has no training clip\n"
+                "change config.ensemble, config.data.distractors or config.data.weights"
             )
     ensemble.check_size(sets)  # a file that cannot be read later must not be written
     results.check_identities(data.identities)
@@ -153,15 +154,16 @@ def _check_plan(
     num_clips = len(sets.clips)
     if config.batch_size > max(MAX_BATCH_ROWS, num_clips):
         raise UserError(
-            f"config.batch_size={config.batch_size}: there are {num_clips} training clips\n"
+            f"config.batch_size={config.batch_size} is too large: there are {num_clips} training "
+            "clips\n"
             f"--config.batch_size={num_clips} or smaller"
         )
 
 
 def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
-    """Returns [n] int32, the training clips that a member learns from, as values of `clip_index`.
+    """Returns [n] int32, the rows of the training clips that at least one member learns from.
 
-    They have a weight [E, N] above 0, and frames after fusion (of the best 512 frames).
+    These clips have a `weight` [E, N] above 0, and frames after fusion (of the best 512 frames).
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -185,9 +187,9 @@ def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Gives distractors (label 0) the columns of clusters and mirrors.
+    """Gives distractors (label 0) the class columns of clusters and mirrors, see NoiseClassLayout.
 
-    Returns the new labels [N] and the layout.
+    Returns the new labels [N] int32 and the layout.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -200,7 +202,8 @@ def label_distractors(
     modality = config.noise.modality
     if modality not in data.modalities:
         raise UserError(
-            f"config.noise.modality='{modality}': the data have {', '.join(data.modalities)}"
+            f"config.noise.modality='{modality}' is not in the data: choose from "
+            f"{', '.join(data.modalities)}"
         )
     clusters = cluster(
         compute_values(
@@ -232,10 +235,10 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes a value of each training clip that is True in `wanted` [N]; some must be.
+    """Computes a value of each training clip for which `wanted` [N] bool is True; some must be.
 
     `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. Returns
-    [n, ...] for the n clips. With a mesh, the block is split over its devices, and all processes
+    [n, ...] for these n clips. With a mesh, the block is split over its devices, and all processes
     must call this function together.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
@@ -281,7 +284,7 @@ def make_training_clips(
 def check_model(config: Config) -> None:
     """Raises UserError for too few epochs, and for changed fields that the model does not read.
 
-    A model that adds up or stores its clips has no loss, no optimiser and no augmentation.
+    A model in closed form has no loss, no optimiser and no augmentation.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
@@ -289,8 +292,8 @@ def check_model(config: Config) -> None:
         return  # `make_identifier` raises an error
     if config.num_epochs < model.min_epochs:
         raise UserError(
-            f"config.num_epochs={config.num_epochs:g}: model '{name}' reads every clip "
-            f"{model.min_epochs:g} times\n--config.num_epochs={model.min_epochs:g}"
+            f"config.num_epochs={config.num_epochs:g} is too small: model '{name}' needs "
+            f"{model.min_epochs:g} passes over the clips\n--config.num_epochs={model.min_epochs:g}"
         )
     if not model.is_closed_form:
         return
@@ -299,8 +302,8 @@ def check_model(config: Config) -> None:
         changed = field in defaults and value != defaults[field]
         if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
             raise UserError(
-                f"config.{field}={value}: model '{name}' has no optimiser and reads each clip "
-                f"once, unchanged\nleave it out: --config.{field}={defaults[field]}"
+                f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
+                f"each clip unchanged\nleave it out: --config.{field}={defaults[field]}"
             )
 
 
@@ -336,17 +339,18 @@ def dry_run(config: Config) -> None:
         reason = (str(error) or "no reason given").splitlines()[0]
         raise UserError(
             f"the model '{spec['model'].get('name')}' cannot be built: "
-            f"{type(error).__name__}: {reason}\n--debug shows the line"
+            f"{type(error).__name__}: {reason}\nto see the line, add --debug"
         ) from error
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     if count > MAX_PARAMS:
         raise UserError(
-            f"the model '{spec['model'].get('name')}' has {count:,} parameters: reduce its sizes"
+            f"the model '{spec['model'].get('name')}' has {count:,} parameters, more "
+            f"than {MAX_PARAMS:,}\nreduce its sizes in config.model"
         )
 
 
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
-    """Returns a note for the user if the batch size exceeds the number of clips, or None."""
+    """Returns a note for the user if a batch has more clips than there are, or None."""
     most, is_whole = plan.batches.num_clips, plan.batches.examples is not None
     if config.batch_size <= most:
         return None
@@ -367,17 +371,18 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
         given = load_clip_weights(config.data.weights, clips)
         if MODELS[config.model.name].is_closed_form and not np.all((given == 0) | (given == 1)):
             raise UserError(
-                f"config.data.weights: model '{config.model.name}' uses a clip or leaves it out: "
-                "weights are 0 or 1"
+                f"config.data.weights: a weight is not 0 or 1, but model '{config.model.name}' "
+                "either uses a clip or leaves it out"
             )
         weight = weight * given
     return weight
 
 
 class Schedule(NamedTuple):
-    """The steps after which the host logs, evaluates or relabels. A dispatch ends at such a step.
+    """The steps after which the host logs, evaluates or relabels.
 
     Attributes:
+      log: steps after which a line of `metrics.jsonl` is written.
       evaluate: includes the last step.
       relabel: steps after which unclustered distractors are relabelled.
       stops: all steps of the other fields, in ascending order.
@@ -451,7 +456,8 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise UserError(
-            f"cannot cluster the distractors: the mean frame of distractor {row} is not finite"
+            f"cannot cluster the distractors: the mean feature of distractor number {row} is not "
+            "finite"
         )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)
@@ -472,9 +478,10 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
-    """Returns [n] int32: the column of each distractor's cluster, or of a random mirror.
+    """Returns [n] int32 class columns: the cluster of each distractor, or a random mirror.
 
-    The mirror of a clip depends only on the seed and on its row.
+    `clusters` are [n] int, -1 for distractors in no cluster. The mirror of a clip depends only on
+    the seed and on its row.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
         raise ValueError(

@@ -22,7 +22,7 @@ MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training. Every field except `step` has a leading axis E."""
+    """The state of training. Every field except `step` has a leading axis E, the members."""
 
     step: Array  # [] int32, number of finished optimiser steps
     params: Params
@@ -35,7 +35,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class MemberConstants(NamedTuple):
-    """Weights and settings of the members, which are constant during training."""
+    """Weights of clips and settings of the members, which are constant during training."""
 
     weight: Array  # [E, N] float32, of every training clip; 0 if it does not train the member
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
@@ -56,7 +56,8 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0.
 
-    `rngs` [E] has a key per member, for its parameters and its draws. Labels are [E, N] int32.
+    `rngs` [E] has a PRNG key per member, for its parameters and its random draws. `labels` are
+    [E, N] int32, the class columns of the training clips.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -120,7 +121,7 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint. Evaluation reads only `params` and `model_state`."""
+    """Returns the items of a checkpoint: `params` and `model_state` for evaluation, and `train`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     items = {name: rest.pop(name) for name in ("params", "model_state")}
     return {**items, "train": rest}
@@ -252,7 +253,7 @@ def _update_if_finite(
 
 
 def derive_keys(rng: Array, step: Array) -> tuple[Array, ...]:
-    """Derives the keys of a step for fusion, dropout, modality dropout and transforms."""
+    """Derives the PRNG keys of a step: for fusion, dropout, modality dropout and transforms."""
     return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
 
 
@@ -265,7 +266,10 @@ def _transform_and_fuse(
     min_quality: Array,
     hidden_chunk: Array,
 ) -> MemberClips:
-    """Applies the clip transforms and the random frame fusion of a member to a batch."""
+    """Applies the clip transforms and the random frame fusion of a member to a batch.
+
+    The arguments from `labels` on are the fields of MemberInputs.
+    """
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
@@ -297,7 +301,7 @@ def _sum_gradients(grads: Params) -> Array:
 
 
 class LoopResult(NamedTuple):
-    """The result of a call of the training loop, for the host."""
+    """The result of a call of the training loop, which the host reads."""
 
     loss: Array  # [E] float32, loss of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
@@ -308,7 +312,7 @@ def make_train_loop(
 ) -> Callable[
     [TrainState, MemberConstants, StepClips, Array | None], tuple[TrainState, LoopResult]
 ]:
-    """Compiles a loop of steps: (state, constants, clips, count) -> (state, outcome).
+    """Compiles a loop of training steps: (state, constants, clips, count) -> (state, result).
 
     The number of steps is an argument, so that the program is compiled only once. If it is None,
     the program takes a step without a loop: a loop on a GPU waits for the host after each step. The

@@ -402,7 +402,7 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """[5]: both shapes, smallest squared distance, constant and slope of the stranger density."""
+        """[5]: both shapes, the smallest squared distance, constant and slope for a stranger."""
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
         constant = distance.stranger_log_density(distances, zero, variance)
