@@ -128,7 +128,7 @@ def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
             del one["face"]["box"]
     source = arrays.FeatureFolder(folder)
     records = convert(source, cache)
-    assert source.truth(records.clips) == {}
+    assert source.read_labels(records.clips) == {}
     assert shards(records) == shards(convert(arrays.FeatureDict(splits), cache))
     counts = records.splits["train"].lengths["face"].tolist()
     assert counts == ([0, 1, 2, 3] if "npz" in kind else [1, 2, 3]) * 3

@@ -59,7 +59,7 @@ def test_each_picture_of_a_slow_film_has_its_person(tmp_path, drawn, held_s, ali
 @pytest.mark.slow
 def test_faces_of_all_of_a_tracks_time_are_kept(tmp_path, drawn):
     """The best are at its end; at 25 pictures a second, in a film of ten minutes."""
-    kept = film.Kept()
+    kept = film.BestPictures()
     for number in range(15_000):
         kept.add(film.Sighting(number / 15_000, number, number / 25, number, 1.0, np.zeros(4), {}))
         assert len(kept.pictures()) <= film.MOST_KEPT

@@ -63,7 +63,7 @@ def filmed(rng, *parts):
 
 def cuts(film, times=None):
     """Returns the numbers of the frames that begin a shot, but the first; `times` gets when."""
-    found = shots.Cuts()
+    found = shots.ShotDetector()
     numbers = [n for n, small in enumerate(film) if found.update(n / RATE, small)][1:]
     if times is not None:
         times += found.starts[1:]
@@ -147,9 +147,9 @@ def test_a_flash_and_a_brighter_lamp_are_no_cuts():
 def test_shots_tell_their_times_and_keep_few_pictures():
     rng = np.random.default_rng(3)
     film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
-    found = shots.Cuts()
+    found = shots.ShotDetector()
     for n, small in enumerate([*film, *[film[-1]] * 450]):
         found.update(n / RATE, small)
     assert found.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
     assert len(found._changes) <= 15 and len(found._dissolve._kept) < 30
-    assert shots.Cuts().shots(0.0) == []
+    assert shots.ShotDetector().shots(0.0) == []

@@ -197,7 +197,7 @@ def test_a_block_holds_clips_of_the_same_members():
     rare[:3, :4] = True  # a set of four clips
 
     def work(use):
-        found = scoring.by_members(plan, use, 16)
+        found = scoring.split_by_members(plan, use, 16)
         blocks = [(number, clips) for number, clips in split_blocks(found.bucket, 16)]
         clips = np.concatenate([clips for _, clips in blocks])
         assert sorted(clips) == np.flatnonzero(bucket >= 0).tolist()

@@ -95,7 +95,7 @@ def test_every_clip_comes_once_an_epoch_across_batches(dataset):
 def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
     """Each example comes once an epoch; rows that are left are empty."""
     examples = np.arange(0, 45, 2)
-    batches = take(dataset, 6, examples=examples)
+    batches = take(dataset, 6, epoch_clips=examples)
     for epoch in (batches[:3], batches[3:]):
         order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
         np.testing.assert_array_equal(np.sort(order), examples)
@@ -103,7 +103,7 @@ def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
         for frames in epoch[2].frames.values():
             assert not any(field[7:].any() for field in frames)
     plan = clips_lib.make_batch_plan(
-        [dataset.split("train")], ("face",), examples=examples, **STREAM
+        [dataset.split("train")], ("face",), epoch_clips=examples, **STREAM
     )
     assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 31]
 
@@ -114,7 +114,7 @@ def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
 )
 def test_a_resumed_stream_is_the_uninterrupted_one(dataset, crop, start, examples):
     """This also holds for whole epochs whose last batch is short."""
-    options = {"crop": crop, "splits": ("train", "val"), "batch_size": 9, "examples": examples}
+    options = {"crop": crop, "splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
     whole = take(dataset, start + 9, **options)
     assert_equal(whole[start:], take(dataset, 9, step=start, **options))
 

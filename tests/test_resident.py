@@ -140,7 +140,7 @@ def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, firs
     options: Any = {"batch_size": 12, "max_frames": 7, "crop": crop, "seed": 3}
     if num_examples:
         chosen = np.random.default_rng(1).permutation(33)[:num_examples]
-        options["examples"] = np.sort(chosen).astype(np.int32)
+        options["epoch_clips"] = np.sort(chosen).astype(np.int32)
     plan = make_batch_plan([ragged.split(name) for name in splits], modalities, **options)
     layout = resident.plan_resident(ragged, plan, "val")
     draw = drawer(resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train, plan)

@@ -216,7 +216,7 @@ def test_misspelt_labels_fields_and_modalities_are_told(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'face_quality'"):
         arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
     with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
-        arrays.FeatureFolder(tmp_path).truth({"train": ["a"]})
+        arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
     some, none = np.array([1, 2]), np.array([0, 0])
     (problem,) = misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem

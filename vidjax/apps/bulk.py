@@ -38,7 +38,7 @@ LISTS, RANKING = "parts", "ranking.parquet"
 MAX_LISTED_CLIPS = 100  # per identity
 
 
-class Work:
+class TableTask:
     """Makes results for tables of clips; a callable for `ray.data.Dataset.map_batches`.
 
     `Embed(vidjax.restore, "runs/mma")` calls `vidjax.restore("runs/mma")` once. `options` are
@@ -74,7 +74,7 @@ class Work:
         return pyarrow.concat_tables([self.table(Path(path)) for path in batch["path"]])
 
 
-class Embed(Work):
+class Embed(TableTask):
     """Embeds clips with a run: the columns clip and vector, a unit vector [D] per clip."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
@@ -83,7 +83,7 @@ class Embed(Work):
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
 
-class Rank(Work):
+class Rank(TableTask):
     """Ranks clips with a run or a gallery: the best 100 clips of each identity.
 
     The columns are identity, rank, clip and score. `best` joins the results of several tables.
@@ -138,7 +138,7 @@ def list_tables(source: str | Path) -> list[Path]:
     return inputs
 
 
-def check_out(out: str | None, inputs: Sequence[Path], work: type[Work]) -> None:
+def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
     """Raises UserError if `out` cannot be the folder for the results of `work`."""
     path = Path(out).expanduser() if out else None
     if path is None or path.suffix in tables.ENDINGS or (path.exists() and not path.is_dir()):
@@ -158,7 +158,7 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[Work]) -> None
         raise UserError(f"'{path / LISTS}' is a link\nname another folder: --out=FOLDER")
 
 
-def process_tables(inputs: Sequence[Path], out: str, work: Work) -> Result:
+def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     """Makes the results of every table that has none yet. A result appears whole or not at all.
 
     If `work` ranks, the lists of each table are in OUT/parts, and OUT/ranking.parquet joins them.
@@ -212,7 +212,7 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
             raise
 
 
-def _make_note(table: Path, work: Work) -> bytes:
+def _make_note(table: Path, work: TableTask) -> bytes:
     """Returns JSON that identifies a table, by size and time, and the run or gallery of `work`."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

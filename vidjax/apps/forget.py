@@ -97,7 +97,7 @@ class Forgotten(NamedTuple):
     similar: dict[str, str]
 
 
-class Others:
+class SimilarNames:
     """Collects names that look like a wanted name, or have a similar spelling."""
 
     def __init__(self, wanted: Collection[str]):
@@ -140,7 +140,7 @@ def forget(
     people = {*map(normal_form, identities)}
     asked = {*map(normal_form, clips)}
     wanted = people | asked
-    names, known = {*wanted}, Others(wanted)
+    names, known = {*wanted}, SimilarNames(wanted)
     for folder in of_kind("gallery"):
         own, shown = _search_gallery(folder, people, asked, known, delete=delete)
         found += own
@@ -211,7 +211,7 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 
 
 def _search_gallery(
-    folder: Path, people: set[str], clips: set[str], known: Others, *, delete: bool
+    folder: Path, people: set[str], clips: set[str], known: SimilarNames, *, delete: bool
 ) -> tuple[list[Place], set[str]]:
     """Searches a gallery for `clips` and for clips of `people`; deletes them with `delete`.
 

@@ -449,7 +449,7 @@ def _identify(args: argparse.Namespace) -> Result:
 
 
 def _process_tables(
-    args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.Work], **options: int
+    args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.TableTask], **options: int
 ) -> Result:
     """Writes the results of every table of a folder into another folder."""
     bulk.check_out(args.out, inputs, work)

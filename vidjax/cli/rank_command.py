@@ -65,7 +65,7 @@ def embed(args: argparse.Namespace) -> Result:
 
 
 def _process(
-    args: argparse.Namespace, kind: str, endings: Sequence[str], work: type[bulk.Work],
+    args: argparse.Namespace, kind: str, endings: Sequence[str], work: type[bulk.TableTask],
     write: "Writer",
 ) -> Result:  # fmt: skip
     """Writes results for clips into a file, or for every table of a folder into another folder.

@@ -81,7 +81,7 @@ class FeatureDict:
             for split in sorted(self._splits)
         ]
 
-    def file_of(self, modality: str, split: str) -> Path:
+    def path_of(self, modality: str, split: str) -> Path:
         """Returns the split as a path for messages, because arrays in memory have no file."""
         del modality
         return Path(split)
@@ -93,7 +93,7 @@ class FeatureDict:
             for split in self._splits
         }
 
-    def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Returns the labels, see `load_label_table`."""
         return load_label_table(self._labels, clips)
 
@@ -141,7 +141,7 @@ class FeatureFolder:
             for split, paths in self._files.items()
         ]
 
-    def file_of(self, modality: str, split: str) -> Path:
+    def path_of(self, modality: str, split: str) -> Path:
         """Returns the path that messages name: the table of a split, or the folder of its files."""
         del modality
         path = self._files[split][0]
@@ -159,7 +159,7 @@ class FeatureFolder:
             for split, paths in self._files.items()
         }
 
-    def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Returns split -> clip -> identity; `clips` is split -> clips."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)

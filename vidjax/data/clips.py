@@ -84,8 +84,8 @@ class BatchPlan(NamedTuple):
       crop: how a longer clip is cut to T frames: 'window' takes consecutive frames from a random
         start, 'quality' takes the best T frames in time order.
       seed: seed of the order of clips and of the windows.
-      examples: [N] int32, the `clip_index` of each clip of an epoch; the last batch of an epoch is
-        short. None: an epoch has all clips, and a batch may span two epochs.
+      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch
+        may be short. If it is None, an epoch has all clips, and a batch may span two epochs.
     """
 
     splits: tuple[str, ...]
@@ -95,12 +95,12 @@ class BatchPlan(NamedTuple):
     longer: tuple[str, ...]
     crop: str
     seed: int
-    examples: np.ndarray | None = None
+    epoch_clips: np.ndarray | None = None
 
     @property
     def num_places(self) -> int:
         """The number of rows of an epoch: N plus the empty rows of the short batch."""
-        if self.examples is None:
+        if self.epoch_clips is None:
             return self.num_clips
         return math.ceil(self.num_clips / self.batch_size) * self.batch_size
 
@@ -180,7 +180,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the batches from `step` on, with the clips that `order.draw` returns.
+        """Yields the batches from `step` on, with the clips that `order.draw_batch_clips` returns.
 
         Rows whose batch_mask is False have no frames.
         """
@@ -285,7 +285,7 @@ def make_batch_plan(
     max_frames: int,
     crop: str,
     seed: int,
-    examples: np.ndarray | None = None,
+    epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
     """Plans the batches of training.
 
@@ -294,7 +294,7 @@ def make_batch_plan(
       batch_size: B; may exceed the number of clips.
       max_frames: the largest T. If all clips of a modality are shorter, T is the length of the
         longest clip, rounded up.
-      crop, examples: see BatchPlan.
+      crop, epoch_clips: see BatchPlan.
       seed: seed of the order of clips and of the windows.
     """
     names = tuple(split.name for split in splits)
@@ -316,12 +316,14 @@ def make_batch_plan(
     return BatchPlan(
         splits=names,
         batch_size=batch_size,
-        num_clips=sum(len(split.clips) for split in splits) if examples is None else len(examples),
+        num_clips=sum(len(split.clips) for split in splits)
+        if epoch_clips is None
+        else len(epoch_clips),
         padded_lengths=padded_lengths,
         longer=tuple(name for name in modalities if longest_clip[name] > padded_lengths[name]),
         crop=crop,
         seed=seed,
-        examples=examples,
+        epoch_clips=epoch_clips,
     )
 
 

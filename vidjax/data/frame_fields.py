@@ -234,7 +234,7 @@ class RecordSource(Protocol):
         """Returns the key in the cache: a JSON value that changes if the content changes."""
         ...
 
-    def file_of(self, modality: str, split: str) -> Path:
+    def path_of(self, modality: str, split: str) -> Path:
         """Returns the file of a modality in a split, for messages and the report."""
         ...
 
@@ -248,7 +248,7 @@ class RecordSource(Protocol):
         """
         ...
 
-    def truth(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
         """Returns split -> clip -> identity for the splits with labels.
 
         `clips` is split -> the names of its clips.

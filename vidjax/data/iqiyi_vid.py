@@ -80,7 +80,7 @@ class OfficialFiles:
             for (modality, split), path in sorted(self._files.items())
         ]
 
-    def file_of(self, modality: str, split: str) -> Path:
+    def path_of(self, modality: str, split: str) -> Path:
         """Returns the pickle of a modality in a split."""
         return self._files[modality, split]
 
@@ -101,7 +101,7 @@ class OfficialFiles:
             unpacked.setdefault(split, {})[modality] = packed[modality, split]
         return unpacked
 
-    def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Reads `{split}_gt.txt`; see `load_official_truth`."""
         return load_official_truth(self._directory, clips)
 

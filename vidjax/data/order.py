@@ -33,7 +33,7 @@ class DrawnClips(NamedTuple):
     windows: Mapping[str, Array]
 
 
-def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
+def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
     """Draws the B clips of a step. Each clip of `plan` comes once per epoch.
 
     Args:
@@ -50,11 +50,11 @@ def draw(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips
         for number, name in enumerate(plan.modalities)
         if name in plan.windowed
     }
-    if plan.examples is None:
+    if plan.epoch_clips is None:
         clip_index = shuffle(order_rng, epoch, place, plan.num_clips)
         return DrawnClips(clip_index, jnp.ones(place.shape, bool), windows)
     last = jnp.minimum(place, plan.num_clips - 1)
-    clip_index = jnp.asarray(plan.examples)[shuffle(order_rng, epoch, last, plan.num_clips)]
+    clip_index = jnp.asarray(plan.epoch_clips)[shuffle(order_rng, epoch, last, plan.num_clips)]
     return DrawnClips(clip_index, place < plan.num_clips, windows)
 
 

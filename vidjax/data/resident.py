@@ -27,7 +27,7 @@ from vidjax.data.clips import (
     split_blocks,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.order import draw, first_frame
+from vidjax.data.order import draw_batch_clips, first_frame
 from vidjax.utils import machine
 from vidjax.utils.errors import UserError
 
@@ -39,14 +39,14 @@ CHUNK_BYTES = 32 << 20  # copied to the devices at once
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the batch of a training step: the B clips of `order.draw`, with LazyFeatures.
+    """Returns the B clips of a training step, see `order.draw_batch_clips`, with LazyFeatures.
 
     Args:
       clips: modality -> Packed of N clips. The last frame is zeros and serves as padding.
       step: [] int32, number of the step, from 0.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
-    drawn = draw(plan, step, position // plan.num_places, position % plan.num_places)
+    drawn = draw_batch_clips(plan, step, position // plan.num_places, position % plan.num_places)
     frames = {
         name: gather_frames(clips[name], *drawn[:2], size, drawn.windows.get(name))
         for name, size in plan.padded_lengths.items()

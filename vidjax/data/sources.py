@@ -136,7 +136,7 @@ def load(
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
     records = convert(source, cache_dir, non_finite=non_finite)
     origin = getattr(source, "origin", Origin(source.kind))
-    return Dataset(records, source.truth(records.clips), origin=origin)
+    return Dataset(records, source.read_labels(records.clips), origin=origin)
 
 
 def modalities(data: Section) -> Mapping[str, int]:

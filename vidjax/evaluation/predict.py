@@ -28,7 +28,7 @@ from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, select_sets
-from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
+from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups
 from vidjax.models.system import System, make_system
 from vidjax.runs import config_io
 from vidjax.runs.config import Config
@@ -271,7 +271,7 @@ class Predictor(NamedTuple):
         request = self.request(clips, split)
         model, size = self.model_of(request.data), request.block_size
         vectors: np.ndarray | None = None
-        for (blocks,) in windows([model], request.split, size, self.mesh):
+        for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
                 if vectors is None:
                     shape = (len(request.clip_index), block_vectors.shape[1])
@@ -335,7 +335,7 @@ class Predictor(NamedTuple):
                 f"{self.workdir}: all members were trained on all of these clips\n"
                 "score clips that were not in the training"
             )
-        for (blocks,) in windows([model], request.split, size, self.mesh, scorer.use):
+        for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh, scorer.use):
             for block, scores in zip(blocks, scorer.score(blocks), strict=True):
                 yield scores, block.clip_index, block.batch_mask
 

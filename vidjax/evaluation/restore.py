@@ -175,7 +175,7 @@ def load_weights(
     )
 
 
-def companion_digests(
+def hash_companions(
     identities: Sequence[str], training_sets: ensemble.TrainingSets
 ) -> dict[str, str]:
     """Returns the sha256 of each file that a checkpoint depends on, as entries of its manifest."""
@@ -200,16 +200,18 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
 def load_identities(folder: RunFolder, manifest: Mapping[str, Any]) -> list[str]:
     """Reads the names of the class columns 1..C."""
     path, wanted = folder.path / IDENTITIES, manifest.get("identities_sha256")
-    return _companion(path, lambda: folder.identities, _digest, wanted)
+    return _read_companion(path, lambda: folder.identities, _digest, wanted)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
     """Reads the clips that each member was trained on."""
     path, wanted = workdir / ensemble.FILE, manifest.get("members_sha256")
-    return _companion(path, lambda: ensemble.load(workdir), ensemble.digest, wanted)
+    return _read_companion(path, lambda: ensemble.load(workdir), ensemble.digest, wanted)
 
 
-def _companion(path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object) -> T:
+def _read_companion(
+    path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
+) -> T:
     """Reads a file that a checkpoint depends on; raises CheckpointError if its digest differs."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
@@ -229,7 +231,7 @@ def _digest(identities: Sequence[str]) -> str:
 # The data of a run.
 
 
-def data_digests(config: Config, data: TrainingData) -> dict[str, Any]:
+def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
     """Returns the digests of the data that a configuration trains on and evaluates."""
     of_splits = data.report["splits"]
     weights = config.data.weights
@@ -314,7 +316,7 @@ def check_data(
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
     here = {name: counts.get("sha256") for name, counts in data.report["splits"].items()}
     different = [difference(name, own["splits"][name], here.get(name)) for name in names]
-    if trains and own.get("weights") != data_digests(config, data)["weights"]:
+    if trains and own.get("weights") != hash_data(config, data)["weights"]:
         different.append("config.data.weights are others")
     if not trains and split not in names and (named or not all(different)):
         return

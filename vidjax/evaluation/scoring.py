@@ -95,12 +95,12 @@ class ModelScorer:
         self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK]
     ) -> list[Array]:
         model, totals = self.model, list[Any]([None] * len(blocks))
-        judges = np.stack([self._find_members(block) for block in blocks], axis=1)
+        may_score = np.stack([self._find_members(block) for block in blocks], axis=1)
         for number, member in enumerate(model.training_sets.members):
-            if not judges[number].any():
+            if not may_score[number].any():
                 continue
             own = self._weights(number)
-            for i in np.flatnonzero(judges[number]).tolist():
+            for i in np.flatnonzero(may_score[number]).tolist():
                 block = blocks[i]
                 scores = model.eval_step(*own, jnp.int32(member.view), block)
                 used = _used(self._use, number, block.clip_index, block.batch_mask)
@@ -165,22 +165,22 @@ def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
     return mean_scores(total)
 
 
-def windows(
+def iterate_block_groups(
     models: Sequence[TrainedModel],
     split_name: str,
     block_size: int,
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Yields windows of a split. A window has, for each model, a list of blocks on the devices.
+    """Yields the blocks of a split in groups. A group has a list of blocks for each model.
 
-    A block has `block_size` clips per device. With a single member, a window is a single block.
-    With several members, a window ends at WINDOW_ROWS clips, WAITING_BYTES of scores or
-    WINDOW_BYTES of features. A dataset that models share is read only once. Different datasets
-    must have the same clips.
+    A block has `block_size` clips per device and is on the devices. All members score a group
+    before the next group is read. With a single member, a group is a single block. With several
+    members, a group ends at WINDOW_ROWS clips, WAITING_BYTES of scores or WINDOW_BYTES of features.
+    A dataset that models share is read only once. Different datasets must have the same clips.
 
     `use` is [E, N] bool, True where a member of any model scores a clip. Clips with the same
-    members share blocks, and clips without a member are left out. If `use` is None, the windows
+    members share blocks, and clips without a member are left out. If `use` is None, the groups
     contain all clips.
     """
     sharing: dict[int, list[TrainedModel]] = {}  # dataset -> its models
@@ -198,7 +198,7 @@ def windows(
     for key, group in sharing.items():
         plan = make_eval_plan(splits[key], names[key], lengths=lengths, only=only, join=join)
         if use is not None and len(use) > 1:
-            plan = by_members(plan, use, rows)
+            plan = split_by_members(plan, use, rows)
         for model in group:
             _check_memory(model.system, plan, block_size, mesh)
         streams.append(group[0].data.eval_batches(plan, rows=rows))
@@ -225,7 +225,7 @@ def choose_window_rows(num_identities: int) -> int:
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
-def by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
+def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Splits the buckets of a plan by the members that score each clip, `use` [E, N] bool.
 
     A block has `rows` clips. If a set of members has fewer clips of a length than a block, these
@@ -283,7 +283,7 @@ def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
     return split.positives - outside
 
 
-def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
+def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
     """Returns the MAP of a top k over a pool [N] bool, or None if the pool has no positive clip."""
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
@@ -334,7 +334,7 @@ def score(
     began = time.monotonic()
     with devices.compile_seconds() as compiling:
         progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
-        for window in windows(models, split.name, block_size, mesh, use):
+        for window in iterate_block_groups(models, split.name, block_size, mesh, use):
             before = ranker.best
             ranker.add(window)
             masks = devices.fetch([block.batch_mask for block in window[0]])
@@ -409,14 +409,14 @@ class _Ranker:
         for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):
             run: dict[str, Any] = {}
             if self._by_model:
-                value = map_of(self._by_model[number].finish(), split, pool)
+                value = compute_map(self._by_model[number].finish(), split, pool)
                 row = {"name": model.name, "weight": model.weight, "map": value}
                 rows.setdefault("runs", []).append(row)
                 run = {"run": model.name}
             rankings = self._by_member[number]
             members = zip(model.training_sets.members, scorer.use, rankings, strict=False)
             for member, used, ranking in members:
-                value = map_of(ranking.finish(), split, used & pool)
+                value = compute_map(ranking.finish(), split, used & pool)
                 rows.setdefault("members", []).append({**run, **_describe(member), "map": value})
         return rows
 
@@ -427,7 +427,7 @@ def _compute_metrics(
     """Returns the metrics of a ranking, if the split has a ground truth, and its counts."""
     pool = clips.pool
     results: dict[str, Any] = {}
-    value = map_of(top, split, pool)
+    value = compute_map(top, split, pool)
     if value is not None:
         others = split.num_others if pool.all() else 0
         results |= {

@@ -228,8 +228,8 @@ class TrainingRun:
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **restore.companion_digests(data.identities, plan.training_sets),
-            "data": restore.data_digests(config, data),
+            **restore.hash_companions(data.identities, plan.training_sets),
+            "data": restore.hash_data(config, data),
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)

@@ -116,7 +116,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         max_frames=config.data.max_frames,
         crop=config.data.crop,
         seed=config.seed,
-        examples=find_examples(config, data, weight) if config.data.whole_epochs else None,
+        epoch_clips=choose_epoch_clips(config, data, weight) if config.data.whole_epochs else None,
     )
     task = TaskSpec(
         modalities=modalities,
@@ -160,7 +160,7 @@ def _check_plan(
         )
 
 
-def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
+def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
     """Returns [n] int32, the rows of the training clips that at least one member learns from.
 
     These clips have a `weight` [E, N] above 0, and frames after fusion (of the best 512 frames).
@@ -169,13 +169,13 @@ def find_examples(config: Config, data: TrainingData, weight: np.ndarray) -> np.
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
 
     @jax.jit
-    def is_example(batch: Batch) -> Array:
+    def is_chosen(batch: Batch) -> Array:
         rng = jax.random.key(config.seed)
         return fusion.has_frames(
             {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
         )
 
-    is_used = compute_values(config, data, tuple(config.modalities), is_example, weighted)
+    is_used = compute_values(config, data, tuple(config.modalities), is_chosen, weighted)
     if not is_used.any():
         raise UserError(
             "config.data.whole_epochs=True: no training clip has frames that config.fusion keeps\n"
@@ -351,7 +351,7 @@ def dry_run(config: Config) -> None:
 
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     """Returns a note for the user if a batch has more clips than there are, or None."""
-    most, is_whole = plan.batches.num_clips, plan.batches.examples is not None
+    most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
     if config.batch_size <= most:
         return None
     effect, fewer = ("uses all clips", -(-most // 2)) if is_whole else ("repeats clips", most)

@@ -286,7 +286,7 @@ def write(path: Path, answers: Answers) -> None:
     tables.write(path, _list_kinds(most), _rows(answers, most), objects)
 
 
-class Identify(bulk.Work):
+class Identify(bulk.TableTask):
     """Computes the columns of a table of answers; `options` are arguments of `identify`."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:

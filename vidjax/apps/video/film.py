@@ -24,7 +24,7 @@ import numpy as np
 
 from vidjax.apps.video import align, cards, decode, features_folder, regions
 from vidjax.apps.video.nets import Detector, Embedder, resize
-from vidjax.apps.video.shots import Cuts
+from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import (
     MainFigures,
     Track,
@@ -188,7 +188,7 @@ class Sighting(NamedTuple):
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-class Kept:
+class BestPictures:
     """The best picture of each span of a track's time, in order. Spans grow with the track."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class ClipBuilder:
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, BestPictures] = {}
         self._numbers = itertools.count()
         self.tracks: list[features_folder.FilmTrack] = []
         self.arrays: dict[str, dict[str, np.ndarray]] = {}
@@ -248,7 +248,7 @@ class ClipBuilder:
             }  # fmt: skip
             order = float(quality[row]), next(self._numbers), time_s, frame
             sighting = Sighting(*order, float(figures.scores[row]), boxes[row], parts)
-            self._kept.setdefault(track, Kept()).add(sighting)
+            self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes the clip of a track that has ended; several clips if it shows several people."""
@@ -405,7 +405,7 @@ def _make_clips(
 
     Returns the shots (begin and end in seconds), and all tracks, to which voices are assigned.
     """
-    fps, cuts = settings.fps, Cuts()
+    fps, cuts = settings.fps, ShotDetector()
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
     main = MainFigures() if settings.unit == "shot" else None
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)

@@ -38,7 +38,7 @@ MOST_SHIFT = (5, 8)  # pixels down and across
 MIXED_REST = 0.35  # largest rest of a sum of two pictures, in standard deviations
 
 
-class Cuts:
+class ShotDetector:
     """Finds the cuts of a film in a single pass. Only the starts of shots need memory.
 
     Source: Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2

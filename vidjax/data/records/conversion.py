@@ -116,7 +116,7 @@ def write_records(
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
         for name, split in staged.items():
-            paths = {modality: source.file_of(modality, name) for modality in split.packed}
+            paths = {modality: source.path_of(modality, name) for modality in split.packed}
             reports[name] = threads.submit(report_split, split, paths)
         cuts = {
             name: cut(split, modalities, records / f"{NAME}-{name}")
@@ -145,7 +145,7 @@ def write_records(
 def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
     for name, split in staged.items():
         if not split.clips:
-            paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
+            paths = ", ".join(str(source.path_of(modality, name)) for modality in split.packed)
             raise UserError(f"{paths or source.place}: no clip in split {name!r}")
 
 
@@ -170,8 +170,8 @@ def _join_modalities(
             known = modalities.get(name, modality)
             if known.dim != modality.dim:
                 raise UserError(
-                    f"{name}: features are {known.dim} wide in {source.file_of(name, first)}\n"
-                    f"but {modality.dim} wide in {source.file_of(name, split)}"
+                    f"{name}: features are {known.dim} wide in {source.path_of(name, first)}\n"
+                    f"but {modality.dim} wide in {source.path_of(name, split)}"
                 )
             dtype = np.result_type(known.dtype, modality.dtype)
             modalities[name] = Modality(known.dim, dtype.name)
@@ -283,7 +283,7 @@ def run_command(
         args = parser.parse_args(words)
         source = open_source(args)
         records = convert(source, args.cache_dir, workers=args.workers)
-        _, _, report = label_records(records, source.truth(records.clips))
+        _, _, report = label_records(records, source.read_labels(records.clips))
         messages.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
         return 0
 

@@ -97,7 +97,7 @@ def _places(
 
     @jax.jit
     def draw(step: Array, epoch: Array, place: Array) -> tuple[Array, Array, list[Array]]:
-        clip_index, batch_mask, drawn = order.draw(plan, step, epoch, place)
+        clip_index, batch_mask, drawn = order.draw_batch_clips(plan, step, epoch, place)
         sizes = plan.padded_lengths
         return (
             clip_index,
@@ -152,7 +152,7 @@ def _make_pipeline(records: Records, plan: BatchPlan, reader: Reader, queue: Any
         frames = {}
         for name, size in plan.padded_lengths.items():
             fields = {field: examples[f"frames/{name}/{field}"] for field in BATCHED}
-            if plan.examples is not None:
+            if plan.epoch_clips is not None:
                 fields = {key: tf.where(batch_mask, value, "") for key, value in fields.items()}
             best = name in plan.longer and name not in firsts
             modality = records.modalities[name]

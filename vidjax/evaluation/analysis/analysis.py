@@ -20,7 +20,13 @@ from vidjax.evaluation import ranking
 from vidjax.evaluation.analysis import measures
 from vidjax.evaluation.analysis.measures import Arrays, ScoredSplit, Values
 from vidjax.evaluation.restore import FoundRun, make_model
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, count_positives, score, windows
+from vidjax.evaluation.scoring import (
+    Evaluation,
+    TrainedModel,
+    count_positives,
+    iterate_block_groups,
+    score,
+)
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.runs import config as config_lib
 from vidjax.runs import results
@@ -104,7 +110,11 @@ def measure_quality_and_attention(
     step = jax.jit(functools.partial(eval_step_lib.attention_step, model.system))
     attention = attention and not model.system.frame_is_example
     total = None
-    blocks = (block for (own,) in windows([model], split_name, block_size, mesh) for block in own)
+    blocks = (
+        block
+        for (own,) in iterate_block_groups([model], split_name, block_size, mesh)
+        for block in own
+    )
     for block in blocks:
         frames = block.frames[model.modalities[0]]
         attended = step(params, model_state, view, block) if attention else None
