@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import made_galleries, made_runs
+from tests.helpers import clip_files, made_galleries, made_runs
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.utils import tables
 
 WIDTH = 24
 
@@ -63,12 +62,10 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     said = say(*ada, "--identity=Eve", code=2)
     assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in said
     assert "remove" not in said  # it would delete Ada, to enrol another person
-    lines = say("list", folder, "--clips", "--identity=Ada").splitlines()
-    assert [line.split(None, 1)[1] for line in lines[:2]] == ["Ada 0", "Ada 1"]
+    assert "Ada 1" in say("list", folder, "--clips", "--identity=Ada").splitlines()[1]
     assert say("list", folder, "--clips", "--json")["clips"]["Ada"] == ["Ada 0", "Ada 1"]
-    assert "renamed     Ada is Eve, with 2 clips" in say(
-        "rename", folder, "--identity=Ada", "--to=Eve"
-    )
+    said = say("rename", folder, "--identity=Ada", "--to=Eve")
+    assert "renamed     Ada is Eve, with 2 clips" in said
     said = say("relabel", folder, "--clip=Ada 1", "--identity=Grace")
     assert "Ada 1 showed Eve; it shows Grace, who is new" in said and "people      14" in said
     merge = ("rename", folder, "--identity=Grace", "--to=Eve")
@@ -77,10 +74,9 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     say(*merge, "--merge")
     said = say("relabel", folder, "--clip=Ada 1", "--strangers")
     assert "Ada 1 showed Eve; it shows a stranger" in said
-    say("relabel", folder, "--clip=Ada 1", "--identity=Ada")
-    say("rename", folder, "--identity=Eve", "--to=Ada", "--merge")
+    say("relabel", folder, "--clip=Ada 1", "--identity=Eve")
     assert "removed     1 clip\n" in say("remove", folder, "--clip=Ada 0")
-    assert "people      12" in say("remove", folder, "--identity=Ada")
+    assert "people      12" in say("remove", folder, "--identity=Eve")
     assert made_galleries.contents(folder) == before
 
 
@@ -104,35 +100,27 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
     assert f"named       {named}" in summary and "people      12" in summary
 
     say(*words, f"--out={tmp_path / 'a.csv'}")
-    for ending in {*tables.ENDINGS} - {".csv"}:
+    for ending in (".jsonl", ".parquet"):
         answers_lib.write(tmp_path / f"a{ending}", wanted)
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    for line, (clip, answer) in zip(lines, wanted.items(), strict=True):
-        assert (line["clip"], line["identity"]) == (clip, answer.identity)
-        assert line["probability"] == answer.probability
-        assert [(one["identity"], one["probability"]) for one in line["best"]] == [*answer.best]
-        assert line["score"] == (answer.score if answer.best else None)
-    cells, same = (
-        list(csv.DictReader(io.StringIO((tmp_path / name).read_text()), dialect=dialect))
-        for name, dialect in (("a.tsv", "excel-tab"), ("a.csv", "excel"))
-    )
-    assert cells == same
-    from pyarrow import parquet
-
+    cells = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
+    parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    for cell, row, (clip, answer) in zip(cells, table, wanted.items(), strict=True):
-        assert cell["clip"] == row["clip"] == clip
-        assert cell["identity"] == (answer.identity or "") and row["identity"] == answer.identity
-        assert float(cell["score"]) == row["score"] == answer.score
-        if answer.best:
-            assert cell["best_2"] == row["best_2"] == answer.best[1][0]
-            assert float(cell["probability_2"]) == row["probability_2"] == answer.best[1][1]
-    said = say(*words, f"--out={tmp_path / 'a.tsv'}", code=2)
+    for line, cell, row, (clip, one) in zip(lines, cells, table, wanted.items(), strict=True):
+        assert line["clip"] == cell["clip"] == row["clip"] == clip
+        assert line["identity"] == (cell["identity"] or None) == row["identity"] == one.identity
+        assert line["probability"] == one.probability
+        assert [(best["identity"], best["probability"]) for best in line["best"]] == [*one.best]
+        assert float(cell["score"]) == row["score"] == one.score
+        assert line["score"] == (one.score if one.best else None)
+        if one.best:
+            assert cell["best_2"] == row["best_2"] == one.best[1][0]
+            assert float(cell["probability_2"]) == row["probability_2"] == one.best[1][1]
+    said = say(*words, f"--out={tmp_path / 'a.csv'}", code=2)
     assert "exists and is not overwritten" in said
     content = say(*words, "--json")
     assert content["named"] == named and content["answers"] == lines
     assert content["rule"]["by"] == "fpir" and not content["rule"]["default"]
-    assert say(*words[:3], "--json")["rule"]["default"]
 
 
 def test_a_run_that_was_moved_is_asked_for(say, nearest_run, tmp_path):
@@ -146,17 +134,18 @@ def test_a_run_that_was_moved_is_asked_for(say, nearest_run, tmp_path):
     assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in said
 
 
-@pytest.mark.slow
 def test_a_folder_for_each_person(say, folder, tmp_path):
     """Both have a 0.npz, which are two clips."""
     photos, words = tmp_path / "photos", ("enrol", folder, f"--input={tmp_path / 'photos'}")
     for person in ("Ada", "Grace"):
         write_clips(photos / person, person)
-        for turn in range(2):
-            (photos / person / f"{person} {turn}.npz").rename(photos / person / f"{turn}.npz")
+        (photos / person / f"{person} 0.npz").rename(photos / person / "0.npz")
     assert "people      14" in say(*words)
     listed = say("list", folder, "--clips", "--json")["clips"]
-    assert listed["Ada"] == ["Ada/0", "Ada/1"] and listed["Grace"] == ["Grace/0", "Grace/1"]
+    assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"] and listed["Grace"] == [
+        "Grace/0",
+        "Grace/Grace 1",
+    ]
     (photos / "Ada").rename(photos / "train")
     (photos / "Grace").rename(photos / "val")
     assert "splits of a dataset, not people" in say(*words, code=2)
@@ -168,39 +157,35 @@ def test_a_folder_for_each_person(say, folder, tmp_path):
 @pytest.mark.slow
 def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     wanted = made.rank(data, split="val")
-    for ending in (".txt", ".jsonl"):
-        say("rank", folder, "--split=val", f"--out={tmp_path / 'r'}{ending}")
-    found = made_runs.lists(tmp_path / "r.txt")
-    assert list(found) == list(wanted)
-    assert found == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in wanted.items()}
+    passing = {n: [one for one in x if one[1] >= np.log(0.2)] for n, x in wanted.items()}
+    assert made.rank(data, split="val", threshold=0.2) == passing
+    assert any(passing.values()) and passing != wanted
+    for name, lists, more in (("a", wanted, ()), ("p", passing, ("--threshold=0.2",))):
+        out = tmp_path / f"{name}.txt"
+        say("rank", folder, "--split=val", f"--out={out}", *more)
+        found = made_runs.lists(out)
+        assert list(found) == list(lists)
+        assert found == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in lists.items()}
+    say("rank", folder, "--split=val", f"--out={tmp_path / 'r.jsonl'}")
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {line["identity"]: [one["clip"] for one in line["clips"]] for line in lines} == {
         name: [clip for clip, _ in clips] for name, clips in wanted.items()
     }
-    words = ("rank", folder, "--split=val", "--threshold=0.2", f"--out={tmp_path / 'p.txt'}")
-    assert say(*words, "--json")["rule"]["by"] == "threshold"
-    passing = {n: [one for one in x if one[1] >= np.log(0.2)] for n, x in wanted.items()}
-    found = made_runs.lists(tmp_path / "p.txt")
-    assert found == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in passing.items()}
-    assert any(passing.values()) and passing != wanted
-    assert made.rank(data, split="val", threshold=0.2) == passing
-    assert "exists" in say(*words, code=2)
+    assert "exists" in say("rank", folder, "--split=val", f"--out={tmp_path / 'a.txt'}", code=2)
 
 
 @pytest.mark.slow
 def test_clips_of_another_dataset(say, folder, tmp_path):
     """Own files with labels; people whom the run has never seen."""
     own = write_clips(tmp_path / "own" / "train", "Ada", "Grace", "nobody").parent
-    rows = [f"{name} {turn},{name}\n" for name in ("Ada", "Grace") for turn in range(2)]
-    (own / "labels.csv").write_text("clip,identity\n" + "".join(rows))
+    labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
+    clip_files.write_labels(own / "labels.csv", labels)
     clips = ("--config.data.name=arrays", f"--config.data.dir={own}", "--split=train")
     assert "people      14" in say("enrol", folder, *clips)
     found = {line.split()[0] for line in say("identify", folder, *clips).splitlines()}
     assert found >= {"Ada", "Grace", "nobody"}
     strangers = len(Gallery(folder).strangers)
     assert f"strangers   {strangers + 2}" in say("enrol", folder, *clips, "--strangers")
-    said = say("enrol", folder, "--config.data.dir=/absent", "--split=train", code=2)
-    assert "/absent" in said
 
 
 @pytest.mark.slow
@@ -209,7 +194,6 @@ def test_a_gallery_is_made_of_a_run_that_moves(say, nearest_run, tmp_path, made,
     said = say(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
     assert "people      12" in said and "version     1" in said
-    assert "holds a gallery" in say(*words, code=2)
     content = say("create", tmp_path / "e", words[2], "--empty", "--strangers=train", "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
@@ -219,11 +203,10 @@ def test_a_gallery_is_made_of_a_run_that_moves(say, nearest_run, tmp_path, made,
 
 
 def test_threshold(say, folder, made):
-    found = made.threshold(0.25)
-    said = say("threshold", folder, "--fpir=0.25")
-    assert "people      12" in said and f"strangers   {found.num_strangers}" in said
     content = say("threshold", folder, "--fpir=0.25", "--json")
-    assert content == {"mode": "threshold", **found.to_dict()}
+    assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
+    said = say("threshold", folder, "--fpir=0.25")
+    assert "people      12" in said and f"strangers   {content['num_strangers']}" in said
     said = say("threshold", folder, "--fpir=0.001", code=2)
     assert "needs 999 clips of strangers or more" in said and "enrol more strangers" in said
 
@@ -244,6 +227,7 @@ MISTAKES = {
     "identify G --split=val --run=/absent": "/absent",
     "enrol G --input=x": "x: no such file",
     "enrol G --split=test": "no clip has a label",
+    "enrol G --split=train --config.data.dir=/absent": "/absent",
     "remove G --identity=13": "no identity '13' is enrolled",
     "list /absent": "'/absent' holds no gallery: is the path right?",
     "list G --identity=13": "no identity '13' is enrolled",
@@ -263,10 +247,9 @@ def test_a_mistake_is_told_in_three_lines(say, folder):
 
 def test_no_name_is_a_formula(tmp_path):
     best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
-    for ending, dialect in ((".tsv", "excel-tab"), (".csv", "excel")):
-        answers_lib.write(tmp_path / f"a{ending}", {"+1": Answer(best[0][0], 0.9, -0.1, best)})
-        rows = list(csv.reader(io.StringIO((tmp_path / f"a{ending}").read_text()), dialect))
-        assert rows[1][:2] == ["'+1", "'=cmd|' /C calc'!A0"] and rows[1][6] == "''quoted"
+    answers_lib.write(tmp_path / "a.csv", {"+1": Answer(best[0][0], 0.9, -0.1, best)})
+    _, row = csv.reader(io.StringIO((tmp_path / "a.csv").read_text()))
+    assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"
 
 
 def test_a_table_of_the_enrolled_clips(say, tmp_path):
@@ -277,9 +260,10 @@ def test_a_table_of_the_enrolled_clips(say, tmp_path):
     assert f"clips       {len(enrolled)}" in say(*words)
     assert stat.S_IMODE(table.stat().st_mode) == 0o600
     rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
-    assert rows.keys() == enrolled.keys()
+    assert {name: row["identity"] for name, row in rows.items()} == {
+        name: clip.identity for name, clip in enrolled.items()
+    }
     for name, clip in enrolled.items():
-        assert rows[name]["identity"] == clip.identity
         z = people.backend.whiten(people.backend.split(clip.vector[None]))
         for part, (own,) in zip(people.backend.widths, z, strict=True):
             wanted = 0 * own if np.isnan(own[0]) else own / np.linalg.norm(own)

@@ -27,16 +27,12 @@ def refused_input(path, *words):
 def test_only_regular_files_are_read_as_clips(tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
-    np.savez(tmp_path / "real.npz", face=np.ones((1, 4), np.float32))
     path = folder / "x.npz"
-    for kind, words in {
-        "pipe": "is a pipe",
-        "zero": "is a device",
-        "folder": "is a folder",
-    }.items():
+    for kind in ("pipe", "zero", "folder"):
         mutations.put(path, kind, tmp_path)
-        refused_input(folder, words)
+        refused_input(folder, f"is a {'device' if kind == 'zero' else kind}")
         path.rmdir() if kind == "folder" else path.unlink()
+    np.savez(tmp_path / "real.npz", face=np.ones((1, 4), np.float32))
     path.symlink_to(tmp_path / "real.npz")  # their own folders may be made of links
     (folder / "._x.npz").write_text("what other systems leave beside a file")
     assert read_input(folder).names == ("x",)
@@ -58,14 +54,11 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
 )
 def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, content, words):
     path = tmp_path / "a.npz"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        np.savez(path, **content)
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     refused_input(tmp_path, "a.npz", words)
     path.rename(tmp_path / "a.npy")
-    refused_input(tmp_path, "numpy.savez('CLIP.npz', face=array)")
-    refused_input(tmp_path / "a.npy", "numpy.savez(")
+    for given in (tmp_path, tmp_path / "a.npy"):
+        refused_input(given, "numpy.savez('CLIP.npz', face=array)")
 
 
 def test_clips_that_fill_the_memory_together_are_refused(tmp_path, monkeypatch):
@@ -81,22 +74,20 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    path = tmp_path / "clips.parquet"
+    path, of_path = tmp_path / "clips.parquet", "clips.parquet: "
     good = {"clip": ["a"], "modality": ["face"], "features": [[1.0, 2.0, 3.0, 4.0]]}
-    twice = pyarrow.Table.from_arrays(
-        [pyarrow.array(column) for column in (*good.values(), ["b"])], [*good, "clip"]
-    )
-    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
-    many = pyarrow.table({**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000})
     parquet.write_table(pyarrow.table(good), path)
     assert read_input(path).names == ("a",)
     content = path.read_bytes()
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
-        refused_input(path, "clips.parquet: damaged, or not a parquet table: write it again")
-    parquet.write_table(twice, path)
-    refused_input(path, "clips.parquet: two columns are named clip: keep one")
-    parquet.write_table(many, path)  # 4 GB, if each name were a separate text
+        refused_input(path, of_path + "damaged, or not a parquet table: write it again")
+    columns = [pyarrow.array(column) for column in (*good.values(), ["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, [*good, "clip"]), path)
+    refused_input(path, of_path + "two columns are named clip: keep one")
+    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
+    many = {**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000}
+    parquet.write_table(pyarrow.table(many), path)  # 4 GB, if each name were a separate text
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused_input(path, ", wanted face")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
@@ -105,7 +96,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
     parquet.write_table(pyarrow.table({**good, "features": features}), path)
     assert path.stat().st_size < 64 << 10
-    refused_input(path, "clips.parquet: its columns take 4,", "a third of the memory")
+    refused_input(path, of_path + "its columns take 4,", "a third of the memory")
 
 
 def test_frames_that_are_not_finite_are_counted(tmp_path):
@@ -119,9 +110,9 @@ def test_frames_that_are_not_finite_are_counted(tmp_path):
         "face: 2 of 4 frames are not read: their features are not finite; 1 clips lose all frames",
         "face: 1 of 4 frames have a quality that is not finite: 0 is used",
     ]
-    official = tmp_path / "official"
-    official.mkdir()
+    (tmp_path / "official").mkdir()
     entries = [[n, (0.0, 0.0, 1.0, 1.0), 0.9, 50.0, row] for n, row in enumerate(face)]
-    (official / "face_val.pickle").write_bytes(pickle.dumps({b"a.mp4": entries}, 2))
+    pickled = pickle.dumps({b"a.mp4": entries}, 2)
+    (tmp_path / "official" / "face_val.pickle").write_bytes(pickled)
     with pytest.warns(errors.VidjaxWarning, match="1 of 3 frames are not read"):
-        memory.load_clips(official, {"face": 4}, ())
+        memory.load_clips(tmp_path / "official", {"face": 4}, ())

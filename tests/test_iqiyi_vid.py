@@ -123,9 +123,10 @@ def test_splits_without_ground_truth_and_identities_that_only_one_has(found, tmp
         {"train": of["train"], "test": of["val"]} for of in (found.splits, found.report["splits"])
     )
     records = found._replace(splits=splits, report={**found.report, "splits": counts})
-    truth = load_official_truth(tmp_path, records.clips)
     with pytest.warns(UserWarning, match="1 clips of test show identities without a class"):
-        identities, labels, report = label_records(records, truth)
+        identities, labels, report = label_records(
+            records, load_official_truth(tmp_path, records.clips)
+        )
     assert identities == ("4", "6")
     assert labels["test"].labels.tolist() == [2, *[0] * 20]
     assert report["splits"]["test"]["unlisted_identities"] == 1
@@ -144,14 +145,14 @@ def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, cache):
 def prepare_in_turn(source, cache, queue):
     """Counts the pickles that this process unpacked."""
     unpacked = []
-    unpack = sandbox.unpack
-    sandbox.unpack = lambda *args, **kwargs: unpacked.append(args) or unpack(*args, **kwargs)  # type: ignore[assignment]
-    with warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        unpack = sandbox.unpack
+        patch.setattr(sandbox, "unpack", lambda *x, **y: unpacked.append(x) or unpack(*x, **y))
         prepare(source, cache)
     queue.put(len(unpacked))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_two_processes_one_converts_and_one_waits(source, cache):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -160,9 +161,8 @@ def test_of_two_processes_one_converts_and_one_waits(source, cache):
     for process in processes:
         process.start()
     try:
-        counts = sorted(queue.get(timeout=120) for _ in processes)
+        assert sorted(queue.get(timeout=120) for _ in processes) == [0, 5]
     finally:
         for process in processes:
             process.join(10)
             process.kill()
-    assert counts == [0, 5]

@@ -15,15 +15,11 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 FILM = Path("film.mp4")
 
 
-def run(wanted, memory_bytes=1 << 31, cpu_seconds=20, children=None, **more):
+def run(wanted, cpu_seconds=20, children=None, **more):
     return processes.run_limited(
-        limited_job.__name__,
-        FILM,
-        {"wanted": wanted, **more},
-        memory_bytes=memory_bytes,
-        cpu_seconds=cpu_seconds,
-        children=children,
-    )
+        limited_job.__name__, FILM, {"wanted": wanted, **more},
+        memory_bytes=1 << 31, cpu_seconds=cpu_seconds, children=children,
+    )  # fmt: skip
 
 
 @LINUX

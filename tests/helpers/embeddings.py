@@ -58,28 +58,9 @@ def exact(
 
     `within` is the share of the variance that is not the person's.
     """
-    who, each = _spread(width, within)
+    between = np.geomspace(1, 0.1, width)  # variances of people and of clips in each number
+    noise = np.geomspace(1, 0.3, width)[::-1]
+    who = np.sqrt((1 - within) * between / between.sum())
+    each = np.sqrt(within * noise / noise.sum())
     found = rng.normal(size=(people, 1, width)) * who
     return unit(found + rng.normal(size=(people, clips, width)) * each)
-
-
-def of_days(
-    rng: np.random.Generator, people: int, days: int, clips: int, width: int, within: float
-) -> np.ndarray:
-    """Returns such vectors of several days, [people, days, clips, width].
-
-    The clips of a person on one day share half of their noise.
-    """
-    who, each = _spread(width, within)
-    found = rng.normal(size=(people, 1, 1, width)) * who
-    for shape in ((people, days, 1, width), (people, days, clips, width)):
-        found = found + rng.normal(size=shape) * each * np.sqrt(0.5)
-    return unit(found)
-
-
-def _spread(width: int, within: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the deviations of people and of clips in each number, [width] both."""
-    between = np.geomspace(1, 0.1, width)
-    noise = np.geomspace(1, 0.3, width)[::-1]
-    people = np.sqrt((1 - within) * between / between.sum())
-    return people, np.sqrt(within * noise / noise.sum())
