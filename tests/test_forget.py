@@ -258,21 +258,17 @@ def held(folder, pieces):
 
 @pytest.mark.slow
 def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run, places):
-    rng = np.random.default_rng(0)
-    centres = {name: rng.normal(size=16) for name in (GONE, "p1", "p2", "p3")}
-    splits, labels = {}, {}
-    for split, count in {"train": 4, "val": 2}.items():
-        own = {f"{name} {split} {n}": name for name in centres for n in range(count)}
-        faces = {
-            clip: 3 * centres[name] + 1.5 * rng.normal(size=(3, 16)) for clip, name in own.items()
-        }
-        splits[split] = {clip: {"face": x.astype(np.float32)} for clip, x in faces.items()}
-        labels |= own
+    rng, labels, pieces = np.random.default_rng(0), {}, []
+    splits: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
+    for name in (GONE, "p1", "p2", "p3"):
+        centre = rng.normal(size=16)
+        for turn in range(6):
+            x = np.float32(3 * centre + 1.5 * rng.normal(size=(3, 16)))
+            splits["train" if turn < 4 else "val"][f"{name} {turn}"] = {"face": x}
+            labels[f"{name} {turn}"] = name
+            pieces += [row[:4].tobytes() for row in x] if name == GONE else []
     features = clip_files.write_npz(tmp_path / "features", splits)
     clip_files.write_labels(features / "labels.csv", labels)
-    gone = [clip for clip, name in labels.items() if name == GONE]
-    vectors = [one[clip]["face"] for one in splits.values() for clip in one if clip in gone]
-    pieces = [row[:4].tobytes() for face in vectors for row in face]
     config = config_io.override(config_io.load_file(f"{small_runs.ROOT}/configs/knn.py:face"), [
         "--config.data.name=arrays", f"--config.data.dir={features}",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
@@ -290,6 +286,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run
     pieces += [vector[:4].tobytes() for vector in shown]
     tables.write_ranking(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
     assert {path.split("/")[0] for path in held(tmp_path, pieces)} >= {"features", "cache", "g"}
+    gone = [clip for clip, name in labels.items() if name == GONE]
     words = (f"--identity={GONE}", *(f"--clip={name}" for name in gone), tmp_path)
     run(*words, "--delete", code=1)
     left = places(*words)

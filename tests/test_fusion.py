@@ -135,7 +135,7 @@ def test_fixed_windows_match_a_loop():
     # int8 is rounded, and not cut off.
     features = np.array([[[3], [4], [-3], [-5]]], np.int8)
     frames = make_frames([4], max_frames=4)._replace(features=features)
-    union = fusion.merged_windows(None, frames, max_frames=4)
+    union = fuse("windows", None, frames, max_frames=4)
     assert union.features.dtype == np.int8
     np.testing.assert_array_equal(union.features[0], np.round(windows_oracle(frames, 0, 4)))
 
@@ -241,7 +241,7 @@ def test_a_quality_that_is_no_number_is_the_lowest():
 
 def test_top_frames_are_the_best_and_repeat_what_there_is():
     frames = make_frames([3, 1, 0, 3, 40], max_frames=40)
-    turns = fusion.top_frames(None, frames)
+    turns = fuse("top", None, frames)
     best = np.sort(np.argsort(-frames.quality[4], kind="stable")[:32])
     np.testing.assert_array_equal(turns.number[4], frames.number[4, best])
     np.testing.assert_array_equal(turns.features[4], frames.features[4, best])
@@ -260,11 +260,11 @@ def test_top_frames_are_the_best_and_repeat_what_there_is():
     assert counts.std() > 1
 
     # Without a key, random repeats do not depend on the other clips.
-    fixed = fusion.top_frames(None, frames, repeats="random")
+    fixed = fuse("top", None, frames, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32 and counts.max() > 11  # not in turn
     alone = jax.tree.map(lambda x: x[3:4, :7], frames)
-    alone = fusion.top_frames(None, alone, repeats="random")
+    alone = fuse("top", None, alone, repeats="random")
     np.testing.assert_array_equal(alone.features[0], fixed.features[3])
     np.testing.assert_array_equal(fixed.number[4], turns.number[4])  # nothing to repeat
 
@@ -283,7 +283,7 @@ def test_samples_are_different_frames_in_time_order():
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
 
-    even = fusion.sample_frames(None, frames, num_frames=5)  # without a key
+    even = fuse("sample", None, frames, num_frames=5)  # without a key
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
     assert even.features.dtype == np.float16 and not even.mask[3].any()
@@ -318,7 +318,7 @@ def test_clips_are_joined_to_others_and_cut():
     face = make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9)
     face.mask[2, 1] = False  # 8 real frames are left
     clips = {"face": face, "audio": make_frames([1, 0, 7, 2, 1, 0, 1], max_frames=7, seed=4)}
-    partners, pieces = [], set()
+    face.features[..., 0] = np.arange(7)[:, None]  # shows the clip
 
     @jax.jit
     def join(rng, clips):
@@ -333,30 +333,31 @@ def test_clips_are_joined_to_others_and_cut():
     def real(frames, clip):
         return np.asarray(frames.features[clip])[np.asarray(frames.mask[clip])]
 
+    partners, starts = [], set()
+    longer = {name: pad(frames, 4) for name, frames in clips.items()}
+    padded = join(jax.random.key(0), longer)["face"]  # padding changes nothing
     for seed in range(60):
         union = jax.tree.map(np.asarray, join(jax.random.key(seed), clips))
-        if seed == 0:  # padding changes nothing
-            longer = {name: pad(frames, 4) for name, frames in clips.items()}
-            other = join(jax.random.key(seed), longer)["face"]
-            for clip in range(7):
-                np.testing.assert_array_equal(real(union["face"], clip), real(other, clip))
+        for clip in range(7) if seed == 0 else ():
+            np.testing.assert_array_equal(real(union["face"], clip), real(padded, clip))
         for clip in (4, 5, 6):  # not chosen, or without a frame
             np.testing.assert_array_equal(real(union["face"], clip), real(face, clip))
         for clip in (0, 1, 3):
-            found = {0, 1, 3}
+            partner = int(real(union["face"], clip)[-1, 0])  # the same of both modalities
             for name, frames in clips.items():
-                own, result = real(frames, clip), real(union[name], clip)
-                parts = {p: [own] if p == clip else [own, real(frames, p)] for p in found}
-                found = {p for p in found if np.array_equal(result, np.concatenate(parts[p]))}
-            (partner,) = found  # the same of both modalities
+                parts = [real(frames, one) for one in dict.fromkeys((clip, partner))]
+                np.testing.assert_array_equal(real(union[name], clip), np.concatenate(parts))
             partners.append((clip, partner))
             assert np.all(np.diff(union["face"].number[clip][union["face"].mask[clip]]) > 0)
-        start = np.flatnonzero(union["face"].mask[2])[0]
-        start = np.flatnonzero(face.mask[2]).tolist().index(start)
+        start = (
+            face.number[2][face.mask[2]]
+            .tolist()
+            .index(union["face"].number[2][union["face"].mask[2]][0])
+        )
         np.testing.assert_array_equal(real(union["face"], 2), real(face, 2)[start : start + 6])
         assert len(real(union["audio"], 2)) == 6
-        pieces.add(start)
-    assert pieces == {0, 1, 2}
+        starts.add(start)
+    assert starts == {0, 1, 2}
     assert set(partners) == set(itertools.product((0, 1, 3), repeat=2))
     alone = [other == clip for clip, other in partners]
     np.testing.assert_allclose(np.mean(alone), 0.5, atol=0.13)

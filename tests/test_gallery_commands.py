@@ -160,18 +160,18 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     passing = {n: [one for one in x if one[1] >= np.log(0.2)] for n, x in wanted.items()}
     assert made.rank(data, split="val", threshold=0.2) == passing
     assert any(passing.values()) and passing != wanted
+    words = ("rank", folder, "--split=val")
     for name, lists, more in (("a", wanted, ()), ("p", passing, ("--threshold=0.2",))):
-        out = tmp_path / f"{name}.txt"
-        say("rank", folder, "--split=val", f"--out={out}", *more)
-        found = made_runs.lists(out)
+        say(*words, f"--out={tmp_path / name}.txt", *more)
+        found = made_runs.lists(tmp_path / f"{name}.txt")
         assert list(found) == list(lists)
         assert found == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in lists.items()}
-    say("rank", folder, "--split=val", f"--out={tmp_path / 'r.jsonl'}")
+    say(*words, f"--out={tmp_path / 'r.jsonl'}")
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {line["identity"]: [one["clip"] for one in line["clips"]] for line in lines} == {
         name: [clip for clip, _ in clips] for name, clips in wanted.items()
     }
-    assert "exists" in say("rank", folder, "--split=val", f"--out={tmp_path / 'a.txt'}", code=2)
+    assert "exists" in say(*words, f"--out={tmp_path / 'a.txt'}", code=2)
 
 
 @pytest.mark.slow

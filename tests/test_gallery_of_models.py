@@ -259,7 +259,7 @@ def test_groups_are_joined_further(gallery):
     assert found["a2"] == found["a3"] != found["a4"] == found["a5"]
 
 
-def test_subtitles_name_all_who_are_seen_and_do_not_overlap():
+def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
     """Many players show one subtitle at a time."""
     times = {"Eve": (0, 9.5), "Bob {x}": (3.25, 4), "<i>Ada": (4, 9.5), "A": (5, 5)}
     found = [appearances.Appearance("a.mp4", *at, name, 0.9, ()) for name, at in times.items()]
@@ -269,7 +269,8 @@ def test_subtitles_name_all_who_are_seen_and_do_not_overlap():
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aAda\nEve\n\n"
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
-    vtt = appearances.to_subtitles(found, ".vtt")
+    appearances.write(tmp_path / "a.vtt", found, [])
+    vtt = (tmp_path / "a.vtt").read_text()
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]

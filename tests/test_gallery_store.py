@@ -270,24 +270,6 @@ def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
     assert people.index.names == ["new"]
 
 
-def test_an_open_gallery_sees_changes_of_other_processes(gallery):
-    open_one, clip = Gallery(gallery.folder), make_clip(700, "person 7")
-
-    def best():
-        open_one.refresh()
-        (found,) = open_one.index.nearest(open_one.backend.split(clip.vector[None]), 1)
-        return found.best[0][0]
-
-    assert best() == "person 7"
-    count = open_one.threshold(0.5).num_identities
-    gallery.remove(identity=["person 7"])
-    assert best() != "person 7" and open_one.threshold(0.5).num_identities == count - 1
-    gallery.add({"back": clip})
-    assert best() == "person 7"
-    shutil.rmtree(gallery.folder)
-    refused(best, "holds no gallery")
-
-
 def test_a_change_is_never_made_to_an_older_state(gallery, monkeypatch):
     """Another thread has read the gallery before a removal, and would keep what it read."""
     Gallery(gallery.folder).rename("person 1", "Bob")  # so the thread has to read

@@ -1,10 +1,9 @@
 """Conversion: what the records hold, when the work counts as done, and how damage shows."""
 
-import multiprocessing
+import concurrent.futures
 import os
 import shutil
 import struct
-import warnings
 
 import numpy as np
 import pytest
@@ -46,11 +45,6 @@ def small(tmp_path):
     return folder
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
 def test_train_is_permuted_and_other_splits_are_in_name_order(found):
     assert {name: m.dim for name, m in found.modalities.items()} == RAGGED
     assert "body" not in found.splits["val"].lengths
@@ -80,25 +74,26 @@ def test_a_second_run_reads_neither_pickle_nor_shard(source, found, monkeypatch,
     assert "nowhere" in say(source / "nowhere", code=2, program=iqiyi_vid.main)
 
 
-def test_sources_never_mix(small, cache, tmp_path):
+def test_sources_never_mix(small, tmp_path):
+    cache = tmp_path / "cache"
     path, clip = small / "face_train.pickle", random_clip(RNG, 1, 4)
     write_pickle(small, "face", "train", {"s1": clip})
     os.utime(path, ns=(1, 1))
-    folders = [prepare(small, cache).folder]
+    first = prepare(small, cache).folder
     shutil.copytree(small, tmp_path / "other")
-    assert prepare(tmp_path / "other", cache).folder == folders[0]  # the same content
+    assert prepare(tmp_path / "other", cache).folder == first  # the same content
     # Another box: a file of the same name, size and time, as `cp -p` leaves it.
     before, number = path.read_bytes(), struct.pack(">d", float(clip.box[0, 0]))
     path.write_bytes(before.replace(number, struct.pack(">d", 1.5)))
     assert path.read_bytes() != before
     os.utime(path, ns=(1, 1))
-    folders.append(prepare(small, cache).folder)
-    assert len(set(folders)) == 2
+    second = prepare(small, cache).folder
+    assert second != first
     write_truth(small, "train", {"s1": "3"})  # a label is no reason to convert
-    assert prepare(small, cache).folder == folders[-1]
+    assert prepare(small, cache).folder == second
 
 
-def test_labels_are_columns_in_identity_order(source, found):
+def test_labels_are_columns_in_identity_order(source, found, tmp_path):
     identities, labels, report = label_records(found, load_official_truth(source, found.clips))
     assert identities == tuple(str(i) for i in range(1, 11))
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
@@ -108,61 +103,43 @@ def test_labels_are_columns_in_identity_order(source, found):
     facts = report["splits"]["val"]
     assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
     assert facts["clips_per_identity"]["2-2"] == 6
-
-
-def test_splits_without_ground_truth_and_identities_that_only_one_has(found, tmp_path):
+    # A split without ground truth.
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     identities, labels, report = label_records(found, load_official_truth(tmp_path, found.clips))
     assert identities == ("4", "6")
     assert not labels["val"].labelled and not labels["val"].labels.any()
     assert labels["val"].positives.tolist() == [0, 0]
     assert report["splits"]["val"]["labelled"] is False
-    # As if val were test, whose identities name no columns.
+
+
+def test_identities_of_a_test_name_no_columns(found, tmp_path):
+    write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
     splits, counts = (
         {"train": of["train"], "test": of["val"]} for of in (found.splits, found.report["splits"])
     )
     records = found._replace(splits=splits, report={**found.report, "splits": counts})
+    truth = load_official_truth(tmp_path, records.clips)
     with pytest.warns(UserWarning, match="1 clips of test show identities without a class"):
-        identities, labels, report = label_records(
-            records, load_official_truth(tmp_path, records.clips)
-        )
+        identities, labels, report = label_records(records, truth)
     assert identities == ("4", "6")
     assert labels["test"].labels.tolist() == [2, *[0] * 20]
     assert report["splits"]["test"]["unlisted_identities"] == 1
 
 
-def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, cache):
+def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(small, "face", "val", {"v": clip})
-    found = prepare(small, cache)
+    found = prepare(small, tmp_path / "cache")
     assert found.modalities["face"].dtype == "float32"
     ((_, frames),) = Dataset(found, {}).packed("val", ("face",))
     np.testing.assert_array_equal(frames["face"].features, clip.features)
     assert [shard.records for shard in found.splits["train"].shards] == [1, 1, 1]
 
 
-def prepare_in_turn(source, cache, queue):
-    """Counts the pickles that this process unpacked."""
-    unpacked = []
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        unpack = sandbox.unpack
-        patch.setattr(sandbox, "unpack", lambda *x, **y: unpacked.append(x) or unpack(*x, **y))
-        prepare(source, cache)
-    queue.put(len(unpacked))
-
-
-@pytest.mark.nightly
-def test_of_two_processes_one_converts_and_one_waits(source, cache):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    start = {"target": prepare_in_turn, "args": (source, cache, queue)}
-    processes = [context.Process(**start) for _ in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        assert sorted(queue.get(timeout=120) for _ in processes) == [0, 5]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
+def test_of_two_conversions_one_waits_for_the_other(source, tmp_path, monkeypatch):
+    unpacked, unpack = [], sandbox.unpack
+    monkeypatch.setattr(sandbox, "unpack", lambda *x, **y: unpacked.append(x) or unpack(*x, **y))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
+    assert len(unpacked) == 5 and folders[0] == folders[1]
