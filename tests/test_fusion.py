@@ -294,7 +294,7 @@ def test_graded_weights_fall_back_to_uniform():
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1
-    weights = fusion.frame_weights(frames, "graded")
+    weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 

@@ -31,17 +31,15 @@ def vectors_of(gallery, clips):
 
 
 def ratio(space, clips, query):
-    """Returns log p(query | clips of the person) / p(query), from normal densities."""
-    z, *known = ((np.asarray(x, float) - space.mean) @ space.transform for x in (query, *clips))
-    total = 0.0
-    for d, psi in enumerate(space.ratio):
-        # One person's clips: covariance psi between two of them, and 1 more on the diagonal.
-        joint = psi + np.eye(1 + len(known))
-        others = [one[d] for one in known]
-        total += stats.multivariate_normal.logpdf([z[d], *others], cov=joint)
-        total -= stats.multivariate_normal.logpdf(others, cov=joint[1:, 1:])
-        total -= stats.norm.logpdf(z[d], scale=np.sqrt(1 + psi))
-    return total
+    """Returns log p(query | clips of the person) / p(query), from joint normal densities."""
+
+    def log_density(some):
+        cov = np.kron(np.ones((len(some), len(some))), np.diag(space.ratio))
+        cov += np.eye(len(cov))
+        return stats.multivariate_normal.logpdf(np.concatenate(some), cov=cov)
+
+    z = [(np.float64(x) - space.mean) @ space.transform for x in (*clips, query)]
+    return log_density(z) - log_density(z[:-1]) - log_density(z[-1:])
 
 
 def oracle(people, clip):

@@ -57,8 +57,8 @@ def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, content, wo
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     refused_input(tmp_path, "a.npz", words)
     path.rename(tmp_path / "a.npy")
-    for given in (tmp_path, tmp_path / "a.npy"):
-        refused_input(given, "numpy.savez('CLIP.npz', face=array)")
+    refused_input(tmp_path, "numpy.savez('CLIP.npz', face=array)")
+    refused_input(tmp_path / "a.npy", "numpy.savez(")
 
 
 def test_clips_that_fill_the_memory_together_are_refused(tmp_path, monkeypatch):

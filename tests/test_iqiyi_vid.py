@@ -137,6 +137,7 @@ def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, tmp_path):
     assert [shard.records for shard in found.splits["train"].shards] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_of_two_conversions_one_waits_for_the_other(source, tmp_path, monkeypatch):
     unpacked, unpack = [], sandbox.unpack
     monkeypatch.setattr(sandbox, "unpack", lambda *x, **y: unpacked.append(x) or unpack(*x, **y))
