@@ -132,7 +132,7 @@ def test_what_is_left_to_measure(tmp_path, train_splits, folds, labelled, wanted
     splits = {name: {"labelled": known} for name, known in labelled.items()}
     (tmp_path / "data_report.json").write_text(json.dumps({"splits": splits}))
     config = {"data": {"train_splits": train_splits}, "ensemble": {"folds": folds}}
-    unmeasured = results_lib.unmeasured(config, tmp_path)
+    unmeasured = results_lib.explain_unmeasured(config, tmp_path)
     assert unmeasured.startswith(wanted) and bool(unmeasured) == bool(wanted)
 
 

@@ -56,7 +56,7 @@ def test_the_limits_of_a_container_are_those_of_its_groups(
 def test_this_machine_has_cores_memory_and_files():
     assert machine.num_cores() >= 1
     assert 0 < machine.free_bytes() < machine.memory_bytes() < 1 << 50
-    assert 64 < machine.most_files() < math.inf
+    assert 64 < machine.max_open_files() < math.inf
 
 
 IMPORT = """

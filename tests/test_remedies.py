@@ -212,7 +212,7 @@ def test_folds_are_no_remedy_for_one_clip_of_a_person(tmp_path):
     for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
         counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
         (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
-        assert words in results_lib.unmeasured(config_lib.default().to_dict(), tmp_path)
+        assert words in results_lib.explain_unmeasured(config_lib.default().to_dict(), tmp_path)
 
 
 def test_a_missing_field_in_a_file_is_named(tmp_path):

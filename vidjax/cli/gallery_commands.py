@@ -425,7 +425,7 @@ def _identify(args: argparse.Namespace) -> Result:
     with _show_progress("identify", len(vectors.names)) as bar:
         answers = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
     rule = gallery.rule(**chosen)
-    timed = terminal.timing(began, len(answers))
+    timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
@@ -472,7 +472,7 @@ def _rank(args: argparse.Namespace) -> Result:
     with _show_progress("rank", len(vectors.names)) as bar:
         ranked = gallery.rank(vectors, advance=bar.advance, **chosen)
     rule = None if rule.default else gallery.rule(**chosen)
-    timed = terminal.timing(began, len(vectors.names))
+    timed = terminal.measure_rate(began, len(vectors.names))
     if out.suffix == ".txt":
         clip_index = {clip: number for number, clip in enumerate(vectors.names)}
         index = np.full((len(ranked), topk.MAX_NAMES), topk.NO_CLIP)

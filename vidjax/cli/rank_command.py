@@ -102,7 +102,7 @@ def _process(
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
     written = write(out, trained, clips, progress.advance)
     progress.close()
-    timed, numbers = terminal.timing(began, size)
+    timed, numbers = terminal.measure_rate(began, size)
     content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
     rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
     rows |= {**dict(timed), kind: messages.relative_path(out)}

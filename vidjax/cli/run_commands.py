@@ -121,7 +121,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     With `--runs`, the configuration lists the runs, and the folder is for the joined results.
     """
     for name in config_io.override_names(args.overrides):
-        if config_lib.within(name, TRAINING_FIELDS):
+        if config_lib.is_in_groups(name, TRAINING_FIELDS):
             raise UserError(f"evaluate does not train: config.{name} has no effect\nleave it out")
     shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
@@ -230,7 +230,7 @@ def _make_rows(
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
-        if reason := results_lib.unmeasured(config.to_dict(), folder.path):
+        if reason := results_lib.explain_unmeasured(config.to_dict(), folder.path):
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import DiskError, UserError, describe_system_error
-from vidjax.utils.machine import most_files
+from vidjax.utils.machine import max_open_files
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
@@ -129,7 +129,7 @@ def map_children(
 
     children = Children()
     # A child needs three pipes, and a few more files during its start.
-    with ThreadPoolExecutor(max(1, int(min(workers, most_files() // 8)))) as threads:
+    with ThreadPoolExecutor(max(1, int(min(workers, max_open_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
         try:
             for future in tqdm(

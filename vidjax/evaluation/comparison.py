@@ -206,7 +206,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
     metrics, analysed = folder.metrics(paths), folder.analysis(paths)
     if metrics and metrics.get("map") is None:
-        reason = results_lib.unmeasured(config.to_dict(), folder.path)
+        reason = results_lib.explain_unmeasured(config.to_dict(), folder.path)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"

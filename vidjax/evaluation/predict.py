@@ -33,7 +33,7 @@ from vidjax.models.system import System, make_system
 from vidjax.runs import config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
-from vidjax.runs.terminal import uncounted
+from vidjax.runs.terminal import ignore_count
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument, warn
 
@@ -221,7 +221,7 @@ class Predictor(NamedTuple):
         clips: Clips | TrainingData | MemoryClips,
         *,
         split: str | None = None,
-        advance: Callable[[int], None] = uncounted,
+        advance: Callable[[int], None] = ignore_count,
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
@@ -247,7 +247,7 @@ class Predictor(NamedTuple):
         clips: Clips | TrainingData | MemoryClips,
         *,
         split: str | None = None,
-        advance: Callable[[int], None] = uncounted,
+        advance: Callable[[int], None] = ignore_count,
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 

@@ -103,7 +103,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
             reason = f"... {reason[-120:]}"
         raise DiskError(
             f"cannot save a checkpoint in '{folder}': {reason}\n"
-            "earlier checkpoints are intact; is the disk full?"
+            "if the disk is full, free some space, and run the same command to resume"
         ) from error
 
 
@@ -139,7 +139,7 @@ def best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Finds the latest or the best checkpoint that matches its digests; None if there are none.
+    """Finds the latest or the best checkpoint whose files match its manifest, or returns None.
 
     A damaged checkpoint is skipped with a warning; its files stay.
 
@@ -222,7 +222,7 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
     """Compares a checkpoint with its manifest and returns the manifest.
 
     Args:
-      manifest: the content of `manifest.json`; None: the file is read.
+      manifest: the content of `manifest.json`. None reads the file.
 
     Raises:
       DamagedError: a file differs from its digest, is missing, or is not listed.
@@ -239,6 +239,7 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
 
 @contextlib.contextmanager
 def _damaged(path: Path) -> Iterator[None]:
+    """Turns an error from reading `path` into a DamagedError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -306,7 +307,7 @@ def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes all checkpoints except the three that the docstring of this module names."""
+    """Deletes all checkpoints except the latest, the evaluated one before it, and the best."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

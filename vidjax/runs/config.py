@@ -1,8 +1,8 @@
-"""All fields of a configuration. Each row of TABLE has a default, a meaning, a range and a use.
+"""All fields of a configuration: a row of TABLE has its default, meaning, range and condition.
 
-Some fields are read only together with others: nothing reads `optim.momentum` with
-`optim.name=adam`. A new training refuses to change an unread field, because the change would look
-like an experiment but have no effect.
+Some fields are read only if another field has a certain value (`Field.read_when`): with
+`optim.name=adam`, nothing reads `optim.momentum`. If a field is changed but not read, no training
+starts, because the change would look like an experiment but have no effect.
 """
 
 import math
@@ -41,11 +41,11 @@ class Field(NamedTuple):
       name: the dotted name.
       default: the default value, whose type is the type of the field; None: an optional text.
       doc: the meaning, as `configs/README.md` shows it.
-      low, high, above, below: the value is >= low, <= high, > above, < below. Without `high` it
-        must be finite.
+      low, high, above, below: the range: value >= low, <= high, > above, < below. Without `high`
+        the value must be finite.
       choices: the values that the field accepts; (): any, or the keys of a table in the code.
       read_when: the condition under which the field is read; None: always.
-      movable: True if the field may change when a run resumes. Such a field changes results by
+      movable: True if the field may change when a run resumes, because it changes results by
         rounding errors at most: a path (digests compare its content), a time between checkpoints.
     """
 
@@ -69,7 +69,7 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of `loss.focal`, or (0.5,) if `make_loss` will refuse the schedule."""
+    """Returns the weights in `loss.schedule`, or (0.5,) if `make_loss` will refuse the schedule."""
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):
@@ -79,8 +79,8 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses whose weight is above 0 at some epoch.
 
-    The conditions below subtract the losses that do not read a field. A loss that a user has added
-    counts as reading every field.
+    A loss that a user has added counts as reading every field. So the conditions below subtract the
+    losses that do not read a field.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -88,33 +88,33 @@ def _logit_losses(values: Values) -> set[str]:
     return focal | rest
 
 
-def _is(field: str, value: str) -> ReadWhen:
+def _read_if(field: str, value: str) -> ReadWhen:
     return ReadWhen(field, lambda values: values[field] == value, f"--config.{field}={value}")
 
 
-def _is_not(field: str, value: Any, example: Any) -> ReadWhen:
+def _read_unless(field: str, value: Any, example: Any) -> ReadWhen:
     return ReadWhen(field, lambda values: values[field] != value, f"--config.{field}={example}")
 
 
-def _by_schedule(condition: Callable[[Values], bool], focal_weight: int) -> ReadWhen:
+def _read_by_schedule(condition: Callable[[Values], bool], focal_weight: int) -> ReadWhen:
     remedy = f"'--config.loss.schedule=((0,{focal_weight}),)'"
     return ReadWhen("loss.schedule", condition, remedy)
 
 
-SYNTHETIC, OWN_FEATURES = _is("data.name", "synthetic"), _is("data.name", "arrays")
-FOLDER = _is_not(
+SYNTHETIC, OWN_FEATURES = _read_if("data.name", "synthetic"), _read_if("data.name", "arrays")
+FOLDER = _read_unless(
     "data.name",
     "synthetic",
     "arrays, or --config.data.name=iqiyi_vid for official files",
 )
-NOISE_CLASSES = _is("data.distractors", "noise")
-CLASSIFICATION = _by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
-FOCAL = _by_schedule(lambda values: any(_focal_weights(values)), 1)
-GAMMA = _by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
-SMOOTHING = _by_schedule(
+NOISE_CLASSES = _read_if("data.distractors", "noise")
+CLASSIFICATION = _read_by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
+FOCAL = _read_by_schedule(lambda values: any(_focal_weights(values)), 1)
+GAMMA = _read_by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
+SMOOTHING = _read_by_schedule(
     lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
 )
-STEPS = _is("optim.decay", "steps")
+STEPS = _read_if("optim.decay", "steps")
 JOINED = ReadWhen(
     "join.runs",
     lambda values: bool(values["join.runs"]),
@@ -207,16 +207,16 @@ TABLE: tuple[Field | Group, ...] = (
     Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of "
           "each `identity` separately, or from `all` clips together. With `all`, an identity of "
           "few clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
-          read_when=_is_not("ensemble.bootstraps", 0, 11)),
+          read_when=_read_unless("ensemble.bootstraps", 0, 11)),
     Field("ensemble.views", 0, "number of members that each leave out a different chunk of the "
           "features; 0: none", low=0),
     Field("ensemble.chunks", 16, "number of equal chunks that a feature vector is cut into for "
-          "`ensemble.views`, 2 or more", low=2, read_when=_is_not("ensemble.views", 0, 2)),
+          "`ensemble.views`, 2 or more", low=2, read_when=_read_unless("ensemble.views", 0, 2)),
     Field("ensemble.min_quality", (), "minimum quality of a member's training frames, a value per "
           "member, e.g. `0,20,40`"),
     Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
           "all their frames, `drop` leaves them out. With `ensemble.min_quality`",
-          choices=("keep", "drop"), read_when=_is_not("ensemble.min_quality", (), "0,20,40")),
+          choices=("keep", "drop"), read_when=_read_unless("ensemble.min_quality", (), "0,20,40")),
     Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
@@ -244,10 +244,10 @@ TABLE: tuple[Field | Group, ...] = (
           choices=("evaluate", "train"), read_when=NOISE_CLASSES),
     Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
           "`data.distractors` `noise` or `other`",
-          read_when=_is_not("data.distractors", "leave_out", "noise")),
+          read_when=_read_unless("data.distractors", "leave_out", "noise")),
     Field("noise.pieces", "equal", "pieces of a long distractor clip: `equal`, of 50 frames, or "
           "of `random` length. With `noise.join`", choices=("equal", "random"),
-          read_when=_is_not("noise.join", False, True)),
+          read_when=_read_unless("noise.join", False, True)),
 
     Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
@@ -262,7 +262,7 @@ TABLE: tuple[Field | Group, ...] = (
           "scores; 0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
-          read_when=_is("after_fusion", "examples")),
+          read_when=_read_if("after_fusion", "examples")),
     Field("eval.members", True, "rank every member of an ensemble separately, too"),
     Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
@@ -292,7 +292,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("loss.margin", 0.0, "margin of a cosine classifier in training, 0 to pi/2, in radians "
           "for `angular`; 0: none", low=0, high=math.pi / 2),
     Field("loss.margin_type", "angular", "kind of margin, for losses that do not define a margin. "
-          "With `loss.margin` above 0", read_when=_is_not("loss.margin", 0, 0.5)),
+          "With `loss.margin` above 0", read_when=_read_unless("loss.margin", 0, 0.5)),
     Field("loss.label_smoothing", 0.0, "share of the target, from 0 to below 1, that the softmax "
           "cross-entropy spreads over all classes", low=0, below=1, read_when=SMOOTHING),
 
@@ -303,17 +303,17 @@ TABLE: tuple[Field | Group, ...] = (
           "rises to its peak", low=0, high=1),
     Field("optim.warmup_scale", 0.0, "learning rate at the start of the warm-up, relative to the "
           "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
-          read_when=_is_not("optim.warmup", 0, 0.1)),
+          read_when=_read_unless("optim.warmup", 0, 0.1)),
     Field("optim.decay", "cosine", "schedule of the learning rate after the warm-up"),
     Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak, 0 to 1. "
-          "With `optim.decay=cosine`", low=0, high=1, read_when=_is("optim.decay", "cosine")),
+          "With `optim.decay=cosine`", low=0, high=1, read_when=_read_if("optim.decay", "cosine")),
     Field("optim.decay_factor", 0.7, "factor of the learning rate at every decay. "
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two decays; a fraction is "
           "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
           "linear between them. With `optim.decay=piecewise`",
-          read_when=_is("optim.decay", "piecewise")),
+          read_when=_read_if("optim.decay", "piecewise")),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient", low=0),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
@@ -321,7 +321,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.decay_all", False, "let both decays act on biases and on the parameters of "
           "normalisations, too"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
-          read_when=_is("optim.name", "sgd")),
+          read_when=_read_if("optim.name", "sgd")),
     Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "
           "gradients) of the optimizer are reset to 0; 0: never", low=0, high=1e6),
     Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0),
@@ -394,7 +394,7 @@ def is_read(name: str, values: Values) -> bool:
     return not field or not field.read_when or field.read_when.condition(values)
 
 
-def within(name: str, groups: Collection[str]) -> bool:
+def is_in_groups(name: str, groups: Collection[str]) -> bool:
     """Returns True if `groups` lists the field or a group that contains it."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
@@ -423,7 +423,7 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
     """Yields a message for every value outside the range or the choices of its field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
-        numbers = list(_numbers(value))
+        numbers = list(_find_numbers(value))
         if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
             yield f"config.{name}: a whole number does not fit into 64 bits"
         elif field and (wanted := _find_violated(field, value)):
@@ -450,10 +450,10 @@ def _find_violated(field: Field, value: float) -> str:
     return " and ".join(f"{words} {bound:,.12g}" for words, bound, _ in bounds if bound < math.inf)
 
 
-def _numbers(value: Any) -> Iterator[int | float]:
+def _find_numbers(value: Any) -> Iterator[int | float]:
     if isinstance(value, tuple):
         for part in value:
-            yield from _numbers(part)
+            yield from _find_numbers(part)
     elif isinstance(value, int | float):
         yield value
 
@@ -479,7 +479,7 @@ def _find_untrainable(values: Values) -> Iterator[str]:
 
 
 def _find_unread(values: Values) -> Iterator[str]:
-    """Yields a message for every changed value that no code reads."""
+    """Yields a message for every unknown field, and every changed field that is not read."""
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"config.{name}={value}: there is no such field; {hint_of_field(name, FIELDS)}"
@@ -493,8 +493,8 @@ def _find_unread(values: Values) -> Iterator[str]:
             )
     if runs := values["join.runs"]:
         yield (
-            f"config.join.runs={','.join(map(str, runs))}: a training cannot join runs\n"
-            "to join them: vidjax evaluate --workdir=FOLDER --runs=A,B"
+            f"config.join.runs={','.join(map(str, runs))}: a training cannot blend runs\n"
+            "to blend them: vidjax evaluate --workdir=FOLDER --runs=A,B"
         )
 
 
@@ -519,7 +519,9 @@ def hint_of_field(name: str, known: Collection[str]) -> str:
     if match := closest_field(name, known):
         return f"did you mean --config.{match}?"
     group = name.rpartition(".")[0]
-    inside = [field.rpartition(".")[2] for field in known if group and within(field, (group,))]
+    inside = [
+        field.rpartition(".")[2] for field in known if group and is_in_groups(field, (group,))
+    ]
     if 0 < len(inside) <= MAX_LISTED_FIELDS and not name.startswith(SPECIFICATIONS):
         return f"config.{group} has {', '.join(inside)}"
     return "vidjax config lists all fields"
@@ -577,7 +579,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the name among the words, or the default; UserError if there are two names."""
+    """Returns the word that is in `names`, or the default; UserError if there are several."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
@@ -586,7 +588,7 @@ def choose_name(words: Collection[str], names: Collection[str], default: str) ->
 
 
 def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns a tuple of the modality, or of the default; UserError if there are several."""
+    """Returns a tuple of the only modality, or of the default; UserError if there are several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: modalities {', '.join(modalities)}: this experiment uses only one\n"

@@ -136,7 +136,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     If two words set the same field, the last word counts.
 
     Raises:
-      UserError: a word has a different form, an unknown field, or a value of a different type.
+      UserError: a word is not `--config.FIELD=VALUE`, its field is unknown, or its value has a
+        different type.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
@@ -162,7 +163,8 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
     """Returns the overrides as the end of a folder's name, such as `_seed=1`.
 
     Fields are sorted; fields in `without` are left out. Characters other than letters, digits and
-    `._=+-` are replaced. A suffix that was changed or shortened ends in a digest of the original.
+    `._=+-` become `-`. If characters were replaced or the suffix was shortened, it ends in a
+    digest.
     """
     values = dict(fields(config))
     parts = []
@@ -181,8 +183,8 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 def convert(text: str, kind: type, example: Any) -> Any:
     """Converts the text of an override to `kind`, the type of its field.
 
-    `example` is the present value of the field. If the text does not fit, the UserError contains
-    only a description of a valid value, such as `true or false`.
+    `example` is the present value of the field. If the text does not fit, raises a UserError whose
+    message only describes a valid value, such as `true or false`.
     """
     if kind is str:
         return text
@@ -253,7 +255,7 @@ def _with_tuples(value: Any) -> Any:
 def load_workdir(workdir: Path) -> Config:
     """Returns the configuration of a run, without `data.cache_dir`.
 
-    The folder may come from a stranger. A cache that it names may contain harmful programs.
+    The folder may come from a stranger. A cache folder that it names may contain harmful programs.
     """
     path = workdir / "config.json"
     try:

@@ -30,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 
 MAX_LOG_LINES = 20_000  # in memory
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
-REMEDY = "delete it: vidjax evaluate of the run's folder writes its results again"
+REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
 # Keys of `metrics.json` that describe the training. A later evaluation does not change them.
 TRAINING_KEYS = (
     "best_step",
@@ -93,7 +93,8 @@ class Results(schemas.Metrics, kw_only=True):
         """
         if not files.exists(self.paths.analysis):
             raise UserError(
-                f"'{self.paths.analysis}' is missing: set --config.eval.report=True, and evaluate"
+                f"'{self.paths.analysis}' is missing\n"
+                "to write it: vidjax evaluate --workdir=FOLDER --config.eval.report=True"
             )
         names = load_identities(self.paths.metrics.with_name("identities.json"))
         arrays = load_analysis(self.paths.analysis)[1]
@@ -119,14 +120,15 @@ def check_identities(identities: Sequence[str]) -> None:
     size = len(files.to_json(list(identities)))
     if len(identities) > files.MAX_ITEMS or size > MAX_IDENTITIES_BYTES:
         raise UserError(
-            f"{len(identities):,} identities with names of {size:,} bytes: the limits are "
+            f"{len(identities):,} identities with names of {size:,} bytes are too many: "
+            "the limits are "
             f"{files.MAX_ITEMS:,} identities and {MAX_IDENTITIES_BYTES:,} bytes\n"
             "leave some out of the ground truth"
         )
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns name, folder and short digest of the evaluated data, or None without an entry."""
+    """Returns name, folder and digest of the evaluated data as text, or None without an entry."""
     data = metrics.get("data")
     if not isinstance(data, dict):
         return None
@@ -140,11 +142,11 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
-def unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Explains why no split can measure a run, with a remedy; "" if a split can.
+def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
+    """Explains why no split can give the MAP of a run, with a remedy; "" if a split can.
 
-    A split can measure a run if it has a ground truth (see `data_report.json`) and the run was not
-    trained on it. A split that members left clips out of can measure the run, too.
+    A split can give a MAP if it has a ground truth (see `data_report.json`) and the run was not
+    trained on it, or if the members of the run left out folds or bootstrap samples.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -170,9 +172,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not files.exists(path):
         return []
-    step = max(1, -(-sum(1 for _ in files.each_line(path)) // MAX_LOG_LINES))
+    step = max(1, -(-sum(1 for _ in files.iterate_lines(path)) // MAX_LOG_LINES))
     lines, evaluations = [], 0
-    for number, line in enumerate(files.each_line(path)):
+    for number, line in enumerate(files.iterate_lines(path)):
         with contextlib.suppress(ValueError):
             value = files.parse_line(line)
             schemas.parse(path, value, schemas.Line, REMEDY)
@@ -215,7 +217,7 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     """
     if not files.exists(path):
         return
-    lines, kept, damaged = list(files.each_line(path)), list[bytes](), list[int]()
+    lines, kept, damaged = list(files.iterate_lines(path)), list[bytes](), list[int]()
     for number, line in enumerate(lines, start=1):
         try:
             value: Any = files.parse_line(line)
@@ -234,7 +236,7 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
 class Logs:
     """The open logs of a run: `metrics.jsonl`, `timing.jsonl` and the events of TensorBoard.
 
-    Only process 0 writes. New events replace the events of earlier files after `step`. See
+    Only process 0 writes. TensorBoard shows the new events in place of old events after `step`. See
     `truncate_log` for `evaluated`.
     """
 

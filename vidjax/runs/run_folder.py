@@ -124,7 +124,7 @@ def absolute(config: Config) -> Config:
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run. After an error, a new and empty folder is removed."""
-    refuse_data(Path(path).expanduser())
+    refuse_folder_of_data(Path(path).expanduser())
     first = distributed.is_first()
     is_new = first and not Path(path).expanduser().exists()
     workdir = files.make_folder(path)
@@ -137,7 +137,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def refuse_data(folder: Path) -> None:
+def refuse_folder_of_data(folder: Path) -> None:
     """Raises UserError if a folder contains features: a run does not write among the clips."""
     if files.exists(folder / "config.json"):
         return
@@ -150,7 +150,7 @@ def refuse_data(folder: Path) -> None:
 
 
 def changes(old: Config, new: Config) -> str:
-    """Lists the changed fields that a resumed run may not change, in at most 300 characters.
+    """Describes the changed fields that a resumed run may not change, in at most 300 characters.
 
     MOVABLE fields may change, because they do not affect results. `num_epochs` may grow.
     """
@@ -171,7 +171,7 @@ def check_resumes(workdir: Path, old: Config, new: Config) -> None:
         )
 
 
-def check_there(workdir: Path) -> None:
+def check_not_moved(workdir: Path) -> None:
     """Raises UserError if the folder of a run was moved or removed during training."""
     if not files.exists(workdir / "config.json"):
         raise UserError(

@@ -23,13 +23,13 @@ _LOWEST_FLOAT = -sys.float_info.max  # the condition `>= _LOWEST_FLOAT` refuses 
 MANY, TABLE, FEW = (Meta(max_length=length) for length in (10_000, 1000, 100))
 Text = Annotated[str, Meta(max_length=10_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Plain = Text | bool | int | float | None
+Scalar = Text | bool | int | float | None
 Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # column of an identity; -1: no identity
 Share = Annotated[float, Meta(ge=0, le=1)]
-Known = Annotated[float, Meta(ge=_LOWEST_FLOAT)]  # not NaN, because answers depend on it
+NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]  # not NaN, because answers depend on it
 Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
 
 
@@ -40,15 +40,15 @@ class Data(Struct, kw_only=True):
     dir: Text | None = None
     digest: Text | None = None
     title: Text | None = None
-    size: Plain = None  # `data.size`, of the synthetic dataset
-    seed: Plain = None  # `data.seed`, of the synthetic dataset
+    size: Scalar = None  # `data.size`, of the synthetic dataset
+    seed: Scalar = None  # `data.seed`, of the synthetic dataset
 
 
 class JoinedRun(Struct, kw_only=True):
     """A run of a blend."""
 
     name: Text
-    weight: Known | None = None
+    weight: NotNaN | None = None
     map: Share | None = None  # of this run, not of the blend
 
 
@@ -75,7 +75,7 @@ class Metrics(Struct, kw_only=True):
     data: Data | None = None
     num_clips: Whole | None = None  # ranked clips
     num_identities: Whole | None = None  # identities with a ranking
-    num_distractors: Whole | None = None  # ranked clips that show no identity
+    num_distractors: Whole | None = None  # ranked clips without an identity
     num_ties: Whole | None = None  # ranked clips with the score of the clip before them
     num_nan_clips: Whole | None = None  # clips whose score is NaN; they are ranked last
     # Without ground truth, `map` and the metrics below are None.
@@ -86,8 +86,8 @@ class Metrics(Struct, kw_only=True):
     auroc: Share | None = None
     fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
     fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
-    threshold_1: Known | None = field(default=None, name="threshold_at_fpir_0.01")
-    threshold_10: Known | None = field(default=None, name="threshold_at_fpir_0.1")
+    threshold_1: NotNaN | None = field(default=None, name="threshold_at_fpir_0.01")
+    threshold_10: NotNaN | None = field(default=None, name="threshold_at_fpir_0.1")
     # Fields that affect scores and that differ from `config.json`: field -> value.
     overrides: Annotated[dict[str, Any], TABLE] | None = None
     date: Text | None = None  # UTC: end of the training
@@ -109,7 +109,7 @@ class Metrics(Struct, kw_only=True):
     command: Text | None = None
     trained_on: DataDigests | None = None
     versions: Annotated[dict[str, Text], FEW] | None = None  # package -> version
-    members: Annotated[list[dict[str, Plain]], MANY] | None = None  # name, MAP and options
+    members: Annotated[list[dict[str, Scalar]], MANY] | None = None  # name, MAP and options
     runs: Annotated[list[JoinedRun], TABLE] | None = None  # the runs of a blend
 
 
@@ -133,7 +133,7 @@ class Manifest(Struct, kw_only=True):
     mode: Text = ""
     evaluated: bool = False
     seconds: float = 0.0
-    settings: Annotated[dict[str, Known | Annotated[list[Known], MANY]], TABLE] | None = None
+    settings: Annotated[dict[str, NotNaN | Annotated[list[NotNaN], MANY]], TABLE] | None = None
     num_places: Size | None = None
 
 
@@ -210,7 +210,7 @@ class Rate(Struct, kw_only=True):
 
     rate: Share
     fewest: Count
-    threshold: Known | None = None
+    threshold: NotNaN | None = None
     fpir: Share = 0.0
     fpir_low: Share = 0.0
     fpir_high: Share = 0.0
@@ -273,7 +273,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes; returns its plain content, and it as a `kind`.
+    """Reads a JSON file of at most `limit` bytes. Returns its content, plain and as a `kind`.
 
     Raises:
       UserError: the content does not fit `kind`; the message ends with `remedy`.
@@ -287,7 +287,7 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Reads a JSON file as a `kind`. See `load`."""
+    """Reads a JSON file, and converts its content to `kind`; see `load`."""
     return load(path, kind, remedy, limit)[1]
 
 

@@ -33,12 +33,12 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if any process got a signal, or `save_due` is true in any process."""
+        """Returns True if any process got a signal or has `save_due`; all processes call it."""
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)
 
-    def raise_if_asked(self, step: int) -> None:
+    def raise_if_interrupted(self, step: int) -> None:
         """Raises Interrupted if a signal arrived; `step` is the last step that was saved."""
         if self.signum is not None:
             raise Interrupted(self.signum, step)

@@ -26,7 +26,7 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
+def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
     """Measures the time since `began` (from `time.monotonic()`) and the clips per second.
 
     Returns:
@@ -38,8 +38,8 @@ def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, f
     return rows, {"seconds": seconds, "clips_per_second": rate}
 
 
-def uncounted(count: int) -> None:
-    """Does nothing. Replaces `Progress.advance` if no progress is displayed."""
+def ignore_count(count: int) -> None:
+    """Does nothing; used in place of `Progress.advance` if no progress is displayed."""
 
 
 class Progress:
@@ -89,12 +89,12 @@ class Progress:
             leave=leave,
         )
 
-    def keep(self, text: str) -> None:
-        """Adds a text to every following line, such as the MAP of an evaluation."""
+    def keep_text(self, text: str) -> None:
+        """Adds a text, such as the MAP of an evaluation, to every following line of progress."""
         self._kept = text
 
     def advance(self, count: int, text: str = "") -> None:
-        """Adds `count` finished units and shows the latest values."""
+        """Adds `count` finished units, and displays `text`, such as the latest loss."""
         self._done = min(self._done + count, self._total)
         text = ", ".join(part for part in (text, self._kept) if part)
         if self._compiles:  # the compilation is over: measures the rate from now on

@@ -28,7 +28,7 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.results import Logs
-from vidjax.runs.run_folder import CONFIG, RunFolder, absolute, check_resumes, check_there
+from vidjax.runs.run_folder import CONFIG, RunFolder, absolute, check_not_moved, check_resumes
 from vidjax.runs.terminal import Progress, say
 from vidjax.training import feed as feed_lib
 from vidjax.training import train_step
@@ -144,15 +144,15 @@ def _take_steps(
 
         def evaluate() -> Evaluation:
             """Evaluates; writes the metrics to the log and to the checkpoint of this step."""
-            interruption.raise_if_asked(run.step)
+            interruption.raise_if_interrupted(run.step)
             interruption.at_once = True
-            evaluated = run.evaluate(lambda: interruption.raise_if_asked(run.step))
+            evaluated = run.evaluate(lambda: interruption.raise_if_interrupted(run.step))
             scores = metrics.select_logged(evaluated.results)
             logs.metrics(run.step, {"split": split, **scores})
             line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
             if "map" in scores:
-                progress.keep(f"MAP {scores['map']:.4f}")
+                progress.keep_text(f"MAP {scores['map']:.4f}")
             run.save(**scores, evaluated=True)
             interruption.at_once = False
             return evaluated
@@ -175,7 +175,7 @@ def _take_steps(
             if run.step in schedule.evaluate:
                 evaluated = evaluate()
             if run.step < total_steps:
-                interruption.raise_if_asked(run.step)
+                interruption.raise_if_interrupted(run.step)
     return evaluated
 
 
@@ -426,7 +426,7 @@ class TrainingRun:
 
         If the step has a checkpoint, only the entries are added.
         """
-        check_there(self._workdir)
+        check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self._last_save = time.monotonic()

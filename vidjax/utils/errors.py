@@ -33,7 +33,7 @@ class Expected(Exception):
 
 
 class UserError(Expected, ValueError):
-    """A mistake that a user can mend; its message of at most three lines names place and remedy."""
+    """A mistake that a user can correct. The message has at most three lines, with a remedy."""
 
 
 class ArgumentError(UserError, TypeError):
@@ -69,7 +69,7 @@ def check_choice(name: str, value: object, known: Collection[object]) -> None:
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """Puts `place`, such as a field's name, before the message of a UserError raised inside."""
+    """Puts `place`, such as the name of a field, before the message of any UserError inside."""
     try:
         yield
     except UserError as error:
@@ -77,9 +77,10 @@ def prefix_errors(place: str) -> Iterator[None]:
 
 
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
-    """Raises UserError, "`what` needs ...", unless the packages of an extra are installed.
+    """Raises UserError, "`what` needs ...", unless all `packages` are installed.
 
-    `instead` describes a way to go on without the packages.
+    `extra` is the extra of vidjax that installs them. `instead` describes a way to continue without
+    them.
     """
     for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
@@ -112,7 +113,7 @@ _RIGHTS = "choose a folder that you may read and write, or change its permission
 _PATH = "is the path right?"
 _FILES = "allow more open files: ulimit -n 4096"
 _BROKEN = "the disk, or the network to it, fails: try again, or use another disk"
-# Number of a system error that a user can mend -> remedy.
+# Number of a system error that a user can correct -> remedy.
 REMEDIES = {
     errno.ENOSPC: _DISK,
     errno.EDQUOT: _DISK,
@@ -136,7 +137,7 @@ _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EN
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns the message of a system error that a user can mend, or None for any other error."""
+    """Returns the message of a system error that a user can correct, or None for other errors."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             f"the locale of this process has no letter '{printable(error.object)[:100]}'\n"
@@ -170,7 +171,7 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word that is spelled most like `word`, or None if none is similar.
 
-    A known word that ends in the same part after its last dot always counts as similar.
+    A known word with the same part after its last dot always counts as similar.
     `cutoff` is the lowest similarity that counts, from 0 to 1 (equal words).
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
@@ -193,5 +194,5 @@ def check_entry(field: str, name: object, table: Collection[str]) -> None:
     if name not in table:
         raise UserError(
             f"{field}='{name}': {suggest(str(name), table)}\n"
-            "if your own file adds it: --config=FILE; in Python, vidjax.load_config(FILE) before"
+            "if your own file adds it, give --config=FILE, or first call vidjax.load_config(FILE)"
         )

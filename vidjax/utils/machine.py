@@ -51,7 +51,7 @@ def free_bytes(root: Path = ROOT) -> float:
     return max(0.0, min(free, default=0.0))
 
 
-def most_files() -> float:
+def max_open_files() -> float:
     """Returns the number of files that this process may open at once (`ulimit -n`), or infinity."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft

@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
-        """Makes this the parser of the command that `run` executes.
+        """Makes this the parser of a command; `run` executes the command.
 
         Adds the flags `--quiet`, `--json` and `--debug`. `examples` are the flags of typical calls.
         """
@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Returns the `type` of a flag whose value is a whole number from `low` to `high`."""
+    """Returns the argument `type` of a flag whose value is a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
@@ -264,8 +264,8 @@ def describe_error(error: Exception) -> str:
     """Returns the message of an error for a user, of which `print_problem` prints three lines."""
     if isinstance(error, ModuleNotFoundError):
         return (
-            f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
-            "installs what training, evaluation and reports need"
+            f"the package '{error.name}' is missing or broken\n"
+            "for training, evaluation and reports: pip install 'vidjax[train]'"
         )
     if is_out_of_memory(error):
         reason = (str(error) or "no more is free").splitlines()[0][:200]
@@ -295,7 +295,7 @@ def get_exit_code(error: Exception) -> int | None:
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:
-    """Prints a warning without its place in the code; replaces `warnings.showwarning`."""
+    """Prints a warning without file and line; replaces `warnings.showwarning`."""
     del args, kwargs
     print_problem(f"warning: {message}")
 

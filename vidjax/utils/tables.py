@@ -30,7 +30,7 @@ Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # these begin a formula; ' itself is escaped
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # these begin a formula; ' itself is escaped
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_TABLE_BYTES = 64 * files.MB  # of a table that `read_tsv` reads
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -39,7 +39,8 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
     """Raises UserError if a table cannot be written to a new file. Call it before slow work."""
     if path.suffix not in endings:
-        raise UserError(f"--out={path}: end the name in {', '.join(endings)}")
+        names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise UserError(f"--out={path}: end the name in {names}")
     if os.path.lexists(path):
         raise UserError(_describe_existing(path))
     if not path.parent.is_dir():
@@ -66,7 +67,7 @@ def write(
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)
         content = "".join(f"{line}\n" for line in lines).encode()
     elif path.suffix == ".parquet":
-        content = to_parquet(to_arrow(by_column(columns, list(rows))))
+        content = to_parquet(to_arrow(to_columns(columns, list(rows))))
     else:
         content = to_text([columns, *rows], ".tsv" if path.suffix == ".tsv" else ".csv").encode()
     write_new(path, content)
@@ -90,7 +91,7 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 def ranking_columns(ranking: Ranking) -> Columns:
     """Returns the columns of a ranking, identity -> (clip, score) with the best first."""
-    return by_column(RANKING, list(_list_ranking(ranking)))
+    return to_columns(RANKING, list(_list_ranking(ranking)))
 
 
 def _list_ranking(ranking: Ranking) -> Iterator[tuple[object, ...]]:
@@ -134,10 +135,10 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _guard_cell(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(GUARDED) else cell
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
 
 
-def by_column(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
+def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
     """Converts rows to columns; `kinds` maps the name of each column to its type."""
     return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
 

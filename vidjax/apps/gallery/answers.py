@@ -293,7 +293,7 @@ class Identify(bulk.TableTask):
         """Returns the answers for clips, by column."""
         answers = self.trained.identify(clips, **self.options)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
-        return tables.by_column(_list_kinds(most), list(_rows(answers, most)))
+        return tables.to_columns(_list_kinds(most), list(_rows(answers, most)))
 
 
 def _list_kinds(most: int) -> dict[str, str]:

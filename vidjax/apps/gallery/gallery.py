@@ -68,7 +68,7 @@ from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.untrusted.names import find_similar_names, normal_form, show
 from vidjax.models.two_covariance import Settings
-from vidjax.runs.terminal import say, uncounted
+from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
 
@@ -384,7 +384,10 @@ class Gallery:
         return self._checked[1]
 
     def embed(
-        self, clips: AnyClips, split: str | None = None, advance: Callable[[int], None] = uncounted
+        self,
+        clips: AnyClips,
+        split: str | None = None,
+        advance: Callable[[int], None] = ignore_count,
     ) -> Vectors:
         """Returns the vectors of clips.
 
@@ -684,7 +687,7 @@ class Gallery:
         threshold: float | None = None,
         split: str | None = None,
         groups: Mapping[str, str] | None = None,
-        advance: Callable[[int], None] = uncounted,
+        advance: Callable[[int], None] = ignore_count,
     ) -> dict[str, Answer]:
         """Returns clip -> answer. A clip without a usable frame is unknown.
 
@@ -735,7 +738,7 @@ class Gallery:
         fpir: float | None = None,
         threshold: float | None = None,
         split: str | None = None,
-        advance: Callable[[int], None] = uncounted,
+        advance: Callable[[int], None] = ignore_count,
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
@@ -853,7 +856,7 @@ def embed(
     run: "Predictor",
     clips: FrameClips,
     split: str | None = None,
-    advance: Callable[[int], None] = uncounted,
+    advance: Callable[[int], None] = ignore_count,
 ) -> Vectors:
     """Returns the vectors of clips. In an ensemble of PLDA, the first member computes them.
 

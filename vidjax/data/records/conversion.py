@@ -33,7 +33,7 @@ from vidjax.data.records.manifest import (
 )
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, check_choice
-from vidjax.utils.machine import most_files, num_cores
+from vidjax.utils.machine import max_open_files, num_cores
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
@@ -112,7 +112,7 @@ def write_records(
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
     # Each thread maps the files of all fields: together at most half of the files of a process.
-    max_threads = most_files() / 2 / (len(STORED) * len(modalities))
+    max_threads = max_open_files() / 2 / (len(STORED) * len(modalities))
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
         for name, split in staged.items():

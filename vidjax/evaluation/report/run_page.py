@@ -129,7 +129,7 @@ def _score(run: RunFiles) -> Markup:
     if not run.values:
         return html.paragraph("The run has no results yet: there is no metrics.json.")
     if run.metrics.map is None:
-        reason = results_lib.unmeasured(run.config, run.folder)
+        reason = results_lib.explain_unmeasured(run.config, run.folder)
         words = "The split has no ground truth. Its clips are ranked, and there is no MAP."
         return html.paragraph(words + " Nothing is measured: {}." * bool(reason), reason)
     kind = run.metrics.map_kind or ""

@@ -63,10 +63,10 @@ def open_regular(
     except (FileNotFoundError, PermissionError):
         raise
     except OSError as error:  # ELOOP for a link, EISDIR for a folder, ENXIO for a pipe or a socket
-        refuse_odd(path)
+        refuse_special_file(path)
         raise error
     try:
-        refuse_odd(path, descriptor)
+        refuse_special_file(path, descriptor)
         status = os.fstat(descriptor)
         size = status.st_size
         if size > limit:
@@ -87,7 +87,7 @@ def open_regular(
         raise
 
 
-def refuse_odd(path: Path, descriptor: int | None = None) -> None:
+def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
     """Raises UserError unless a path, or its open descriptor, is a regular file."""
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
@@ -100,11 +100,13 @@ def refuse_odd(path: Path, descriptor: int | None = None) -> None:
 def open_input(path: Path) -> io.FileIO:
     """Opens a file of the user's data, unbuffered; unlike `open_regular`, it follows links.
 
-    Refuses the made-up files of the system in /proc and /sys, because they may be endless.
+    Refuses the virtual files of the system in /proc and /sys, because they may be endless.
     """
     real = Path(os.path.realpath(path))
     if real.parts[1:2] in (("proc",), ("sys",)):
-        raise UserError(f"'{path}' leads to '{real}', no file of data: it is not opened\nremove it")
+        raise UserError(
+            f"'{path}' leads to '{real}', a file of the system: it is not opened\nremove it"
+        )
     return open_regular(real)
 
 
@@ -120,7 +122,7 @@ def walk(folder: Path) -> Iterator[str]:
                     folders.append(path)
                     continue
                 if not entry.is_file(follow_symlinks=False):
-                    refuse_odd(folder / path)
+                    refuse_special_file(folder / path)
                 yield path
 
 
@@ -194,7 +196,7 @@ def parse_line(line: bytes) -> dict[str, object]:
     return value
 
 
-def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
+def iterate_lines(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
     """Yields lines with their line ends; a line of more than `limit` bytes comes in pieces."""
     with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(limit):
@@ -273,9 +275,11 @@ def _open_arrays(
             with open_entry(archive, entry) as opened:
                 shape, dtype = _read_header(opened)
                 if dtype.hasobject:
-                    raise UserError("contains Python objects: save arrays of numbers [T, D]")
+                    raise UserError("it contains Python objects: save arrays of numbers [T, D]")
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
-                    raise UserError(f"array '{entry.filename[:50]}' does not match its header")
+                    raise UserError(
+                        f"array '{entry.filename[:50]}' is damaged: its header has a wrong size"
+                    )
                 size = math.prod(shape) * max(dtype.itemsize, least)
                 left -= size
                 if left < 0:
@@ -294,7 +298,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class _InPieces(io.BufferedReader):
-    """A file that never reads more than PIECE_BYTES at once, even for the entry list of a zip."""
+    """A file that never reads more than PIECE_BYTES at once, even the list of entries of a zip."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Returns `size` bytes, or all bytes that are left."""
@@ -326,7 +330,8 @@ def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
     """
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"entry '{entry.filename[:50]}' has an unusual method: pack it with store or deflate"
+            f"entry '{entry.filename[:50]}' has an unsupported compression method: "
+            "pack the zip with store or deflate"
         )
     return archive.open(entry)
 

@@ -21,7 +21,7 @@ from vidjax.utils.files.reading import open_regular, read_json, sha256_json
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Makes a folder if needed and returns its absolute path; an error calls the folder `name`.
+    """Makes a folder if needed and returns its absolute path; errors call the folder `name`.
 
     Raises UserError if the folder is not writable.
     """
@@ -33,7 +33,7 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise UserError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
+        raise UserError(f"cannot write in the {name} '{workdir}': {error.strerror}") from error
     return workdir
 
 
@@ -131,9 +131,9 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 
 def _cannot_write(path: object, error: OSError) -> DiskError:
-    named = DiskError(f"cannot write '{path}': {error.strerror}")
-    named.errno = error.errno
-    return named
+    with_number = DiskError(f"cannot write '{path}': {error.strerror}")
+    with_number.errno = error.errno
+    return with_number
 
 
 def write_json(path: Path, value: object) -> None:
@@ -206,7 +206,10 @@ def _rename_to_new(partial: Path, folder: Path) -> None:
             raise
         exists = True
     if exists:
-        raise UserError(f"'{folder}' was made meanwhile: it stays\nmove it away, and try again")
+        raise UserError(
+            f"'{folder}' was made meanwhile by another process: it is kept\n"
+            "move it away, and repeat the command"
+        )
 
 
 def make_private(folder: Path) -> None:
