@@ -114,7 +114,7 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
         trained = loop.train(config, folder, data, num_devices=1, analyse=True)
-    assert trained["finished"] and loop.finished_metrics(RunFolder(folder), config) is not None
+    assert trained["finished"] and loop.read_finished_metrics(RunFolder(folder), config) is not None
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def restore_latest(workdir, items):
     """Does what a training does before it goes on."""
     found = checkpoint.find(workdir)
     assert found is not None
-    restored = checkpoint.load(found, items, devices.replicated(devices.make_mesh()))
+    restored = checkpoint.load(found, items, devices.replicated_layout(devices.make_mesh()))
     checkpoint.set_aside_later(workdir, found.manifest["step"])
     return restored, found.manifest
 
@@ -66,7 +66,7 @@ def test_a_step_that_the_run_drops_meanwhile_is_passed_over(tmp_path, items, mon
 def test_two_latest_and_best_are_kept(tmp_path, items):
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
         checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
-    assert checkpoint.best(checkpoint.manifests(tmp_path)) == 2
+    assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
     for step in (1, 2, 3, 4):  # the one before is the last evaluated
         facts = {"evaluated": True, "map": 0.5} if step < 3 else {}

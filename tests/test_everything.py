@@ -46,7 +46,7 @@ def test_a_run_on_everything(official_dir, tmp_path, say, command):
     scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
     assert not [key for key in results if key.startswith(scores)]
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
-    assert checkpoint.best(checkpoint.manifests(folder)) is None
+    assert checkpoint.find_best(checkpoint.manifests(folder)) is None
     sets = ensemble.load(folder)
     assert sets.trained.shape == (1, NUM_CLIPS["train"] + NUM_CLIPS["val"]) and sets.trained.all()
     lists = made_runs.lists(folder / "ranking.txt")

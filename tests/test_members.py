@@ -56,19 +56,19 @@ def test_folds_split_every_identity_evenly():
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.repeat(np.arange(40), rng.integers(1, 9, 40)), np.zeros(33, int)])
     labels = rng.permutation(labels)
-    folds = ensemble.stratified_folds(labels, 5, seed=3)
+    folds = ensemble.assign_folds(labels, 5, seed=3)
     for rows in [np.arange(len(labels)), *(np.flatnonzero(labels == c) for c in range(40))]:
         counts = np.bincount(folds[rows], minlength=5)
         assert counts.max() - counts.min() <= 1
-    np.testing.assert_array_equal(folds, ensemble.stratified_folds(labels, 5, seed=3))
-    assert (folds != ensemble.stratified_folds(labels, 5, seed=4)).any()
+    np.testing.assert_array_equal(folds, ensemble.assign_folds(labels, 5, seed=3))
+    assert (folds != ensemble.assign_folds(labels, 5, seed=4)).any()
 
 
 def test_held_out_goes_by_name():
     trained = np.array([[True, False, True], [False, True, True]])
     members = (ensemble.Member(), ensemble.Member(1))
     training_sets = ensemble.TrainingSets(members, ("a", "b", "c"), trained)
-    found, in_sample = ensemble.scoring_members(training_sets, ("c", "new", "b", "a"))
+    found, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "b", "a"))
     assert not in_sample
     np.testing.assert_array_equal(found, [[0, 1, 1, 0], [0, 1, 0, 1]])
 
@@ -239,8 +239,8 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path, monkey
     config = shrunk(SPLITS, *FOLDS, spec=MLP)
     # Folds of the labels as they were: they must not move with the labels that are spoilt.
     labels = np.concatenate([data.split(name).labels for name in rows])
-    folds = ensemble.stratified_folds(labels, 3, config.seed)
-    monkeypatch.setattr(ensemble, "stratified_folds", lambda *args: folds)
+    folds = ensemble.assign_folds(labels, 3, config.seed)
+    monkeypatch.setattr(ensemble, "assign_folds", lambda *args: folds)
     run(config, tmp_path, Relabelled(data, {name: held[at] for name, at in rows.items()}))
     left, right = weights(plain), weights(tmp_path)
     assert any(not np.array_equal(left[name][0], right[name][0]) for name in left)
@@ -252,7 +252,7 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     """A draw of n clips lacks each with probability (1 - 1/n)^n."""
     labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two and three clips each
     own, every = (
-        np.stack([ensemble.bootstrap_counts(labels, i, 0, *kind) for i in range(400)])
+        np.stack([ensemble.draw_bootstrap(labels, i, 0, *kind) for i in range(400)])
         for kind in ((), ("all",))
     )
     assert (every.sum(axis=1) == len(labels)).all()

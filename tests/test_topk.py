@@ -114,7 +114,7 @@ def test_scores_split_over_devices():
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
     clip_index = rng.permutation(256).astype(np.int32)
     blocks = list(blocks_of(scores, clip_index, 32, rng))
-    split = [jax.device_put(block, devices.by_rows(mesh)) for block in blocks]
+    split = [jax.device_put(block, devices.row_layout(mesh)) for block in blocks]
     for stream in (blocks, split):
         found = topk.rank(stream, C, K, rows=64, mesh=mesh)
         assert_exact(found, full_sort(scores, clip_index, K))

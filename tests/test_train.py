@@ -40,7 +40,9 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < 0.3 * losses[0]
     assert json.loads((tmp_path / "metrics.json").read_text())["map"] == results["map"]
-    assert loop.finished_metrics(RunFolder(tmp_path), config) == json.loads(json.dumps(results))
+    assert loop.read_finished_metrics(RunFolder(tmp_path), config) == json.loads(
+        json.dumps(results)
+    )
 
 
 @pytest.mark.slow
@@ -62,9 +64,9 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
             small.run(config, parts, small.Interrupting(data, batch, signum))
         monkeypatch.undo()
         assert caught.value.exit_code == 128 + signum
-        assert loop.finished_metrics(RunFolder(parts), config) is None
+        assert loop.read_finished_metrics(RunFolder(parts), config) is None
     small.evaluate(config, parts, data, num_devices=1)
-    assert loop.finished_metrics(RunFolder(parts), config) is None
+    assert loop.read_finished_metrics(RunFolder(parts), config) is None
     other = config_io.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
         small.evaluate(other, parts, data, num_devices=1)

@@ -59,7 +59,9 @@ def measure(
         ratios = plda_fit.log_ratios(space, people, some)[None]
         every = jnp.ones((1, len(some)), bool)
         return np.asarray(
-            jax.nn.log_softmax(plda_fit.combine(ratios, people.known[None], every, settings))
+            jax.nn.log_softmax(
+                plda_fit.combine_modalities(ratios, people.known[None], every, settings)
+            )
         )
 
     places = rng.permutation(2 * num_people)[:MOST]

@@ -138,7 +138,7 @@ def make_run(
         rngs = ensemble.make_rngs(members, config.seed)
         return train_step.init_state(system, rngs, jnp.asarray(labels, jnp.int32))
 
-    state: Any = train_step.make_state(init, system.tx, devices.replicated(mesh))
+    state: Any = train_step.make_state(init, system.tx, devices.replicated_layout(mesh))
     tables = train_step.make_member_constants(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))

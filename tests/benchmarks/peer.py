@@ -327,8 +327,8 @@ def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     def negative(x: Tensor) -> Tensor:
         return x.sigmoid().pow(2.0) * F.softplus(x)
 
-    at_label = logits.gather(1, labels[:, None])  # [B, 1]
-    corrected = negative(-at_label) - negative(at_label)
+    select_at_label = logits.gather(1, labels[:, None])  # [B, 1]
+    corrected = negative(-select_at_label) - negative(select_at_label)
     return negative(logits).sum(dim=1) + corrected[:, 0]
 
 

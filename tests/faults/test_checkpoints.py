@@ -56,7 +56,7 @@ def content_of(items):
 def test_random_damage_is_never_restored(tmp_path, campaign):
     """Flipped bits, cuts, removals: a good step is used if there is one, and nothing is deleted."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
-    everywhere = devices.replicated(devices.make_mesh(1))
+    everywhere = devices.replicated_layout(devices.make_mesh(1))
     saved = {step: content_of(make_items(step)) for step in (3, 8)}
     for step, score in {3: 0.9, 8: 0.1}.items():
         checkpoint.save(folder.parent, step, make_items(step), {"map": score, "evaluated": True})

@@ -263,7 +263,7 @@ def save(folder, *steps):
 
 def load(folder):
     """Loads what `save` has saved, within the seconds of an alarm."""
-    everywhere = devices.replicated(devices.make_mesh(1))
+    everywhere = devices.replicated_layout(devices.make_mesh(1))
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
         found = checkpoint.find(folder)
         assert found is not None
@@ -298,7 +298,7 @@ def test_a_checkpoint_holds_its_own_files_and_no_others(tmp_path):
     """Orbax would wait for a pipe, or read a device without an end."""
     state = save(tmp_path, 1, 2) / "state"
     found = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
-    everywhere = devices.replicated(devices.make_mesh(1))
+    everywhere = devices.replicated_layout(devices.make_mesh(1))
     (state / "new").mkdir()
     for kind in ("pipe", "zero", "link"):
         mutations.put(state / "new" / ".zarray", kind, tmp_path)

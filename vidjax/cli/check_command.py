@@ -74,7 +74,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     config = config_io.override(api.open_run(workdir).config, args.overrides)
     if config.join.runs:
         raise UserError(f"'{workdir}' joins other runs: check {' and '.join(config.join.runs)}")
-    for step in checkpoint.folders(workdir):
+    for step in checkpoint.list_folders(workdir):
         checks[f"checkpoint {step}"] = partial(
             _check_checkpoint, workdir / "checkpoints" / str(step)
         )
@@ -91,7 +91,7 @@ def _check_environment() -> str:
     from vidjax.core import devices
 
     devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
-    return ", ".join(f"{name} {version}" for name, version in devices.versions().items())
+    return ", ".join(f"{name} {version}" for name, version in devices.collect_versions().items())
 
 
 def _check_data(config: Config) -> str:

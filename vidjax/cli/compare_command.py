@@ -6,7 +6,7 @@ from pathlib import Path
 from vidjax.cli import shared_flags
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
-from vidjax.runs.run_folder import CONFIG, locked
+from vidjax.runs.run_folder import CONFIG, make_and_lock
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
@@ -42,7 +42,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
     split = config.eval.split if overridden else None
     from vidjax.evaluation import comparison
 
-    with locked(args.workdir) as workdir:
+    with make_and_lock(args.workdir) as workdir:
         result = comparison.compare([_split_seeds(name) for name in folders], split=split)
         result.write(workdir)
     page = f"{messages.relative_path(workdir)}/comparison.html"

@@ -102,7 +102,7 @@ def _write_run(
         "num_identities": len(run.identities),
         "scores": run.config.eval.scores,
         "difference": function.check(name, run, outputs),
-        "versions": devices.versions(),
+        "versions": devices.collect_versions(),
     }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
         "parts": gallery.backend.widths,
         "num_identities": len(gallery.index.names),
         "difference": difference,
-        "versions": devices.versions(),
+        "versions": devices.collect_versions(),
     }
 
 

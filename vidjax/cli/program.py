@@ -279,7 +279,7 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
 
     # Fields of a model have no defaults; these two are common.
     fields = [*config.DEFAULTS, "model.name", "model.dropout_rate"]
-    field = config.closest_field(word.removeprefix("config."), fields)
+    field = config.find_closest_field(word.removeprefix("config."), fields)
     return f"did you mean --config.{field}?" if field else None
 
 

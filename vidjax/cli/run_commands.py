@@ -20,7 +20,7 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import config_io, signals
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, locked
+from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import api
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError
@@ -193,7 +193,7 @@ def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
     """Makes the folder of a run and locks it. From then on, signals also end a compilation."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
-    return locked(path)
+    return make_and_lock(path)
 
 
 def summarise(

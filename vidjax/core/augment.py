@@ -238,7 +238,7 @@ def make_transforms(
         name = str(options.pop("name", None))
         check_entry("config.transforms", name, TRANSFORMS)
         function, before_fusion = TRANSFORMS[name]
-        what, known = f"config.transforms: {name!r}", fusion.options_of(function)
+        what, known = f"config.transforms: {name!r}", fusion.list_options(function)
         fusion.check_options(what, known, options)
         (before if before_fusion else after).append(functools.partial(function, **options))
     return tuple(before), tuple(after)

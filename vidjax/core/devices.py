@@ -87,7 +87,7 @@ def make_deterministic() -> None:
         )
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Returns package -> version, with `python`, `device` (number and kind) and git `commit`."""
     packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     package_versions = {name: importlib.metadata.version(name) for name in packages}
@@ -148,19 +148,19 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_layout(mesh: Mesh) -> NamedSharding:
     """Returns the layout of arrays that every device stores whole: parameters and tables."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
+def row_layout(mesh: Mesh) -> NamedSharding:
     """Returns the layout of arrays that are split along their first axis: batches."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
     """Copies a tree of arrays to every device."""
-    return put(tree, replicated(mesh))
+    return put(tree, replicated_layout(mesh))
 
 
 def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:

@@ -102,7 +102,7 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     return tuple(members[number] for number in spec["only"]) or tuple(members)
 
 
-def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
+def assign_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """Returns the fold of each clip, [N] int32 from 0. Every identity is spread over all folds.
 
     The clips of an identity go to the folds in turn, in random order. The next identity starts at
@@ -116,7 +116,7 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
     return folds
 
 
-def bootstrap_counts(
+def draw_bootstrap(
     labels: np.ndarray, number: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
     """Draws bootstrap sample `number`. Returns how many times it contains each clip, [N] int32.
@@ -144,9 +144,9 @@ def count_clip_uses(
         raise UserError(
             f"config.ensemble.folds={folds}: there are only {len(labels)} training clips"
         )
-    fold = stratified_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
+    fold = assign_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
     rows = [
-        bootstrap_counts(labels, member.bootstrap, seed, resample)
+        draw_bootstrap(labels, member.bootstrap, seed, resample)
         if member.bootstrap >= 0
         else fold != member.fold
         for member in members
@@ -222,14 +222,16 @@ def load(folder: Path) -> TrainingSets:
     return TrainingSets(members, tuple(names.split("\n")), trained)
 
 
-def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[np.ndarray, bool]:
+def choose_scoring_members(
+    training_sets: TrainingSets, clips: Sequence[str]
+) -> tuple[np.ndarray, bool]:
     """Returns the members that score each clip, [E, n] bool, and whether this is in-sample.
 
     A clip is scored by the members that were not trained on a clip of its name, in any split. If
     there are no folds (all members were trained on all training clips) and `clips` contains some
     training clips, then all members score all of `clips`, and the second value is True.
     """
-    position = _positions(training_sets.clips)
+    position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
     use = ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
     if training_sets.trained.all() and not use.all():
@@ -238,7 +240,7 @@ def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[
 
 
 @functools.lru_cache(maxsize=8)  # building this dict takes longer than scoring a single clip
-def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
+def _index_clips(clips: tuple[str, ...]) -> Mapping[str, int]:
     """Returns name -> position of each clip."""
     return {name: i for i, name in enumerate(clips)}
 

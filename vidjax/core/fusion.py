@@ -523,11 +523,11 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
     check_entry("name", name, FUSIONS)
-    function, filters = FUSIONS[name].function, options_of(filter_frames)
+    function, filters = FUSIONS[name].function, list_options(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}
     check_options(
         f"fusion {name!r}",
-        options_of(function),
+        list_options(function),
         options,
         f", or from the options of every fusion: {', '.join(filters)}, kept_share\n"
         "--config.fusion.MODALITY.PHASE.name=NAME keeps the options of the old fusion: "
@@ -559,7 +559,7 @@ def check_options(
         raise UserError(f"{what} needs {', '.join(missing)}")
 
 
-def options_of(function: Callable) -> dict[str, bool]:
+def list_options(function: Callable) -> dict[str, bool]:
     """Returns the keyword-only parameters of a function: name -> True if it is required."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}

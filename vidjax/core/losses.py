@@ -41,7 +41,7 @@ def softmax_cross_entropy(
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels, where=where)
     if not label_smoothing:
         return loss
-    label_logit = at_label(logits, labels)
+    label_logit = select_at_label(logits, labels)
     return loss + label_smoothing * (label_logit - jnp.mean(logits, axis=-1, where=where))
 
 
@@ -74,7 +74,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     if margin == 0:
         return logits
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    cosine = at_label(logits, labels) / scale
+    cosine = select_at_label(logits, labels) / scale
     # Rounding may give a cosine above 1, and the derivative of a square root is infinite at 0.
     squared = (1 - cosine) * (1 + cosine)
     sine = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
@@ -98,7 +98,7 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
     Source: Wang et al., CosFace, equation 4.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    harder = at_label(logits, labels) - margin * scale
+    harder = select_at_label(logits, labels) - margin * scale
     return put_at_label(logits, labels, harder)
 
 
@@ -120,7 +120,7 @@ def binary_focal(
     same terms, but a step with it takes two to four times as long. Here no one-hot target is built:
     the negative term is summed over all columns and then corrected in the column of the label.
     """
-    label_logit = at_label(logits, labels)
+    label_logit = select_at_label(logits, labels)
     positive = focal_negative(-label_logit, gamma)  # 1 - sigmoid(x) is sigmoid(-x)
     not_label = focal_negative(label_logit, gamma)
     if class_mask is not None:
@@ -316,19 +316,19 @@ def is_label(labels: Array, num_classes: int) -> Array:
 
 
 @jax.custom_jvp
-def at_label(values: Array, labels: Array) -> Array:
+def select_at_label(values: Array, labels: Array) -> Array:
     """Selects the values [..., K] in the columns of the labels [...] int32. Returns [...]."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 
-@at_label.defjvp
-def _at_label_jvp(
+@select_at_label.defjvp
+def _select_at_label_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (values, labels), (tangent, _) = primals, tangents
     # The transpose of this is elementwise. The transpose of a gather is a slow scatter.
     picked = jnp.where(is_label(labels, values.shape[-1]), tangent, 0)
-    return at_label(values, labels), jnp.sum(picked, axis=-1)
+    return select_at_label(values, labels), jnp.sum(picked, axis=-1)
 
 
 def is_argmax(scores: Array, column: Array) -> Array:

@@ -157,7 +157,7 @@ def make_schedule(
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     rise = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
-    return DECAYS[decay](rise, **_options(DECAYS[decay], spec))
+    return DECAYS[decay](rise, **_select_options(DECAYS[decay], spec))
 
 
 def adam() -> optax.GradientTransformation:
@@ -234,7 +234,7 @@ def make_optimizer(
     decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
-    scaled = OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec))
+    scaled = OPTIMIZERS[name](**_select_options(OPTIMIZERS[name], spec))
     restart = round(spec["restart_epoch"] * steps_per_epoch)
     parts.append(restart_before(scaled, restart) if restart else scaled)
     if spec["total_decay"]:
@@ -251,7 +251,7 @@ def make_optimizer(
     return optax.chain(*parts), schedule
 
 
-def _options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+def _select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a specification that are arguments of a function."""
     return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}
 

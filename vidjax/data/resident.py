@@ -212,7 +212,7 @@ class Resident:
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = jax.jit(
-            gather_modalities, static_argnames="sizes", out_shardings=devices.by_rows(mesh)
+            gather_modalities, static_argnames="sizes", out_shardings=devices.row_layout(mesh)
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
@@ -264,8 +264,8 @@ class Resident:
         for bucket, clips in split_blocks(plan.bucket, rows):
             clip_index = np.pad(clips.astype(np.int32), (0, rows - len(clips)))
             batch_mask = np.arange(rows) < len(clips)
-            clip_index = devices.put(clip_index, devices.by_rows(self._mesh))
-            batch_mask = devices.put(batch_mask, devices.by_rows(self._mesh))
+            clip_index = devices.put(clip_index, devices.row_layout(self._mesh))
+            batch_mask = devices.put(batch_mask, devices.row_layout(self._mesh))
             clips = [self._eval[plan.split][name] for name in plan.modalities]
             sizes = tuple(plan.padded_lengths[name][bucket] for name in plan.modalities)
             frames = self._gathered(clips, clip_index, batch_mask, sizes=sizes)
@@ -312,7 +312,7 @@ class _Filler:
                 jnp.zeros((num_frames + 1, *shape), jax.dtypes.canonicalize_dtype(dtype))
                 for shape, dtype in fields
             ],
-            out_shardings=devices.replicated(mesh),
+            out_shardings=devices.replicated_layout(mesh),
         )
         self._arrays = zeros()
 

@@ -64,7 +64,7 @@ def blend_runs(
         "data": models[0].data.report["data"],
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
-        "versions": devices.versions(),
+        "versions": devices.collect_versions(),
         **({"command": command} if command else {}),
     }
     files.write_json(folder.path / IDENTITIES, list(identities))

@@ -232,7 +232,7 @@ def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
             check_vma=False,
         )(params, model_state, view, batch)
 
-    return jax.jit(on_each, out_shardings=devices.by_rows(mesh))
+    return jax.jit(on_each, out_shardings=devices.row_layout(mesh))
 
 
 # Running means of scores over the branches of a model, the examples of a clip, members and runs.

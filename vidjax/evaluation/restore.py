@@ -26,7 +26,7 @@ from vidjax.models.system import System, TaskSpec, make_system
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, changes
+from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_changes
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
@@ -87,7 +87,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     manifest = saved.manifest
     check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
-    if spoilt := changes(old, folder.config):
+    if spoilt := describe_changes(old, folder.config):
         raise CheckpointError(
             f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
             f"{spoilt}"
@@ -168,7 +168,7 @@ def load_weights(
     """Loads the parameters and computes the other collections of a run; arrays are [E, ...]."""
     params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
-    items = checkpoint.load(run.checkpoint, saved, devices.replicated(mesh))
+    items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
     params = items["params"]
     return params, devices.replicate(
         mesh, system.model.finalise_state(params, items["model_state"])
@@ -274,7 +274,7 @@ def select_sets(
     on it. The digests `own` identify these data. In other data, a different clip may have the name
     of a training clip. So all members score all clips of other data, with a warning.
     """
-    if ensemble.scoring_members(sets, data.split(split).clips)[0].all():
+    if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
     before, now = own["splits"], getattr(data, "report", {"splits": {}})["splits"]
     names = [split] if split in before else before

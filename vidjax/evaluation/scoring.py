@@ -57,7 +57,7 @@ class TrainedModel(NamedTuple):
 
 
 class ModelScorer:
-    """Scores blocks of clips with the members that `ensemble.scoring_members` chooses.
+    """Scores blocks of clips with the members that `ensemble.choose_scoring_members` chooses.
 
     Attributes:
       use: [E, N] bool, True where a member scores a clip.
@@ -67,7 +67,7 @@ class ModelScorer:
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
         """Chooses the members for `clips`, [N] names in the order of clip_index."""
         self.model = model
-        self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
+        self.use, self.in_sample = ensemble.choose_scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use))
         self._single = self._weights(0) if len(self.use) == 1 else None
 

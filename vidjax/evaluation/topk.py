@@ -111,7 +111,7 @@ class RunningTopK:
         depend on `rows`.
         """
         mesh = mesh or devices.make_mesh(1)
-        self._layout = devices.by_rows(mesh)
+        self._layout = devices.row_layout(mesh)
         shape = (mesh.size, num_identities, k)
         empty = TopK(np.full(shape, -np.inf, np.float32), np.full(shape, NO_CLIP, np.int32))
         self._top = devices.put(empty, self._layout)

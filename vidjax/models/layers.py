@@ -92,7 +92,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 
     The operands are float32 or wider, and `dtype` is at most as wide.
     """
-    return _product(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
+    return _contract(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -114,14 +114,14 @@ def _backward(
 ) -> tuple[Array, Array]:
     x, kernel = residuals
     wide, gradient = gradient.dtype, gradient.astype(dtype)
-    x_gradient = _product(gradient, kernel, 1, wide)
-    return x_gradient, _product(transpose_in_memory(x), gradient, 0, wide)
+    x_gradient = _contract(gradient, kernel, 1, wide)
+    return x_gradient, _contract(transpose_in_memory(x), gradient, 0, wide)
 
 
 trained_matmul.defvjp(_forward, _backward)
 
 
-def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
+def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
     """Contracts axis 1 of the matrix `left` with `axis` of the matrix `right`; adds in `dtype`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))

@@ -13,7 +13,7 @@ from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
-from vidjax.models.plda_fit import combine, unit_mean
+from vidjax.models.plda_fit import combine_modalities, unit_mean
 from vidjax.models.two_covariance import Settings
 from vidjax.utils.errors import UserError
 
@@ -139,7 +139,7 @@ class PLDAIdentifier(Identifier):
             plda_fit.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
             for name, x in zip(vectors, centred, strict=True)
         ]
-        logits = combine(
+        logits = combine_modalities(
             jnp.stack(ratios),
             jnp.stack([solved[name]["enrolled"].known for name in vectors]),
             jnp.stack([jnp.any(x != 0, axis=1) for x in centred]),

@@ -84,7 +84,7 @@ def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     return jnp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
 
 
-def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
+def combine_modalities(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Computes the logits of clips from their log-likelihood ratios in each modality.
 
     The logit of an identity is a sum over the modalities of the clip. It adds scale x ratio, or
@@ -251,7 +251,7 @@ def _hold_out(
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
-    held_out = ensemble.stratified_folds(labels, FOLDS, seed) == number
+    held_out = ensemble.assign_folds(labels, FOLDS, seed) == number
     stranger = rng.random(1 + num_identities) < STRANGERS
     enrolled = ~held_out & ~stranger[labels]
     parts: dict[str, list[Any]] = {n: [] for n in ("covariances", "totals", "few", "queries")}
@@ -281,7 +281,7 @@ def _hold_out(
 
 
 class _Ratios(NamedTuple):
-    """The arguments of `combine` for the held-out clips of a fold, and the right answers."""
+    """The arguments of `combine_modalities` for held-out clips, and the right answers."""
 
     ratios: Array  # [M, Q, K] float32, log-likelihood ratios
     known: Array  # [M, K] bool, False for classes without an enrolled clip
@@ -309,7 +309,7 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 @jax.jit
 def _score_fold(part: _Ratios, settings: Settings) -> Array:
     """Computes [2]: MAP of known identities, and AUROC of best scores (known against strangers)."""
-    logits = combine(part.ratios, part.known, part.present, settings)
+    logits = combine_modalities(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
     # Row i has the scores of all clips for the identity of clip i. `same` marks its clips.
     column = scores.T[part.labels]  # [Q, Q]
@@ -353,7 +353,7 @@ def _fit(
 def _loss(point: Array, part: _Ratios) -> Array:
     """Computes the mean cross-entropy at `point`, [3]: log(scale), `unenrolled`, `stranger`."""
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
-    logs = jax.nn.log_softmax(combine(part.ratios, part.known, part.present, settings))
+    logs = jax.nn.log_softmax(combine_modalities(part.ratios, part.known, part.present, settings))
     right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]
     known = part.labels > 0
     return -(jnp.mean(right, where=known) + jnp.mean(right, where=~known)) / 2

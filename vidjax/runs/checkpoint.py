@@ -91,7 +91,10 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         ocp.save_checkpointables(str(partial / "state"), filled)
         distributed.barrier()
         if distributed.is_first():
-            contents = {"arrays": _arrays(items), "files": files.sha256_folder(partial / "state")}
+            contents = {
+                "arrays": _describe_arrays(items),
+                "files": files.sha256_folder(partial / "state"),
+            }
             files.write_manifest(partial / MANIFEST, {**contents, **info})
             _set_aside(folder)
             os.rename(partial, folder)
@@ -107,7 +110,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         ) from error
 
 
-def folders(workdir: Path) -> dict[int, Path]:
+def list_folders(workdir: Path) -> dict[int, Path]:
     """Returns step -> folder of every checkpoint, even if damaged, in ascending order."""
     folder = workdir / "checkpoints"
     _refuse_link(folder)
@@ -123,13 +126,13 @@ def folders(workdir: Path) -> dict[int, Path]:
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
     """Returns step -> manifest in ascending order, without damaged manifests."""
     contents = {}
-    for step, folder in folders(workdir).items():
+    for step, folder in list_folders(workdir).items():
         with contextlib.suppress(DamagedError):
             contents[step] = read_manifest(folder)
     return contents
 
 
-def best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
+def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Returns the step with the highest MAP, or None if no step has a MAP.
 
     `steps` is the result of `manifests`. Among equal MAPs, the latest step wins.
@@ -149,8 +152,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     Raises:
       CheckpointError: all checkpoints are damaged, or `prefer` is `best` and none has a MAP.
     """
-    paths, known = folders(workdir), manifests(workdir)
-    if prefer == "best" and paths and best(known) is None and len(known) == len(paths):
+    paths, known = list_folders(workdir), manifests(workdir)
+    if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(
             f"no best checkpoint in '{workdir}': no step has a MAP\n"
             "use the latest: --config.eval.checkpoint=latest"
@@ -190,7 +193,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
     # Orbax would cast a different dtype silently, and report a different shape in many lines.
     saved = checkpoint.manifest["arrays"]
-    for name, kind in _arrays(abstract).items():
+    for name, kind in _describe_arrays(abstract).items():
         if saved.get(name) != kind:
             raise CheckpointError(
                 f"'{checkpoint.folder}' belongs to another model: array {name}\n"
@@ -213,7 +216,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 def set_aside_later(workdir: Path, step: int) -> None:
     """Renames the checkpoints of later steps, because training will save these steps again."""
-    for later, folder in folders(workdir).items() if distributed.is_first() else ():
+    for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
 
@@ -231,14 +234,14 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
-        with _damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
+        with _raise_damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
             if files.hash_opened(opened) != digest:
                 raise DamagedError(f"file damaged (sha256 differs): '{file}'")
     return manifest
 
 
 @contextlib.contextmanager
-def _damaged(path: Path) -> Iterator[None]:
+def _raise_damaged(path: Path) -> Iterator[None]:
     """Turns an error from reading `path` into a DamagedError."""
     try:
         yield
@@ -253,7 +256,7 @@ def _damaged(path: Path) -> Iterator[None]:
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raises DamagedError unless `state` has exactly the listed files."""
     state, listed = folder / "state", set(manifest["files"])
-    with _damaged(state):
+    with _raise_damaged(state):
         names = set(files.walk(state))
     if others := names - listed:
         raise DamagedError(
@@ -276,7 +279,7 @@ def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of `checkpoints/<step>`; DamagedError if its sha256 differs."""
     path = folder / MANIFEST
-    with _damaged(path):
+    with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
         schemas.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
@@ -300,7 +303,7 @@ def _refuse_link(folder: Path) -> None:
         )
 
 
-def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
+def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
     """Returns path -> dtype and shape of each array, such as `float32[4, 2]`."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(items))
     return {jax.tree_util.keystr(k): f"{x.dtype}{list(jnp.shape(x))}" for k, x in leaves}
@@ -314,7 +317,7 @@ def _drop_others(workdir: Path) -> None:
     others = steps.keys() - {latest}
     evaluated = {step for step in others if steps[step].get("evaluated")}
     before = max(evaluated or others, default=None)
-    for step in others - {before, best(steps)}:
+    for step in others - {before, find_best(steps)}:
         if not _has_only_our_files(partial.with_name(str(step)), steps[step]):
             continue
         partial.mkdir(exist_ok=True)

@@ -482,7 +482,7 @@ def _find_unread(values: Values) -> Iterator[str]:
     """Yields a message for every unknown field, and every changed field that is not read."""
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
-            yield f"config.{name}={value}: there is no such field; {hint_of_field(name, FIELDS)}"
+            yield f"config.{name}={value}: there is no such field; {suggest_field(name, FIELDS)}"
     for name, field in FIELDS.items():
         when = field.read_when
         if when and values[name] != field.default and not when.condition(values):
@@ -498,7 +498,7 @@ def _find_unread(values: Values) -> Iterator[str]:
         )
 
 
-def closest_field(name: str, known: Collection[str]) -> str | None:
+def find_closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the field of `known` that a misspelt name probably means, or None."""
     name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
     name = re.sub(r"\b(folder|path)$", "dir", name)
@@ -514,9 +514,9 @@ def closest_field(name: str, known: Collection[str]) -> str | None:
     return closest(name, known, cutoff=0.55)
 
 
-def hint_of_field(name: str, known: Collection[str]) -> str:
+def suggest_field(name: str, known: Collection[str]) -> str:
     """Returns a hint for an unknown field: a similar field, or the fields of its group."""
-    if match := closest_field(name, known):
+    if match := find_closest_field(name, known):
         return f"did you mean --config.{match}?"
     group = name.rpartition(".")[0]
     inside = [

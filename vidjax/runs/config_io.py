@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from vidjax.runs import config as config_lib
-from vidjax.runs.config import DEFAULTS, Config, fields, hint_of_field
+from vidjax.runs.config import DEFAULTS, Config, fields, suggest_field
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.files import INTEGER_LIMIT
@@ -147,7 +147,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
             raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{hint}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
-            raise UserError(f"no field config.{name}: {hint_of_field(name, known)}")
+            raise UserError(f"no field config.{name}: {suggest_field(name, known)}")
         if not equals:
             raise UserError(f"--config.{name} needs a value: --config.{name}=...")
         group, _, leaf = name.rpartition(".")

@@ -106,13 +106,13 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Writes `config.json` with absolute paths and no `data.cache_dir`."""
-        config = absolute(config)
+        config = make_paths_absolute(config)
         config.data.cache_dir = None
         files.write_text(self.path / CONFIG, config_io.to_json(config))
         vars(self).pop("_config", None)
 
 
-def absolute(config: Config) -> Config:
+def make_paths_absolute(config: Config) -> Config:
     """Returns a copy of a configuration with absolute paths of data, cache and weights."""
     config = copy.deepcopy(config)
     for field in ("dir", "cache_dir", "weights"):
@@ -122,7 +122,7 @@ def absolute(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
+def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run. After an error, a new and empty folder is removed."""
     refuse_folder_of_data(Path(path).expanduser())
     first = distributed.is_first()
@@ -149,7 +149,7 @@ def refuse_folder_of_data(folder: Path) -> None:
         )
 
 
-def changes(old: Config, new: Config) -> str:
+def describe_changes(old: Config, new: Config) -> str:
     """Describes the changed fields that a resumed run may not change, in at most 300 characters.
 
     MOVABLE fields may change, because they do not affect results. `num_epochs` may grow.
@@ -163,7 +163,7 @@ def changes(old: Config, new: Config) -> str:
 
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if a run, trained with `old`, may not resume with `new`."""
-    if changed := changes(old, new):
+    if changed := describe_changes(old, new):
         raise UserError(
             f"'{workdir}' holds a run with another configuration\n{changed}\n"
             "use another workdir: --workdir=FOLDER, or the configuration of that run "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from vidjax.core import distributed
-from vidjax.utils.errors import printable
+from vidjax.utils.errors import escape_controls
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 LINE_SECONDS = 10  # between two lines of progress if standard error is not a terminal
@@ -22,7 +22,7 @@ def say(text: str) -> None:
     if not is_quiet():
         from tqdm import tqdm
 
-        tqdm.write(printable(text), file=sys.stderr)
+        tqdm.write(escape_controls(text), file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -15,7 +15,7 @@ from vidjax.core import distributed
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, locked
+from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.utils import files, messages
 from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
@@ -171,9 +171,9 @@ def train(
             f"train: data must be the result of vidjax.load_data, not a {type(data).__name__}"
         )
     config = _name_data(config, data)
-    with locked(workdir) as path:
+    with make_and_lock(workdir) as path:
         metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
-    return _results(RunFolder(path), config, metrics)
+    return _make_results(RunFolder(path), config, metrics)
 
 
 def _name_data(config: Config, data: "TrainingData") -> Config:
@@ -218,7 +218,7 @@ def train_run(
     from vidjax.evaluation.analysis import analysis
     from vidjax.training import loop as training
 
-    results = training.finished_metrics(folder, config)
+    results = training.read_finished_metrics(folder, config)
     if results is None:
         set_up_devices(config)
     data = load_data(config) if data is None else data
@@ -236,7 +236,7 @@ def train_run(
     return results, True
 
 
-def _results(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> "Results":
+def _make_results(folder: RunFolder, config: Config, metrics: Mapping[str, Any]) -> "Results":
     from vidjax.runs import results
 
     paths = folder.paths(config.eval.split, apart=bool(metrics.get("overrides")))
@@ -282,9 +282,9 @@ def evaluate(
             "or the blend with the command: vidjax evaluate --workdir=FOLDER"
         )
     config.eval.split = split or config.eval.split
-    with locked(folder.path):
+    with make_and_lock(folder.path):
         metrics = evaluate_run(config, folder, data, num_devices=num_devices)
-    return _results(folder, config, metrics)
+    return _make_results(folder, config, metrics)
 
 
 def evaluate_run(
@@ -342,7 +342,7 @@ def compare(
 
     result = comparison.compare(groups, split=split)
     if out is not None:
-        with locked(out) as folder:
+        with make_and_lock(out) as folder:
             result.write(folder)
     return result
 

@@ -28,7 +28,13 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.results import Logs
-from vidjax.runs.run_folder import CONFIG, RunFolder, absolute, check_not_moved, check_resumes
+from vidjax.runs.run_folder import (
+    CONFIG,
+    RunFolder,
+    check_not_moved,
+    check_resumes,
+    make_paths_absolute,
+)
 from vidjax.runs.terminal import Progress, say
 from vidjax.training import feed as feed_lib
 from vidjax.training import train_step
@@ -47,7 +53,7 @@ from vidjax.utils.errors import UserError, warn
 Tree = TypeVar("Tree")  # a tree of arrays
 
 
-def finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
+def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if the run is not finished.
 
     With more epochs in `config` than in the folder, the run is not finished. Raises UserError if
@@ -56,9 +62,9 @@ def finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None
     if not folder.has(CONFIG):
         return None
     recorded, results = folder.config, folder.metrics()
-    if not results and not checkpoint.folders(folder.path):
+    if not results and not checkpoint.list_folders(folder.path):
         return None  # a run that stopped before its first checkpoint starts again
-    check_resumes(folder.path, recorded, absolute(config))
+    check_resumes(folder.path, recorded, make_paths_absolute(config))
     # `vidjax evaluate` also writes this file. If a result is missing, the run is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
@@ -81,7 +87,7 @@ def train(
     """Trains a system, or resumes a run. Returns the content of `metrics.json`.
 
     Args:
-      workdir: the folder of the run, locked by `run_folder.locked`.
+      workdir: the folder of the run, locked by `run_folder.make_and_lock`.
       num_devices: number of devices to use. None means all.
       analyse: if True, writes `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
@@ -93,7 +99,7 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived, and a checkpoint of the last step was saved.
     """
     began = time.monotonic() if began is None else began
-    config = absolute(config)  # the run may be resumed from another working directory
+    config = make_paths_absolute(config)  # the run may be resumed from another working directory
     config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
@@ -261,7 +267,7 @@ class TrainingRun:
         Damaged checkpoints of later steps are moved away, because training will save them again.
         """
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
-        sharding = devices.replicated(self._mesh)
+        sharding = devices.replicated_layout(self._mesh)
 
         def init() -> train_step.TrainState:
             members = plan.training_sets.members
@@ -270,7 +276,7 @@ class TrainingRun:
             return train_step.init_state(system, rngs, labels)
 
         folder = RunFolder(workdir)
-        if folder.has(CONFIG) and checkpoint.folders(workdir):
+        if folder.has(CONFIG) and checkpoint.list_folders(workdir):
             check_resumes(workdir, folder.config, config)
         newest = checkpoint.find(workdir)
         if not newest:
@@ -453,7 +459,7 @@ class TrainingRun:
     def results(self) -> dict[str, Any]:
         """Returns the entries of `metrics.json` about the training."""
         steps = checkpoint.manifests(self._workdir)
-        best_step = checkpoint.best(steps)
+        best_step = checkpoint.find_best(steps)
         best: dict[str, Any] = {}
         if best_step is not None:
             best = {"best_step": best_step, "best_map": steps[best_step]["map"]}
@@ -472,5 +478,5 @@ class TrainingRun:
             "step": self.step,
             "finished": True,
             "trained_on": self._description["data"],
-            "versions": devices.versions(),
+            "versions": devices.collect_versions(),
         }

@@ -338,4 +338,4 @@ def make_train_loop(
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    return jax.jit(loop, donate_argnums=0, out_shardings=devices.replicated(mesh))
+    return jax.jit(loop, donate_argnums=0, out_shardings=devices.replicated_layout(mesh))

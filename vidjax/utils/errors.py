@@ -140,7 +140,7 @@ def describe_system_error(error: BaseException) -> str | None:
     """Returns the message of a system error that a user can correct, or None for other errors."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
-            f"the locale of this process has no letter '{printable(error.object)[:100]}'\n"
+            f"the locale of this process has no letter '{escape_controls(error.object)[:100]}'\n"
             "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
         )
     if not isinstance(error, OSError) or isinstance(error, Expected):
@@ -152,7 +152,7 @@ def describe_system_error(error: BaseException) -> str | None:
     return f"{place}{error.strerror}\n{remedy}"
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Escapes control and bidirectional characters, but not line ends and tabs, for a terminal."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 

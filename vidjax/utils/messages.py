@@ -18,7 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-from vidjax.utils.errors import Expected, UserError, VidjaxWarning, describe_system_error, printable
+from vidjax.utils.errors import (
+    Expected,
+    UserError,
+    VidjaxWarning,
+    describe_system_error,
+    escape_controls,
+)
 
 QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
 
@@ -236,7 +242,7 @@ def _print(text: str, stream: TextIO) -> bool:
     Returns False if the other end of a pipe is closed.
     """
     encoding = stream.encoding or "utf-8"
-    text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, as `| head -1` does
@@ -247,7 +253,7 @@ def _print(text: str, stream: TextIO) -> bool:
 
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return escape_controls(super().format(record))
 
 
 def _open_closed_streams() -> None:

@@ -42,7 +42,7 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     config.eval.checkpoint = step
     run = restore.find_run(config, source)
     shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
-    items = checkpoint.load(run.checkpoint, shapes, devices.replicated(devices.make_mesh(1)))
+    items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
     save_file(flatten(items), folder / WEIGHTS)
     files.write_manifest(folder / CHECKPOINT, {**_select_entries(run.manifest), "files": {}})
     _copy(workdir, folder)

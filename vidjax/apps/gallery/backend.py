@@ -6,7 +6,7 @@ vector.
 
 A clip is compared with all people by matrix products in float32. The most probable people are then
 compared in float64. So answers agree to 1e-6 for any order and number of people and clips. The
-formulas are the same as in `models.plda_fit.combine` and `losses.log_softmax`.
+formulas are the same as in `models.plda_fit.combine_modalities` and `losses.log_softmax`.
 """
 
 import contextlib

@@ -111,7 +111,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _make_disk_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -127,10 +127,10 @@ def append(file: io.FileIO, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(before)
-        raise _cannot_write(file.name, error) from error
+        raise _make_disk_error(file.name, error) from error
 
 
-def _cannot_write(path: object, error: OSError) -> DiskError:
+def _make_disk_error(path: object, error: OSError) -> DiskError:
     with_number = DiskError(f"cannot write '{path}': {error.strerror}")
     with_number.errno = error.errno
     return with_number
