@@ -122,7 +122,7 @@ def test_results_are_the_same_in_odd_surroundings(tmp_path):
         for path in sorted((folder / "made").iterdir(), reverse=odd):  # the order of a listing
             path.rename(folder / "data" / path.name)
         names = {"HOME": "home", "TMPDIR": "tmp", "MPLCONFIGDIR": "tmp", "VIDJAX_CACHE": "cache"}
-        env = {name: str(folder / value) for name, value in names.items()}
+        env = small_runs.QUICK | {name: str(folder / value) for name, value in names.items()}
         command = [sys.executable, *(("-W", "error") if odd else ()), "-m", "vidjax"]
         if odd:
             env |= ODD

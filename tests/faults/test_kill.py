@@ -20,7 +20,7 @@ import pytest
 from tests.benchmarks import common
 from tests.campaigns.same_bytes import digests
 from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import ROOT, flat, saved
+from tests.helpers.small_runs import QUICK, ROOT, flat, saved
 from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ class Run:
     def start(self, **env):
         """Starts the command."""
         self.before = {moment: self.signs(moment) for moment in MOMENTS}
-        env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), "XLA_FLAGS": "", **env}
+        env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), **QUICK, **env}
         command = [sys.executable, "-m", "vidjax.main", *self.words]
         with (self.folder / "said").open("w") as file:
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
