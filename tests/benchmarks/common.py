@@ -32,16 +32,14 @@ from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-# The nets of published size, the residual one 4096 wide with one draw a clip: name ->
-# (configuration, overrides, options of PyTorch's).
-NETS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "mlp": ("quality_fusion.py:iqiyi_vid", (), {}),
+# The nets of published size, the residual one 4096 wide with one draw a clip.
+NETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mlp": ("quality_fusion.py:iqiyi_vid", ()),
     "residual": (
         "residual_dense.py:iqiyi_vid,face,one",
         ("model.width=4096", "fusion.face.train.num_draws=1"),
-        {"width": 4096, "num_draws": 1},
     ),
-    "mma": ("mma.py:iqiyi_vid", (), {}),
+    "mma": ("mma.py:iqiyi_vid", ()),
 }
 DIM = 512
 LONGEST = {"face": 59, "head": 59, "body": 29, "audio": 1}  # frames: 1 to these, 30 on average
@@ -64,7 +62,7 @@ def parse(doc: str | None, *flags: str, **options: Any) -> argparse.Namespace:
 
 
 def children_seconds() -> float:
-    """Returns the seconds of the processor that ended children of this process have used."""
+    """Returns the seconds of the processor that ended children of this process used."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -150,53 +148,46 @@ def make_run(
 
 def make_loop(run: Run) -> Any:
     """Returns compiled steps on resident clips: (state, tables, clips, count) to state, outcome."""
-    return train_step.make_train_loop(
-        run.system,
-        devices.make_mesh(1),
-        lambda x, step: resident.draw_batch(x, run.plan, step),
-    )
+    draw = lambda clips, step: resident.draw_batch(clips, run.plan, step)  # noqa: E731
+    return train_step.make_train_loop(run.system, devices.make_mesh(1), draw)
 
 
 def for_torch(frames: Mapping[str, Frames]) -> dict[str, tuple[np.ndarray, ...]]:
-    """Returns padded clips as `peer.make_batch` takes them."""
     return {
         name: tuple(map(np.array, (fusion.read(x.features), x.quality, x.detection, x.mask)))
         for name, x in frames.items()
     }
 
 
-class Product(NamedTuple):
-    """A matrix product of a trace."""
-
-    flops: int
-    equation: Any  # of the trace; bound again to run only this product
-
-
-def products(jaxpr: Any) -> Iterator[Product]:
-    """Yields every matrix product of a trace and of its inner functions.
+def products(jaxpr: Any) -> Iterator[Any]:
+    """Yields the equation of every matrix product of a trace and of its inner functions.
 
     Raises ValueError for a product in a loop: it would count once and run often.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "dot_general":
-            left, axes = equation.invars[0].aval.shape, equation.params["dimension_numbers"][0][0]
-            inner = math.prod(left[axis] for axis in axes)
-            yield Product(2 * inner * math.prod(equation.outvars[0].aval.shape), equation)
-        for inner_jaxpr in core.jaxprs_in_params(equation.params):
-            found = list(products(inner_jaxpr))
-            if found and name in ("scan", "while", "cond"):
-                raise ValueError(f"a matrix product within '{name}'")
-            yield from found
+            yield equation
+        for inner in core.jaxprs_in_params(equation.params):
+            for product in products(inner):
+                if name in ("scan", "while", "cond"):
+                    raise ValueError(f"a matrix product within '{name}'")
+                yield product
 
 
-def make_bare(found: Sequence[Product], rng: Array, times: int) -> Callable[[], Array]:
+def flops(product: Any) -> int:
+    left, axes = product.invars[0].aval.shape, product.params["dimension_numbers"][0][0]
+    inner = math.prod(left[axis] for axis in axes)
+    return 2 * inner * math.prod(product.outvars[0].aval.shape)
+
+
+def make_bare(found: Sequence[Any], rng: Array, times: int) -> Callable[[], Array]:
     """Returns only the products, with made-up operands, as one compiled program.
 
     The program repeats all of them `times` times in a loop, as training repeats its steps.
     Otherwise it would also measure how the system hands out memory for new results.
     """
-    shapes = [x.aval for product in found for x in product.equation.invars]
+    shapes = [x.aval for product in found for x in product.invars]
     keys = jax.random.split(rng, len(shapes))
     arrays = (jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
     operands = [[next(arrays), next(arrays)] for _ in found]  # no product stands for another
@@ -207,8 +198,8 @@ def make_bare(found: Sequence[Product], rng: Array, times: int) -> Callable[[], 
             # Behind the barriers nothing is moved out of the loop, and no product is cut short.
             pairs = jax.lax.optimization_barrier((operands, total))[0]
             results = [
-                p.equation.primitive.bind(*pair, **p.equation.params)
-                for p, pair in zip(found, pairs, strict=True)
+                product.primitive.bind(*pair, **product.params)
+                for product, pair in zip(found, pairs, strict=True)
             ]
             results = jax.lax.optimization_barrier(results)
             return total + sum(jnp.ravel(x)[0].astype(jnp.float32) for x in results)
@@ -216,14 +207,6 @@ def make_bare(found: Sequence[Product], rng: Array, times: int) -> Callable[[], 
         return jax.lax.fori_loop(0, times, body, jnp.float32(0))
 
     return lambda: bare(operands)
-
-
-def make_copy() -> tuple[Callable[[], Array], int]:
-    """Returns a function that reads and writes memory and does nothing else, and its bytes."""
-    size = 64 * MIB
-    x = jnp.zeros(size // 4, jnp.float32)
-    add = jax.jit(lambda x: x + 1)
-    return lambda: add(x), 2 * size
 
 
 def seconds_each(function: Callable[[], Any], repeats: int) -> float:
@@ -235,9 +218,7 @@ def seconds_each(function: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def in_turns(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = SECONDS
-) -> dict[str, list[float]]:
+def in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Returns name -> seconds of a call, by round; each runs in every round, in turn.
 
     Machines drift, so only figures of one round can be compared.
@@ -245,7 +226,7 @@ def in_turns(
     repeats = {}
     for name, function in functions.items():
         jax.block_until_ready(function())  # compiles
-        repeats[name] = math.ceil(seconds / seconds_each(function, 1))
+        repeats[name] = math.ceil(SECONDS / seconds_each(function, 1))
     found: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -263,12 +244,7 @@ median = statistics.median
 
 
 def peak_bytes() -> int:
-    """Returns the most memory of this process so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-# Flags that change the speed of products in bfloat16.
-_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
 
 
 def describe() -> str:
@@ -277,14 +253,14 @@ def describe() -> str:
     if kind == "cpu":
         parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         lines = {name.strip(): value.strip() for name, _, value in parts}
-        flags = [flag for flag in _FLAGS if flag in lines.get("flags", "").split()]
+        known = ("avx512f", "avx512_bf16", "amx_bf16")  # change products in bfloat16
+        flags = [flag for flag in known if flag in lines.get("flags", "").split()]
         kind = f"{os.cpu_count()} cores of {lines.get('model name', 'a processor')}"
         kind += f" with {', '.join(flags) or 'no AVX-512'}"
     return f"{kind}, jax {jax.__version__}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
@@ -306,6 +282,5 @@ def replace_table(text: str, name: str, table: str) -> str:
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Writes a Markdown table, at once."""
     sys.stdout.write(markdown(header, rows) + "\n")
     sys.stdout.flush()

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.benchmarks.calibration import calibration_error
+from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend, grouping
 from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.apps.video.tracks import find_changes
@@ -29,25 +31,16 @@ class Films(NamedTuple):
     apart: list[tuple[str, str]]
 
 
-def card() -> BackEnd:
-    """Returns the back end of the card of dlib's net."""
-    numbers = PUBLISHED["dlib"]["back_end"]
-    return BackEnd(**{"centre": [0.0] * 128, **numbers})
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Returns vectors of length 1."""
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 
 
 def split(data: dict[str, np.ndarray]) -> Films:
     """Returns the tracks of the films, where a track with two people is split by its vectors."""
     vectors, people, clips, times = [], [], [], []
-    bounds = data["track_begin"].tolist()
-    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
-        at = find_changes(data["vector"][low:high], data["time_s"][low:high], False, card())
-        for begin, end in zip([0, *at], [*at, high - low], strict=True):
-            rows = slice(low + begin, low + end)
+    for number, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
+        at = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
+        for begin, end in itertools.pairwise([low, *(low + x for x in at), high]):
+            rows = slice(begin, end)
             weight = np.maximum(data["quality"][rows], 1e-3)
             vectors.append(unit(weight @ unit(data["vector"][rows])))
             names, counts = np.unique(data["person"][rows], return_counts=True)
@@ -56,19 +49,10 @@ def split(data: dict[str, np.ndarray]) -> Films:
             clips.append(f"{shot}.t{len(clips)}")
             times.append((data["film"][number], *data["time_s"][rows][[0, -1]]))
     film, begin, end = map(np.array, zip(*times, strict=True))
-    together = (film[:, None] == film) & (
-        np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
-    )
-    pairs = np.argwhere(np.triu(together, 1)).tolist()
+    shared = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
+    pairs = np.argwhere(np.triu((film[:, None] == film) & shared, 1)).tolist()
     apart = [(clips[one], clips[other]) for one, other in pairs]
     return Films(np.array(vectors, np.float32), np.array(people), clips, apart)
-
-
-def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
-    """Returns the expected calibration error of N probabilities of answers that are `right`."""
-    place = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = [abs(np.sum(probability[place == n]) - np.sum(right[place == n])) for n in range(bins)]
-    return sum(gaps) / len(right)
 
 
 def measure(
@@ -79,7 +63,7 @@ def measure(
     `photos` are [P, K, D] vectors of K photos of P people; `known` people are enrolled with `count`
     photos each, in `draws` random choices. With `votes`, tracks that form a group vote.
     """
-    found = backend.make_card_backend({"face": card()}, STRANGER_ODDS)
+    found = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
     rng, shares, sure, correct = np.random.default_rng(0), [], [], []
     groups = grouping.group(found, films.clips, [films.vectors], films.apart, absorb=False)
     owner = groups if votes else np.arange(len(groups))
@@ -123,20 +107,14 @@ def load(folder: pathlib.Path) -> tuple[Films, np.ndarray]:
 
 
 def main() -> None:
-    """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tracks", required=True, type=pathlib.Path)
-    parser.add_argument("--draws", type=int, default=20)
-    args = parser.parse_args()
-    films, photos = load(args.tracks)
-    for known in (8, len(photos)):
-        for count in (1, 3):
-            for votes in (False, True):
-                sizes = {"known": known, "count": count, "draws": args.draws}
-                found = measure(films, photos, **sizes, votes=votes)
-                cells = " | ".join(f"{name} {value:.3f}" for name, value in found.items())
-                sys.stdout.write(f"{known} people, {count} photos, votes {votes} | {cells}\n")
-                sys.stdout.flush()
+    films, photos = load(parser.parse_args().tracks)
+    for known, count, votes in itertools.product((8, len(photos)), (1, 3), (False, True)):
+        found = measure(films, photos, known=known, count=count, draws=20, votes=votes)
+        cells = " | ".join(f"{name} {value:.3f}" for name, value in found.items())
+        sys.stdout.write(f"{known} people, {count} photos, votes {votes} | {cells}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ times `--block_size`, since the last block of each length is filled up.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,6 @@ class MadeUp:
     """Resident clips as evaluation sees a dataset."""
 
     def __init__(self, run: common.Run, num_identities: int):
-        """Takes a run's clips as a split."""
         self.run, num_clips = run, run.plan.num_clips
         labels = np.random.default_rng(2).integers(0, 1 + num_identities, num_clips)
         self.identities = tuple(str(i) for i in range(num_identities))
@@ -61,12 +60,10 @@ class MadeUp:
         self._gathered = jax.jit(resident.gather_modalities, static_argnames="sizes")
 
     def split(self, name: str) -> Split:
-        """Returns the one split."""
         del name
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields all clips, in blocks of one bucket."""
         for bucket, chosen in split_blocks(plan.bucket, rows):
             clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
             batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
@@ -77,41 +74,32 @@ class MadeUp:
             yield Batch(frames, clip_index, batch_mask)
 
 
-def make_model(
-    run: common.Run, num_identities: int, params: Any, model_state: Any
-) -> tuple[TrainedModel, MadeUp]:
-    """Returns a model with these weights that ranks a run's clips, and the clips."""
-    data, mesh = MadeUp(run, num_identities), devices.make_mesh(1)
-    sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
-    step = eval_step_lib.make_eval_step(run.system, mesh)
-    return TrainedModel("", run.system, step, params, model_state, sets, data), data
-
-
-def rank(model: TrainedModel, block_size: int) -> dict[str, Any]:
-    """Returns the results of an evaluation."""
-    return scoring.score([model], "val", devices.make_mesh(1), block_size=block_size).results
-
-
-def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:
-    """Returns the whole and the forward pass, as functions."""
-    spec, overrides, _ = common.NETS.get(args.net, (args.net, (), {}))
+def make_functions(
+    spec: str, overrides: Sequence[str], args: argparse.Namespace
+) -> tuple[dict[str, Callable[[], Any]], common.Run]:
+    """Returns the whole and the forward pass of a net as functions, and its clips."""
     sizes = {"num_identities": args.num_identities, "num_clips": args.clips}
     run = common.make_run(spec, overrides, batch_size=256, **sizes)
-    weights = run.state.params, run.state.model_state
-    model, data = make_model(run, args.num_identities, *weights)
+    weights, mesh = (run.state.params, run.state.model_state), devices.make_mesh(1)
+    data = MadeUp(run, args.num_identities)
+    sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
+    step = eval_step_lib.make_eval_step(run.system, mesh)
+    model = TrainedModel("", run.system, step, *weights, sets, data)
     params, model_state = ensemble.take(weights, 0)
+
+    def whole() -> dict[str, Any]:
+        return scoring.score([model], "val", mesh, block_size=args.block_size).results
 
     def forward() -> None:
         block = None
         for batch in data.eval_batches(data.plan, rows=args.block_size):
-            block = model.eval_step(params, model_state, jnp.int32(-1), batch)
+            block = step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(block)
 
-    return {"whole": lambda: rank(model, args.block_size), "forward": forward}, run
+    return {"whole": whole, "forward": forward}, run
 
 
 def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[[], Any]]:
-    """Returns the rankings of PyTorch, eager and compiled."""
     from tests.benchmarks import peer
 
     blocks = []
@@ -122,8 +110,7 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
             for name, packed in run.clips.items()
         }
         blocks.append(peer.make_batch(common.for_torch(frames), np.zeros(1024, np.int64)))
-    net = common.NETS[args.net]
-    recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **net[2])
+    recipe = peer.make_recipe(args.net, 1 + args.num_identities)
     eager, compiled = (peer.make_scorer(recipe, compile=compile) for compile in (False, True))
     return {
         "eager": lambda: peer.rank(eager, blocks),
@@ -132,51 +119,40 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Writes the table of one size."""
-    functions, run = make_functions(args)
-    counts = {name: args.clips for name in functions}
-    if args.peer:
-        peers = make_peers(args, run)
-        functions |= peers
-        counts |= {name: PEER_CLIPS for name in peers}
-    seconds = common.in_turns(functions, args.rounds)
+    functions, run = make_functions(*common.NETS[args.net], args)
+    peers = make_peers(args, run) if args.peer else {}
+    counts = {name: PEER_CLIPS if name in peers else args.clips for name in functions | peers}
+    seconds = common.in_turns(functions | peers, args.rounds)
     seconds = {name: [x / counts[name] for x in values] for name, values in seconds.items()}
-    seconds["top 100"] = [
-        whole - forward for whole, forward in zip(seconds["whole"], seconds["forward"], strict=True)
-    ]
+    pairs = zip(seconds["whole"], seconds["forward"], strict=True)
+    seconds["top 100"] = [whole - forward for whole, forward in pairs]
     rows = [[name, f"{1 / common.median(x):,.0f}"] for name, x in seconds.items()]
-    sys.stdout.write(f"{common.describe()}, {args.net}, {args.clips:,} clips, ")
-    sys.stdout.write(f"{args.num_identities:,} identities\n\n")
     common.write_table(["", "clips/s"], rows)
-    rows: list[list[str]] = [["top 100 / forward", common.ratio(seconds, "top 100", "forward")]]
-    peers = [name for name in counts if name in ("eager", "compiled")]
-    rows += [[f"{name} / whole", common.ratio(seconds, name, "whole")] for name in peers]
+    ratios = [("top 100", "forward"), *((name, "whole") for name in peers)]
+    rows = [[f"{one} / {other}", common.ratio(seconds, one, other)] for one, other in ratios]
     common.write_table(["", "ratio"], rows)
 
 
 def time_tests(args: argparse.Namespace) -> None:
     """Writes how long the published nets take for the official test, from a sample of it."""
-    functions, counts = {}, {}
-    for name, (spec, nets) in TESTS.items():
-        args.net, counts[name] = spec, nets
-        functions[name] = make_functions(args)[0]["whole"]
-    seconds = common.in_turns(functions, args.rounds)
-    minutes = {
-        name: [x * counts[name] / args.clips * TESTED / 60 for x in values]
-        for name, values in seconds.items()
+    functions = {
+        name: make_functions(spec, (), args)[0]["whole"] for name, (spec, _) in TESTS.items()
     }
-    sys.stdout.write(f"{common.describe()}, {args.clips:,} clips, {args.num_identities:,} ")
-    sys.stdout.write("identities\n\n")
-    rows = [[k, str(counts[k]), f"{common.median(x):,.1f}"] for k, x in minutes.items()]
+    minutes, rows = {}, []
+    for name, seconds in common.in_turns(functions, args.rounds).items():
+        nets = TESTS[name][1]
+        minutes[name] = [x * nets / args.clips * TESTED / 60 for x in seconds]
+        rows.append([name, str(nets), f"{common.median(minutes[name]):,.1f}"])
     common.write_table(["", "nets", f"minutes for {TESTED:,} clips"], rows)
-    every, fused = list(TESTS)[2], list(TESTS)[1]
+    _, fused, every = TESTS
     common.write_table(["", "ratio"], [[f"{every} / fused", common.ratio(minutes, every, fused)]])
 
 
 def main() -> None:
-    """Prints the tables."""
     sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
     args = common.parse(__doc__, "--peer", "--published", net="mlp", **sizes)
+    sizes_told = f"{args.clips:,} clips, {args.num_identities:,} identities"
+    sys.stdout.write(f"{common.describe()}, {sizes_told}\n\n")
     (time_tests if args.published else benchmark)(args)
 
 

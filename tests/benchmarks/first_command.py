@@ -23,7 +23,6 @@ def run(folder: Path, *words: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints a table."""
     args = common.parse(__doc__, rounds=3)
     found: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
     for _ in range(args.rounds):

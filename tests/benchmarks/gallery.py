@@ -1,18 +1,24 @@
 """Times of a gallery: opening it, finding, enrolling and removing people, on made-up vectors.
 
-    python -m tests.benchmarks.gallery [--people=10000]
+    python -m tests.benchmarks.gallery [--people=10000] [--start]
 
 Up to 100,000 people have a face, a head and an audio vector of 512 each, and more people have one
 vector of 512. A person has one clip. Times are medians of several tries in a process that has
 opened the gallery, with processor times in brackets. A search needs at least one product of numpy's
 with all coefficients. A removal writes all rows again, and is measured up to 100,000 people.
+
+With `--start`, times of processes that ask a gallery of cards of 20 people and 150 strangers once,
+from their start to their end: medians of seven turns, after a turn that fills caches, in seconds,
+seconds of the processor, and the ratio to a process that only imports numpy.
 """
 
-import resource
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +27,7 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
+from vidjax.apps.video.cards import BackEnd
 from vidjax.models.two_covariance import Settings
 
 WIDTH = 512
@@ -29,33 +36,47 @@ SETTINGS = Settings(
 )
 TRIES = 20
 MANY = 100_000  # people from which on they have one part, and nobody is removed
-RUN = VectorOrigin("made-up", "0" * 64, centred=True)
-THRESHOLD = 0.5
+CARDS = VectorOrigin("made-up", "0" * 64, True, {"face": "0" * 64})
+TURNS = 7
+ANSWER = """
+from pathlib import Path
+import numpy as np
+from vidjax import Gallery
+Gallery("people").identify({x.stem: dict(np.load(x)) for x in Path("clips").iterdir()})
+"""
+LEAST = "numpy only"
+STARTS = {
+    LEAST: ["-c", "import numpy"],
+    "a first answer from Python": ["-c", ANSWER],
+    "vidjax gallery --help": ["-m", "vidjax", "gallery", "--help"],
+    "vidjax gallery list": ["-m", "vidjax", "gallery", "list", "people"],
+    "vidjax gallery identify": ["-m", "vidjax", "gallery", "identify", "people", "--input=clips"],
+}
+
+
+def near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _unit(centres + 0.5 * rng.standard_normal(centres.shape, np.float32))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
     """Returns a front that is fitted to some people of their own."""
     people = rng.standard_normal((400, WIDTH), np.float32)
     labels = np.repeat(np.arange(1, 401), 3)
-    vectors = {name: _near(people[labels - 1], rng) for name in parts}
+    vectors = {name: near(people[labels - 1], rng) for name in parts}
     return backend_lib.fit(vectors, labels, centred=True, settings=SETTINGS)
-
-
-def _near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns unit vectors near some centres."""
-    x = centres + 0.5 * rng.standard_normal(centres.shape, np.float32)
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def make_clips(
     num_parts: int, count: int, rng: np.random.Generator, start: int = 0
 ) -> dict[str, StoredClip]:
-    """Returns one clip of each of `count` people."""
-    parts = [_near(rng.standard_normal((count, WIDTH), np.float32), rng) for _ in range(num_parts)]
-    rows = np.concatenate(parts, axis=1)
+    parts = [near(rng.standard_normal((count, WIDTH), np.float32), rng) for _ in range(num_parts)]
     return {
-        f"clip_{start + number:07}": StoredClip(f"person_{start + number:07}", row)
-        for number, row in enumerate(rows)
+        f"clip_{number:07}": StoredClip(f"person_{number:07}", row)
+        for number, row in enumerate(np.concatenate(parts, axis=1), start)
     }
 
 
@@ -65,13 +86,15 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     few = list(make_clips(len(parts), min(MAX_BLOCK_PEOPLE, num_people), rng).values())
     vectors = np.stack([clip.vector for clip in few])
     block = front.enrol([str(clip.identity) for clip in few], vectors, np.arange(len(few)))
-    numbers = range(num_people)
-    names = [f"person_{number:07}" for number in numbers]
+    names = [f"person_{number:07}" for number in range(num_people)]
     pieces = (tuple(names[at : at + len(few)]) for at in range(0, num_people, len(few)))
     blocks = (block.take(np.arange(len(some)))._replace(names=some) for some in pieces)
-    clips = {f"clip_{n:07}": StoredClip(names[n], few[n % len(few)].vector) for n in numbers}
+    clips = {
+        f"clip_{n:07}": StoredClip(name, few[n % len(few)].vector) for n, name in enumerate(names)
+    }
     folder.mkdir(mode=0o700)
-    Store(folder).create(State(1, RUN, Index(front, blocks), clips, group(clips)))
+    origin = VectorOrigin("made-up", "0" * 64, centred=True)
+    Store(folder).create(State(1, origin, Index(front, blocks), clips, group(clips)))
 
 
 def timed(action: Callable[[int], object], tries: int) -> str:
@@ -94,21 +117,22 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     opened: list[Gallery] = []
     yield "open", timed(lambda _: opened.append(Gallery(folder)), 1)
     (people,) = opened
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / common.MIB  # of KiB
-    yield "memory of the process", f"{peak:.1f} GB"
+    yield "memory of the process", f"{common.peak_bytes() / common.MIB / 1024:.1f} GB"
     query = np.stack([x.vector for x in make_clips(num_parts, TRIES, rng, 5_000_000).values()])
     parts = dict(zip(people.backend.widths, people.backend.split(query), strict=True))
     asked = [
         Vectors(("query",), {part: x[n : n + 1] for part, x in parts.items()}, (None,))
         for n in range(TRIES)
     ]
-    people.identify(asked[0], threshold=THRESHOLD)  # the first answer makes tables
-    identify = timed(lambda n: people.identify(asked[n], threshold=THRESHOLD), TRIES)
-    yield "identify a clip", identify
-    yield "the same as one product of numpy's", _product(people.index, query[0, :WIDTH])
+    people.identify(asked[0], threshold=0.5)  # the first answer makes tables
+    yield "identify a clip", timed(lambda n: people.identify(asked[n], threshold=0.5), TRIES)
+    blocks = zip(*(block.linear for block in people.index.blocks), strict=True)
+    rows, one = [np.concatenate(x) for x in blocks], query[0, :WIDTH]
+    product = timed(lambda _: np.argmax(sum(x @ one for x in rows)), TRIES)
+    yield "the same as one product of numpy's", product
     for count, tries in ((1, TRIES), (1000, 1)):
-        made = make_clips(num_parts, count * tries, rng, 2_000_000 + 1_000 * count)
-        turns = [dict(list(made.items())[n * count :][:count]) for n in range(tries)]
+        made = [*make_clips(num_parts, count * tries, rng, 2_000_000 + 1_000 * count).items()]
+        turns = [dict(made[n * count :][:count]) for n in range(tries)]
         enrolled = "a clip" if count == 1 else f"{count:,} clips at once"
         yield f"enrol {enrolled}", timed(lambda n, t=turns: people.add(t[n]), tries)
         if num_people <= MANY and count == 1:
@@ -116,19 +140,40 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
             yield "remove a person", timed(lambda n, g=gone: people.remove(identity=g[n]), tries)
 
 
-def _product(index: Index, vector: np.ndarray) -> str:
-    """Returns the time of a product of a vector with the coefficients of all people."""
-    parts = [np.concatenate(x) for x in zip(*(b.linear for b in index.blocks), strict=True)]
-    return timed(lambda _: np.argmax(sum(x @ vector for x in parts)), TRIES)
+def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
+    faces = _unit(np.random.default_rng(0).standard_normal((175, 128)))
+    # Cosines of dlib's vectors of faces.
+    facts: Any = {"same": (0.958, 0.0146), "different": (0.83, 0.0352), "pairs": (1, 1)}
+    card = BackEnd(centre=[0.0] * 128, data="made-up", **facts)
+    clips = {
+        f"clip {n}": StoredClip(f"person {n}" if n < 20 else None, face)
+        for n, face in enumerate(faces[:-5])
+    }
+    Gallery.of_clips(folder / "people", CARDS, backend_lib.make_card_backend({"face": card}), clips)
+    (folder / "clips").mkdir()
+    for number, face in enumerate(faces[-5:]):
+        np.savez(folder / "clips" / f"{number}.npz", face=face)
+    env = os.environ | {"PYTHONPATH": str(common.ROOT)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in STARTS}
+    for _ in range(1 + TURNS):
+        for name, words in STARTS.items():
+            found[name].append(common.timed([sys.executable, *words], cwd=folder, env=env))
+    least = np.median(found[LEAST][1:], axis=0)[1]
+    for name, times in found.items():
+        seconds, processor = np.median(times[1:], axis=0)
+        yield name, f"{seconds:.2f}", f"{processor:.2f}", f"{processor / least:.1f}"
 
 
 def main() -> None:
-    """Prints a table."""
-    size = common.parse(__doc__, people=10_000).people
-    num_parts = 3 if size <= MANY else 1
+    args = common.parse(__doc__, "--start", people=10_000)
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(measure(Path(folder, "people"), size, num_parts))
-    common.write_table(["", f"{size:,} people, {num_parts} x {WIDTH}"], rows)
+        if args.start:
+            header = ["process", "seconds", "of the processor", "times numpy"]
+            common.write_table(header, list(measure_starts(Path(folder))))
+            return
+        num_parts = 3 if args.people <= MANY else 1
+        rows = list(measure(Path(folder, "people"), args.people, num_parts))
+    common.write_table(["", f"{args.people:,} people, {num_parts} x {WIDTH}"], rows)
 
 
 if __name__ == "__main__":

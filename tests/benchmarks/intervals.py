@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.intervals [--repetitions=1000] [--identities=20,37,100,300,1000]
 
-Identities are drawn from populations whose mean is known. `held` is the share of samples whose
-95 % interval contains the mean, the same share for the t interval in the same range; `width`
-is the mean width in widths of the t interval.
+Identities are drawn from populations whose mean is known. The figures are the share of samples
+whose 95 % interval contains the mean, the same share for the t interval in the same range, and the
+mean width in widths of the t interval.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -16,7 +16,6 @@ from tests.benchmarks import common
 from vidjax.evaluation import significance
 
 DRAWS = 1000  # of each bootstrap, in place of the 10,000 of a report
-IDENTITIES = (20, 37, 100, 300, 1000)
 Kinds = list[tuple[float, Any]]  # shares of identities, and the distribution or value of each
 beta, normal = stats.beta, stats.norm
 
@@ -49,20 +48,13 @@ GAPS: dict[str, Kinds] = {
 }
 
 
-class Row(NamedTuple):
-    """What was measured of a population at a number of identities."""
-
-    held: float  # share of the samples whose interval holds the true mean
-    t_held: float  # the same of the t interval
-    width: float  # the mean width in widths of the t interval
-
-
-def measure(name: str, num: int, *, repetitions: int) -> Row:
-    """Draws samples of `num` identities of a population and returns what their intervals do."""
+def measure(name: str, num: int, repetitions: int) -> str:
+    """Draws samples of `num` identities of a population, and tells what their intervals do."""
     rng, gaps = np.random.default_rng(num), name in GAPS
     shares, kinds = zip(*(GAPS if gaps else PRECISIONS)[name], strict=True)
     means = [kind.mean() if hasattr(kind, "mean") else kind for kind in kinds]
     true = float(np.dot(shares, means))
+    interval = significance.gap_interval if gaps else significance.map_interval
     bounds, t_bounds = [], []
     for _ in range(repetitions):
         counts = rng.multinomial(num, shares / np.sum(shares))
@@ -70,28 +62,24 @@ def measure(name: str, num: int, *, repetitions: int) -> Row:
             kind.rvs(count, random_state=rng) if hasattr(kind, "rvs") else np.full(count, kind)
             for kind, count in zip(kinds, counts, strict=True)
         ])  # fmt: skip
-        interval = significance.gap_interval if gaps else significance.map_interval
         bounds.append(interval(values, draws=DRAWS)[:2])
         half = stats.t.ppf(0.975, num - 1) * values.std(ddof=1) / num**0.5
         t_bounds.append((max(values.mean() - half, -gaps), min(values.mean() + half, 1)))
     (low, high), (t_low, t_high) = np.transpose(bounds), np.transpose(t_bounds)
-
-    def held(low: np.ndarray, high: np.ndarray) -> float:
-        return float(np.mean((low <= true + 1e-12) & (true <= high + 1e-12)))
-
-    width = float(np.mean(high - low) / np.mean(t_high - t_low))
-    return Row(held(low, high), held(t_low, t_high), width)
+    held, t_held = (
+        np.mean((low <= true + 1e-12) & (true <= high + 1e-12))
+        for low, high in ((low, high), (t_low, t_high))
+    )
+    width = np.mean(high - low) / np.mean(t_high - t_low)
+    return f"{held:.3f} (t {t_held:.3f}), {width:.1f}"
 
 
 def main() -> None:
-    """Prints a table."""
-    given = ",".join(map(str, IDENTITIES))
-    args = common.parse(__doc__, repetitions=1000, identities=given)
+    args = common.parse(__doc__, repetitions=1000, identities="20,37,100,300,1000")
     numbers = [int(num) for num in args.identities.split(",")]
     rows = []
     for name in (*PRECISIONS, *GAPS):
-        found = [measure(name, num, repetitions=args.repetitions) for num in numbers]
-        rows.append([name, *(f"{x.held:.3f} (t {x.t_held:.3f}), {x.width:.1f}" for x in found)])
+        rows.append([name, *(measure(name, num, args.repetitions) for num in numbers)])
     common.write_table(["population", *(f"{num:,}" for num in numbers)], rows)
 
 

@@ -22,7 +22,6 @@ SPEC = "quality_fusion.py"
 
 
 def make_step(args: argparse.Namespace, count: int) -> Any:
-    """Returns a function that does a training step of `count` members."""
     sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
     run = common.make_run(SPEC, [f"ensemble.seeds={count}"], **sizes)
     loop, states = common.make_loop(run), list(train_step.split_state(run.state, 1))
@@ -38,8 +37,28 @@ def make_step(args: argparse.Namespace, count: int) -> Any:
     return train
 
 
-def compare_steps(args: argparse.Namespace) -> None:
-    """Writes the cost of a step of E members, relative to E steps of one member."""
+def compare_runs(rounds: int) -> None:
+    base = [sys.executable, "-m", "vidjax.main", f"--config={common.CONFIGS / SPEC}:folds"]
+    seconds = {"all": [], "apart": []}
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
+
+        def run(name: str, *words: str) -> float:
+            own = ["--config.ensemble.folds=5", f"--workdir={folder}/{name}", *words]
+            return common.timed([*base, *own], cwd=common.ROOT, env=env)[0]
+
+        run("warm", "--config.num_epochs=1")  # makes the dataset
+        for number in range(rounds):
+            apart = [run(f"{number}-{i}", f"--config.ensemble.only={i}") for i in range(5)]
+            seconds["apart"].append(sum(apart))
+            seconds["all"].append(run(f"{number}-all"))
+    ratio = common.ratio(seconds, "all", "apart")
+    common.write_table(["run", "ratio"], [["5 folds at once / 5 runs", ratio]])
+
+
+def main() -> None:
+    sizes = {"num_identities": 10_034, "rounds": 5, "members": 5}
+    args = common.parse(__doc__, "--runs", batch_size=1024, **sizes)
     functions = {"one": make_step(args, 1), "all": make_step(args, args.members)}
     seconds = common.in_turns(functions, args.rounds)
     seconds["one"] = [args.members * x for x in seconds["one"]]
@@ -48,35 +67,8 @@ def compare_steps(args: argparse.Namespace) -> None:
     header = ["batch", "members", "clips/s x members", "cost / single steps"]
     ratio = common.ratio(seconds, "all", "one")
     common.write_table(header, [[args.batch_size, args.members, rate, ratio]])
-
-
-def compare_runs(args: argparse.Namespace) -> None:
-    """Writes the time of one run of five folds, relative to five runs."""
-    base = [sys.executable, "-m", "vidjax.main", f"--config={common.CONFIGS / SPEC}:folds"]
-    folds, seconds = 5, {"all": [], "apart": []}
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
-
-        def run(name: str, *words: str) -> float:
-            own = [f"--config.ensemble.folds={folds}", f"--workdir={folder}/{name}", *words]
-            return common.timed([*base, *own], cwd=common.ROOT, env=env)[0]
-
-        run("warm", "--config.num_epochs=1")  # makes the dataset
-        for number in range(args.run_rounds):
-            apart = [run(f"{number}-{i}", f"--config.ensemble.only={i}") for i in range(folds)]
-            seconds["apart"].append(sum(apart))
-            seconds["all"].append(run(f"{number}-all"))
-    ratio = common.ratio(seconds, "all", "apart")
-    common.write_table(["run", "ratio"], [[f"{folds} folds at once / {folds} runs", ratio]])
-
-
-def main() -> None:
-    """Prints the tables."""
-    sizes = {"num_identities": 10_034, "rounds": 5, "run_rounds": 3}
-    args = common.parse(__doc__, "--runs", batch_size=1024, members=5, **sizes)
-    compare_steps(args)
     if args.runs:
-        compare_runs(args)
+        compare_runs(3)
 
 
 if __name__ == "__main__":

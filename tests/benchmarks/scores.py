@@ -61,7 +61,6 @@ def read_tables(page: str) -> dict[str, list[list[str]]]:
 
 
 def is_reason(cell: str) -> bool:
-    """Returns True if a cell tells why there is no run, in place of a score."""
     return bool(cell) and not cell[0].isdigit()
 
 
@@ -191,7 +190,6 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pair_name(spec: str, base: str) -> str:
-    """Returns the name of a comparison in `scores.json`."""
     return f"{spec} against {base}".replace("`", "")
 
 
@@ -203,14 +201,10 @@ def _folders(folder: Path, row: str, dataset: str) -> list[Path]:
 
 def _scores(folders: Sequence[Path]) -> dict[str, Any] | None:
     metrics = [json.loads((path / "metrics.json").read_text()) for path in folders]
-    if not metrics:
-        return None
-    return {
-        "map": [one["map"] for one in metrics],
-        "top1": [one["top1"] for one in metrics],
-        "fnir": [one.get("fnir_at_fpir_0.01") for one in metrics],
-        "commits": sorted({one.get("versions", {}).get("commit", "unknown") for one in metrics}),
-    }
+    keys = {"map": "map", "top1": "top1", "fnir": "fnir_at_fpir_0.01"}
+    commits = sorted({one.get("versions", {}).get("commit", "unknown") for one in metrics})
+    found = {name: [one.get(key) for one in metrics] for name, key in keys.items()}
+    return {**found, "commits": commits} if metrics else None
 
 
 def _difference(
@@ -233,21 +227,20 @@ def _difference(
 # Tables.
 
 
-def fill_system(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
-    """Returns a row of the short table of the main README with what was measured."""
-    spec, text, _, _, paper, _ = cells
-    seconds = found["seconds"].get(spec.strip("`"))
-    scored = [_mean(found, spec, dataset) for dataset in DATASETS]
-    return [spec, text, *scored, paper, "" if seconds is None else f"{seconds:.0f} s"]
+def mean(found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map") -> str:
+    """Returns the mean of the seeds of a row as text, empty if it was not run."""
+    values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
+    values = [x for x in values if x is not None]
+    return f"{np.mean(values):.3f}" if values else ""
 
 
 def fill_scores(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
-    """Returns a row of the table `scores` with what was measured."""
     spec, *old = cells
     new = []
     for dataset, cell in zip(DATASETS, old[::2], strict=True):
-        every = " ".join(f"{value:.3f}" for value in _values(found, spec, dataset))
-        new += [cell if is_reason(cell) else every, _mean(found, spec, dataset)]
+        values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get("map", [])
+        every = " ".join(f"{value:.3f}" for value in values)
+        new += [cell if is_reason(cell) else every, mean(found, spec, dataset)]
     return [spec, *new]
 
 
@@ -257,41 +250,26 @@ def fill_ladder(
     """Returns a comparison with what was measured.
 
     `absent` are dataset -> why its base has no run. With `strangers` it also has the share of known
-    clips that are missed where 1 % of the distractors pass.
+    clips that are missed where 1 % of the distractors pass. A gain outside of the interval is
+    `yes`, a loss `no`.
     """
     text, spec, base, published, *old, _, why = cells
     gaps = found["rungs"].get(pair_name(spec, base), {})
-    new = []
+    new, verdicts = [], []
     for dataset, cell in zip(DATASETS, old, strict=True):
-        told = _mean(found, spec, dataset)
+        told = mean(found, spec, dataset)
         if told and published.startswith("top1"):  # an accuracy: ours, too
-            told += f", top1 {_mean(found, spec, dataset, 'top1')}"
+            told += f", top1 {mean(found, spec, dataset, 'top1')}"
         if gap := gaps.get(dataset):
-            told += f" ({gap['mean']:+.3f} ± {2 * gap['error']:.3f})"
+            gain, half = gap["mean"], 2 * gap["error"]
+            told += f" ({gain:+.3f} ± {half:.3f})"
+            verdicts.append("yes" if gain > half else "no" if gain < -half else "open")
         elif absent.get(dataset):
             told += f" ({absent[dataset]})"
-        missed = _mean(found, spec, dataset, "fnir") if strangers else ""
+        missed = mean(found, spec, dataset, "fnir") if strangers else ""
         new.append(cell if is_reason(cell) else told + f", FNIR {missed}" * bool(missed))
-    verdicts = [verdict(gaps[dataset]) for dataset in DATASETS if dataset in gaps]
     why = why if {*verdicts} - {"yes"} else ""
     return [text, spec, base, published, *new, ", ".join(verdicts), why]
-
-
-def verdict(gap: Mapping[str, float]) -> str:
-    """Returns `yes` for a gain outside of the interval, `no` for a loss, `open` for neither."""
-    mean, half = gap["mean"], 2 * gap["error"]
-    return "yes" if mean > half else "no" if mean < -half else "open"
-
-
-def _values(
-    found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map"
-) -> Sequence[float]:
-    return found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
-
-
-def _mean(found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map") -> str:
-    values = [x for x in _values(found, spec, dataset, metric) if x is not None]
-    return f"{np.mean(values):.3f}" if values else ""
 
 
 def header(row: str, found: Mapping[str, Any]) -> str:
@@ -300,7 +278,7 @@ def header(row: str, found: Mapping[str, Any]) -> str:
     spoken = f" with the argument {' and '.join(f'`{x}`' for x in words.split(','))}" * bool(words)
     taken = "not measured" if seconds is None else f"about {seconds:.0f} seconds on 2 CPU cores"
     lines = [f"Time: {taken}{spoken}."]
-    means = {name: _mean(found, row, name) for name in DATASETS}
+    means = {name: mean(found, row, name) for name in DATASETS}
     told = [f"{mean} on the small {name} dataset" for name, mean in means.items() if mean]
     if told:  # members of noise classes score the clips that they were not trained on
         protocol = ", out of fold" if row.startswith("noise_classes") else ""
@@ -309,36 +287,33 @@ def header(row: str, found: Mapping[str, Any]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def replace_header(text: str, lines: str) -> str:
-    """Returns the text of a configuration with other lines of time and score."""
-    new, count = re.subn(r"(?m)^Time: .*\n(?:.+\n)*", lambda _: lines, text)
-    if count != 1:
-        raise ValueError("wanted one paragraph that begins with `Time:`")
-    return new
-
-
 def write_pages(found: Mapping[str, Any]) -> None:
     """Writes every table into its page, and time and score into every configuration."""
     rows = read_rows()
     for page, path in PAGES.items():
         for name, (head, *lines) in read_tables(page).items():
-            if name == "systems":
-                new = [fill_system(cells, found) for cells in lines]
-            elif name == "scores":
-                new = [fill_scores(cells, found) for cells in lines]
-            else:
-                strangers = name == "noise_classes"
-                bases = [rows.get(cells[2].strip("`"), {}) for cells in lines]
-                new = [
-                    fill_ladder(cells, found, absent, strangers=strangers)
-                    for cells, absent in zip(lines, bases, strict=True)
-                ]
+            new = []
+            for cells in lines:
+                if name == "systems":
+                    seconds = found["seconds"].get(cells[0].strip("`"))
+                    scored = [mean(found, cells[0], dataset) for dataset in DATASETS]
+                    taken = "" if seconds is None else f"{seconds:.0f} s"
+                    new.append([*cells[:2], *scored, cells[4], taken])
+                elif name == "scores":
+                    new.append(fill_scores(cells, found))
+                else:
+                    absent, strangers = rows.get(cells[2].strip("`"), {}), name == "noise_classes"
+                    new.append(fill_ladder(cells, found, absent, strangers=strangers))
             table = common.markdown(head, new)
             sys.stdout.write(f"{table}\n")
             path.write_text(common.replace_table(path.read_text(), name, table))
     for row in HEADERS:
         path = CONFIGS / f"{row.partition('.')[0]}.py"
-        path.write_text(replace_header(path.read_text(), header(row, found)))
+        lines = header(row, found)
+        text, count = re.subn(r"(?m)^Time: .*\n(?:.+\n)*", lambda _, x=lines: x, path.read_text())
+        if count != 1:
+            raise ValueError(f"{path}: wanted one paragraph that begins with `Time:`")
+        path.write_text(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

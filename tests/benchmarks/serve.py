@@ -3,10 +3,9 @@
     python -m tests.benchmarks.serve [--people=20000] [--clients=32] [--seconds=60]
 
 Each client sends one clip, one frame of 512 as a binary tensor, waits for its answer and sends the
-next clip. One clip in five shows a stranger. Clients and server share the machine: `server_cpu_ms`
-and `client_cpu_ms` are processor times of a request. `cores_of_others` is the mean number of cores
-that other programs used; above 0.1, the rates mean little. The other server is `PLAIN`: Python's
-http.server, and the same gallery.
+next clip. One clip in five shows a stranger. Clients and server share the machine, which must be
+idle: `server_cpu_ms` and `client_cpu_ms` are processor times of a request. The other server is
+`PLAIN`: Python's http.server, and the same gallery. The figures are printed as JSON lines.
 """
 
 import asyncio
@@ -27,10 +26,9 @@ from tests.benchmarks import common
 from tests.benchmarks import gallery as made
 from tests.helpers import limits, servers
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip, VectorOrigin
+from vidjax.apps.gallery.store import StoredClip
 
 LENGTH = re.compile(rb"\ncontent-length: *([0-9]+)", re.IGNORECASE)
-CARDS = VectorOrigin("made-up", "0" * 64, True, {"face": "0" * 64})
 PLAIN = """\
 import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,7 +48,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
     def log_message(self, *words):
         pass
-people.identify({"clip": {"face": np.ones((1, 512), np.float32)}})
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(f"http://127.0.0.1:{server.server_port}", flush=True)
 server.serve_forever()
@@ -78,15 +75,13 @@ class Client(asyncio.Protocol):
         self.times: list[float] = []
         self.errors: list[bytes] = []
         self._requests, self._end, self.done = itertools.cycle(requests), end, done
-        self._read = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
-        """Sends the first request."""
         self._transport = transport
         self._send()
 
     def _send(self) -> None:
-        self._began = time.perf_counter()
+        self._read, self._began = b"", time.perf_counter()
         self._transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
@@ -100,30 +95,20 @@ class Client(asyncio.Protocol):
         self.times.append(now - self._began)
         if not head.startswith(b"HTTP/1.1 200 ") or not length or len(body) > int(length[1]):
             self.errors.append(head[:15])
-        self._read = b""
         if now < self._end:
             self._send()
         else:
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Counts an answer that did not come."""
-        if exc or time.perf_counter() < self._end:
+        if exc or time.perf_counter() < self._end:  # an answer did not come
             self.errors.append(b"hung up")
         self.done.set_result(None)
 
 
 def cpu_seconds(process: int) -> float:
-    """Returns the seconds of processor time that a process has taken."""
     fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def busy_seconds() -> float:
-    """Returns the seconds in which cores of this machine were busy, together."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    idle = int(fields[3]) + int(fields[4])
-    return (sum(map(int, fields)) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, float]:
@@ -142,11 +127,9 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
     spent, cpu = time.perf_counter() - began, time.process_time() - before
     times = [one for client in done for one in client.times]
     p50, p99 = (1000 * float(np.percentile(times, q)) for q in (50, 99))
-    return {
-        "requests": len(times), "per_second": len(times) / spent, "p50_ms": p50, "p99_ms": p99,
-        "errors": sum(len(client.errors) for client in done),
-        "client_cpu_ms": 1000 * cpu / len(times),
-    }  # fmt: skip
+    found = {"requests": len(times), "per_second": len(times) / spent, "p50_ms": p50, "p99_ms": p99}
+    errors = sum(len(client.errors) for client in done)
+    return found | {"errors": errors, "client_cpu_ms": 1000 * cpu / len(times)}
 
 
 def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, seconds: float) -> dict:
@@ -157,27 +140,23 @@ def measure(words: Sequence[str], requests: Sequence[bytes], clients: int, secon
         if "serve" in words:
             servers.Served(process, port).wait()
         load(port, requests, clients, min(2, seconds))
-        before, busy = cpu_seconds(process.pid), busy_seconds()
+        before = cpu_seconds(process.pid)
         found = load(port, requests, clients, seconds)
-        own, busy = cpu_seconds(process.pid) - before, busy_seconds() - busy
-        cpu = 1000 * own / found["requests"]
-        both = (cpu + found["client_cpu_ms"]) * found["requests"] / 1000
-        cores = (busy - both) * found["per_second"] / found["requests"]
-        return found | {"server_cpu_ms": cpu, "cores_of_others": cores}
+        cpu = cpu_seconds(process.pid) - before
+        return found | {"server_cpu_ms": 1000 * cpu / found["requests"]}
 
 
 def main() -> None:
-    """Prints the figures of both servers as JSON lines."""
     args = common.parse(__doc__, people=20_000, clients=32, seconds=60.0)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "gallery"
         centres = rng.standard_normal((args.people, made.WIDTH), np.float32)
-        rows = made._near(centres, rng)
+        rows = made.near(centres, rng)
         clips = {f"clip_{n:07}": StoredClip(f"person_{n:07}", row) for n, row in enumerate(rows)}
-        Gallery.of_clips(folder, CARDS, made.make_front(["face"], rng), clips)
-        shown = made._near(centres[rng.integers(0, args.people, 512)], rng)
-        shown[::5] = made._near(rng.standard_normal((len(shown[::5]), made.WIDTH), np.float32), rng)
+        Gallery.of_clips(folder, made.CARDS, made.make_front(["face"], rng), clips)
+        shown = made.near(centres[rng.integers(0, args.people, 512)], rng)
+        shown[::5] = made.near(rng.standard_normal((len(shown[::5]), made.WIDTH), np.float32), rng)
         requests = [request_of(row) for row in shown]
         own = ["-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
         for name, words in (("serve", own), ("plain", ["-c", PLAIN, str(folder)])):

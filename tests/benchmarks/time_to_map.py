@@ -1,28 +1,38 @@
-"""Time to a result: from the start of a process to a MAP within 0.005 of a final MAP.
+"""Whole training runs, each a process: time to a MAP within 0.005 of a final MAP, and in all.
 
-    python -m tests.benchmarks.time_to_map [--clips=20000] [--epochs=10] [--rounds=1]
+    python -m tests.benchmarks.time_to_map [--clips=20000] [--epochs=10] [--rounds=1] [--streaming]
 
-The MLP of `configs/quality_fusion.py` at published size, on made-up official files with people that
-differ; only softmax, as the focal loss learns little from two clips a person; MAP on val after
-every epoch. Ours in float32 and in bfloat16; PyTorch (the extra `bench`) eager, compiled, and
-compiled in bfloat16, with the same net, files, batches and schedule. The MAP to reach is the final
-MAP of the run, and the lowest final MAP of all runs. Each run is a process, and they take turns,
-after a run of each kind that fills its cache.
+The MLP of `configs/quality_fusion.py` at published size, on made-up official files (20 to 30 faces
+a clip) with people that differ; only softmax, as the focal loss learns little from two clips a
+person; MAP on val after every epoch. Ours in float32 and in bfloat16; PyTorch (the extra `bench`)
+eager, compiled, and compiled in bfloat16, with the same net, files, batches and schedule. The MAP
+to reach is the final MAP of the run, and the lowest final MAP of all runs. The runs take turns,
+after a run of each kind that fills its cache. With `--streaming`, training on clips that tf.data
+streams (the extra `tensorflow`) is compared with training on resident clips, without PyTorch.
 """
 
+import argparse
+import json
 import os
 import re
 import shutil
-import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tests.benchmarks import common, end_to_end
+import numpy as np
+
+from tests.benchmarks import common
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 
 NEAR = 0.005  # of the final MAP
 LIKENESS = 0.6  # with which no net finds everybody, and every net most
 RATE = 0.003
+SCORE = re.compile(r"(?:^step \d+.*: |\")map\"?:? ([\d.]+)")
 RUNS = {
     "vidjax, float32": ["--config.dtype=float32"],
     "vidjax, bfloat16": ["--config.dtype=bfloat16"],
@@ -32,74 +42,135 @@ RUNS = {
 }
 
 
-class Course:
-    """The course of a run: MAP after every epoch, by the seconds from the start of its process."""
+def write_files(directory: Path, counts: Mapping[str, int], num_identities: int) -> None:
+    """Writes faces as official files, `counts` are split -> clips; a third of val are distractors.
 
-    def __init__(self, lines: Sequence[tuple[float, str]]):
-        """Reads the lines of a process."""
-        pattern = re.compile(r"(?:^step \d+.*: |\")map\"?:? ([\d.]+)")
-        matches = [(seconds, pattern.search(line)) for seconds, line in lines]
-        self.found = [(seconds, float(match[1])) for seconds, match in matches if match]
-        self.seconds, self.final = lines[-1][0], self.found[-1][1]
+    A face has a person's own part, of length LIKENESS, and the rest has a standard deviation of 1.
+    """
+    rng = np.random.default_rng(0)
+    frames = random_clip(rng, 4096, 512)
+    frames = frames._replace(features=frames.features / frames.features.std(dtype=np.float32))
+    people = rng.normal(0, LIKENESS, (1 + num_identities, 512))
+    people[0] = 0  # of distractors
+    for split, count in counts.items():
+        clips, labels = {}, {}
+        for number in range(count):
+            first, length = int(rng.integers(0, 4000)), int(rng.integers(20, 31))
+            name = f"IQIYI_VID_{split.upper()}_{number:07d}"
+            clip = type(frames)(*(field[first : first + length] for field in frames))
+            identity = 1 + number % num_identities if split == "train" or number % 3 else 0
+            if identity:
+                labels[name] = str(identity)
+            features = (clip.features + people[identity]).astype(np.float16)
+            clips[name] = clip._replace(features=features)
+        write_pickle(directory, "face", split, clips)
+        write_truth(directory, split, labels)
 
-    def until(self, value: float) -> float:
-        """Returns the seconds until MAP is within NEAR of a value."""
-        return next(seconds for seconds, reached in self.found if reached >= value - NEAR)
+
+def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str]]:
+    """Returns the lines that a process wrote, with seconds from its start; "" at its end."""
+    began, lines = time.perf_counter(), []
+    pipes: Any = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, "-m", *words]
+    with subprocess.Popen(command, cwd=common.ROOT, env=env, **pipes) as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append((time.perf_counter() - began, line))
+    if process.returncode:
+        raise SystemExit("".join(line for _, line in lines[-20:]))
+    return [*lines, (time.perf_counter() - began, "")]
 
 
 def main() -> None:
-    """Measures, and prints the tables."""
-    args = common.parse(__doc__, **end_to_end.SIZES, batch_size=1024, rounds=1)
+    sizes = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
+    args = common.parse(__doc__, "--streaming", **sizes, batch_size=1024, rounds=1)
     folder = Path(tempfile.mkdtemp())
-    env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
-    env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-    counts = {"train": args.clips, "val": args.val_clips}
-
-    def words(name: str, number: int, epochs: int) -> list[str]:
-        sizes = (folder, epochs, args.batch_size)
-        if name.startswith("PyTorch"):
-            theirs = [*end_to_end.their_words(*sizes), "--each_epoch", "--softmax"]
-            return [*theirs, f"--learning_rate={RATE}", *RUNS[name]]
-        ours = [*end_to_end.our_words(*sizes), f"--workdir={folder / f'run{number}'}"]
-        ours += ["--config.loss.schedule=((0.0, 0.0),)", f"--config.optim.learning_rate={RATE}"]
-        ours += ["--config.optim.warmup=0.1", "--config.optim.warmup_scale=0"]  # as PyTorch's
-        return [*ours, "--config.eval.every_epochs=1", *RUNS[name]]
-
-    courses: dict[str, list[Course]] = {name: [] for name in RUNS}
+    caches = {"VIDJAX_CACHE": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    env = {**os.environ, **{name: str(folder / cache) for name, cache in caches.items()}}
     try:
-        end_to_end.write_files(folder, counts, args.num_identities, LIKENESS)
-        for number, name in enumerate(RUNS):
-            if name != "PyTorch, eager":
-                end_to_end.run(words(name, number, 1), env)
-        for turn in range(args.rounds):
-            for number, name in enumerate(RUNS):
-                turn_number = len(RUNS) * (1 + turn) + number
-                lines = end_to_end.run(words(name, turn_number, args.epochs), env)
-                courses[name].append(Course(lines))
+        write_files(folder, {"train": args.clips, "val": args.val_clips}, args.num_identities)
+        (compare_modes if args.streaming else compare_with_torch)(args, folder, env)
     finally:
         shutil.rmtree(folder)
-    write_tables(courses)
 
 
-def write_tables(courses: Mapping[str, Sequence[Course]]) -> None:
+def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int) -> list[str]:
+    words = [
+        "vidjax.main",
+        "--config=configs/quality_fusion.py:iqiyi_vid",
+        "--config.eval.report=0",
+    ]
+    words += [f"--config.data.dir={folder}", f"--workdir={folder / workdir}"]
+    return [*words, f"--config.num_epochs={epochs}", f"--config.batch_size={args.batch_size}"]
+
+
+def compare_modes(args: argparse.Namespace, folder: Path, env: Mapping[str, str]) -> None:
+    found: dict[str, list[dict[str, Any]]] = {"resident": [], "streaming": []}
+    for number in range(args.rounds):
+        for mode, results in found.items():
+            workdir = f"{mode}{number}"
+            words = our_words(args, folder, workdir, args.epochs)
+            run([*words, f"--config.data.mode={mode}", "--config.eval.every_epochs=0"], env)
+            results.append(json.loads((folder / workdir / "metrics.json").read_text()))
+    rates = {
+        mode: [one["train_clips_per_second"] for one in results] for mode, results in found.items()
+    }
+    rows = [[f"{mode}: clips/s", f"{common.median(rate):,.0f}"] for mode, rate in rates.items()]
+    rows.append(["streaming / resident", common.ratio(rates, "streaming", "resident")])
+    shares = [one["waited_seconds"] / one["train_seconds"] for one in found["streaming"]]
+    rows.append(["share of the time in which a step waits for clips", f"{max(shares):.3f}"])
+    common.write_table(["training", "measured"], rows)
+
+
+def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str, str]) -> None:
     """Prints the medians of each kind of run, and how much faster ours are than PyTorch's."""
-    lowest = min(course.final for runs in courses.values() for course in runs)
-    to_final = {name: [one.until(one.final) for one in runs] for name, runs in courses.items()}
-    to_lowest = {name: [one.until(lowest) for one in runs] for name, runs in courses.items()}
+
+    def measure(name: str, turn: int, epochs: int) -> list[tuple[float, float]]:
+        """Returns seconds and MAP after every epoch, and at the end of the process."""
+        if "PyTorch" in name:
+            words = ["tests.benchmarks.peer", str(folder), f"--epochs={epochs}"]
+            words += [f"--batch_size={args.batch_size}", f"--learning_rate={RATE}"]
+        else:
+            words = our_words(args, folder, f"{name.replace(', ', '_')}{turn}", epochs)
+            words += ["--config.loss.schedule=((0.0, 0.0),)", "--config.eval.every_epochs=1"]
+            words += [f"--config.optim.learning_rate={RATE}", "--config.optim.warmup=0.1"]
+            words += ["--config.optim.warmup_scale=0"]  # as PyTorch's
+        lines = run([*words, *RUNS[name]], env)
+        matches = [(seconds, SCORE.search(line)) for seconds, line in lines]
+        course = [(seconds, float(match[1])) for seconds, match in matches if match]
+        return [*course, (lines[-1][0], course[-1][1])]
+
+    for name in RUNS:
+        measure(name, 0, 1)
+    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in RUNS}
+    for turn in range(args.rounds):
+        for name, courses in found.items():
+            courses.append(measure(name, 1 + turn, args.epochs))
+    finals = {name: [course[-1][1] for course in courses] for name, courses in found.items()}
+    lowest = min(map(min, finals.values()))
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for title, goals in {
+        "to its MAP": finals,
+        "to the lowest MAP": {name: [lowest] * args.rounds for name in RUNS},
+    }.items():
+        seconds[title] = {
+            name: [
+                next(at for at, score in course if score >= goal - NEAR)
+                for course, goal in zip(found[name], goals[name], strict=True)
+            ]
+            for name in RUNS
+        }
+    seconds["in all"] = {name: [x[-1][0] for x in courses] for name, courses in found.items()}
     rows = []
-    for name, runs in courses.items():
-        columns = (to_final[name], to_lowest[name], [one.seconds for one in runs])
-        final = statistics.median(one.final for one in runs)
-        rows.append([name, *(f"{statistics.median(x):.0f}" for x in columns), f"{final:.3f}"])
-    header = ("run", *(f"seconds {to}" for to in ("to its MAP", "to the lowest MAP", "in all")))
-    common.write_table((*header, "final MAP"), rows)
+    for name in RUNS:
+        times = [f"{common.median(column[name]):.0f}" for column in seconds.values()]
+        rows.append([name, *times, f"{common.median(finals[name]):.3f}"])
+    common.write_table(["run", *(f"seconds {title}" for title in seconds), "final MAP"], rows)
     rows = []
-    for title, seconds in {"its MAP": to_final, "the lowest MAP": to_lowest}.items():
-        fastest = min((n for n in seconds if "PyTorch" in n), key=lambda n: sum(seconds[n]))
-        for name in seconds:
-            if "vidjax" in name:
-                ratio = common.ratio(seconds, fastest, name)
-                rows.append([f"to {title}, {fastest} / {name}", ratio])
+    for title, column in seconds.items():
+        fastest = min((n for n in column if "PyTorch" in n), key=lambda name: sum(column[name]))
+        for name in ("vidjax, float32", "vidjax, bfloat16"):
+            rows.append([f"{title}, {fastest} / {name}", common.ratio(column, fastest, name)])
     common.write_table(["seconds", "ratio"], rows)
 
 

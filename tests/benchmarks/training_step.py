@@ -14,7 +14,6 @@ turns in one process, because machines drift: the ratios are medians over rounds
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,29 +26,25 @@ from vidjax.training import train_step
 STEPS = 4  # a dispatch
 
 
-def make_peers(
-    name: str, run: common.Run, args: argparse.Namespace
-) -> dict[str, Callable[[], Any]]:
-    """Returns the steps of PyTorch, eager and compiled, on the first batch of a run."""
+def make_peers(name: str, run: common.Run, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from tests.benchmarks import peer
 
     batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
-    options = {"num_classes": 1 + args.num_identities, **common.NETS[name][2]}
-    labels = np.random.default_rng(1).integers(0, options["num_classes"], len(batch.clip_index))
-    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    classes = 1 + args.num_identities
+    labels = np.random.default_rng(1).integers(0, classes, len(batch.clip_index))
     clips = peer.make_batch(common.for_torch(batch.frames), labels)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     eager, compiled = (
-        peer.Step(peer.make_recipe(name, **options), compile=compile, dtype=dtype)
+        peer.Step(peer.make_recipe(name, classes), compile=compile, dtype=dtype)
         for compile in (False, True)
     )
     return {"eager": lambda: float(eager(clips)), "compiled": lambda: float(compiled(clips))}
 
 
 def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
-    """Returns the row of a net."""
-    spec, overrides, _ = common.NETS[name]
+    spec, overrides = common.NETS[name]
     words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
     sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
     run = common.make_run(spec, words, **sizes)
@@ -60,7 +55,6 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
         return train_step.train_step(run.system, state, run.constants, batch)
 
     found = list(common.products(jax.make_jaxpr(one_step)(state, run.clips).jaxpr))
-    cost: Any = jax.jit(one_step).lower(state, run.clips).compile().cost_analysis()
 
     def train() -> Any:
         nonlocal state
@@ -69,18 +63,12 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
 
     jax.block_until_ready(train())
     peak = common.peak_bytes()  # before the operands of the bare products are made
-    copy, copied = common.make_copy()
-    functions: dict[str, Callable[[], Any]] = {
-        "step": train,
-        "bare": common.make_bare(found, jax.random.key(1), STEPS),
-        "copy": copy,
-    }
+    functions = {"step": train, "bare": common.make_bare(found, jax.random.key(1), STEPS)}
     functions |= make_peers(name, run, args) if args.peer else {}
     seconds = common.in_turns(functions, args.rounds)
     for name_of in ("step", "bare"):
         seconds[name_of] = [x / STEPS for x in seconds[name_of]]
-    step, flops = common.median(seconds["step"]), sum(product.flops for product in found)
-    bandwidth = copied / common.median(seconds["copy"])
+    step, flops = common.median(seconds["step"]), sum(map(common.flops, found))
     if loop._cache_size() != 1:
         raise SystemExit(f"the steps were compiled {loop._cache_size()} times instead of once")
     return [
@@ -89,21 +77,18 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
         f"{args.batch_size / step:,.0f}",
         f"{flops / step / 1e9:,.0f}",
         common.ratio(seconds, "bare", "step"),
-        f"{cost['bytes accessed'] / step / bandwidth:.2f}",
         f"{peak / common.MIB:,.0f}",
         *(common.ratio(seconds, kind, "step") for kind in ("eager", "compiled") if args.peer),
     ]
 
 
 def main() -> None:
-    """Prints the table."""
     sizes = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
     args = common.parse(__doc__, "--peer", "--bfloat16", nets=",".join(common.NETS), **sizes)
-    sys.stdout.write(f"{common.describe()}, batch {args.batch_size}, ")
-    sys.stdout.write(f"{1 + args.num_identities} classes\n\n")
+    classes = 1 + args.num_identities
+    sys.stdout.write(f"{common.describe()}, batch {args.batch_size}, {classes} classes\n\n")
     rows = [benchmark(name, args) for name in args.nets.split(",")]
-    header = ["net", "parameters", "clips/s", "GFLOP/s", "bare products / step"]
-    header += ["bytes of XLA's count / bandwidth", "peak MiB so far"]
+    header = ["net", "parameters", "clips/s", "GFLOP/s", "bare products / step", "peak MiB so far"]
     header += ["faster than eager", "than torch.compile"] if args.peer else []
     common.write_table(header, rows)
 

@@ -21,13 +21,11 @@ MUTATIONS = (flip, cut, insert, repeat)
 def originals(place: Path) -> dict[str, bytes]:
     """Returns the bytes of a file of each kind: drawn people, and pictures of patches."""
     faces = [("Ada", 20, 30), ("Bob", 80, 50)]
-    sound = {"sound": drawn_people.tone(440, 3)}
-    for name, codec, shots, more in (
-        ("a.mkv", "libx264", [(1, 20, faces), (1, 60, faces[:1])], {}),
-        ("a.avi", "mpeg4", [(1, 20, faces), (1, 60, faces[:1])], {}),
-        ("sound.mp4", "libx264", [(3, 20, faces[:1])], sound),
-    ):
-        drawn_people.write_film(place / name, *shots, codec=codec, **more)
+    two = [(1, 20, faces), (1, 60, faces[:1])]
+    drawn_people.write_film(place / "a.mkv", *two, codec="libx264")
+    drawn_people.write_film(place / "a.avi", *two, codec="mpeg4")
+    coded = {"sound": drawn_people.tone(440, 3), "codec": "libx264"}
+    drawn_people.write_film(place / "sound.mp4", (3, 20, faces[:1]), **coded)
     found = {path.name: path.read_bytes() for path in sorted(place.glob("*.*"))}
     for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
         found[name] = films.photo(drawn_people.picture(faces), codec, orientation=6)

@@ -37,7 +37,6 @@ def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def change(people: Gallery, what: str, whom: Sequence[str]) -> None:
-    """Makes a change."""
     if what == "remove":
         people.remove(identity=whom)
     else:
@@ -55,15 +54,13 @@ def work(folder: Path, seed: int) -> None:
 
 
 class Expected:
-    """The states that a sequence of changes goes through."""
+    """The states that a sequence of changes goes through, the first one made in a folder."""
 
     def __init__(self, folder: Path, seed: int):
-        """Makes the first state in a folder."""
         self._changes, self._people = changes(seed), made_galleries.make(folder, CLIPS)
         self.states = [made_galleries.contents(folder)]
 
     def after(self, count: int) -> dict[str, list]:
-        """Returns the rows after some changes."""
         while len(self.states) <= count:
             change(self._people, *next(self._changes))
             self.states.append(made_galleries.contents(self._people.folder))
@@ -71,18 +68,12 @@ class Expected:
 
 
 def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
-    """Kills a process that changes a gallery.
-
-    Raises:
-      AssertionError: it left another one.
-    """
+    """Kills a process that changes a gallery; it must not leave another one."""
     seed = rng.randrange(10**9)
     expected = Expected(place / "expected", seed)
     shutil.copytree(place / "expected", folder)
     last = rng.randrange(6)
-    code = (
-        f"from tests.campaigns import gallery_kills as g; g.work(g.Path({str(folder)!r}), {seed})"
-    )
+    code = f"from tests.campaigns.gallery_kills import *; work(Path({str(folder)!r}), {seed})"
     pipes = {"stdin": subprocess.PIPE, "stderr": None}
     with limits.running([sys.executable, "-c", code], **pipes) as process:
         assert process.stdin and process.stdout

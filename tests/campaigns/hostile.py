@@ -40,8 +40,7 @@ from vidjax.data.untrusted.names import clean_name
 # Parts of pickles.
 
 
-def text(value: str) -> bytes:
-    """BINUNICODE."""
+def text(value: str) -> bytes:  # BINUNICODE
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
@@ -61,12 +60,10 @@ def part(value: Any) -> bytes:
 
 
 def tuple_of(*parts: bytes) -> bytes:
-    """TUPLE."""
     return b"(" + b"".join(parts) + b"t"
 
 
 def call(words: str, *parts: bytes) -> bytes:
-    """REDUCE of a global."""
     return name(words) + tuple_of(*parts) + b"R"
 
 
@@ -77,12 +74,10 @@ EMPTY = RECONSTRUCT + name("numpy ndarray") + b"K\x00\x85U\x01b\x87R"
 
 
 def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
-    """A pickle of one array with this state."""
     return EMPTY.replace(name("numpy ndarray"), name(kind)) + part(state) + b"b."
 
 
 def dtype_pickle(code: bytes, *state: Any) -> bytes:
-    """A pickle of one dtype, with or without a state."""
     build = part(state) + b"b" if state else b""
     return name("numpy dtype") + part((code, 0, 1)) + b"R" + build + b"."
 
@@ -97,45 +92,41 @@ class Attack(NamedTuple):
 
 def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     """Yields name, what the error must name, and the pickle, of every route to code."""
-    command, path = text(f"touch {mark}"), text(str(mark))
-    system = name("os system")
-    # What runs without any REDUCE: iterators, and __setstate__ looked up on the object.
-    lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
-    set_state = b"}" + text("__setstate__") + system + b"sb" + command + b"b."
-    touch_path = call("pathlib Path", path)
+    command, path, system = text(f"touch {mark}"), text(str(mark)), name("os system")
     run = call("os system", command)
     yield "GLOBAL REDUCE", "os.system", system + command + b"\x85R."
     yield "STACK_GLOBAL", "os.system", dotted("os system") + command + b"\x85R."
-    by_dots = dotted("shutil os.system") + command + b"\x85R."
-    yield "by dots", "shutil.os.system", by_dots
-    empty = EMPTY.replace(b"numpy.core", b"numpy._core")
-    array = empty + part((1, (1,), np.dtype("|i1"), False, b"a")) + b"b"
-    to_file = "numpy ndarray.tofile"
-    yield to_file, "numpy.ndarray.tofile", dotted(to_file) + tuple_of(array, path) + b"R."
+    yield "by dots", "shutil.os.system", dotted("shutil os.system") + command + b"\x85R."
+    array = EMPTY.replace(b"numpy.core", b"numpy._core")
+    whole = array + part((1, (1,), np.dtype("|i1"), False, b"a")) + b"b"
+    to_file = dotted("numpy ndarray.tofile") + tuple_of(whole, path) + b"R."
+    yield "numpy ndarray.tofile", "numpy.ndarray.tofile", to_file
     yield "INST", "os.system", b"(" + command + b"ios\nsystem\n."
     yield "OBJ", "os.system", b"(" + system + command + b"o."
+    # What runs without any REDUCE: iterators, and __setstate__ looked up on the object.
+    lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
     yield "NEWOBJ", "builtins.map", name("builtins bytes") + lazy + b"\x85\x81."
     yield "NEWOBJ_EX", "builtins.map", name("builtins bytes") + lazy + b"\x85}\x92."
-    namespace = name("types SimpleNamespace") + b")\x81" + set_state
+    set_state = b"}" + text("__setstate__") + system + b"s"
+    namespace = name("types SimpleNamespace") + b")\x81" + set_state + b"b" + command + b"b."
     yield "BUILD of a namespace", "types.SimpleNamespace", namespace
-    slots = tuple_of(b"N", b"}" + text("__setstate__") + system + b"s")
-    of_class = name("argparse Namespace") + slots + b"b" + command + b"b."
+    of_class = name("argparse Namespace") + tuple_of(b"N", set_state) + b"b" + command + b"b."
     yield "BUILD of a class", "argparse.Namespace", of_class
-    extensions = {7: b"\x82\x07", 257: b"\x83\x01\x01", 65537: b"\x84\x01\x00\x01\x00"}
-    for number, opcode in extensions.items():
-        known = call("copyreg add_extension", text("posix"), text("system"), part(number))
-        yield f"EXT {number}", "copyreg.add_extension", known + b"0" + opcode + command + b"\x85R."
+    for number, code in {7: "8207", 257: "830101", 65537: "8401000100"}.items():
+        known = call("copyreg add_extension", text("posix"), text("system"), part(number)) + b"0"
+        data = known + bytes.fromhex(code) + command + b"\x85R."
+        yield f"EXT {number}", "copyreg.add_extension", data
     inner = b"B" + struct.pack("<I", len(run) + 1) + run + b"."
     yield "nested", "pickle.loads", call("pickle loads", inner) + b"."
     objects = part((3, b"|", None, None, None, -1, -1, 63))
     kind = call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b"
     state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
-    yield "object array", "not a plain number", empty + state + b"b."
+    yield "object array", "not a plain number", array + state + b"b."
     yield "partial", "functools.partial", call("functools partial", system, command) + b")R."
-    touch = call("builtins getattr", touch_path, text("touch"))
+    touch = call("builtins getattr", call("pathlib Path", path), text("touch"))
     yield "getattr", "builtins.getattr", touch + b")R."
-    some_bytes = name("builtins bytes")
-    made = call("copy_reg _reconstructor", some_bytes, some_bytes, call("builtins list", lazy))
+    some = name("builtins bytes")
+    made = call("copy_reg _reconstructor", some, some, call("builtins list", lazy))
     yield "reconstructor", "copy_reg._reconstructor", made + b"."
     yield "within a clip", "os.system", b"}U\x01a](" + run + b"es."
     yield "before a sound dict", "os.system", run + b"0}."
@@ -143,7 +134,7 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
 
 def attacks(mark: Path) -> dict[str, Attack]:
     """Returns pickles that would make the file `mark`, or do other harm, by every route."""
-    path, python = text(str(mark)), text(f"open({str(mark)!r}, 'w').close()")
+    path = text(str(mark))
     routes = {words: Attack(data, told) for words, told, data in _routes(mark)}
     for words, told, data in (
         ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
@@ -154,7 +145,7 @@ def attacks(mark: Path) -> dict[str, Attack]:
     ):
         routes[words] = Attack(data, told, False)
     calls = {
-        "__builtin__ eval": [python],
+        "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
         "io open": [path, text("w")],
         "os remove": [text(str(mark.parent / "keep"))],
         "shutil rmtree": [text(str(mark.parent / "keep_folder"))],
@@ -164,18 +155,15 @@ def attacks(mark: Path) -> dict[str, Attack]:
     }
     # These are only ever loaded in the cage: elsewhere they would end the tests, or wait for ever.
     caged: dict[str, list[bytes]] = {
-        "os _exit": [part(0)],
-        "os fork": [],
-        "signal raise_signal": [part(9)],
-        "time sleep": [part(3600)],
+        "os _exit": [part(0)], "os fork": [], "__main__ Array": [],
+        "signal raise_signal": [part(9)], "time sleep": [part(3600)],
         "builtins bytearray": [b"J\xff\xff\xff\x7f"],
         "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
         "socket create_connection": [part(("127.0.0.1", 9))],
         "numpy.core.numeric load": [path],
         "_codecs decode": [part(b"ab"), text("zlib")],
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
-        "__main__ Array": [],
-    }
+    }  # fmt: skip
     for words, arguments in (calls | caged).items():
         told = words.replace(" ", ".")
         routes[words] = Attack(call(words, *arguments) + b".", told, words in calls)
@@ -245,14 +233,10 @@ TRICKS = dict(_tricks())
 FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
 
-def _laughs(kind: str) -> bytes:
+def _laughs() -> bytes:
     """Ten references to ten references to ..., forty levels of it."""
-    empty, end = (b"]", b"(%se") if kind == "list" else (b")", b"(%st")
-    levels = empty + b"q\x000"
-    for level in range(40):
-        ten = end % (b"h%c" % level * 10)
-        levels += (b"]" if kind == "list" else b"") + ten + b"q%c0" % (level + 1)
-    return levels + b"h\x28"
+    levels = [b"](" + b"h%c" % level * 10 + b"eq%c0" % (level + 1) for level in range(40)]
+    return b"]q\x000" + b"".join(levels) + b"h\x28"
 
 
 def _shared(frames: int, clips: int) -> bytes:
@@ -261,12 +245,6 @@ def _shared(frames: int, clips: int) -> bytes:
     head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
     pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
     return head + b"}(" + pairs + b"u."
-
-
-def _colliding(count: int) -> list[bytes]:
-    """Whole numbers whose hash is 0, every one."""
-    prime = 2**61 - 1
-    return [b"\x8a\x0a" + (prime * n).to_bytes(10, "little") for n in range(1, count + 1)]
 
 
 def wide(*shape: int) -> bytes:
@@ -288,9 +266,11 @@ GREED = {
     "nested tuples as a name": b"})" + b"\x85" * 10**6 + b"Ns.",
     "nested dicts": b"".join([b"}"] + [b"K\x00}"] * 10**5 + [b"s"] * 10**5) + b".",
     "marks": b"(" * 10**6 + b".",
-    "laughing lists": b"}U\x01a" + _laughs("list") + b"s.",
+    "laughing lists": b"}U\x01a" + _laughs() + b"s.",
     "digits of a long": b"}L" + b"9" * 10**6 + b"L\nNs.",
-    "colliding names": b"}(" + b"".join(n + b"N" for n in _colliding(70_000)) + b"u.",
+    "colliding names": b"}(" + b"".join(  # whole numbers whose hash is 0, every one
+        b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(1, 70_001)
+    ) + b"u.",
     "copies of one text": b"](%s%se." % (
         name("_codecs encode") + b"q\x000" + text("x" * 900_000) + text("latin1") + b"\x86q\x010",
         b"h\x00h\x01R" * 2_000,
@@ -311,9 +291,7 @@ def damage(sound: bytes) -> dict[str, bytes]:
         file.writestr("archive/data.pkl", sound)
         file.writestr("archive/version", "3\n")
     with tarfile.open(fileobj=tar, mode="w") as file:
-        facts = tarfile.TarInfo("face_train.pickle")
-        facts.size = len(sound)
-        file.addfile(facts, io.BytesIO(sound))
+        file.addfile(tarfile.TarInfo("face_train.pickle"))
     np.savez(npz, a=np.zeros(3))
     return {
         **{f"cut to {end} bytes": sound[:end] for end in (2, len(sound) // 2, len(sound) - 1)},
@@ -349,24 +327,25 @@ def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> by
 
 def check(packed: PackedClips, out_dir: Path) -> None:
     """Raises AssertionError unless the arrays and their files are what `unpack` promises."""
-    frames, names = len(packed.features), packed.names
+    names, features, lengths = packed.names, packed.features, packed.lengths
     assert len(set(names)) == len(names) and [clean_name(n) for n in names] == [*names]
-    assert packed.lengths.dtype == np.int32 and packed.lengths.shape == (len(names),)
-    assert (packed.lengths >= 0).all() and packed.lengths.sum() == frames
-    assert packed.features.ndim == 2 and packed.features.dtype.isnative
-    assert packed.features.dtype.str[1:] in ("f2", "f4", "f8", "i1")
-    assert packed.features.shape[1] > 0 or not frames
-    columns = {"number": (np.int32, ()), "quality": (np.float32, ())}
-    columns |= {"detection": (np.float32, ()), "box": (np.float32, (4,))}
-    assert packed.frames.keys() == {"features", *columns}
-    for name, (dtype, shape) in columns.items():
-        column = packed.frames[name]
-        assert column.dtype == dtype and column.shape == (frames, *shape)
-    assert all(np.isfinite(column).all() for column in packed.frames.values())
-    assert packed.seen == frames + sum(packed.skipped.values())
-    assert sum(packed.skipped_clips.values()) == (packed.lengths == 0).sum()
-    for key, column in packed.frames.items():
+    assert lengths.dtype == np.int32 and lengths.shape == (len(names),)
+    assert (lengths >= 0).all() and lengths.sum() == len(features)
+    assert features.ndim == 2 and features.dtype.isnative
+    assert features.dtype.str[1:] in ("f2", "f4", "f8", "i1")
+    assert features.shape[1] > 0 or not len(features)
+    columns = {
+        "number": ("i4", ()), "quality": ("f4", ()), "detection": ("f4", ()), "box": ("f4", (4,)),
+        "features": (features.dtype, features.shape[1:]),
+    }  # fmt: skip
+    assert packed.frames.keys() == columns.keys()
+    for key, (dtype, shape) in columns.items():
+        column = packed.frames[key]
+        assert column.dtype == dtype and column.shape == (len(features), *shape)
+        assert np.isfinite(column).all()
         assert (out_dir / f"{key}.bin").stat().st_size == column.nbytes
+    assert packed.seen == len(features) + sum(packed.skipped.values())
+    assert sum(packed.skipped_clips.values()) == (lengths == 0).sum()
 
 
 class _Fork(processes.Children):
@@ -398,18 +377,6 @@ class _Fork(processes.Children):
         return CompletedProcess([], code, *(stream.read_bytes() for stream in streams[1:]))
 
 
-def _read(path: Path, out_dir: Path, *, quick: bool) -> str:
-    """Returns the error of a pickle, or an empty text where it loads to sound arrays."""
-    try:
-        children = _Fork(out_dir.parent) if quick else None
-        packed = sandbox.unpack(path, "face", out_dir, children=children)
-        check(packed, out_dir)
-    except ValueError as error:
-        assert not list(out_dir.iterdir()), "files are left"
-        return str(error)
-    return ""
-
-
 def _used() -> tuple[float, float]:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
@@ -422,13 +389,21 @@ def _adopt_orphans() -> None:
 
 
 def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
-    """Yields name, error, CPU seconds, seconds and greatest memory so far in MB of every file."""
+    """Yields name, error, CPU seconds, seconds and greatest memory so far in MB of every file.
+
+    The error is an empty text where the file loads to sound arrays.
+    """
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
     _adopt_orphans()
     for path in sorted(folder.iterdir()):
-        cpu, start = _used()[0], time.perf_counter()
-        error = _read(path, out_dir, quick=quick)
+        cpu, start, error = _used()[0], time.perf_counter(), ""
+        try:
+            children = _Fork(out_dir.parent) if quick else None
+            check(sandbox.unpack(path, "face", out_dir, children=children), out_dir)
+        except ValueError as refusal:
+            assert not list(out_dir.iterdir()), "files are left"
+            error = str(refusal)
         seconds = time.perf_counter() - start
         after, memory = _used()
         yield [path.name, error, after - cpu, seconds, memory]
@@ -470,7 +445,6 @@ def fire(folder: Path, canary: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Reads the folder and prints a line of JSON a file."""
     mode, *folders = sys.argv[1:]
     paths = [Path(folder) for folder in folders]
     found = list(fire(*paths) if mode == "fire" else read(*paths, quick=mode == "fork"))

@@ -34,8 +34,13 @@ ROOT = Path(__file__).parents[2]
 SHORT = ("--config.num_epochs=2", "--config.log_every_steps=3", "--config.eval.every_epochs=1")
 PLAIN = (*SHORT, "--config.eval.report=False")
 LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
-STREAMED = "--config.data.mode=streaming"
-FOCAL, BALANCE = "--config.loss.schedule=((0.0,0.3),)", "--config.data.balance=0.5"
+FOLDS = ("--config.ensemble.folds=3", "--config.ensemble.seeds=2")
+VIEWS = ("--config.ensemble.only=0,2", "--config.model.main.hidden_dim=16")
+STREAMED = ("--config.data.mode=streaming", "--config.mixup=0.4")
+SMOOTHED = (
+    "--config.loss.label_smoothing=0.1", "--config.mixup=0.2", "--config.data.balance=0.5",
+    "--config.loss.schedule=((0.0,0.3),)",
+)  # fmt: skip
 
 # name -> (configuration, overrides); each trains into a folder of that name.
 RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -47,21 +52,12 @@ RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
     "residual_dense": ("residual_dense.py", (*PLAIN, "--config.model.main.width=32")),
     "deepmef": ("deepmef.py", SHORT),
     "noise_classes": ("noise_classes.py", (*SHORT, "--config.ensemble.folds=3")),
-    "folds": (
-        "quality_fusion.py:folds",
-        (*PLAIN, LAYER, "--config.ensemble.folds=3", "--config.ensemble.seeds=2"),
-    ),
-    "views": (
-        "deepmef.py:views",
-        (*PLAIN, "--config.ensemble.only=0,2", "--config.model.main.hidden_dim=16"),
-    ),
+    "folds": ("quality_fusion.py:folds", (*PLAIN, LAYER, *FOLDS)),
+    "views": ("deepmef.py:views", (*PLAIN, *VIEWS)),
     "vmap": ("mma.py:ensemble,face", (*SHORT, "--config.ensemble.mapping=vmap")),
-    "streaming": ("mma.py:face,audio", (*PLAIN, STREAMED, "--config.mixup=0.4")),
+    "streaming": ("mma.py:face,audio", (*PLAIN, *STREAMED)),
     "published": ("mma.py:published,face", (*PLAIN, "--config.dtype=bfloat16")),
-    "smoothed": (
-        "quality_fusion.py:mlp3",
-        (*PLAIN, "--config.loss.label_smoothing=0.1", "--config.mixup=0.2", FOCAL, BALANCE),
-    ),
+    "smoothed": ("quality_fusion.py:mlp3", (*PLAIN, *SMOOTHED)),
 }
 # The files of a run that are hashed, in addition to its parameters and arrays.
 FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt")
@@ -99,19 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.against:
         return 0
     before = json.loads(args.against.read_text())
-    other = [
-        f"{name}: {what}"
-        for name in wanted
-        for what in sorted({*found[name], *before[name]})
-        if found[name].get(what) != before[name].get(what)
-    ]
+    keys = [(name, what) for name in wanted for what in sorted({*found[name], *before[name]})]
+    other = [f"{x}: {what}" for x, what in keys if found[x].get(what) != before[x].get(what)]
     lines = [f"differs: {line}" for line in other] or ["every digest is the same"]
     sys.stdout.write("\n".join(lines) + "\n")
     return bool(other)
 
 
 def run(words: Sequence[str], env: Mapping[str, str]) -> None:
-    """Runs `python -m vidjax.main WORDS`; raises RuntimeError where it fails."""
     command = [sys.executable, "-m", "vidjax.main", *words]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -130,13 +121,9 @@ def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
 
 def digests(workdir: Path) -> dict[str, str]:
     """Returns the sha256 of each file, parameter and array of a run, by name."""
-    found = {
-        name: hashlib.sha256((workdir / name).read_bytes()).hexdigest()
-        for name in FILES
-        if (workdir / name).exists()
-    }
-    results = json.loads((workdir / "metrics.json").read_text())
-    found["map"] = repr(results["map"])
+    there = [name for name in FILES if (workdir / name).exists()]
+    found = {name: hashlib.sha256((workdir / name).read_bytes()).hexdigest() for name in there}
+    found["map"] = repr(json.loads((workdir / "metrics.json").read_text())["map"])
     steps = [p for p in (workdir / "checkpoints").glob("*") if re.fullmatch("[0-9]+", p.name)]
     if steps:
         latest = max(steps, key=lambda path: int(path.name))
@@ -147,9 +134,8 @@ def digests(workdir: Path) -> dict[str, str]:
         found["params"] = _digest_of_tree(learned)
     if (workdir / "analysis.npz").exists():
         with np.load(workdir / "analysis.npz") as archive:
-            arrays = {name: archive[name] for name in archive}
-        values = json.loads(arrays.pop("facts").tobytes())
-        text = json.dumps(values, sort_keys=True).encode()
+            arrays = dict(archive)
+        text = json.dumps(json.loads(arrays.pop("facts").tobytes()), sort_keys=True).encode()
         found["analysis"] = _digest_of_tree({**arrays, "values": np.frombuffer(text, np.uint8)})
     return found
 

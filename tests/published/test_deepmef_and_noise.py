@@ -14,7 +14,7 @@ import pytest
 from scipy import special
 
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
-from tests.helpers.made_models import init
+from tests.helpers.made_models import init, randomised
 from tests.helpers.published import CLIPS, config_of, official, rates, shapes
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import augment, ensemble, fusion, losses, optim
@@ -27,8 +27,7 @@ pytestmark = pytest.mark.slow
 DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
 
-
-# ---- DeepMEF, third place of 2019
+# DeepMEF, third place of 2019.
 
 
 def test_deepmef_trains_as_its_code_does():
@@ -73,23 +72,22 @@ def test_every_parameter_decays():
             np.testing.assert_allclose(now[name], wanted[name], rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_nets_and_their_views_have_the_numbers_of_the_code():
     """scripts/main.sh: get_mask_index of 16 chunks, and of 32 for nets with only the scene."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
-    columns, one = jnp.arange(2048.0), jnp.ones((1, 1))
-    widths = {"face": 512, "scene": 2048}
+    one, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
     frames = {
-        name: Frames(columns[None, None, :width], one, one, one.astype(jnp.int32), one == 1)
+        name: Frames(jnp.arange(width)[None, None] * 1.0, one, one, one.astype(int), one == 1)
         for name, width in widths.items()
     }
     for view in (0, 15):
         seen = system.fuse(None, frames, jnp.int32(view))
         for name, width in widths.items():
-            kept = np.asarray(seen[name].features[0, 0]).astype(int)
             hidden = np.s_[width // 16 * view : width // 16 * (view + 1)]
-            assert set(kept) == set(np.delete(np.arange(width), hidden))
+            assert {*seen[name].features[0, 0].tolist()} == {*np.delete(range(width), hidden)}
     alone = ensemble.make_members(config_of("deepmef:scene,published,views").ensemble.to_dict())
     assert [member.view for member in alone] == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
 
@@ -97,31 +95,28 @@ def test_nets_and_their_views_have_the_numbers_of_the_code():
 def test_parameters_have_the_names_and_shapes_of_the_code():
     """models/models.py, ArcFaceSceneModel and ArcSceneFeatModel; channel_attention_layer.py."""
     found = shapes(f"{DEEPMEF},views")
-    attention = {
-        name.removeprefix("main/channel_attention/"): shape
-        for name, shape in found.items()
-        if "channel_attention" in name
-    }
-    sizes = {"theta": 20, "phi": 20, "out": 40}
-    norms = {f"{name}_norm/{part}": (n,) for name, n in sizes.items() for part in ("scale", "bias")}
-    maps = {f"{name}/kernel": (40, 20) for name in ("theta", "phi", "g")}
-    assert attention == {**norms, **maps, "out/kernel": (20, 40)}  # no bias anywhere
-    assert found["main/aggregation/query"] == (482,)
-    assert found["main/scene_0/dense/kernel"] == (1920, 480)
-    assert found["main/scene_1/dense/kernel"] == (480, 120)
-    assert found["main/block/hidden/dense/kernel"] == (602, 964)
-    assert found["main/block/back/dense/kernel"] == (964, 602)
-    assert found["main/classifier/kernel"] == (602, 10_035)
-    assert found["other/backbone/hidden/dense/kernel"] == (1920, 3840)
-    assert found["other/classifier/kernel"] == (1920, 10_035)
+    norms = {"theta": 20, "phi": 20, "out": 40}
+    wanted = {f"{x}_norm/{part}": (n,) for x, n in norms.items() for part in ("scale", "bias")}
+    wanted |= {f"{name}/kernel": (40, 20) for name in ("theta", "phi", "g")}
+    wanted |= {"out/kernel": (20, 40)}  # no bias anywhere
+    attention = "main/channel_attention/"
+    assert {x.removeprefix(attention): n for x, n in found.items() if attention in x} == wanted
+    wanted = {
+        "main/aggregation/query": (482,),
+        "main/scene_0/dense/kernel": (1920, 480), "main/scene_1/dense/kernel": (480, 120),
+        "main/block/hidden/dense/kernel": (602, 964), "main/block/back/dense/kernel": (964, 602),
+        "main/classifier/kernel": (602, 10_035),
+        "other/backbone/hidden/dense/kernel": (1920, 3840),
+        "other/classifier/kernel": (1920, 10_035),
+    }  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
 
 
 def test_dense_layers_start_with_normal_weights_of_kaiming():
     """nn.init.kaiming_normal_; a truncated normal would end at 2.3 deviations."""
-    init = functools.partial(ResidualBlock(1024).init, train=False)
-    params = jax.jit(init)(jax.random.key(0), jnp.ones((2, 512)), jnp.ones(2, bool))["params"]
+    params = init(ResidualBlock(1024), jnp.ones((2, 512)), jnp.ones(2, bool), train=False)
     for name, inputs in (("hidden", 512), ("back", 1024)):
-        weights = np.asarray(params[name]["dense"]["kernel"]) / np.sqrt(2 / inputs)
+        weights = np.asarray(params["params"][name]["dense"]["kernel"]) / np.sqrt(2 / inputs)
         assert weights.std() == pytest.approx(1, rel=0.01)
         assert np.abs(weights).max() > 4
 
@@ -133,22 +128,14 @@ def test_channel_attention_is_that_of_the_code():
     variables = init(layer, frames.features, frames.mask)
     for name in ("theta", "phi", "out"):  # so that theta and phi never move
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32), variables["params"]
-    )
-
-    @jax.jit
-    def run(params):
-        given, options = {**variables, "params": params}, {"mutable": ["batch_stats"]}
-        return layer.apply(given, frames.features, frames.mask, train=True, **options)
-
-    out, new = run(params)
+    params = randomised(variables["params"])
+    apply = jax.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
+    out, new = apply({**variables, "params": params}, frames.features, frames.mask)
     real = np.array([0, 1, 3])
     rows = np.swapaxes(frames.features[real], 1, 2).astype(np.float64)  # [B, D, T]
 
     def mapped(name, x):
-        y = x @ params[name]["kernel"].astype(np.float64)
+        y = x @ np.asarray(params[name]["kernel"], np.float64)
         norm = params.get(f"{name}_norm")
         if norm is None:
             return y
@@ -158,31 +145,32 @@ def test_channel_attention_is_that_of_the_code():
     theta, phi, g = (mapped(name, rows) for name in ("theta", "phi", "g"))
     affinity = special.softmax(np.einsum("bdi,bdj->bij", theta, phi), axis=-1)
     added = mapped("out", np.einsum("bij,bdj->bdi", affinity, g))
-    expected = frames.features[real] + np.swapaxes(added, 1, 2)
-    np.testing.assert_allclose(out[real], expected, atol=1e-4)
+    np.testing.assert_allclose(
+        out[real], frames.features[real] + np.swapaxes(added, 1, 2), atol=1e-4
+    )
     np.testing.assert_array_equal(out[2], 0)
     means = new["batch_stats"]["theta_norm"]["mean"]  # of torch's momentum, 0.1
     wanted = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
     np.testing.assert_allclose(means, wanted, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_forty_frames_are_drawn_and_short_clips_draw_with_replacement():
     """np.random.choice(frames, 40, replace=len(frames) < 40), in the test too, repeatably."""
     spec = config_of(DEEPMEF).fusion.face.train.to_dict()
     assert spec == config_of(DEEPMEF).fusion.face.evaluate.to_dict()
-    sample = fusion.make_fusion(spec)
-    frames = make_frames([50, 40, 5, 5, 0], max_frames=50)
+    sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
     draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
     number = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10  # [400, 5, 40]
     assert all(len(set(row)) == 40 for row in number[:, 0].tolist())
-    share = np.bincount(number[:, 0].ravel(), minlength=50) / 400
-    np.testing.assert_allclose(share, 0.8, atol=0.08)
+    np.testing.assert_allclose(
+        np.bincount(number[:, 0].ravel(), minlength=50) / 400, 0.8, atol=0.08
+    )
     np.testing.assert_array_equal(np.sort(number[:, 1]), [np.arange(40)] * 400)
     assert 17 < np.argmax(number[:, 1] == 7, axis=1).mean() < 22  # the order is random, too
     counts = np.stack([np.sum(number[:, 2] == t, axis=1) for t in range(5)])
     np.testing.assert_allclose(counts.mean(axis=1), 8, atol=0.4)
     np.testing.assert_allclose(counts.var(axis=1), 40 * 0.2 * 0.8, rtol=0.25)  # binomial
-
     test = sample(None, frames)
     fixed = np.asarray(test.number) // 10
     assert len(set(fixed[0].tolist())) == 40 and (np.diff(fixed[0]) < 0).any()
@@ -200,8 +188,9 @@ def test_the_focal_factor_is_that_of_the_mean():
     labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # [B, G]
     sees[2, 0] = 0
-    spec = config_of(DEEPMEF).loss.to_dict()
-    objective = losses.make_objective(spec, None, 14.125, logit_scale=30.0)
+    objective = losses.make_objective(
+        config_of(DEEPMEF).loss.to_dict(), None, 14.125, logit_scale=30.0
+    )
 
     def total(cosines):
         output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
@@ -220,20 +209,20 @@ def test_the_focal_factor_is_that_of_the_mean():
             loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
 
+    step = np.zeros_like(cosines)
+    step[3, 1, 4] = 1e-5
     with jax.enable_x64(True):
         value, slope = jax.jit(jax.value_and_grad(total))(jnp.asarray(cosines))
-        np.testing.assert_allclose(value, by_hand(cosines), rtol=1e-6)
-        step = np.zeros_like(cosines)
-        step[3, 1, 4] = 1e-5
-        expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
-        np.testing.assert_allclose(slope[3, 1, 4], expected, rtol=1e-4)
+    np.testing.assert_allclose(value, by_hand(cosines), rtol=1e-6)
+    expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
+    np.testing.assert_allclose(slope[3, 1, 4], expected, rtol=1e-4)
     # A clip that is not finite is found, whatever the others are.
     nothing = jnp.zeros((1, 1))
     loss = losses.batch_focal(jnp.full((1, 3), jnp.nan), jnp.ones(1, int), counted=nothing)
     assert np.isnan(loss)
 
 
-# ---- noise classes, fifth place of 2018
+# Noise classes, fifth place of 2018.
 
 
 def test_noise_classes_train_as_their_code_does():
@@ -262,11 +251,12 @@ def test_the_weight_of_mirrors_climbs_ten_stairs():
 
 
 def vector_of(spec, quality, detection):
-    """The first fused frame of one clip: the share of each frame."""
+    """Returns the share of each frame in the fused frames of one clip."""
     frames = one_hot_frames(quality, detection, padding=0, dtype="float32")
     return np.asarray(fusion.make_fusion(spec)(None, frames).features[0])
 
 
+@pytest.mark.nightly
 def test_frames_weigh_the_square_of_their_quality():
     """feat_weighted_mean: frames weigh q squared, up to a factor; those below 0 are left out."""
     spec = config_of(NOISE).fusion.face
@@ -284,29 +274,23 @@ def test_frames_weigh_the_square_of_their_quality():
         np.testing.assert_allclose(found[0], wanted, rtol=1e-6)
 
 
-CROPS = {  # frames -> the four crops of load_data in ..._predict_v2.py
-    1: ["0", "0", "0", "0"],
-    3: ["012", "12", "01", "1"],
-    7: ["0123456", "23456", "01234", "12345"],
-}
-
-
+@pytest.mark.nightly
 def test_crops_of_short_clips_are_those_of_the_code():
+    """load_data in ..._predict_v2.py."""
     spec = config_of(NOISE).fusion.face.evaluate.to_dict()
-    for count, wanted in CROPS.items():
+    for wanted in ("0 0 0 0", "012 12 01 1", "0123456 23456 01234 12345"):
+        count = len(wanted.split()[0])
         crops = vector_of(spec, [50.0] * count, [1.0] * count)
-        assert ["".join(map(str, np.flatnonzero(row > 0))) for row in crops] == wanted
+        assert " ".join("".join(map(str, np.flatnonzero(row > 0))) for row in crops) == wanted
 
 
 def test_long_noise_is_cut_to_pieces_of_any_length():
     """random_split: a start from 0 to n - 1, then an end from start + 1 to n."""
     frames = make_frames([60, 60, 3], max_frames=60)
-    chosen, short = np.array([True, False, False]), np.array([False, False, True])
-    cut = functools.partial(
-        augment.concat_clips, frames=frames, chosen=chosen, short=short, pieces="random"
-    )
-    masks = jax.jit(jax.vmap(lambda key: cut(key).mask))(jax.random.split(jax.random.key(0), 4000))
-    masks = np.asarray(masks)
+    options = {"chosen": np.array([True, False, False]), "short": np.array([False, False, True])}
+    cut = functools.partial(augment.concat_clips, frames=frames, pieces="random", **options)
+    draw = jax.jit(jax.vmap(lambda key: cut(key).mask))
+    masks = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000
     first, last = masks[:, 0].argmax(axis=1), 119 - masks[:, 0, ::-1].argmax(axis=1)
     np.testing.assert_array_equal(masks[:, 0].sum(axis=1), last - first + 1)  # without gaps
@@ -319,11 +303,11 @@ def test_long_noise_is_cut_to_pieces_of_any_length():
 @pytest.mark.nightly
 def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
     """run_val of train_X_noise, after each epoch."""
-    words = ("--config.num_epochs=3", "--config.eval.members=false")
-    spec = "configs/noise_classes.py:iqiyi_vid,published"
     seen = {}
     for phase in ("train", "evaluate"):
-        config = shrunk(*words, f"--config.noise.relabel_by={phase}", spec=spec)
-        run(config, tmp_path / phase, data)
+        words = ("--config.num_epochs=3", "--config.eval.members=false")
+        words += (f"--config.noise.relabel_by={phase}",)
+        spec = "configs/noise_classes.py:iqiyi_vid,published"
+        run(shrunk(*words, spec=spec), tmp_path / phase, data)
         seen[phase] = np.asarray(saved(tmp_path / phase)["train"]["labels"])
     assert (seen["train"] != seen["evaluate"]).any()

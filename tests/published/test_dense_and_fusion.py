@@ -1,4 +1,4 @@
-"""What the authors ran: their numbers, against what `CONFIG:published` computes."""
+"""`published` of three systems: the numbers of their publications and of their code."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.made_frames import make_frames
-from tests.helpers.published import CLIPS, official, rates, shapes
+from tests.helpers.published import CLIPS, config_of, official, rates, shapes
 from vidjax.core import ensemble, fusion, losses
 from vidjax.core.augment import MemberClips
 from vidjax.core.batch import ModelOutput
@@ -17,12 +17,10 @@ pytestmark = pytest.mark.slow
 
 
 def published(name, words=""):
-    """Returns a configuration at the published size, and its system, with a class of others."""
     return official(f"{name}:iqiyi_vid,published,{words}", train_other=True)
 
 
 def one_clip(quality, detection=0.9):
-    """Returns a clip with frames of these qualities."""
     frames = make_frames([len(quality)], max_frames=len(quality), dtype="float32")
     quality = np.array([quality], np.float32)
     return frames._replace(quality=quality, detection=np.full_like(quality, detection))
@@ -51,8 +49,11 @@ def test_residual_dense_trains_eight_epochs_at_falling_rates():
     np.testing.assert_allclose(found, 0.01 * 0.7 ** np.arange(8), rtol=1e-5)  # L34
     assert (config.optim.total_decay, config.optim.weight_decay, config.mixup) == (0, 0, 0)
     assert (config.loss.classification, config.loss.label_smoothing) == ("softmax", 0)
+    assert (config.eval.top_classes, config.after_fusion) == (100, "examples")  # L36
+    assert config.eval.reduce == "mean"  # L36
 
 
+@pytest.mark.nightly
 def test_residual_dense_has_three_subsets_above_their_bounds():
     config, system = published("residual_dense", "face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
@@ -63,6 +64,7 @@ def test_residual_dense_has_three_subsets_above_their_bounds():
     assert trained_on(system, one_clip([20.0, 3.0]), members[1].min_quality)[1] == 0
 
 
+@pytest.mark.nightly
 def test_residual_dense_trains_on_all_frames_and_as_many_merged_ones():
     _, system = published("residual_dense", "face")
     frames = make_frames([9, 1, 4], max_frames=9, dtype="float32", dim=512)
@@ -76,14 +78,13 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_ones():
     np.testing.assert_allclose(used.sum(axis=1), 1, rtol=1e-4)
 
 
+@pytest.mark.nightly
 def test_residual_dense_ranks_the_best_seven_tenths_of_all_and_merged_frames():
-    config, system = published("residual_dense", "face")
+    _, system = published("residual_dense", "face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
     np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # L36: 70 % of 20, of 2
     quality = np.asarray(fused.quality)
     assert quality[0][fused.mask[0]].min() >= quality[0][~fused.mask[0]].max()
-    assert config.eval.top_classes == 100  # L36
-    assert (config.after_fusion, config.eval.reduce) == ("examples", "mean")  # L36
 
 
 def test_residual_dense_has_shortcuts_batch_norm_and_a_classifier_of_everybody():
@@ -124,16 +125,17 @@ def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
         np.testing.assert_allclose(loss, [wanted], rtol=1e-4, err_msg=str(epoch))
 
 
+@pytest.mark.nightly
 def test_quality_fusion_drops_clips_without_a_good_face():
     config, system = published("quality_fusion")
     assert config.data.max_frames == 4096  # training.py:84, 144: of all faces of a clip
-    quality = ([25.0, 24.9, 80.0], [24.9, 3.0, -1.0])
-    weights = [trained_on(system, one_clip(own))[1][0] for own in quality]
-    assert weights == [1, 0]  # training.py:94, 98
-    assert trained_on(system, one_clip([80.0], detection=0.69))[1] == 0
-    assert trained_on(system, one_clip([80.0], detection=0.7))[1] == 1
-    shares = dict(enumerate(config.fusion.face.train.probs, 1))
-    assert shares == {1: 0.25, 2: 0, 3: 0.65, 4: 0, 5: 0.1}  # training.py:162-167
+    for quality, detection, weight in (
+        ([25.0, 24.9, 80.0], 0.9, 1), ([24.9, 3.0, -1.0], 0.9, 0),  # training.py:94, 98
+        ([80.0], 0.69, 0), ([80.0], 0.7, 1),
+    ):  # fmt: skip
+        assert trained_on(system, one_clip(quality, detection))[1] == [weight]
+    probs = config.fusion.face.train.probs
+    assert probs == (0.25, 0, 0.65, 0, 0.1)  # of 1 to 5 faces, training.py:162-167
 
 
 def test_quality_fusion_weighs_the_faces_of_the_test():
@@ -144,17 +146,11 @@ def test_quality_fusion_weighs_the_faces_of_the_test():
 
 
 def test_quality_fusion_has_the_nets_of_its_code():
-    nets = {
-        "mlp1": (512, 1024),
-        "mlp2": (512, 512, 1024),
-        "mlp3": (512, 1024),
-        "mlp4": (512, 768, 1024),
-        "mlp5": (512, 1024, 1024),
-    }
-    for net, widths in nets.items():
+    hidden = {"mlp1": (), "mlp2": (512,), "mlp3": (), "mlp4": (768,), "mlp5": (1024,)}
+    for net, widths in hidden.items():
         found = shapes(f"quality_fusion:iqiyi_vid,published,{net}")  # inference.py:200-256
         kernels = [shape for name, shape in sorted(found.items()) if name.endswith("dense/kernel")]
-        assert kernels == list(itertools.pairwise(widths))
+        assert kernels == list(itertools.pairwise((512, *widths, 1024)))
         assert found["classifier/logits/kernel"] == (1024, 10_035)  # L22
         assert any("norm" in name for name in found) == (net not in ("mlp4", "mlp5"))
 
@@ -166,3 +162,51 @@ def test_quality_fusion_joins_five_folds_by_sums_of_sigmoids():
     scores = system.score_fn(jnp.array([0.0, 2.0]), jnp.ones(2, bool))
     np.testing.assert_allclose(np.exp(scores), [0.5, 0.880797], rtol=1e-5)  # inference.py:169
     assert system.scores_are_logs
+
+
+# The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).
+
+
+def test_mma_has_the_parameters_and_values_of_the_paper():
+    found = shapes("mma:published,iqiyi_vid")
+    assert found["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
+    # "3 of the 6 features come from face" (L170), "squeezed into a vector" (L184)
+    assert found["classifier/logits/kernel"] == (6 * 512, 10_035)
+    assert found["face_map/kernel"][1] == 3 * 512
+    for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (L254)
+        assert found[f"{name}_map/kernel"] == (512, 512)
+    # "a Batch-normalization (BN) layer after the Fully-connected (FC) layer" (L159)
+    clusters = found["face_netvlad/centers"][0]
+    assert found["face_netvlad/assignment/kernel"] == (512, clusters)
+    assert found["face_netvlad/norm/scale"] == (clusters,)
+    maps = {f"{name}_map" for name in ("face", "head", "body", "audio", "attention")}
+    assert {name.split("/")[0] for name in found} == {*maps, "classifier", "face_netvlad"}
+    model = config_of("mma:published,iqiyi_vid").model.to_dict()
+    assert model["gamma"] == 0.05 and not model["train_gamma"]  # L215
+    assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (L159)
+    assert (model["attention_form"], model["gram_scale"]) == ("gram", 1.0)  # equation 2 (L176)
+    assert model["netvlad_reduce"] == "sum"  # "a weighted sum" (L153)
+
+
+def test_mma_takes_the_32_best_faces():
+    """Random ones again where there are fewer (L142)."""
+    config = config_of("mma:published,iqiyi_vid").to_dict()
+    assert config["data"]["crop"] == "quality"  # of the clip, not of a window
+    frames = make_frames([40, 5, 32, 0], max_frames=40)
+    best = np.sort(np.argsort(-frames.quality[0])[:32])
+    for phase, rng in (("train", jax.random.key(0)), ("evaluate", None)):
+        found = fusion.make_fusion(config["fusion"]["face"][phase])(rng, frames)
+        assert found.features.shape[1] == 32 and not found.mask[3].any()
+        np.testing.assert_array_equal(found.number[0], 10 * best)
+        np.testing.assert_array_equal(found.number[2], 10 * np.arange(32))
+        times = np.bincount(np.asarray(found.number[1]) // 10, minlength=5)
+        assert times.min() >= 1 and times.max() > 7  # in turn, none is there more than 7 times
+
+
+def test_mma_trains_three_nets_on_different_parts():
+    """Three models "trained on different partition of the training set" (L252)."""
+    spec = config_of("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
+    labels = np.repeat(np.arange(1, 21), 6)
+    uses = ensemble.partition(ensemble.make_members(spec), labels, spec["folds"], seed=0)
+    np.testing.assert_array_equal(uses.sum(axis=0), [2] * 120)  # every clip is left out by one
+    np.testing.assert_array_equal(uses.sum(axis=1), [80] * 3)
