@@ -63,7 +63,7 @@ def measure(
         some = jnp.asarray(backend_lib.unit(part, queries), jnp.float32)
         ratios = plda_fit.log_ratios(space, people, some)[None]
         every = jnp.ones((1, len(some)), bool)
-        scores = plda_fit.combine(ratios, people.known[None], every, settings)
+        scores = plda_fit.combine_modalities(ratios, people.known[None], every, settings)
         return np.asarray(jax.nn.log_softmax(scores))
 
     def strangers(count: int) -> np.ndarray:
@@ -76,7 +76,7 @@ def measure(
     best, right = logs[:, 1:].max(axis=1), 1 + logs[:, 1:].argmax(axis=1) == answers
     alarms = np.nan
     if others:
-        score = metrics.threshold_of(strangers(MOST)[:, 1:].max(axis=1), fpir=0.01)
+        score = metrics.find_threshold(strangers(MOST)[:, 1:].max(axis=1), fpir=0.01)
         some = [strangers(MOST)[:, 1:].max(axis=1) for _ in range(others // MOST)]
         alarms = float(np.mean(np.concatenate(some) >= score))
     error, new = calibration_error(np.exp(best), right), float(np.mean(np.exp(logs[:, 0])))

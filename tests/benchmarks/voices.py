@@ -83,7 +83,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
     reached, alarms = np.zeros(len(truth), bool), []
     for one, own in strangers.items():
         others = [x.score for other, some in strangers.items() if other != one for x in some]
-        threshold = metrics.threshold_of(np.array(others), fpir=FPIR)
+        threshold = metrics.find_threshold(np.array(others), fpir=FPIR)
         reached[truth == one] = score[truth == one] >= threshold
         alarms += [answer.score >= threshold for answer in own]
     named, by_card = (

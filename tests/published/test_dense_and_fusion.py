@@ -207,6 +207,6 @@ def test_mma_trains_three_nets_on_different_parts():
     """Three models "trained on different partition of the training set" (L252)."""
     spec = config_of("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
     labels = np.repeat(np.arange(1, 21), 6)
-    uses = ensemble.partition(ensemble.make_members(spec), labels, spec["folds"], seed=0)
+    uses = ensemble.count_clip_uses(ensemble.make_members(spec), labels, spec["folds"], seed=0)
     np.testing.assert_array_equal(uses.sum(axis=0), [2] * 120)  # every clip is left out by one
     np.testing.assert_array_equal(uses.sum(axis=1), [80] * 3)
