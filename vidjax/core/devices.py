@@ -149,12 +149,12 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def replicated_layout(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that every device stores whole: parameters and tables."""
+    """Returns the layout of arrays that every device stores whole, such as parameters."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_layout(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that are split along their first axis: batches."""
+    """Returns the layout of arrays that are split along their first axis, such as batches."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 

@@ -31,7 +31,7 @@ MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
-    """The properties of a member.
+    """The options of a member of an ensemble.
 
     Attributes:
       number: position among all members of the ensemble. The random keys of the member depend on
@@ -225,7 +225,7 @@ def load(folder: Path) -> TrainingSets:
 def choose_scoring_members(
     training_sets: TrainingSets, clips: Sequence[str]
 ) -> tuple[np.ndarray, bool]:
-    """Returns the members that score each clip, [E, n] bool, and whether this is in-sample.
+    """Decides which members score each clip. Returns [E, n] bool, and True if it is in-sample.
 
     A clip is scored by the members that were not trained on a clip of its name, in any split. If
     there are no folds (all members were trained on all training clips) and `clips` contains some

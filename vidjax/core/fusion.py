@@ -485,7 +485,7 @@ def all_frames(frames: Frames) -> Frames:
 
 
 class Fusion(NamedTuple):
-    """An entry of FUSIONS.
+    """A fusion that `config.fusion` may name.
 
     Attributes:
       function: maps ([rng,] Frames [B, T], *, options) to Frames [B, T'].
@@ -512,9 +512,10 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     """Builds a fusion from its specification.
 
     Args:
-      spec: a plain dict of `name`, a key of FUSIONS, and keyword arguments of that fusion. It may
-        also contain arguments of `filter_frames`, which is applied first, and `kept_share`: the
-        share of the fused frames to keep at the end, as `top_share` of `filter_frames`.
+      spec: a dict such as `config.fusion.face.train`: `name`, a key of FUSIONS, and keyword
+        arguments of that fusion. It may also contain arguments of `filter_frames`, which is applied
+        first, and `kept_share`: the share of the fused frames to keep at the end, as `top_share` of
+        `filter_frames`.
 
     Returns:
       Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key.
@@ -548,7 +549,8 @@ def check_options(
 ) -> None:
     """Raises UserError for unknown and missing options of `what`.
 
-    `known` maps an option to True if it is required. `more` is appended to the list of choices.
+    `what` begins the message, such as `fusion 'top'`. `known` maps an option to True if it is
+    required. `more` is appended to the list of choices.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(

@@ -232,7 +232,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) 
 
 
 class Metric(NamedTuple):
-    """One row of the table of metrics.
+    """A metric that is computed from the best score of each clip.
 
     Attributes:
       label, about: the name of the metric for a reader, and half a sentence that explains it.

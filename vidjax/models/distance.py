@@ -135,7 +135,7 @@ def posterior(distances: Distances, known: Population, effective: np.ndarray) ->
 def person_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes log densities at the squared distances `square` from people.
+    """Computes the log density of a clip for each person, from its squared distance `square`.
 
     Terms that are equal for all people are left out; `stranger_log_density` leaves out the same
     terms. The mean of the squared distance is `variance`. Both are float arrays that broadcast.
@@ -152,7 +152,7 @@ def person_log_density(
 def stranger_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes log densities for a stranger, without the terms that `person_log_density` lacks.
+    """Computes the log density of a clip for a stranger, see `person_log_density`.
 
     `square` is the squared distance from the mean m; its expectation is `variance`.
     """

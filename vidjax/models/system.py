@@ -23,15 +23,16 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 
 
 class System(NamedTuple):
-    """Everything that a training or evaluation step needs, except state and data.
+    """Everything that a training step or an evaluation step needs, except state and data.
 
     Attributes:
       config: the configuration as nested dicts, from which the steps read plain values.
       task: sizes of the training data.
-      fuse_train, fuse_eval: modality -> function (key, frames) that fuses its frames. The key is
-        None in evaluation.
+      fuse_train, fuse_eval: modality -> function (PRNG key, Frames [B, T]) -> Frames [B, T'], for
+        training and for evaluation, where the key is None.
       frame_is_example: True if each fused frame of a clip is a separate example.
       clip_transforms, transforms: augmentations before and after the fusion of frames.
+      tx, lr_schedule: the optax optimiser, and its schedule: step -> learning rate.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       column_weight: (labels [B], step) -> weight [B] of each clip, by its class column.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
@@ -57,7 +58,7 @@ class System(NamedTuple):
 
     @property
     def vmap_members(self) -> bool:
-        """True if vmap trains all members in the same program, False if they are trained in turn.
+        """True if `jax.vmap` trains all members together, False if they are trained in turn.
 
         If they are trained in turn, each member is bit-equal to a separate run.
         """
