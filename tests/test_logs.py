@@ -37,7 +37,7 @@ def test_progress_writes_a_line_to_a_file_now_and_then(capsys, monkeypatch):
     for step in range(8):
         progress.advance(100, f"loss {8 - step}")
         if step == 3:
-            progress.keep("MAP 0.5000")
+            progress.keep_text("MAP 0.5000")
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 4  # not one a step

@@ -37,7 +37,7 @@ def test_members_are_the_product_of_what_varies():
     ("change", "message"),
     [
         ({"folds": 1}, "folds=1"),
-        ({"views": 17}, "at most chunks=16"),
+        ({"views": 17}, "at most config.ensemble.chunks=16"),
         ({"folds": 2, "bootstraps": 2}, "exclude"),
         ({"only": (1,)}, "only=1: choose from 0 to 0"),
         ({"folds": 3, "only": (1, 1)}, "name each member once"),

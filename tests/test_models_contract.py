@@ -224,7 +224,7 @@ PLDA = {"name": "plda"}
         (RESIDUAL, {"width": 0}, "width=0: .*whole numbers, 1 or more"),
         (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
         (DEEPMEF, {"aggregation": "max"}, "unknown aggregation 'max'"),
-        (DEEPMEF, {"channel_attention": "channels"}, "not 4: let the fusion sample"),
+        (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),
         (PLDA, {"within": 1.5}, "within=1.5: must be from 0 to 1"),
         (PLDA, {"scale": 0.0}, "scale=0.0: must be above 0"),
         ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),

@@ -60,7 +60,7 @@ class NoiseClassLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] as rows of one array, which `fusion.read` gathers.
+    """Features [B, T, D] as rows of a large array, which `fusion.read` gathers.
 
     To select frames, only `index` changes.
 

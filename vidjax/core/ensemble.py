@@ -38,8 +38,8 @@ class Member(NamedTuple):
         it.
       fold: fold that the member is not trained on, or -1.
       bootstrap: number of the member's bootstrap sample, or -1.
-      view: number of the chunk of every feature vector that is hidden from the member, or -1.
-        A chunk is one of `config.ensemble.chunks` equal pieces.
+      view: number of the chunk of every feature vector that is hidden from the member, or -1; see
+        `drop_chunk`.
       min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
     """
 

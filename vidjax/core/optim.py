@@ -37,9 +37,7 @@ def make_piecewise(
         table = np.empty((0, 0), np.float32)
     pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
-        raise UserError(
-            f"{name}={points}: must be pairs (epoch, value) of finite numbers, in order of epochs"
-        )
+        raise UserError(f"{name} must be finite pairs (epoch, value) in order, not {points}")
     epochs, values = table.T
     # `optax.piecewise_interpolate_schedule` multiplies scales: it can never leave 0 and has no
     # jumps. The added point makes a jump at the last epoch take its second value.
@@ -65,50 +63,50 @@ class Warmup(NamedTuple):
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
         """Returns the warm-up followed by the peak rate, everything multiplied by `scale(step)`."""
-        rise = optax.constant_schedule(self.peak)
+        rate = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
-            rise = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
-        return lambda step: rise(step) * scale(step)
+            rate = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
+        return lambda step: rate(step) * scale(step)
 
 
-def cosine(warmup: Warmup, *, final_scale: float) -> optax.Schedule:
+def cosine(ramp: Warmup, *, final_scale: float) -> optax.Schedule:
     """Returns a schedule with a cosine decay from the end of the warm-up to the end of the run.
 
     `final_scale` is the rate at the end relative to the peak.
     """
-    if warmup.warmup_steps < 1:
-        return optax.cosine_decay_schedule(warmup.peak, max(warmup.total_steps, 1), final_scale)
+    if ramp.warmup_steps < 1:
+        return optax.cosine_decay_schedule(ramp.peak, max(ramp.total_steps, 1), final_scale)
     return optax.warmup_cosine_decay_schedule(
-        init_value=warmup.start,
-        peak_value=warmup.peak,
-        warmup_steps=warmup.warmup_steps,
-        decay_steps=warmup.total_steps,
-        end_value=warmup.peak * final_scale,
+        init_value=ramp.start,
+        peak_value=ramp.peak,
+        warmup_steps=ramp.warmup_steps,
+        decay_steps=ramp.total_steps,
+        end_value=ramp.peak * final_scale,
     )
 
 
-def constant(warmup: Warmup) -> optax.Schedule:
+def constant(ramp: Warmup) -> optax.Schedule:
     """Returns a schedule that stays at the peak after the warm-up."""
-    return warmup.multiply(optax.constant_schedule(1.0))
+    return ramp.multiply(optax.constant_schedule(1.0))
 
 
-def staircase(warmup: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
+def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by `decay_factor` every `decay_every_epochs`.
 
     Epochs are counted from the first step. Both numbers are above 0; the epochs may be a fraction.
     """
-    width = decay_every_epochs * warmup.steps_per_epoch  # width of a stair in steps
-    num_stairs = math.ceil(warmup.total_steps / width) + 1
+    width = decay_every_epochs * ramp.steps_per_epoch  # width of a stair in steps
+    num_stairs = math.ceil(ramp.total_steps / width) + 1
     # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
     # move an edge by a step.
     edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
-    return warmup.multiply(
+    return ramp.multiply(
         lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
     )
 
 
-def piecewise(warmup: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
+def piecewise(ramp: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by a piecewise linear function of the epoch.
 
     `points` are pairs (epoch, factor), see `make_piecewise`.
@@ -118,10 +116,10 @@ def piecewise(warmup: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Sch
     """
     factor = make_piecewise(points, name="config.optim.points")
     # The epoch is taken at the middle of a step, so that rounding cannot move a jump by a step.
-    return warmup.multiply(lambda step: factor((jnp.asarray(step) + 0.5) / warmup.steps_per_epoch))
+    return ramp.multiply(lambda step: factor((jnp.asarray(step) + 0.5) / ramp.steps_per_epoch))
 
 
-# name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of
+# name in `config.optim.decay` -> decay (ramp, *, options) -> schedule. Options are fields of
 # `config.optim`. To add a decay or an optimiser, write a function and add a line to its table.
 DECAYS: dict[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
@@ -156,8 +154,8 @@ def make_schedule(
     check_entry("config.optim.decay", decay, DECAYS)
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
-    rise = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
-    return DECAYS[decay](rise, **_select_options(DECAYS[decay], spec))
+    ramp = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
+    return DECAYS[decay](ramp, **_select_options(DECAYS[decay], spec))
 
 
 def adam() -> optax.GradientTransformation:

@@ -69,7 +69,7 @@ class FallbackIdentifier(Identifier):
         super().__post_init__()
         if not 0 <= self.threshold_share < 1:
             raise UserError(
-                f"config.model.threshold_share={self.threshold_share}: must be from 0 to below 1"
+                f"config.model.threshold_share={self.threshold_share}: must be 0 or more, below 1"
             )
         if self.modality not in (self.main_modalities or self.modalities):
             main = ", ".join(self.main_modalities or self.modalities)

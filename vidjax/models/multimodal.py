@@ -26,7 +26,7 @@ from vidjax.models.layers import (
 class MultimodalIdentifier(Identifier):
     """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
-    The feature map of a clip is a matrix with one or more vectors of each modality. The vectors of
+    The feature map of a clip is a matrix with a vector or more of each modality. The vectors of
     a missing modality are exactly 0 in the feature map, including the bias. With `fill_missing`,
     attention fills them from the other vectors.
 

@@ -223,7 +223,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. With `config.ensemble.views`, it receives features without one chunk."""
+    """Builds the model. With `config.ensemble.views`, it receives features without a chunk."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)

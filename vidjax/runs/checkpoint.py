@@ -310,7 +310,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes all checkpoints except the latest, the evaluated one before it, and the best."""
+    """Deletes all checkpoints except the three that this module keeps."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

@@ -161,7 +161,7 @@ def _check_plan(
 
 
 def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
-    """Returns [n] int32, the rows of the training clips that at least one member learns from.
+    """Returns [n] int32, the rows of the training clips that any member learns from.
 
     These clips have a `weight` [E, N] above 0, and frames after fusion (of the best 512 frames).
     """
