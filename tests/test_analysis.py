@@ -175,14 +175,14 @@ def test_the_best_list_of_a_clip_has_its_highest_score():
 
 def test_groups_by_count_and_quantile_hold_everything_once():
     counts = np.arange(200)
-    groups = measures.by_count(counts)
+    groups = measures.group_by_count(counts)
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 200
     assert [label for label, _ in groups][:5] == ["0", "1", "2", "3 to 4", "5 to 8"]
     assert groups[-1][0] == "over 128"
     values = np.r_[np.zeros(5), np.arange(95.0)]
-    groups = measures.by_quantile(values, np.ones(100, bool))
+    groups = measures.group_by_quantile(values, np.ones(100, bool))
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 100
-    assert measures.by_quantile(np.zeros(9), np.ones(9, bool)) == []
+    assert measures.group_by_quantile(np.zeros(9), np.ones(9, bool)) == []
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
@@ -190,7 +190,7 @@ def test_of_one_clip_a_person_the_interval_of_top1_is_that_of_map(share):
     labels = np.arange(1, 61)
     right = labels <= 60 * share
     clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
-    found = measures.clip_intervals(clips, labels)
+    found = measures.compute_clip_intervals(clips, labels)
     wanted = significance.map_interval(right.astype(float))
     assert found.keys() == {"top1"}  # no distractor
     np.testing.assert_allclose(found["top1"], wanted, atol=0.02)
@@ -206,7 +206,7 @@ def test_intervals_of_shares_of_clips_hold_the_truth():
         best = np.concatenate([rng.normal(2 * skill), rng.normal(size=50)])
         right = np.append(rng.random(200) < skill, np.zeros(50, bool))
         clips = metrics.ClipScores(np.ones(250, bool), best, right)
-        found = measures.clip_intervals(clips, labels)
+        found = measures.compute_clip_intervals(clips, labels)
         truth = {"top1": 0.75, "auroc": (special.ndtr(0.5**0.5) + special.ndtr(2**0.5)) / 2}
         for name, (low, high) in found.items():
             held[name] += low <= truth[name] <= high

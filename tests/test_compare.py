@@ -31,7 +31,9 @@ def test_the_interval_covers_the_true_difference():
     powers, shares = np.array([1.0, 0.5, 1.2]), np.array([1 / 3, 1 / 6, 1 / 2])
     gaps = x ** powers[rng.choice(3, x.shape, p=shares)] - x
     true = float(np.sum(shares * (3 / (3 + powers) - 3 / 4)))  # E[x ** g] = 3 / (3 + g)
-    low, high, p = np.transpose([significance.gap_interval(row, draws=1000) for row in gaps])
+    low, high, p = np.transpose(
+        [significance.compute_gap_interval(row, draws=1000) for row in gaps]
+    )
     assert np.mean((low <= true) & (true <= high)) >= 0.93
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
@@ -64,12 +66,12 @@ def test_of_zeros_and_ones_the_interval_is_that_of_a_share():
 
 
 def test_intervals_of_differences_that_are_equal_tiny_or_large():
-    low, high, p = significance.gap_interval(np.zeros(50))
+    low, high, p = significance.compute_gap_interval(np.zeros(50))
     assert -0.04 < low < 0 < high < 0.04 and p > 0.9
-    low, high, p = significance.gap_interval(np.full(100, 0.1))
+    low, high, p = significance.compute_gap_interval(np.full(100, 0.1))
     assert 0.05 < low < high < 0.13 and p < 0.001
     gaps = np.concatenate([[0.5], np.full(10, 0.001), np.full(9, -0.001), np.zeros(80)])
-    low, high, p = significance.gap_interval(gaps)
+    low, high, p = significance.compute_gap_interval(gaps)
     t_low, t_high = t_interval(gaps)
     assert low < np.mean(gaps) < high and p > 0.05 and high - low < 2.5 * (t_high - t_low)
 
@@ -95,7 +97,7 @@ def test_the_command_writes_files_that_agree_and_gives_a_program_the_numbers(tmp
     assert told["runs"][0]["map"] == pytest.approx(first.mean())
     for name, row in zip(names[1:], told["runs"][1:], strict=True):
         gaps = np.array(list(found[name].values())) - first
-        low, high, p = significance.gap_interval(gaps)
+        low, high, p = significance.compute_gap_interval(gaps)
         assert row["difference"] == pytest.approx(gaps.mean())
         assert f"{gaps.mean():+.4f}" in said and f"{gaps.mean():+.4f}" in page
         assert (row["low"], row["high"], row["p"]) == pytest.approx((low, high, p))
@@ -187,7 +189,7 @@ def test_the_interval_of_groups_holds_the_truth_where_seeds_vary_most(num, least
 def test_python_compares_runs_and_groups_as_the_command_does(tmp_path):
     found = groups_of(tmp_path)
     pair = vidjax.compare([tmp_path / "a1", str(tmp_path / "b1")])
-    low, high, p = significance.gap_interval(found["b"][0] - found["a"][0])
+    low, high, p = significance.compute_gap_interval(found["b"][0] - found["a"][0])
     assert pair.to_dict()["runs"][1]["p"] == p
     assert (pair.differences[0].low, pair.differences[0].high) == (low, high)
     assert str(pair) == pair.text() and "Holm" not in pair.text()

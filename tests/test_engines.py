@@ -139,7 +139,7 @@ def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_pat
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
     changed = time.time_ns()
-    monkeypatch.setattr(cache, "_state", lambda one: (1, 1, changed, changed))
+    monkeypatch.setattr(cache, "_read_file_state", lambda one: (1, 1, changed, changed))
 
     def slow(some):
         time.sleep(2 * tick / 10**9)  # other files take long
@@ -195,7 +195,7 @@ def test_pickles_are_read_at_once_as_far_as_memory_lasts(monkeypatch):
     monkeypatch.setattr(iqiyi_vid, "num_cores", lambda: 8)
     monkeypatch.setattr(iqiyi_vid, "memory_bytes", lambda: 100)
     for sizes, wanted in (([1] * 9, 8), ([20, 5, 1], 2), ([10] * 5, 2), ([90], 1)):
-        assert iqiyi_vid._num_readers(sizes) == wanted
+        assert iqiyi_vid._choose_num_readers(sizes) == wanted
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_scores_combine_as_means(logs):
     use = rng.random((4, 6)) < 0.6
     use[:, 0], use[:, 1] = False, True
     scores = np.minimum(scores, 0) if logs else scores
-    total = eval_step.no_scores(jnp.zeros((6, 5)), logs=logs)
+    total = eval_step.make_no_scores(jnp.zeros((6, 5)), logs=logs)
     for one, rows in zip(scores, use, strict=True):
         total = eval_step.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
     found = np.asarray(eval_step.mean_scores(total))
@@ -119,7 +119,7 @@ def test_scores_combine_as_means(logs):
 def test_means_of_probabilities_near_one_keep_their_digits():
     """Two members are sure of a clip, one more than the other: the mean lies between them."""
     lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
-    total = eval_step.no_scores(jnp.zeros((2, 1)), logs=True)
+    total = eval_step.make_no_scores(jnp.zeros((2, 1)), logs=True)
     for lack in lacks:  # log(1 - x) is -x
         total = eval_step.add_scores(total, -jnp.asarray(lack, jnp.float32)[:, None], jnp.ones(2))
     wanted = -lacks.mean(axis=0)
@@ -272,7 +272,7 @@ def test_a_sum_of_weights_rises_with_every_probability():
     """Two branches whose weights are together above 1 or below, from unlikely to nearly sure."""
     p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
     for weight in (1.0, 0.375):
-        total = eval_step.no_scores(jnp.zeros((6, 1)), logs=True)
+        total = eval_step.make_no_scores(jnp.zeros((6, 1)), logs=True)
         for _ in range(2):
             one = jnp.log(jnp.asarray(p[:, None]))
             total = eval_step.add_scores(total, one, jnp.full(6, weight))

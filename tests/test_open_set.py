@@ -91,7 +91,7 @@ def test_certain_and_wrong_clips_stay_finite():
     right = (labels > 0) & (rng.random(num) < special.expit(odds))
     best = special.log_expit(odds)
     best[:5], best[5:8] = 0.0, -np.inf
-    found = measures.calibration(clip_scores(best, right))
+    found = measures.measure_calibration(clip_scores(best, right))
     assert found is not None
     bins, error = found
     assert np.isfinite(bins).all() and bins[:, 0].sum() == num - 3

@@ -158,7 +158,7 @@ def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset):
 
 def test_cropped_clips_are_counted(dataset):
     splits = [dataset.split(name) for name in ("train", "val")]
-    counts = clips_lib.num_cropped(splits, ("face", "audio"), MAX_FRAMES)
+    counts = clips_lib.count_cropped(splits, ("face", "audio"), MAX_FRAMES)
     lengths = [len(clip.features) for split in CLIPS for clip in CLIPS[split]["face"].values()]
     lost = [length - MAX_FRAMES for length in lengths if length > MAX_FRAMES]
     cropped = {"clips": len(lost), "frames": sum(lost)}

@@ -95,7 +95,7 @@ def clips_of(data, *, devices=1, max_frames=7, crop="window"):
     mesh = devices_lib.make_mesh(devices)
     options: Any = {"batch_size": 8, "max_frames": max_frames, "crop": crop, "seed": 3}
     plan = make_batch_plan([data.split("train")], MODALITIES, **options)
-    layout = resident.plan_resident(data, plan, "val")
+    layout = resident.make_resident_plan(data, plan, "val")
     return resident.Resident(data, layout, mesh), plan, layout
 
 
@@ -142,7 +142,7 @@ def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, firs
         chosen = np.random.default_rng(1).permutation(33)[:num_examples]
         options["epoch_clips"] = np.sort(chosen).astype(np.int32)
     plan = make_batch_plan([ragged.split(name) for name in splits], modalities, **options)
-    layout = resident.plan_resident(ragged, plan, "val")
+    layout = resident.make_resident_plan(ragged, plan, "val")
     draw = drawer(resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train, plan)
     stream = ragged.train_batches(plan, step=first)
     for step in range(first, first + 3 * plan.num_places // 12):
@@ -233,7 +233,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
         small.interrupt_dispatch(patch, 2, signal.SIGTERM)
         small.run(RUN, parts, data)
     assert 2 < max(manifests(parts)) < 9
-    monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
+    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
         patch.setattr(resident.Resident, "eval_batches", interrupted)
         small.run(RUN, parts, data)
@@ -265,7 +265,9 @@ def test_a_layout_says_what_the_clips_take(ragged, crop):
 
 def test_auto_is_resident_where_it_fits(held, monkeypatch):
     total = machine.free_bytes()  # which the emulated devices of a host share
-    one, eight = (resident.free_bytes(devices_lib.make_mesh(number)) for number in (1, 8))
+    one, eight = (
+        resident.find_least_free_bytes(devices_lib.make_mesh(number)) for number in (1, 8)
+    )
     assert total > 1e6 and eight == pytest.approx(one / 8, rel=0.5)
     layout, mesh = held[2], devices_lib.make_mesh(1)
     free = 2.0 * layout.nbytes + 1000  # of which the step takes some
@@ -275,11 +277,11 @@ def test_auto_is_resident_where_it_fits(held, monkeypatch):
         (free, 1000, "resident"),
         (free, 1001, "streaming"),
     ):
-        monkeypatch.setattr(resident, "free_bytes", lambda mesh, b=bytes_: b)
+        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, b=bytes_: b)
         assert resident.choose_mode("auto", layout, mesh, 100, taken) == wanted
         for mode in ("resident", "streaming"):
             assert resident.choose_mode(mode, layout, mesh, 100) == mode
-    monkeypatch.setattr(resident, "free_bytes", lambda mesh: float("inf"))
+    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
     for frames, drawn in ((huge, 100), (layout, 2**31)):
         assert resident.choose_mode("auto", frames, mesh, drawn) == "streaming"

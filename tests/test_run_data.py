@@ -220,7 +220,7 @@ def test_other_modalities_are_judged_by_clips_and_labels(tmp_path):
     more = before | {"modalities": ["face", "head"], "features": "x"}
     for after, wanted in ((more, ""), (more | {"labels": "y"}, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
-            assert restore.difference("val", before, after) == wanted
+            assert restore.describe_difference("val", before, after) == wanted
 
 
 @pytest.mark.slow

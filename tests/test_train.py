@@ -58,7 +58,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
-    monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)  # later it would fit
+    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)  # later it would fit
     for batch in (4, 7):  # mid-epoch: an epoch is three steps
         with pytest.raises(signals.Interrupted) as caught:
             small.run(config, parts, small.Interrupting(data, batch, signum))

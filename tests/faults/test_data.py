@@ -18,7 +18,7 @@ from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
 from vidjax.data import iqiyi_vid
-from vidjax.data.clips import num_cropped, select_modalities
+from vidjax.data.clips import count_cropped, select_modalities
 
 DIM = 4
 
@@ -232,7 +232,7 @@ def test_ten_thousand_frames_make_a_fixed_choice(official):
     for features, count in ((chosen[2], 16), (chosen[3], 16), (evaluated, 512)):
         wanted = clips["train003"].features[np.sort(best[:count])]
         np.testing.assert_array_equal(features, wanted)
-    cropped = num_cropped([data.split("train")], ("face",), 16)
+    cropped = count_cropped([data.split("train")], ("face",), 16)
     assert cropped == {"face": {"clips": 1, "frames": 9984}}
 
 

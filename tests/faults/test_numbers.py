@@ -19,7 +19,7 @@ from vidjax.cli import check_command
 from vidjax.core import optim
 from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data import labels as labels_lib
-from vidjax.data.checks import misspelt, unusable
+from vidjax.data.checks import find_misspelt, find_unusable
 from vidjax.data.clips import Split
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import ClipScores
@@ -96,7 +96,7 @@ def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path):
         plan.make_plan(make_config(), data)
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
     found = {"splits": {"train": {"modalities": nothing}}}
-    assert "no clip of train has a frame" in next(unusable(found, ["train"], ["face"]))
+    assert "no clip of train has a frame" in next(find_unusable(found, ["train"], ["face"]))
 
 
 def test_values_beyond_float32_are_left_out_and_counted(tmp_path):
@@ -218,10 +218,12 @@ def test_misspelt_labels_fields_and_modalities_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
         arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
     some, none = np.array([1, 2]), np.array([0, 0])
-    (problem,) = misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
+    (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem
-    assert list(misspelt({"train": {"fase": none, "face": some}}))
-    assert not list(misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}}))
+    assert list(find_misspelt({"train": {"fase": none, "face": some}}))
+    assert not list(
+        find_misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}})
+    )
 
 
 def test_a_pickle_of_a_million_empty_clips_is_refused_early(tmp_path):

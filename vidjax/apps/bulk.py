@@ -244,14 +244,14 @@ def _read_note(results: Path) -> bytes | None:
 
 def _is_empty(path: Path) -> bool:
     """Returns True if the table has no rows. Spark writes empty tables."""
-    return parquet.num_rows(path) == 0
+    return parquet.count_rows(path) == 0
 
 
 def _check_once(inputs: Sequence[Path]) -> None:
     """Raises UserError if a clip is in two tables. Names are compared without `.mp4`."""
     table_of: dict[str, Path] = {}
     for table in inputs:
-        for name in map(clean_name, parquet.clip_names(table)):
+        for name in map(clean_name, parquet.read_clip_names(table)):
             if table_of.setdefault(name, table) != table:
                 raise _repeated_clip_error(name, f", {table_of[name].name} and {table.name}")
 

@@ -37,7 +37,7 @@ def digest_files(
     would go unnoticed.
     """
     began = time.time_ns()
-    states = [_state(path) for path in paths]
+    states = [_read_file_state(path) for path in paths]
     place = cache_folder(cache_dir, "digests", [list(map(str, paths)), states])
     with contextlib.suppress(OSError, ValueError):
         text = files.read_bytes(place, DIGEST_LETTERS, below=place.parents[1]).decode()
@@ -51,7 +51,7 @@ def digest_files(
                 sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
-    unchanged = newest < began - TICK_NS and states == [_state(path) for path in paths]
+    unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
     if unchanged and not place.parent.is_symlink():
         with contextlib.suppress(OSError):  # the cache may be read-only
             files.make_private(place.parent)
@@ -59,7 +59,7 @@ def digest_files(
     return text
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def _read_file_state(path: Path) -> tuple[int, ...]:
     """Returns inode, size and times of a file. Every write changes some of them."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

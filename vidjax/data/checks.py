@@ -75,7 +75,7 @@ MIN_TRANSPOSED_RATIO = 4  # features look transposed if T is at least this multi
 MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
-def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
+def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
     """Yields a message for each pair of modalities with similar names and no common clip.
 
     `splits` is split -> modality -> [N] int, number of frames of each clip.
@@ -93,7 +93,7 @@ def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
                 yield f"no clip has both '{name}' and '{other}': is either misspelt?"
 
 
-def transposed(
+def find_transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
     """Yields a message for each modality whose features look like [D, T] instead of [T, D].
@@ -118,7 +118,7 @@ def transposed(
             )
 
 
-def equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
+def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
     """Yields a message for each modality whose quality is the norm of a feature of constant norm.
 
     Quality does not matter in a modality with a single frame per clip, so it gets no message.
@@ -147,7 +147,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
     return not norm["counts"][0] or width < MAX_EQUAL_RANGE * norm["mean"]
 
 
-def unusable(
+def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
     """Yields a message for each modality with missing, infinite or out-of-range features."""

@@ -178,7 +178,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
     }
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
-    for clip, modality, rows in _groups(columns["clip"], columns["modality"]):
+    for clip, modality, rows in _group_rows(columns["clip"], columns["modality"]):
         name = clean_name_at(f"{path}:", clip)
         place = f"{path}: clip {show(name)}, {modality}"
         odd = width[rows] != width[rows[0]]
@@ -192,13 +192,13 @@ def read_parquet(path: Path) -> Iterator[Clip]:
         if modality in clips.setdefault(name, {}):
             raise UserError(f"{place}: is in the table with and without .mp4: delete either")
         fields = {name: column[rows] for name, column in scalars.items()}
-        features = _lists(values, start[rows], int(width[rows[0]]))
+        features = _stack_lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}
     for name, modalities in clips.items():
         yield Clip(name, str(path), modalities, given[name])
 
 
-def _lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
     """Returns [n, width], the lists in `values` that begin at `starts` [n]; a view if possible."""
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
@@ -206,7 +206,7 @@ def _lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(values, width)[starts]
 
 
-def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yields clip, modality, and [n] int, the numbers of their rows in ascending order."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()

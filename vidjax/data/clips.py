@@ -327,7 +327,7 @@ def make_batch_plan(
     )
 
 
-def num_cropped(
+def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
     """Counts what `max_frames` cuts off.
@@ -346,7 +346,7 @@ def num_cropped(
     return counts
 
 
-def best_frames(quality: np.ndarray, count: int) -> np.ndarray:
+def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
     """Returns [count] int, the positions of the frames of the best `quality` [T], in time order.
 
     NaN counts as the lowest quality. Among frames of equal quality, the earlier is preferred.
@@ -377,7 +377,7 @@ def pad(
     padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
     for row, quality in enumerate(frames["quality"]):
         count = len(quality)
-        chosen = best_frames(quality, size) if count > size else slice(None)
+        chosen = choose_best_frames(quality, size) if count > size else slice(None)
         mask[row, :count] = True
         for field, values in frames.items():
             padded[field][row, :count] = values[row][chosen]

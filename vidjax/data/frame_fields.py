@@ -146,14 +146,14 @@ class PackedClips:
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
 
-def usable_rows(features: np.ndarray) -> np.ndarray:
+def find_usable_rows(features: np.ndarray) -> np.ndarray:
     """Returns [F] bool, False for features [F, D] with a NaN, an Inf or a value beyond float32."""
     if features.dtype != np.float64:
         return np.asarray(np.isfinite(features).all(axis=1))
     return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
-def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
+def compute_feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
     """Returns [F] float32, the L2 norms of features [F, D], computed `rows` frames at a time.
 
     Face nets produce short vectors for blurred faces and side views, so the norm measures quality.

@@ -94,7 +94,7 @@ class OfficialFiles:
             return sandbox.unpack(path, modality, folder, non_finite=non_finite, children=children)
 
         keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
-        workers = self._workers or _num_readers(sizes.values())
+        workers = self._workers or _choose_num_readers(sizes.values())
         packed = dict(zip(keys, map_children(unpack, keys, workers, progress="read"), strict=True))
         unpacked: dict[str, dict[str, PackedClips]] = {}
         for modality, split in sorted(packed):
@@ -106,7 +106,7 @@ class OfficialFiles:
         return load_official_truth(self._directory, clips)
 
 
-def _num_readers(sizes: Collection[int]) -> int:
+def _choose_num_readers(sizes: Collection[int]) -> int:
     """Returns the number of pickles of `sizes` bytes that fit into half of the memory at once."""
     largest = sorted(sizes, reverse=True)
     # A reader needs about twice the size of its pickle.

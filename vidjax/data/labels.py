@@ -89,7 +89,7 @@ def load_label_table(
     if isinstance(labels, Mapping):
         pairs = _clean_labels((f"{place}:", *pair) for pair in labels.items())
     elif (place := Path(labels).expanduser()).suffix == ".csv":
-        pairs = _clean_labels(_rows_of_csv(place))
+        pairs = _clean_labels(_read_csv_rows(place))
     else:
         pairs = load_ground_truth(place, known_clips=split_of)
     if pairs:
@@ -101,7 +101,7 @@ def load_label_table(
     return truth
 
 
-def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
+def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields place (the start of a message), clip and identity from each row of a table."""
     if not path.exists():
         raise NoFileError(f"{path}: no such file")

@@ -22,7 +22,7 @@ from vidjax.data.arrays import group_files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, make_batch, pad, split_blocks
-from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
+from vidjax.data.frame_fields import PackedClips, Quality, compute_feature_norms
 from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_identity, show
@@ -329,7 +329,7 @@ def _load_pickles(
             flat = sandbox.unpack(files[name], name, Path(scratch, name))
             frames = dict(flat.frames)
             if quality == "norm":
-                frames["quality"] = feature_norms(flat.features)
+                frames["quality"] = compute_feature_norms(flat.features)
             packed[name] = replace(flat, frames=frames)
     names = {name: name for flat in packed.values() for name in flat.names}
     return MemoryClips(packed, names, modalities, identities)

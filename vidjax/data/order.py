@@ -58,7 +58,7 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
     return DrawnClips(clip_index, place < plan.num_clips, windows)
 
 
-def first_frame(uniform: Array, length: Array, size: int) -> Array:
+def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
     """Returns the first frames of random windows.
 
     Args:

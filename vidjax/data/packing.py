@@ -17,9 +17,9 @@ from vidjax.data.frame_fields import (
     NonFinite,
     PackedClips,
     Quality,
+    compute_feature_norms,
     count_frames,
-    feature_norms,
-    usable_rows,
+    find_usable_rows,
 )
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.utils.errors import UserError
@@ -80,7 +80,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
         raise UserError(f"{place}: no field '{show(unknown[0])}'; choose from {', '.join(STORED)}")
-    features = _numbers(given.get("features", ()), f"{place}: features")
+    features = _to_real_array(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
             if column is not None and np.size(column):
@@ -103,7 +103,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
         else:
             frames[name] = _read_column(column, name, field, len(features), f"{place}: {name}")
     if quality == "norm" or given.get("quality") is None:
-        frames["quality"] = feature_norms(features)
+        frames["quality"] = compute_feature_norms(features)
     if given.get("number") is not None and np.any(np.diff(frames["number"]) < 0):
         order = np.argsort(frames["number"], kind="stable")
         frames = {name: column[order] for name, column in frames.items()}
@@ -114,7 +114,7 @@ def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
     """Returns a field of T frames in its dtype; UserError for another shape."""
-    column, shape = _numbers(values, place), field.shape(num_frames)
+    column, shape = _to_real_array(values, place), field.shape(num_frames)
     if column.size == 1 and shape == (1,):
         column = column.reshape(1)  # a single frame may come as a scalar, like its feature as [D]
     if column.shape != shape:
@@ -129,7 +129,7 @@ def _read_column(
         return column.astype(field.dtype)
 
 
-def _numbers(values: Any, place: str) -> np.ndarray:
+def _to_real_array(values: Any, place: str) -> np.ndarray:
     """Returns an array of real numbers in native byte order."""
     try:
         array = np.asarray(() if values is None else values)
@@ -264,7 +264,7 @@ class Packer(contextlib.ExitStack):
             field: np.concatenate([frames[field] for _, frames in filled]) if filled[1:] else values
             for field, values in filled[0][1].items()
         }
-        keep = usable_rows(joined["features"])
+        keep = find_usable_rows(joined["features"])
         owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
         self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
         for name, column in joined.items():
@@ -284,7 +284,7 @@ class Packer(contextlib.ExitStack):
             problem = f"{features.dtype}, in other clips {dtype}: use features.astype('{dtype}')"
         if problem:
             raise UserError(f"{place}: features are {problem}")
-        if self._non_finite == "error" and not (keep := usable_rows(features)).all():
+        if self._non_finite == "error" and not (keep := find_usable_rows(features)).all():
             raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
 
     def _write_field(self, name: str, column: np.ndarray) -> None:

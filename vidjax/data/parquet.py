@@ -60,7 +60,7 @@ def read(path: Path) -> Rows:
         return _join(path, file, names, counted)
 
 
-def clip_names(path: Path) -> list[str]:
+def read_clip_names(path: Path) -> list[str]:
     """Returns the distinct clip names of a table, in any order."""
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
@@ -69,7 +69,7 @@ def clip_names(path: Path) -> list[str]:
         return column.cast("string").to_pylist()
 
 
-def num_rows(path: Path) -> int:
+def count_rows(path: Path) -> int:
     """Returns the number of rows of a table."""
     with files.open_input(path) as opened, _Errors(path):
         return _open(path, opened).metadata.num_rows

@@ -22,12 +22,12 @@ from vidjax.data.clips import (
     Modality,
     Split,
     TrainingData,
-    best_frames,
+    choose_best_frames,
     make_eval_plan,
     split_blocks,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.order import draw_batch_clips, first_frame
+from vidjax.data.order import choose_first_frame, draw_batch_clips
 from vidjax.utils import machine
 from vidjax.utils.errors import UserError
 
@@ -75,7 +75,7 @@ def gather_frames(
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
-        first += first_frame(window, length, size)
+        first += choose_first_frame(window, length, size)
     length = jnp.where(batch_mask, jnp.minimum(length, size), 0)
     place = jnp.arange(size, dtype=jnp.int32)
     mask = place < length[:, None]  # [B, T]
@@ -115,7 +115,7 @@ class ResidentPlan(NamedTuple):
     widths: Mapping[str, int]
 
 
-def plan_resident(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
+def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
     """Plans which clips are resident. Only the lengths of the clips are read."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
@@ -182,12 +182,12 @@ def choose_mode(
         return mode
     return (
         "streaming"
-        if too_many or layout.nbytes > MAX_MEMORY_SHARE * (free_bytes(mesh) - taken)
+        if too_many or layout.nbytes > MAX_MEMORY_SHARE * (find_least_free_bytes(mesh) - taken)
         else "resident"
     )
 
 
-def free_bytes(mesh: Mesh) -> float:
+def find_least_free_bytes(mesh: Mesh) -> float:
     """Returns the free bytes of the fullest local device.
 
     On a CPU, the free memory of the host is divided by the number of emulated devices.
@@ -285,11 +285,11 @@ def gather_modalities(
 def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
     """Returns the best `count` frames of a clip, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
-    chosen = best_frames(np.asarray(packed.quality[clip]), count)
-    return _flat([getattr(packed, name)[clip][chosen] for name in BATCHED])
+    chosen = choose_best_frames(np.asarray(packed.quality[clip]), count)
+    return _make_flat_arrays([getattr(packed, name)[clip][chosen] for name in BATCHED])
 
 
-def _flat(fields: Sequence[Array]) -> Packed:
+def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
     """Returns Packed with empty `start` and `length`; `fields` are the arrays of BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
@@ -343,7 +343,7 @@ class _Filler:
         """Returns Packed of all frames, with empty `start` and `length`."""
         if self._waiting:
             self._flush()
-        return _flat(self._arrays)
+        return _make_flat_arrays(self._arrays)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -139,7 +139,7 @@ def load(
     return Dataset(records, source.read_labels(records.clips), origin=origin)
 
 
-def modalities(data: Section) -> Mapping[str, int]:
+def read_modalities(data: Section) -> Mapping[str, int]:
     """Returns modality -> feature width, without reading a file.
 
     The width is 0 if it is unknown. The dict is empty if file names do not contain the modalities.

@@ -44,7 +44,7 @@ def blend_runs(
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
-    weights = _weights(config)
+    weights = _parse_weights(config)
     configs = [run_config(config, name) for name in config.join.runs]
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share a dataset
     models = []
@@ -76,7 +76,7 @@ def blend_runs(
     return results
 
 
-def _weights(config: Config) -> tuple[float, ...]:
+def _parse_weights(config: Config) -> tuple[float, ...]:
     """Checks the weights of the runs and returns them. If no weights are given, all are 1."""
     runs, weights = config.join.runs, config.join.weights
     if len(runs) < 2:

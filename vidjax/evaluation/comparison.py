@@ -87,7 +87,7 @@ class Comparison(NamedTuple):
         clips = f"{first.metrics['num_clips']:,} clips of {first.split}"
         others = f" ({first.num_others:,} that no run knows left out)" if first.num_others else ""
         title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
-        return "\n".join([title, *(f"  {line}" for line in [*lines, *in_sample(self.runs)])])
+        return "\n".join([title, *(f"  {line}" for line in [*lines, *is_in_sample(self.runs)])])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -166,14 +166,14 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
     for group in seeds:
         _check_seeds(group)
     return Comparison(
-        [mean_of(group) for group in seeds],
+        [merge_seeds(group) for group in seeds],
         significance.differences_of_seeds([[run.ap for run in group] for group in seeds]),
     )
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
     """Raises ValueError if runs of a group differ in more than their seeds, or seeds are equal."""
-    fields = [fields_of(run) for run in runs]
+    fields = [list_fields(run) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
     for name, own in zip(names[1:], fields[1:], strict=True):
@@ -270,7 +270,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     different = np.flatnonzero(positives != first.positives)
     for i in different[:1]:
         text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
-    if names := [name for name in ("names", "labels") if _differ(first, run, name)]:
+    if names := [name for name in ("names", "labels") if _has_other_digest(first, run, name)]:
         text += f", with other {' and '.join(names)}"
     if names or len(different) or run.data != first.data or counts[0] != counts[1]:
         raise UserError(
@@ -280,7 +280,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
 
 
-def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
+def _has_other_digest(first: RankedRun, run: RankedRun, name: str) -> bool:
     """Returns True if both runs have a digest of the split and the digests differ.
 
     `name` is `names` or `labels`. The digests of features are not compared, because two runs may
@@ -291,7 +291,7 @@ def _differ(first: RankedRun, run: RankedRun, name: str) -> bool:
     return bool(mine and others) and mine != others
 
 
-def mean_of(seeds: Sequence[RankedRun]) -> RankedRun:
+def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
     """Merges a group of seeds into a single run with the means of all metrics."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
     metrics = {key: value for key, value in first.metrics.items() if not _is_number(value)}
@@ -357,13 +357,13 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
-    every = [fields_of(run) for run in runs]
+    every = [list_fields(run) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = [[name, *(values.get(name, "") for values in every)] for name in names]
     return ["field", *shorten_names(runs)], [row for row in rows if len({*row[1:]}) > 1]
 
 
-def fields_of(run: RankedRun) -> dict[str, str]:
+def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns field -> value as text. Overrides of the evaluation replace the values of the run."""
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     return {name: config_io.value_text(value) for name, value in values.items()}
@@ -400,7 +400,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
             f"{first.num_others:,} identities of the ground truth that no run knows are left out."
         )
     folds = [run.name for run in runs if run.metrics["map_kind"] == "out_of_fold"]
-    known = in_sample(runs)
+    known = is_in_sample(runs)
     if folds:
         score = f"{', '.join(folds)} {'scores' if len(folds) == 1 else 'score'}"
         text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
@@ -409,7 +409,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     return text + known
 
 
-def in_sample(runs: Sequence[RankedRun]) -> list[str]:
+def is_in_sample(runs: Sequence[RankedRun]) -> list[str]:
     """Returns a warning in a list that names the runs trained on these clips, or an empty list."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
@@ -440,10 +440,10 @@ def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -
     first, names = runs[0], shorten_names(runs)
     caption = f"MAP and its difference to {first.name}"
     summary = [
-        _table(caption, *make_difference_table(runs, differences)),
+        _make_table(caption, *make_difference_table(runs, differences)),
         *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
-        html.beside("figures", [_intervals(names, differences)]),
-        _table("Other metrics", *make_metric_table(runs)),
+        html.beside("figures", [_compute_intervals(names, differences)]),
+        _make_table("Other metrics", *make_metric_table(runs)),
     ]
     changed = html.table("Fields in which the configurations differ", *make_config_table(runs))
     others = zip(runs[1:], names[1:], strict=True)
@@ -461,12 +461,12 @@ def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -
     )
 
 
-def _table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
+def _make_table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
     cells = ([row[0], *map(html.Number.escape, row[1:])] for row in rows)
     return html.table(caption, head, cells)
 
 
-def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
+def _compute_intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
     plot = html.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(differences))
     lows, highs = [gap.low for gap in differences], [gap.high for gap in differences]

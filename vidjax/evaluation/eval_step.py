@@ -44,7 +44,7 @@ def eval_step(
         weight = output.eval_weight  # [B, G]
         if weight is None:
             weight = jnp.ones(logits.shape[:2], logits.dtype)
-        total = no_scores(scores[:, 0], logs=system.scores_are_logs)
+        total = make_no_scores(scores[:, 0], logs=system.scores_are_logs)
         for branch in range(scores.shape[1]):
             total = add_scores(total, scores[:, branch], weight[:, branch])
         return sum_scores(total)
@@ -175,7 +175,7 @@ def _reduce_examples(
             share = jnp.where(real, block(weight, n * size), 0.0).astype(first.dtype)
             return add_scores(total, values, share)
 
-        return mean_scores(jax.lax.fori_loop(0, blocks, add, no_scores(nothing, logs=logs)))
+        return mean_scores(jax.lax.fori_loop(0, blocks, add, make_no_scores(nothing, logs=logs)))
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
@@ -201,7 +201,7 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
     def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
         return eval_step(system, params, model_state, view, batch)[:, 1 : 1 + num_identities]
 
-    return _by_rows(step, mesh)
+    return _shard_rows(step, mesh)
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
@@ -211,7 +211,7 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
         scores = eval_step(system, params, model_state, view, batch)
         return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
 
-    return _by_rows(step, mesh)
+    return _shard_rows(step, mesh)
 
 
 def make_embed_step(system: System) -> EvalStep:
@@ -219,7 +219,7 @@ def make_embed_step(system: System) -> EvalStep:
     return jax.jit(functools.partial(embed_step, system))
 
 
-def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
+def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     """Compiles a step so that every device runs it on a part of the rows."""
     whole = PartitionSpec()
 
@@ -253,7 +253,7 @@ class MeanScores(NamedTuple):
     weight: Array  # [B] sum of the weights
 
 
-def no_scores(like: Array, *, logs: bool) -> MeanScores:
+def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
     """Returns an empty mean for scores of the shape of `like`, [B, K].
 
     `logs` is True if the scores are logarithms.

@@ -245,7 +245,9 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def difference(split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None) -> str:
+def describe_difference(
+    split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
+) -> str:
     """Describes how a split differs from the split that a run has read.
 
     Returns an empty text if the digests are equal. `now` is None if the split is absent.
@@ -278,7 +280,9 @@ def select_sets(
         return sets
     before, now = own["splits"], getattr(data, "report", {"splits": {}})["splits"]
     names = [split] if split in before else before
-    if now and all(_same_clips(before[name], now.get(name, {}).get("sha256")) for name in names):
+    if now and all(
+        _has_same_clips(before[name], now.get(name, {}).get("sha256")) for name in names
+    ):
         return sets
     warn(
         "some clips have names of training clips, but other data: all members score them, as new "
@@ -288,7 +292,7 @@ def select_sets(
     return sets._replace(trained=np.zeros_like(sets.trained))
 
 
-def _same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
+def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
     """Returns True if the digests of a split show the same clips as before."""
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
@@ -315,7 +319,7 @@ def check_data(
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
     here = {name: counts.get("sha256") for name, counts in data.report["splits"].items()}
-    different = [difference(name, own["splits"][name], here.get(name)) for name in names]
+    different = [describe_difference(name, own["splits"][name], here.get(name)) for name in names]
     if trains and own.get("weights") != hash_data(config, data)["weights"]:
         different.append("config.data.weights are others")
     if not trains and split not in names and (named or not all(different)):

@@ -15,10 +15,10 @@ from vidjax.core.batch import Array, Batch
 from vidjax.core.losses import is_argmax
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
-from vidjax.data.resident import free_bytes
+from vidjax.data.resident import find_least_free_bytes
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
-from vidjax.evaluation.eval_step import MeanScores, add_scores, mean_scores, no_scores
+from vidjax.evaluation.eval_step import MeanScores, add_scores, make_no_scores, mean_scores
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import System
 from vidjax.runs.terminal import Progress
@@ -103,7 +103,7 @@ class ModelScorer:
             for i in np.flatnonzero(may_score[number]).tolist():
                 block = blocks[i]
                 scores = model.eval_step(*own, jnp.int32(member.view), block)
-                used = _used(self._use, number, block.clip_index, block.batch_mask)
+                used = _find_used(self._use, number, block.clip_index, block.batch_mask)
                 if rankings:
                     rankings[number].add((scores, block.clip_index, used))
                 totals[i] = _add(totals[i], scores, used, logs=model.system.scores_are_logs)
@@ -138,7 +138,7 @@ _mean = jax.jit(mean_scores)
 
 
 @jax.jit
-def _used(use: Array, member: Array | int, clip_index: Array, batch_mask: Array) -> Array:
+def _find_used(use: Array, member: Array | int, clip_index: Array, batch_mask: Array) -> Array:
     return use[member, clip_index] & batch_mask
 
 
@@ -148,7 +148,7 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 
     If `total` is None, a new mean is started.
     """
-    total = no_scores(scores, logs=logs) if total is None else total
+    total = make_no_scores(scores, logs=logs) if total is None else total
     return add_scores(total, scores, used.astype(scores.dtype))
 
 
@@ -159,7 +159,7 @@ def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
     `scores` has the log-probabilities [B, C] of each model. `weights` has the weight of each model,
     0 or more.
     """
-    total = no_scores(scores[0], logs=True)
+    total = make_no_scores(scores[0], logs=True)
     for block, weight in zip(scores, weights, strict=True):
         total = add_scores(total, block, jnp.full(len(block), weight, block.dtype))
     return mean_scores(total)
@@ -252,7 +252,7 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
         for bucket in set(plan.bucket[plan.bucket >= 0].tolist())
     ]
     size = 4 * block_size * (max(numbers, default=0) + system.task.num_columns)
-    free = free_bytes(mesh)
+    free = find_least_free_bytes(mesh)
     if 0 < free < size:
         raise UserError(
             f"config.eval.block_size={block_size}: a block of clips takes {size / 1e9:,.1f} GB of "

@@ -62,7 +62,7 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
     return _compute_bounds(_draw_means(averages, UNSEEN, draws), averages)
 
 
-def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
+def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
     """Returns the bounds of the 95 % interval of the mean of [C] differences, and a p-value.
 
     The two-sided p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0.
@@ -105,10 +105,10 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
     """Compares every run with the first run, from average precisions [C] per run."""
     first, results, ps = averages[0], [], []
     for own in averages[1:]:
-        gaps = _gaps(own, first)
-        low, high, p = gap_interval(gaps)
+        gaps = _compute_gaps(own, first)
+        low, high, p = compute_gap_interval(gaps)
         mean = float(own.mean() - first.mean())
-        results.append(Difference(mean, low, high, p, 1.0, *_counts(gaps)))
+        results.append(Difference(mean, low, high, p, 1.0, *_count_signs(gaps)))
         ps.append(p)
     return [result._replace(p_holm=p) for result, p in zip(results, holm(ps), strict=True)]
 
@@ -141,17 +141,17 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
         freedom = sum(squared) ** 2 / spread if spread else math.inf
         half = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * error
         low, high = max(mean - half, -1.0), min(mean + half, 1.0)
-        counts = _counts(_gaps(np.mean(own, axis=0), np.mean(first, axis=0)))
+        counts = _count_signs(_compute_gaps(np.mean(own, axis=0), np.mean(first, axis=0)))
         results.append(Difference(mean, low, high, None, None, *counts, error))
     return results
 
 
-def _gaps(own: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _compute_gaps(own: np.ndarray, first: np.ndarray) -> np.ndarray:
     gaps = own - first
     return np.where(np.abs(gaps) < EQUAL, 0.0, gaps)
 
 
-def _counts(gaps: np.ndarray) -> tuple[int, int, int]:
+def _count_signs(gaps: np.ndarray) -> tuple[int, int, int]:
     better, worse = int(np.sum(gaps > 0)), int(np.sum(gaps < 0))
     return better, worse, len(gaps) - better - worse
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from vidjax.core import devices, distributed, ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data import resident
-from vidjax.data.clips import ClipSource, TrainingData, num_cropped
+from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import eval_step, restore
 from vidjax.evaluation.analysis import analysis
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
@@ -199,7 +199,7 @@ def write_description(
     files.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]
-    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
+    cropped = count_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
     files.write_json(workdir / "data_report.json", report)
 
@@ -298,7 +298,7 @@ class TrainingRun:
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
-        plan_in_memory = resident.plan_resident(data, batches, config.eval.split)
+        plan_in_memory = resident.make_resident_plan(data, batches, config.eval.split)
         num_drawn = plan.task.total_steps * config.batch_size
         params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
         taken = resident.step_bytes(plan_in_memory, batches, params, plan.task.num_columns, mesh)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vidjax.core import devices, ensemble, fusion
 from vidjax.core.batch import Array, Batch, Frames, NoiseClassLayout
 from vidjax.data import sources
-from vidjax.data.checks import unusable
+from vidjax.data.checks import find_unusable
 from vidjax.data.clips import (
     BatchPlan,
     ClipSource,
@@ -147,9 +147,9 @@ def _check_plan(
             )
     ensemble.check_size(sets)  # a file that cannot be read later must not be written
     results.check_identities(data.identities)
-    for problem in unusable(data.report, config.data.train_splits, config.modalities):
+    for problem in find_unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
-    for problem in unusable(data.report, [config.eval.split], config.modalities):
+    for problem in find_unusable(data.report, [config.eval.split], config.modalities):
         warn(problem)
     num_clips = len(sets.clips)
     if config.batch_size > max(MAX_BATCH_ROWS, num_clips):
@@ -313,7 +313,7 @@ def dry_run(config: Config) -> None:
     Tracing the system and its parameters takes a tenth of a second and no device.
     """
     check_model(config)
-    known = sources.modalities(config.data) or dict.fromkeys(config.modalities, 0)
+    known = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
     known = {name: Modality(width or WIDTH, "float32") for name, width in known.items()}
     widths = select_modalities(config.modalities, known)
     spec = config.to_dict()

@@ -155,7 +155,7 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
     ]
     scores = each[0]
     if len(each) > 1:
-        total = eval_step.no_scores(scores, logs=system.scores_are_logs)
+        total = eval_step.make_no_scores(scores, logs=system.scores_are_logs)
         for member_scores in each:
             total = eval_step.add_scores(
                 total, member_scores, jnp.ones(scores.shape[0], scores.dtype)

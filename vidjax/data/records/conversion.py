@@ -202,7 +202,8 @@ def cut(
 ) -> list[tuple[Path, np.ndarray]]:
     """Divides a split into shards; returns the path and the clip indices [n >= 1] of each."""
     size = sum(
-        int(lengths.sum(dtype=np.int64)) * shard_files.frame_bytes(modalities[name])["features"]
+        int(lengths.sum(dtype=np.int64))
+        * shard_files.count_frame_bytes(modalities[name])["features"]
         for name, lengths in split.lengths.items()
         if name in modalities
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.clips import Split
-from vidjax.data.frame_fields import PackedClips, feature_norms
+from vidjax.data.frame_fields import PackedClips, compute_feature_norms
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packing import StagedSplit
 from vidjax.data.records.manifest import Records
@@ -51,12 +51,12 @@ def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "quality": _histogram(flat.frames["quality"]),
-        "norm": _histogram(feature_norms(flat.features)),
+        "quality": _make_histogram(flat.frames["quality"]),
+        "norm": _make_histogram(compute_feature_norms(flat.features)),
     }
 
 
-def _histogram(values: np.ndarray) -> dict[str, Any]:
+def _make_histogram(values: np.ndarray) -> dict[str, Any]:
     """Counts values in equal bins between the smallest and the largest finite value."""
     finite = values[np.isfinite(values)].astype(np.float64)
     counts, edges = [], []

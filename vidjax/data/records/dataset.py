@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import Batch, Packed
-from vidjax.data.checks import equal_quality, misspelt, transposed
+from vidjax.data.checks import find_equal_quality, find_misspelt, find_transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import Origin
 from vidjax.data.labels import Truth
@@ -58,9 +58,9 @@ class Dataset:
         lengths = {name: split.lengths for name, split in records.splits.items()}
         widths = {name: modality.dim for name, modality in self.modalities.items()}
         for problem in (
-            *misspelt(lengths),
-            *transposed(lengths, widths),
-            *equal_quality(self.report, list(self.modalities)),
+            *find_misspelt(lengths),
+            *find_transposed(lengths, widths),
+            *find_equal_quality(self.report, list(self.modalities)),
         ):
             warn(problem)
 

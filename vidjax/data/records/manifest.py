@@ -116,7 +116,9 @@ def load_index(folder: Path) -> Records:
     """
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
-        modalities = {name: _modality(**kind) for name, kind in manifest["modalities"].items()}
+        modalities = {
+            name: _parse_modality(**kind) for name, kind in manifest["modalities"].items()
+        }
         clips = sum(split["records"] for split in manifest["splits"].values())
         with _open(folder / "data_report.json", manifest) as file:
             report: Any = files.parse_json(file.readall())
@@ -147,7 +149,7 @@ def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
         yield file
 
 
-def _modality(dim: int, dtype: str) -> Modality:
+def _parse_modality(dim: int, dtype: str) -> Modality:
     if not 1 <= dim <= 1 << 24 or dtype not in DTYPES:
         raise UserError(f"features of width {dim!r} and dtype {dtype!r} are not supported")
     return Modality(dim, dtype)

@@ -20,9 +20,9 @@ from vidjax.data.records.shard_files import (
     HEADER,
     check_changed,
     check_shard,
+    count_frame_bytes,
     count_varint_bytes,
-    frame_bytes,
-    layout,
+    locate_values,
 )
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -87,9 +87,9 @@ class Reader:
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
-            for field, size in frame_bytes(modality).items():
+            for field, size in count_frame_bytes(modality).items():
                 sizes[f"frames/{name}/{field}"] = length * size
-        return layout(sizes)
+        return locate_values(sizes)
 
     def read(self, places: np.ndarray) -> list[bytes]:
         """Returns the messages at `places`. The sha256 of a file is checked at its first use.

@@ -141,7 +141,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
     return FIRST_TAG + _encode_varint(len(features)) + features
 
 
-def frame_bytes(modality: Modality) -> dict[str, int]:
+def count_frame_bytes(modality: Modality) -> dict[str, int]:
     """Returns field -> the bytes of a frame in a record."""
     sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
     for name, field in FRAME_FIELDS.items():
@@ -149,7 +149,7 @@ def frame_bytes(modality: Modality) -> dict[str, int]:
     return sizes
 
 
-def layout(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Computes the places of values in N messages of `encode`.
 
     Args:

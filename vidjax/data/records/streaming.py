@@ -23,7 +23,7 @@ from vidjax.data.clips import BatchPlan, Modality
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.record_reader import Reader
-from vidjax.data.records.shard_files import check_shard, frame_bytes
+from vidjax.data.records.shard_files import check_shard, count_frame_bytes
 from vidjax.utils.errors import UserError
 
 # TensorFlow reads both variables during its import. Errors become exceptions, so the log is not
@@ -61,7 +61,7 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
     kinds = [tf.int32, tf.int64, tf.int32, tf.bool, tf.int32]
     queue = tf.queue.FIFOQueue(NUM_AHEAD, kinds, shapes)
     batches = _make_pipeline(records, plan, reader, queue).as_numpy_iterator()
-    places = _places(records, plan, reader, step)
+    places = _locate_clips(records, plan, reader, step)
     # TensorFlow crashes if a queue is freed while a thread waits for it. So the queue is closed
     # when the reader is freed, or at the end of the process.
     weakref.finalize(reader, queue.close)
@@ -78,7 +78,7 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
         yield batch  # outside `try`, because TensorFlow may be unloaded when the process ends
 
 
-def _places(
+def _locate_clips(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields the places of the clips of each step, from `step` on, for tf.data.
@@ -89,7 +89,7 @@ def _places(
       modalities [M, B] int32.
     """
     place_of_clip = np.argsort(reader.clip_index)
-    with jax.default_device(_host()):
+    with jax.default_device(_get_host_device()):
         lengths = {
             name: jax.numpy.concatenate([records.splits[s].lengths[name] for s in plan.splits])
             for name in plan.windowed
@@ -103,7 +103,9 @@ def _places(
             clip_index,
             batch_mask,
             [
-                order.first_frame(drawn[name], lengths[name][clip_index] * batch_mask, sizes[name])
+                order.choose_first_frame(
+                    drawn[name], lengths[name][clip_index] * batch_mask, sizes[name]
+                )
                 for name in plan.windowed
             ],
         )
@@ -111,7 +113,7 @@ def _places(
     for number in itertools.count(step):
         position = number * plan.batch_size + np.arange(plan.batch_size)
         epoch, place = (part.astype(np.int32) for part in np.divmod(position, plan.num_places))
-        with jax.default_device(_host()):
+        with jax.default_device(_get_host_device()):
             drawn = draw(np.int32(number), epoch, place)
             clip_index, batch_mask, first = jax.device_get(drawn)
         places = place_of_clip[clip_index]
@@ -119,7 +121,7 @@ def _places(
         yield reader.shard[places], reader.start[places], clip_index, batch_mask, first
 
 
-def _host() -> Any:
+def _get_host_device() -> Any:
     """Returns the CPU device of jax, or an accelerator if jax may not use the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -173,7 +175,7 @@ def _decode(
       first: [B] int32, the first frame to take; None: all frames.
       best: True to take the best frames of a longer clip by quality, as `clips.best_frames`.
     """
-    nbytes, dtypes = frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
+    nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}
     widths = {field: modality.dim if field == "features" else 1 for field in fields}
     length = tf.strings.length(fields["number"]) // nbytes["number"]

@@ -81,11 +81,11 @@ def analyse(
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
     values |= {
         "num_others": split.num_others if pool.all() else 0,
-        "worst": measures.worst_identities(scored),
-        "wrong_clips": measures.wrong_clips(scored),
-        "intervals": measures.clip_intervals(evaluation.clips, split.labels),
+        "worst": measures.find_worst_identities(scored),
+        "wrong_clips": measures.find_wrong_clips(scored),
+        "intervals": measures.compute_clip_intervals(evaluation.clips, split.labels),
         "fewest_identities": FEWEST_IDENTITIES,
-        "strata": measures.strata(scored, split, model.modalities, quality, train_clips),
+        "strata": measures.measure_strata(scored, split, model.modalities, quality, train_clips),
     }
     people = len(model.data.identities)
     more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
@@ -245,7 +245,7 @@ def evaluate(
     evaluation = score(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
-    changed = overrides(folder.config, config)
+    changed = list_overrides(folder.config, config)
     trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
     values = evaluation.results | {
         "data": data.report["data"],
@@ -269,7 +269,7 @@ _FREE = (
 )  # fmt: skip
 
 
-def overrides(trained: Config, config: Config) -> dict[str, Any]:
+def list_overrides(trained: Config, config: Config) -> dict[str, Any]:
     """Returns field -> value in `config` for the fields that differ and that change scores."""
     changed = config_lib.differences(trained, config)
     return {name: value for name, (_, value) in changed.items() if name not in _FREE}

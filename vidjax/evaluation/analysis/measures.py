@@ -96,7 +96,7 @@ class ScoredSplit:
         return best, best_scores
 
 
-def strata(
+def measure_strata(
     scored: ScoredSplit,
     split: Split,
     modalities: Sequence[str],
@@ -123,16 +123,16 @@ def strata(
         known = scored.positives > 0
         rows = [
             _make_row(label, scored.averages[chosen & known], int(scored.positives[chosen].sum()))
-            for label, chosen in by_count(train_clips)
+            for label, chosen in group_by_count(train_clips)
             if (chosen & known).any()
         ]
         tables.append({"by": "training clips of the identity", "rows": rows})
     lengths = split.lengths[primary]
-    groups = by_quantile(quality, lengths > 0)
+    groups = group_by_quantile(quality, lengths > 0)
     if groups:
         absent = (f"no {primary}", lengths == 0)
         tables.append(table(f"mean quality of {primary}", [*groups, absent]))
-    tables.append(table(f"frames of {primary}", by_count(lengths)))
+    tables.append(table(f"frames of {primary}", group_by_count(lengths)))
     if len(modalities) > 1:
         groups = group_by_modalities(split, modalities, scored.pool)
         tables.append(table("modalities that the clip has", groups))
@@ -152,7 +152,7 @@ def _make_row(label: str, averages: np.ndarray, clips: int) -> Row:
     }
 
 
-def by_count(counts: np.ndarray) -> Groups:
+def group_by_count(counts: np.ndarray) -> Groups:
     """Divides clips or identities by `counts` into groups whose ranges end at COUNTS."""
     groups, low = [], 0
     for high in COUNTS:
@@ -162,7 +162,7 @@ def by_count(counts: np.ndarray) -> Groups:
     return [*groups, (f"over {COUNTS[-1]}", counts >= low)]
 
 
-def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
+def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
     """Divides the chosen clips by value into groups of equal size.
 
     If all values are equal, there is no group.
@@ -207,7 +207,7 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
     return total[1:] if total.any() else None
 
 
-def worst_identities(scored: ScoredSplit) -> list[Row]:
+def find_worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities with the lowest average precision, worst first.
 
     `lost_to` and `mixed_with` are up to three pairs of an identity and a count of clips:
@@ -238,7 +238,7 @@ def worst_identities(scored: ScoredSplit) -> list[Row]:
     return rows
 
 
-def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
+def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
     """Lists the clips whose best identity is wrong, highest scores first.
 
     `shows` is the identity in the clip, -1 for a distractor. The clip scores highest in the list of
@@ -277,7 +277,7 @@ def measure_open_set(
     """
     arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
-    if logs and (calibrated := calibration(clips)):
+    if logs and (calibrated := measure_calibration(clips)):
         arrays["calibration"], values["calibration_error"] = calibrated
     return values, arrays
 
@@ -377,7 +377,7 @@ def resample_fnir(
     return np.array(rates)
 
 
-def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
+def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
     """Returns the 95 % interval of `top1` and, if there are distractors, of `auroc`.
 
     Both intervals are from a Bayesian bootstrap over people, with all their clips, and over an
@@ -410,7 +410,7 @@ def clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[flo
     return intervals
 
 
-def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
+def measure_calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
     """Compares the probabilities of the best identities with the share that is right.
 
     Returns:

@@ -96,10 +96,10 @@ def title(run: RunFiles) -> str:
     model = str(run.config["model"].get("name", "no model"))
     members = run.metrics.num_members or 1
     count = f"{members} x " if members != 1 else ""
-    return f"{count}{model} with {_listed(run.config['modalities']) or 'no modality'} on {data}"
+    return f"{count}{model} with {_join(run.config['modalities']) or 'no modality'} on {data}"
 
 
-def lead(run: RunFiles) -> str:
+def describe_run(run: RunFiles) -> str:
     """Returns the folder, the evaluated split and the date of a run as a line."""
     date = f"; {run.metrics.date}" if run.metrics.date else ""
     return f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}"
@@ -197,14 +197,14 @@ def run_rows(run: RunFiles) -> Rows:
     settings = {
         "data": _data_of(run),
         "data digest": (own.data and own.data.digest) or "",
-        "trained on": _listed(config["data"]["train_splits"]),
+        "trained on": _join(config["data"]["train_splits"]),
         "evaluated on": run.split,
-        "modalities": _listed(config["modalities"]),
-        "joined runs": _listed(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
+        "modalities": _join(config["modalities"]),
+        "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
-        "versions": _listed(f"{name} {version}" for name, version in (own.versions or {}).items()),
+        "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
     if config["join"]["runs"]:
         del settings["trained on"], settings["modalities"]  # a joined run does not use them
@@ -219,7 +219,7 @@ def run_rows(run: RunFiles) -> Rows:
     return rows + _labelled(run.values, labels)
 
 
-def _listed(values: Iterable[object] | None) -> str:
+def _join(values: Iterable[object] | None) -> str:
     return ", ".join(map(str, values or ()))
 
 
@@ -233,7 +233,7 @@ def _data_of(run: RunFiles) -> str:
     return " ".join(word for word in (sources.describe(named), folder) if word)
 
 
-def reading(run: RunFiles) -> Markup | None:
+def explain_reading(run: RunFiles) -> Markup | None:
     """Returns an explanation of the terms. If there is no ground truth, returns None."""
     if run.metrics.map is None:
         return None
@@ -248,9 +248,9 @@ def learning(run: RunFiles) -> Markup | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    loss = _curve(train, "train_loss", "Training loss")
-    rate = _curve(train, "learning_rate", "Learning rate")
-    figures = html.beside("figures", [loss, _scores(train, run.lines), rate])
+    loss = _draw_curve(train, "train_loss", "Training loss")
+    rate = _draw_curve(train, "learning_rate", "Learning rate")
+    figures = html.beside("figures", [loss, _draw_scores(train, run.lines), rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
     if not bad_steps:
         return figures
@@ -258,7 +258,7 @@ def learning(run: RunFiles) -> Markup | None:
     return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
-def _curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
+def _draw_curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
     """Returns the curve of a field of `metrics.jsonl` over the epochs."""
     x, y = _column(train, "epoch"), _column(train, field)
     plot = html.Plot(x="epoch", y=title.lower())
@@ -268,7 +268,7 @@ def _curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup
     return plot.html(field, title, words)
 
 
-def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
+def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
     x, accuracy = _column(train, "epoch"), _column(train, "train_accuracy")
     plot = html.Plot(x="epoch", y="share")
     plot.curve(x, accuracy, label="training accuracy")
@@ -508,7 +508,7 @@ def _calibration(run: RunFiles) -> Markup:
 # Function of a section -> its heading.
 SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
     summary: "Summary",
-    reading: "How to read it",
+    explain_reading: "How to read it",
     learning: "Learning curves",
     identities: "Identities",
     mistakes: "Mistakes",
@@ -545,7 +545,7 @@ def render(run: RunFiles) -> str:
         return html.page(
             title(run),
             [(key, heading, content) for key, heading, content in shown if content],
-            lead=lead(run),
+            lead=describe_run(run),
             footer="vidjax made this page from the files of the run. It contains names of clips "
             "and identities, and no features.",
         )
