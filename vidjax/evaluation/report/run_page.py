@@ -233,7 +233,7 @@ def _data_of(run: RunFiles) -> str:
     return " ".join(word for word in (sources.describe(named), folder) if word)
 
 
-def explain_reading(run: RunFiles) -> Markup | None:
+def reading(run: RunFiles) -> Markup | None:
     """Returns an explanation of the terms. If there is no ground truth, returns None."""
     if run.metrics.map is None:
         return None
@@ -508,7 +508,7 @@ def _calibration(run: RunFiles) -> Markup:
 # Function of a section -> its heading.
 SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
     summary: "Summary",
-    explain_reading: "How to read it",
+    reading: "How to read it",
     learning: "Learning curves",
     identities: "Identities",
     mistakes: "Mistakes",
