@@ -140,7 +140,7 @@ def test_nothing_to_train_is_allowed():
 
 @pytest.mark.parametrize("points", [(), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)])
 def test_impossible_points_are_refused(points):
-    with pytest.raises(ValueError, match=r"^mirrors must be .* in order"):
+    with pytest.raises(ValueError, match=r"^mirrors=.* must be .* in order"):
         optim.make_piecewise(points, name="mirrors")
 
 
