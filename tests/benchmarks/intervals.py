@@ -54,7 +54,7 @@ def measure(name: str, num: int, repetitions: int) -> str:
     shares, kinds = zip(*(GAPS if gaps else PRECISIONS)[name], strict=True)
     means = [kind.mean() if hasattr(kind, "mean") else kind for kind in kinds]
     true = float(np.dot(shares, means))
-    interval = significance.gap_interval if gaps else significance.map_interval
+    interval = significance.compute_gap_interval if gaps else significance.map_interval
     bounds, t_bounds = [], []
     for _ in range(repetitions):
         counts = rng.multinomial(num, shares / np.sum(shares))
