@@ -19,7 +19,7 @@ from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo, Frames
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
-from vidjax.models.plda_fit import combine as combine_ratios
+from vidjax.models.plda_fit import combine_modalities
 from vidjax.models.system import TaskSpec, make_system
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import config_io
@@ -27,7 +27,7 @@ from vidjax.training import plan
 
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 5, 23
-combine = jax.jit(combine_ratios)
+combine = jax.jit(combine_modalities)
 log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 
