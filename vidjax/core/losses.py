@@ -156,7 +156,7 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Computes each cross-entropy times (1 - p)^gamma, where -log p is the mean of the batch.
+    """Computes (1 - p)^gamma x cross-entropy, where -log p is the mean cross-entropy of the batch.
 
     Args:
       logits, labels, gamma, class_mask: as in `multiclass_focal`, with a row for each of B examples

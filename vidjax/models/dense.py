@@ -291,7 +291,7 @@ _NO_NEIGHBOUR = -2.0
 
 
 class NeighbourIdentifier(Identifier):
-    """A baseline: the logit of a class is the cosine of a clip to the nearest clip of the class.
+    """A baseline: the logit of a class is the cosine to the nearest training clip of the class.
 
     The vector of a clip is its mean frame in `modality`. Training stores the clips in the
     collection `memory`: `vectors` [N, D] float32 of unit length, and `labels` [N] int32. Empty rows
