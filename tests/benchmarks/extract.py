@@ -99,7 +99,7 @@ def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[st
     found = []
     for settings in (features_folder.ExtractionSettings(), FAST):
         began, out = common.children_seconds(), place / f"who{settings.size}"
-        found.append(who.name_people([path], first, out, models, settings).appearances)
+        found.append(who.name_people([path], first, out, models, settings).decision.appearances)
         cpu = round(common.children_seconds() - began, 1)
         names = [str(one.identity) for one in found[-1]]
         yield {"fps": settings.fps, "size": settings.size, "cpu_s": cpu, "names": names}

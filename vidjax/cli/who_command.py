@@ -31,9 +31,11 @@ def name_people(args: argparse.Namespace) -> Result:
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
         )
         done = reviewed._replace(failed=done.failed, missed=done.missed)
-    named = [row.identity for row in done.appearances if row.probability is not None]
+    appearances = done.decision.appearances
+    named = [row.identity for row in appearances if row.probability is not None]
+    num_unknown = len({*done.decision.unknown.values()})
     content = {
-        "out": str(out), "people": done.people, "named": len(named), "groups": done.num_unknown,
+        "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
         "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
     first_names = ", ".join(map(messages.shorten, sorted(done.people)[:5]))
@@ -48,9 +50,9 @@ def name_people(args: argparse.Namespace) -> Result:
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= extract_command.list_remedies(done.failed.values())
-    if done.num_unknown:
-        people = "person" if done.num_unknown == 1 else "people"
-        count = f"{done.num_unknown:,} {people} without a name"
+    if num_unknown:
+        people = "person" if num_unknown == 1 else "people"
+        count = f"{num_unknown:,} {people} without a name"
         rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.align_columns(lines))

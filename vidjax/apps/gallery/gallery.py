@@ -30,7 +30,6 @@ import numbers
 import os
 import shlex
 import threading
-import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
@@ -154,7 +153,7 @@ class Gallery:
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(Path(folder).expanduser().absolute())
-        self._state = _read(self._store)
+        self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
@@ -340,7 +339,7 @@ class Gallery:
         """Reads the gallery again if any process has changed it."""
         with self._lock:
             if self._store.sha256() != self._state.sha256:
-                self._state = _read(self._store)
+                self._state = self._store.read()
 
     def remove_leftovers(self) -> None:
         """Deletes the files of a killed process, unless the folder is in use or read-only."""
@@ -368,17 +367,16 @@ class Gallery:
         wanted = self.origin.digest  # changes if the gallery is made again
         if self._checked is None or self._checked[0] != wanted:
             place = self.origin.workdir
+            remedy = "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
             if self._run is None and not Path(place, "config.json").exists():
                 raise UnreadableError(
-                    f"the run of gallery '{self.folder}' is no longer at '{place}'\n"
-                    "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
+                    f"the run of gallery '{self.folder}' is no longer at '{place}'\n{remedy}"
                 )
             run = _restored(place if self._run is None else self._run)
             if make_run_origin(run).digest != wanted:
                 raise UnreadableError(
                     f"gallery '{self.folder}' was made with the run at '{place}', not with "
-                    f"'{run.workdir}'\n"
-                    "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
+                    f"'{run.workdir}'\n{remedy}"
                 )
             self._checked = wanted, run
         return self._checked[1]
@@ -399,17 +397,16 @@ class Gallery:
         if not self.origin.cards:
             return embed(self.run, clips, split, advance)
         widths = self.backend.widths
-        if not isinstance(clips, MemoryClips):
-            if not isinstance(clips, Mapping):
-                raise UserError(
-                    "a gallery of models takes clips in memory, not a split of a dataset\n"
-                    "give {clip: {modality: features}}, or --input=FOLDER on the command line"
-                )
+        if isinstance(clips, Mapping):
             clips = MemoryClips.from_dict(clips, widths, ())
-        memory = clips
-        parts = {part: memory.mean_vectors(part) for part in widths}
-        advance(len(memory.names))
-        return Vectors(memory.names, parts, (None,) * len(memory.names))
+        if not isinstance(clips, MemoryClips):
+            raise UserError(
+                "a gallery of models takes clips in memory, not a split of a dataset\n"
+                "give {clip: {modality: features}}, or --input=FOLDER on the command line"
+            )
+        parts = {part: clips.mean_vectors(part) for part in widths}
+        advance(len(clips.names))
+        return Vectors(clips.names, parts, (None,) * len(clips.names))
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
@@ -479,27 +476,28 @@ class Gallery:
         if identities is not None:
             _check_given(identities, vectors.names)
             vectors = vectors._replace(labels=tuple(map(identities.get, vectors.names)))
-        wanted = [n for n, label in zip(vectors.names, vectors.labels, strict=True)
-                  if (label is None) == strangers]  # fmt: skip
-        if not wanted:
-            if strangers:
-                raise UserError(
-                    "every clip has a label, so no clip shows a stranger\n"
-                    "leave out strangers=True, or --strangers on the command line"
-                )
+        labels = zip(vectors.names, vectors.labels, strict=True)
+        vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
+        if not vectors.names and strangers:
+            raise UserError(
+                "every clip has a label, so no clip shows a stranger\n"
+                "leave out strangers=True, or --strangers on the command line"
+            )
+        if not vectors.names:
             raise UserError(
                 "no clip has a label, so nobody can be enrolled\nname the person: --identity=NAME"
             )
-        labels = [None if label is None else check_person(label) for label in vectors.labels]
-        usable = select_usable_clips(vectors._replace(labels=tuple(labels)))
-        chosen = {name: usable[name] for name in wanted if name in usable}
-        refused = tuple(sorted(name for name in wanted if name not in usable))
+        chosen = {
+            name: clip._replace(identity=clip.identity and check_person(clip.identity))
+            for name, clip in select_usable_clips(vectors).items()
+        }
+        refused = tuple(sorted({*vectors.names} - chosen.keys()))
         if not chosen:
             raise UserError(f"no clip has a usable frame, such as '{show(refused[0])}'")
         with self.change() as draft:
             new = draft.add(chosen)
-        groups, people = self._state.groups, {c.identity or STRANGER for c in chosen.values()}
-        _advise_other_films({name: groups.get(name, ()) for name in sorted(people - {STRANGER})})
+        people = sorted({clip.identity for clip in chosen.values() if clip.identity})
+        _advise_other_films({name: self._state.groups.get(name, ()) for name in people})
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
@@ -658,17 +656,15 @@ class Gallery:
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
         """Returns the rule that decides if a clip gets a name; see `identify` for the arguments."""
-        answers_lib.check_choice(fpir, threshold)
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
+        answers_lib.check_choice(fpir, threshold)
         if threshold is not None:
             about = f"the probability is {100 * threshold:.3g} % or more"
             return NamingRule("threshold", math.log(threshold), False, None, about)
-        wanted, strangers = (
-            answers_lib.count_needed_strangers(DEFAULT_FPIR),
-            len(state.groups.get(STRANGER, ())),
-        )
+        wanted = answers_lib.count_needed_strangers(DEFAULT_FPIR)
+        strangers = len(state.groups.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
             about = f"{ABOVE_HALF}; with {wanted} clips of strangers instead of {strangers}, "
             about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
@@ -717,17 +713,17 @@ class Gallery:
         self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
         vectors, state = self.embed(clips, split), self._require_people()
         rule, parts = self._rule(state, fpir, threshold), list(vectors.parts.values())
-        owner = np.arange(len(vectors.names))
+        owner = None
         if groups is not None:
             # The flag separates a clip without a group from a group with the name of the clip.
             keys = [(n in groups, groups.get(n, n)) for n in vectors.names]
             place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             owner = np.array([place[key] for key in keys], int)
-        nearest = state.index.nearest(parts, k, None if groups is None else owner)
+        nearest = state.index.nearest(parts, k, owner)
         by_owner = [rule.answer(match, cards=bool(state.run.cards)) for match in nearest]
         answers = {}
-        for clip, number in zip(vectors.names, owner.tolist(), strict=True):
-            answers[clip] = by_owner[number]
+        for row, clip in enumerate(vectors.names):
+            answers[clip] = by_owner[row if owner is None else owner[row]]
             advance(1)
         return answers
 
@@ -746,10 +742,7 @@ class Gallery:
         `fpir` or `threshold`, only clips that pass are listed; see `identify` for the arguments.
         `advance` is called with the number of clips of each finished block.
         """
-        from vidjax.evaluation import (
-            predict,  # imports JAX
-            topk,
-        )
+        from vidjax.evaluation import predict, topk  # imports JAX
 
         self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
         vectors, state = self.embed(clips, split), self._require_people()
@@ -983,22 +976,6 @@ def _refit(state: State) -> State:
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
     return _state(state.version, state.run, backend, clips)
-
-
-def _read(store: Store) -> State:
-    """Reads a state and changes its names to the Unicode form NFC, as earlier versions did not.
-
-    If a name changes, the next change of the gallery writes the whole file.
-    """
-    state = store.read()
-    if all(unicodedata.is_normalized("NFC", name) for name in state.groups):
-        return state
-    clips = {
-        name: clip._replace(identity=normal_form(clip.identity)) if clip.identity else clip
-        for name, clip in state.clips.items()
-    }
-    new = _state(state.version, state.run, state.index.backend, clips)
-    return new._replace(sha256=state.sha256)
 
 
 def _state(

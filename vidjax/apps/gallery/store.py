@@ -42,7 +42,7 @@ from vidjax.apps.gallery.backend import (
     from_numbers,
     sizes,
 )
-from vidjax.data.untrusted.names import check_name, show
+from vidjax.data.untrusted.names import check_name, normal_form, show
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import schemas
 from vidjax.utils import files
@@ -55,7 +55,7 @@ FORMAT = 3  # `user_version` of the file
 MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
 MAX_NAME_LETTERS = 1000
 MAX_VALUE_BYTES = 1 << 17  # of a text, a blob and a whole row
-BACKEND_ROW_NUMBERS = 1 << 13  # numbers of the back end in a row
+BACKEND_ROW_BYTES = 1 << 16  # of the numbers of the back end in a row
 PAGE_BYTES = 1 << 16
 FLOAT = np.dtype("<f4")
 FETCHED_ROWS = 256  # rows that are read at a time; they fit into the cache of a processor
@@ -95,7 +95,6 @@ class _Part(Struct, omit_defaults=True):
     name: schemas.Text
     width: schemas.Size
     by_card: bool = False
-    by_distance: bool = False  # how earlier versions compared vectors by a card
 
 
 class _Facts(Struct):
@@ -219,10 +218,8 @@ class Store:
         for ending in ("-wal", "-shm"):
             if files.exists(foreign := self.path.with_name(GALLERY_FILE + ending)):
                 raise damaged(foreign, "a gallery never has this file")
-        with (
-            contextlib.suppress(FileNotFoundError),
-            files.open_regular(journal := self.path.with_name(JOURNAL_FILE)) as file,
-        ):
+        journal = self.path.with_name(JOURNAL_FILE)
+        with contextlib.suppress(FileNotFoundError), files.open_regular(journal) as file:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # the start is skipped: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
@@ -326,12 +323,9 @@ class Store:
             else:
                 for table in SCHEMA:
                     connection.execute(f"DELETE FROM {table}")
-                numbers = state.index.backend.numbers()
-                pieces = (
-                    numbers[at : at + BACKEND_ROW_NUMBERS]
-                    for at in range(0, len(numbers), BACKEND_ROW_NUMBERS)
-                )
-                rows = _insert(connection, "backend", enumerate(map(np.ndarray.tobytes, pieces)))
+                numbers, size = state.index.backend.numbers().tobytes(), BACKEND_ROW_BYTES
+                pieces = (numbers[at : at + size] for at in range(0, len(numbers), size))
+                rows = _insert(connection, "backend", enumerate(pieces))
                 blocks = map(_make_person_rows, state.index.blocks)
                 rows += _insert(connection, "person", heapq.merge(*blocks))
                 rows += _insert(connection, "clip", _make_clip_rows(state.clips))
@@ -497,8 +491,6 @@ def _read(connection: sqlite3.Connection) -> State:
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("its header does not match its sha256")
     facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
-    if any(part.by_distance for part in facts.parts):
-        raise UserError("it is of an earlier version of vidjax, which compared vectors differently")
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())
@@ -564,10 +556,11 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, St
 def _check_names(name: str, person: str) -> None:
     try:
         check_name(name)
-        if person != STRANGER:
-            check_name(person, "identity")
+        valid = person == STRANGER or normal_form(check_name(person)) == person
     except UserError:  # its message contains the name, which must not enter the log of a server
-        raise UserError("the name of a clip or person is not valid") from None
+        valid = False
+    if not valid:
+        raise UserError("the name of a clip or person is not valid")
 
 
 def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list[People], int]:

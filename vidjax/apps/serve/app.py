@@ -51,14 +51,7 @@ from vidjax.apps.serve.limits import (
     set_clock,
     unprocessable,
 )
-from vidjax.apps.serve.served_models import (
-    Frames,
-    GalleryModel,
-    Model,
-    Question,
-    RunModel,
-    check_finite,
-)
+from vidjax.apps.serve.served_models import Frames, GalleryModel, Model, Question, RunModel
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.data.untrusted.names import clean_identity, normal_form, show
@@ -238,9 +231,8 @@ class Application:
     async def live(self, _: Request) -> Response:
         """Returns 200 while the server runs; 503 if it cannot get ready."""
         if self.broken:
-            raise Refused(
-                HTTPStatus.SERVICE_UNAVAILABLE, "the server cannot get ready: see the log"
-            )
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            raise Refused(status, "the server cannot get ready: see the log")
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
@@ -265,11 +257,8 @@ class Application:
         """Describes the input and output tensors of a model."""
         model, _ = self._find_model(request)
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        for kind, specs in (
-            ("inputs", served_models.list_inputs(model)),
-            ("outputs", model.outputs),
-        ):
-            content[kind] = [spec._asdict() for spec in specs]
+        content["inputs"] = [spec._asdict() for spec in served_models.list_inputs(model)]
+        content["outputs"] = [spec._asdict() for spec in model.outputs]
         return _encode_json(content)
 
     async def infer(self, request: Request) -> Response:
@@ -306,10 +295,8 @@ class Application:
         question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
         identified = await self.people_batcher.ask(question, len(clips))
-        answers = zip(clips, identified.answers, strict=True)
-        return _encode_json(
-            {"clips": [answers_lib.as_json(name, answer) for name, answer in answers]}
-        )
+        answers = map(answers_lib.as_json, clips, identified.answers)
+        return _encode_json({"clips": [*answers]})
 
     async def enrol(self, request: Request) -> Response:
         """Enrols all clips, or none if any of them is wrong."""
@@ -317,11 +304,11 @@ class Application:
         if (body.identity is not None) + (body.identities is not None) + body.strangers != 1:
             text = "give only identity, identities ({clip: name}) or strangers (true)"
             raise unprocessable(text)
-        people_of_clips = {} if body.strangers else body.identities or body.identity
-        is_dict = isinstance(people_of_clips, dict)
-        for name in people_of_clips.values() if is_dict else [people_of_clips]:
-            clean_identity(str(name))
-        if body.identities and (stray := body.identities.keys() - clips.keys()):
+        identities = body.identities or {}
+        people_of_clips = {} if body.strangers else identities or body.identity
+        for name in identities.values() if body.identity is None else [body.identity]:
+            clean_identity(name)
+        if stray := identities.keys() - clips.keys():
             raise unprocessable(f"identities: the request has no clip '{show(min(stray))}'")
         self._check_ready()
         gallery = self.people.gallery
@@ -464,7 +451,7 @@ def _check_clips(
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
-            check_finite(frames, f"{place}, {modality}")
+            served_models.check_finite(frames, f"{place}, {modality}")
             features = np.atleast_1d(frames["features"]).astype(np.float32, copy=False)
             frames["features"] = features
             problem = ""
@@ -551,18 +538,15 @@ def describe(
             described["requestBody"] = {"required": True, "content": content}
         paths.setdefault(path, {})[point.method.lower()] = described
     error = {"type": "object", "properties": {"error": text}, "required": ["error"]}
+    content_of_errors = {"application/json": {"schema": error}}
+    about = "a description of the error in a single line"
     return {
         "openapi": "3.1.0",
         "info": {"title": "vidjax", "version": importlib.metadata.version("vidjax")},
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "responses": {
-                "Error": {
-                    "description": "a description of the error in a single line",
-                    "content": {"application/json": {"schema": error}},
-                }
-            },
+            "responses": {"Error": {"description": about, "content": content_of_errors}},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"token": []}],
@@ -635,10 +619,8 @@ def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
 
     If a thread hangs, the process ends with exit code 1.
     """
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(
-            logging.ERROR
-        )  # unknown clients must not fill the log with warnings
+    for name in ("uvicorn", "uvicorn.error"):  # unknown clients must not fill the log
+        logging.getLogger(name).setLevel(logging.ERROR)
     gc.freeze()  # garbage collections skip modules and people, which stay in memory
     server = Server(app, limits)
     # uvicorn raises a signal again after the last answer. The second signal must do nothing.

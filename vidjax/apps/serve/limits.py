@@ -38,6 +38,18 @@ MIN_TOKEN_LETTERS = 16
 # Errors with these statuses may be sent before the body was read. They end the connection.
 ENDING_STATUSES = (400, 401, 403, 404, 405, 413, 415, 429)
 PIECE_BYTES = 1 << 16  # of an answer, sent at once
+SEE_LOG = ": see the log"
+# Type of an error -> status and text of the answer, and seconds until a new try.
+REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
+    NotEnrolledError: (HTTPStatus.NOT_FOUND, "no such name is enrolled", None),
+    NobodyError: (HTTPStatus.CONFLICT, "the gallery has nobody enrolled", None),
+    InUseError: (HTTPStatus.SERVICE_UNAVAILABLE, "another process is changing the gallery", 1),
+    UnreadableError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be read" + SEE_LOG, None),
+    UnwritableError: (
+        HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
+    ),
+    TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1),
+}  # fmt: skip
 # Probes of a platform send no token.
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
@@ -299,33 +311,23 @@ class Guard:
 
 def to_refusal(error: Exception) -> Refused:
     """Converts an error to an answer. Paths and internal errors are only logged."""
-    unavailable = HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, Refused):
         return error
     if isinstance(error, HTTPException):
         refused = Refused(HTTPStatus(error.status_code), f"{error.detail}: see /openapi.json")
         refused.headers |= error.headers or {}
         return refused
-    if isinstance(error, NotEnrolledError):
-        return Refused(HTTPStatus.NOT_FOUND, "no such name is enrolled")
-    if isinstance(error, NobodyError):
-        return Refused(HTTPStatus.CONFLICT, "the gallery has nobody enrolled")
-    if isinstance(error, InUseError):
-        return Refused(unavailable, "another process is changing the gallery", 1)
-    if isinstance(error, UnreadableError):
-        LOG.error("%s", one_line(str(error)))
-        return Refused(unavailable, "the gallery cannot be read: see the log")
-    if isinstance(error, UnwritableError):
-        LOG.error("%s", one_line(str(error)))
-        return Refused(unavailable, "the gallery cannot be changed: see the log")
+    for kind, (status, text, retry_after) in REFUSALS.items():
+        if isinstance(error, kind):
+            if text.endswith(SEE_LOG):
+                LOG.error("%s", one_line(str(error)))
+            return Refused(status, text, retry_after)
     if isinstance(error, UserError):
         return unprocessable(str(error))
-    if isinstance(error, TimeoutError):
-        return Refused(unavailable, "no answer in time", 1)
     if text := describe_system_error(error):
         LOG.error("%s", one_line(text))
         status = HTTPStatus.INSUFFICIENT_STORAGE
-        return Refused(status, "the gallery cannot be written: see the log", 10)
+        return Refused(status, f"the gallery cannot be written{SEE_LOG}", 10)
     LOG.error("internal error: %s", _describe_traceback(error))
     return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
 

@@ -10,6 +10,7 @@ Source: the specification of KServe's data plane, and the binary extension of Tr
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from vidjax.data.untrusted.names import show
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
-LOWEST_FLOAT32 = float(np.finfo(np.float32).min)
+LOWEST_FLOAT32 = np.finfo(np.float32).min
 Name = Annotated[str, Meta(max_length=200)]
 Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=1, max_length=4)]
 DEFAULT_K = 5
@@ -124,22 +125,21 @@ def parse(
             raise unprocessable(f"input '{name}' is {spec.datatype}, not {show(tensor.datatype)}")
         if not _fits(tensor.shape, spec.shape):
             raise unprocessable(f"input '{name}': shape {tensor.shape}, must be {list(spec.shape)}")
-        dtype = DTYPES[spec.datatype]
-        length = tensor.parameters.binary_data_size
-        if length is not None:
-            size = math.prod(tensor.shape) * dtype.itemsize
-            if length != size:
-                raise unprocessable(
-                    f"input '{name}': binary_data_size is {length:,}, but its shape has {size:,}"
-                )
-            if len(bytes(tensor.data)):
-                raise unprocessable(f"input '{name}': send data or binary_data_size, not both")
-            if at + size > len(body):
-                raise unprocessable(f"input '{name}': the body ends before its {size:,} bytes")
-            array = np.frombuffer(body, dtype, math.prod(tensor.shape), at)
-            at += size
-        else:
+        dtype, count = DTYPES[spec.datatype], math.prod(tensor.shape)
+        length, size = tensor.parameters.binary_data_size, count * dtype.itemsize
+        if length is None:
             array = _parse_values(tensor, name, dtype)
+        elif length != size:
+            raise unprocessable(
+                f"input '{name}': binary_data_size is {length:,}, but its shape has {size:,}"
+            )
+        elif len(bytes(tensor.data)):
+            raise unprocessable(f"input '{name}': send data or binary_data_size, not both")
+        elif at + size > len(body):
+            raise unprocessable(f"input '{name}': the body ends before its {size:,} bytes")
+        else:
+            array = np.frombuffer(body, dtype, count, at)
+            at += size
         tensors[name] = array.reshape(tensor.shape)
     if at != len(body):
         raise unprocessable(f"{len(body) - at:,} bytes of the body belong to no tensor")
@@ -186,19 +186,17 @@ def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
 def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     """Returns the values of a tensor in JSON as [N]. They are a flat or a nested list."""
     kind: Any = bool if dtype.kind == "b" else float
-    flat = list[kind]
     nested: Any = kind
     for _ in tensor.shape:
         nested = list[nested]
-    if not bytes(tensor.data):
+    content = bytes(tensor.data)
+    if not content:
         raise unprocessable(f"input '{name}' has neither data nor binary_data_size")
+    is_nested = re.match(rb"\s*\[\s*\[", content)
     try:
-        values = msgspec.json.decode(tensor.data, type=flat)
-    except msgspec.DecodeError:
-        try:
-            values = msgspec.json.decode(tensor.data, type=nested)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise unprocessable(f"input '{name}': {show(str(error))}") from None
+        values = msgspec.json.decode(content, type=nested if is_nested else list[kind])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise unprocessable(f"input '{name}': {show(str(error))}") from None
     with np.errstate(over="ignore"):  # larger values become infinite and are refused later
         try:
             array = np.asarray(values, dtype)
@@ -224,9 +222,8 @@ def encode_answer(
     """
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     described, tails = [], []
-    for name, binary in (
-        requested or dict.fromkeys(outputs, request.parameters.binary_data_output)
-    ).items():
+    sent = requested or dict.fromkeys(outputs, request.parameters.binary_data_output)
+    for name, binary in sent.items():
         array = outputs[name]
         text = array.dtype == object
         tensor: dict[str, object] = {"name": name, "shape": list(array.shape)}
@@ -236,9 +233,7 @@ def encode_answer(
             tensor["parameters"] = {"binary_data_size": len(tail)}
             tails.append(tail)
         else:
-            plain = (
-                array if text else np.maximum(array, np.float32(LOWEST_FLOAT32)).astype(np.float64)
-            )
+            plain = array if text else np.maximum(array, LOWEST_FLOAT32).astype(np.float64)
             tensor["data"] = plain.reshape(-1).tolist()
         described.append(tensor)
     content = {"model_name": model, "model_version": "1", "outputs": described}

@@ -162,9 +162,7 @@ class GalleryModel:
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
-        _ = (
-            self.widths
-        )  # restores the run of the gallery now, so that an error appears at the start
+        _ = self.widths  # restores the run of the gallery now: an error appears at the start
 
     @property
     def widths(self) -> dict[str, int]:
@@ -187,15 +185,15 @@ class GalleryModel:
         embedded = self.gallery.embed(_join_clips(questions))
         vectors = np.concatenate(list(embedded.parts.values()), axis=1)
         rows = _slice_rows(questions)
-        answers: list[list[Answer]] = [[] for _ in questions]
-        for settings in {question[1:] for question in questions}:
-            k, fpir, threshold = settings
-            chosen = [n for n, question in enumerate(questions) if question[1:] == settings]
-            subset = embedded.only({name for n in chosen for name in embedded.names[rows[n]]})
-            named = self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
-            for n in chosen:
-                answers[n] = [named[name] for name in embedded.names[rows[n]]]
-        return [Identified(a, vectors[r]) for a, r in zip(answers, rows, strict=True)]
+        names_of: dict[tuple[int, float | None, float | None], list[str]] = {}
+        for question, place in zip(questions, rows, strict=True):
+            names_of.setdefault(question[1:], []).extend(embedded.names[place])
+        answers: dict[str, Answer] = {}
+        for (k, fpir, threshold), names in names_of.items():
+            subset = embedded.only({*names})
+            answers |= self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
+        ordered = [answers[name] for name in embedded.names]
+        return [Identified(ordered[place], vectors[place]) for place in rows]
 
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
         """Returns the output tensors: identity [N], identities and scores [N, K], embedding [N, D].
@@ -211,12 +209,8 @@ class GalleryModel:
                 names[row, place] = name
                 scores[row, place] = clip.score if place == 0 else _log(probability)
         identity = np.array([clip.identity or "" for clip in answer.answers], object)
-        return {
-            "identity": identity,
-            "identities": names,
-            "scores": scores,
-            "embedding": answer.vectors,
-        }
+        outputs = {"identity": identity, "identities": names, "scores": scores}
+        return outputs | {"embedding": answer.vectors}
 
     def warm(self) -> None:
         """Compiles the programs of the run for every padded length, and identifies a clip."""

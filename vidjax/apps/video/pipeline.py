@@ -85,43 +85,10 @@ def extract(
     out: Path,
     models: Path,
     settings: features_folder.ExtractionSettings | None = None,
-    *,
-    workers: int = 1,
-    drop: Literal["nothing", "missing", "others"] = "nothing",
-    thumbnails: bool = False,
-    upgrade: bool = False,
-    check: bool = False,
-    done: Callable[[FileOutcome], None] = lambda outcome: None,
+    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> list[FileOutcome]:
-    """Extracts faces and voices of videos and photos into the folder `out`, see `features_folder`.
-
-    If a file cannot be read, only its own outcome is an error. If a call is interrupted, the next
-    call continues. A video is not extracted again if its file, the nets and the settings are the
-    same, see `features_folder.FileStamp`.
-
-    Args:
-      paths: videos, photos, or folders of them.
-      out: the folder. It is created, and only its owner can read it.
-      models: the folder of nets with cards. Voices need the two nets of `cards.VOICE_ROLES`.
-      settings: if None, the settings of the folder, or the defaults for a new folder.
-      workers: the number of processes.
-      drop: whose features are removed from the folder: "nothing", files that are "missing" now, or
-        all "others" than `paths`.
-      thumbnails: keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: removes all features of the folder if `models` has nets that are new to it. If False,
-        the call refuses the folder.
-      check: compares the content of every file. False compares only size, time and inode.
-      done: called with each outcome, in any order.
-
-    Raises:
-      UserError: a net is missing, or the folder contains a link, or features of other nets or
-        settings.
-      DiskError: the disk is full.
-    """
-    return extract_folders(
-        {out: paths}, models, settings, workers=workers, drop=drop, thumbnails=thumbnails,
-        upgrade=upgrade, check=check, done=done,
-    )[out]  # fmt: skip
+    """Extracts the files of a single folder, see `extract_folders`."""
+    return extract_folders({out: paths}, models, settings, **options)[out]
 
 
 def extract_folders(
@@ -137,10 +104,33 @@ def extract_folders(
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts films and photos; `paths` is folder of features -> its films and photos.
+    """Extracts faces and voices of videos and photos into folders, see `features_folder`.
 
-    One process reads many photos, also of several folders. All folders are locked until the end. If
-    `tagged` is True, face tags in photos name their faces, see `regions`.
+    One process reads many photos, also of several folders. All folders are locked until the end.
+
+    If a file cannot be read, only its own outcome is an error. If a call is interrupted, the next
+    call continues. A video is not extracted again if its file, the nets and the settings are the
+    same, see `features_folder.FileStamp`.
+
+    Args:
+      paths: folder of features -> its videos, photos, or folders of them. It is created, and only
+        its owner can read it.
+      models: the folder of nets with cards. Voices need the two nets of `cards.VOICE_ROLES`.
+      settings: if None, the settings of the folder, or the defaults for a new folder.
+      workers: the number of processes.
+      drop: whose features are removed from the folder: "nothing", files that are "missing" now, or
+        all "others" than `paths`.
+      thumbnails: keeps a picture of the best face of each clip. False removes all pictures.
+      upgrade: removes all features of the folder if `models` has nets that are new to it. If False,
+        the call refuses the folder.
+      check: compares the content of every file. False compares only size, time and inode.
+      tagged: face tags in photos name their faces, see `regions`.
+      done: called with each outcome, in any order.
+
+    Raises:
+      UserError: a net is missing, or the folder contains a link, or features of other nets or
+        settings.
+      DiskError: the disk is full.
     """
     known = cards_lib.load(models)
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()

@@ -96,7 +96,7 @@ class Review:
     @property
     def done(self) -> who.WhoResults:
         """The current results."""
-        return who.WhoResults.of(self._gallery, self._decision, {})
+        return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
         """Returns the path of a film; None if there is no such film, or if its file has changed.

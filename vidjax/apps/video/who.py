@@ -26,7 +26,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -50,6 +50,7 @@ from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError
 
+T = TypeVar("T")
 STRANGER_ODDS = 3.0  # prior: three of four faces in films show people who are not enrolled
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
 PADDING_SECONDS = 1.0
@@ -64,32 +65,22 @@ class WhoResults(NamedTuple):
 
     Attributes:
       people: person -> number of enrolled clips.
-      appearances: all appearances in films.
-      num_unknown: the number of unknown people.
+      decision: the decision that the results show.
       failed: path -> remedy, for files that could not be read or show no usable face. The remedy is
         "" if it was already printed.
-      decision: the decision that the results show.
       missed: people without a usable photo, who are not looked for.
     """
 
     people: dict[str, int]
-    appearances: list[Appearance]
-    num_unknown: int
-    failed: dict[str, str]
     decision: "Decision"
+    failed: dict[str, str]
     missed: Sequence[str] = ()
-
-    @classmethod
-    def of(cls, gallery: Gallery, decision: "Decision", failed: dict[str, str]) -> "WhoResults":
-        """Returns the results of a decision."""
-        num_unknown = len({*decision.unknown.values()})
-        return cls(gallery.identities, decision.appearances, num_unknown, failed, decision)
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
         """The film, the time and the person of each appearance."""
         rows = []
-        for appearance in self.appearances:
+        for appearance in self.decision.appearances:
             name = appearance.identity or answers_lib.IGNORED
             time = appearances.format_span(appearance.start_s, appearance.end_s)
             words = filter(None, (name, appearances.format_certainty(appearance)))
@@ -118,28 +109,6 @@ class UnknownNumbers(Struct, kw_only=True):
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):
             raise ValueError("`same`: the second number of a pair must be lower than the first")
-
-    def select(self, films: Iterable[features_folder.Film]) -> dict[str, int]:
-        """Returns clip -> number of the unknown person, for all clips of the films."""
-        return {
-            clip: number
-            for film in films
-            for clip, number in self.films.get(_hash_film(film), {}).items()
-        }
-
-    def select_denied(self, films: Iterable[features_folder.Film]) -> dict[str, list[str]]:
-        """Returns clip -> people whom a user took off this clip, for all clips of the films."""
-        return {
-            clip: people
-            for film in films
-            for clip, people in self.denied.get(_hash_film(film), {}).items()
-        }
-
-    def clips(self, films: Iterable[features_folder.Film]) -> set[str]:
-        """Returns the clips of all listed films that `unknown.json` contains."""
-        return {
-            track.clip for film in films if _hash_film(film) in self.films for track in film.tracks
-        }
 
     @property
     def highest(self) -> int:
@@ -177,14 +146,11 @@ class UnknownNumbers(Struct, kw_only=True):
     ) -> "UnknownNumbers":
         """Returns numbers that contain only these films and people."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
-        denied = {
-            digest: clips
-            for digest in kept
-            if (clips := {
-                clip: remaining for clip, names in self.denied.get(digest, {}).items()
-                if (remaining := [name for name in names if name in people])
-            })
-        }  # fmt: skip
+        denied: dict[str, dict[str, list[str]]] = {}
+        for digest in kept:
+            for clip, names in self.denied.get(digest, {}).items():
+                if remaining := [name for name in names if name in people]:
+                    denied.setdefault(digest, {})[clip] = remaining
         films_kept = {digest: self.films[digest] for digest in kept}
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
@@ -194,8 +160,8 @@ class UnknownNumbers(Struct, kw_only=True):
         """Adds the groups (clip -> `unknown N`) of all films; returns new numbers."""
         numbers = {**self.films}
         for film in films:
-            clips = {track.clip for track in film.tracks} & groups.keys()
-            new = {clip: answers_lib.parse_group_number(groups[clip]) for clip in sorted(clips)}
+            clips = sorted({track.clip for track in film.tracks} & groups.keys())
+            new = {clip: answers_lib.parse_group_number(groups[clip]) for clip in clips}
             numbers[_hash_film(film)] = numbers.get(_hash_film(film), {}) | new
         return msgspec.structs.replace(self, films=numbers)
 
@@ -223,6 +189,16 @@ class Decision(NamedTuple):
 def _hash_film(film: features_folder.Film) -> str:
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
     return files.sha256_json([film.sha256, tracks])
+
+
+def _select(
+    table: Mapping[str, Mapping[str, T]], films: Iterable[features_folder.Film]
+) -> dict[str, T]:
+    """Returns clip -> value for the clips of films; `table` is digest -> clip -> value."""
+    selected: dict[str, T] = {}
+    for film in films:
+        selected |= table.get(_hash_film(film), {})
+    return selected
 
 
 def read_films(out: Path) -> list[features_folder.Film]:
@@ -301,8 +277,7 @@ def name_people(
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*"):
                 pipeline.remove_thumbnails(folder)
-        films_before = read_films(out)
-        before = read_numbers(out).keep(films_before, gallery.identities)
+        before = read_numbers(out).keep(read_films(out), gallery.identities)
         drop = "missing" if prune else "nothing"
         outcomes = pipeline.extract(
             films,
@@ -313,10 +288,14 @@ def name_people(
             done=done,
             **options,
         )
+        failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
+        all_films = read_films(out)
+        _tell_missing(all_films, out)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
-        results = _find_people(gallery, failed, outcomes, before, out, identify, padding)
-        looked_for = {photo.person for clip in gallery.clips if (photo := PhotoFace.of(clip))}
-        return results._replace(missed=sorted(names - looked_for))
+        decision = decide(gallery, out, all_films, before, identify)
+        write(out, gallery, decision, padding)
+        missed = sorted(names - {photo.person for photo in _list_faces(gallery).values()})
+        return WhoResults(gallery.identities, decision, failed, missed)
 
 
 def _update_people(
@@ -360,33 +339,19 @@ def _read_photos(
     return {folder: outcomes for group in results for folder, outcomes in group.items()}
 
 
-def _find_people(
-    gallery: Gallery,
-    failed: dict[str, str],
-    outcomes: Sequence[FileOutcome],
-    before: UnknownNumbers,
-    out: Path,
-    identify: Callable[..., dict[str, Answer]],
-    padding: float,
-) -> WhoResults:
-    """Finds the people of the gallery in the films, and writes the results."""
-    failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if outcome.film is None}
-    films = read_films(out)
+def _tell_missing(films: Sequence[features_folder.Film], out: Path) -> None:
+    """Prints how many films are missing, and a film without pictures if other films have them."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(f"missing: {count}, such as {missing[0]}; --prune removes them from the results")
-    bare = [
-        film
-        for film in films
-        if film.tracks
-        and pipeline.lacks_pictures(out / FEATURES, film.tracks[0].clip.partition(".")[0])
-    ]
-    if bare:
-        say(f"no pictures of {bare[0].video}: add the film to the command to read it with pictures")
-    decision = decide(gallery, out, films, before, identify)
-    write(out, gallery, decision, padding)
-    return WhoResults.of(gallery, decision, failed)
+    for film in films:
+        stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
+        if stem and pipeline.lacks_pictures(out / FEATURES, stem):
+            say(
+                f"no pictures of {film.video}: add the film to the command to read it with pictures"
+            )
+            return
 
 
 def _open_gallery(out: Path, models: Path) -> Gallery:
@@ -415,10 +380,10 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     """Enrols the clips to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
-    if not names:
-        return
     # If a call was interrupted, a replaced film has other clips with the same names.
-    present = read_numbers(out).clips(features_folder.read_films(features))
+    numbered = read_numbers(out).films
+    films = [film for film in read_films(out) if _hash_film(film) in numbered]
+    present = {track.clip for film in films for track in film.tracks}
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))
@@ -484,7 +449,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
     """Refuses a folder without any of the people of earlier calls: they would all be forgotten."""
-    enrolled = [photo for clip in gallery.clips if (photo := PhotoFace.of(clip))]
+    enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not photos or before & {*photos}:
         return
@@ -550,7 +515,8 @@ def _enrol_photos(
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
-    known = {photo.person for clip in gallery.clips if (photo := PhotoFace.of(clip))}
+    enrolled = _list_faces(gallery).values()
+    known = {photo.person for photo in enrolled}
     for folder, outcomes in outcomes_of.items():
         named = usable[folder] = {}
         tags = {name for outcome in outcomes if outcome.film for name in outcome.film.tags}
@@ -563,8 +529,7 @@ def _enrol_photos(
         if tags and folder.name not in {*tags, *named.values(), *known}:
             names.discard(folder.name)
         if not all(outcome.film for outcome in outcomes):  # tags of unreadable photos are unknown
-            enrolled = map(PhotoFace.of, gallery.clips)
-            names |= {photo.person for photo in enrolled if photo and photo.folder == folder.name}
+            names |= {photo.person for photo in enrolled if photo.folder == folder.name}
         _warn_of_tags(
             folder.name, [outcome for outcome in outcomes if outcome.path.parent != people]
         )
@@ -625,9 +590,9 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     person have labels of this kind.
     """
     before = {name: Counter[str]() for name in names}
-    for clip, entry in gallery.clips.items():
-        if entry.identity and (photo := PhotoFace.of(clip)) and photo.person in before:
-            before[photo.person][entry.identity] += 1
+    for clip, photo in _list_faces(gallery).items():
+        if (label := gallery.clips[clip].identity) and photo.person in before:
+            before[photo.person][label] += 1
     chosen = {}
     for name, labels in before.items():
         order = [(label != name and label in names, -labels[label], label) for label in labels]
@@ -642,8 +607,11 @@ def _enrol(
 
     Removes enrolled clips whose photo is no longer in this folder.
     """
-    photos = [(clip, photo_of) for clip in gallery.clips if (photo_of := PhotoFace.of(clip))]
-    old = {clip for clip, photo in photos if photo.folder == folder.name and photo.person in labels}
+    old = {
+        clip
+        for clip, photo in _list_faces(gallery).items()
+        if photo.folder == folder.name and photo.person in labels
+    }
     if not usable:
         gallery.remove(clip=old)
         return
@@ -715,6 +683,11 @@ class PhotoFace(NamedTuple):
         return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
 
 
+def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
+    """Returns clip -> enrolled face of a photo."""
+    return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
+
+
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
     """Removes people whose photos are gone, from the gallery and from disk.
 
@@ -725,7 +698,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
       names: the people who have photos now.
       places: the names of the folders of photos that exist now.
     """
-    photos = {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
+    photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
     gone = {clip for clip, photo in photos.items() if photo.folder not in places} | forgotten
@@ -749,10 +722,8 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    paths, reads = (
-        sorted({features_folder.locate_features(features, clip) for clip in clips}),
-        gallery.reads[0],
-    )
+    paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
+    reads = gallery.backend.widths
     known = (
         clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
         for clip in read_clips(paths) if clip.name in clips
@@ -789,7 +760,7 @@ def decide(
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
             answers = identify(vectors, groups=votes)
-        for clip, names in before.select_denied(films).items():
+        for clip, names in _select(before.denied, films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
                 best = tuple(pair for pair in answer.best if pair[0] not in names)
                 answers[clip] = answer._replace(identity=None, best=best, evidence=())
@@ -797,13 +768,9 @@ def decide(
             known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (appearances.TOLD,))
             answers[clip] = NOBODY if name is None else known
         answers = appearances.settle_answers(answers, films)
-        nameless = {
-            clip
-            for clip, answer in answers.items()
-            if answer.identity is None and clip not in enrolled
-        }
-        groups = gallery.group(vectors.only(nameless), apart, begin=votes)
-        groups = _keep_numbers(groups, before.select(films), before.highest)
+        nameless = {clip for clip, answer in answers.items() if answer.identity is None}
+        groups = gallery.group(vectors.only(nameless - enrolled.keys()), apart, begin=votes)
+        groups = _keep_numbers(groups, _select(before.films, films), before.highest)
     numbers = msgspec.to_builtins(before.update(films, groups))
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
     files.write_json(out / NUMBERS, numbers)
@@ -827,17 +794,13 @@ def _keep_numbers(
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
     taken: set[int] = set()
-    order = sorted(
-        votes, key=lambda pair: (-votes[pair], pair[1], answers_lib.parse_group_number(pair[0]))
-    )
-    for group, old in order:
+    rank = answers_lib.parse_group_number
+    for group, old in sorted(votes, key=lambda pair: (-votes[pair], pair[1], rank(pair[0]))):
         if group not in number and old not in taken:
             number[group] = old
             taken.add(old)
-    new = highest
-    for group in sorted({*groups.values()} - number.keys(), key=answers_lib.parse_group_number):
-        new += 1
-        number[group] = new
+    new_groups = sorted({*groups.values()} - number.keys(), key=rank)
+    number |= {group: new for new, group in enumerate(new_groups, highest + 1)}
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
@@ -890,16 +853,12 @@ def render_page(
 ) -> str:
     """Returns the page of a decision; for `address` and `forms`, see `names_page.render`."""
     people = {name: list[names_page.Picture]() for name in gallery.identities}
-    for clip, entry in sorted(gallery.clips.items()):
-        if (photo := PhotoFace.of(clip)) and entry.identity in people:
-            picture = _locate_picture(out, out / PEOPLE / photo.folder, photo.clip)
-            people[entry.identity] += [(picture, entry.identity)] if picture else []
-    has_thumbnails = (out / FEATURES / features_folder.THUMBNAILS).exists()
-    locate = (
-        functools.partial(_locate_picture, out, out / FEATURES)
-        if has_thumbnails
-        else lambda clip: ""
-    )
+    for clip, photo in sorted(_list_faces(gallery).items()):
+        name = gallery.clips[clip].identity
+        picture = _locate_picture(out, out / PEOPLE / photo.folder, photo.clip)
+        if picture and name in people:
+            people[name].append((picture, name))
+    locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
         decision.appearances, films, people, locate, decision.answers, address, forms
