@@ -83,7 +83,7 @@ def test_mistakes_name_the_remedy(fails, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "file"), [("centerface", "p.whl"), ("dlib", "p.tar.gz")])
 def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, file):
-    source = net_packages.SOURCES[kind]
+    source = cards.PUBLISHED[kind]["source"]
     path, out = tmp_path / file, tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
 

@@ -72,9 +72,8 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
         factor = int(1.0 / scale) if scale * MOST_SHRINK < 1.0 else 1
         source, left, top = _cut_region(rgb, x, y, factor)
         if source.size:
-            crop[:] = _interpolate(
-                source, _reduce_positions(x, left, factor), _reduce_positions(y, top, factor)
-            )
+            x, y = ((at - start - (factor - 1) / 2) / factor for at, start in ((x, left), (y, top)))
+            crop[:] = _interpolate(source, x, y)
     return crops
 
 
@@ -116,11 +115,6 @@ def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int,
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
     high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)
     return int(low), int(high)
-
-
-def _reduce_positions(positions: np.ndarray, start: int, factor: int) -> np.ndarray:
-    """Converts positions to a part that begins at `start` and is shrunk by `factor`."""
-    return (positions - start - (factor - 1) / 2) / factor
 
 
 def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -165,13 +159,8 @@ def measure_quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -
       points: [N, 5, 2] in the picture.
       crops: [N, S, S, 3] uint8, see `warp_faces`.
     """
-    parts = (
-        np.clip(scores, 0, 1)
-        * measure_size(points)
-        * measure_sharpness(crops)
-        * measure_frontality(points)
-    )
-    return parts.astype(np.float32)
+    quality = np.clip(scores, 0, 1) * measure_size(points) * measure_sharpness(crops)
+    return (quality * measure_frontality(points)).astype(np.float32)
 
 
 def measure_size(points: np.ndarray) -> np.ndarray:
@@ -214,9 +203,8 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     line, nose = mouth - eyes, points[:, 2] - eyes
     length = np.maximum(np.hypot(*line.T), 1e-6)
     off = np.abs(line[:, 0] * nose[:, 1] - line[:, 1] * nose[:, 0]) / length
-    return np.clip(
-        1.0 - off / (PROFILE_OFFSET * np.maximum(_measure_eye_distance(points), 1e-6)), 0.0, 1.0
-    )
+    most = PROFILE_OFFSET * np.maximum(_measure_eye_distance(points), 1e-6)
+    return np.clip(1.0 - off / most, 0.0, 1.0)
 
 
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:

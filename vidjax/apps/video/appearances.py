@@ -79,14 +79,12 @@ def find_appearances(
     """
     appearances = []
     for film in films:
-        by_name: dict[tuple[bool, str | None], list[FilmTrack]] = {}
+        by_name: dict[tuple[bool, str], list[FilmTrack]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):
             if (answer := answers.get(track.clip)) is None:
                 continue
-            if answer.identity is not None:
-                by_name.setdefault((True, answer.identity), []).append(track)
-            elif group := (groups or {}).get(track.clip):
-                by_name.setdefault((False, group), []).append(track)
+            if name := answer.identity or (groups or {}).get(track.clip):
+                by_name.setdefault((answer.identity is not None, name), []).append(track)
             else:
                 appearances.append(_make_appearance(film, None, None, [track]))
         for (known, name), tracks in by_name.items():
@@ -111,10 +109,8 @@ def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
     place_of = {}
     for film in films:
         for track in film.tracks:
-            times = (
-                ("", "") if film.photo else (format_time(track.start_s), format_time(track.end_s))
-            )
-            place_of[track.clip] = (film.video, *times)
+            times = (format_time(seconds) for seconds in (track.start_s, track.end_s))
+            place_of[track.clip] = (film.video, *(("", "") if film.photo else times))
     return place_of
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import types
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -214,10 +215,8 @@ class Video:
             if self.info.photo:  # only the first picture of an animated GIF counts
                 break
         if not self.counts.frames:
-            raise UserError(
-                f"'{self._path}' is damaged: no frame can be decoded\n"
-                "copy it again, or leave it out"
-            )
+            problem = f"'{self._path}' is damaged: no frame can be decoded"
+            raise UserError(f"{problem}\ncopy it again, or leave it out")
         self.counts.damaged |= ends_early(self.counts.seconds, self.info)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
@@ -284,30 +283,23 @@ class Video:
                 continue
             for frame in frames:
                 assert isinstance(frame, kind)
-                if frame.is_corrupt:
-                    self.counts.corrupt += 1
-                else:
+                self.counts.corrupt += frame.is_corrupt
+                if not frame.is_corrupt:
                     yield frame
 
     def _turn_upright(self, rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
         """Returns a picture turned as players show it."""
+        a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
         if self.info.photo:  # PyAV crashes when it reads the colour profile of a PNG
-            return turn_picture(rgb, self._choose_turn(frame.rotation))
-        try:
-            entry = frame.side_data.get("DISPLAYMATRIX")
-        except ValueError:  # PyAV does not know the type of another entry, such as EXIF
-            return turn_picture(rgb, self._choose_turn(frame.rotation))
-        if entry is None:
-            return rgb
-        a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
+            if read_orientation(self._file) in MIRRORED:
+                c, d = -c, -d
+        else:
+            # PyAV raises ValueError if it does not know the type of another entry, such as EXIF.
+            with contextlib.suppress(ValueError):
+                if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
+                    return rgb
+                a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
         return turn_picture(rgb, (a, b, c, d))
-
-    def _choose_turn(self, degrees: int) -> Turn:
-        """Returns the turn by `degrees`; mirrored if EXIF declares a photo as mirrored."""
-        a, b, c, d = TURNS[round(degrees / 90) * 90 % 360]
-        if self.info.photo and read_orientation(self._file) in MIRRORED:
-            return a, b, -c, -d
-        return a, b, c, d
 
 
 @contextlib.contextmanager
@@ -378,16 +370,8 @@ def read_orientation(file: io.FileIO | io.BytesIO) -> int:
 
 def ends_early(seconds: float, info: Info) -> bool:
     """Returns whether a video of this length ends long before its declared end."""
-    if info.seconds is None or info.photo:
-        return False
-    return info.seconds - seconds > max(MISSING_SECONDS, MISSING_FRACTION * info.seconds)
-
-
-class _NamelessFile:
-    """An open file without its name, so that FFmpeg cannot guess a format from the name."""
-
-    def __init__(self, file: io.FileIO | io.BytesIO):
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+    declared = 0.0 if info.seconds is None or info.photo else info.seconds
+    return declared - seconds > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
 
 def _open_container(path: Path, file: io.FileIO | io.BytesIO, most_pixels: int) -> "InputContainer":
@@ -397,17 +381,13 @@ def _open_container(path: Path, file: io.FileIO | io.BytesIO, most_pixels: int) 
 
     # FFmpeg decodes some pictures while it opens a file, so the limit is set here, too.
     options = {"max_pixels": str(most_pixels)}
-    lists = {
-        "format_whitelist": ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS)),
-        "protocol_whitelist": "none",
-    }
+    formats = ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS))
+    lists = {"format_whitelist": formats, "protocol_whitelist": "none"}
+    # Without the name of the file, FFmpeg cannot guess a format from it.
+    nameless = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     try:
         return av.open(
-            _NamelessFile(file),
-            mode="r",
-            options=options,
-            container_options=lists,
-            buffer_size=READ_BYTES,
+            nameless, "r", options=options, container_options=lists, buffer_size=READ_BYTES
         )
     except MemoryError:
         raise
@@ -456,16 +436,16 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     base, photo = stream.time_base or Fraction(0), container.format.name in PHOTO_FORMATS
     aspect = float(stream.sample_aspect_ratio or 1)
-    seconds = float(stream.duration * base) if stream.duration else None
-    if seconds is None:
-        seconds = _parse_duration(stream.metadata.get("DURATION", ""))
-    if seconds is None and container.duration:
-        seconds = container.duration / av.time_base
+    seconds = (
+        (float(stream.duration * base) if stream.duration else None)
+        or _parse_duration(stream.metadata.get("DURATION", ""))
+        or (container.duration or 0) / av.time_base
+    )
     return Info(
         width=context.width,
         height=context.height,
         aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT and not photo else 1.0,
-        seconds=seconds if seconds and seconds > 0 else None,
+        seconds=seconds if seconds > 0 else None,
         rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
         start_s=(container.start_time or 0) / av.time_base,
         photo=photo,

@@ -219,10 +219,7 @@ def format_appearance_time(appearance: Appearance, film: Film) -> str:
 
 
 def _make_entry(
-    x: Appearance,
-    film: Film,
-    answers: Mapping[str, Answer],
-    address: Callable[[Film, float], str],
+    x: Appearance, film: Film, answers: Mapping[str, Answer], address: Callable[[Film, float], str]
 ) -> PageEntry:
     """Returns the entry of an appearance on the page."""
     name = x.identity or IGNORED
@@ -254,21 +251,16 @@ def _make_section(film: Film, entries: list[PageEntry], people: Collection[str])
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:
         by_name.setdefault(entry.name, []).append(entry)
-    total = {
-        name: round(sum(entry.seconds for entry in group), 3) for name, group in by_name.items()
-    }
-    order = sorted(
-        by_name,
-        key=lambda name: (name == IGNORED, name not in people, -total[name], len(name), name),
-    )
+    ranks, rows = dict[str, tuple[object, ...]](), dict[str, PersonAppearances]()
+    for name, group in by_name.items():
+        total = round(sum(entry.seconds for entry in group), 3)
+        ranks[name] = name == IGNORED, name not in people, -total, len(name), name
+        duration = "" if film.photo else f"in all {_format_length(total)}"
+        rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends before the end that it declares" if film.damaged else ""
-    return FilmSection(film.video, length + about, [
-        PersonAppearances(
-            name, by_name[name], "" if film.photo else f"in all {_format_length(total[name])}"
-        )
-        for name in order
-    ], entries)  # fmt: skip
+    ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
+    return FilmSection(film.video, length + about, ordered, entries)
 
 
 def _format_length(seconds: float) -> str:

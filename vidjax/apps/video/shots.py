@@ -78,9 +78,8 @@ class ShotDetector:
         return [*itertools.pairwise([*self.starts, end_s])]
 
     def _is_cut(self, time_s: float, grey: np.ndarray, colours: np.ndarray) -> bool:
-        change = np.array(
-            [_measure_difference(grey, self._pictures[-1]), self._measure_unlikeness(grey, 1)]
-        )
+        difference = _measure_difference(grey, self._pictures[-1])
+        change = np.array([difference, self._measure_unlikeness(grey, 1)])
         slow, self._time_s = time_s - self._time_s > SLOW_SECONDS, time_s
         if slow:
             sudden = change[0] >= LEAST_DIFFERENCE and change[1] > 1 - UNLIKE
@@ -117,9 +116,8 @@ class ShotDetector:
 
     def _measure_unlikeness(self, grey: np.ndarray, count: int) -> float:
         """Returns 1 minus the largest likeness to any of the last `count` pictures."""
-        return 1.0 - max(
-            _measure_likeness(grey, picture) for picture in list(self._pictures)[-count:]
-        )
+        last = list(self._pictures)[-count:]
+        return 1.0 - max(_measure_likeness(grey, picture) for picture in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns for the difference and the unlikeness whether each stands out: bool [2]."""
@@ -160,21 +158,17 @@ def _find_middle(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) 
     Returns None if start and end are alike, also after a shift, or if the pictures between them are
     not sums of both.
     """
-    contrast = min(float(start.std()), float(end.std()))
-    if (
-        contrast < BLANK
-        or _measure_difference(start, end) < LEAST_DIFFERENCE
-        or _measure_likeness(start, end) > UNLIKE
-    ):
+    if min(start.std(), end.std()) < BLANK or _measure_likeness(start, end) > UNLIKE:
+        return None
+    if _measure_difference(start, end) < LEAST_DIFFERENCE:
         return None
     ends = np.stack([_centre(start), _centre(end)], 1)
     middle = np.stack([_centre(picture) for picture in between], 1)
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # never singular: the ends are unlike
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
     mixed = (parts.min(0) > 0.15) & (rest < MIXED_REST)
-    if (
-        mixed.sum() < 2 or _measure_shifted_likeness(start, end) > MOVED_LIKENESS
-    ):  # the camera moves slowly
+    moved = mixed.sum() > 1 and _measure_shifted_likeness(start, end) > MOVED_LIKENESS
+    if mixed.sum() < 2 or moved:  # the camera moves slowly
         return None
     return int((parts[1] > parts[0]).argmax())
 

@@ -132,7 +132,8 @@ class Tracker:
         Returns:
           [N] int; -1 if a detection was dropped because two people overlap.
         """
-        self._end_sightings(time_s)
+        for motion in self._live:
+            motion.track.end_sighting(time_s)
         self._time_s = time_s
         self._end_if(lambda motion: time_s - motion.track.ends[-1] > self._gap)
         begin_s, self._cut_s = time_s if self._cut_s is None else self._cut_s, None
@@ -141,11 +142,12 @@ class Tracker:
         numbers = np.full(len(boxes), -1)
         for n, box in enumerate(boxes):
             if n not in dropped:
-                motion = owners.get(n)
-                if motion is None:
-                    motion = self._start(time_s, box)
-                else:
+                if motion := owners.get(n):
                     motion.add(time_s, box)
+                else:
+                    motion = _Motion(Track(self._tracks, self._shot), time_s, box)
+                    self._live.append(motion)
+                    self._tracks += 1
                 motion.track.times.append(begin_s)
                 numbers[n] = motion.track.number
         return numbers
@@ -175,16 +177,6 @@ class Tracker:
         """Returns the tracks that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
-
-    def _start(self, time_s: float, box: np.ndarray) -> _Motion:
-        motion = _Motion(Track(self._tracks, self._shot), time_s, box)
-        self._tracks += 1
-        self._live.append(motion)
-        return motion
-
-    def _end_sightings(self, time_s: float) -> None:
-        for motion in self._live:
-            motion.track.end_sighting(time_s)
 
     def _end_if(self, ends: Callable[[_Motion], bool]) -> None:
         over = [motion for motion in self._live if ends(motion)]
@@ -236,11 +228,9 @@ class MainFigures:
         self._track.end_sighting(time_s)
         numbers = np.full(len(boxes), -1)
         if len(boxes):
-            sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).astype(np.float64)
-            order = np.argsort(-sides.prod(1), kind="stable")
-            areas = sides.prod(1)[order]
-            if len(boxes) == 1 or areas[0] >= MAIN_FIGURE_RATIO * areas[1]:
-                main = order[0]
+            areas = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).astype(np.float64).prod(1)
+            main = int(areas.argmax())
+            if areas[main] >= MAIN_FIGURE_RATIO * np.delete(areas, main).max(initial=0.0):
                 # A figure in the first picture of a shot counts from the begin of the shot.
                 self._track.times.append(self._begin_s if self._frames == 1 else time_s)
                 numbers[main] = self._shot

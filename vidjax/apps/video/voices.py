@@ -94,11 +94,8 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
     the last sighting of a track, also if the face is hidden.
     """
     tracks = list(tracks)
-    ends = [
-        (seconds, number)
-        for number, track in enumerate(tracks)
-        for seconds in (track.start_s, track.end_s)
-    ]
+    ends = [(track.start_s, number) for number, track in enumerate(tracks)]
+    ends += [(track.end_s, number) for number, track in enumerate(tracks)]
     seen: set[int] = set()
     for (begin, number), (end, _) in itertools.pairwise(sorted(ends)):
         seen ^= {number}
@@ -123,10 +120,8 @@ def cut_spans(
 
     `sound` are (seconds, samples) in order of time. At most two spans are in memory.
     """
-    waiting, open_spans = (
-        collections.deque(spans),
-        collections.deque[tuple[Span, int, np.ndarray]](),
-    )
+    waiting = collections.deque(spans)
+    open_spans = collections.deque[tuple[Span, int, np.ndarray]]()
     for seconds, samples in sound:
         first = round(seconds * RATE)
         last = first + len(samples)
