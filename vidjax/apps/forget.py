@@ -16,7 +16,7 @@ import subprocess
 import sys
 import unicodedata
 import urllib.parse
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,10 @@ MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # larger files are searched only for UTF-8
 # grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
 GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
+PRINT_PARQUET = (
+    "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
+    "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]"
+)
 # Endings of compressed files -> words of a command that prints the content of such a file.
 UNPACK = {
     (".gz", ".tgz"): "gzip -dc",
@@ -41,14 +45,7 @@ UNPACK = {
     (".zst", ".tzst"): "zstd -dcq",
     (".zip", ".docx", ".xlsx", ".pptx", ".odt", ".ods", ".epub", ".jar"): "unzip -p",
     (".7z", ".rar"): "7z e -so",
-    (".parquet",): shlex.join(
-        [
-            sys.executable,
-            "-c",
-            "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
-            "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]",
-        ]
-    ),
+    (".parquet",): shlex.join([sys.executable, "-c", PRINT_PARQUET]),
 }
 
 
@@ -147,18 +144,7 @@ def forget(
         names |= shown
     for folder in of_kind("records"):
         found += _search_records(folder, names, delete=delete)
-    for kind, names_of, remedy in (
-        (
-            "run",
-            _read_names_of_run,
-            "its weights remember its clips: delete it, train without them",
-        ),
-        (
-            "who",
-            _read_names_of_who,
-            "remove the photos and call `vidjax who` again: it writes all files again",
-        ),
-    ):
+    for kind, (names_of, remedy) in READERS.items():
         for folder in of_kind(kind):
             try:
                 there = {*map(normal_form, itertools.islice(names_of(folder), MAX_NAMES_IN_INDEX))}
@@ -225,25 +211,21 @@ def _search_gallery(
     try:
         gallery = Gallery(folder)
         known.add({*gallery.identities, *map(normal_form, gallery.clips)})
-        shown = {
-            name
-            for name, clip in gallery.clips.items()
-            if clip.identity in people or normal_form(name) in clips
-        }
     except UserError as error:
         return [_list_unread(folder, error)], set()
+    stored = gallery.clips.items()
+    shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in clips}
     names = {*map(normal_form, shown)}
     if not shown:
         return [], names
-    about = f"{len(shown):,} of its clips"
-    if not delete:
-        return [Place("gallery", folder, about, "--delete")], names
-    try:
-        gallery.remove(clip=shown)
-    except UserError as error:
-        why = str(error).splitlines()[0]
-        return [Place("gallery", folder, f"{about}, not deleted: {why}", "--delete")], names
-    return [Place("gallery", folder, about, "deleted")], names
+    about, remedy = f"{len(shown):,} of its clips", "--delete"
+    if delete:
+        try:
+            gallery.remove(clip=shown)
+            remedy = "deleted"
+        except UserError as error:
+            about += f", not deleted: {str(error).splitlines()[0]}"
+    return [Place("gallery", folder, about, remedy)], names
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
@@ -320,6 +302,16 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
             yield path.name
             for film in read_films(path):
                 yield from film.tags
+
+
+# Kind of folder -> the function that yields its names, and how to delete a name from it.
+READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
+    "run": (_read_names_of_run, "its weights remember its clips: delete it, train without them"),
+    "who": (
+        _read_names_of_who,
+        "remove the photos and call `vidjax who` again: it writes all files again",
+    ),
+}
 
 
 def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:

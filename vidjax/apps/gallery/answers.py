@@ -34,11 +34,7 @@ ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 IGNORED = "ignored"  # the user ignores the clip, or it has no clear face
-PLACE_COLUMNS = {
-    "video": "string",
-    "start": "string",
-    "end": "string",
-}  # optional columns
+PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional columns
 NUM_TABLE_PEOPLE = 3  # best identities in a line of text
 SCORE_ROUNDING = 1e-7  # relative difference of a stranger's score between two batches of clips
 
@@ -124,10 +120,8 @@ class NamingRule(NamedTuple):
     def names(self, best: np.ndarray | float) -> np.ndarray:
         """Returns True where a clip gets a name, given log p of the best identity."""
         best = np.asarray(best)
-        passes = (best >= self.score) & (best > -np.inf)
-        return (
-            passes if self.by == "threshold" else passes & (best > math.log(MIN_NAMED_PROBABILITY))
-        )
+        least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
+        return (best >= self.score) & (best > least)
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip from its most probable people.

@@ -576,9 +576,8 @@ class Gallery:
             if was == now:
                 return ()
             backend = state.index.backend
-            wide = backend_lib.make_card_backend(
-                back_ends, float(np.exp(backend.settings.stranger))
-            )
+            odds = float(np.exp(backend.settings.stranger))
+            wide = backend_lib.make_card_backend(back_ends, odds)
             _check_width(wide)
             clips = {
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))

@@ -125,20 +125,18 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     notes: Text
 
     def __post_init__(self) -> None:
-        detects = self.role.endswith("_detector")
-        if detects != (self.decoder in DETECTORS) or (
-            (self.role == "voice_activity") != (self.decoder == "silero")
-        ):
+        detects, embeds = (self.role.endswith(end) for end in ("_detector", "_embedder"))
+        sound = self.input.layout in SOUND_LAYOUTS
+        finds_speech = self.role == "voice_activity"
+        if (detects, finds_speech) != (self.decoder in DETECTORS, self.decoder == "silero"):
             raise ValueError(f"the decoder {self.decoder} is not for a {self.role}")
-        if self.role.startswith("voice_") != (self.input.layout in SOUND_LAYOUTS):
+        if self.role.startswith("voice_") != sound:
             raise ValueError(f"the layout {self.input.layout} is not for a {self.role}")
-        if self.role.endswith("_embedder") and self.width is None:
+        if embeds and self.width is None:
             raise ValueError("an embedder needs the width of its vectors")
         if self.role == "face_embedder" and self.template is None:
             raise ValueError("a face_embedder needs the template")
-        if self.role.endswith("_embedder") and not (
-            self.input.size or self.input.layout in SOUND_LAYOUTS
-        ):
+        if embeds and not (self.input.size or sound):
             raise ValueError(f"a {self.role} needs the size of its input")
         left, top, right, bottom = self.around or (0, 0, 1, 1)
         if left >= right or top >= bottom:

@@ -211,9 +211,7 @@ def locate_thumbnail(folder: Path, clip: str) -> Path:
 def read_extraction(folder: Path) -> Extraction | None:
     """Returns the contents of a folder's `extract.json`; None if the file does not exist."""
     path = folder / NAME
-    if not files.exists(path):
-        return None
-    return schemas.read(path, Extraction, REMEDY, FILE_BYTES)
+    return schemas.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
 def read_film(path: Path) -> Film:

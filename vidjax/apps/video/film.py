@@ -97,9 +97,8 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
                 f'give it "around": [LEFT, TOP, RIGHT, BOTTOM] in sides of a face, '
                 f"or add a {part}_detector"
             )
-    return Nets(
-        detect, embed, Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
-    )
+    listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
+    return Nets(detect, embed, listen)
 
 
 def find_people(nets: Nets, rgb: np.ndarray) -> Figures:
@@ -237,10 +236,8 @@ class ClipBuilder:
         crops_of = {part: cut_crops(net.card, part, figures, rgb) for part, net in nets}
         quality = figures.scores - 2
         if faces := [*crops_of["face"]]:
-            faces_cut = np.stack([*crops_of["face"].values()])
-            quality[faces] = align.measure_quality(
-                figures.scores[faces], figures.points[faces], faces_cut
-            )
+            crops, scores = np.stack([*crops_of["face"].values()]), figures.scores[faces]
+            quality[faces] = align.measure_quality(scores, figures.points[faces], crops)
         for row, track in enumerate(owners[chosen].tolist()):
             parts = {
                 part: (figures.parts[part][row], crops[row]) for part, crops in crops_of.items()
@@ -320,24 +317,21 @@ class ClipBuilder:
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
+        spans = (span for span in find_solo_spans(seen) if span.clip in clips)
         heard: dict[str, list[Voice]] = {}
-        for span, samples in cut_spans(
-            sound, (span for span in find_solo_spans(seen) if span.clip in clips)
-        ):
+        for span, samples in cut_spans(sound, spans):
             voice = self._nets.listen(samples)
             if len(voice.begin):
                 voice = voice._replace(begin=span.start_s + voice.begin / RATE)
                 heard.setdefault(span.clip, []).append(voice)
         for clip, voices in heard.items():
-            self._add_voice(clip, Voice(*map(np.concatenate, zip(*voices, strict=True))))
+            voice = Voice(*map(np.concatenate, zip(*voices, strict=True)))
+            best = np.argsort(-voice.quality, kind="stable")[:MOST_FRAMES]
+            begin, vectors, quality = (x[np.sort(best)] for x in voice)
+            number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
+            audio = {"audio": vectors, "audio_quality": quality, "audio_number": number}
+            self.arrays[clip] |= audio
         return len(heard)
-
-    def _add_voice(self, clip: str, voice: Voice) -> None:
-        """Adds windows of speech to a clip; `voice.begin` [n] are seconds of the film."""
-        order = np.argsort(-voice.quality, kind="stable")
-        begin, vectors, quality = (x[np.sort(order[:MOST_FRAMES])] for x in voice)
-        number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
-        self.arrays[clip] |= {"audio": vectors, "audio_quality": quality, "audio_number": number}
 
 
 def extract(
@@ -469,10 +463,8 @@ def _find_in_photo(
 
 def _to_film_track(track: Track, clip: str) -> features_folder.FilmTrack:
     """Returns the times of a track, with the clip that it belongs to."""
-    start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
-    return features_folder.FilmTrack(
-        clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen
-    )
+    times = {"start_s": track.times[0], "end_s": track.ends[-1]}
+    return features_folder.FilmTrack(clip=clip, shot=track.shot, seen=len(track.times), **times)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

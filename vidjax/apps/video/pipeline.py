@@ -195,11 +195,8 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 
     def watch(last: int = 0) -> None:
         while not ended.wait(PROGRESS_SECONDS):
-            paths = [
-                path
-                for out in places
-                for path in out.glob(f".extract-*/{features_folder.PROGRESS}")
-            ]
+            pattern = f".extract-*/{features_folder.PROGRESS}"
+            paths = [path for out in places for path in out.glob(pattern)]
             # A progress file may be removed or written at this moment.
             with contextlib.suppress(OSError, ValueError):
                 read = total - sum([*left.values()]) + sum(int(path.read_text()) for path in paths)
@@ -270,10 +267,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 def suggest_path(path: Path) -> str:
     """Returns a line that asks whether a similar name in the same folder was meant, or ''."""
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return ""
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
     similar = difflib.get_close_matches(path.name, names, n=1)
     return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
 
@@ -311,10 +305,9 @@ def say_left_out(paths: Iterable[Path]) -> None:
     """Prints a line for each folder that contains other files than films and photos."""
     for path in (folder for named in paths for folder in walk(named)):
         accepted, others = split_files(path)
-        sidecars = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
-        if others := [
-            x for x in others if x not in sidecars and x.name.lower() not in WINDOWS_FILES
-        ]:
+        expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
+        expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
+        if others := [x for x in others if x not in expected]:
             more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
             say(f"{show(str(path))}: left out, not a film or photo: {show(others[0].name)}{more}")
 
@@ -332,10 +325,8 @@ def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
     if before and before.models.items() < digests.items():
         for path in (out / features_folder.VIDEOS).glob("*.json"):
             _remove(out, path.stem)
-        features_folder.write(
-            out / features_folder.NAME,
-            features_folder.Extraction(models=digests, settings=before.settings),
-        )
+        extraction = features_folder.Extraction(models=digests, settings=before.settings)
+        features_folder.write(out / features_folder.NAME, extraction)
 
 
 def _check_extraction(
@@ -353,11 +344,10 @@ def _check_extraction(
                 f"'{out}' is not a folder of features: it contains '{show(foreign)}'\n"
                 "name a new folder"
             )
-        extraction = features_folder.Extraction(
-            models=digests, settings=settings or features_folder.ExtractionSettings()
-        )
+        settings = settings or features_folder.ExtractionSettings()
+        extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)
-        return extraction.settings
+        return settings
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(
@@ -443,18 +433,17 @@ def _extract_batch(
     for number, job in enumerate(jobs):
         try:
             outcome = _compare(job, check)
-            if isinstance(outcome, dict):
-                pending[number] = outcome | {"models": str(models.absolute())}
-            outcomes.append(None if isinstance(outcome, dict) else outcome)
         except (UserError, OSError) as error:
-            outcomes.append(_describe_failure(job, error))
+            outcome = _describe_failure(job, error)
+        if isinstance(outcome, dict):
+            pending[number] = outcome | {"models": str(models.absolute())}
+        outcomes.append(None if isinstance(outcome, dict) else outcome)
     if pending:
         photos = f"{len(pending):,} photo" + "s" * (len(pending) > 1)
         say(f"{features_folder.make_printable(title) or photos} ...")
+    given = [(jobs[number].path, arguments) for number, arguments in pending.items()]
     try:
-        answers = _read_batch(
-            children, [(jobs[n].path, arguments) for n, arguments in pending.items()]
-        )
+        answers = _read_batch(children, given)
         for (number, arguments), answer in zip(pending.items(), answers, strict=True):
             outcomes[number] = _take_results(jobs[number], arguments, answer)
     finally:
@@ -466,9 +455,8 @@ def _extract_batch(
 def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file that is already extracted, or the arguments of `film.work`."""
     before = _find_film(job.out, job.stem)
-    source = features_folder.FileStamp.of(
-        job.path, regions.list_sidecars(job.path) if job.tagged else ()
-    )
+    sidecars = regions.list_sidecars(job.path) if job.tagged else ()
+    source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not lacks_pictures(job.out, job.stem)
     if before and complete and before.source == source and not check:
         return FileOutcome(job.path, before, kept=True)

@@ -167,9 +167,8 @@ class Review:
             numbers = self._numbers.join([self._find_group(old), group])
             self._finish(f"{subject} is {group}", of, after, {}, numbers)
         else:
-            self._finish(
-                f"{subject} is {name}", of, after, self._label_clips(clips, check_person(name))
-            )
+            entries = self._label_clips(clips, check_person(name))
+            self._finish(f"{subject} is {name}", of, after, entries)
 
     def similar(self, name: str, of: str) -> str | None:
         """Returns the person whose name is almost equal to a typed name; None if there is none."""
@@ -209,10 +208,10 @@ class Review:
         """Returns the clips of an appearance or a person, and the name on the page."""
         if appearance := self._find_appearance(of):
             return appearance.clips, appearance.identity or IGNORED
-        clips = [clip for clip, group in self._decision.unknown.items() if group == of]
-        clips += [
-            clip for clip, entry in self._gallery.clips.items() if of and entry.identity == of
-        ]
+        shown = self._decision.unknown | {
+            clip: entry.identity for clip, entry in self._gallery.clips.items() if entry.identity
+        }
+        clips = [clip for clip, name in shown.items() if name == of]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page")
         return tuple(sorted(clips)), of
