@@ -463,8 +463,10 @@ def _find_in_photo(
 
 def _to_film_track(track: Track, clip: str) -> features_folder.FilmTrack:
     """Returns the times of a track, with the clip that it belongs to."""
-    times = {"start_s": track.times[0], "end_s": track.ends[-1]}
-    return features_folder.FilmTrack(clip=clip, shot=track.shot, seen=len(track.times), **times)
+    start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
+    return features_folder.FilmTrack(
+        clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen
+    )
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
