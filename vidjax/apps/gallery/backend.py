@@ -334,9 +334,7 @@ class Ratios:
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 
-    def compare(
-        self, clips: tuple[np.ndarray, np.ndarray], linear: np.ndarray, rows: slice
-    ) -> np.ndarray:
+    def compare(self, clips: tuple[np.ndarray, ...], linear: np.ndarray, rows: slice) -> np.ndarray:
         """Returns the ratios [Q, P] of clips and the people `rows`, whose `linear` is [P, D]."""
         z, curve = clips
         return z @ linear.T + self._constant[rows] + curve[:, self.kind[rows]]
