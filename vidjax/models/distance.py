@@ -59,7 +59,7 @@ class Population(NamedTuple):
 
 
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
-    """Computes the distribution of distances from the (mean, deviation) of cosines on a card.
+    """Computes the distribution of distances from (mean, deviation) of cosines, as on a card.
 
     `same` is for clips of the same person, `different` for clips of two people.
 

@@ -70,7 +70,7 @@ class DataDigests(Struct, kw_only=True):
 
 
 class Metrics(Struct, kw_only=True):
-    """`metrics.json`, and `metrics_<split>.json` of a split that training does not evaluate."""
+    """The content of `metrics.json`, or `metrics_<split>.json` of another split."""
 
     data: Data | None = None
     num_clips: Whole | None = None  # ranked clips
@@ -114,7 +114,7 @@ class Metrics(Struct, kw_only=True):
 
 
 class Manifest(Struct, kw_only=True):
-    """`manifest.json` of a checkpoint."""
+    """The content of `manifest.json` of a checkpoint."""
 
     step: Whole
     files: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> sha256
@@ -146,7 +146,7 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """`data_report.json`."""
+    """The content of `data_report.json`."""
 
     splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts, and `labelled` (a bool)
 
@@ -203,7 +203,7 @@ class WrongClips(Struct, kw_only=True):
 
 
 class Rate(Struct, kw_only=True):
-    """The threshold for FPIR `rate`, and its errors.
+    """The threshold whose FPIR is at most `rate`, and the errors at this threshold.
 
     With fewer than `fewest` distractors there is no threshold.
     """

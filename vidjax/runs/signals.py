@@ -12,7 +12,7 @@ from vidjax.utils.errors import Expected
 
 
 class Interruption:
-    """A request to stop.
+    """A request by a signal to stop the run.
 
     Attributes:
       signum: the signal that arrived, or None. With several processes, `agree` sets it in each.
@@ -71,7 +71,7 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Makes SIGINT and SIGTERM end this process, except the first in `catch_interruption`.
+    """Makes SIGINT and SIGTERM end this process; in `catch_interruption` only the second does.
 
     A thread ends the process, because Python runs no handler during an XLA compilation, and a
     compilation can take minutes.

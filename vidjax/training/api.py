@@ -353,7 +353,7 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> "Predictor":
-    """Restores a trained run. Its `rank`, `identify`, `scores` and `embed` take new clips.
+    """Restores a trained run. The methods `rank`, `identify`, `scores`, `embed` take new clips.
 
     Args:
       workdir: the folder of a run.

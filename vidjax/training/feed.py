@@ -133,7 +133,7 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Draws batches from clips on the devices, many steps per dispatch; no device waits."""
+    """Draws batches from clips in device memory. A dispatch has many steps; no device waits."""
 
     mode = "resident"
 

@@ -480,8 +480,8 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
     """Returns [n] int32 class columns: the cluster of each distractor, or a random mirror.
 
-    `clusters` are [n] int, -1 for distractors in no cluster. The mirror of a clip depends only on
-    the seed and on its row.
+    For clusters and mirrors see NoiseClassLayout. `clusters` are [n] int, -1 for distractors in no
+    cluster. The mirror of a clip depends only on the seed and on its row.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
         raise ValueError(
@@ -498,6 +498,8 @@ def relabel(
     labels: Array, predicted: Array, layout: NoiseClassLayout, *, keep: str = "label"
 ) -> Array:
     """Moves unclustered distractors to the mirrors of the identities that they are mistaken for.
+
+    For mirrors see NoiseClassLayout.
 
     Args:
       labels: [...] int, class columns of unclustered distractors.

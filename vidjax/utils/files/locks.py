@@ -58,7 +58,10 @@ def find_foreign_folder(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if users other than root may replace files in a folder (if `last`, or add)."""
+    """Returns True if users other than root may replace files in a folder.
+
+    If `last` is True, for the innermost folder, they must not be able to add files either.
+    """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True
