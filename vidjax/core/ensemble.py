@@ -70,7 +70,7 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     folds or bootstraps.
     """
     if spec["folds"] == 1:
-        raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
+        raise UserError("config.ensemble.folds=1: must be 0 (no folds), or 2 or more")
     if spec["folds"] and spec["bootstraps"]:
         raise UserError(
             "config.ensemble.folds and config.ensemble.bootstraps exclude each other\n"
@@ -98,7 +98,9 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
         if not isinstance(number, int) or not 0 <= number < len(members):
             raise UserError(f"config.ensemble.only={number}: choose from 0 to {len(members) - 1}")
     if len({*spec["only"]}) < len(spec["only"]):
-        raise UserError(f"config.ensemble.only={spec['only']}: name each member once")
+        raise UserError(
+            f"config.ensemble.only={spec['only']} repeats a member: name each member once"
+        )
     return tuple(members[number] for number in spec["only"]) or tuple(members)
 
 
@@ -142,7 +144,7 @@ def count_clip_uses(
     """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
-            f"config.ensemble.folds={folds}: there are only {len(labels)} training clips"
+            f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips"
         )
     fold = assign_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
     rows = [

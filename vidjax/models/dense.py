@@ -84,7 +84,9 @@ class DenseIdentifier(Identifier):
         unused -= set(_OPTIONS[self.backbone])
         for field in dataclasses.fields(self):
             if field.name in unused and getattr(self, field.name) != field.default:
-                raise UserError(f"backbone {self.backbone!r} has no option {field.name}")
+                raise UserError(
+                    f"model 'dense': backbone {self.backbone!r} has no option {field.name}"
+                )
 
     @nn.compact
     def __call__(
@@ -148,13 +150,18 @@ def _check_layer(layer: object) -> None:
     """Raises UserError unless a layer has four values, each in its range."""
     if not isinstance(layer, tuple) or len(layer) != 4:
         raise UserError(
-            f"a layer is {layer!r}, must be (width, activation, batch_norm, dropout_rate)"
+            f"config.model.layers: a layer is {layer!r}, must be "
+            "(width, activation, batch_norm, dropout_rate)"
         )
     width, _, _, dropout_rate = layer
     if not isinstance(width, int) or width < 1:
-        raise UserError(f"the width of a layer must be a whole number of 1 or more, not {width!r}")
+        raise UserError(
+            f"config.model.layers: a width is {width!r}, must be a whole number of 1 or more"
+        )
     if not isinstance(dropout_rate, (int, float)) or not 0 <= dropout_rate <= 1:
-        raise UserError(f"the dropout rate of a layer must be 0 to 1, not {dropout_rate!r}")
+        raise UserError(
+            f"config.model.layers: a dropout rate is {dropout_rate!r}, must be from 0 to 1"
+        )
 
 
 _NUM_CONNECTED = 3  # the first layers, which have shortcuts

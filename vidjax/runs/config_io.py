@@ -144,10 +144,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     for word in overrides:
         if not isinstance(word, str) or not word.startswith("--config."):
             hint = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
-            raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{hint}")
+            raise UserError(f"{word!r} is no override: write '--config.FIELD=VALUE'{hint}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
-            raise UserError(f"no field config.{name}: {suggest_field(name, known)}")
+            raise UserError(f"there is no field config.{name}: {suggest_field(name, known)}")
         if not equals:
             raise UserError(f"--config.{name} needs a value: --config.{name}=...")
         group, _, leaf = name.rpartition(".")
@@ -155,7 +155,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         try:
             parent[leaf] = convert(text, parent.get_type(leaf), known[name])
         except ValueError as error:
-            raise UserError(f"--config.{name}={text}: wants {error}") from error
+            raise UserError(f"--config.{name}={text}: must be {error}") from error
     return config
 
 

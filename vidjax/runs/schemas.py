@@ -306,4 +306,7 @@ def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> N
             is_valid = array.dtype.kind in "iuf" and array.ndim == 1 + (name in MATRICES)
             if not is_valid or max(array.shape) > limit or len(lengths) > 1:
                 shape = f"{array.dtype}{list(array.shape)}"
-                raise UserError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")
+                raise UserError(
+                    f"'{path}' is damaged: array '{name}' has a wrong type or shape, "
+                    f"{shape[:60]}\n{remedy}"
+                )

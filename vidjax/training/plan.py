@@ -179,7 +179,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     if not is_used.any():
         raise UserError(
             "config.data.whole_epochs=True: no training clip has frames that config.fusion keeps\n"
-            "lower its min_quality and min_detection"
+            "lower min_quality and min_detection in config.fusion"
         )
     return np.flatnonzero(weighted)[is_used].astype(np.int32)
 
