@@ -1,6 +1,7 @@
 """The gallery's answers: probabilities from the equations, and thresholds."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def ratio(space, clips, query):
     """Returns log p(query | clips of the person) / p(query), from joint normal densities."""
 
     def log_density(some):
-        cov = np.kron(np.ones((len(some), len(some))), np.diag(space.ratio))
+        cov: Any = np.kron(np.ones((len(some), len(some))), np.diag(space.ratio))
         cov += np.eye(len(cov))
         return stats.multivariate_normal.logpdf(np.concatenate(some), cov=cov)
 

@@ -262,7 +262,8 @@ def test_groups_are_joined_further(gallery):
 def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
     """Many players show one subtitle at a time."""
     times = {"Eve": (0, 9.5), "Bob {x}": (3.25, 4), "<i>Ada": (4, 9.5), "A": (5, 5)}
-    found = [appearances.Appearance("a.mp4", *at, name, 0.9, ()) for name, at in times.items()]
+    found = [appearances.Appearance("a.mp4", start, end, name, 0.9, ())
+             for name, (start, end) in times.items()]  # fmt: skip
     assert appearances.to_subtitles(found, ".srt") == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,11 +244,11 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
 
     def attack():
         """Returns the cosine of the removed vector and what the sums of the others say of it."""
-        part = people.backend.parts[0]
+        part: Any = people.backend.parts[0]
         # With centred vectors, the mean of the model is the mean of all clips.
         mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
-        found = len(clips) * mean - np.float64(others).sum(axis=0)
-        return float(unit(found) @ unit(np.float64(removed)))
+        found = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
+        return float(unit(np.asarray(found)) @ unit(removed.astype(np.float64)))
 
     left = attack()
     assert abs(left) < 0.9 if empty else left > 0.9999999  # what the attack finds where it can

@@ -1,6 +1,7 @@
 """Losses against loops written from their equations, at extremes, and mixed over epochs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def make_loss(spec, logit_scale=1.0):
 def test_schedule_mixes_and_compiles_once():
     logits, labels = example()
     schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))
-    loss = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
+    loss: Any = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
     everyone = np.full(9, True)
     focal = oracle("binary", logits, labels, 2.0, everyone)
     softmax = oracle("softmax", logits, labels, 0.0, everyone)
