@@ -73,7 +73,7 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, models, python
         np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])
     gallery.enrol(faces("s", draw(np.random.default_rng(2), 4, 1)[:, 0]), strangers=True)
     (models / "embed.onnx").unlink()
-    with pytest.raises(ValueError, match="made of models, not of a run"):
+    with pytest.raises(ValueError, match="not from a trained run"):
         _ = gallery.run
     absent = ("jax", "tensorflow", "tensorflow_datasets", "flax", "optax", "orbax", "pyarrow",
               "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
