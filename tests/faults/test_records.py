@@ -117,6 +117,7 @@ def verify(records):
     return problems
 
 
+@pytest.mark.slow
 def test_every_reader_names_file_and_record(copied, source):
     """A shard damaged after it was opened, and one whose size and time tell nothing."""
     shard = shards_of(copied)[5]
