@@ -10,13 +10,13 @@ import pytest
 from scipy import special
 
 from tests.helpers import made_runs, small_runs
+from tests.helpers.cases import quick_first
 from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import devices, metrics
 from vidjax.evaluation import significance, topk
 from vidjax.evaluation.analysis import analysis, measures
 from vidjax.evaluation.report import run_page
 from vidjax.runs import config_io
-from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
 
 SPEC = "configs/mma.py:iqiyi_vid"
@@ -32,25 +32,23 @@ def workdir(data, tmp_path_factory):
     return folder
 
 
-def analysed(workdir, data, *overrides):
-    """Evaluates a run with overrides and an analysis; returns metrics, values and arrays."""
-    config = config_io.override(config_io.load_workdir(workdir), overrides)
-    results = small_runs.evaluate(config, workdir, data, num_devices=1, report=True)
-    split = config.eval.split
-    suffix = "" if split == "val" else f"_{split}"
-    return results, *made_runs.load_analysis(workdir / f"analysis{suffix}.npz")
+def evaluate(folder, data, *overrides):
+    """Evaluates a run with overrides and an analysis; returns the metrics."""
+    config = config_io.override(config_io.load_workdir(folder), overrides)
+    return small_runs.evaluate(config, folder, data, num_devices=1, report=True)
 
 
 @pytest.mark.slow
-def test_average_precisions_are_those_of_map(workdir, data):
+def test_average_precisions_are_those_of_map(workdir, data, trained):
+    assert_equal_weights(trained(SPEC), workdir)  # an analysis leaves the run as it is
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
     known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(known) / (len(known) + facts["num_others"]) == results["map"]
     assert arrays["positives"].sum() == 40
     assert arrays["train_clips"].sum() == 96
-    names = ("face", "head", "audio")
-    seen = np.any([data.split("val").lengths[name] > 0 for name in names], axis=0).sum()
+    lengths = data.split("val").lengths
+    seen = np.any([lengths[name] > 0 for name in ("face", "head", "audio")], axis=0).sum()
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == seen
     assert arrays["calibration"][:, 0].sum() == seen
     assert facts["open_set"]["num_known"] == 40
@@ -62,22 +60,12 @@ def test_average_precisions_are_those_of_map(workdir, data):
     assert row["fnir"] == results["fnir_at_fpir_0.1"]
     assert row["threshold"] == results["threshold_at_fpir_0.1"]
     assert row["fpir"] == 0.05  # 2 of 21 is less than .1, 3 of 21 more
-    shown = np.isclose(arrays["fpir"], row["fpir"])
-    assert arrays["fnir"][shown].tolist() == [results["fnir_at_fpir_0.1"]] * shown.sum()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", [True, False])
-def test_groups_and_mistakes_agree_with_map(request, data, tmp_path, nearest_run, net):
-    if net:
-        folder = request.getfixturevalue("workdir")
-    else:
-        folder = shutil.copytree(nearest_run, tmp_path / "run")
-        analysed(folder, data)
-    facts, arrays = made_runs.load_analysis(folder / "analysis.npz")
-    plain = RunFolder(folder).metrics()["map"]
-    assert arrays["ap"][arrays["positives"] > 0].mean() == pytest.approx(plain)
-    assert len(facts["strata"]) == 3 + net  # neighbours have one modality
+def test_groups_and_mistakes_agree_with_map(workdir):
+    facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
+    assert len(facts["strata"]) == 4
     for table in facts["strata"]:
         assert sum(row["clips"] for row in table["rows"]) == 40, table["by"]
         assert all(0 <= row["map"] <= 1 for row in table["rows"])
@@ -89,42 +77,19 @@ def test_groups_and_mistakes_agree_with_map(request, data, tmp_path, nearest_run
 
 
 @pytest.mark.slow
-def test_an_analysis_leaves_the_run_as_it_is(workdir, trained):
-    plain = trained(SPEC)
-    assert_equal_weights(plain, workdir)
-    for name in ("metrics.jsonl", "ranking.txt", "config.json"):
-        assert (plain / name).read_bytes() == (workdir / name).read_bytes()
-    assert not (plain / "analysis.npz").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", [measures, run_page])
+@pytest.mark.parametrize("module", quick_first([run_page, measures], mark=pytest.mark.nightly))
 def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypatch, module):
     def fail(*_args, **_kwargs):
         raise MemoryError("cannot allocate 9 GB")
 
     folder = Path(shutil.copytree(workdir, tmp_path / "run"))
     (folder / "ranking.txt").unlink()
-    config = config_io.load_workdir(folder)
     monkeypatch.setattr(module, "open_set" if module is measures else "render", fail)
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        results = small_runs.evaluate(config, folder, data, num_devices=1, report=True)
+        results = evaluate(folder, data)
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
-    with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        trained = loop.train(config, folder, data, num_devices=1, analyse=True)
-    assert trained["finished"] and loop.read_finished_metrics(RunFolder(folder), config) is not None
-
-
-@pytest.mark.slow
-def test_other_blocks_give_the_same_analysis(workdir, data):
-    whole = made_runs.load_analysis(workdir / "analysis.npz")
-    _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
-    assert facts["worst"] == whole[0]["worst"] and facts["strata"] == whole[0]["strata"]
-    np.testing.assert_allclose(arrays["attention"], whole[1]["attention"], atol=1e-6)
-    results, _, arrays = analysed(workdir, data, "--config.eval.split=test")
-    assert "map" not in results and set(arrays) == {"attention"}, "without ground truth"
 
 
 def test_qualities_are_means_of_the_frames(nearest_run, data):
@@ -196,7 +161,7 @@ def test_of_one_clip_a_person_the_interval_of_top1_is_that_of_map(share):
     np.testing.assert_allclose(found["top1"], wanted, atol=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_intervals_of_shares_of_clips_hold_the_truth():
     """Some people are always found, others half of the time."""
     rng, held = np.random.default_rng(0), {"top1": 0, "auroc": 0}

@@ -1,8 +1,9 @@
 """Blended runs: equal to a loop over clip names, refused where they differ."""
 
+import functools
 import json
-import re
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from tests.helpers import clip_files, map_oracle, small_runs
 from tests.helpers.datasets import load_dataset
-from tests.helpers.pages import Page, check_numbers, section
+from tests.helpers.pages import check_numbers
 from tests.helpers.small_runs import run, shrunk
 from vidjax.evaluation import blend, scoring
 from vidjax.runs import config as config_lib
@@ -34,22 +35,12 @@ def folders(official_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    """Datasets that were loaded already, by folder."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def load(loaded, cache_dir):
+def load(cache_dir):
     """Configuration -> dataset, each read once."""
-
-    def load(config):
-        key = config.data.dir
-        if key not in loaded:
-            loaded[key] = load_dataset("iqiyi_vid", directory=key, cache_dir=str(cache_dir))
-        return loaded[key]
-
-    return load
+    read = functools.cache(
+        lambda folder: load_dataset("iqiyi_vid", directory=folder, cache_dir=str(cache_dir))
+    )
+    return lambda config: read(config.data.dir)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +48,8 @@ def train(load, tmp_path_factory):
     """(experiment, folder of data, overrides) -> the folder of a trained run."""
 
     def train(spec, data_dir, *overrides):
-        words = (*SHORT, f"--config.data.dir={data_dir}", *overrides)
-        config = shrunk(*words, spec=f"configs/{spec}")
-        folder = tmp_path_factory.mktemp("runs") / spec.partition(".")[0]
+        config = shrunk(*SHORT, f"--config.data.dir={data_dir}", *overrides, spec=spec)
+        folder = tmp_path_factory.mktemp("runs") / Path(spec).stem
         run(config, folder, load(config))
         return folder
 
@@ -68,11 +58,10 @@ def train(load, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(train, folders):
-    """Two runs with folds, of other nets on other modalities in other folders."""
-    words = (FOLDS, "--config.modalities=head,audio", "--config.model.netvlad=()")
+    """Two runs with folds, of other systems on other modalities in other folders."""
     return (
-        train("quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS),
-        train("mma.py:iqiyi_vid", folders["others"], *words),
+        train("configs/quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS),
+        train("configs/knn.py:iqiyi_vid,head", folders["others"], FOLDS),
     )
 
 
@@ -147,31 +136,12 @@ def test_a_mean_of_probabilities_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", [(), (3.0, 0.0)], ids=["equal", "one"])
-def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights, blended):
-    results = blended(runs, f"--config.join.weights={weights}", command="vidjax evaluate")
-    check_ranking(tmp_path / "ranking.txt", runs, load, weights or (1.0, 1.0))
-    assert results["map_kind"] == "val"
-    text = (tmp_path / "report.html").read_text()
-    summary = re.sub("<[^>]+>", "", section(text, "summary"))
-    for facts, folder, weight in zip(results["runs"], runs, weights or (1.0, 1.0), strict=True):
-        assert (facts["name"], facts["weight"]) == (str(folder), weight)
-        alone = json.loads((folder / "metrics.json").read_text())
-        assert facts["map"] == pytest.approx(alone["map"], abs=1e-12)
-        assert f"{folder} (weight {weight})" in summary
-    check_numbers(tmp_path, text)
-    assert not Page(text).open and "2 runs joined on iqiyi_vid" in text
-    identities = json.loads((tmp_path / "identities.json").read_text())
-    assert identities == json.loads((runs[0] / "identities.json").read_text())
-
-
-@pytest.mark.slow
 def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, command, blended):
     words = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
-    own = train("knn.py:iqiyi_vid", folders["faces"], *words)
-    results = blended((runs[1], own))
+    own = train("configs/knn.py:iqiyi_vid", folders["faces"], *words)
+    results = blended((runs[0], own))
     assert (probabilities(own, load, "val").popitem()[1] > 0).sum() <= 3
-    check_ranking(tmp_path / "ranking.txt", (runs[1], own), load, (1.0, 1.0))
+    check_ranking(tmp_path / "ranking.txt", (runs[0], own), load, (1.0, 1.0))
     alone = json.loads((own / "metrics.json").read_text())
     assert results["runs"][1]["map"] == pytest.approx(alone["map"], abs=1e-12)
     words = ("--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.temperature=3")
@@ -179,13 +149,11 @@ def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path,
 
 
 @pytest.mark.slow
-def test_other_identities_or_clips_are_refused(
-    runs, train, load, loaded, folders, tmp_path, monkeypatch, blended
-):
+def test_other_identities_or_clips_are_refused(runs, train, load, folders, tmp_path, blended):
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
-    others = train("knn.py:iqiyi_vid", fewer)
+    others = train("configs/knn.py:iqiyi_vid", fewer)
     with pytest.raises(ValueError, match="different lists of identities"):
         blended((runs[0], others))
 
@@ -195,25 +163,37 @@ def test_other_identities_or_clips_are_refused(
     for name in ("head", "audio"):
         clip = clip_files.random_clip(rng, 3, clip_files.WIDTHS[name])
         clip_files.write_pickle(moved, name, "test", {"IQIYI_VID_TEST_9999999": clip})
-    config = config_io.load_workdir(runs[1])
-    config.data.dir = str(moved)
-    monkeypatch.setitem(loaded, str(folders["others"]), load(config))
-    with pytest.raises(ValueError, match="have different clips in test") as caught:
-        blended(runs, "--config.eval.split=test")
-    assert "IQIYI_VID_TEST_" in str(caught.value)
+
+    def load_moved(config):
+        if config.data.dir == str(folders["others"]):
+            config.data.dir = str(moved)
+        return load(config)
+
+    with pytest.raises(ValueError, match=r"have different clips in test(.|\n)*IQIYI_VID_TEST_"):
+        blended(runs, "--config.eval.split=test", load=load_moved)
 
 
 @pytest.mark.slow
-def test_the_command_line(runs, load, tmp_path, command):
+@pytest.mark.filterwarnings("ignore:.*the data have other modalities")
+def test_the_command_line(runs, load, official_dir, tmp_path, command):
+    """If config.data.dir is set, it replaces the folder of every run; scores do not change."""
     out = tmp_path / "both"
     words = ("--mode=evaluate", f"--workdir={out}")
-    given = f"--runs={runs[0]},{runs[1]}"
-    done = command(*words, given, "--config.join.weights=(1,3)")
+    given = f"--runs={runs[0]},{runs[1]}", "--config.join.weights=(1,3)"
+    done = command(*words, *given)
     assert done.code == 0, done.err
+    one = f"--config.data.dir={official_dir}"
+    assert command(words[0], f"--workdir={tmp_path / 'one'}", *given, one).code == 0
+    ranking = (out / "ranking.txt").read_bytes()
+    assert (tmp_path / "one" / "ranking.txt").read_bytes() == ranking
     results = json.loads((out / "metrics.json").read_text())
-    assert f"{results['map']:.4f} on val" in done.out
-    assert [one["weight"] for one in results["runs"]] == [1, 3]
-
+    assert f"{results['map']:.4f} on val" in done.out and results["map_kind"] == "val"
+    check_ranking(out / "ranking.txt", runs, load, (1.0, 3.0))
+    check_numbers(out, (out / "report.html").read_text())
+    for facts, folder, weight in zip(results["runs"], runs, (1, 3), strict=True):
+        alone = json.loads((folder / "metrics.json").read_text())["map"]
+        assert (facts["name"], facts["weight"]) == (str(folder), weight)
+        assert facts["map"] == pytest.approx(alone, abs=1e-12)
     assert command(*words, "--config.eval.split=test").code == 0
     check_ranking(out / "ranking_test.txt", runs, load, (1.0, 3.0), "test")
     assert "map" not in json.loads((out / "metrics_test.json").read_text())
@@ -228,14 +208,3 @@ def test_the_command_line(runs, load, tmp_path, command):
     ]:
         bad = f"--runs={','.join(map(str, bad))}"
         assert command("--mode=evaluate", f"--workdir={workdir}", bad).refused(message)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*the data have other modalities")
-def test_one_folder_of_data_for_all_runs(runs, official_dir, tmp_path, blended):
-    """If config.data.dir is set, it replaces the folder of every run; scores do not change."""
-    found = []
-    for words in ((), (f"--config.data.dir={official_dir}",)):
-        blended(runs, *words)
-        found.append((tmp_path / "ranking.txt").read_bytes())
-    assert found[0] == found[1]

@@ -10,7 +10,6 @@ from vidjax.apps.video import cards
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 
-IMAGE = {"layout": "NCHW", "colour": "rgb"}
 BACK_END = made_nets.back_end(same=(0.9, 0.1))
 
 
@@ -23,15 +22,11 @@ def test_a_folder_gives_one_card_for_each_role(tmp_path):
     assert card.path == path and card.width == 5
     assert card.back_end and card.back_end.same == (0.9, 0.1)
     assert card.read_net() == (tmp_path / "embed.onnx").read_bytes()
+    changes = {}, {"norm_is_quality": True}, {"content": made_nets.embedder("NHWC")}
+    digests = [cards.read(made_nets.write(tmp_path, "face", **change)).digest for change in changes]
+    assert len({*digests}) == 3  # which follow the card and its net
+    (tmp_path / "face.json").unlink()
     seen.refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
-
-
-def test_the_digest_follows_the_card_and_its_net(tmp_path):
-    first = cards.read(made_nets.write(tmp_path)).digest
-    assert cards.read(made_nets.write(tmp_path)).digest == first
-    assert cards.read(made_nets.write(tmp_path, norm_is_quality=True)).digest != first
-    other = made_nets.embedder("NHWC")
-    assert cards.read(made_nets.write(tmp_path, content=other)).digest != first
 
 
 def card_of(text):
@@ -48,10 +43,10 @@ DAMAGES = {  # words of the error -> the damage to a folder with one net
     "face.json large": card_of(" " * cards.CARD_BYTES + "{}"),
     "face.json pipe": lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json")),
     "models convert": shutil.rmtree,
-    **{
-        f"face.json convert{' ' * count}": card_of(text)
-        for count, text in enumerate(("", "[" * 100_000, "{", "[]", '{"format": 1}', "\xff"))
-    },
+    "face.json convert": card_of("[" * 100_000),
+    "face.json  convert": card_of("{"),
+    "face.json   convert": card_of('{"format": 1}'),
+    "face.json    convert": card_of("\xff"),
 }
 
 
@@ -67,14 +62,12 @@ def test_a_damaged_folder_is_refused(tmp_path, words):
 def test_a_wrong_key_is_named(tmp_path):
     for fields, word in (
         ({"colour": "rgb"}, "colour"),
-        ({"path": "face.onnx"}, "path"),
         ({"format": 2}, "format"),
         ({"role": "face"}, "role"),
         ({"file": "../face.onnx"}, "file"),
         ({"sha256": "0"}, "sha256"),
         ({"decoder": "yunet"}, "yunet"),
-        ({"decoder": "silero"}, "silero"),
-        ({"role": "voice_embedder", "input": IMAGE}, "NCHW"),
+        ({"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}, "NCHW"),
         ({"input": {"layout": "mels"}}, "colour"),
         ({"input": {"layout": "mels", "colour": None}}, "mels"),
         ({"input": {"colour": None}}, "colour"),
@@ -88,7 +81,6 @@ def test_a_wrong_key_is_named(tmp_path):
         ({"input": {"crop": 1}}, "crop"),
         ({"back_end": {**BACK_END, "centre": [0.0] * 4}}, "centre"),
         ({"back_end": {**BACK_END, "same": [0.9, 0.0]}}, "same"),
-        ({"back_end": {**BACK_END, "same": [0.1, 0.1], "different": [0.9, 0.1]}}, "mean of same"),
         ({"back_end": {**BACK_END, "same": [1.0, 0.1]}}, "mean of same"),
         ({"back_end": {**BACK_END, "same": [0.9, 0.5]}}, "a deviation must be at most"),
         ({"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}, "seed"),

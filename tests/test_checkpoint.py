@@ -74,21 +74,15 @@ def test_two_latest_and_best_are_kept(tmp_path, items):
     assert list(checkpoint.manifests(tmp_path / "other")) == [2, 4]
 
 
-def test_a_save_that_was_cut_short_is_no_step(tmp_path, items):
+def test_a_save_or_a_deletion_that_was_cut_short_is_no_step(tmp_path, items):
+    folder = tmp_path / "checkpoints"
     checkpoint.save(tmp_path, 1, items, {})
-    left = tmp_path / "checkpoints" / ".partial" / "3" / "state"
-    left.mkdir(parents=True)
-    (left / "half").write_bytes(b"x")
+    half = folder / ".partial" / "3" / "state"
+    half.mkdir(parents=True)
+    (half / "half").write_bytes(b"x")
     assert restore_latest(tmp_path, items)[1]["step"] == 1
     checkpoint.save(tmp_path, 2, items, {})
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-    assert_same(items, restore_latest(tmp_path, items)[0])
-
-
-def test_dropping_a_step_that_was_cut_short_is_finished(tmp_path, items):
-    for step in (1, 2):
-        checkpoint.save(tmp_path, step, items, {})
-    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
     (folder / ".partial").mkdir()
     (folder / "1").rename(folder / ".partial" / "1")
     left = (folder / ".partial" / "1" / "state").rglob("*")
@@ -102,6 +96,5 @@ def test_dropping_a_step_that_was_cut_short_is_finished(tmp_path, items):
 def test_another_model_is_an_error(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
     for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
-        with pytest.raises(checkpoint.CheckpointError, match="another model") as caught:
+        with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):
             restore_latest(tmp_path, {**items, "params": {"a": other}})
-        assert "float32[4, 2]" in str(caught.value)

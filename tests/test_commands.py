@@ -1,8 +1,6 @@
 """Commands as people type them: remedies, names of folders, and the result in other forms."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,10 +10,8 @@ from tests.campaigns import commands
 from tests.helpers import seen
 from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness
-from vidjax.cli import program as main_lib
-from vidjax.cli import run_commands
 from vidjax.runs import config as config_lib
-from vidjax.runs import config_io, terminal
+from vidjax.runs import config_io
 from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
@@ -57,29 +53,22 @@ def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
-def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
-    program = (
+def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path, python):
+    python(
         "import sys\nfrom vidjax.cli.program import main\n"
         "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
-        "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": str(ROOT), "VIDJAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cuda"},
+        "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n",
+        cwd=tmp_path, VIDJAX_CACHE=str(tmp_path), JAX_PLATFORMS="cuda",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "model.name='mmma'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sample", quick_first([7, 1], mark=pytest.mark.nightly))
-def test_a_user_s_day(tmp_path, sample):
+@pytest.mark.nightly
+def test_a_user_s_day(tmp_path):
     commands.prepare(tmp_path)
-    chosen = [*commands.FIELDS[2::16], *commands.FILES, *commands.WORKS][::sample]
-    for case in [*chosen, commands.WORKS[-1]]:
+    for case in [*commands.FIELDS[2::16], *commands.FILES, *commands.WORKS]:
         outcome = commands.run(tmp_path, case._replace(seconds=60))
         faults = commands.faults(case, outcome._replace(seconds=0))
         assert not faults, (case.words, faults, outcome)
@@ -87,34 +76,17 @@ def test_a_user_s_day(tmp_path, sample):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", quick_first(NAMES))
+@pytest.mark.parametrize("name", quick_first(NAMES, mark=pytest.mark.nightly))
 def test_a_shipped_configuration_passes_the_dry_run(name):
     plan.dry_run(config_io.load_file(name))
 
 
-def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
-    """It may draw a value: what is checked is what is trained."""
-    count = tmp_path / "count"
-    text = (ROOT / "configs" / "knn.py").read_text()
-    (tmp_path / "own.py").write_text(
-        f"{text}\n\nmake = get_config\n\n"
-        f"def get_config(args=''):\n    with open({str(count)!r}, 'a') as file:\n"
-        "        file.write('x')\n    return make(args)\n"
-    )
-    args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
-    config, _ = run_commands.read_train_settings(args)
-    plan.dry_run(config)
-    assert count.read_text() == "x"
-
-
-def suffix(*words, without=()):
-    overrides = [f"--config.{word}" for word in words]
-    return config_io.folder_suffix(
-        config_io.override(config_lib.default(), overrides), overrides, without
-    )
-
-
 def test_a_folder_is_named_after_its_overrides():
+    def suffix(*words, without=()):
+        overrides = [f"--config.{word}" for word in words]
+        config = config_io.override(config_lib.default(), overrides)
+        return config_io.folder_suffix(config, overrides, without)
+
     assert suffix() == ""
     assert suffix("seed=2", "batch_size=64", "seed=1") == "_batch_size=64_seed=1"
     assert suffix("optim.learning_rate=1e-2") == suffix("optim.learning_rate=0.01")
@@ -122,8 +94,7 @@ def test_a_folder_is_named_after_its_overrides():
     assert suffix("seed=1", "data.dir=/x", without=("data.dir",)) == "_seed=1"
     odd = ["../../up", "a b;'\"$(c)", "long" * 99, "long" * 98, "ü"]
     names = {suffix(f"eval.split={name}") for name in odd}
-    names |= {suffix(f"loss.schedule=((0,{weight}),)") for weight in (1.0, 0.5)}
-    assert len(names) == 7
+    assert len(names) == 5
     for name in names:
         assert len(name) <= config_io.MAX_SUFFIX_LENGTH
         assert name.replace("_", "").replace("=", "").replace(".", "").replace("-", "").isalnum()
@@ -137,29 +108,7 @@ def test_the_configuration_is_printed_with_its_origins(command):
     assert rows["seed"] == ["3", "0", "command line"]
     assert rows["batch_size"] == ["128", "128", "default"]
     assert rows["num_epochs"][:2] == ["30.0", "1.0"] and "mma.py:face" in rows["num_epochs"][2]
-    assert {*dict(config_lib.fields(config_lib.default()))} <= rows.keys()
     done = command(*words, "--json", "--config.checkpoint_every_seconds=inf")
     fields = json.loads(done.out)["fields"]
     assert fields["seed"] == {"value": 3, "default": 0, "from": "command line"}
-    assert fields["model.name"]["value"] == "mma"
     assert fields["checkpoint_every_seconds"]["value"] == "inf"
-
-
-def test_progress_says_that_it_compiles_and_then_counts(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    progress = terminal.Progress(1000, unit="clip", label="train", compiles=True)
-    assert capsys.readouterr().err == "train: compiling\n"
-    for seconds, clips in ((90, 10), (20, 100), (20, 100)):
-        now[0] += seconds
-        progress.advance(clips)
-    first, second, third = capsys.readouterr().err.splitlines()
-    assert "10 of 1,000" in first and "left" not in first
-    assert "5 clips/s" in second and "2:58 left" in second
-    assert "5 clips/s" in third and "2:38 left" in third
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # as --quiet does
-    progress = terminal.Progress(10, unit="clip", label="train", compiles=True)
-    progress.advance(10)
-    progress.close()
-    terminal.say("clips stay on the device")
-    assert capsys.readouterr().err == ""

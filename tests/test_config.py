@@ -1,13 +1,13 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import docs, recorded_config
-from tests.test_arguments import CHANGES, NAMES
 from vidjax.cli.program import main
 from vidjax.core import fusion, optim
 from vidjax.data.synthetic import CALIBRATED
@@ -17,7 +17,7 @@ from vidjax.runs import config_io
 from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "configs" / "README.md"
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def load(spec="mma"):
@@ -27,10 +27,14 @@ def load(spec="mma"):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_configuration_may_be_trained_and_json_brings_its_values_back(name):
-    for words in ("", *CHANGES[name]):
-        config = load(f"{name}:{words}")
+    words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
+    assert all(words.values())  # which describe them
+    written = []
+    for word in ("", *words):
+        config = load(f"{name}:{word.replace('few', 'iqiyi_vid,few')}")
         config_lib.check(config)
-        again = config_io.from_json(config_io.to_json(config))
+        written.append(config_io.to_json(config))
+        again = config_io.from_json(written[-1])
         values, wanted = (dict(config_lib.fields(one)) for one in (again, config))
         assert values == wanted and config_lib.differences(config, again) == {}
         assert list(map(type, values.values())) == list(map(type, wanted.values()))
@@ -38,35 +42,26 @@ def test_a_shipped_configuration_may_be_trained_and_json_brings_its_values_back(
         overrides = ["--config.data.dir=/data", "--config.modalities=face,head"]
         moved = config_io.override(again, overrides)
         assert (moved.data.dir, moved.modalities) == ("/data", ("face", "head"))
+    # Every word changes something, except `mlp5`, which names the default.
+    assert written.count(written[0]) == 1 + ("mlp5" in words)
 
 
 def test_an_override_converts_by_the_type_of_the_field():
     for word, value in {
-        "batch_size=64": 64,
-        "num_epochs=3": 3.0,
-        "num_epochs=inf": float("inf"),
-        "modalities=('face',)": ("face",),
-        "modalities=face, head": ("face", "head"),
-        "modalities=": (),
-        "model.attention=false": False,
-        "eval.report=0": False,
+        "batch_size=64": 64, "num_epochs=3": 3.0, "num_epochs=inf": float("inf"),
+        "modalities=('face',)": ("face",), "modalities=face, head": ("face", "head"),
+        "modalities=": (), "model.attention=false": False, "eval.report=0": False,
         "loss.schedule=((0, 1.0), (5, 0.5))": ((0, 1.0), (5, 0.5)),
-        "ensemble.only=2": (2,),
-        "ensemble.only=[0,2]": (0, 2),
-        "ensemble.min_quality=-1000,20": (-1000, 20),
-        "data.dir=a=b": "a=b",
-        "eval.split=5": "5",
-    }.items():
+        "ensemble.only=2": (2,), "ensemble.only=[0,2]": (0, 2),
+        "ensemble.min_quality=-1000,20": (-1000, 20), "data.dir=a=b": "a=b", "eval.split=5": "5",
+    }.items():  # fmt: skip
         config = config_io.override(load(), [f"--config.{word}"])
         changed = dict(config_lib.fields(config))[word.partition("=")[0]]
         assert (changed, type(changed)) == (value, type(value)), word
 
-
-def test_the_last_of_two_overrides_counts_and_the_original_stays():
-    config = load()
-    words = ["modalities=face", "seed=1", "modalities=head,audio", "seed=2"]
+    config, words = load(), ["modalities=face", "seed=1", "modalities=head,audio", "seed=2"]
     changed = config_io.override(config, [f"--config.{word}" for word in words])
-    assert changed.modalities == ("head", "audio") and changed.seed == 2
+    assert changed.modalities == ("head", "audio") and changed.seed == 2  # the last one counts
     assert config_lib.differences(config, load()) == {}
 
 
@@ -129,9 +124,6 @@ def test_a_value_that_nothing_reads_is_refused_with_the_remedy():
     unread = {name for name, field in config_lib.FIELDS.items() if field.read_when}
     tested = {name for fields in UNREAD.values() for name in fields}
     assert unread | {"join.runs"} == tested | READ.keys()
-
-
-def test_a_value_is_refused_only_where_nothing_reads_it():
     for name, (value, unread) in READ.items():
         if name != "loss.gamma":  # every loss except softmax reads it
             assert problems(f"{name}={value}") == []
@@ -143,28 +135,18 @@ def test_a_value_is_refused_only_where_nothing_reads_it():
         assert problems("eval.split=train", f"ensemble.{members}=5") == []
 
 
-def ends(field):
-    """Returns values just inside and just outside of the range of a field."""
-    step = 1 if isinstance(field.default, int) else 1e-6
-    low, high = (step if field.above == 0 else field.low), field.high
-    high = field.below - step if field.below else high if high and high < math.inf else None
-    inside = [*field.choices, *(value for value in (low, high) if value is not None)]
-    outside = ["zzz"] if field.choices else []
-    outside += [low - step] if low is not None else []
-    return inside, outside + ([high + step, math.inf] if high is not None else [])
-
-
 def test_the_range_of_a_field_is_that_of_its_row():
     for name, field in config_lib.FIELDS.items():
-        inside, outside = ends(field)
-        for value in inside:
-            config_lib.check_ranges({**config_lib.DEFAULTS, name: value})
+        values: dict[str, Any] = dict(config_lib.DEFAULTS)
+        outside = ["zzz"] if field.choices else []
+        outside += [] if field.low is None else [field.low - 1]
+        outside += [math.inf] if (field.below or field.high or math.inf) < math.inf else []
         for value in outside:
-            values: Any = {**config_lib.DEFAULTS, name: value}  # as a configuration has them
             with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
-                config_lib.check_ranges(values)
-            problem = next(config_lib.problems(values))
-            assert all(choice in problem for choice in field.choices)
+                config_lib.check_ranges(values | {name: value})
+        for value in (field.low, field.high):
+            if value is not None and abs(value) < math.inf:
+                config_lib.check_ranges(values | {name: value})
 
 
 def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypatch):
@@ -180,7 +162,7 @@ def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypat
 
 
 def test_the_documentation_is_that_of_the_fields():
-    page = README.read_text()
+    page = (ROOT / "configs" / "README.md").read_text()
     for name, content in docs.documentation().items():
         assert docs.replace_section(page, name, content) == page, (
             f"{name}: python -m tests.helpers.docs configs/README.md"
@@ -192,39 +174,32 @@ INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold"
             "join.how")  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
     reads, override = set(), config_io.override
     invented = {name: config_lib.Field(name, 1, "nothing reads it") for name in INVENTED}
     monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))
     monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | invented)
-    monkeypatch.setattr(
-        config_io,
-        "override",
-        lambda config, words: recorded_config.record(override(config, words), reads),
-    )
-    runs = {name: f"{tmp_path}/{name}" for name in ("a", "b")}
-    shared = [
+    record = recorded_config.record
+    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), reads))
+    run = f"--workdir={tmp_path}/a"
+    words = [
         "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
         "--config.model.layers=((4,'linear',False,0.0),)", "--config.batch_size=32",
         "--config.num_epochs=2", "--config.ensemble.folds=2", "--config.noise.eps=1.1",
-        "--config.eval.report=false",
+        "--config.eval.report=false", "--config.ensemble.views=2", "--config.optim.name=sgd",
+        "--config.optim.decay=steps", "--config.ensemble.min_quality=(0.0,)",
+        "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
     ]  # fmt: skip
-    others = {
-        "a": ["--config.ensemble.views=2"],
-        "b": ["--config.optim.name=sgd", "--config.optim.decay=steps",
-              "--config.ensemble.min_quality=(0.0,)",
-              "--config.loss.schedule=((0,0.5),)"],  # a focal loss reads its exponent
-    }  # fmt: skip
-    for name, words in others.items():
-        assert main([*shared, *words, f"--workdir={runs[name]}"]) == 0, capsys.readouterr().err
-    assert main([*shared, *others["b"], f"--workdir={runs['b']}"]) == 0  # again: a finished run
-    assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0
-    joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={runs['a']},{runs['b']}"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert main(words) == 0  # again: a finished run
+    assert main(["--mode=evaluate", run]) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
     assert main([*joined, "--config.eval.report=false"]) == 0
-    words = ["--config.optim.decay=piecewise", "--config.optim.points=((0,1),)"]
-    spec = config_io.override(load("knn"), words).optim.to_dict()
-    optim.make_schedule(spec, total_steps=2, steps_per_epoch=1)
+    for words in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
+        spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in words]).optim
+        optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
 
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
@@ -234,23 +209,17 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
     assert names - reads == set(INVENTED)
     # Specifications that are spread into a function refuse what it does not take.
     with pytest.raises(ValueError, match="invented"):
-        identifier.make_identifier(
-            {"name": "knn", "modality": "face", "invented": 1},
-            modalities={"face": 4}, num_classes=2, num_clips=3,
-        )  # fmt: skip
+        knn = {"name": "knn", "modality": "face", "invented": 1}
+        identifier.make_identifier(knn, modalities={"face": 4}, num_classes=2, num_clips=3)
     with pytest.raises((TypeError, ValueError), match="invented"):
         fusion.make_fusion({"name": "mean", "invented": 1})
 
 
-def test_a_second_modality_of_a_system_of_one_is_refused():
-    for name in ("knn", "noise_classes"):
-        assert load(f"{name}:head").modalities == ("head",)
-        with pytest.raises(ValueError, match="modalities face, head: this experiment uses only"):
-            load(f"{name}:face,head")
-
-
-def test_plda_reads_the_clips_twice():
-    config = load("plda")
+def test_what_a_system_cannot_do_is_refused():
+    assert load("knn:head").modalities == ("head",)
+    with pytest.raises(ValueError, match="modalities face, head: this experiment uses only"):
+        load("knn:face,head")
+    config = load("plda")  # which reads the clips twice
     plan.check_model(config)
     config.num_epochs = 1.5
     with pytest.raises(ValueError, match=r"config.num_epochs=1.5(?s:.*)--config.num_epochs=2"):

@@ -9,7 +9,6 @@ from tests.helpers import drawn_people, made_nets, seen
 from tests.helpers.drawn_people import extract, write_film, write_photo
 from vidjax.apps.gallery.gallery import make_models_origin
 from vidjax.apps.video import cards, film
-from vidjax.apps.video.nets import Faces
 
 pytestmark = pytest.mark.usefixtures("read_here")
 RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
@@ -75,19 +74,6 @@ def test_heads_without_a_face_are_followed_and_faces_stay_as_they_were(tmp_path,
     assert [track.clip for track in told.tracks] == ["photo"] and "face" in clips["photo"]
 
 
-def test_heads_that_overlap_keep_their_own_boxes(models):
-    """The large one's middle is in the small one, and nearer to its top than the small one's."""
-    add(models, "head_detector")
-    add(models, "head_embedder")
-    nets = film.load_nets(cards.load(models), 640)
-    boxes = np.array([[14, 1, 38, 25], [20, 10, 30, 20]], np.float32)
-    none = Faces(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros((0, 5, 2)))
-    heads = Faces(boxes, np.ones(2, np.float32), np.zeros((2, 5, 2), np.float32))
-    detect = {"face": lambda rgb: none, "head": lambda rgb: heads}
-    found = film.find_people(nets._replace(detect=detect), np.zeros((96, 128, 3), np.uint8))
-    np.testing.assert_array_equal(found.parts["head"], found.boxes)
-
-
 def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
     """Each of two detected bodies is given to a different person."""
     small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
@@ -105,7 +91,6 @@ def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
 
 
 def test_clothes_and_places_tell_no_person(models):
-    """A gallery has no part of them, whatever their cards say; of heads it has one."""
     for part in ("head", "body", "scene"):
         add(models, f"{part}_embedder", back_end=made_nets.back_end())
     assert {*make_models_origin(models)[1]} == {"face", "head"}

@@ -18,13 +18,15 @@ nightly = pytest.mark.nightly
 def found(path, models):
     """Returns begin, end and colour of each track of a film, in order of time."""
     told, clips = extract(path, path.with_suffix(""), models)
-    means = [clips[track.clip]["face"].mean(0)[:3] for track in told.tracks]
-    who = [max(PEOPLE, key=lambda name, mean=mean: mean @ PEOPLE[name]) for mean in means]
-    times = [(round(track.start_s, 3), round(track.end_s, 3)) for track in told.tracks]
-    return [(*time, name) for time, name in zip(times, who, strict=True)]
+    rows = []
+    for track in told.tracks:
+        mean = clips[track.clip]["face"].mean(0)[:3]
+        who = max(PEOPLE, key=lambda name, mean=mean: mean @ PEOPLE[name])
+        rows.append((round(track.start_s, 3), round(track.end_s, 3), who))
+    return rows
 
 
-@pytest.mark.parametrize("fade_s", quick_first([1.0, 0.5, 2.0, 3.0], mark=nightly))
+@pytest.mark.parametrize("fade_s", quick_first([1.0, 0.5, 3.0], mark=nightly))
 def test_a_crossfade_gives_nobody_the_time_of_another(tmp_path, drawn, fade_s):
     """Slides of 4 s: faces in one place before one background, so that no cut is seen."""
     still = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]

@@ -40,22 +40,19 @@ def shown(found):
     return rows
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(xmp.attributes(SPELLED) + xmp.microsoft([EVE]), id="digikam"),
-        pytest.param(xmp.attributes(SPELLED, unit=""), id="lightroom"),
-        pytest.param(xmp.elements(SPELLED, bag="Bag").replace('"', "'"), id="apple and exiftool"),
-        pytest.param(xmp.elements(SPELLED, resource=""), id="nested descriptions"),
-        pytest.param(xmp.microsoft(SPELLED), id="windows"),
-        pytest.param(xmp.microsoft(SPELLED, as_elements=True), id="microsoft in elements"),
-    ],
-)
-def test_each_program_spells_tags_in_its_way(tags_of, body):
-    microsoft = "mwg-rs" not in body
-    found = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
-    assert shown(found) == TAGS and not found.problem
-    assert found.shape == (None if microsoft else (400, 300))
+def test_each_program_spells_tags_in_its_way(tags_of):
+    for body in (
+        xmp.attributes(SPELLED) + xmp.microsoft([EVE]),  # digiKam
+        xmp.attributes(SPELLED, unit=""),  # Lightroom
+        xmp.elements(SPELLED, bag="Bag").replace('"', "'"),  # Apple and ExifTool
+        xmp.elements(SPELLED, resource=""),
+        xmp.microsoft(SPELLED),
+        xmp.microsoft(SPELLED, as_elements=True),
+    ):
+        microsoft = "mwg-rs" not in body
+        found = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
+        assert shown(found) == TAGS and not found.problem, body
+        assert found.shape == (None if microsoft else (400, 300))
 
 
 def photo(kind, packet):
@@ -76,25 +73,18 @@ def photo(kind, packet):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    quick_first(["jpeg", "png, packed", "png", "tiff", "webp", "heif", "avif"], 2,
-                pytest.mark.nightly),
-)  # fmt: skip
+    "kind", quick_first(["jpeg", "png, packed", "tiff", "webp", "heif"], 2, pytest.mark.nightly)
+)
 def test_tags_lie_in_photos_of_each_kind(tags_of, kind):
     assert shown(tags_of(photo(kind, MWG))) == TAGS
     assert tags_of(photo(kind, xmp.packet("")), "b.jpg") == regions.Tags([])
 
 
-def test_tags_lie_at_the_begin_at_the_end_and_in_one_of_several_segments(tags_of):
-    for size in (100, 9 << 20):
-        rest = b"\0" * size
-        assert shown(tags_of(MWG + rest)) == shown(tags_of(rest + MWG)) == TAGS
-    assert (
-        shown(tags_of(photo("jpeg", xmp.packet("<MP:RegionInfo/>")) + photo("jpeg", MWG))) == TAGS
-    )
-
-
-def test_tags_lie_in_sidecars(tags_of, tmp_path):
+def test_tags_lie_at_the_begin_at_the_end_and_in_sidecars(tags_of, tmp_path):
+    rest = b"\0" * (9 << 20)
+    assert shown(tags_of(MWG + rest)) == shown(tags_of(rest + MWG)) == TAGS
+    first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))
+    assert shown(tags_of(first + photo("jpeg", MWG))) == TAGS
     eve, none = xmp.packet(xmp.elements([EVE])), xmp.packet("")
     own = photo("jpeg", MWG)
     assert shown(tags_of(own, xmp=none)) == TAGS, "a sidecar without tags"
@@ -136,14 +126,11 @@ DEEP = xmp.packet("<rdf:Bag><rdf:li>" * 60_000 + "</rdf:li></rdf:Bag>" * 60_000)
 # Name -> content, what is wrong with it, and the most tags that it has.
 HOSTILE = {
     "entities": (BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined entity", 0),
-    "entities inside": (MWG.replace(b"<rdf:Bag>", BOMB + b"<rdf:Bag>"), "not well-formed", 0),
     "100 MB": (b"<rdf:RDF Region" + b" " * 100_000_000, "no end within", 0),
-    "only begins": (b"<rdf:RDF" * 1_000_000, "no end within", 0),
     "many packets": (b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
     "deep": (DEEP.replace(b"rdf:Bag", b"MPRI:Regions"), "", 0),
     "prefix": (MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),
     "10,000": (xmp.packet(xmp.attributes([EVE] * 10_000)), "more than 500 face tags", 500),
-    "zeros": (xmp.packet(xmp.attributes([("0\0", *EVE[1:])])), "not well", 0),
     "a large packed one": (photo("png, packed", b" " * 50_000_000 + MWG), "", 0),
 }
 
@@ -185,14 +172,13 @@ def test_tags_of_a_turned_photo_find_their_faces(means, told):
 
 
 def test_the_shape_that_tags_are_of_counts_more_than_faces_in_them():
-    """One face lies where the tag would be in a picture that is turned otherwise."""
+    # One face lies where the tag would be in a picture that is turned otherwise.
     face = np.array([[280, 30, 360, 90]])
     for shape, found in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
         assert regions.match_faces(tags, face, (400, 300), 6).tolist() == found, shape
 
-
-def test_a_face_has_one_tag_the_most_alike_first():
+    # A face has one tag, the most alike first.
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
     assert regions.match_faces(tags, FACES, (400, 300), 1).tolist() == [1, -1, 0, -1]

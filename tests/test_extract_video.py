@@ -69,23 +69,16 @@ def test_formats_give_the_same_times_and_pictures(tmp_path, name, codec):
 
 @pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
 def test_pixels_that_are_no_squares_are_shown_as_such(tmp_path, aspect, width):
-    for name in ("a.mp4", "a.mkv"):
-        films.write(tmp_path / name, [corner()] * 5, "mpeg4", aspect=aspect)
-        (first, *_), _ = read(tmp_path / name)
-        assert first.rgb is not None and first.rgb.shape == (120, width, 3)
-        assert red(first.rgb) == (True, False, False, False)
+    path = tmp_path / "a.mp4"
+    films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
+    (first, *_), _ = read(path)
+    assert first.rgb is not None and first.rgb.shape == (120, width, 3)
+    assert red(first.rgb) == (True, False, False, False)
     if width > 160:
-        refused(tmp_path / "a.mp4", "pictures of 320 x 120 pixels", 30_000)
+        refused(path, "pictures of 320 x 120 pixels", 30_000)
 
 
-def test_a_last_picture_that_is_held_belongs_to_the_film(tmp_path):
-    films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
-    _, video = read(tmp_path / "slides.mp4")
-    assert video.counts.seconds == pytest.approx(19 / 25 + 6, abs=0.05)
-    assert not video.counts.damaged
-
-
-@pytest.mark.parametrize(("degrees", "place"), [(0, 0), (90, 3), (180, 2), (-90, 1)])
+@pytest.mark.parametrize(("degrees", "place"), [(90, 3), (180, 2), (-90, 1)])
 def test_a_turned_film_is_shown_upright(tmp_path, degrees, place):
     films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
     frame = read(tmp_path / "phone.mp4")[0][0]
@@ -94,12 +87,11 @@ def test_a_turned_film_is_shown_upright(tmp_path, degrees, place):
 
 
 ORIENTATIONS = [("heic", 6), ("jpg", 6)] + [("jpg", n) for n in (1, 2, 3, 4, 5, 7, 8)]
-
-FORMATS = [(ending, n) for ending in ("avif", "tiff", "png", "webp") for n in (1, 6)]
+OTHERS = [(ending, 6) for ending in ("avif", "tiff", "png", "webp")]
 
 
 @pytest.mark.parametrize(
-    ("ending", "orientation"), quick_first([*ORIENTATIONS, *FORMATS], 2, nightly)
+    ("ending", "orientation"), quick_first([*ORIENTATIONS, *OTHERS], 2, nightly)
 )
 def test_photos_are_shown_upright(tmp_path, ending, orientation):
     """Cameras, phones, screens and editors write colour profiles."""
@@ -112,20 +104,12 @@ def test_photos_are_shown_upright(tmp_path, ending, orientation):
     exif[0x112] = orientation
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
-    # What EXIF describes: where the first row and the first column are seen.
-    down, across = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1),
-                    8: (1, 0)}[orientation]  # fmt: skip
     wanted = picture if orientation < 5 else picture.swapaxes(0, 1)
-    wanted = wanted[:: -1 if down else 1, :: -1 if across else 1]
+    # What EXIF describes: the first row is seen at the bottom, the first column at the right.
+    wanted = wanted[:: -1 if orientation in (3, 4, 7, 8) else 1]
+    wanted = wanted[:, :: -1 if orientation in (2, 3, 6, 7) else 1]
     rgb = films.read_photo(path)
     assert rgb.shape == wanted.shape and np.abs(rgb.astype(int) - wanted).mean() < 6
-
-
-def test_the_first_picture_of_a_gif_is_a_photo(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    pictures = [image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
-    assert red(films.read_photo(tmp_path / "a.gif")) == (True, False, False, False)
 
 
 def test_a_damaged_or_large_photo_of_a_phone_is_refused(tmp_path):
@@ -148,10 +132,15 @@ def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path):
     np.testing.assert_allclose([frame.time_s * 1000 for frame in frames], stamps, atol=1e-3)
     sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
     assert sampled == [0, 500, 1000, 1900, 2000] and video.counts.repaired == 0
-    films.write(tmp_path / "equal.mkv", [films.scene(0)] * 10, "ffv1", stamps=[0] * 10)
-    frames, video = read(tmp_path / "equal.mkv")
-    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25)
-    assert video.counts.repaired == 9
+    stamps = [60_000 + 40 * n for n in range(10)]  # times count from the first moment of the file
+    films.write(tmp_path / "late.ts", [films.scene(0)] * 10, stamps=stamps)
+    frames, _ = read(tmp_path / "late.ts")
+    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
+    # A last picture that is held belongs to the film.
+    films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
+    _, video = read(tmp_path / "slides.mp4")
+    assert video.counts.seconds == pytest.approx(19 / 25 + 6, abs=0.05)
+    assert not video.counts.damaged
 
 
 def test_only_regular_files_of_pictures_are_opened(tmp_path):
@@ -163,32 +152,21 @@ def test_only_regular_files_of_pictures_are_opened(tmp_path):
     refused(tmp_path / "voice.m4a", "give a video")
 
 
-@pytest.mark.parametrize(
-    ("stamps", "times", "repaired"),
-    [
+def test_bad_time_stamps_are_repaired():
+    for stamps, times, repaired in (
         ([0.0, 0.1, 0.5], [0.0, 0.1, 0.5], 0),
         ([None, None, None], [0.0, 0.1, 0.2], 3),
         ([0.0, 0.1, 0.1, 0.3], [0.0, 0.1, 0.2, 0.4], 1),
         ([5.0, 5.1, 0.0, 0.1], [5.0, 5.1, 5.2, 5.3], 1),  # two films, one after the other
         ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),
-    ],
-)
-def test_bad_time_stamps_are_repaired(stamps, times, repaired):
-    clock = decode.Clock(step_s=0.1, latest_s=10.0)
-    np.testing.assert_allclose([clock.time(stamp) for stamp in stamps], times, atol=1e-6)
-    assert clock.repaired == repaired
-
-
-def test_times_count_from_the_first_moment_of_the_file(tmp_path):
-    stamps = [60_000 + 40 * n for n in range(10)]
-    films.write(tmp_path / "late.ts", [films.scene(0)] * 10, stamps=stamps)
-    frames, _ = read(tmp_path / "late.ts")
-    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
+    ):
+        clock = decode.Clock(step_s=0.1, latest_s=10.0)
+        np.testing.assert_allclose([clock.time(stamp) for stamp in stamps], times, atol=1e-6)
+        assert clock.repaired == repaired
 
 
 def test_films_that_were_cut_off_or_have_flipped_bits_are_read_as_far_as_possible(film):
-    content = film.read_bytes()
-    film.write_bytes(content[: len(content) // 3])
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
     frames, video = read(film)
     assert 0 < len(frames) < 30 and video.counts.damaged
     assert video.info.seconds == pytest.approx(2.4, abs=0.05)
@@ -221,9 +199,9 @@ def test_names_are_no_patterns(tmp_path, monkeypatch):
     assert red(films.read_photo(Path("%d.png"))) == (False,) * 4
 
 
-@pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_sound_is_placed_by_its_time_stamps(tmp_path, rate):
+def test_sound_is_placed_by_its_time_stamps(tmp_path):
     """A tone sounds from 0.85 s, where the sound track begins, to 1.35 s."""
+    rate = 44_100
     samples = np.sin(np.arange(rate) / rate * 2 * np.pi * 440) * 0.5
     samples[rate // 2 :] = 0
     path = tmp_path / "film.mkv"

@@ -9,14 +9,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import made_nets
 from tests.helpers.clip_files import read_arrays
-from tests.helpers.drawn_people import (
-    extract,
-    tone,
-    write_film,
-    write_models,
-    write_photo,
-    write_voices,
-)
+from tests.helpers.drawn_people import extract, tone, write_film, write_models, write_voices
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import Gallery
@@ -69,17 +62,6 @@ def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
 
 
 @pytest.mark.slow
-def test_a_film_without_sound_and_a_photo_have_no_voice(tmp_path, models):
-    write_photo(tmp_path / "photo.png", ("Ada", 20, 30))
-    found = [extract(tmp_path / "photo.png", tmp_path / "photo", models)]
-    for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
-        found.append(hear(tmp_path, models, f"{name}.mkv", (4, 20, [ADA]), sound=sound))
-    for film, clips in found:
-        assert len(clips) == 1 and film.voices == 0 and film.lost_sound == 0
-        assert not any("audio" in arrays for arrays in clips.values())
-
-
-@pytest.mark.slow
 def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
     shots = (4, 20, [ADA]), (4, 60, [BOB])
     sound = tone(440, 8)
@@ -88,8 +70,9 @@ def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
     assert film.lost_sound > 10 and not film.damaged and film.refused == 0
     _, said = drawn.extract(tmp_path / "broken.mkv")
     assert f"{film.lost_sound:,} pieces of sound could not be decoded" in said
-    film, clips = hear(tmp_path, models, "deaf.mkv", *shots, sound=sound, broken=1)
-    assert len(clips) == 2 and film.voices == 0 and film.lost_sound > 20
+    for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
+        film, clips = hear(tmp_path, models, f"{name}.mkv", shots[0], sound=sound)
+        assert len(clips) == 1 and film.voices == 0 and film.lost_sound == 0
 
 
 @pytest.mark.slow
@@ -122,33 +105,26 @@ def test_one_and_two_processes_write_the_same_bytes(tmp_path, models):
 
 
 @pytest.mark.usefixtures("read_here")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [("another", "another voice_embedder"), ("none", "another voice_activity"),
-     ("first", "another voice_activity"), ("half", "no net for the role voice_activity")],
-)  # fmt: skip
-def test_a_folder_has_one_kind_of_voices(tmp_path, models, change, message):
+def test_a_folder_has_one_kind_of_voices(tmp_path, models):
     path, out = tmp_path / "film.mkv", tmp_path / "out"
     write_film(path, (1, 20, [ADA]), sound=tone(440, 1))
     silent = write_models(tmp_path / "silent")
-    pipeline.extract([path], out, silent if change == "first" else models)
-    if change == "another":
-        made_nets.write(models, "voice", "voice_embedder", notes="another card")
-    if change == "half":
-        (models / "speech.json").unlink()
-    refused(lambda: pipeline.extract([path], out, silent if change == "none" else models), message)
+    pipeline.extract([path], out, models)
+    refused(lambda: pipeline.extract([path], out, silent), "another voice_activity")
+    made_nets.write(models, "voice", "voice_embedder", notes="another card")
+    refused(lambda: pipeline.extract([path], out, models), "another voice_embedder")
+    (models / "speech.json").unlink()
+    refused(lambda: pipeline.extract([path], out, models), "no net for the role voice_activity")
 
 
 def test_alone_is_who_is_seen_while_nobody_else_is():
+    """Long spans are heard in pieces with the same windows."""
     tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
-    found = [(span.clip, span.start_s, span.end_s) for span in voices.find_solo_spans(tracks)]
+    found = list(voices.find_solo_spans(tracks))
     # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
-    assert [(clip, *np.round(times, 9)) for clip, *times in found] == [
-        ("a", 0, 4.0), ("a", 6, 10), ("c", 20, 29.6)
-    ]  # fmt: skip
-
-
-def test_long_spans_are_heard_in_pieces_with_the_same_windows():
+    assert [span.clip for span in found] == ["a", "a", "c"]
+    np.testing.assert_allclose([span.start_s for span in found], [0, 6, 20])
+    np.testing.assert_allclose([span.end_s for span in found], [4, 10, 29.6])
     found = list(voices.find_solo_spans([track("a", 1, 200)]))
     assert max(one.end_s - one.start_s for one in found) <= 60.001
     begins = np.concatenate([np.arange(x.start_s, x.end_s - 1.6 + 1e-6, 0.8) for x in found])
@@ -187,7 +163,7 @@ def test_memory_does_not_grow_with_the_length_of_the_sound():
 
 
 @pytest.mark.slow
-def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, models):
+def test_a_gallery_hears_and_sees(tmp_path, models):
     def speak(name, hertz):
         shot, sound = (4, 20, [(name, 40, 40)]), tone(hertz, 4)
         (arrays,) = hear(tmp_path, models, f"{name}{hertz}.mkv", shot, sound=sound)[1].values()
@@ -197,7 +173,6 @@ def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, mod
         }
 
     gallery = Gallery.of_models(tmp_path / "g", models)
-    assert {*gallery.backend.widths} == {"face", "audio"}
     both = speak("Ada", 440)
     gallery.enrol({"film": both}, "Ada")
     clips = {"both": both, "hoarse": speak("Ada", 3000), "dubbed": speak("Bob", 440),
@@ -207,19 +182,13 @@ def test_a_gallery_hears_and_sees_and_a_face_alone_is_judged_alone(tmp_path, mod
     assert answers["both"].evidence == ("face", "audio") and answers["mute"].evidence == ("face",)
     assert answers["dubbed"].evidence == ()
     assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
-    faces = Gallery.of_models(tmp_path / "f", write_models(tmp_path / "silent"))
-    faces.enrol({"film": {"face": both["face"]}}, "Ada")
-    alone = faces.identify({"mute": {"face": both["face"]}})["mute"]
-    assert answers["mute"].score == pytest.approx(alone.score, rel=1e-6)
-
     # A voice does not name whose voice nobody knows.
     gallery = Gallery.of_models(tmp_path / "unheard", models)
     gallery.enrol({"photo": {"face": both["face"]}}, "Ada")
-    for threshold in (None, 0.4):
-        clips = {"voice": {"face": None, "audio": both["audio"]}, "seen": both}
-        found = gallery.identify(clips, threshold=threshold)
-        assert found["voice"].identity is None and found["voice"].evidence == ()
-        assert found["seen"].identity == "Ada"
+    clips = {"voice": {"face": None, "audio": both["audio"]}, "seen": both}
+    found = gallery.identify(clips, threshold=0.4)
+    assert found["voice"].identity is None and found["voice"].evidence == ()
+    assert found["seen"].identity == "Ada"
 
 
 def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
@@ -231,8 +200,8 @@ def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     people = both.enrol(["Ada", "Bob"], np.stack([np.r_[one, one], np.r_[other, 0 * one]]),
                         np.arange(2))  # fmt: skip
 
-    def odds(face, voice, found=both):
-        (logs,) = backend.Index(found, [people]).search([face[None], voice[None]])
+    def odds(face, voice):
+        (logs,) = backend.Index(both, [people]).search([face[None], voice[None]])
         return (logs[1:] - logs[0])[0]
 
     none = np.zeros(4, np.float32)
@@ -241,6 +210,3 @@ def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
     assert odds(one, other) - seen == pytest.approx(-np.log(9))
     assert odds(other, one) < 0  # another face, with Ada's voice
     assert odds(none, one) > np.log(9)
-    face, audio = both.parts
-    other_part = backend.Backend((face, audio._replace(name="head")), both.settings)
-    assert abs(odds(one, other, other_part) - odds(one, none, other_part)) > np.log(9)
