@@ -351,18 +351,12 @@ class DistanceRatios:
 
     def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
         """Takes blocks of people: numbers of clips, means of unit vectors, squared lengths."""
-        counts, means, squares = zip(*people, strict=True)
-        effective = [
-            distance.effective_count(distances, count, square)
-            for count, square in zip(counts, squares, strict=True)
-        ]
+        counts, means, _ = zip(*people, strict=True)
+        effective = [distance.effective_count(distances, count, x) for count, _, x in people]
         self._distances = distances
         self.population = distance.population(distances, means, effective, counts)
         centre = self.population.mean
-        radius = [
-            square - 2 * mean @ centre + centre @ centre
-            for mean, square in zip(means, squares, strict=True)
-        ]
+        radius = [x - 2 * mean @ centre + centre @ centre for _, mean, x in people]
         posterior = distance.posterior(distances, self.population, np.concatenate(effective))
         self.share, self.variance = posterior
         self.radius = posterior.share**2 * np.concatenate(radius)

@@ -175,11 +175,8 @@ class Draft:
     @property
     def refits(self) -> bool:
         """True if the back end must be fitted again, because it was fitted to a removed clip."""
-        return any(
-            old.fitted and (new is None or new.vector is not old.vector)
-            for old, new in self._list_changes()
-            if old
-        )
+        fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
+        return any(new is None or new.vector is not old.vector for old, new in fitted)
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
@@ -218,9 +215,8 @@ def enrol(
     cards, the distances of the vectors show how alike clips are; see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
-    films = group_by_film(
-        names, clips, cut_film_name if backend.parts[0].distances is None else str
-    )
+    film = cut_film_name if backend.parts[0].distances is None else str
+    films = group_by_film(names, clips, film)
     place = {identity: number for number, identity in enumerate(groups)}
     owner = np.array([place[identity] for identity, _ in films], int)
     vectors = stack_films(films.values(), clips, backend.widths)

@@ -120,9 +120,8 @@ class Vectors(NamedTuple):
         """Returns the vectors of some clips, in the same order."""
         rows = [row for row, name in enumerate(self.names) if name in names]
         parts = {part: x[rows] for part, x in self.parts.items()}
-        return Vectors(
-            tuple(self.names[row] for row in rows), parts, tuple(self.labels[row] for row in rows)
-        )
+        kept, labels = (tuple(x[row] for row in rows) for x in (self.names, self.labels))
+        return Vectors(kept, parts, labels)
 
 
 class NobodyError(UserError):
@@ -237,9 +236,8 @@ class Gallery:
           ValueError: no card of an embedding model has a back end.
         """
         origin, back_ends = make_models_origin(models)
-        return cls.of_clips(
-            folder, origin, backend_lib.make_card_backend(back_ends, stranger_odds), {}
-        )
+        backend = backend_lib.make_card_backend(back_ends, stranger_odds)
+        return cls.of_clips(folder, origin, backend, {})
 
     @classmethod
     def of_clips(

@@ -236,9 +236,8 @@ def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
             logits = np.where(sizes < sizes[row], -np.inf, groups.ratios(row))
             logits += np.log(np.maximum(sizes, 1))
             best = int(logits.argmax())
-            if logits[best] - np.logaddexp.reduce(np.append(logits, np.log(single))) > np.log(
-                MIN_PROBABILITY
-            ):
+            total = np.logaddexp.reduce(np.append(logits, np.log(single)))
+            if logits[best] - total > np.log(MIN_PROBABILITY):
                 groups.join(best, row)
                 labels[labels == row] = best
                 changed = True

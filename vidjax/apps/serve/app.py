@@ -224,9 +224,8 @@ class Application:
     async def server(self, _: Request) -> Response:
         """Returns name, version and extensions of the server."""
         version = importlib.metadata.version("vidjax")
-        return _encode_json(
-            {"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]}
-        )
+        content = {"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]}
+        return _encode_json(content)
 
     async def live(self, _: Request) -> Response:
         """Returns 200 while the server runs; 503 if it cannot get ready."""
@@ -268,9 +267,8 @@ class Application:
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.InferRequest, Question]:
-            parsed, tensors = protocol.parse(
-                body, length, served_models.list_inputs(model), self.limits
-            )
+            inputs = served_models.list_inputs(model)
+            parsed, tensors = protocol.parse(body, length, inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
             parameters = parsed.parameters
             return parsed, served_models.make_question(model, tensors, parameters, self.limits)

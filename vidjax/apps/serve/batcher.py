@@ -139,19 +139,15 @@ class Changes:
             second case it is still made later.
         """
         if self.waiting >= self._limits.waiting_changes:
-            raise Refused(
-                HTTPStatus.TOO_MANY_REQUESTS, "too many changes are waiting: try again", 2
-            )
+            status = HTTPStatus.TOO_MANY_REQUESTS
+            raise Refused(status, "too many changes are waiting: try again", 2)
         self.waiting += 1
         work = asyncio.get_running_loop().run_in_executor(self._thread, change)
         work.add_done_callback(self._done)
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
-            raise Refused(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "the change takes long: check later whether it was made",
-                5,
-            )
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            raise Refused(status, "the change takes long: check later whether it was made", 5)
         return work.result()
 
     def _done(self, work: "asyncio.Future[T]") -> None:

@@ -116,10 +116,8 @@ def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
 
 def _make_question(model: "Model", length: int, count: int = 1) -> Question:
     """Returns a question about `count` clips with `length` frames of ones."""
-    clip = {
-        name: {"features": np.ones((length, width), np.float32)}
-        for name, width in model.widths.items()
-    }
+    frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
+    clip = {name: {"features": features} for name, features in frames.items()}
     return Question({str(number): clip for number in range(count)})
 
 

@@ -254,10 +254,8 @@ def check_photo(film: Film) -> tuple[str | None, str]:
 def check_face(track: FilmTrack) -> str:
     """Returns the problem of a face that can still be used; "" if there is none."""
     if track.quality < POOR_QUALITY:
-        return (
-            f"a poor face, quality {track.quality:.3f} of 1: "
-            "add a larger, sharper photo from the front"
-        )
+        remedy = "add a larger, sharper photo from the front"
+        return f"a poor face, quality {track.quality:.3f} of 1: {remedy}"
     return "sunglasses, or a shadow over the eyes: add a photo with visible eyes" * track.dark_eyes
 
 

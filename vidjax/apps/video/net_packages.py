@@ -263,9 +263,8 @@ class DlibNet:
         """Adds the last layers: the mean of each channel, multiplied by a matrix."""
         mean = self.add("GlobalAveragePool", self.at)
         channels = self.shape[0]
-        matrix = self.read_tensor(
-            "fc_2", channels, VECTOR_WIDTH, 1, 1, after=(VECTOR_WIDTH, channels)
-        )[..., 0, 0]
+        shape, after = (channels, VECTOR_WIDTH, 1, 1), (VECTOR_WIDTH, channels)
+        matrix = self.read_tensor("fc_2", *shape, after=after)[..., 0, 0]
         self.add("MatMul", self.add("Flatten", mean), self.add_constant(matrix))
         self.nodes[-1].output[0] = "vector"
 
@@ -357,9 +356,8 @@ def to_model(
     from onnx import TensorProto, checker, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))
-    constants = [
-        numpy_helper.from_array(np.ascontiguousarray(x), key) for key, x in weights.items()
-    ]
+    arrays = {key: np.ascontiguousarray(x) for key, x in weights.items()}
+    constants = [numpy_helper.from_array(x, key) for key, x in arrays.items()]
     net = helper.make_graph(nodes, name, [first], [last], constants)
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(net, opset_imports=opsets, ir_version=IR_VERSION)

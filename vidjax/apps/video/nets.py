@@ -282,11 +282,8 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     cell = np.stack([columns, rows], axis=1) + 0.5
     corner = 4 * (cell + offset[::-1, rows, columns].T) - size / 2
     points = landmarks[:, rows, columns].reshape(5, 2, -1)[:, ::-1].transpose(2, 0, 1)
-    return Faces(
-        np.concatenate([corner, corner + size], axis=1),
-        heatmap[rows, columns],
-        corner[:, None] + points * size[:, None],
-    )
+    boxes = np.concatenate([corner, corner + size], axis=1)
+    return Faces(boxes, heatmap[rows, columns], corner[:, None] + points * size[:, None])
 
 
 def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:

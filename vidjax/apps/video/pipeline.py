@@ -320,6 +320,11 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
+def find_foreign(out: Path) -> str | None:
+    """Returns the name of a file in a folder; hidden files do not count. None if it is empty."""
+    return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
+
+
 def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
     """Removes all features if `digests` adds nets to the nets of the folder; keeps the settings."""
     before = features_folder.read_extraction(out)
@@ -340,7 +345,7 @@ def _check_extraction(
     """
     before = features_folder.read_extraction(out)
     if before is None:
-        if foreign := next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None):
+        if foreign := find_foreign(out):
             raise UserError(
                 f"'{out}' is not a folder of features: it contains '{show(foreign)}'\n"
                 "name a new folder"

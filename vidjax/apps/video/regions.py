@@ -196,9 +196,8 @@ def match_faces(
     """
     boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
     scale = np.array(size * 2)
-    displayed, stored = (
-        _pair_boxes(group * scale, faces) for group in (boxes, turn_boxes(boxes, orientation))
-    )
+    displayed = _pair_boxes(boxes * scale, faces)
+    stored = _pair_boxes(turn_boxes(boxes, orientation) * scale, faces)
     if orientation > 4 and tags.shape and tags.shape[0] != tags.shape[1] and size[0] != size[1]:
         use_displayed = (tags.shape[0] > tags.shape[1]) == (size[0] > size[1])
     else:

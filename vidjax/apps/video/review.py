@@ -209,9 +209,8 @@ class Review:
         """Returns the clips of an appearance or a person, and the name on the page."""
         if appearance := self._find_appearance(of):
             return appearance.clips, appearance.identity or IGNORED
-        shown = self._decision.unknown | {
-            clip: entry.identity for clip, entry in self._gallery.clips.items() if entry.identity
-        }
+        enrolled = self._gallery.clips.items()
+        shown = self._decision.unknown | {clip: x.identity for clip, x in enrolled if x.identity}
         clips = [clip for clip, name in shown.items() if name == of]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page")
@@ -312,10 +311,8 @@ class _Pages:
         self._check(request)
         if path := self._review.film(request.path_params["number"]):
             return path
-        raise HTTPException(
-            HTTPStatus.NOT_FOUND,
-            "The film is missing, or has changed. Put it back, or call vidjax who again.",
-        )
+        about = "The film is missing, or has changed. Put it back, or call vidjax who again."
+        raise HTTPException(HTTPStatus.NOT_FOUND, about)
 
     def play(self, request: Request) -> Response:
         """Answers with a page that plays a film from `t` seconds."""

@@ -161,9 +161,7 @@ class Tracker:
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
         for motion in self._live:
             motion.track.cut(time_s)
-        self._live = [
-            motion for motion in self._live if motion.track.times and motion.track.times[0] < last_s
-        ]
+        self._live = [x for x in self._live if x.track.times and x.track.times[0] < last_s]
         self._end_if(lambda motion: True)
         self._cut_s = time_s
         self._shot += 1
@@ -196,10 +194,8 @@ class Tracker:
         hidden = _find_hidden(expected[seen_twice], ahead[seen_twice])
         pairs = _pair_greedily(np.where(hidden, 0.0, ahead))
         new = np.array([motion.track.ends == [time_s] for motion in live], bool)
-        for rest in (
-            measure_overlaps(last, boxes),
-            measure_overlaps(_double_boxes(last), _double_boxes(boxes)) * new[:, None],
-        ):
+        doubled = measure_overlaps(_double_boxes(last), _double_boxes(boxes))
+        for rest in (measure_overlaps(last, boxes), doubled * new[:, None]):
             rest[list(pairs.values())] = 0.0
             rest[:, [*pairs, *np.flatnonzero(hidden)]] = 0.0
             pairs |= _pair_greedily(rest)
@@ -278,11 +274,10 @@ def find_least_cosine(back_end: BackEnd, odds: float) -> float:
     their means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
-    same, different = (
-        -0.5 * ((cosines - mean) / deviation) ** 2 - np.log(deviation)
-        for mean, deviation in (back_end.same, back_end.different)
-    )
-    return float(np.interp(np.log(odds), same - different, cosines))
+    log_ratios = np.zeros(len(cosines))
+    for (mean, deviation), sign in ((back_end.same, 1), (back_end.different, -1)):
+        log_ratios -= sign * (0.5 * ((cosines - mean) / deviation) ** 2 + np.log(deviation))
+    return float(np.interp(np.log(odds), log_ratios, cosines))
 
 
 def find_changes(

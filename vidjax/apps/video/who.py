@@ -323,10 +323,8 @@ def _read_photos(
         groups[-1][out / name] = paths
 
     def read(_: Children, group: Mapping[Path, Sequence[Path]]) -> dict[Path, list[FileOutcome]]:
-        workers_each = -(-workers // len(groups))
-        return pipeline.extract_folders(
-            group, workers=workers_each, drop="others", tagged=True, **options
-        )
+        each = -(-workers // len(groups))
+        return pipeline.extract_folders(group, workers=each, drop="others", tagged=True, **options)
 
     results = map_children(read, groups, workers)
     return {folder: outcomes for group in results for folder, outcomes in group.items()}
@@ -354,9 +352,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
       UserError: there is no gallery, and the folder contains files of another program.
     """
     path = out / "gallery"
-    if not files.exists(path) and (
-        foreign := next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
-    ):
+    if not files.exists(path) and (foreign := pipeline.find_foreign(out)):
         raise UserError(
             f"--out={out} contains '{show(foreign)}', which vidjax did not write\nname a new folder"
         )
@@ -401,9 +397,8 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
-        files.write_text(
-            path, tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
-        )
+        text = tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
+        files.write_text(path, text)
 
 
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
@@ -489,10 +484,9 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 def _list_stills(folder: Path) -> list[Path]:
     """Returns the photos and films of a folder, without the short films of Live Photos."""
     paths = pipeline.split_files(folder)[0]
-    photos = {path.stem for path in paths if path.suffix.lower() in pipeline.PHOTOS}
-    return [
-        path for path in paths if path.suffix.lower() in pipeline.PHOTOS or path.stem not in photos
-    ]
+    photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
+    stems = {path.stem for path in photos}
+    return [path for path in paths if path in photos or path.stem not in stems]
 
 
 def _enrol_photos(
@@ -508,6 +502,7 @@ def _enrol_photos(
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
+    single: list[str] = []  # people with a file in place of a folder
     enrolled = _list_faces(gallery).values()
     known = {photo.person for photo in enrolled}
     for folder, outcomes in outcomes_of.items():
@@ -523,12 +518,11 @@ def _enrol_photos(
             names.discard(folder.name)
         if not all(outcome.film for outcome in outcomes):  # tags of unreadable photos are unknown
             names |= {photo.person for photo in enrolled if photo.folder == folder.name}
+        if outcomes[0].path.parent == people:
+            single.append(folder.name)
         _warn_of_tags(
             folder.name, [outcome for outcome in outcomes if outcome.path.parent != people]
         )
-    single = [
-        folder.name for folder, outcomes in outcomes_of.items() if outcomes[0].path.parent == people
-    ]
     only_files = len(single) == len(outcomes_of) and not known
     _warn_of_numbers([name for name in single if name in names], people, only_files)
     labels = _choose_labels(gallery, names)
@@ -564,11 +558,8 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome]) -> None:
     """Warns once if face tags of photos in a person's folder name only other people."""
-    new = (outcome for outcome in outcomes if not outcome.kept)
-    tags = [
-        (outcome.path, outcome.film.tags) for outcome in new if outcome.film and outcome.film.tags
-    ]
-    if foreign := [(path, names) for path, names in tags if name not in names]:
+    new = [(x.path, x.film.tags) for x in outcomes if x.film and not x.kept]
+    if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
         more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
@@ -638,9 +629,8 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
     for clip in whole.keys() & person_of.keys():
         owners.setdefault(whole[clip], set()).add(person_of[clip])
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
-    doubtful = doubts.find_doubtful_photos(
-        gallery, {clip: person_of[clip] for clip in person_of.keys() - twins}
-    )
+    single = {clip: person_of[clip] for clip in person_of.keys() - twins}
+    doubtful = doubts.find_doubtful_photos(gallery, single)
     for clip in sorted(given.keys() & (twins | doubtful.keys()) & person_of.keys()):
         (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
@@ -808,9 +798,8 @@ def write(
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
         appearances.write(out / name, decision.appearances, decision.films)
-    answers_lib.write_groups(
-        out / UNKNOWN, decision.unknown, appearances.list_places(decision.films)
-    )
+    places_of = appearances.list_places(decision.films)
+    answers_lib.write_groups(out / UNKNOWN, decision.unknown, places_of)
     by_video = appearances.group_by_video(decision.appearances)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
     films = [film for film in decision.films if not film.photo]
@@ -825,13 +814,10 @@ def write(
             files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
     cuts.write(out / CUTS, decision.appearances, decision.films, padding)
-    places = {
-        film.video: quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
-        for film in decision.films
-    }
 
     def address(film: Film, seconds: float) -> str:
-        return places[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
+        place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
+        return place if film.photo else f"{place}#t={seconds:.1f}"
 
     files.write_text(out / PAGE, render_page(out, gallery, decision, address))
     (out / PAGE).chmod(0o600)
