@@ -234,19 +234,15 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
     `stranger_odds` is the expected number of clips of strangers per clip of an enrolled person.
     """
-    parts = tuple(
-        Part(
-            name,
-            np.array(back_end.centre, np.float64),
-            distances=distance.from_cosines(back_end.same, back_end.different),
-        )
-        for name, back_end in back_ends.items()
-    )
+    parts = []
+    for name, back_end in back_ends.items():
+        distances = distance.from_cosines(back_end.same, back_end.different)
+        parts.append(Part(name, np.array(back_end.centre, np.float64), distances=distances))
     odds = float(np.log(stranger_odds))
     settings = Settings(
         within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=odds, centred=1.0
     )
-    return Backend(parts, settings)
+    return Backend(tuple(parts), settings)
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:

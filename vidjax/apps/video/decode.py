@@ -48,12 +48,7 @@ Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y).
 Turn = tuple[int, int, int, int]
 # Degrees counter-clockwise -> turn.
-TURNS: dict[int, Turn] = {
-    0: (1, 0, 0, 1),
-    90: (0, -1, 1, 0),
-    180: (-1, 0, 0, -1),
-    270: (0, 1, -1, 0),
-}
+TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
 MIRRORED = (2, 4, 5, 7)  # EXIF orientations
 TIFF = re.compile(rb"MM\0\*|II\*\0")  # the EXIF header in both byte orders
 # The EXIF tag 0x0112, a 16-bit number, in both byte orders.

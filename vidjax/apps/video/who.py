@@ -271,16 +271,10 @@ def name_people(
             for folder in (out / PEOPLE).glob("*"):
                 pipeline.remove_thumbnails(folder)
         before = read_numbers(out).keep(read_films(out), gallery.identities)
-        drop = "missing" if prune else "nothing"
         outcomes = pipeline.extract(
-            films,
-            out / FEATURES,
-            settings=settings,
-            workers=workers,
-            drop=drop,
-            done=done,
-            **options,
-        )
+            films, out / FEATURES, settings=settings, workers=workers,
+            drop="missing" if prune else "nothing", done=done, **options,
+        )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
         _tell_missing(all_films, out)
@@ -520,9 +514,7 @@ def _enrol_photos(
             names |= {photo.person for photo in enrolled if photo.folder == folder.name}
         if outcomes[0].path.parent == people:
             single.append(folder.name)
-        _warn_of_tags(
-            folder.name, [outcome for outcome in outcomes if outcome.path.parent != people]
-        )
+        _warn_of_tags(folder.name, outcomes, people)
     only_files = len(single) == len(outcomes_of) and not known
     _warn_of_numbers([name for name in single if name in names], people, only_files)
     labels = _choose_labels(gallery, names)
@@ -556,9 +548,15 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
     return names, clips
 
 
-def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome]) -> None:
-    """Warns once if face tags of photos in a person's folder name only other people."""
-    new = [(x.path, x.film.tags) for x in outcomes if x.film and not x.kept]
+def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
+    """Warns once if face tags of photos in a person's folder name only other people.
+
+    A photo directly in the folder `people` belongs to no person's folder.
+    """
+    new = [
+        (outcome.path, outcome.film.tags) for outcome in outcomes
+        if outcome.film and not outcome.kept and outcome.path.parent != people
+    ]  # fmt: skip
     if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
