@@ -150,7 +150,7 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
     with monkeypatch.context() as patch:
-        patch.setattr(who, "_find_people", cut_off)
+        patch.setattr(who, "decide", cut_off)
         drawn.who(film, code=130)
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
     if earlier:
@@ -167,7 +167,7 @@ def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monke
     drawn.who(film, people=False)
     write_film(film, (2, 20, [("Eve", 20, 30)]))
     with monkeypatch.context() as patch:
-        patch.setattr(who, "_find_people", cut_off)
+        patch.setattr(who, "decide", cut_off)
         drawn.who(film, people=False, code=130)
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     content, said = drawn.who(film, people=False)
