@@ -120,8 +120,8 @@ class Vectors(NamedTuple):
         """Returns the vectors of some clips, in the same order."""
         rows = [row for row, name in enumerate(self.names) if name in names]
         parts = {part: x[rows] for part, x in self.parts.items()}
-        kept, labels = (tuple(x[row] for row in rows) for x in (self.names, self.labels))
-        return Vectors(kept, parts, labels)
+        labels = tuple(self.labels[row] for row in rows)
+        return Vectors(tuple(self.names[row] for row in rows), parts, labels)
 
 
 class NobodyError(UserError):
