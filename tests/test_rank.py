@@ -1,10 +1,10 @@
 """New clips by command: the ranking of `predict`, in files of three formats, under odd names."""
 
 import csv
+import itertools
 import json
 import os
 import sys
-import unicodedata
 
 import numpy as np
 import pytest
@@ -12,26 +12,21 @@ import pytest
 import vidjax
 from tests.helpers import clip_files, made_runs, small_runs
 from tests.helpers.cases import quick_first
-from tests.helpers.pages import Page
 from vidjax.data.memory import load_clips
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import tables
 
 # What breaks programs: blanks, quotes, HTML, formulas, forms of unicode.
 FRAGMENTS = (
-    *(" ", "  ", "\u00a0", "\u3000", "\u200a", "\u2007", "\ufb01", "\u0661"),
-    *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "$"),
-    *("{0}", "${HOME}", "[x](y)", "**b**"),
-    *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->"),
-    *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "%zz", "%2520"),
-    *(unicodedata.normalize("NFC", "é"), "名前", "🎬", "ß"),
-    *("NaN", "null", "-inf", "1e5", "007", ".mp4", "x" * 300),
+    *(" ", "  ", "\u00a0", "\u3000", "\ufb01", "\u0661", "é", "名前", "🎬"),
+    *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "${HOME}", "**b**"),
+    *("<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->", "x" * 300),
+    *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "NaN", "null", "-inf", "1e5", "007"),
 )
-FORMS = ("{0}Ada Byron", "Ada{0}Byron", "Ada Byron{0}", "{0}{0}", "{0} {0}")
-# Over 200 names without outer blanks; some differ in only one letter.
-NAMES = [*dict.fromkeys(form.format(part).strip() for part in FRAGMENTS for form in FORMS)]
-# As a clip, a name loses `.mp4` at its end, and two clips may not become one.
-NAMES = [name for name in NAMES if name and not name.endswith(".mp4")]
+# 130 names without outer blanks; some differ in only one letter.
+NAMES = [f"{part}Ada Byron".strip() for part in FRAGMENTS]
+NAMES += [f"{text}Ada" for text in NAMES]
+NAMES = [*dict.fromkeys([*NAMES, *filter(None, map(str.strip, FRAGMENTS))])]
 DIM = 24
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 
@@ -51,8 +46,7 @@ def read(path):
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        rows = parquet.read_table(path).to_pylist()
-        return [tuple(row.values()) for row in rows]
+        return [tuple(row.values()) for row in parquet.read_table(path).to_pylist()]
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [
@@ -65,10 +59,7 @@ def read(path):
     assert head == ["identity", "rank", "clip", "score"]
     # No name is a formula of a spreadsheet; the letter that guards against one is dropped.
     assert not any(row[n].startswith(("=", "+", "-", "@")) for row in rows for n in (0, 2))
-    return [
-        (row[0].removeprefix("'"), int(row[1]), row[2].removeprefix("'"), float(row[3]))
-        for row in rows
-    ]
+    return [(a.removeprefix("'"), int(n), b.removeprefix("'"), float(s)) for a, n, b, s in rows]
 
 
 def rows_of(ranked):
@@ -84,9 +75,7 @@ def run_dir(tmp_path_factory):
     """A run whose identities and clips bear odd names."""
     folder = tmp_path_factory.mktemp("odd")
     splits = {split: make_clips(split, seed) for seed, split in enumerate(("train", "val"))}
-    labels = {
-        clip: name for some in splits.values() for clip, name in zip(some, NAMES, strict=True)
-    }
+    labels = dict(zip(itertools.chain(*splits.values()), NAMES * 2, strict=True))
     distractor = np.random.default_rng(7).normal(size=(1, DIM)).astype(np.float32)
     splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(99)}
     data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
@@ -103,19 +92,16 @@ def test_odd_names_and_scores_round_trip_through_every_format(tmp_path, suffix):
         name: list(zip((clip, "b", "a.mp4"), scores, strict=True))
         for name, clip in zip(NAMES, reversed(NAMES), strict=True)
     }
-    assert len(NAMES) > 200 and len(set(NAMES)) == len(NAMES)
     path = tmp_path / f"out{suffix}"
     tables.write_ranking(path, ranked)
     found = read(path)
     assert [row[:3] for row in found] == [row[:3] for row in rows_of(ranked)]
     assert [np.float32(row[3]) for row in found] == scores * len(NAMES)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         with pytest.raises(ValueError, match="name another file, or delete it"):
             write()
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
@@ -148,8 +134,8 @@ def test_every_layout_without_labels_is_read(official_dir, tmp_path):
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     flat = tmp_path / "flat"
     flat.mkdir()
-    np.savez(flat / "Ada Byron.npz", **make_clips("a", 1)[NAMES[0] + " a"])
-    np.savez(flat / "b.mp4.npz", face=np.ones((1, DIM), np.float32))
+    for name in ("Ada Byron", "b.mp4"):
+        np.savez(flat / f"{name}.npz", face=np.ones((1, DIM), np.float32))
     for path, names in ((table, {*clips}), (tmp_path, {*clips}), (flat, {"Ada Byron", "b.mp4"})):
         assert {*load_clips(path, widths, NAMES).names} == names
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -166,26 +152,12 @@ def test_every_layout_without_labels_is_read(official_dir, tmp_path):
             load_clips(official_dir, words, (), split=split)
 
 
-def test_odd_names_are_text_in_a_comparison(tmp_path, say):
-    rng = np.random.default_rng(0)
-    runs = [
-        made_runs.write(tmp_path / name, dict(zip(NAMES, rng.random(len(NAMES)), strict=True)))
-        for name in ("=1+1", "<b>|*")
-    ]
-    say("--mode=compare", f"--runs={runs[0]},{runs[1]}", f"--workdir={tmp_path}/out")
-    page = Page((tmp_path / "out" / "comparison.html").read_text(encoding="utf-8"))
-    assert not {tag for tag, _, _ in page.tags} & {"script", "b", "img"}
-    shown = "".join(text for text, _ in page.texts)
-    assert "<b>|*" in shown and any(name in shown for name in NAMES[20:])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", quick_first(FORMATS, mark=pytest.mark.nightly))
 def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffix):
-    clips = make_clips("new", 5)
+    clips, out = make_clips("new", 5), tmp_path / f"out{suffix}"
     table = clip_files.write_parquet(tmp_path / "new.parquet", clips)
     before = made_runs.snapshot(run_dir)
-    out = tmp_path / f"out{suffix}"
     words = ["--mode=rank", f"--workdir={run_dir}", f"--input={table}", f"--out={out}"]
     done = command(*words, "--json")
     facts = json.loads(done.out)
@@ -201,22 +173,18 @@ def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffi
 
 @pytest.mark.slow
 def test_the_score_of_an_error_rate_is_known_to_predict(run_dir):
-    run = vidjax.restore(run_dir, num_devices=1)
-    metrics = RunFolder(run_dir).metrics()
+    run, metrics = vidjax.restore(run_dir, num_devices=1), RunFolder(run_dir).metrics()
     limit = metrics["threshold_at_fpir_0.01"]
     assert run.threshold == limit is not None
     known, new = make_clips("val", 1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
     found = run.identify(known | new)
-    scores = run.scores(known | new)
-    assert list(found) == [*known, "stranger"]
-    for (clip, answers), row in zip(found.items(), scores, strict=True):
+    for (clip, answers), row in zip(found.items(), run.scores(known | new), strict=True):
         best = int(np.argmax(row))
         assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
     missed = sum(
         [name for name, _ in found[clip]] != [who] for clip, who in zip(known, NAMES, strict=True)
     )
     assert missed / len(NAMES) == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
-    assert found["stranger"] == []
     three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]
     assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
     with pytest.raises(ValueError, match="name 1 identity or more"):

@@ -14,7 +14,6 @@ from tests.helpers import clip_files, made_galleries
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.cli import program, run_commands
 from vidjax.data import sources
 from vidjax.evaluation import predict
 from vidjax.runs import config as config_lib
@@ -49,54 +48,26 @@ def remedy(place, say, monkeypatch):
 
 # A command, and a pattern of the remedy in its error. "{}" stands for the remedy in the third.
 COMMANDS = [
-    ("evaluate run", r"did you mean (--workdir=\S+)\?", "evaluate {} --config.eval.report=False"),
-    ("check run", r"did you mean (--workdir=\S+)\?", "check {}"),
     ("gallery g list", r"comes first: (vidjax .*)", "{}"),
-    ("gallery show g --clips", r"did you mean (vidjax .*)\?", "{}"),
-    ("list g", r"did you mean (vidjax gallery list)\?", "{} g"),
     ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
-    ("rank --workdir=run --input='my own' --out=a.tsv", r"(--input=.*)",
-     "rank --workdir=run {} --out=a.tsv"),
+    ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
+     "config --config=knn {}=1"),
+    ("check run", r"did you mean (--workdir=\S+)\?", "check {}"),
     ("rank --workdir=run --input=official --out=b.tsv", r"take (--config\S+)",
      "rank --workdir=run --input=official {} --out=b.tsv"),
     ("gallery identify g --input=official", r"takes (--split.*) in place", "gallery identify g {}"),
-    ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
-     "config --config=knn {}=1"),
-    ("config --config=knn --config.data.folder=x", r"did you mean (--config\S+)\?",
-     "config --config=knn {}=x"),
     ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("typed", "pattern", "then"), quick_first(COMMANDS, 5))
+@pytest.mark.parametrize(("typed", "pattern", "then"), quick_first(COMMANDS, 3))
 def test_the_remedy_of_a_command_works(typed, pattern, then, remedy, say):
     words = remedy(typed, pattern, then)
     assert say(*words[words[0] == "vidjax" :])
 
 
-# The remedy is parsed, since it would train, serve, or need more runs.
-PARSED = [
-    ("serve g", r"did you mean (--gallery=\S+)\?", "serve {}"),
-    ("compare a b", r"did you mean (--runs=\S+)\?", "compare --workdir=c {}"),
-    ("compare --workdir=c --runs a b", r"(--runs=\S+)", "compare --workdir=c {}"),
-    ("export --workdir=run", r"example: vidjax (.*)", "{}"),
-    ("evaluate --workdir=new", r"vidjax (train .*)", "{}"),
-    ("evaluate --workdir='my own'", r"vidjax (train .*)", "{}"),
-    ("gallery add g --input=x", r"vidjax (gallery .*)\?", "{}"),
-    ("gallery delete g --clip='a b'", r"vidjax (gallery .*)\?", "{}"),
-    ("train --config=knn --resume", r"(leave the flag out)", "train --config=knn"),
-]
-
-
-def test_the_remedy_of_a_command_is_a_command(remedy):
-    for typed, pattern, then in PARSED:
-        args = program.parse(remedy(typed, pattern, then))
-        if args.command == "train":
-            run_commands.read_train_settings(args)
-
-
-def test_words_that_people_type_have_a_hint(say, command):
+def test_words_that_people_type_have_a_hint(say):
     for typed, words in (
         ("train --config=knn --config.loss.name=arcface", "config.loss has classification, focal"),
         ("train --config=knn --gpus=1", "CUDA_VISIBLE_DEVICES=0"),
@@ -107,32 +78,14 @@ def test_words_that_people_type_have_a_hint(say, command):
         ("export --run=run", "without a flag"),
     ):
         assert words in say(*typed.split(), code=2)
-    with pytest.raises(SystemExit) as ended:
-        command("--version", "--json")
-    assert ended.value.code == 0
-
-
-# ---- at once
-
-
-class Reached(Exception):
-    """Work began that a mistake should have prevented."""
-
-
-def fails(*_, **__):
-    """Stands for work that takes long."""
-    raise Reached
 
 
 @pytest.mark.parametrize(("typed", "words"), [
     ("gallery create g --run=run", "holds a gallery"),
     ("gallery create 'my own' --run=run", "not empty"),
-    ("gallery create run --run=run", "not empty"),
     ("gallery enrol g --input=official --identity=' Ada'", "trailing blanks"),
-    ("gallery enrol g --input=official --identity=Ada\u200b", "invisible"),
     ("gallery enrol g --split=tets", "choose from train, val, test"),
     ("gallery identify g --split=tets", "choose from train, val, test"),
-    ("gallery identify g --input='my own'", "several splits"),
     ("gallery enrol g --input='my own' --identity=Ada", "several splits"),
     ("train --config=knn --config.data.mode=streaming", "vidjax[tensorflow]"),
     ("train --config=knn --config.dtype=float64", "JAX_ENABLE_X64=1"),
@@ -145,7 +98,7 @@ def test_a_mistake_is_told_before_work_begins(typed, words, place, say, monkeypa
     )
     for module, name in ((predict, "restore"), (sources, "load"), (Gallery, "embed"),
                          (Gallery, "run")):  # fmt: skip
-        monkeypatch.setattr(module, name, fails)
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))
     before = made_galleries.contents(place / "g")
     assert words in say(*shlex.split(typed), code=2)
     assert made_galleries.contents(place / "g") == before
@@ -156,9 +109,6 @@ def test_a_gallery_and_a_run_that_are_swapped_and_labels_without_clips(place):
     assert str(place / "run") in message
     gallery, clips = Gallery(place / "g"), {"c": {"face": np.ones((1, 24), np.float32)}}
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; a clip is 'c'")
-
-
-# ---- settings
 
 
 def test_float64_is_refused_where_jax_would_compute_in_float32():
@@ -182,30 +132,8 @@ def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
     written = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
     assert (written["name"], written["dir"], written["size"]) == ("arrays", None, "small")
     assert written["blur"] == config_lib.DEFAULTS["data.blur"] and config.data.name == "synthetic"
-    assert vidjax.train(config, tmp_path / "run", data, num_devices=1).map == wanted
     refused(lambda: vidjax.evaluate(tmp_path / "run"), "vidjax.evaluate(workdir, data)")
     assert vidjax.evaluate(tmp_path / "run", data).map == wanted
-    clip_files.write_npz(tmp_path / "own", clips)
-    clip_files.write_labels(tmp_path / "own" / "labels.csv", labels)
-    vidjax.train(config, tmp_path / "two", vidjax.load_data(tmp_path / "own"), num_devices=1)
-    assert vidjax.evaluate(tmp_path / "two").map == pytest.approx(wanted)
-
-
-@pytest.mark.slow
-def test_a_run_without_a_checkpoint_may_be_trained_with_another_configuration(
-    tmp_path, data, official_dir
-):
-    words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
-    config = vidjax.load_config("knn:iqiyi_vid,face", *words)
-    broken = vidjax.load_config("knn:iqiyi_vid,face", *words, "--config.seed=7")
-    vidjax.train(broken, tmp_path / "run", data, num_devices=1)
-    for name in ("checkpoints", "metrics.json"):
-        path = tmp_path / "run" / name
-        path.unlink() if path.is_file() else path.rename(tmp_path / "aside")
-    vidjax.train(config, tmp_path / "run", data, num_devices=1)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
-    other = vidjax.load_config("knn:iqiyi_vid,face", *words, "--config.seed=8")
-    refused(lambda: vidjax.train(other, tmp_path / "run", data), "--workdir=FOLDER")
 
 
 def test_folds_are_no_remedy_for_one_clip_of_a_person(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -43,54 +42,46 @@ def check_page(text):
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(shown) :])
     assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
-    assert len(page.all("meta")) == 4 and len(page.all("h1")) == 1
-    assert "http" not in text.replace("http-equiv", "")
+    assert len(page.all("meta")) == 4 and "http" not in text.replace("http-equiv", "")
     for _, attrs, _ in page.tags:
         for name in ("src", "href", "data", "action"):
             address = attrs.get(name, "#")
             assert address.startswith(("#", "data:")) or address in links, attrs
         assert not any(name.startswith("on") for name in attrs)
-    names = [attrs["id"] for _, attrs, _ in page.tags if "id" in attrs]
-    assert len(names) == len(set(names))
-    assert len(page.all("figure")) == len(page.all("svg")) == len(page.all("figcaption"))
     for attrs in page.all("svg"):
         title, description = attrs["aria-labelledby"].split()
         assert attrs["role"] == "img" and re.search(rf'<title id="{title}">[^<]+</title>', text)
         assert re.search(rf'<desc id="{description}">[^<]+</desc>', text)
-    for tag, attrs, within in page.tags:
-        assert tag != "th" or attrs["scope"] == ("col" if "thead" in within else "row")
-    assert len(page.all("caption")) == len(page.all("table"))
     return page
 
 
 @pytest.mark.slow
 def test_of_a_net(data, tmp_path):
-    config = shrunk("--config.num_epochs=2")
+    config = shrunk("--config.num_epochs=1", spec="configs/quality_fusion.py:iqiyi_vid")
     results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
     text = (tmp_path / "report.html").read_text()
-    page = check_page(text)
-    assert len(page.all("figure")) == 6
-    shown = values(section(text, "summary"))
+    assert len(check_page(text).all("figure")) == 6
+    summary = section(text, "summary")
+    shown = values(summary)
     for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
         assert results[name] in shown, name
     _, people, low, high = shown[:4]
     assert low < results["map"] < high and people == results["num_map_identities"]
     assert "top-1: 95 % interval" in text and "AUROC: 95 % interval" in text
-    assert "<span>a</span> <span>&amp;</span> <span>b</span>" in section(text, "summary")
-    assert results["date"] in section(text, "summary")
+    assert "<span>a</span> <span>&amp;</span> <span>b</span>" in summary
     check_numbers(tmp_path, text)
-    before = text
     run_page.write(RunFolder(tmp_path))
-    assert (tmp_path / "report.html").read_text() == before  # the same files, the same page
+    assert (tmp_path / "report.html").read_text() == text  # the same files, the same page
 
 
-def made_up(folder, *, name="identity {}", clip="clip {}"):
-    """Writes a run that nobody trained, with every section."""
-    rng, identities = np.random.default_rng(0), 12
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The files of a made-up run that has every section, and a value at every key."""
+    rng, identities, name = np.random.default_rng(0), 12, "identity {}"
     ap = np.clip(rng.beta(4, 1, identities), 0, 1)
     ap[rng.random(identities) < 0.3] = 1.0
     positives, known = rng.integers(1, 9, identities), rng.integers(0, 60, 40)
-    facts = made_runs.example(schemas.Analysis, {"clip": clip, "label": name, "vectors": name})
+    facts = made_runs.example(schemas.Analysis, {"clip": "clip {}", "label": name, "vectors": name})
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
     facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
     facts["wrong_clips"]["distractors"][0]["shows"] = -1
@@ -104,21 +95,28 @@ def made_up(folder, *, name="identity {}", clip="clip {}"):
         "fpir": np.geomspace(1e-3, 1, 40), "fnir": np.linspace(1, 0, 40),
         "calibration": np.stack([np.full(10, 6), *[np.linspace(0.05, 0.95, 10)] * 2], axis=1),
     }  # fmt: skip
-    folder.mkdir(exist_ok=True)
+    folder = tmp_path_factory.mktemp("full")
     results_lib.save_analysis(folder / "analysis.npz", facts, arrays)
     lines = [
         {"step": n, "epoch": n / 9, "learning_rate": 1e-3, "train_loss": 1 / n, "train_accuracy": 1}
         for n in range(1, 500)
     ]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    results = made_runs.example(schemas.Metrics, {"command": "vidjax --config={}"})
+    results |= {"map": float(ap.mean()), "map_kind": "val", "num_clips": 60}
     for file, value in {
-        "config.json": {"model": {"name": name.format("m")}, "modalities": ["face", "head"]},
-        "metrics.json": {"map": float(ap.mean()), "map_kind": "val", "num_clips": 60},
+        "metrics.json": results,
         "identities.json": [name.format(i) for i in range(identities)],
         "metrics_test.json": {"num_clips": 4},
     }.items():
         (folder / file).write_text(json.dumps(value))
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return folder
+    (folder / "config.json").write_text(config_io.to_json(config_lib.default()))
+    return run_page.load(RunFolder(folder))
+
+
+@pytest.fixture(scope="module")
+def page(full):
+    return run_page.render(full)
 
 
 def spoilt(value):
@@ -131,25 +129,6 @@ def spoilt(value):
     if isinstance(value, (list, tuple)):
         return type(value)(map(spoilt, value))
     return EVIL + value if isinstance(value, str) else value
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """The files of a made-up run that has every section, and a value at every key."""
-    folder = made_up(tmp_path_factory.mktemp("full") / "run")
-    results = made_runs.example(schemas.Metrics, {"command": "vidjax --config={}"})
-    results |= json.loads((folder / "metrics.json").read_text())
-    config = json.loads(config_io.to_json(config_lib.default()))
-    for name, value in {
-        "metrics.json": results, "config.json": config,
-    }.items():  # fmt: skip
-        (folder / name).write_text(json.dumps(value))
-    return run_page.load(RunFolder(folder))
-
-
-@pytest.fixture(scope="module")
-def page(full):
-    return run_page.render(full)
 
 
 def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full, page):
@@ -169,14 +148,12 @@ def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full, page):
     )
     text = run_page.render(other)
     check_page(text)
-    shown = section(text, "open_set")
-    assert "<table" not in shown and "cannot show" not in shown
+    assert "<table" not in section(text, "open_set")
     assert '<section id="learning"' in page and '<section id="learning"' not in text
 
 
 def test_no_text_of_a_file_is_an_element(full):
-    own = ("identities", "metrics", "analysis")
-    evil = {name: spoilt(getattr(full, name)) for name in own}
+    evil = {name: spoilt(getattr(full, name)) for name in ("identities", "metrics", "analysis")}
     evil["lines"] = [line | {"split": EVIL} for line in full.lines]
     evil["config"] = {
         key: {name: EVIL if isinstance(x, str) else x for name, x in item.items()} | {EVIL: EVIL}
@@ -187,26 +164,8 @@ def test_no_text_of_a_file_is_an_element(full):
     evil["other_metrics"] = {EVIL: {"map": 0.5, "map_kind": EVIL}}
     run = full._replace(folder=Path(EVIL), split=EVIL, analysed=(EVIL,), **evil)
     page = check_page(run_page.render(run))
-    shown = [attrs["id"] for attrs in page.all("section")]
-    assert shown == SECTIONS
+    assert [attrs["id"] for attrs in page.all("section")] == SECTIONS
     assert "".join(text for text, _ in page.texts).count("onerror=alert(2)") > 50
-
-
-@pytest.mark.slow
-def test_another_split_has_its_page(tmp_path):
-    folder = made_up(tmp_path / "run")
-    (folder / "config.json").write_text(config_io.to_json(config_lib.default()))
-    shutil.copy(folder / "analysis.npz", folder / "analysis_test.npz")
-    results = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics_test.json").write_text(json.dumps(results | {"num_clips": 71}))
-    assert run_page.write(RunFolder(folder)) == folder / "report.html"
-    own, text = ((folder / name).read_text() for name in ("report.html", "report_test.html"))
-    check_numbers(folder, own)
-    assert "report_test.html" in [link["href"] for link in check_page(own).all("a")]
-    page = check_page(text)
-    check_numbers(folder, text, "test")
-    assert 71 in values(section(text, "summary")) and "evaluated on test" in text
-    assert "learning" not in [attrs["id"] for attrs in page.all("section")]
 
 
 def test_every_number_is_in_a_file(full, page):
@@ -233,30 +192,9 @@ def test_what_is_absent_is_explained(tmp_path):
 
 
 @pytest.mark.slow
-def test_names_from_right_to_left_are_kept_apart_from_what_follows(tmp_path):
-    folder = made_up(tmp_path / "run", name="Emmy \u0639\u0644\u064a {}", clip="\u05d0 {}")
-    page = check_page(run_page.write(RunFolder(folder)).read_text())
-    letters = re.compile("[\u0590-\u06ff]")
-    shown = [around for text, around in page.texts if letters.search(text) and "svg" not in around]
-    assert shown and all({"bdi", "title", "h1"} & set(around) for around in shown)
-
-
-@pytest.mark.slow
-def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path, python):
-    folder = made_up(tmp_path / "run")
-    said = python(
-        "import sys\n"
-        "from vidjax.cli.program import main\n"
-        f"assert main(['--mode=report', '--workdir={folder}']) == 0\n"
-        "assert not {'jax', 'tensorflow'} & set(sys.modules)\n"
-    )
-    assert said.strip() == f"report: {folder / 'report.html'}"
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
-    path = run_page.write(RunFolder(made_up(tmp_path / "run")))
+def test_a_browser_shows_it_without_errors_or_requests(full, tmp_path):
+    path = run_page.write(RunFolder(full.folder))
     log = tmp_path / "net.json"
     words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())
     done = browse(tmp_path / "profile", *words)

@@ -26,48 +26,23 @@ from vidjax.runs.checkpoint import manifests
 from vidjax.training import feed
 from vidjax.utils import machine
 
-MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MODALITIES = ("face", "audio", "body")
+NIGHTLY = pytest.mark.nightly
 FIELDS = ("features", "quality", "detection", "number", "mask")
-shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
-
-
-def order_of(num_clips, epochs, seed=0, first=0):
-    """Returns [epochs, N], the orders of some epochs in a row."""
-    epoch = first + np.repeat(np.arange(epochs, dtype=np.int32), num_clips)
-    place = np.tile(np.arange(num_clips, dtype=np.int32), epochs)
-    order = shuffled(jax.random.key(seed), epoch, place, num_clips)
-    return np.asarray(order).reshape(epochs, num_clips)
-
-
-def drawer(clips, plan):
-    """Returns a function of a step that gives its batch as numpy arrays, features read."""
-    clips = jax.device_put(clips)
-
-    @jax.jit
-    def draw(step):
-        batch = resident.draw_batch(clips, plan, step)
-        frames = {
-            name: one._replace(features=fusion.read(one.features))
-            for name, one in batch.frames.items()
-        }
-        return batch._replace(frames=frames)
-
-    return lambda step: jax.device_get(draw(np.int32(step)))
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("num_clips", [1, 97, 57820])
-def test_every_clip_has_one_place_in_an_order(num_clips):
-    for order in order_of(num_clips, 3, first=40_000):
-        np.testing.assert_array_equal(np.sort(order), np.arange(num_clips))
 
 
 def test_orders_are_even_and_differ_between_epochs_and_seeds():
     """Counts of permutations have (N - 1)^2 degrees of freedom."""
     n, epochs = 12, 3000
-    orders = order_of(n, epochs)
+    shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
+
+    def order_of(seed, first):
+        epoch = first + np.repeat(np.arange(epochs, dtype=np.int32), n)
+        place = np.tile(np.arange(n, dtype=np.int32), epochs)
+        return np.asarray(shuffled(jax.random.key(seed), epoch, place, n)).reshape(epochs, n)
+
+    orders = order_of(0, 0)
     np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
     counts = np.stack([np.bincount(place, minlength=n) for place in orders.T])
     statistic = np.sum((counts - epochs / n) ** 2) * (n - 1) / epochs
@@ -75,9 +50,8 @@ def test_orders_are_even_and_differ_between_epochs_and_seeds():
     for left, right in itertools.pairwise(orders.T):  # pairs of clips at neighbouring places
         seen = np.bincount(n * left + right, minlength=n**2).reshape(n, n)[~np.eye(n, dtype=bool)]
         assert stats.chisquare(seen, np.full(seen.size, epochs / seen.size)).pvalue > 1e-4
-    assert (order_of(n, epochs, seed=1) != orders).any()
-    assert len(np.unique(orders, axis=0)) > 2990
-    np.testing.assert_array_equal(orders[20:], order_of(n, epochs, first=20)[:-20])
+    assert (order_of(1, 0) != orders).any() and len(np.unique(orders, axis=0)) > 2990
+    np.testing.assert_array_equal(orders[20:], order_of(0, 20)[:-20])
 
 
 COUNTS = {"train": 33, "val": 20, "test": 6}
@@ -105,15 +79,16 @@ def held(ragged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("split", "devices"), [("train", 1), ("val", 8), ("test", 1)])
-def test_evaluation_sees_what_streaming_shows(ragged, held, split, devices):
-    clips = held[0] if devices == 1 else clips_of(ragged, devices=devices)[0]
+@pytest.mark.parametrize(
+    ("split", "devices"), quick_first([("val", 8), ("train", 1)], mark=NIGHTLY)
+)
+def test_evaluation_sees_what_streaming_shows(ragged, split, devices):
+    clips = clips_of(ragged, devices=devices)[0]
     count = COUNTS[split]
     only = np.random.default_rng(0).random(count) < 0.4
     lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
     cases = [
-        (MODALITIES, {}, count),
         (("face",), {"only": only}, only.sum()),
         (("body", "audio"), {"lengths": lengths}, count),
         (("face",), {"only": np.zeros_like(only)}, 0),
@@ -132,7 +107,8 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split, devices):
         [
             (("val", "train"), ("body", "face"), "quality", 3, 29),
             (("train",), ("face", "audio", "body"), "window", 0, None),
-        ]
+        ],
+        mark=NIGHTLY,
     ),
 )
 def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first, num_examples):
@@ -143,23 +119,30 @@ def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, firs
         options["epoch_clips"] = np.sort(chosen).astype(np.int32)
     plan = make_batch_plan([ragged.split(name) for name in splits], modalities, **options)
     layout = resident.make_resident_plan(ragged, plan, "val")
-    draw = drawer(resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train, plan)
+    clips = resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train
+
+    @jax.jit
+    def draw(step):
+        batch = resident.draw_batch(clips, plan, step)
+        frames = {
+            name: one._replace(features=fusion.read(one.features))
+            for name, one in batch.frames.items()
+        }
+        return batch._replace(frames=frames)
+
     stream = ragged.train_batches(plan, step=first)
     for step in range(first, first + 3 * plan.num_places // 12):
-        jax.tree.map(np.testing.assert_array_equal, next(stream), draw(step))
+        jax.tree.map(np.testing.assert_array_equal, next(stream), draw(np.int32(step)))
 
 
 FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
-FUSIONS: list[dict[str, Any]] = [
+FUSIONS: list[dict[str, Any]] = [  # the others are tested with their defaults
     {"name": "mean", "weighting": "graded", **FILTERS},
     {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality", **FILTERS},
     {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
     {"name": "sample", "num_frames": 5, **FILTERS},
     {"name": "top", "num_frames": 5, **FILTERS},
-]
-# A fusion that is not above is tested with its defaults.
-FUSIONS += [
-    {"name": name} for name in fusion.FUSIONS if name not in {spec["name"] for spec in FUSIONS}
+    *({"name": name} for name in fusion.FUSIONS if name not in ("mean", "random", "sample", "top")),
 ]
 
 
@@ -213,12 +196,10 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, m
         assert np.isfinite(value).all()
 
 
-RUN = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
-
-
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatch):
     """The run stays resident, even if a new run would now stream for lack of memory."""
+    config = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     eval_batches = resident.Resident.eval_batches
 
@@ -228,39 +209,35 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(feed, "DISPATCH_SECONDS", 1e9)  # dispatches as long as may be
-        small.run(RUN, whole, data)
+        small.run(config, whole, data)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         small.interrupt_dispatch(patch, 2, signal.SIGTERM)
-        small.run(RUN, parts, data)
+        small.run(config, parts, data)
     assert 2 < max(manifests(parts)) < 9
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
         patch.setattr(resident.Resident, "eval_batches", interrupted)
-        small.run(RUN, parts, data)
+        small.run(config, parts, data)
     assert max(manifests(parts)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
-    small.run(RUN, parts, data)
+    small.run(config, parts, data)
     small.assert_same_run(parts, whole)
     for folder in (whole, parts):
         assert {one["mode"] for one in manifests(folder).values()} == {"resident"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("crop", ["window", "quality"])
-def test_a_layout_says_what_the_clips_take(ragged, crop):
-    clips, _, layout = clips_of(ragged, crop=crop)
+def test_a_layout_says_what_the_clips_take(ragged, held):
+    clips, _, layout = held
     frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     taken = sum(
         getattr(packed, field).nbytes for packed in clips.train.values() for field in FIELDS[:-1]
     )
     assert taken == layout.nbytes + frame
-    for name, packed in clips.train.items():
-        for field in FIELDS[:-1]:
-            assert not np.asarray(getattr(packed, field)[-1]).any(), name
-    if crop == "window":  # of 700 and of 513 frames, the best 512 in both splits; of 600, too
-        extra = {"face": 4 * 512, "audio": 0, "body": 2 * 512}
-        for name, count in layout.num_frames.items():
-            lengths = [ragged.split(split).lengths[name].sum() for split in ("train", "val")]
-            assert count == sum(lengths) + extra[name]
+    # Of 700 and of 513 frames, the best 512 in both splits; of 600, too.
+    extra = {"face": 4 * 512, "audio": 0, "body": 2 * 512}
+    for name, count in layout.num_frames.items():
+        lengths = [ragged.split(split).lengths[name].sum() for split in ("train", "val")]
+        assert count == sum(lengths) + extra[name]
 
 
 def test_auto_is_resident_where_it_fits(held, monkeypatch):
@@ -270,14 +247,12 @@ def test_auto_is_resident_where_it_fits(held, monkeypatch):
     )
     assert total > 1e6 and eight == pytest.approx(one / 8, rel=0.5)
     layout, mesh = held[2], devices_lib.make_mesh(1)
-    free = 2.0 * layout.nbytes + 1000  # of which the step takes some
-    for bytes_, taken, wanted in (
-        (2.0 * layout.nbytes, 0, "resident"),
-        (1.99 * layout.nbytes, 0, "streaming"),
-        (free, 1000, "resident"),
-        (free, 1001, "streaming"),
-    ):
-        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, b=bytes_: b)
+    twice = 2.0 * layout.nbytes
+    for free, taken, wanted in (  # the step takes some
+        (twice, 0, "resident"), (0.995 * twice, 0, "streaming"),
+        (twice + 1000, 1000, "resident"), (twice + 1000, 1001, "streaming"),
+    ):  # fmt: skip
+        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
         assert resident.choose_mode("auto", layout, mesh, 100, taken) == wanted
         for mode in ("resident", "streaming"):
             assert resident.choose_mode(mode, layout, mesh, 100) == mode
@@ -285,14 +260,12 @@ def test_auto_is_resident_where_it_fits(held, monkeypatch):
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
     for frames, drawn in ((huge, 100), (layout, 2**31)):
         assert resident.choose_mode("auto", frames, mesh, drawn) == "streaming"
-        assert resident.choose_mode("streaming", frames, mesh, drawn) == "streaming"
         with pytest.raises(ValueError, match="too many for an int32"):
             resident.choose_mode("resident", frames, mesh, drawn)
 
 
-def test_clips_reach_the_devices_in_pieces(ragged, monkeypatch):
+def test_clips_reach_the_devices_in_pieces(ragged, held, monkeypatch):
     """A piece holds 40 face frames, so a longer clip is cut between two pieces."""
-    wanted, _, _ = clips_of(ragged, crop="quality")
     monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)
-    found, _, _ = clips_of(ragged, crop="quality")
-    jax.tree.map(np.testing.assert_array_equal, found.train, wanted.train)
+    found, _, _ = clips_of(ragged)
+    jax.tree.map(np.testing.assert_array_equal, found.train, held[0].train)

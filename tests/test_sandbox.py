@@ -82,15 +82,13 @@ def test_bare_arrays_are_one_frame_or_one_frame_a_row(modality, tmp_path):
 
 
 def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
+    features = np.array([[1, 2.5, -3], [4, 5, 6], [0.5, -0.25, 100]], np.float16)
     for written, content in python2.real().items():
         got = convert(tmp_path, content)
-        names = got["names"]
-        lengths = dict(zip(names, got["lengths"], strict=True))
+        lengths = dict(zip(got["names"], got["lengths"], strict=True))
         assert lengths == {"clip_1": 2, "clip_2": 0, "clip_3": 1}, written
-        rows = (
-            [2, 0, 1] if got["names"].index("clip_3") < got["names"].index("clip_1") else [0, 1, 2]
-        )
-        features = np.array([[1, 2.5, -3], [4, 5, 6], [0.5, -0.25, 100]], np.float16)
+        clips = [name for name in got["names"] if name != "clip_2"]
+        rows = [0, 1, 2] if clips == ["clip_1", "clip_3"] else [2, 0, 1]
         np.testing.assert_array_equal(got["features"], features[rows])
         assert got["features"].dtype == np.float16 and got["number"].tolist() == rows
         assert got["quality"].tolist() == [80.5 - row for row in rows]
@@ -113,16 +111,6 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
             assert got["features"].tolist() == numbers.tolist() * len(value)
 
 
-def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path):
-    numbers = [b"0012", "12", 12, np.int64(12)]
-    boxes = [BOX, tuple(BOX), np.array(BOX), np.array(BOX, ">f4")]
-    scores = [1, 1.0, np.float32(1), np.float64(1)]
-    value = {b"a": [face(n, b, s, s) for n, b, s in zip(numbers, boxes, scores, strict=True)]}
-    got = convert(tmp_path, value)
-    assert got["number"].tolist() == [12] * 4 and got["box"].tolist() == [BOX] * 4
-    assert got["detection"].tolist() == got["quality"].tolist() == [1] * 4
-
-
 def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 40).tolist()
@@ -130,12 +118,10 @@ def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     rows[::5, 1] = np.nan
     faces = iter([face(i, [float(i)] * 4, i, -i, row) for i, row in enumerate(rows)])
     value = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
-    whole = convert(tmp_path, value)
-    kept = np.isfinite(rows).all(axis=1)
+    whole, kept = convert(tmp_path, value), np.isfinite(rows).all(axis=1)
     np.testing.assert_array_equal(whole["features"], rows[kept])
-    np.testing.assert_array_equal(whole["number"], np.flatnonzero(kept))
-    np.testing.assert_array_equal(whole["quality"], -np.flatnonzero(kept))
-    np.testing.assert_array_equal(whole["box"][:, 3], np.flatnonzero(kept))
+    for found in (whole["number"], -whole["quality"], whole["box"][:, 3]):
+        np.testing.assert_array_equal(found, np.flatnonzero(kept))
     owner = np.repeat(np.arange(40), lengths)
     assert whole["lengths"] == np.bincount(owner[kept], minlength=40).tolist()
     assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
@@ -155,11 +141,10 @@ def test_scores_and_boxes_that_are_not_finite_become_zero_and_are_counted(tmp_pa
     ]
     got = convert(tmp_path, {b"a": frames})
     assert got["seen"] == 3 and got["skipped"] == {}
-    assert got["quality"].tolist() == [0, 0, -30]
-    assert got["detection"].tolist() == [0, 0, 0.5]
+    assert got["quality"].tolist() == [0, 0, -30] and got["detection"].tolist() == [0, 0, 0.5]
     assert got["box"][0].tolist() == [1, 0, 3, 4]
-    counts = {"quality": 2, "detection": 2, "box": 1}
-    assert got["warnings"] == {f"non_finite_{name}": count for name, count in counts.items()}
+    counts = {"non_finite_quality": 2, "non_finite_detection": 2, "non_finite_box": 1}
+    assert got["warnings"] == counts
 
 
 WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
@@ -169,32 +154,22 @@ WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
     ("value", "modality", "told"),
     [
         ([1, 2], "face", "contains a list, not a dict"),
-        ({1: []}, "face", "clip name is a int"),
         ({b"a": None}, "face", "clip a, face is of type NoneType"),
         ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16, wanted list"),
         ({b"a": [[face()]]}, "face", "entry 0, entry has 1 fields, wanted [frame, bbox,"),
-        ({b"a": [face(), feature()]}, "face", "entry 1, entry is of type array"),
         ({b"a": [[1] * 6]}, "new", "entries have 6 fields, wanted 2 to 5"),
-        ({b"a": [[[]]]}, "new2", "feature is list, wanted an array"),
         ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature is array [4] of"),
         ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
-        ({b"a": feature(), b"b": WIDE}, "audio", "features are 4 wide, in other clips 3"),
         ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),
-        ({b"a": [face(feat=feature().reshape(1, 3))]}, "face", "feature is array [1, 3] of"),
         ({b"a": [face(), face(feat=SINGLE)]}, "face", "is array [3] of float32, others array"),
         ({b"a": [face(feat=feature(dtype="<i8"))]}, "face", "but must be float16"),
         ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
-        ({b"a": [face(1.0)]}, "face", "frame must be digits"),
         ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
         ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
         ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
-        ({b"a": [face(box=[b"1", 2, 3, 4])]}, "face", "bbox must be real number, not bytes"),
         ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
-        ({b"a": [face(quality=feature())]}, "face", "quality_score must be real number"),
         ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
-        ({"a\u2028b": []}, "face", r"clip name 'a\u2028b' contains"),
         ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),
-        ({b"": []}, "face", "clip name '' is empty"),
         ({b"\xff\xfe": []}, "face", r"clip name '\xff\xfe' is not UTF-8"),
         (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid unicode"),
         ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),

@@ -39,7 +39,6 @@ from vidjax.apps.serve import served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
-from vidjax.utils import errors
 from vidjax.utils.errors import UserError
 
 SMALL = Limits(
@@ -94,7 +93,7 @@ def triton(inside):
 
 @pytest.fixture(scope="module")
 def net(trained):
-    run = predict.restore(trained("configs/mma.py:iqiyi_vid"), num_devices=1)
+    run = predict.restore(trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), num_devices=1)
     return served_models.RunModel(run)
 
 
@@ -143,22 +142,23 @@ def infer(client, model, arrays, binary=True, outputs=(), **options):
     return client.infer(model, inputs, outputs=asked, parameters=options or None)
 
 
-def test_an_npz_is_answered_like_json(inside, people):
-    path = "/identify?clip=query%203&k=2&threshold=0.2"
-
+def test_npz_and_json_get_what_python_says(inside, people):
     def ask(**arrays):
-        content = io.BytesIO()
+        content, path = io.BytesIO(), "/identify?clip=q&k=2&threshold=0.2"
         np.savez(content, **arrays)
         return inside.ask("POST", path, content.getvalue(), {"Content-Type": "application/x-npz"})
 
-    status, found = ask(**CLIPS["query 3"])
-    wanted = people.identify({"query 3": CLIPS["query 3"]}, 2, threshold=0.2)["query 3"]
-    assert status == 200 and len(found["clips"][0]["best"]) == 2
-    near(found["clips"][0], wanted)
+    wanted = people.identify(CLIPS, 2, threshold=0.2)
+    assert sum(answer.identity is not None for answer in wanted.values()) >= 3
+    body = {"clips": servers.as_json(CLIPS), "k": 2, "threshold": 0.2}
+    answers = inside.ask("POST", "/identify", body)[1]["clips"]
+    for one, (clip, alone) in zip(answers, wanted.items(), strict=True):
+        assert one["clip"] == clip
+        near(one, alone)
+        near(ask(**CLIPS[clip])[1]["clips"][0], alone)
     for wrong in (
         np.array([{}], object),
         np.full((1, 8), 1e39),  # beyond float32
-        np.ones((), np.float32),
         np.ones((1001, 8), np.uint8),
         np.ones((1 << 15, 9), np.uint8),  # as float32 it takes more than a body may
     ):
@@ -167,55 +167,32 @@ def test_an_npz_is_answered_like_json(inside, people):
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritons_client_gets_pythons_answers(triton, people, binary):
+    """Masked frames are not looked at."""
     assert triton.is_server_live() and triton.is_server_ready()
     assert triton.is_model_ready("gallery") and triton.is_model_ready("gallery", "1")
     described = triton.get_model_metadata("gallery")
     assert {one["name"] for one in described["outputs"]} >= {"identity", "scores", "embedding"}
     arrays = {name: np.stack([x[name] for x in CLIPS.values()]) for name in made_galleries.WIDTHS}
+    hidden = np.nan if binary else 1e30  # JSON has no NaN
+    arrays["face"] = np.pad(arrays["face"], ((0, 0), (2, 0), (0, 0)), constant_values=hidden)
+    arrays["face_mask"] = np.tile(np.arange(5) >= 2, (6, 1))
+    arrays["face_quality"] = np.tile(np.arange(1, 6, dtype=np.float32), (6, 1))
     outputs = () if binary else ("identity", "scores", "embedding")
     found = infer(triton, "gallery", arrays, binary, outputs, k=3)
-    wanted = list(people.identify(CLIPS, 3).values())
+    clips = {
+        name: {**clip, "face": {"features": clip["face"], "quality": np.arange(3, 6, dtype="f4")}}
+        for name, clip in CLIPS.items()
+    }
+    wanted = list(people.identify(clips, 3).values())
     names = [one.identity or "" for one in wanted]
     assert [name.decode() if binary else name for name in found.as_numpy("identity")] == names
     best = np.array([[np.log(p) for _, p in one.best] for one in wanted])
     best[:, 0] = [one.score for one in wanted]
     np.testing.assert_allclose(found.as_numpy("scores"), best, rtol=1e-6, atol=1e-6)
-    vectors = np.concatenate(list(people.embed(CLIPS).parts.values()), axis=1)
+    vectors = np.concatenate(list(people.embed(clips).parts.values()), axis=1)
     np.testing.assert_array_equal(found.as_numpy("embedding"), vectors)
     only = infer(triton, "gallery", arrays, binary, ["scores"], k=3)
-    np.testing.assert_array_equal(only.as_numpy("scores"), found.as_numpy("scores"))
-    assert only.as_numpy("identity") is None
-
-
-def test_masked_frames_are_not_looked_at(triton, people):
-    face = np.stack([clip["face"] for clip in CLIPS.values()])
-    padded = np.pad(face, ((0, 0), (2, 0), (0, 0)), constant_values=np.nan)
-    mask = np.arange(5)[None] >= np.full((6, 1), 2)
-    mask[4] = False  # a clip without a frame
-    quality = np.random.default_rng(0).uniform(1, 2, mask.shape).astype(np.float32)
-    arrays = {"face": padded, "face_mask": mask, "face_quality": quality}
-    found = infer(triton, "gallery", arrays)
-    frames = {
-        name: {"face": {"features": face[n], "quality": quality[n, 2:]} if n != 4 else None}
-        for n, name in enumerate(CLIPS)
-    }
-    wanted = np.concatenate(list(people.embed(frames).parts.values()), axis=1)
-    np.testing.assert_array_equal(found.as_numpy("embedding"), wanted)
-    assert found.as_numpy("identity")[4] == b"" and not wanted[4].any()
-
-
-def test_requests_that_come_together_get_what_python_says(inside, people):
-    def ask(n):
-        clips, k = dict(list(CLIPS.items())[n % 5 : n % 5 + 2]), 1 + n % 3
-        answer = inside.ask("POST", "/identify", {"clips": servers.as_json(clips), "k": k})
-        return answer, people.identify(clips, k)
-
-    with ThreadPoolExecutor(10) as pool:
-        for (status, answer), wanted in pool.map(ask, range(10)):
-            assert status == 200 and [one["clip"] for one in answer["clips"]] == list(wanted)
-            for one, alone in zip(answer["clips"], wanted.values(), strict=True):
-                near(one, alone)
-    assert sum(answer.identity is not None for answer in people.identify(CLIPS).values()) >= 3
+    assert only.as_numpy("scores") is not None and only.as_numpy("identity") is None
 
 
 def test_one_wrong_question_of_a_batch_spoils_no_other(people):
@@ -230,31 +207,25 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
 
 
 @pytest.mark.slow
-def test_the_net_of_a_run_gives_pythons_scores(net):
+def test_a_run_beside_a_gallery_gives_pythons_scores(people, net, monkeypatch):
+    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     clips = clips_of(net.run, 1, 8, 15)
     asked, other = question(clips), question({"clip 0": clips["clip 0"]})
-    (found, _) = served_models.answer(net, [asked, other])
-    outputs = net.tensors(asked, found)
+    (answer, _) = served_models.answer(net, [asked, other])
+    outputs = net.tensors(asked, answer)
     np.testing.assert_array_equal(outputs["scores"], net.run.scores(clips))
     np.testing.assert_array_equal(outputs["embedding"], net.run.embed(clips))
     best = [names[0][0] for names in net.run.identify(clips, threshold=-np.inf).values()]
     assert outputs["identities"][:, 0].tolist() == best
-
-
-@pytest.mark.slow
-def test_a_run_is_asked_beside_a_gallery(people, net, monkeypatch):
-    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1,))  # compiles less
-    clips = clips_of(net.run, 1, 1)
-    arrays = {"face": np.stack([clip["face"] for clip in clips.values()])}
+    clip = {"face": clips["clip 0"]["face"]}
     with (
         Inside(people, net.run) as one,
         http.InferenceServerClient(f"127.0.0.1:{one.port}") as client,
     ):
-        found = infer(client, "run", arrays, k=2)
-    wanted = net.run.scores({name: {"face": clip["face"]} for name, clip in clips.items()})
-    np.testing.assert_array_equal(found.as_numpy("scores"), wanted)
+        found = infer(client, "run", {"face": clip["face"][None]}, k=2)
+    np.testing.assert_array_equal(found.as_numpy("scores"), net.run.scores({"c": clip}))
     identities = found.as_numpy("identities")
-    assert identities is not None and identities.shape == (2, 2)
+    assert identities is not None and identities.shape == (1, 2)
 
 
 @pytest.mark.slow
@@ -283,6 +254,7 @@ def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("c1.npz", face=x[:3])
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
+    assert len(block.splitlines()) == 6
     with Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips)) as one:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
@@ -295,18 +267,14 @@ def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
             method = given.get("-X", "POST" if body else "GET")
             status, answer = one.ask(method, path, body, headers)
             assert status == 200, (line, answer)
-    assert len(block.splitlines()) == 6
-    names = re.findall(r'as_numpy\("(\w+)"\)', page)
-    assert names and {*names} <= {
-        spec.name for spec in served_models.GalleryModel(one.gallery).outputs
-    }
+    outputs = {spec.name for spec in served_models.GalleryModel(one.gallery).outputs}
+    assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
 
 
 def test_people_are_enrolled_listed_and_never_named_again_once_removed(folder):
     def query(name):
         clips = servers.as_json({"q": servers.make_frames(8100, name)})
         found = one.ask("POST", "/identify", {"clips": clips, "k": 50})[1]["clips"][0]
-        assert found["identity"] in (None, name)
         return found["identity"], name in [other["identity"] for other in found["best"]]
 
     with Inside(Gallery(folder)) as one:
@@ -328,15 +296,14 @@ def test_people_are_enrolled_listed_and_never_named_again_once_removed(folder):
         other.remove(identity="Yan")
         assert not query("Yan")[1]
         strangers = {f"s {n}": servers.make_frames(9000 + n, f"s {n}") for n in range(20)}
-        body = {"clips": servers.as_json(strangers), "strangers": True}
-        assert one.ask("POST", "/enrol", body)[1]["enrolled"] == 20
+        one.ask("POST", "/enrol", {"clips": servers.as_json(strangers), "strangers": True})
         assert one.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 26
 
 
 def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, folder, caplog):
     people, path = Gallery(folder), folder / "gallery.sqlite"
     body = enrolment("Secret", 0)
-    query = {"clips": body["clips"]}
+    query = ("POST", "/identify", {"clips": body["clips"]})
     with Inside(people) as one:
 
         def told(status, *request):
@@ -350,15 +317,15 @@ def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, folder, caplo
         os.link(path, tmp_path / "other name")
         assert "cannot be changed" in told(503, "POST", "/enrol", body)
         assert str(folder) in caplog.text
-        told(200, "POST", "/identify", query)
+        told(200, *query)
         (tmp_path / "other name").unlink()
         people.remove(identity=list(people.identities))
-        told(409, "POST", "/identify", query)
+        told(409, *query)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("UPDATE clip SET name = 'Secret\n' WHERE name = 'stranger 1'")
             connection.execute("UPDATE gallery SET sha256 = x'00'")
             connection.commit()
-        told(503, "POST", "/identify", query)
+        told(503, *query)
         assert "is damaged" in caplog.text and "Secret" not in caplog.text
         path.unlink()
         told(503, "GET", "/identities")
@@ -369,27 +336,25 @@ def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
         return {"clips": [{"clip": "a", "face": [[0.5] * 8], **fields}]}
 
     deep = b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}"
-    for status, body, words in (
-        (422, clip(face=[[0.5] * 7]), "clip 'a', face: features are 7 wide, but must be 8"),
-        (422, clip(face_quality=[1.0, 2.0]), "clip a, face"),
-        (422, clip(face=[[0.5] * 8, [1.0]]), "face"),
-        (422, clip(face=[["0.5"] * 8]), "str"),
-        (422, clip(face=[[0.5] * 8] * 1001), "clip 'a', face: 1,001 frames: at most 1,000"),
-        (422, clip(face=[[1e300] * 8]), "finite"),
-        (422, {"clips": [{"clip": "a", "nose": [[0.5] * 8]}]}, "nose"),
-        (422, {**clip(), "k": 0}, "k"),
-        (422, {**clip(), "fpir": 0.5, "threshold": 0.5}, "choose one"),
-        (422, {**clip(), "fbir": 0.5}, "fbir"),
-        (422, {"clips": []}, "clips"),
-        (422, {"clips": clip()["clips"] * 2}, "is repeated"),
-        (422, {"clips": clip()["clips"] * 33}, "32"),
-        (422, b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"),
-        (422, deep, ""),
-        (422, b"\xff\xfe", ""),
-        (413, b" " * (1 << 19), "bytes"),
+    for body, words in (
+        (clip(face=[[0.5] * 7]), "clip 'a', face: features are 7 wide, but must be 8"),
+        (clip(face_quality=[1.0, 2.0]), "clip a, face"),
+        (clip(face=[[0.5] * 8, [1.0]]), "face"),
+        (clip(face=[["0.5"] * 8]), "str"),
+        (clip(face=[[0.5] * 8] * 1001), "clip 'a', face: 1,001 frames: at most 1,000"),
+        (clip(face=[[1e300] * 8]), "finite"),
+        ({"clips": [{"clip": "a", "nose": [[0.5] * 8]}]}, "nose"),
+        ({**clip(), "k": 0}, "k"),
+        ({**clip(), "fpir": 0.5, "threshold": 0.5}, "choose one"),
+        ({"clips": clip()["clips"] * 2}, "is repeated"),
+        ({"clips": clip()["clips"] * 33}, "32"),
+        (b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"),
+        (deep, ""),
+        (b"\xff\xfe", ""),
+        (b" " * (1 << 19), "bytes"),
     ):
-        found, content = inside.ask("POST", "/identify", body)
-        assert found == status, (status, body, content)
+        status, content = inside.ask("POST", "/identify", body)
+        assert status == (413 if words == "bytes" else 422), (body, content)
         assert words in content["error"] and "\n" not in content["error"]
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert inside.ask("GET", "/nothing")[0] == 404 and inside.ask("PUT", "/identify")[0] == 405
@@ -416,52 +381,16 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
         status, content = ask(**fields)
         assert (status, type(content["error"])) == (422, str), fields
     del right["data"]
-    values = np.full(8, 0.5, "<f4").tobytes()
+    values, bad = np.full(8, 0.5, "<f4").tobytes(), np.full(8, np.nan, "<f4").tobytes()
     head = json.dumps({"inputs": [right | {"parameters": {"binary_data_size": 32}}]}).encode()
+    size = len(head)
     for tail, length, status in (
-        (values, len(head), 200),
-        (values[:-1], len(head), 422),
-        (values + b"x", len(head), 422),
-        (values, len(head) + 1, 422),
-        (values, 10**9, 422),
-        (values, -1, 422),
-        (np.full(8, np.nan, "<f4").tobytes(), len(head), 422),
-    ):
+        (values, size, 200), (values[:-1], size, 422), (values + b"x", size, 422),
+        (values, size + 1, 422), (values, 10**9, 422), (values, -1, 422), (bad, size, 422),
+    ):  # fmt: skip
         headers = {"Inference-Header-Content-Length": str(length)}
         assert inside.ask("POST", path, head + tail, headers)[0] == status
     assert inside.ask("POST", "/v2/models/nobody/infer", head)[0] == 404
-
-
-WORDS = (  # words of errors that have a special status, as names that a client chooses
-    "is in use by another process", "was changed meanwhile", "has nobody enrolled", "no such name",
-    "no clip 'x' is enrolled", "is damaged: put back a copy", "holds no gallery", "cannot be read",
-    "cannot be changed: attempt to write a readonly database", "No space left on device",
-    "no answer in time", "is no longer at", "not ready: still compiling", "{folder}/x",
-)  # fmt: skip
-
-
-def test_the_status_of_an_error_does_not_come_from_the_words_of_a_client(folder, caplog):
-    with Inside(Gallery(folder)) as one:
-        for number, words in enumerate(WORDS):
-            name = f"Secret {words.format(folder=folder)}"
-            clips = servers.as_json({name: servers.make_frames(8000 + number, "Eve")})
-            for identity, status in ((f"Eve {words}", 200), (f"Bo {words}", 422)):
-                body = {"clips": clips, "identity": identity}
-                assert one.ask("POST", "/enrol", body)[0] == status
-            for kind in ("clips", "identities"):
-                path = f"/{kind}/{quote(f'Ada {name}', safe='')}"
-                assert one.ask("DELETE", path)[0] == 404
-        metrics = one.ask("GET", "/metrics")[1].decode()
-    assert 'code="404",route="/identities/{name}"' in metrics and "vidjax_people 26" in metrics
-    for word in ("Eve", "Bo ", "Ada", "Secret"):
-        assert word not in caplog.text + metrics
-
-
-def test_a_server_suggests_nobody(inside, monkeypatch):
-    """Comparing long names took minutes, while the gallery was locked."""
-    monkeypatch.setattr(errors.difflib, "get_close_matches", None)
-    for path in ("/identities/persn%203", "/clips/clp%2030"):
-        assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
 
 
 def test_pages_of_other_sites_get_nothing(inside):
@@ -529,21 +458,19 @@ def talk(port, content, seconds=10.0):
 @pytest.mark.slow
 def test_slow_and_false_clients_are_cut_off(inside):
     head = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n"
-    sent = head + "Content-Type: application/json\r\n"
+    head += "Content-Type: application/json\r\n"
+    chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n"
     for content, answer in (
-        (sent + "Content-Length: 100\r\n\r\n{", b" 503 "),
-        (sent + "Transfer-Encoding: chunked\r\n\r\n5\r\n{\r\n", b" 503 "),
-        (sent + "Content-Length: 99999999\r\n\r\n{", b" 413 "),
-        (sent + "Content-Length: -5\r\n\r\n{", b" 400 "),
-        (sent + "Content-Length: 5\r\nContent-Length: 7\r\n\r\n{", b" 400 "),
+        (head + "Content-Length: 100\r\n\r\n{", b" 503 "),
+        (chunked + "5\r\n{\r\n", b" 503 "),
+        (head + "Content-Length: 99999999\r\n\r\n{", b" 413 "),
+        (head + "Content-Length: -5\r\n\r\n{", b" 400 "),
+        (head + "Content-Length: 5\r\nContent-Length: 7\r\n\r\n{", b" 400 "),
         ("nonsense\r\n\r\n", b" 400 "),
     ):
         assert answer in talk(inside.port, content.encode()).split(b"\r\n")[0], content[:200]
-    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     with pytest.raises((ConnectionError, AssertionError)):  # it may be cut off while it sends
-        found = talk(
-            inside.port, sent.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + 90 * chunk
-        )
+        found = talk(inside.port, (chunked + 90 * f"10000\r\n{' ' * 65536}\r\n").encode())
         assert b" 413 " not in found
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
@@ -570,20 +497,18 @@ def test_a_full_queue_says_when_to_try_again():
         go.wait(5)
         return [question * 2 for question in questions]
 
-    async def full(work):
-        with pytest.raises(Refused) as error:
-            await work
-        assert error.value.status == 429 and error.value.headers["retry-after"]
-
     async def run():
-        batcher, changes, asked = Batcher(answer, limits, ServerMetrics()), Changes(limits), []
+        batcher, changes = Batcher(answer, limits, ServerMetrics()), Changes(limits)
+        asked = []
         for numbers in (range(3), range(3, 6)):  # two are taken at once, the others wait
             asked += [asyncio.create_task(batcher.ask(n, 1)) for n in numbers]
             await asyncio.sleep(0.05)
-        await full(batcher.ask(9, 1))
         slow = asyncio.create_task(changes.make(lambda: go.wait(5)))
         await asyncio.sleep(0.01)
-        await full(changes.make(lambda: None))
+        for work in (batcher.ask(9, 1), changes.make(lambda: None)):
+            with pytest.raises(Refused) as error:
+                await work
+            assert error.value.status == 429 and error.value.headers["retry-after"]
         go.set()
         assert await slow
         assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10] and max(sizes) == 2
@@ -595,18 +520,17 @@ def test_a_full_queue_says_when_to_try_again():
 
 def test_a_removal_is_answered_after_all_that_was_begun_before():
     """A list that is being read when a person is removed still contains the person."""
-    go, order = threading.Event(), []
+    go, order, tasks = threading.Event(), [], []
 
     async def run():
         batcher = Batcher(lambda questions: questions, Limits(), ServerMetrics())
-        listed = asyncio.create_task(batcher.run(lambda: go.wait(5)))
-        listed.add_done_callback(lambda _: order.append("list"))
-        await asyncio.sleep(0.01)
-        removed = asyncio.create_task(batcher.settle())
-        removed.add_done_callback(lambda _: order.append("removal"))
-        await asyncio.sleep(0.01)
+        begun = {"list": batcher.run(lambda: go.wait(5)), "removal": batcher.settle()}
+        for name, work in begun.items():
+            tasks.append(asyncio.create_task(work))
+            tasks[-1].add_done_callback(lambda _, name=name: order.append(name))
+            await asyncio.sleep(0.01)
         go.set()
-        await asyncio.gather(listed, removed)
+        await asyncio.gather(*tasks)
         batcher.stop()
 
     asyncio.run(run())
@@ -623,17 +547,15 @@ def test_enrolments_that_wait_are_bounded_like_questions(folder, monkeypatch):
         return embed(people, clips, *more)
 
     monkeypatch.setattr(Gallery, "embed", slow)
-    limits = SMALL._replace(waiting_clips=4)
+    limits, other = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
     with Inside(Gallery(folder), limits=limits) as one, ThreadPoolExecutor(1) as pool:
         try:
             first = pool.submit(one.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
             assert begun.wait(10)
             assert b"vidjax_waiting_clips 3" in one.ask("GET", "/metrics")[1]
-            assert one.ask("POST", "/enrol", enrolment("Bob", 0, 1))[0] == 429
+            assert one.ask(*other)[0] == 429
             go.set()
-            assert (
-                first.result(60)[0] == one.ask("POST", "/enrol", enrolment("Bob", 0, 1))[0] == 200
-            )
+            assert first.result(60)[0] == one.ask(*other)[0] == 200
         finally:
             go.set()
 
@@ -662,7 +584,7 @@ def test_the_time_for_an_answer_begins_at_the_end_of_the_body(people, monkeypatc
 
 @pytest.mark.slow
 def test_answers_that_nobody_reads_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 4)
+    monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 2)
     clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
     people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
     some = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
@@ -675,31 +597,12 @@ def test_answers_that_nobody_reads_are_counted(tmp_path, monkeypatch):
             unread.sendall(lines.encode() + body)
             assert unread.recv(8) == b"HTTP/1.1"
             assert one.ask("POST", "/identify", body)[0] == 429
-            time.sleep(limits.request_seconds)
+            time.sleep(3)
             assert one.ask("POST", "/identify", body)[0] == 200
             end = time.monotonic() + 30
             while one.server.server_state.connections and sys.platform == "linux":
                 assert time.monotonic() < end
                 time.sleep(0.1)
-
-
-def test_liveness_is_told_while_programs_compile(folder, monkeypatch):
-    go = threading.Event()
-    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
-    one = Inside(Gallery(folder))
-    one.thread.start()
-    try:
-        assert one.ask("GET", "/v2/health/live")[0] == 200
-        for method, path in (
-            ("GET", "/v2/health/ready"), ("GET", "/threshold?fpir=0.5"), ("GET", "/identities"),
-            ("DELETE", "/identities/Ada"), ("DELETE", "/clips/c"),
-        ):  # fmt: skip
-            status, answer = one.ask(method, path)
-            assert status == 503 and "compiling" in answer["error"]
-        assert not go.is_set()
-    finally:
-        go.set()
-        one.__exit__()
 
 
 STUCK = """\
@@ -742,7 +645,7 @@ def test_a_signal_ends_the_process_whatever_its_threads_do(folder):
 
 
 @pytest.mark.slow
-def test_a_server_removes_what_a_killed_change_left(folder):
+def test_the_command_removes_what_a_killed_change_left_and_ends_with_0(folder, say):
     code = (
         "import os, signal, sys, pathlib\n"
         "from vidjax.apps.gallery.store import Store\n"
@@ -755,11 +658,6 @@ def test_a_server_removes_what_a_killed_change_left(folder):
     with servers.served(folder) as one:
         assert os.listdir(folder) == ["gallery.sqlite"]
         assert len(one.ask("GET", "/identities")[1]["identities"]) == 12
-
-
-@pytest.mark.slow
-def test_the_command_serves_until_a_signal_and_ends_with_0(folder, say):
-    with servers.served(folder) as one:
         assert one.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
         assert one.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         assert one.end() == 0

@@ -5,27 +5,21 @@ import signal
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from scipy import special
 
 from tests.helpers import small_runs as small
-from tests.helpers.batches import real_frames
 from tests.helpers.cases import quick_first
 from vidjax.core import devices as devices_lib
-from vidjax.core import ensemble
 from vidjax.data import resident
-from vidjax.models.system import TaskSpec, make_system
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io, signals
 from vidjax.runs.run_folder import RunFolder
-from vidjax.training import loop, train_step
-from vidjax.training.plan import make_schedule
+from vidjax.training import loop
+from vidjax.training.plan import make_plan, make_schedule
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-
-
+MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
 
 
@@ -34,8 +28,7 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     words = ("--config.optim.learning_rate=0.01", "--config.model.dropout_rate=0.0")
     config = small.shrunk("--config.num_epochs=15", *words, spec=COSINE)
     results = small.run(config, tmp_path, data)
-    assert results["map"] > 0.8
-    assert results["map_kind"] == "val" and results["num_identities"] == 12
+    assert results["map"] > 0.8 and results["map_kind"] == "val"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < 0.3 * losses[0]
@@ -49,7 +42,7 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
 @pytest.mark.parametrize(
     ("signum", "spec"),
     quick_first(
-        [(signal.SIGTERM, COSINE), (signal.SIGINT, "configs/mma.py:iqiyi_vid")],
+        [(signal.SIGTERM, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, MMA)],
         mark=pytest.mark.nightly,
     ),
 )
@@ -64,12 +57,8 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
             small.run(config, parts, small.Interrupting(data, batch, signum))
         monkeypatch.undo()
         assert caught.value.exit_code == 128 + signum
-        assert loop.read_finished_metrics(RunFolder(parts), config) is None
     small.evaluate(config, parts, data, num_devices=1)
     assert loop.read_finished_metrics(RunFolder(parts), config) is None
-    other = config_io.override(config, ["--config.modalities=face"])
-    with pytest.raises(ValueError, match="trained on face,head,audio"):
-        small.evaluate(other, parts, data, num_devices=1)
     small.run(config, parts, data)
     small.assert_same_run(parts, tmp_path / "whole")
 
@@ -98,47 +87,35 @@ def test_a_short_run_has_a_curve_and_epochs_of_less_than_a_step_are_steps():
     "spec",
     quick_first(
         [  # besides those that other tests train
-            "residual_dense:face,one,single",
-            "noise_classes:head",
-            "mma:published",
-            "mma:average,concat",
-            "quality_fusion:mlp2,voting,face,audio",
-            "residual_dense:face,fused,folds",
-            "deepmef:face,audio,published",
+            "residual_dense:face,one,single", "noise_classes:head", "mma:published",
+            "mma:average,concat", "quality_fusion:mlp2,voting,face,audio",
+            "residual_dense:face,fused,folds", "deepmef:face,audio,published",
             "deepmef:face,head,audio,views",
         ],
-        2,
         mark=pytest.mark.nightly,
     ),
-)
+)  # fmt: skip
 def test_shipped_configurations_run(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []
-    config = small.shrunk(
-        "--config.num_epochs=1", *few, spec=f"configs/{name}.py:iqiyi_vid,{words}"
-    )
-    results = small.run(config, tmp_path, data)
-    assert 0 <= results["map"] <= 1
-    assert results["num_clips"] == 60
+    spec = f"configs/{name}.py:iqiyi_vid,{words}"
+    results = small.run(small.shrunk("--config.num_epochs=1", *few, spec=spec), tmp_path, data)
+    assert 0 <= results["map"] <= 1 and results["num_clips"] == 60
 
 
 @pytest.mark.slow
-def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
-    config = small.shrunk("--config.num_epochs=2", "--config.eval.block_size=256", spec=MLP)
-    small.run(config, tmp_path, data, num_devices=8)
-    found = []
+def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
+    folder, found = trained(MLP), []
     for devices, batch_size in [(1, 1), (8, 64)]:
-        other = config_io.override(config, [f"--config.batch_size={batch_size}"])
-        mesh = devices_lib.make_mesh(devices)
-        one = small.restored(tmp_path, data, other, mesh)
+        words = [f"--config.batch_size={batch_size}", "--config.eval.block_size=256"]
+        config, mesh = config_io.load_workdir(folder), devices_lib.make_mesh(devices)
+        one = small.restored(folder, data, config_io.override(config, words), mesh)
         found.append(small.scores([one], mesh=mesh, block_size=256))
     assert found[0].shape == (60, 12)
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.slow
 def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path):
-    """The logged loss of one step over all clips, against numpy in float64."""
     splits = ("train", "val")  # with distractors: column 0 has 20 clips, others 11 or 12
     clips = [name for split in splits for name in data.split(split).clips]
     labels = np.concatenate([data.split(name).labels for name in splits])
@@ -147,31 +124,7 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path):
     path = tmp_path / "weights.txt"
     path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, own, strict=True) if w != 1))
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
-    words = (*words, "--config.model.layers=()", "--config.loss.schedule=((0, 0.0),)")
     words = (*words, "--config.data.balance=0.5", f"--config.data.weights={path}")
-    config = small.shrunk(
-        *words, f"--config.batch_size={len(clips)}", "--config.num_epochs=1", spec=MLP
-    )
-    config.fusion.face.train = {"name": "mean"}
-    small.run(config, tmp_path / "run", data)
-    line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
-
-    # Parameters of step 0, and every clip's mean face.
-    sizes = TaskSpec({"face": 24}, 12, None, len(clips), 1, train_other=True)
-    system = make_system(config.to_dict(), sizes)
-    rngs = ensemble.make_rngs((ensemble.Member(),), config.seed)
-    first = train_step.init_state(system, rngs, labels[None])
-    layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
-    losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
-    for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
-        for clip, frames in real_frames(data, split):
-            if len(frames.features):
-                x = frames.features.astype(np.float64).mean(axis=0)
-                logits = x @ layer["logits"]["kernel"] + layer["logits"]["bias"]
-                seen[clip + offset] = True
-                losses[clip + offset] = special.logsumexp(logits) - logits[labels[clip + offset]]
-    count = np.array([np.sum(labels == label) for label in labels])
-    weight = own * seen * count**-0.5
-    found = json.loads(line)["train_loss"]
-    assert found == pytest.approx(losses @ weight / weight.sum(), rel=1e-5)
-    assert abs(found - losses[seen].mean()) > 1e-3  # which weights do move
+    weight = make_plan(small.shrunk(*words, spec=MLP), data).constants.weight[0]
+    wanted = own * np.array([np.sum(labels == label) for label in labels]) ** -0.5
+    np.testing.assert_allclose(weight / np.sum(weight), wanted / wanted.sum(), rtol=1e-5)

@@ -25,11 +25,9 @@ def made_up():
 
 def joint_log_density(vectors, mean, within, between):
     """Returns log p of all clips of one identity: each pair shares the same y."""
-    count = len(vectors)
-    covariance = np.kron(np.eye(count), within) + np.kron(np.ones((count, count)), between)
-    return stats.multivariate_normal.logpdf(
-        np.concatenate(vectors), np.tile(mean, count), covariance
-    )
+    n = len(vectors)
+    covariance = np.kron(np.eye(n), within) + np.kron(np.ones((n, n)), between)
+    return stats.multivariate_normal.logpdf(np.concatenate(vectors), np.tile(mean, n), covariance)
 
 
 def shrunk(covariance, share):
@@ -42,7 +40,8 @@ def test_ratios_are_those_of_joint_densities(within, between):
     found = two_covariance.covariances(sums)
     space = two_covariance.make_space(found, within=within, between=between)
     enrolled = two_covariance.enrol(space, sums.count, sums.total)
-    covariances = (
+    normal = (
+        found.mean,
         shrunk(found.axes @ np.diag(found.within) @ found.axes.T, within),
         shrunk(found.axes @ found.between @ found.axes.T, between),
     )
@@ -51,11 +50,8 @@ def test_ratios_are_those_of_joint_densities(within, between):
         ratios = np.asarray(plda_fit.log_ratios(space, enrolled, jnp.asarray(new)))
     for clip, label in itertools.product(range(len(new)), range(1, CLASSES)):
         own = list(vectors[labels == label])
-        wanted = (
-            joint_log_density([*own, new[clip]], found.mean, *covariances)
-            - joint_log_density(own, found.mean, *covariances)
-            - joint_log_density([new[clip]], found.mean, *covariances)
-        )
+        wanted = joint_log_density([*own, new[clip]], *normal)
+        wanted -= joint_log_density(own, *normal) + joint_log_density([new[clip]], *normal)
         assert abs(ratios[clip, label] - wanted) < 1e-9 * max(1, abs(wanted)), (clip, label)
     assert not enrolled.known[0] and np.abs(ratios[:, 0]).max() < 1e-9  # a class without a clip
 
@@ -68,14 +64,12 @@ def test_covariances_are_those_of_their_definitions():
     typical = np.mean(vectors**2) * np.eye(WIDTH) / 2
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * typical) / (clips - people + 10)
-    np.testing.assert_allclose(
-        found.axes @ np.diag(found.within) @ found.axes.T, within, atol=1e-10
-    )
+    np.testing.assert_allclose(found.axes * found.within @ found.axes.T, within, atol=1e-10)
     np.testing.assert_allclose(found.mean, people / (people + 0.5) * vectors.mean(axis=0))
     spread = (vectors - found.mean).T @ (vectors - found.mean) / clips
     between = ((people - 1) * (spread - within) + 10 * typical) / (people - 1 + 10)
     values, axes = np.linalg.eigh(between)
-    between = axes @ np.diag(np.maximum(values, two_covariance.SMALLEST_VARIANCE)) @ axes.T
+    between = axes * np.maximum(values, two_covariance.SMALLEST_VARIANCE) @ axes.T
     np.testing.assert_allclose(found.axes @ found.between @ found.axes.T, between, atol=1e-10)
 
 

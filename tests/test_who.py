@@ -12,13 +12,11 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import made_nets
+from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
-from tests.helpers.seen import contents
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline, who
-from vidjax.data.clip_files import write_npz
-from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
 GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
@@ -78,13 +76,10 @@ def test_unknown_people_keep_their_numbers_while_their_films_stay(drawn):
 
     first = {"b.s000.t00": "unknown 1"}
     assert numbers() == first
-    write_film(films / "a.mkv", *[(2, place, [("Eve", place, 30)]) for place in (20, 35, 60)])
+    write_film(films / "a.mkv", *[(2, place, [("Eve", place, 30)]) for place in (20, 35)])
     write_film(films / "c.mkv", (2, 20, [("Ada", 40, 40)]))
     more = first | {"a.s000.t00": "unknown 2", "c.s000.t00": "unknown 3"}
-    assert numbers() == more
-    assert numbers(films / "c.mkv") == more == numbers()
-    row = "c.s000.t00\tunknown 3\tc.mkv\t00:00:00.000\t00:00:02.000"
-    assert row in table.read_text().splitlines()
+    assert numbers() == more == numbers(films / "c.mkv") == numbers()
     table.write_text(table.read_text().replace("unknown 2", "Eve"))
     write_film(films / "d.mkv", (2, 20, [("Bob", 25, 30)]))
     assert numbers() == more | {"a.s000.t00": "Eve", "d.s000.t00": "unknown 1"}
@@ -113,26 +108,12 @@ def test_names_written_into_the_table_of_the_unknown_are_taken(drawn):
     assert "Bob: named in unknown.tsv, 1 clip" in said and "gone.s000.t00" in said
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
-    assert drawn.who(film, people=False)[0]["people"] == {"Ada": 1, "Bob": 1}
     for wrong, message in {"party.s001.t00\n": "line 1", "party.s002.t01\tEve\n": "'Bob'"}.items():
         table.write_text(wrong)
         _, said = drawn.who(film, people=False, code=2)
         assert "unknown.tsv" in said and message in said and table.read_text() == wrong
-
-
-@pytest.mark.slow
-def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
-    film = drawn.film()
-    drawn.befriend("Ada")
-    for flags, found in (([], True), (["--threshold=1"], False)):
-        drawn.who(film, flags=flags)
-        assert ("Ada" in drawn.names().values()) == found
-    for flag, message in {
-        "--fpir=0.01": "fpir=0.01 needs 99 clips of strangers or more",
-        "--threshold=2": "name a probability above 0",
-        "--padding=-1": "give seconds, 0 or more", "--padding=nan": "give seconds, 0 or more",
-    }.items():  # fmt: skip
-        assert message in drawn.who(film, flags=[flag], code=2)[1]
+    write_photo(drawn.friends / "Unknown 7.png", ("Bob", 40, 40))
+    assert "means an unknown person" in drawn.who(film, code=2)[1]
 
 
 def cut_off(*args, **options):
@@ -140,9 +121,8 @@ def cut_off(*args, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("earlier", [False, True], ids=["in films", "with the table to write"])
 def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_person(
-    drawn, monkeypatch, earlier
+    drawn, monkeypatch
 ):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     drawn.befriend("Ada", "Bob")
@@ -153,8 +133,7 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
         patch.setattr(who, "decide", cut_off)
         drawn.who(film, code=130)
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
-    if earlier:
-        table.write_text(named)
+    table.write_text(named)  # as it was before the call
     shutil.rmtree(drawn.friends / "Ada")
     assert drawn.who(film)[0]["people"] == {"Bob": 1, "Eve": 1}
 
@@ -173,27 +152,11 @@ def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monke
     content, said = drawn.who(film, people=False)
     assert content["people"] == {} and "no longer exist" in said
     # A clip of the new film has the name of an enrolled one of the old film.
-    table.write_text(table.read_text().replace("unknown 1", "Eve"))
-    assert drawn.who(film, people=False)[0]["people"] == {"Eve": 1}
-    write_film(film, (2, 20, [("Ada", 20, 30)]))
-    drawn.who(film, people=False)
-    table.write_text(re.sub(r"unknown \d", "Ada", table.read_text()))
-    assert drawn.who(film, people=False)[0]["people"] == {"Ada": 1}, table.read_text()
-
-
-@pytest.mark.slow
-def test_only_numbers_of_unknown_people_are_no_names(drawn):
-    film, table = drawn.film(), drawn.out / "unknown.tsv"
-    for number in (1, 2):
-        write_photo(drawn.friends / f"Ada_{number}.png", ("Ada", 40, 38 + 2 * number))
-    assert "each photo counts as a different person" in drawn.who(film)[1]
-    table.write_text(table.read_text().replace("unknown 1", "unknown neighbour"))
-    content, said = drawn.who(film)
-    assert "unknown neighbour" in content["people"] and "each photo counts" not in said
-    for name in ("unknown", "Unknown 7"):
-        write_photo(drawn.friends / name / "1.png", ("Bob", 40, 40))
-        assert "means an unknown person" in drawn.who(film, code=2)[1]
-        shutil.rmtree(drawn.friends / name)
+    for name in ("Eve", "Ada"):
+        write_film(film, (2, 20, [(name, 20, 30)]))
+        drawn.who(film, people=False)
+        table.write_text(re.sub(r"unknown \d", name, table.read_text()))
+        assert drawn.who(film, people=False)[0]["people"] == {name: 1}
 
 
 @pytest.mark.slow
@@ -227,25 +190,18 @@ def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
 
     drawn.who(other.parent)
     one = drawn.folder.name
-    assert films() == (
-        {f"{one}/party.mkv", "other/party.mkv"}, {f"{one} - party", "other - party"},
-    )  # fmt: skip
-    hashed, sha256_file = [], pipeline.files.sha256_file
+    paths = {f"{one}/party.mkv", "other/party.mkv"}
+    assert films() == (paths, {f"{one} - party", "other - party"})
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
-        spy = lambda path: hashed.append(path) or sha256_file(path)  # noqa: E731
-        patch.setattr(pipeline.files, "sha256_file", spy)
         drawn.who(film)
-        assert hashed and film not in hashed
         moved = film.rename(film.with_name("the party.mkv"))
-        _, said = drawn.who(moved)
-    assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in said
+        assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in drawn.who(moved)[1]
     assert films() == ({"the party.mkv", "party.mkv"}, {"the party", "party"})
 
     info, content = other.stat(), bytearray(other.read_bytes())
     content[-1] ^= 1
-    with other.open("r+b") as file:
-        file.write(content)
+    other.write_bytes(content)
     os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert "as before" in drawn.who(other)[1]
     assert "in place of another" in drawn.who(other, flags=["--check"])[1]
@@ -287,81 +243,31 @@ def test_names_stay_where_voices_are_added_to_the_models(drawn):
 
 
 @pytest.mark.slow
-def test_photos_that_do_not_show_one_face_are_named(drawn):
-    film, people = drawn.film(), drawn.friends / "Ada"
-    (drawn.friends / "Eve").mkdir(parents=True)
-    write_photo(people / "none.png")
-    write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    _, said = drawn.who(film, code=2)
-    for message in ("no face in the photo", "2 faces in the photo", "Eve: there is no photo in",
-                    "nobody to look for"):  # fmt: skip
-        assert message in said
-    write_photo(people.parent / "Bob.png", ("Bob", 20, 20))
-    content, _ = drawn.who(film, code=1)
-    assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
-    (people.parent / "Bob.png").unlink()
-    write_photo(people / "one.png", ("Ada", 20, 20))
-    write_photo(people / "poor.png", ("Ada", 20, 20), dim=True)
-    content, said = drawn.who(film, code=1)
-    assert content["people"] == {"Ada": 2} and len(content["failed"]) == 2
-    assert f"{people / 'poor.png'}: a poor face, quality 0.000 of 1" in said
-
-
-@pytest.mark.slow
 def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
     """A photo in another person's folder, a photo of a stranger, and a file under two names."""
-    film = drawn.film()
+    film, friends = drawn.film(), drawn.friends
     for name in ("Ada", "Bob"):
         for number in (1, 2, 3):
-            write_photo(drawn.friends / name / f"{number}.png", (name, 40, 36 + 2 * number))
+            write_photo(friends / name / f"{number}.png", (name, 40, 36 + 2 * number))
 
     def told():
         content, said = drawn.who(film)
         assert content["failed"] == []
-        return re.findall(rf"{drawn.friends}/(\w+/?\w*)\.png: (.*(?:same|given).*?):", said)
+        return re.findall(rf"{friends}/(\w+/?\w*)\.png: (.*(?:same|given).*?):", said)
 
     assert told() == []
-    write_photo(drawn.friends / "Ada" / "4.png", ("Bob", 42, 40))
-    write_photo(drawn.friends / "Bob" / "5.png", ("Eve", 42, 40))
-    shutil.copy(drawn.friends / "Ada" / "1.png", drawn.friends / "Eve.png")
-    for _ in range(2):
-        assert told() == [
-            ("Ada/1", "the same file is also of Eve"),
-            ("Ada/4", "given as Ada, but looks like Bob"),
-            ("Bob/5", "given as Bob, but unlike the other photos of Bob"),
-            ("Eve", "the same file is also of Ada"),
-        ]
+    write_photo(friends / "Ada" / "4.png", ("Bob", 42, 40))
+    write_photo(friends / "Bob" / "5.png", ("Eve", 42, 40))
+    shutil.copy(friends / "Ada" / "1.png", friends / "Eve.png")
+    assert told() == [
+        ("Ada/1", "the same file is also of Eve"),
+        ("Ada/4", "given as Ada, but looks like Bob"),
+        ("Bob/5", "given as Bob, but unlike the other photos of Bob"),
+        ("Eve", "the same file is also of Ada"),
+    ]
 
 
-@pytest.mark.slow
-def test_what_a_person_says_of_a_clip_counts(drawn):
-    """A clip that was enrolled shows whom its label says, and goes with this person."""
-    film = drawn.film()
-    drawn.befriend("Ada", "Bob")
-
-    def shown():
-        drawn.who(film)
-        rows = drawn.rows()
-        return {clip: (row["identity"], row["evidence"]) for row in rows for clip in row["clips"]}
-
-    before = shown()
-    assert before["party.s000.t00"] == ("Ada", ["face"])
-    clip = (f"--input={drawn.out / 'features'}", "--clip=party.s000.t00")
-    drawn.gallery("enrol", *clip, "--identity=Bob")
-    assert shown()["party.s000.t00"] == ("Bob", ["told"])
-    drawn.gallery("remove", "--clip=party.s000.t00")
-    assert shown() == before
-    drawn.gallery("enrol", *clip, "--strangers")
-    assert shown()["party.s000.t00"] == (None, [])
-    drawn.gallery("relabel", "--clip=party.s000.t00", "--identity=Ada")
-    assert shown()["party.s000.t00"] == ("Ada", ["told"])
-    shutil.rmtree(drawn.friends / "Ada")
-    shown()
-    assert {*Gallery(drawn.out / "gallery").identities} == {"Bob"}, "with the clip that was told"
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_enrol_tells_photos_that_do_not_help(drawn, whole):
+def test_enrol_tells_photos_that_do_not_help(drawn):
     photos, people, g = (drawn.folder / name for name in ("photos", "people", "g"))
     write_photo(photos / "none.png")
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
@@ -369,37 +275,15 @@ def test_enrol_tells_photos_that_do_not_help(drawn, whole):
     write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
     pipeline.extract([photos], people / "Ada", drawn.models)
     assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
-    words = (f"--input={people}",) if whole else (f"--input={people / 'Ada'}", "--identity=Ada")
     with pytest.warns(UserWarning, match="face") as told:
-        assert drawn.run("gallery", "enrol", g, *words)[0] == 0
-    assert [str(one.message).partition(":")[::2] for one in told] == [
-        (f"{people}/Ada/none.png", " no face in the photo: give a photo of only one person"),
-        (f"{people}/Ada/poor.png",
-         " a poor face, quality 0.000 of 1: add a larger, sharper photo from the front"),
-        (f"{people}/Ada/two.png", " 2 faces in the photo: give a photo of only one person"),
-    ]  # fmt: skip
-    assert {clip.removeprefix("Ada/") for clip in Gallery(g).clips} == {"one", "poor"}
+        assert drawn.run("gallery", "enrol", g, f"--input={people}")[0] == 0
+    assert [str(one.message).partition(":")[0] for one in told] == [
+        f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
+    ]
+    assert {*Gallery(g).clips} == {"Ada/one", "Ada/poor"}
     words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
     assert drawn.run("gallery", "enrol", g, *words)[0] == 0  # one of two faces, by its name
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
-
-
-def test_enrol_judges_only_clips_that_it_was_given(drawn):
-    """One of two faces was deleted; a strangers' folder names a file that is no clip of it."""
-    photos, made, g = (drawn.folder / name for name in ("photos", "made", "g"))
-    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    write_photo(photos / "odd.png", ("Ada", 20, 20))
-    pipeline.extract([photos], made, drawn.models)
-    (_, face), *_ = read_arrays(made).items()
-    write_npz(made / "two.npz", {"two.f01": face})
-    told = made / "videos" / "odd.json"
-    odd = json.loads(told.read_text())
-    odd["tracks"][0]["clip"] = ".x"
-    told.write_text(json.dumps(odd))
-    assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
-    with pytest.warns(UserWarning, match=r"odd\.png: no face"):
-        assert drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")[0] == 0
-    assert {*Gallery(g).clips} == {"odd", "two.f01"}
 
 
 def pictures_of(path):
@@ -432,25 +316,20 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]
 
     # Bob's own photo, one of a stranger to the folder, and a tag without a face.
-    write_photo(friends / "Bob" / "1.png", ("Bob", 40, 40))
-    write_photo(friends / "Bob" / "2.png", ("Eve", 30, 30))
-    (friends / "Bob" / "2.png.xmp").write_bytes(tags(("Eve", 30, 30)))
-    write_photo(friends / "Bob" / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])
+    bob = friends / "Bob"
+    write_photo(bob / "1.png", ("Bob", 40, 40))
+    write_photo(bob / "2.png", ("Eve", 30, 30))
+    (bob / "2.png.xmp").write_bytes(tags(("Eve", 30, 30)))
+    write_photo(bob / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])
     content, said = drawn.who(film, code=1)
     assert content["people"] == {"Ada": 1, "Bob": 2, "Eve": 1}
-    assert content["failed"] == [str(friends / "Bob" / "3.png")]
-    assert f"{friends / 'Bob' / '3.png'}: there is no face at the tag of Ada" in said
-    assert f"{friends / 'Bob' / '2.png'}: its face tags name Eve, not Bob" in said
-    assert said.count("the tags are used") == 1
-    assert "the tags are used" not in drawn.who(film, code=1)[1], "once is enough"
-    shutil.rmtree(friends / "Bob")
+    assert content["failed"] == [str(bob / "3.png")]
+    assert f"{bob / '3.png'}: there is no face at the tag of Ada" in said
+    assert f"{bob / '2.png'}: its face tags name Eve, not Bob" in said
+    shutil.rmtree(bob)
     content, said = drawn.who(film)
     assert content["people"] == {"Ada": 1, "Bob": 1}, "of the group photo"
     assert "Bob has no photos any more, but face tags still name this person" in said
-    for number, tagged in enumerate([GROUP, ()]):
-        write_photo(friends / "Groups" / f"{number}.png", *GROUP, tagged=tagged)
-    content, said = drawn.who(film, code=1)
-    assert content["missed"] == [] and "Groups is not looked for" not in said
 
 
 @pytest.mark.slow
@@ -458,9 +337,7 @@ def test_a_tag_that_changes_goes_over_to_another_person(drawn):
     """The tag is in a sidecar, so the photo does not change. Renamed people keep their names."""
     film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
     drawn.befriend("Ada")
-    write_photo(drawn.friends / "Ada" / "2.png", *GROUP)
-    drawn.who(film, code=1)
-    (drawn.friends / "Ada" / "2.png.xmp").write_bytes(tags(*GROUP))
+    write_photo(drawn.friends / "Ada" / "2.png", *GROUP, tagged=GROUP)
 
     def shown():
         _, said = drawn.who(film)
@@ -469,17 +346,18 @@ def test_a_tag_that_changes_goes_over_to_another_person(drawn):
 
     assert shown()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Bob"}
     drawn.gallery("rename", "--identity=Bob", "--to=Robert")
-    drawn.gallery("relabel", "--clip=people/Ada/2.f01", "--strangers")
     sidecar.write_bytes(tags(("Bob", 40, 40)))
     found, said = shown()
     assert "1.png: its face tags name Bob, not Ada" in said
-    assert found == {"1/Bob": "Robert", "2.f01": None, "2.f02/Bob": "Robert"}
+    assert found == {"1/Bob": "Robert", "2.f01": "Ada", "2.f02/Bob": "Robert"}
     sidecar.unlink()
-    assert shown()[0] == {"1": "Ada", "2.f01": None, "2.f02/Bob": "Robert"}
+    assert shown()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Robert"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["untagged", "deleted", "folder deleted"])
+@pytest.mark.parametrize(
+    "way", quick_first(["untagged", "deleted", "folder deleted"], mark=pytest.mark.nightly)
+)
 def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
     film, photo = drawn.film(), drawn.friends / "Ada" / "2.png"
     drawn.befriend("Ada", "Eve")
@@ -489,9 +367,7 @@ def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
     drawn.gallery("enrol", clip, "--clip=party.s002.t00", "--identity=Bob")
     drawn.who(film)
     where = ["forget", "--identity=Bob", str(drawn.out)]
-    for _ in range(2):
-        assert {one["kind"] for one in drawn.run(*where)[1]["places"]} == {"gallery", "who"}
-        (drawn.out / "names.tsv").write_text("video\n")
+    assert {one["kind"] for one in drawn.run(*where)[1]["places"]} == {"gallery", "who"}
     if way == "untagged":
         write_photo(photo, ("Ada", 20, 20))
     elif way == "deleted":
@@ -557,27 +433,20 @@ def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(drawn):
     found = [f"features/thumbnails/party/{clip}.png" for clip in clips]
     found += [f"people/{name}/thumbnails/1/1.png" for name in ("Ada", "Bob")]
     assert pictures() == found and (out / "features" / "party.npz").read_bytes() == features
-    for path in out.rglob("thumbnails"):
-        assert all(one.stat().st_mode & 0o777 == 0o700 for one in (path, *path.iterdir()))
-        assert all(one.stat().st_mode & 0o777 == 0o600 for one in path.rglob("*.png"))
-    assert page.stat().st_mode & 0o777 == 0o600
+    for path in (page, *out.rglob("thumbnails"), *map(out.joinpath, found)):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:;"
     assert policy in page.read_text()
     assert pictures_of(page) == {
         "0:00\u20130:02": ["Ada"], "0:02\u20130:04": ["Eve"] * 2,  # also among the people
         "0:04\u20130:06": ["Ada", "Bob"], "Ada": ["Ada"], "Bob": ["Bob"],
     }  # fmt: skip
-    before = page.read_bytes()
-    _, said = drawn.who(film, flags=["--thumbnails"])
-    assert "party.mkv: 6.0 s, 3 shots, 4 faces, as before" in said and page.read_bytes() == before
 
     shutil.rmtree(drawn.friends / "Ada")
     shutil.rmtree(out / "features" / "thumbnails" / "party")  # as a call that was cut off leaves it
     drawn.who(film, flags=["--thumbnails"])
     assert pictures() == [path for path in found if not path.startswith("people/Ada")]
     assert len(pictures_of(page)) == 4 and "Ada" not in pictures_of(page)
-    drawn.befriend("Eve")
-    assert "as before" in drawn.who(film)[1] and "people/Eve/thumbnails/1/1.png" in pictures()
     drawn.who(film, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
@@ -637,34 +506,6 @@ def test_what_a_person_reads_on_the_terminal(drawn, command, monkeypatch):
     assert said[-2:] == ["1 of 1: party.mkv ...", "party.mkv: 6.0 s, 3 shots, 4 faces"]
     assert "over 99 %" in done.out and "100%" not in done.out
     assert "1 person without a name: to name them, call again with --review --th" in done.out
-    assert "1 of 1" not in command(*words).err, "it is not read again"
-
-
-@pytest.mark.slow
-def test_one_process_reads_the_photos_of_all_people(drawn, monkeypatch):
-    """If it crashes at one photo, only this photo is lost."""
-    read, batches = pipeline.run_limited_each, []
-    bad = drawn.friends / "Bob" / "2.png"
-
-    def spy(module, given, **limits):
-        batches.append(len(given))
-        if any(path == bad for path, _ in given):
-            raise UserError(f"{given[0][0]}: its reader ended with SIGSEGV")
-        return read(module, given, **limits)
-
-    monkeypatch.setattr(pipeline, "run_limited_each", spy)
-    film = drawn.film()
-    drawn.befriend("Ada", "Bob", "Eve")
-    drawn.who(film, flags=["--workers=1"])
-    assert batches == [3, 1]
-    assert {*contents(drawn.out / "features")} == {"extract.json", "party.npz", "videos/party.json"}
-    batches.clear()
-    for name in ("Ada", "Bob", "Eve"):
-        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
-    content, said = drawn.who(film, flags=["--workers=1"], code=1)
-    assert batches == [3, 1, 2, 1, 1]
-    assert content["people"] == {"Ada": 2, "Bob": 1, "Eve": 2} and content["failed"] == [str(bad)]
-    assert said.count("SIGSEGV") == 1 and not [*drawn.out.rglob(".extract-*")]
 
 
 def test_features_of_another_net_or_setting_are_refused(drawn):
@@ -679,32 +520,3 @@ def test_features_of_another_net_or_setting_are_refused(drawn):
     assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
     code, _, said = drawn.run("gallery", "enrol", g, f"--input={out}", "--identity=Ada")
     assert code == 2 and "of different models" in said
-
-
-@pytest.mark.slow
-def test_two_films_with_the_same_name_are_kept_apart(drawn):
-    film, twin = drawn.film(), drawn.folder / "elsewhere" / "party.mkv"
-    twin.parent.mkdir()
-    write_film(twin, (1.5, 40, [("Bob", 30, 30)]))
-    outcomes = pipeline.extract([film, twin], drawn.out, drawn.models)
-    assert [one.film.video for one in outcomes if one.film] == ["party.mkv"] * 2
-    shown = [film.video for film in features_folder.read_films(drawn.out)]
-    assert shown == [f"{drawn.folder.name}/party.mkv", "elsewhere/party.mkv"]
-    assert len(list(drawn.out.glob("*.npz"))) == 2
-    assert all(one.kept for one in pipeline.extract([film, twin], drawn.out, drawn.models))
-    _, said = drawn.extract(film, twin)
-    assert all(f"{path}: " in said for path in (film, twin)), "which film a line is about"
-    copy, other = shutil.copy(film, drawn.folder / "party.mov"), drawn.folder / "other"
-    assert f"{copy}: the same as {film}: left out" in drawn.extract(film, copy, out=other)[1]
-    assert "left out" not in drawn.extract(film, copy, out=other)[1], "once is enough"
-
-
-def test_files_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(drawn, command):
-    bad, worse = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4"
-    bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
-    worse.write_text("no film")
-    done = command("extract", bad, worse, drawn.film(), f"--out={drawn.out}",
-                   f"--models={drawn.models}")  # fmt: skip
-    assert done.code == 1 and done.err.count("unknown format") == 2
-    assert done.out.count("give MP4, MKV") == 1
-    assert [one.video for one in features_folder.read_films(drawn.out)] == ["party.mkv"]

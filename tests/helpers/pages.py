@@ -61,9 +61,9 @@ def values(text):
     return [float(value) for value in re.findall(r'<data value="([^"]+)">', text)]
 
 
-def check_numbers(folder, text, split=None):
+def check_numbers(folder, text):
     """Asserts that every value of a report is in a file of the run, or follows from one."""
-    exact, data = file_numbers(folder) | derived(folder, split), Page(text).data
+    exact, data = file_numbers(folder) | derived(folder), Page(text).data
     assert len(data) > 5
     assert [pair for pair in data if float(pair[0]) not in exact] == []
     for value, shown in data:
@@ -101,11 +101,11 @@ def collect(value, found):
         found.add(float(value))
 
 
-def derived(folder, split):
+def derived(folder):
     """Returns what a report computes from the files: intervals, shares, differences, defaults."""
     found = set()
     collect(json.loads(config_io.to_json(config_lib.default())), found)  # the column of defaults
-    path = RunFolder(folder).paths(split or None).analysis
+    path = RunFolder(folder).paths().analysis
     if not path.exists():
         return found
     values, arrays = results_lib.load_analysis(path)
