@@ -97,7 +97,10 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
     [
         (("--config.data.train_splits=train",), "without distractors use the argument 'other'"),
         (("--config.noise.modality=fac",), "config.noise.modality='fac' is not in the data"),
-        (("--config.noise.join=True", "--config.data.max_frames=40"), "needs clips of up to 50 frames"),
+        (
+            ("--config.noise.join=True", "--config.data.max_frames=40"),
+            "needs clips of up to 50 frames",
+        ),
     ],
 )
 def test_mistakes(data, tmp_path, words, message):
