@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-pytestmark = pytest.mark.slow
 REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
 NO_REPORT = "--config.eval.report=False"
 ONE = ("face", "head", "audio")  # the last two are far below
@@ -32,22 +31,20 @@ def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path,
     assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
 @pytest.mark.parametrize(
-    ("name", "modalities", "words", "least"),
+    ("name", "words", "least"),
     [
-        ("knn", "face", (), 0.796),  # .7963 in the benchmarks
-        pytest.param("plda", "face,head,audio", (), 0.93, marks=pytest.mark.nightly),  # .934
+        ("plda", (), 0.93),  # .934 in the benchmarks
         # Three nets have .909 to .912 in the benchmarks: other processors round differently.
-        pytest.param(
-            "mma", "face,head,audio", ("--config.ensemble.seeds=3",), 0.905,
-            marks=pytest.mark.nightly,
-        ),
+        ("mma", ("--config.ensemble.seeds=3",), 0.905),
     ],
-)  # fmt: skip
-def test_real_clips(vidjax_command, tmp_path, name, modalities, words, least):
-    spec = f"--config=configs/{name}.py:iqiyi_vid,few,{modalities}"
-    metrics = results(vidjax_command, tmp_path, spec, f"--config.data.dir={REAL_DATA}", *words)
+)
+def test_real_clips(vidjax_command, tmp_path, name, words, least):
+    spec = f"configs/{name}.py:iqiyi_vid,few,face,head,audio"
+    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", *words)
+    metrics = results(vidjax_command, tmp_path, *words)
     counts = [metrics[key] for key in ("num_clips", "num_distractors", "num_identities")]
     assert metrics["map_kind"] == "val" and counts == [1232, 373, 413]
     assert metrics["map"] >= least
