@@ -120,7 +120,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "link.tsv").symlink_to(tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name, remedy in {
-        "out.xls": r"\.csv, \.tsv, \.jsonl, \.parquet",
+        "out.xls": r"\.csv, \.tsv, \.jsonl or \.parquet",
         "link.tsv": "name another file",
         "no/out.tsv": "make it first",
         "out.parquet": r"pip install 'vidjax\[parquet\]', .*-e '\.\[parquet\]', or end the name in",

@@ -140,7 +140,7 @@ def test_the_loss_of_examples_is_the_mean_over_a_clips_frames():
 def test_modalities_of_different_numbers_of_frames_are_no_examples():
     four = {"train": {"name": "sample", "num_frames": 4}, "evaluate": {"name": "all"}}
     two = {"train": {"name": "sample", "num_frames": 2}, "evaluate": {"name": "all"}}
-    with pytest.raises(ValueError, match=r"after_fusion='examples': .* \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"after_fusion=examples: .* \[2, 4\]"):
         init(make(**EXAMPLES, fusion={"face": four, "audio": two}), np.arange(5))
 
 
