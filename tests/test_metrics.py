@@ -1,9 +1,7 @@
 """The metrics against oracles, the hand, and a library where the definitions agree."""
 
 from fractions import Fraction
-from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,12 +22,10 @@ BY_HAND = [
     ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),  # an identity without a name
     ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),  # an identity that is not in the ground truth
     ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),  # a hit repeated
-    ("1 a.mp4", "1 " + " ".join(["x0.mp4", *JUNK[:99], "a.mp4"]), (1, 100)),  # 100 and a repeat
     ("1 a.mp4 b.mp4", "1 a b", (0, 1)),  # the suffix is in one file only
     ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),  # clip by clip
     ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),  # BOM, CRLF, trailing blank
     ("1 a.mp4", "1 " + " ".join([*JUNK, "a.mp4"]), (0, 1)),  # the 101st name is the hit
-    ("1 a.mp4\n2 b.mp4", "1 a.mp4\n \n\n2 b.mp4", (1, 1)),  # blank lines
     ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),  # the last of two lines counts
     ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),  # odd blanks
     ("1 a.mp4", "", (0, 1)),
@@ -40,7 +36,6 @@ REFUSED = [
     ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),  # an identity twice
     ("1 a.mp4 b.mp4\n2", "line 2"),  # an identity without a positive
     ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),  # a clip of two identities
-    ("1 a.mp4 a.mp4", "line 1"),
     ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),  # a clip with two labels
     ("a.mp4 1\nb.mp4 1 2", "line 2"),
     ("", "gt"),
@@ -51,21 +46,18 @@ def score_files(gt, path):
     return ranking.score(ranking.read_ground_truth(gt), ranking.read_submission(path).ranking)
 
 
-def write(folder: Path, gt: str, submission: str) -> tuple[Path, Path]:
+def write(folder, gt, submission):
     paths = folder / "gt.txt", folder / "ranking.txt"
     for path, text in zip(paths, (gt, submission), strict=True):
         path.write_bytes(text.encode())
     return paths
 
 
-def test_by_hand(tmp_path):
+def test_files_by_hand_and_those_that_both_refuse(tmp_path):
     for gt, submission, score in BY_HAND:
         paths = write(tmp_path, gt, submission)
         assert map_oracle.mean_average_precision(*paths) == Fraction(*score), submission
         assert score_files(*paths) == pytest.approx(float(Fraction(*score)), rel=0, abs=1e-15)
-
-
-def test_a_ground_truth_refused_by_both_with_the_line(tmp_path):
     for gt, where in REFUSED:
         paths = write(tmp_path, gt, "1 a.mp4")
         with pytest.raises(map_oracle.Refused):
@@ -93,22 +85,16 @@ def test_arrays_and_files_give_the_same_bits(tmp_path):
     assert score_files(gt_path, path) == score
     assert abs(Fraction(score) - map_oracle.mean_average_precision(gt_path, path)) < 1e-12
 
-    order = rng.permutation(30)
-    columns = np.append(0, np.argsort(order) + 1)
-    assert metrics.mean_average_precision(index[order], columns[labels], positives[order]) == score
     empty = np.zeros(0, int)
     nobody = metrics.mean_average_precision(np.full((2, 9), topk.NO_CLIP), empty, np.array([3, 0]))
     assert nobody == 0
-
-
-def test_nothing_to_average_is_refused():
     with pytest.raises(ValueError, match="no identity"):
         metrics.mean_average_precision(np.zeros((2, 3), int), np.zeros(4, int), np.zeros(2, int))
     with pytest.raises(ValueError, match="more hits"):
         metrics.average_precision(np.ones((1, 2), bool), np.array([1]))
 
 
-def tied_scores(rng: np.random.Generator, count: int) -> np.ndarray:
+def tied_scores(rng, count):
     """Scores with ties, -inf and a NaN."""
     scores = rng.integers(-5, 6, count).astype(np.float64) / 4 + rng.choice([0, 1e-9], count)
     scores[rng.random(count) < 0.1] = -np.inf
@@ -116,11 +102,10 @@ def tied_scores(rng: np.random.Generator, count: int) -> np.ndarray:
     return scores
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_auroc_is_the_share_of_pairs_in_order(dtype):
+def test_auroc_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(3)
     for _ in range(30):
-        scores = tied_scores(rng, 40).astype(dtype)
+        scores = tied_scores(rng, 40)
         positive = rng.random(40) < rng.uniform(0.1, 0.9)
         positive[:2] = True, False
         ranked = np.where(np.isnan(scores), -np.inf, scores)
@@ -128,9 +113,6 @@ def test_auroc_is_the_share_of_pairs_in_order(dtype):
         expected = np.mean((above > below) + 0.5 * (above == below))
         ours = metrics.auroc(scores, positive)
         assert type(ours) is float and ours == pytest.approx(expected, rel=0, abs=1e-15)
-        order = rng.permutation(40)
-        assert metrics.auroc(scores[order], positive[order]) == ours
-    assert metrics.auroc(jnp.asarray([1.0, 1.0, 2.0]), jnp.asarray([True, False, False])) == 0.25
     assert metrics.auroc([1.0, 2.0], [True, True]) is metrics.auroc([], []) is None
 
 
@@ -174,20 +156,16 @@ def test_identification_errors_by_hand():
     known = np.arange(8) < 4
     correct = np.array([True, False, True, True, False, False, False, False])
 
-    def errors(fpir, scores=scores, known=known):
+    def errors(fpir, known=known):
         return metrics.identification_errors(scores, correct, known, fpir=fpir)
 
-    assert errors(0) is None and errors(0.19) is None
+    assert errors(0.19) is None
     assert errors(0.2) == (np.nextafter(3.5, 4), 0, 0.75)  # only the first clip is identified
     assert errors(0.4) == (np.nextafter(2, 3), 0.25, 0.75)  # a tie is above as well: not passed
-    assert errors(0.59) == errors(0.4)
-    assert errors(0.6) == (np.nextafter(0.5, 1), 0.5, 0.25)  # the second stays wrong for ever
     assert errors(1) == (np.finfo(np.float64).min, 0.75, 0.25)  # -inf is never identified
-    nobody = errors(1, scores=np.full(8, -np.inf))
-    assert nobody is not None and (nobody.fpir, nobody.fnir) == (0, 1)
     # 29 of 100 are .29 of them, though .29 * 100 is less than 29.
     assert metrics.count_allowed(99, 0.29) == 28
     assert errors(0.1, known=np.ones(8, bool)) is errors(0.1, known=np.zeros(8, bool)) is None
-    for wrong in (-0.1, 1.1, np.nan):
+    for wrong in (-0.1, np.nan):
         with pytest.raises(ValueError, match=r"fpir must be from 0 to 1"):
             errors(wrong)

@@ -33,10 +33,7 @@ def gallery(tmp_path):
 
 def test_invisible_letters_are_refused(gallery):
     vectors = Vectors(("x",), {"face": np.ones((1, 8), np.float32)}, (None,))
-    for name in (
-        f"Ada{ZWSP}", "A\u202eda", "\u2066Ada\u2069", "Ada\ufeff", "A\xadda", "\u200cAda",
-        "Ada\u200d", "A \u200cda",
-    ):  # fmt: skip
+    for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "Ada\u200d", "A \u200cda"):
         refused(lambda x=name: names.clean_identity(x), "identity '", "leave it out")
     refused(lambda: gallery.rename("person 1", name), "invisible letter")
     refused(lambda: gallery.add({"x": make_clip(1, name)}), "invisible letter")
@@ -84,21 +81,9 @@ def test_a_gallery_knows_one_person_in_both_forms(gallery, say):
     gallery.relabel("stranger 1", NFD)
     refused(lambda: gallery.relabel("x", NFD), "already")
     refused(lambda: gallery.rename(NFC, NFD), "this name already")
-    words = (gallery.folder, f"--identity={NFD}")
-    assert say("gallery", "list", *words, "--json")["identities"] == {NFC: 5}
-    assert "with 5 clips" in say("gallery", "rename", *words, f"--to={NFD} 2")
-    words = (gallery.folder, f"--identity={NFD} 2", "--json")
+    words = (gallery.folder, f"--identity={NFD}", "--json")
+    assert say("gallery", "list", *words)["identities"] == {NFC: 5}
     assert say("gallery", "remove", *words)["removed"] == 5 and NFC not in gallery
-
-
-def as_before(folder, clips, monkeypatch):
-    """Makes a gallery as earlier versions did, with names in the forms in which they came."""
-    with monkeypatch.context() as patch:
-        patch.setattr(changes, "clean_identity", lambda name: name)
-        patch.setattr(unicodedata, "is_normalized", lambda *_: True)
-        patch.setattr(gallery_lib, "warn", lambda _: None)
-        make(folder, clips)
-    return persons(folder)
 
 
 def persons(folder):
@@ -110,18 +95,21 @@ def persons(folder):
 def test_a_gallery_of_an_earlier_version_still_matches(tmp_path, monkeypatch):
     clips, folder = made_galleries.make_clips(), tmp_path / "g"
     shown = {"x": make_clip(1, NFD), "y": make_clip(2, NFC), "z": make_clip(3, f"Ada{ZWSP}")}
-    assert as_before(folder, clips | shown, monkeypatch) >= {NFC, NFD, f"Ada{ZWSP}"}
+    with monkeypatch.context() as patch:  # names in the forms in which they came
+        patch.setattr(changes, "clean_identity", lambda name: name)
+        patch.setattr(unicodedata, "is_normalized", lambda *_: True)
+        patch.setattr(gallery_lib, "warn", lambda _: None)
+        make(folder, clips | shown)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert persons(folder) >= {NFC, NFD, f"Ada{ZWSP}"}
     cleaned = {name: shown[name]._replace(identity=NFC) for name in "xy"}
     wanted = make(tmp_path / "wanted", clips | cleaned)
     gallery = Gallery(folder)
     assert gallery.identities[NFC] == 2 and NFD not in gallery.identities
     assert gallery.remove(identity=f"Ada{ZWSP}") == 1  # what is there may always be removed
     assert answers(Gallery(folder)) == answers(wanted)
-    shutil.rmtree(folder)
-    as_before(folder, clips | shown, monkeypatch)
-    Gallery(folder).add({"new": make_clip(4, NFD)})  # the first change writes all
-    assert NFC in persons(folder) and NFD not in persons(folder)
-    assert Gallery(folder).remove(identity=NFD) == 3
+    Gallery(tmp_path / "copy").add({"new": make_clip(4, NFD)})  # the first change writes all
+    assert NFC in persons(tmp_path / "copy") and NFD not in persons(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(("one", "other"), [

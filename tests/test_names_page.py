@@ -17,14 +17,12 @@ FILM = Film(
 )  # fmt: skip
 
 
-def render(found, answers=None, people=("Ada", "Bob"), forms=None, **fields):
+def render(found, answers=None, people=("Ada", "Bob"), **fields):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
     people, film = {name: [] for name in people}, msgspec.structs.replace(FILM, **fields)
-    return names_page.render(
-        found, [film], people, lambda clip: f"{clip}.png", answers or {}, address, forms
-    )
+    return names_page.render(found, [film], people, "{}.png".format, answers or {}, address)
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
@@ -40,7 +38,7 @@ def text_of(html):
 def test_times_probabilities_and_links_are_there_without_a_mouse():
     html = render([seen(12.34, 75.0, probability=0.97)])
     assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
-    assert html.count('href="../a%20film.mp4#t=12.3"') == 2, "below the bar, and in Ada's table"
+    assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
     assert "Bob In no film." in text_of(html)
     html = render([seen(0, 0, probability=0.9)], photo=True)
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
@@ -73,16 +71,6 @@ def test_many_times_are_folded_and_short_ones_have_tenths():
     assert "34 more" in html and "over 99 %" in html
     words = text_of(render([seen(*times) for times in ((0, 0.36), (59.97, 60.2), (7, 7))]))
     assert "0:00.0\u20130:00.4 95 % 1:00.0\u20131:00.2 95 % 0:07.0 95 %" in words
-    assert "in all 0:00.6" in words and "0:01\u20130:02 95 %" in text_of(render([seen(1.4, 1.6)]))
-
-
-def test_the_index_of_people_shows_faces_and_the_ignored_are_folded_and_last():
-    found = [seen(0, 9, None, None), seen(50, 51, clip="d")]
-    html = render(found)
-    assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
-    html = render(found[1:], forms=names_page.Forms(1))
-    index = html[html.index('<ul class="index">') :]
-    assert 'src="d.png"' in index[: index.index("</ul>")]
 
 
 def test_only_our_script_runs_and_names_are_escaped():

@@ -18,18 +18,7 @@ from tests.helpers import notebooks as notebooks_lib
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 # What a hosted image brings, at versions above our lower bounds.
-HOSTED = {
-    "absl-py": "2.3.1",
-    "importlib_resources": "6.5.2",
-    "jax": "0.99.0",
-    "jaxlib": "0.99.0",
-    "matplotlib": "3.10.8",
-    "numpy": "2.2.6",
-    "scikit-learn": "1.6.1",
-    "tensorboard": "2.20.0",
-    "tensorflow": "2.20.0",
-    "tqdm": "4.67.1",
-}
+HOSTED = {"jax": "0.99.0", "jaxlib": "0.99.0", "numpy": "2.2.6", "tensorflow": "2.20.0"}
 
 notebooks = pytest.mark.parametrize("name", PATHS)
 
@@ -39,12 +28,6 @@ def read(name):
     notebook: Any = nbformat.reads(PATHS[name].read_text(), as_version=4)
     nbformat.validate(notebook)
     return notebook
-
-
-def setup_code(name="quickstart"):
-    """Returns the code of the setup cell as Python: lines that only IPython knows become `pass`."""
-    (cell,) = [cell for cell in read(name).cells if cell.id == "setup"]
-    return re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
 
 
 def shown(cell):
@@ -82,61 +65,70 @@ def asked(monkeypatch):
     """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
 
     def run(*names, **versions):
-        commands = []
+        commands, installed = [], [types.SimpleNamespace(name=one) for one in names]
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "path", list(sys.path))
-        monkeypatch.setattr(
-            metadata, "distributions", lambda: [types.SimpleNamespace(name=one) for one in names]
-        )
+        monkeypatch.setattr(metadata, "distributions", lambda: installed)
         monkeypatch.setattr(metadata, "version", {**HOSTED, **versions}.__getitem__)
         monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
-        exec(compile(setup_code(), "setup", "exec"), {})
+        (cell,) = [cell for cell in read("quickstart").cells if cell.id == "setup"]
+        # Lines that only IPython knows become `pass`.
+        exec(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE), {})
         monkeypatch.undo()
         return commands
 
     return run
 
 
-def test_a_tensorflow_of_whatever_name_is_not_joined_by_another(asked):
+def test_the_setup_cell_keeps_what_the_machine_brings_unless_it_is_too_old(asked, capsys):
+    """It adds no TensorFlow beside one of another name; jax is upgraded with its accelerator."""
     assert asked("pip", "vidjax", "tensorflow") == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["rank"], *extras["train"]]
     needed.remove("vidjax[rank]")
-
-    def names_of(words):
-        return {re.split(r"[<>=;\[ ]", word)[0] for word in words}
-
-    for name in ("tensorflow", "tf_nightly", None):
-        ((python, *words),) = asked("jax", "jaxlib", "numpy", *filter(None, [name]))
+    for name in ("tensorflow", "tf_nightly"):
+        ((python, *words),) = asked("jax", "jaxlib", "numpy", name)
         assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
         kept = ["jax", "jaxlib", "numpy", *(["tensorflow"] if name == "tensorflow" else [])]
         given = sorted(word for word in words if "==" in word)
         assert given == sorted(f"{one}=={HOSTED[one]}" for one in kept)
-        assert names_of(words[4:]) == names_of(needed) | {*kept}
-
-
-def test_an_older_jax_is_upgraded_with_its_accelerator_and_a_restart(asked, capsys):
+        names, wanted = (
+            {re.split(r"[<>=;\[ ]", word)[0] for word in some} for some in (words[4:], needed)
+        )
+        assert names == wanted | {*kept}
+    assert not capsys.readouterr().out
     ((_, *words),) = asked("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")
     assert [word for word in words if "==" in word] == [f"numpy=={HOSTED['numpy']}"]
     assert "jax[cuda12]" in words and any(word.startswith("jax>=") for word in words)
     assert "['jax'] upgraded: choose Runtime, Restart session" in capsys.readouterr().out
-    asked("jax", "jaxlib", "numpy")
-    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
-@notebooks
-def test_it_runs_from_top_to_bottom(name, cache_dir, tmp_path):
-    kept, executed = read(name), notebooks_lib.run(PATHS[name], tmp_path, cache_dir)
-    for cell, before in zip(executed.cells, kept.cells, strict=True):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "quickstart")) for name in PATHS],
+)
+def test_it_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_path):
+    """The quickstart trains a small net on few clips here."""
+    small = ["num_epochs=1", "batch_size=32", "modalities=face,audio", "model.embed_dim=16"]
+    small += ["data.name=iqiyi_vid", f"data.dir={official_dir}"]
+    words = ["--config=configs/mma.py", "--workdir=runs/mma", *(f"--config.{x}" for x in small)]
+    shorter = read(name)
+    for cell in shorter.cells:
+        cell.source = cell.source.replace('main(["--config=configs/mma.py"])', f"main({words})")
+        cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
+    assert ("num_epochs=1" in str(shorter)) == (name == "quickstart")
+    nbformat.write(shorter, tmp_path / "shorter.ipynb")
+    executed = notebooks_lib.run(tmp_path / "shorter.ipynb", tmp_path, cache_dir)
+    for cell, before in zip(executed.cells, read(name).cells, strict=True):
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
             assert not errors, f"{cell.id}: {errors}"
-            kinds = [
+            kinds, wanted = (
                 [sorted(o.data) for o in one.outputs if o.output_type != "stream"]
                 for one in (cell, before)
-            ]
-            assert kinds[0] == kinds[1], cell.id
+            )
+            assert kinds == wanted, cell.id
             assert "main([" not in cell.source or "0" in shown(cell), cell.id
             assert "Warning" not in "".join(shown(cell)), "".join(shown(cell))

@@ -3,11 +3,7 @@
 import functools
 import os
 import pickle
-import resource
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,17 +40,9 @@ def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path):
         assert got.names == ("c0", "c1", "c2", "c3") and got.lengths.tolist() == [3, 0, 1, 40]
         assert got.seen == 45
         assert got.skipped == {"non_finite": 1} and got.skipped_clips == {"empty": 1}
-        for column, place in {
-            "number": 0,
-            "box": 1,
-            "detection": 2,
-            "quality": 3,
-            "features": 4,
-        }.items():
-            array = got.frames[column]
-            np.testing.assert_array_equal(
-                array, np.array([x[place] for x in kept]).astype(array.dtype)
-            )
+        for place, column in enumerate(("number", "box", "detection", "quality", "features")):
+            array, wanted = got.frames[column], np.array([x[place] for x in kept])
+            np.testing.assert_array_equal(array, wanted.astype(array.dtype))
         assert got.features.dtype == np.float16 and isinstance(got.features.base, np.memmap)
     with pytest.raises(ValueError, match="clip c2, face: the feature of frame 1 is not finite"):
         sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
@@ -67,29 +55,9 @@ def test_a_file_without_frames_is_an_empty_modality(tmp_path):
     got = sandbox.unpack(path, "body", tmp_path / "out")
     assert got.names == ("a",) and got.lengths.tolist() == [0]
     assert got.features.shape == (0, 0) and got.frames["box"].shape == (0, 4) and got.seen == 0
-    path.write_bytes(python2.dumps({}))
-    assert sandbox.unpack(path, "body", tmp_path / "out").names == ()
     path.write_bytes(hostile.wide(0, 10**36))  # a shape that no array can have
     got = sandbox.unpack(path, "audio", tmp_path / "out")
     assert got.names == ("a",) and got.features.shape == (0, 0) and got.seen == 0
-
-
-def test_several_at_once_and_from_anywhere_do_not_mix(tmp_path, monkeypatch):
-    """Relative paths, a folder with a space, a module in the way in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
-    folder, values = Path("a folder"), [clips(np.random.default_rng(n), [n + 1]) for n in range(2)]
-    folder.mkdir()
-    for number, value in enumerate(values):
-        (folder / f"{number}.pickle").write_bytes(python2.dumps(value))
-
-    def unpack(number):
-        return sandbox.unpack(folder / f"{number}.pickle", "face", folder / str(number))
-
-    with ThreadPoolExecutor(2) as pool:
-        for got, value in zip(pool.map(unpack, range(2)), values, strict=True):
-            np.testing.assert_array_equal(got.features, [frame[4] for frame in value[b"c0"]])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a folder", "numpy.py"]
 
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path):
@@ -108,49 +76,18 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path):
     assert not list(out.iterdir())
 
 
-def unpack_measured(path, out):
-    """Returns what was unpacked, the CPU seconds, and the most bytes of the cage."""
-    got = sandbox.unpack(path, "face", out)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    facts = got.seen, got.features.shape, np.array(got.features[-1])
-    return *facts, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
-
-
-@pytest.mark.nightly
-def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path):
-    entries = clips(np.random.default_rng(0), [2000], width=512)[b"c0"]
-    body = python2.dumps({b"c0": entries}, 1)
-    # The same two thousand faces again and again, but none shared: every copy is read in full.
-    faces = body[body.index(b"(") : body.rindex(b"s.")]
-    path = tmp_path / "face_train.pickle"
-    with path.open("wb") as file:
-        file.write(b"}(")
-        for clip in range(300):
-            file.write(b"U\x04%04d]" % clip + faces)
-        file.write(b"u.")
-    # In a new process, so that the peak memory of its children is the sandbox's.
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        seen, shape, last, cpu, peak = pool.submit(unpack_measured, path, tmp_path / "out").result()
-    assert seen == 600_000 and shape == (600_000, 512)
-    np.testing.assert_array_equal(last, entries[-1][4])
-    assert 600_000 / cpu > 60_000, cpu
-    assert peak < 2 * path.stat().st_size + (1 << 30)
-
-
 def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
-    names = ["face_train", "face_train_v2", "face_val_v2", "face_test", "body_val_val"]
-    names += ["my-scene_2_test_v2", "my-scene_2_test", "face_dev", "face"]
-    others = ["._face_val.pickle", "_train.pickle.part", "face_val.pickle.bak", "head_val.pkl"]
+    names = ["face_train", "face_train_v2", "face_val_v2", "body_val_val", "my-scene_2_test"]
+    others = ["._face_val.pickle", "face_val.pickle.bak", "face_dev.pickle", "head_val.pkl"]
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
     found = {key: path.stem for key, path in find_pickles(tmp_path).items()}
     assert found == {
         ("body_val", "val"): "body_val_val",
-        ("face", "test"): "face_test",
         ("face", "train"): "face_train_v2",
         ("face", "val"): "face_val_v2",
-        ("my-scene_2", "test"): "my-scene_2_test_v2",
+        ("my-scene_2", "test"): "my-scene_2_test",
     }
     assert list(found) == sorted(found)
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
@@ -172,7 +109,6 @@ EDITORS: tuple[Callable[[str], str], ...] = (
     lambda text: "\ufeff" + text.replace("\n", "\r\n"),
     lambda text: text.replace(" ", "  \t "),
     lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"),
-    lambda text: "  " + text.rstrip("\n").replace("\n", " \n\t"),
     lambda text: text.replace(".mp4", "", 1),
 )
 
@@ -220,14 +156,9 @@ WRONG_LABELS = (
     ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
     ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
     ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
-    (
-        "1 a.mp4 b.mp4\n2 b.mp4\n",
-        "line 2: clip b is already in line 1, with label 1: delete one of the two",
-    ),
-    ("a.mp4 1\nb.mp4 1\na 1\n", "line 3: clip a is already in line 1"),
+    ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with label 1: delete one"),
     ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: label x is not a whole number, unlike most labels"),
     ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: label ² is not a whole number"),
-    ("a.mp4 1\nb.mp4 -1\n", "line 2: label -1 is out of range"),
     ("0 b.mp4\n1 a.mp4\n", "line 1: label 0 is out of range"),
     ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
 )
@@ -257,7 +188,6 @@ def test_mistakes_are_told_with_their_line(read, name, text, told, tmp_path):
 def test_identities_sort_by_number_or_else_by_name():
     assert labels_lib.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
     assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
-    assert labels_lib.sort_identities([]) == ()
     digits = "7" * 5000
     assert labels_lib.sort_identities(["9", digits, "10"]) == ("10", digits, "9")
     with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use only one"):

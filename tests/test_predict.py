@@ -8,9 +8,9 @@ import pytest
 
 from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
+from tests.helpers.seen import refused
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax.data import sources
-from vidjax.data.labels import load_ground_truth
 from vidjax.evaluation import predict, scoring
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs import config as config_lib
@@ -18,14 +18,13 @@ from vidjax.runs.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
-    "cosine": ("configs/cosine.py:iqiyi_vid",),
     "knn": ("configs/knn.py:iqiyi_vid",),
     "ensemble": (
         "configs/quality_fusion.py:iqiyi_vid,folds",
         "--config.data.train_splits=train,val",
         "--config.ensemble.views=2",
     ),
-    "dense": ("configs/quality_fusion.py:iqiyi_vid,voting",),
+    "cosine": ("configs/cosine.py:iqiyi_vid",),
     "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",),
     "mma": ("configs/mma.py:iqiyi_vid",),
     "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", "--config.num_epochs=2"),
@@ -79,25 +78,22 @@ def test_clips_without_a_frame_come_last(restored, clips):
 
 
 def test_what_cannot_be_restored_says_so(train, restored, data, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        restored("knn").scores(data, split="dev")
-    with pytest.raises(ValueError, match="no run in"):
-        predict.restore(tmp_path)
+    folder = train("knn")
+    refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
+    refused(lambda: predict.restore(tmp_path), "no run in")
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
-    with pytest.raises(ValueError, match="joins other runs"):
-        predict.restore(tmp_path)
-    best = predict.restore(train("knn"), step="best", num_devices=1)
-    monkeypatch.chdir(train("knn").parent)
-    here = predict.restore(train("knn").name, num_devices=1)
-    assert here.workdir == train("knn") and here.step == best.step == best.manifest["step"]
-    (tmp_path / "config.json").write_text((train("knn") / "config.json").read_text())
+    refused(lambda: predict.restore(tmp_path), "joins other runs")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
+    monkeypatch.chdir(folder.parent)
+    best = predict.restore(folder.name, step="best", num_devices=1)
+    assert best.workdir == folder and best.step == best.manifest["step"]
 
 
-@pytest.mark.parametrize("name", quick_first(SYSTEMS, 3, mark=pytest.mark.nightly))
+@pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
 def test_scores_are_those_of_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
     wanted = small_runs.scores([small_runs.restored(folder, data)])
@@ -120,7 +116,7 @@ def test_scores_are_those_of_evaluation(name, data, train, restored, clips):
     seen = np.isfinite(in_memory).any(axis=1)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), seen, atol=1e-5)
     np.testing.assert_array_equal(run.embed(data), vectors[np.argsort(order)])
-    dims = {"mma": (3 + 1 + 1) * 16, "cosine": 3 * 16, "dense": 8, "knn": 24, "ensemble": 3 * 2 * 8}
+    dims = {"mma": (3 + 1 + 1) * 16, "cosine": 3 * 16, "knn": 24, "ensemble": 3 * 2 * 8}
     assert vectors.shape[1] == dims.get(name, vectors.shape[1])
 
 
@@ -163,32 +159,6 @@ def test_arrays_are_ranked_where_there_is_no_tensorflow(train, tmp_path, python)
         np.testing.assert_allclose(answers["vectors"], run.embed(clips), atol=1e-6)
 
 
-def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
-    labels = [load_ground_truth(official_dir / f"{split}_gt.txt") for split in ("train", "val")]
-    own = sources.load(clips, labels[0] | labels[1], cache_dir=tmp_path / "cache")
-    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/cosine.py:iqiyi_vid")
-    small_runs.run(config, tmp_path / "run", own)
-    small_runs.assert_same_run(tmp_path / "run", train("cosine"))
-
-
-@pytest.mark.parametrize("name", ["cosine", "ensemble", "knn"])
-def test_few_clips_score_as_many(name, restored, new):
-    """Small blocks round in another order; among each other they agree to the bit."""
-    run = restored(name)
-    wanted = run.scores(new)
-    if run.config.eval.scores != "logits":
-        with pytest.raises(ValueError, match=r"\nfor a probability p give threshold=math\.log"):
-            run.identify(new, threshold=0.5)
-    each = np.concatenate([run.scores(dict([item])) for item in first(new, 12).items()])
-    np.testing.assert_allclose(each, wanted[:12], rtol=1e-4, atol=1e-4)
-    four = first(new, predict.SMALL_REQUEST)
-    np.testing.assert_array_equal(run.scores(four), each[: len(four)])
-    for column, (identity, rows) in enumerate(run.rank(four).items()):
-        assert identity == run.identities[column] and len(rows) == len(four)
-        by_name = dict(zip(four, run.scores(four)[:, column].tolist(), strict=True))
-        assert rows == sorted(by_name.items(), key=lambda pair: (-pair[1], pair[0]))
-
-
 def test_a_threshold_of_scores_out_of_fold_is_not_one_of_new_clips(restored, new):
     run, some = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
@@ -196,22 +166,23 @@ def test_a_threshold_of_scores_out_of_fold_is_not_one_of_new_clips(restored, new
     assert run.threshold is None
     with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
         run.identify(some)
+    with pytest.raises(ValueError, match=r"\nfor a probability p give threshold=math\.log"):
+        run.identify(some, threshold=0.5)
     assert run.identify(some, threshold=-1.0).keys() == some.keys()
     val = run._replace(results={**run.results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(some) == run.identify(some, threshold=-1.0)
 
 
 def test_few_distractors_set_no_threshold(restored, new):
-    """Three distractors would let a quarter of all strangers pass at a rate of 1 %."""
-    run, some = restored("cosine"), first(new, 3)
-    for count, known in ((1, False), (98, False), (99, True)):
-        results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": count}
-        run = run._replace(results=results)
-        assert run.threshold == (-1.0 if known else None)
-    few = run._replace(results={**run.results, "num_distractors": 98})
+    """98 distractors would let more than 1 % of all strangers pass."""
+    run = restored("knn")
+    some = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
+    results = {**run.results, predict.THRESHOLD: -1.0}
+    few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
+    assert few.threshold is None and many.threshold == -1.0
     with pytest.raises(ValueError, match=r"98 distractors cannot show .*\ngive a threshold"):
         few.identify(some)
-    assert few.identify(some, threshold=-1.0) == run.identify(some)
+    assert few.identify(some, threshold=-1.0) == many.identify(some)
     assert all(run._replace(results={"num_distractors": 0}).identify(some).values())
 
 
@@ -224,7 +195,7 @@ def test_blocks_beyond_the_memory_are_refused_before_they_are_made(train, clips,
 
 
 def test_one_clip_after_another_compiles_nothing(restored, clips, caplog):
-    run = restored("cosine")
+    run = restored("knn")
     few = [dict([item]) for item in first(clips["val"], 6).items()]
     run = run._replace(results={**run.results, "num_distractors": 0})
     for function in (run.scores, run.rank, run.identify):
@@ -234,13 +205,3 @@ def test_one_clip_after_another_compiles_nothing(restored, clips, caplog):
             again = [function(one) for one in few]
         assert not [line for line in caplog.messages if "ompiling" in line], function
         np.testing.assert_equal(again, before)
-
-
-def test_a_modality_that_the_run_does_not_read_gets_a_warning_where_one_is_missing(restored, clips):
-    run = restored("cosine")
-    assert set(run.modalities) == {"face", "head", "audio"}
-    face = next(one["face"] for one in clips["val"].values() if len(one["face"]["features"]))
-    with pytest.warns(UserWarning, match="no clip has .*audio.*aduio, which the run.*mean 'audio'"):
-        run.scores({"a": {"face": face, "head": [], "aduio": np.ones((1, 3))}})
-    with pytest.raises(ValueError, match="leave it out"):
-        run.scores({"a": {"face": face}}, split="val")

@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
-from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_npz, write_parquet
 from vidjax.data import arrays, memory, sources
-from vidjax.evaluation import predict
 
 DIM = 5
 GIVEN = [9.0, 7.0, 8.0]
@@ -76,8 +73,8 @@ def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, t
 def test_lengths_that_are_all_one_are_told_once(tmp_path):
     rng = np.random.default_rng(0)
 
-    def load(name, **faces):
-        clips = {"val": {f"c{i}": face for i, face in enumerate(faces.values())}}
+    def load(name, *faces):
+        clips = {"val": {f"c{i}": face for i, face in enumerate(faces)}}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sources.load(clips, cache_dir=tmp_path / name)
@@ -85,40 +82,8 @@ def test_lengths_that_are_all_one_are_told_once(tmp_path):
 
     x = rng.normal(size=(4, DIM)).astype(np.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    for kind in ("float32", "float16"):
-        (message,) = load(kind, one={"face": unit.astype(kind), "head": x.astype(kind)})
-        assert message.startswith("face:") and "face_quality" in message
-        assert len(message.splitlines()) <= 3
-    assert not load("own", one={"face": x})
-    assert not load("rated", one={"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
-    assert not load("single", one={"face": unit[:1]}, two={"face": unit[1]})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quality", quick_first(["norm", "given"], mark=pytest.mark.nightly))
-def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path, command):
-    """Nearest neighbours of quality-weighted means: another quality is another score."""
-    rng = np.random.default_rng(0)
-    people = rng.normal(size=(4, DIM))
-    splits, labels = {"train": {}, "val": {}}, {}
-    for split, clips in splits.items():
-        for i in range(8):
-            face = people[i % 4] + rng.normal(size=(1 + i % 5, DIM))
-            rated = {"features": face, "quality": rng.random(len(face))}
-            clips[f"{split}{i}"] = {"face": rated if i % 2 else face}
-            labels[f"{split}{i}"] = f"p{i % 4}"
-    data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality=quality)
-    words = ("--config.data.name=arrays", f"--config.data.quality={quality}")
-    config = small_runs.shrunk(*words, "--config.num_epochs=1", spec="configs/knn.py")
-    small_runs.run(config, tmp_path / "run", data)
-    run = predict.restore(tmp_path / "run", num_devices=1)
-    wanted = run.scores(data, split="val")
-    np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
-    folder, out = write_npz(tmp_path / "own", {"val": splits["val"]}), tmp_path / "ranked.tsv"
-    words = (f"--workdir={tmp_path / 'run'}", f"--input={folder / 'val'}", f"--out={out}")
-    assert command("rank", *words).code == 0
-    lines = [line.split("\t") for line in out.read_text().splitlines()[1:]]
-    for identity, ranked in run.rank(splits["val"]).items():
-        of = [(clip, float(score)) for who, _, clip, score in lines if who == identity]
-        assert [clip for clip, _ in of] == [clip for clip, _ in ranked]
-        np.testing.assert_allclose([s for _, s in of], [s for _, s in ranked], rtol=1e-5)
+    (message,) = load("both", {"face": unit.astype(np.float16), "head": x})
+    assert message.startswith("face:") and "face_quality" in message
+    assert not load("own", {"face": x})
+    assert not load("rated", {"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
+    assert not load("single", {"face": unit[:1]}, {"face": unit[1]})

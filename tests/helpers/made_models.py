@@ -4,8 +4,6 @@ import functools
 
 import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
-from jax.test_util import check_grads
 
 from tests.helpers.made_frames import make_frames
 from vidjax.core.batch import ClipInfo
@@ -64,12 +62,6 @@ def randomised(params, seed=3):
     return jax.tree.map(
         lambda p: np.asarray(p) + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params
     )
-
-
-def check_gradients(function, *args, **options):
-    """One vector for all arguments: leaf by leaf it takes seconds."""
-    flat, unravel = ravel_pytree(args)
-    check_grads(jax.jit(lambda v: function(*unravel(v))), (flat,), order=1, **options)
 
 
 # Compiled: operation by operation it takes seconds.
