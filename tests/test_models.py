@@ -116,7 +116,7 @@ def test_gate_matches_its_equation_and_leaves_missing_vectors_out():
 
 DRAW = np.random.default_rng(0).normal
 # An input, a kernel, and weights of the output.
-OPERANDS = [np.float32(DRAW(size=shape)) for shape in ((40, 30), (30, 50), (40, 50))]
+OPERANDS = [DRAW(size=shape).astype("f4") for shape in ((40, 30), (30, 50), (40, 50))]
 
 
 def apply(module, params, x, **kwargs) -> Any:

@@ -16,7 +16,6 @@ from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo, Frames
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
-from vidjax.models.plda_fit import combine_modalities
 from vidjax.models.system import TaskSpec, make_system
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import config_io
@@ -24,7 +23,7 @@ from vidjax.training import plan
 
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 5, 23
-combine = jax.jit(combine_modalities)
+combine = jax.jit(plda_fit.combine_modalities)
 log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 
@@ -131,9 +130,9 @@ def test_logits_are_those_of_the_equations():
             found = two_covariance.covariances(sums)
             space = two_covariance.make_space(found, within=0.8, between=0.5)
             enrolled = two_covariance.enrol(space, sums.count, sums.total)
-            part = frames[name]
-            shown = np.flatnonzero(part.mask.any(axis=1))
-            means = [unit(part.features[clip][part.mask[clip]].mean(axis=0)) for clip in shown]
+            features, mask = np.asarray(frames[name].features), frames[name].mask
+            shown = np.flatnonzero(mask.any(axis=1))
+            means = [unit(features[clip][mask[clip]].mean(axis=0)) for clip in shown]
             x = jnp.stack([unit(mean - centre) for mean in means])
             ratios = np.asarray(log_ratios(space, enrolled, x))
             wanted[shown] += np.where(sums.count > 0, 0.1 * ratios, -2.0)

@@ -139,6 +139,7 @@ def test_an_optimizer_that_restarts_is_two_in_a_row():
 def test_impossible_specs_and_points_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer({**SPEC, **spec}, total_steps=1)
-    for points in ((), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)):
-        with pytest.raises(ValueError, match=r"^mirrors must be .* in order"):
+    wrong: Any = ((), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),))
+    for points in wrong:
+        with pytest.raises(ValueError, match=r"^mirrors=.* must be .* in order"):
             optim.make_piecewise(points, name="mirrors")
