@@ -220,7 +220,7 @@ def test_a_sum_of_weights_rises_with_every_probability():
         np.testing.assert_allclose(found, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
 
 
-def test_trainval_is_nine_to_one_or_five_assign_folds(data):
+def test_trainval_is_nine_to_one_or_five_stratified_folds(data):
     """All three quality subsets of the residual net leave out a tenth; "other" is a class."""
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 

@@ -1,21 +1,16 @@
 """A person has one name, in whatever Unicode form it comes; similar names are reported."""
 
-import contextlib
 import shlex
-import shutil
-import sqlite3
 import unicodedata
 
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files, made_galleries
-from tests.helpers.made_galleries import answers, make, make_clip
+from tests.helpers import clip_files
+from tests.helpers.made_galleries import make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import changes
-from vidjax.apps.gallery import gallery as gallery_lib
-from vidjax.apps.gallery import store as store_lib
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.cli import program
 from vidjax.data import labels, memory
@@ -86,30 +81,9 @@ def test_a_gallery_knows_one_person_in_both_forms(gallery, say):
     assert say("gallery", "remove", *words)["removed"] == 5 and NFC not in gallery
 
 
-def persons(folder):
-    with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as file:
-        rows = file.execute("SELECT name FROM person UNION SELECT person FROM clip")
-        return {name for (name,) in rows}
-
-
-def test_a_gallery_of_an_earlier_version_still_matches(tmp_path, monkeypatch):
-    clips, folder = made_galleries.make_clips(), tmp_path / "g"
-    shown = {"x": make_clip(1, NFD), "y": make_clip(2, NFC), "z": make_clip(3, f"Ada{ZWSP}")}
-    with monkeypatch.context() as patch:  # names in the forms in which they came
-        patch.setattr(changes, "clean_identity", lambda name: name)
-        patch.setattr(unicodedata, "is_normalized", lambda *_: True)
-        patch.setattr(gallery_lib, "warn", lambda _: None)
-        make(folder, clips | shown)
-    shutil.copytree(folder, tmp_path / "copy")
-    assert persons(folder) >= {NFC, NFD, f"Ada{ZWSP}"}
-    cleaned = {name: shown[name]._replace(identity=NFC) for name in "xy"}
-    wanted = make(tmp_path / "wanted", clips | cleaned)
-    gallery = Gallery(folder)
-    assert gallery.identities[NFC] == 2 and NFD not in gallery.identities
-    assert gallery.remove(identity=f"Ada{ZWSP}") == 1  # what is there may always be removed
-    assert answers(Gallery(folder)) == answers(wanted)
-    Gallery(tmp_path / "copy").add({"new": make_clip(4, NFD)})  # the first change writes all
-    assert NFC in persons(tmp_path / "copy") and NFD not in persons(tmp_path / "copy")
+def test_a_gallery_with_a_name_in_another_form_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "clean_identity", lambda name: name)
+    refused(lambda: make(tmp_path / "g", {"x": make_clip(1, NFD)}), "is not valid")
 
 
 @pytest.mark.parametrize(("one", "other"), [
