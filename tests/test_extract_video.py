@@ -36,8 +36,10 @@ def read(path, fps=5):
 
 def refused(path, message, most_pixels=decode.MOST_PIXELS):
     """Expects that a file is refused before anything of it is decoded."""
-    with pytest.raises(UserError, match=message), decode.open_video(path, most_pixels=most_pixels):
-        pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "MOST_PIXELS", most_pixels)
+        with pytest.raises(UserError, match=message), decode.open_video(path):
+            pass
 
 
 @pytest.fixture
@@ -231,9 +233,10 @@ def test_sound_ends_where_its_time_stamps_go_back(tmp_path):
             assert video.counts.damaged == damaged
 
 
-def test_size_is_checked_before_anything_is_decoded(tmp_path, film):
+def test_size_is_checked_before_anything_is_decoded(tmp_path, film, monkeypatch):
     refused(film, "smaller", 160 * 120 - 1)
-    with decode.open_video(film, most_pixels=160 * 120) as video:
+    monkeypatch.setattr(decode, "MOST_PIXELS", 160 * 120)
+    with decode.open_video(film) as video:
         assert video.info.width == 160
         assert not video.info.sound and list(video.sound()) == []
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
@@ -242,7 +245,7 @@ def test_size_is_checked_before_anything_is_decoded(tmp_path, film):
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
-def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path):
+def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path, monkeypatch):
     """Two streams of MPEG, one after the other, are one film."""
     for name, size in (("a", 1), ("b", 4)):
         films.write(tmp_path / f"{name}.ts", [films.scene(0, 120 * size, 160 * size)] * 10)
@@ -250,7 +253,8 @@ def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path):
     path.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
     small, large = (120, 160, 3), (480, 640, 3)
     for most_pixels, wanted in ((decode.MOST_PIXELS, {small, large}), (200 * 200, {small})):
-        with decode.open_video(path, most_pixels=most_pixels) as video:
+        monkeypatch.setattr(decode, "MOST_PIXELS", most_pixels)
+        with decode.open_video(path) as video:
             frames = [frame.rgb for frame in video.frames(25)]
             assert {rgb.shape for rgb in frames if rgb is not None} == wanted
             assert (video.counts.refused > 0) == (len(wanted) == 1)

@@ -156,19 +156,13 @@ class Video:
       tell: returns the number of bytes that were read.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        file: io.FileIO | io.BytesIO,
-        container: "InputContainer",
-        most_pixels: int,
-    ):
+    def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):
         self._path, self._file, self._container = path, file, container
         self.tell = file.tell
         self._stream = _find_video_stream(path, container)
-        self._stream.codec_context.options = {"max_pixels": str(most_pixels)}
+        self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         self.info = _read_info(container, self._stream)
-        _check_size(path, self.info, most_pixels)
+        _check_size(path, self.info)
         self.counts = DecodeCounts()
 
     def frames(self, fps: float) -> Iterator[Frame]:
@@ -298,13 +292,12 @@ class Video:
 
 
 @contextlib.contextmanager
-def open_video(path: Path, *, most_pixels: int = MOST_PIXELS) -> Iterator[Video]:
+def open_video(path: Path) -> Iterator[Video]:
     """Opens a video, or a photo as a video of a single frame, in a `with` block.
 
     Args:
       path: a regular file: MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV, FLV; PNG, JPEG, WebP,
         BMP, TIFF, JPEG 2000, GIF (its first picture), HEIC or AVIF.
-      most_pixels: the largest allowed width times height of a picture.
 
     Raises:
       UserError: the file does not exist, has an unknown format, contains no picture or a too large
@@ -313,12 +306,12 @@ def open_video(path: Path, *, most_pixels: int = MOST_PIXELS) -> Iterator[Video]
     with files.open_input(path) as opened:
         head = opened.read(12)
         opened.seek(0)
-        file = _convert_heif(path, opened, most_pixels) if HEIF.match(head) else opened
-        with _open_container(path, file, most_pixels) as container:
-            yield Video(path, file, container, most_pixels)
+        file = _convert_heif(path, opened) if HEIF.match(head) else opened
+        with _open_container(path, file) as container:
+            yield Video(path, file, container)
 
 
-def _convert_heif(path: Path, file: io.FileIO, most_pixels: int) -> io.BytesIO:
+def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
     """Returns a HEIC or AVIF photo as an upright BMP file."""
     require_packages(f"'{path}', a photo in HEIC or AVIF,", "pillow_heif", extra="heif")
     import pillow_heif
@@ -328,7 +321,7 @@ def _convert_heif(path: Path, file: io.FileIO, most_pixels: int) -> io.BytesIO:
     bmp = io.BytesIO()
     try:
         with Image.open(file, formats=["HEIF", "AVIF"]) as photo:
-            _check_pixels(path, *photo.size, most_pixels)
+            _check_pixels(path, *photo.size)
             ImageOps.exif_transpose(photo).convert("RGB").save(bmp, "BMP")
     except (MemoryError, UserError):
         raise
@@ -369,13 +362,13 @@ def ends_early(seconds: float, info: Info) -> bool:
     return declared - seconds > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
 
-def _open_container(path: Path, file: io.FileIO | io.BytesIO, most_pixels: int) -> "InputContainer":
+def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer":
     require_packages(f"'{path}', a video or photo,", "av", extra="video")
     import av
     from av.error import FFmpegError
 
     # FFmpeg decodes some pictures while it opens a file, so the limit is set here, too.
-    options = {"max_pixels": str(most_pixels)}
+    options = {"max_pixels": str(MOST_PIXELS)}
     formats = ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS))
     lists = {"format_whitelist": formats, "protocol_whitelist": "none"}
     # Without the name of the file, FFmpeg cannot guess a format from it.
@@ -455,20 +448,20 @@ def _parse_duration(text: str) -> float | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
 
-def _check_size(path: Path, info: Info, most_pixels: int) -> None:
+def _check_size(path: Path, info: Info) -> None:
     if info.width < 1 or info.height < 1:
         # FFmpeg reports no size if it is above the limit.
         raise UserError(
-            f"'{path}' has pictures of unknown size, or of more than {most_pixels:,} pixels\n"
+            f"'{path}' has pictures of unknown size, or of more than {MOST_PIXELS:,} pixels\n"
             "convert it to a smaller size"
         )
-    _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height, most_pixels)
+    _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
 
 
-def _check_pixels(path: Path, width: int, height: int, most_pixels: int) -> None:
-    if width * height > most_pixels:
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
         raise UserError(
-            f"'{path}' has pictures of {width} x {height} pixels, more than {most_pixels:,}\n"
+            f"'{path}' has pictures of {width} x {height} pixels, more than {MOST_PIXELS:,}\n"
             "convert it to a smaller size"
         )
 
