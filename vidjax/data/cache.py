@@ -32,9 +32,9 @@ def digest_files(
 ) -> str:
     """Returns the sha256 of the names and contents of files. Unchanged files are not read again.
 
-    The cache stores the digest under the paths and the `_state` of the files. If a file changed
-    less than TICK_NS before this call, the digest is not stored: a second change in the same tick
-    would go unnoticed.
+    The cache stores the digest under the paths and the state of the files (`_read_file_state`). If
+    a file changed less than TICK_NS before this call, the digest is not stored: a second change in
+    the same tick would go unnoticed.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]

@@ -101,7 +101,7 @@ def find_transposed(
     In such a modality, all clips have the same T >= MIN_TRANSPOSED_RATIO * D.
 
     Args:
-      splits: as in `misspelt`.
+      splits: as in `find_misspelt`.
       widths: modality -> D.
     """
     for name, width in widths.items():

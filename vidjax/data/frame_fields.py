@@ -13,9 +13,9 @@ import numpy as np
 
 from vidjax.utils import files
 
-NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
-# Quality of a frame of your own features: `norm` is the L2 norm of the feature (`feature_norms`);
-# `given` is the quality in the file, or the norm if the file has no quality.
+NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `find_usable_rows`
+# Quality of a frame of your own features: `norm` is the L2 norm of the feature; `given` is the
+# quality in the file, or the norm if the file has no quality.
 Quality = Literal["given", "norm"]
 LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32
 

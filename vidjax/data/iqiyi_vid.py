@@ -65,7 +65,7 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> 0, because file names do not contain the width (see `sources.modalities`)."""
+        """Modality -> 0: file names do not contain the width (see `sources.read_modalities`)."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ class DrawnClips(NamedTuple):
     Attributes:
       clip_index: [B] int32.
       batch_mask: [B] bool, False for the empty rows of a short batch.
-      windows: modality of `plan.windowed` -> [B] float32 in [0, 1), see `first_frame`.
+      windows: modality of `plan.windowed` -> [B] float32 in [0, 1), see `choose_first_frame`.
     """
 
     clip_index: Array

@@ -70,7 +70,7 @@ def gather_frames(
       clip_index: [B] int32, the clips to take.
       batch_mask: [B] bool, False for rows that stay empty.
       size: T.
-      window: [B] float32, the random windows (see `first_frame`); None: the first T frames.
+      window: [B] float32, the random windows (see `choose_first_frame`); None: the first T frames.
       lazy: True for LazyFeatures, which are gathered after a fusion has chosen frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]

@@ -165,7 +165,7 @@ Pair = tuple[Column, Column]  # an identity or -1, and a count
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity of low average precision; see `measures.worst_identities`."""
+    """An identity of low average precision; see `measures.find_worst_identities`."""
 
     identity: Column
     ap: Share

@@ -1,6 +1,6 @@
 """Reads clips from shards without TensorFlow.
 
-The lengths of the clips determine the place of each value, see `shard_files.layout`.
+The lengths of the clips determine the place of each value, see `shard_files.locate_values`.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Reader:
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns the `layout` of the records at `places`."""
+        """Returns the result of `locate_values` for the records at `places`."""
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)

@@ -1,7 +1,7 @@
 """Reads and writes shards without TensorFlow, whose import takes longer than most reads.
 
 All records have the same keys in the same order (`encode` sorts them). So the lengths of the values
-determine the place of each value (`layout`).
+determine the place of each value (`locate_values`).
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.

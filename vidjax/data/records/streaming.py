@@ -173,7 +173,7 @@ def _decode(
     Args:
       fields: field -> [B] strings, the bytes of all frames of each clip.
       first: [B] int32, the first frame to take; None: all frames.
-      best: True to take the best frames of a longer clip by quality, as `clips.best_frames`.
+      best: True to take the best frames of a longer clip by quality, as `clips.choose_best_frames`.
     """
     nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}
