@@ -85,14 +85,14 @@ def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
     settings = index.backend.settings._replace(stranger=stranger)
     index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
     parts = draw(np.arange(PEOPLE - 40, PEOPLE))
-    for one, logs, (logits, has_part) in zip(
-        index.nearest(parts, 5), index.search(parts), index._compare(parts), strict=True
-    ):
-        if not has_part.any():
+    asked = index._prepare(index.backend.units(parts), [np.ones(len(x)) for x in parts])
+    found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
+    for row, (one, logs) in enumerate(found):
+        if asked.missing[:, row].all():
             assert one == (0.0, [], ()) and (logs[1:] == -np.inf).all()
             continue
-        assert logits[0] == pytest.approx(stranger + np.log(PEOPLE))
-        wanted = special.log_softmax(np.roll(logits, -1))
+        logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)
+        wanted = special.log_softmax([*logits, stranger + np.log(PEOPLE)])
         np.testing.assert_allclose(logs, np.roll(wanted, 1), rtol=1e-6, atol=1e-4)
         best = np.argsort(-wanted[:-1], kind="stable")[:5]
         assert [name for name, _ in one.best] == [index.names[n] for n in best]
@@ -100,7 +100,8 @@ def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
         np.testing.assert_allclose(logs, wanted[[-1, -1, *best]], rtol=1e-6, atol=1e-6)
 
 
-def test_equal_people_are_in_the_order_of_names():
+def test_equal_people_are_in_the_order_of_names(monkeypatch):
+    monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", 40)
     index, draw = make(np.random.default_rng(0), {"face": 32, "audio": 8}, scale=1.0, spread=0.3)
     face, audio = draw(np.array([5]), lacks=0)
     same = np.tile(np.concatenate([face, audio], axis=1), (3, 1))

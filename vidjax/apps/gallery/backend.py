@@ -4,9 +4,9 @@ A clip has a vector in each of M parts. The parts are the modalities of a PLDA r
 the single embedding of another run. `fit` stores sums over the vectors of labelled clips, but no
 vector.
 
-A clip is compared with all people by matrix products in float64. So answers agree to 1e-6 for any
-order and number of people and clips. The formulas are the same as in
-`models.plda_fit.combine_modalities` and `losses.log_softmax`.
+A clip is compared with all people by matrix products in float32. The most probable people are then
+compared in float64. So answers agree to 1e-6 for any order and number of people and clips. The
+formulas are the same as in `models.plda_fit.combine_modalities` and `losses.log_softmax`.
 """
 
 import contextlib
@@ -28,12 +28,16 @@ from vidjax.utils.machine import num_cores
 if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
 
-MAX_QUERY_CLIPS = 32  # clips that are compared together
+MAX_QUERY_CLIPS = 64  # clips that are compared together
+MAX_PAIRED_NUMBERS = 1 << 20  # numbers of vectors that are multiplied pair by pair at once
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change joins smaller blocks
 # We assume that 10 % of voices belong to a person off screen while a face is seen.
 MAX_VOICE_RATIO = np.log(9)
-TIE_DIGITS = 9  # people whose log probabilities have these decimals in common are ordered by name
+NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
+MAX_LOGIT_ERROR = 1e-3  # above the rounding error of a float32 logit
+MAX_FINE_PEOPLE = 4096  # people that tie with the k-th person; more tie only without any evidence
+PEAK_PEOPLE = 32  # people whose best logit is used to bound the k-th highest logit
 
 
 class Part(NamedTuple):
@@ -306,6 +310,20 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x @ y
 
 
+class _Queries(NamedTuple):
+    """Q clips, prepared for the comparison with people.
+
+    Attributes:
+      coordinates: M arrays [Q, D] float64; 0 for a missing part.
+      terms: M arrays [Q, ...] float64, further numbers of a clip for the scorer of the part.
+      missing: [M, Q] bool, True if a clip lacks the part.
+    """
+
+    coordinates: list[np.ndarray]
+    terms: list[np.ndarray]
+    missing: np.ndarray
+
+
 class Ratios:
     """The log-likelihood ratios of N people in a part of PLDA, see `two_covariance.Enrolled`.
 
@@ -325,15 +343,30 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what `compare` needs of Q clips, whose unit vectors are [Q, D]."""
+        """Returns the coordinates [Q, D] and the constants [Q, kinds] of clips.
+
+        `units` are the unit vectors [Q, D] of the clips.
+        """
         del effective
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 
-    def compare(self, clips: tuple[np.ndarray, ...], linear: np.ndarray, rows: slice) -> np.ndarray:
-        """Returns the ratios [Q, P] of clips and the people `rows`, whose `linear` is [P, D]."""
-        z, curve = clips
-        return z @ linear.T + self._constant[rows] + curve[:, self.kind[rows]]
+    def finish(
+        self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
+    ) -> None:
+        """Adds the constants of people and clips to products, in place.
+
+        Args:
+          ratios: products of the coordinates of clips and `People.linear`. Afterwards they are
+            log-likelihood ratios.
+          rows: the people of `ratios`.
+          owner: the clip of each element of `ratios`.
+          terms: the constants of all clips, from `ask`.
+        """
+        ratios += self._constant[rows].astype(ratios.dtype)
+        # Often all people have the same number of clips.
+        column = 0 if terms.shape[1] == 1 else self.kind[rows]
+        ratios += terms.astype(ratios.dtype)[owner, column]
 
 
 class DistanceRatios:
@@ -367,8 +400,8 @@ class DistanceRatios:
         least = distance.MIN_SQUARE * distances.within
         return np.array([distances.same, distances.different, least, constant, slope])
 
-    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns what `compare` needs of Q clips.
+    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the coordinates and terms of Q clips.
 
         `units` are means [Q, D] of unit vectors, and `effective` [Q] their effective numbers.
         """
@@ -377,16 +410,25 @@ class DistanceRatios:
         square = np.vecdot(x, x)
         variance = distances.between + noise + self.population.variance
         new = distance.stranger_log_density(distances, square, variance)
-        return x, x @ self.population.mean, square, noise, new
+        return x, np.stack([x @ self.population.mean, square, noise, new], axis=1)
 
-    def compare(self, clips: tuple[np.ndarray, ...], linear: np.ndarray, rows: slice) -> np.ndarray:
-        """Returns the ratios [Q, P] of clips and the people `rows`, whose `linear` is [P, D]."""
-        x, *numbers = clips
-        across, square, noise, new = (number[:, None] for number in numbers)
+    def finish(
+        self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
+    ) -> None:
+        """Turns products into log-likelihood ratios, in place; see `ProductRatios.finish`."""
+        kind = ratios.dtype
+        across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
+        share, radius, variance = (
+            x[rows].astype(kind) for x in (self.share, self.radius, self.variance)
+        )
+        ratios -= across
+        ratios *= -2 * share
+        ratios += radius
+        ratios += square
         if np.all(noise == noise[:1]):  # true for single clips: fewer logarithms are computed
             noise = noise[:1]
-        gap = square + self.radius[rows] - 2 * self.share[rows] * (x @ linear.T - across)
-        return distance.person_log_density(self._distances, gap, self.variance[rows] + noise) - new
+        ratios[...] = distance.person_log_density(self._distances, ratios, variance + noise)
+        ratios -= new
 
 
 class Index:
@@ -445,8 +487,11 @@ class Index:
         `parts` are M arrays [Q, D], 0 for a missing part. For a clip without any part, a new person
         has probability 1.
         """
-        for logits, _ in self._compare(parts):
-            yield log_softmax(logits)
+        for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
+            wide = np.empty(1 + len(logits))
+            wide[0], wide[1:] = new, logits
+            wide[1 + rows] = fine
+            yield log_softmax(wide)
 
     def nearest(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
@@ -456,29 +501,29 @@ class Index:
         A clip without any part has no best people. If `owner` [Q] int is given, it assigns the
         clips to G groups, and each group gets an answer.
         """
-        for logits, has_part in self._compare(parts, owner):
-            logs = log_softmax(logits)
-            people = logs[1:]
-            rows = self._find_best(people, k)
-            common = has_part & (self.counts[:, rows[0]] > 0) if rows else []
+        for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
+            top = max(new, fine.max(initial=-np.inf))
+            weights = np.subtract(logits, np.float32(top), out=logits)
+            np.exp(weights, out=weights)
+            weights[rows] = 0
+            rest = weights.sum(dtype=np.float64)
+            others = top + np.log(rest) if rest else -np.inf
+            logs = log_softmax(np.array([new, *fine, others]))
+            pairs = zip(logs[1:-1].tolist(), rows.tolist(), strict=True)
+            best = sorted((-log, self.names[row], row) for log, row in pairs if log > -np.inf)[:k]
+            common = has_part & (self.counts[:, best[0][2]] > 0) if best else []
             compared = tuple(self.backend.parts[number].name for number in np.flatnonzero(common))
-            best = [(self.names[row], float(people[row])) for row in rows]
-            yield Nearest(float(logs[0]), best, compared)
+            yield Nearest(float(logs[0]), [(name, -log) for log, name, _ in best], compared)
 
-    def _find_best(self, logs: np.ndarray, k: int) -> list[int]:
-        """Returns the rows of the k highest of N logarithms that are not -inf, the highest first.
+    def _compared(
+        self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields for each clip (new, logits, rows, fine, has_part).
 
-        Ties, except for rounding, are in the order of names.
+        `new` is the logit of a new person, and `logits` [N] float32 are the logits of all people.
+        `rows` [R] are the k or more most probable people, and `fine` [R] float64 their logits.
+        `has_part` is [M] bool.
         """
-        k = min(k, len(logs))
-        least = np.partition(logs, -k)[-k] - 10.0**-TIE_DIGITS if k else 0.0
-        rows = np.flatnonzero((logs >= least) & (logs > -np.inf)).tolist()
-        return sorted(rows, key=lambda row: (-round(logs[row], TIE_DIGITS), self.names[row]))[:k]
-
-    def _compare(
-        self, parts: Sequence[np.ndarray], owner: np.ndarray | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the logits [1 + N] of each clip, as in `search`, and the parts that it has [M]."""
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
         effective = [np.ones(len(x)) for x in units]
@@ -486,17 +531,16 @@ class Index:
             units, effective = self._groups(units, owner)
         for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
             chosen = slice(at, at + MAX_QUERY_CLIPS)
-            has_part = np.array([x[chosen].any(axis=1) for x in units])  # [M, Q]
-            clips = [
-                scorer.ask(x[chosen], count[chosen])
-                for scorer, x, count in zip(self.scorers, units, effective, strict=True)
-            ]
-            score = functools.partial(self._score_block, clips, has_part)
-            with _one_thread():
-                blocks = [*_threads().map(score, range(len(self.blocks)))]
-            logits = np.concatenate([np.full((has_part.shape[1], 1), new), *blocks], axis=1)
-            logits[~has_part.any(axis=0), 1:] = -np.inf
-            yield from zip(logits, has_part.T, strict=True)
+            queries = self._prepare([x[chosen] for x in units], [n[chosen] for n in effective])
+            logits = self._logits(queries)
+            logits[queries.missing.all(axis=0)] = -np.inf
+            best = [self._best_rows(row, max(k, NUM_FINE_PEOPLE)) for row in logits]
+            clip = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
+            fine = self._logits_of(np.concatenate(best), clip, queries)
+            ends = np.cumsum([len(rows) for rows in best])[:-1]
+            each = zip(logits, best, np.split(fine, ends), ~queries.missing.T, strict=True)
+            for clip_logits, rows, clip_fine, has_part in each:
+                yield new, clip_logits, rows, clip_fine, has_part
 
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
@@ -512,30 +556,100 @@ class Index:
             effective.append(distance.effective_count(part.distances, count, square))
         return means, effective
 
-    def _score_block(
-        self, clips: Sequence[tuple[np.ndarray, ...]], has_part: np.ndarray, place: int
-    ) -> np.ndarray:
-        """Returns the logits [Q, P] of the people of a block.
+    def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
+        """Prepares clips for the comparison; M arrays of mean unit vectors and clip numbers."""
+        coordinates, terms = [], []
+        for scorer, x, k in zip(self.scorers, units, effective, strict=True):
+            z, more = scorer.ask(x, k)
+            coordinates.append(np.where(x.any(axis=1, keepdims=True), z, 0))
+            terms.append(more)
+        return _Queries(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
 
-        `clips` are the results of the scorers' `ask` for Q clips. `has_part` is [M, Q] bool.
+    def _logits(self, queries: _Queries) -> np.ndarray:
+        """Returns the logits of all people for Q clips, [Q, N] float32."""
+        narrow = [x.astype(np.float32) for x in queries.coordinates]
+        owner = np.arange(len(narrow[0]))[:, None]
+        logits = np.empty((len(owner), len(self.names)), np.float32)
+
+        def score(place: int) -> None:
+            rows = slice(self._ends[place], self._ends[place + 1])
+            linear = self.blocks[place].linear
+            first = np.matmul(narrow[0], linear[0].T, out=logits[:, rows])
+            others = [x @ people.T for x, people in zip(narrow[1:], linear[1:], strict=True)]
+            self._add_up([first, *others], rows, owner, queries)
+
+        with _one_thread():
+            list(_threads().map(score, range(len(self.blocks))))
+        return logits
+
+    def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
+        """Returns the logits [R] float64 of the people in `rows` [R] for the clips `owner` [R]."""
+        places = np.searchsorted(self._ends, rows, side="right") - 1
+        products = [np.zeros(len(rows)) for _ in queries.coordinates]
+        for place in np.unique(places).tolist():
+            pairs = np.flatnonzero(places == place)
+            for product, x, linear in zip(
+                products, queries.coordinates, self.blocks[place].linear, strict=True
+            ):
+                size = max(MAX_PAIRED_NUMBERS // linear.shape[1], 1)
+                for some in np.split(pairs, range(size, len(pairs), size)):
+                    people = rows[some] - self._ends[place]
+                    product[some] = np.vecdot(linear[people], x[owner[some]])
+        return self._add_up(products, rows, owner, queries)
+
+    def _add_up(
+        self,
+        products: Sequence[np.ndarray],
+        rows: slice | np.ndarray,
+        owner: np.ndarray,
+        queries: _Queries,
+    ) -> np.ndarray:
+        """Returns the logits of R people from products of clips and coefficients.
+
+        Args:
+          products: M arrays, [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The
+            first array is overwritten by the logits.
+          rows: the row numbers of the R people.
+          owner: the row numbers of the clips, [Q, 1] for all pairs, or [R] for R pairs.
+          queries: the clips.
         """
-        rows = slice(self._ends[place], self._ends[place + 1])
-        total = np.zeros((has_part.shape[1], len(self.blocks[place].names)))
-        several = has_part.sum(axis=0)[:, None] > 1
-        for number, part in enumerate(self.backend.parts):
-            linear = self.blocks[place].linear[number]
-            ratios = self.scorers[number].compare(clips[number], linear, rows)
+        several = (np.sum(~queries.missing, axis=0) > 1)[owner]
+        for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
+            self.scorers[number].finish(ratios, rows, owner, queries.terms[number])
             if part.may_be_offscreen:
                 np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO, out=ratios, where=several)
             unenrolled = self.counts[number, rows] == 0
-            np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)
-            total += np.where(has_part[number][:, None], ratios, 0)
+            if unenrolled.any():
+                np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)
+            if queries.missing[number].any():
+                np.copyto(ratios, 0, where=queries.missing[number][owner])
+        total = products[0]
+        for ratios in products[1:]:
+            total += ratios
         return total
 
     @functools.cached_property
     def _ends(self) -> list[int]:
         """The row of the first person of every block, and the number of people."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
+
+    def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """Returns the sorted rows of the k highest of N logits.
+
+        Rows of logits that may be as high, except for rounding, are included.
+        """
+        k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
+        if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
+            return np.zeros(0, int)
+        peaks = (
+            logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
+            if k <= count
+            else logits
+        )
+        rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - MAX_LOGIT_ERROR)
+        if len(rows) > MAX_FINE_PEOPLE:
+            rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])
+        return rows
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
