@@ -1,7 +1,7 @@
 """Evaluation steps: scores, embeddings and attention of a member, and means of scores.
 
-Every step maps (params, model_state, view, batch) to an array with a row for each of B clips. The
-view, [] int32, is the chunk of the features that is hidden from the member, or -1 if none is.
+Every step maps (params, model_state, hidden_chunk, batch) to an array with a row for each of B
+clips. `hidden_chunk`, [] int32, is the chunk of the features that is hidden from the member, or -1.
 """
 
 import functools
@@ -21,13 +21,13 @@ from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
 from vidjax.models.system import System
 
-# (params, model_state, view [] int32, batch) of a member -> [B, ...]
+# (params, model_state, hidden_chunk [] int32, batch) of a member -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
 ROWS_AT_ONCE = 256  # most examples of all clips together that an exported function computes at once
 
 
 def eval_step(
-    system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
+    system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array:
     """Computes the scores of a member for all class columns, [B, K].
 
@@ -50,12 +50,12 @@ def eval_step(
         return sum_scores(total)
 
     logs, reduce = system.scores_are_logs, system.config["eval"]["reduce"]
-    scores = _reduce_examples(system, view, batch, scores_of, logs=logs, reduce=reduce)
+    scores = _reduce_examples(system, hidden_chunk, batch, scores_of, logs=logs, reduce=reduce)
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
 def embed_step(
-    system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
+    system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array:
     """Computes the embeddings of a member, [B, D] float32, averaged over the examples of a clip.
 
@@ -70,20 +70,20 @@ def embed_step(
         is_single = output.logits.shape[1] == 1
         return unit_vectors(output.embedding) if is_single else output.embedding
 
-    vectors = _reduce_examples(system, view, batch, embedding_of, logs=False, reduce="mean")
+    vectors = _reduce_examples(system, hidden_chunk, batch, embedding_of, logs=False, reduce="mean")
     usable = _is_usable(system, batch)[:, None]
     return jnp.where(usable, vectors, 0.0).astype(jnp.float32)
 
 
 def attention_step(
-    system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
+    system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array | None:
     """Computes `ModelOutput.attention` of a member, [B, M, M] float32.
 
     Returns None if the model has no attention. The model must take all fused frames of a clip as a
     single example.
     """
-    fused = system.fuse(None, batch.frames, view)
+    fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
         mask = batch.batch_mask[:, None]
         return _make_forward(system, params, model_state, batch)(fused, mask).attention
@@ -116,7 +116,7 @@ def _is_usable(system: System, batch: Batch) -> Array:
 
 def _reduce_examples(
     system: System,
-    view: Array,
+    hidden_chunk: Array,
     batch: Batch,
     values_of: Callable[[Mapping[str, Frames], Array], Array],
     *,
@@ -129,7 +129,7 @@ def _reduce_examples(
     [B G, K]. `reduce` is `mean` or `max`. If `logs` is True, the values are logarithms, and their
     mean is the logarithm of the mean exponential.
     """
-    fused = system.fuse(None, batch.frames, view)
+    fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
         if not system.frame_is_example:
             return values_of(fused, batch.batch_mask[:, None])
@@ -198,8 +198,9 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
     """
     num_identities = system.task.num_identities
 
-    def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
-        return eval_step(system, params, model_state, view, batch)[:, 1 : 1 + num_identities]
+    def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
+        scores = eval_step(system, params, model_state, hidden_chunk, batch)
+        return scores[:, 1 : 1 + num_identities]
 
     return _shard_rows(step, mesh)
 
@@ -207,8 +208,8 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
     """Compiles a step that returns the best class column of every clip, [B] int32."""
 
-    def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
-        scores = eval_step(system, params, model_state, view, batch)
+    def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
+        scores = eval_step(system, params, model_state, hidden_chunk, batch)
         return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
 
     return _shard_rows(step, mesh)
@@ -223,14 +224,16 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     """Compiles a step so that every device runs it on a part of the rows."""
     whole = PartitionSpec()
 
-    def on_each(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
+    def on_each(
+        params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
+    ) -> Array:
         return jax.shard_map(
             step,
             mesh=mesh,
             in_specs=(whole, whole, whole, devices.batch_specs(batch)),
             out_specs=PartitionSpec("data"),
             check_vma=False,
-        )(params, model_state, view, batch)
+        )(params, model_state, hidden_chunk, batch)
 
     return jax.jit(on_each, out_shardings=devices.row_layout(mesh))
 

@@ -345,8 +345,8 @@ class Predictor(NamedTuple):
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
             for part, block in zip(parts, blocks, strict=True):
-                view = jnp.int32(member.view)
-                part.append(np.asarray(self.embed_fn(params, model_state, view, block)))
+                hidden_chunk = jnp.int32(member.view)
+                part.append(np.asarray(self.embed_fn(params, model_state, hidden_chunk, block)))
         return [np.concatenate(part, axis=1) for part in parts]
 
 

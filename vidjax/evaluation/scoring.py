@@ -84,8 +84,8 @@ class ModelScorer:
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
-            view = jnp.int32(model.training_sets.members[0].view)
-            scores = [model.eval_step(*self._single, view, block) for block in blocks]
+            hidden_chunk = jnp.int32(model.training_sets.members[0].view)
+            scores = [model.eval_step(*self._single, hidden_chunk, block) for block in blocks]
         else:
             scores = self._mean_scores(blocks, rankings)
         few = 0 < count < scores[0].shape[1]

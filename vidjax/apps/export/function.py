@@ -34,7 +34,7 @@ UNEVEN_LENGTH = 6  # frames of an additional clip, whose last modality has a sin
 LARGEST = 1 << 31  # bytes of a file with a program, the limit of protocol buffers and flat buffers
 
 Inputs = Mapping[str, Array]
-Member = tuple[Any, Any, Array]  # parameters, other collections, view
+Member = tuple[Any, Any, Array]  # parameters, other collections, hidden chunk
 Outputs = dict[str, Array]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # variable sizes are symbols
 
@@ -138,7 +138,7 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 
 
 def get_members(run: Predictor) -> list[Member]:
-    """Returns the parameters, the other collections and the view of each member."""
+    """Returns the parameters, the other collections and the hidden chunk of each member."""
     weights = run.params, run.model_state
     return [
         (*jax.device_get(ensemble.take(weights, number)), jnp.int32(member.view))
@@ -150,8 +150,8 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
     """Computes the mean scores of all members, [B, C], like `ModelScorer`."""
     system, count = run.system, len(run.identities)
     each = [
-        eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
-        for params, state, view in members
+        eval_step.eval_step(system, params, state, hidden_chunk, batch)[:, 1 : 1 + count]
+        for params, state, hidden_chunk in members
     ]
     scores = each[0]
     if len(each) > 1:
@@ -168,8 +168,8 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     """Computes the unit vectors [B, D] of `Predictor.embed`."""
     parts = [
-        eval_step.embed_step(run.system, params, state, view, batch)
-        for params, state, view in members
+        eval_step.embed_step(run.system, params, state, hidden_chunk, batch)
+        for params, state, hidden_chunk in members
     ]
     vectors = jnp.concatenate(parts, axis=1)
     norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)

@@ -106,7 +106,7 @@ def measure_quality_and_attention(
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
-    view = jnp.int32(model.training_sets.members[0].view)
+    hidden_chunk = jnp.int32(model.training_sets.members[0].view)
     step = jax.jit(functools.partial(eval_step_lib.attention_step, model.system))
     attention = attention and not model.system.frame_is_example
     total = None
@@ -117,7 +117,7 @@ def measure_quality_and_attention(
     )
     for block in blocks:
         frames = block.frames[model.modalities[0]]
-        attended = step(params, model_state, view, block) if attention else None
+        attended = step(params, model_state, hidden_chunk, block) if attention else None
         given, mask, clips, real, attended = devices.fetch(
             (frames.quality, frames.mask, block.clip_index, block.batch_mask, attended)
         )
