@@ -39,6 +39,7 @@ from vidjax.apps.serve import served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
+from vidjax.utils import errors
 from vidjax.utils.errors import UserError
 
 SMALL = Limits(
@@ -331,6 +332,36 @@ def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, folder, caplo
         told(503, "GET", "/identities")
 
 
+WORDS = (  # of errors that have a status of their own, in names that a client chooses
+    "is in use by another process", "has nobody enrolled", "no such name", "is enrolled",
+    "is damaged: put back a copy", "cannot be changed", "No space left on device", "{folder}/x",
+)  # fmt: skip
+
+
+def test_the_status_of_an_error_does_not_come_from_the_words_of_a_client(folder, caplog):
+    with Inside(Gallery(folder)) as one:
+        for number, words in enumerate(WORDS):
+            name = f"Secret {words.format(folder=folder)}"
+            clips = servers.as_json({name: servers.make_frames(8000 + number, "Eve")})
+            for identity, status in ((f"Eve {words}", 200), (f"Bo {words}", 422)):
+                body = {"clips": clips, "identity": identity}
+                assert one.ask("POST", "/enrol", body)[0] == status
+            for kind in ("clips", "identities"):
+                path = f"/{kind}/{quote(f'Ada {name}', safe='')}"
+                assert one.ask("DELETE", path)[0] == 404
+        metrics = one.ask("GET", "/metrics")[1].decode()
+    assert 'code="404",route="/identities/{name}"' in metrics
+    for word in ("Eve", "Bo ", "Ada", "Secret"):
+        assert word not in caplog.text + metrics
+
+
+def test_a_server_suggests_nobody(inside, monkeypatch):
+    """Comparing long names took minutes, while the gallery was locked."""
+    monkeypatch.setattr(errors.difflib, "get_close_matches", None)
+    for path in ("/identities/persn%203", "/clips/clp%2030"):
+        assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
+
+
 def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
     def clip(**fields):
         return {"clips": [{"clip": "a", "face": [[0.5] * 8], **fields}]}
@@ -516,6 +547,21 @@ def test_a_full_queue_says_when_to_try_again():
         changes.stop()
 
     asyncio.run(run())
+
+
+def test_liveness_is_told_while_programs_compile(people, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
+    one = Inside(people)
+    one.thread.start()
+    try:
+        assert one.ask("GET", "/v2/health/live")[0] == 200
+        for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
+            status, answer = one.ask("GET", path)
+            assert status == 503 and "compiling" in answer["error"]
+    finally:
+        go.set()
+        one.__exit__()
 
 
 def test_a_removal_is_answered_after_all_that_was_begun_before():
