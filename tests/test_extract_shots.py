@@ -95,8 +95,10 @@ def test_a_fade_through_black_is_one_cut_where_the_next_shot_appears(steps):
         out, back = fade(one[-1:], steps), fade(two[:1], steps)[::-1]
         found = cuts(filmed(rng, one, out, back, two))
         assert len(found) == 1 and abs(found[0] - 40 - steps) <= 3 + steps / 3
-        # A fade out at the end is no shot.
-        assert cuts(filmed(rng, one, fade(one[-1:], 20), np.zeros((30, 36, 64, 3)))) == []
+        # A fade out at the end and black frames are no shots.
+        black = np.zeros((30, 36, 64, 3))
+        assert cuts(filmed(rng, one, fade(one[-1:], 20), black)) == []
+        assert cuts(filmed(rng, black, one)) == [30]
 
 
 @pytest.mark.parametrize("steps", quick_first([15, 8, 25], mark=nightly))

@@ -95,6 +95,32 @@ def test_no_track_goes_over_a_cut():
     assert last.ends == [*last.times[1:], 3.9]
 
 
+def test_people_change_in_the_middle_of_a_dissolve():
+    """It lasts from 1 to 2 s: the first one is seen until 1.8, the second one from 1.2 on."""
+    tracker, main = tracks.Tracker(), tracks.MainFigures()
+    other = np.array([[200, 10, 260, 70]])
+    for n in range(20):
+        if n == 10:
+            for each in (tracker, main):
+                each.cut(1.5)
+        tracker.update(n / 5, BOX if n < 6 else other if n > 8 else np.concatenate([BOX, other]))
+        main.update(n / 5, BOX)
+    for each in (tracker, main):
+        each.cut(3.9)
+        first, last = each.take_ended()
+        assert (first.shot, first.times[0], first.times[-1], first.ends[-1]) == (0, 0.0, 1.4, 1.5)
+        assert len(first.times) == len(first.ends) == 8
+        assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
+
+
+def test_parts_of_a_track_have_its_sightings():
+    track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
+    parts = track.split([0.6, 1.2])
+    assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
+    assert [part.ends for part in parts] == [[0.4, 0.6], [1.2], [2.0]]
+    assert {(part.number, part.shot) for part in parts} == {(3, 7)}
+
+
 def test_a_single_detection_is_a_track_if_its_picture_is_held():
     for held_s, wanted in ((0.2, []), (0.5, [([1.0], [1.5])]), (4.0, [([1.0], [5.0])])):
         tracker = tracks.Tracker()

@@ -114,6 +114,13 @@ def test_photos_are_shown_upright(tmp_path, ending, orientation):
     assert rgb.shape == wanted.shape and np.abs(rgb.astype(int) - wanted).mean() < 6
 
 
+def test_the_first_picture_of_a_gif_is_a_photo(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pictures = [image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    assert red(films.read_photo(tmp_path / "a.gif")) == (True, False, False, False)
+
+
 def test_a_damaged_or_large_photo_of_a_phone_is_refused(tmp_path):
     """FFmpeg would show its tiles as frames of a film."""
     pytest.importorskip("pillow_heif").register_heif_opener()

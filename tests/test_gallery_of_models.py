@@ -1,13 +1,18 @@
 """Galleries that cards of models make, without a run: friends, strangers, groups, times."""
 
+import os
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tests.helpers import embeddings, made_nets
+from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances
+from vidjax.apps.video import appearances, cards
 from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
 from vidjax.data.memory import MemoryClips
 
@@ -51,6 +56,26 @@ def models(tmp_path):
     back_end = made_nets.back_end(SAME, DIFFERENT, WIDTH)
     made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=back_end)
     return tmp_path / "models"
+
+
+@pytest.mark.parametrize(("photos", "least"), [(1, 0.85), (3, 0.93)])
+def test_five_friends_are_named_and_strangers_are_not(photos, least):
+    pairs: Any = {"same": SAME, "different": DIFFERENT, "pairs": (134, 5119), "data": "made"}
+    card = cards.BackEnd(centre=[0.0] * WIDTH, **pairs)
+    right, named, wrong = [], [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1)[:, 0]
+        found = backend.make_card_backend({"face": card})
+        names, owner = [f"friend {n}" for n in range(5)], np.repeat(np.arange(5), photos)
+        people = found.enrol(names, friends[:, :photos].reshape(-1, WIDTH), owner)
+        asked = np.concatenate([friends[:, photos:].reshape(-1, WIDTH), strangers])
+        logs = np.array(list(backend.Index(found, [people]).search([asked])))[:, 1:]
+        sure, hit = np.exp(logs.max(1)) > 0.5, logs[:30].argmax(1) == np.repeat(np.arange(5), 6)
+        right.append(sure[:30] & hit)
+        wrong.append(sure[:30] & ~hit)
+        named.append(sure[30:])
+    assert np.mean(right) >= least and np.mean(named) <= 0.02 and np.mean(wrong) <= 0.01
 
 
 @pytest.fixture
@@ -287,3 +312,14 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
+    path.unlink()
+    answers_lib.write_groups(path, {"-x": "unknown 1"})
+    text = path.read_text()
+    assert "'-x\tunknown 1" in text  # guarded against formulas
+    path.write_text(text.replace("unknown 1", '"Zo\u00eb ""Z"" K"'))
+    assert answers_lib.read_groups(path) == {"-x": 'Zo\u00eb "Z" K'}
+    os.mkfifo(tmp_path / "pipe")
+    refused(lambda: answers_lib.read_groups(tmp_path / "pipe"), "pipe")
+    for wrong in (b"a\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"):
+        path.write_bytes(wrong)
+        assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000

@@ -24,7 +24,7 @@ from tests.helpers.small_runs import (
 )
 from vidjax.core import devices
 from vidjax.runs import checkpoint, config_io, signals
-from vidjax.utils import messages
+from vidjax.utils import files, messages
 
 # Where a save fails, threads of Orbax complain after it to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -91,6 +91,20 @@ def test_random_damage_is_never_restored(tmp_path, campaign):
             assert step == wanted and (step == order[0] or warned), trial
         shutil.rmtree(workdir)
     assert found_steps == {3, 8, None}
+
+
+def test_a_manifest_with_a_null_or_a_size_out_of_range_is_damaged(tmp_path):
+    folder = tmp_path / "checkpoints" / "3"
+    (folder / "state").mkdir(parents=True)
+    entries = {"step": 3, "files": {}, "arrays": {}, "num_clusters": None, "num_identities": 2}
+    files.write_manifest(folder / "manifest.json", entries)
+    assert checkpoint.read_manifest(folder) == entries
+    wrong = [("num_identities", None), ("evaluated", None), ("num_clips", 0)]
+    for name, value in (*wrong, ("num_clusters", 1 << 40), ("modalities", {"f": 0})):
+        files.write_manifest(folder / "manifest.json", {**entries, name: value})
+        with pytest.raises(checkpoint.DamagedError, match=name):
+            checkpoint.read_manifest(folder)
+        assert checkpoint.manifests(tmp_path) == {}
 
 
 def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
@@ -190,6 +204,12 @@ def test_what_gives_a_checkpoint_its_meaning_is_verified(evaluate, finished):
         assert str(finished / name) in evaluate(finished)
         assert (finished / "ranking.txt").read_bytes() == ranking
         (finished / name).write_bytes(before)
+    manifests = checkpoint.manifests(finished)
+    for name in ("members_sha256", "config", "modalities"):
+        for step, manifest in manifests.items():
+            lacking = {key: value for key, value in manifest.items() if key != name}
+            files.write_manifest(finished / "checkpoints" / str(step) / "manifest.json", lacking)
+        assert f"has no entry '{name}'" in evaluate(finished)
 
 
 @pytest.mark.slow

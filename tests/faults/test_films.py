@@ -173,6 +173,23 @@ def test_odd_names_of_files_are_kept_apart_and_printable(drawn, read_here):
     assert all(outcome.kept for outcome in again), "another order of the files"
 
 
+def test_names_of_people_are_escaped_in_every_format_or_refused(drawn, read_here):
+    for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # no file can hold them
+        write_photo(drawn.friends / name / "1.png", ("Ada", 40, 40))
+        _, said = drawn.who(drawn.film(), code=2)
+        assert len(said.splitlines()) <= 3 and not drawn.out.exists()
+        shutil.rmtree(drawn.friends)
+    people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
+    for name, colour in people.items():
+        write_photo(drawn.friends / name / "1.png", (colour, 40, 40))
+    assert {*drawn.who(drawn.film())[0]["people"]} == {*people}
+    page, table = (drawn.out / f"names.{kind}" for kind in ("html", "tsv"))
+    assert page.read_text().count("<script") == 1 and "\t'=cmd()\t" in table.read_text()
+    text = (drawn.out / "subtitles" / "party.vtt").read_text()
+    assert all(line.count("-->") == (":" in line) for line in text.splitlines())
+    assert "<" not in text and "--&gt;" in text and "&amp;" in text
+
+
 FILM = {
     "format": 3, "video": "x.mp4",
     "source": {"address": "/x.mp4", "size": 1, "mtime_ns": 0, "inode": 1},

@@ -21,6 +21,8 @@ from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data import labels as labels_lib
 from vidjax.data.checks import find_misspelt, find_unusable
 from vidjax.data.clips import Split
+from vidjax.data.frame_fields import compute_feature_norms
+from vidjax.data.records import data_report
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config as config_lib
@@ -109,6 +111,27 @@ def test_values_beyond_float32_are_left_out_and_counted(tmp_path):
     assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
     with pytest.raises(ValueError, match="frame 1 is not finite"):
         sources.load(clips, LABELS, cache_dir=tmp_path / "2", non_finite="error")
+
+
+def test_norms_and_histograms_of_odd_features_are_finite():
+    for value, norm in ((1e30, 2e30), (1e-30, 2e-30), (3e38, 3.4028235e38)):
+        norms = compute_feature_norms(np.full((3, 4), value, np.float32))
+        np.testing.assert_allclose(norms, norm, rtol=1e-6)
+    for value in (0.0, 1e-40, -1e30, 3e38):
+        found = data_report._make_histogram(np.full(7, value, np.float32))
+        assert sum(found["counts"]) == 7 and np.all(np.diff(found["edges"]) > 0)
+
+
+def test_the_digest_of_data_depends_on_frames_and_labels_alone(tmp_path):
+    def digest(clips, labels, cache):
+        return sources.load(clips, labels, cache_dir=tmp_path / cache).report["data"]["digest"]
+
+    first = digest(make_clips(), LABELS, "a")
+    assert digest(make_clips(), LABELS, "b") == first
+    assert digest(make_clips(lambda x: x + 1), LABELS, "a") != first
+    assert digest(make_clips(), LABELS | {"val0": "p1"}, "a") != first
+    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path / "a")
+    assert data.with_identities(["p2", "p1", "p0"]).report["data"] == data.report["data"]
 
 
 def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last():

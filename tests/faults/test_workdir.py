@@ -40,6 +40,15 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(say, tmp_path):
             assert (tmp_path / ".lock").read_text().rstrip() == f"process {os.getpid()} {here}"
 
 
+def test_a_file_that_cannot_be_written_keeps_what_it_was(tmp_path):
+    path = tmp_path / "metrics.json"
+    files.write_text(path, "old")
+    with file_limit(10), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
+        files.write_text(path, 100 * "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
 def line_of(step, split=None):
     values = {"step": step, "split": split} if split else {"step": step, "loss": step}
     return json.dumps(values) + "\n"

