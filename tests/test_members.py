@@ -76,6 +76,14 @@ def test_membership_goes_by_name_and_survives_the_disk(tmp_path):
         ensemble.load(tmp_path)
 
 
+def test_a_view_lacks_its_chunk():
+    features = np.arange(2 * 512).reshape(2, 512)
+    for view in (0, 1, 15):
+        found = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
+        wanted = np.delete(features, np.s_[32 * view : 32 * (view + 1)], axis=1)
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("logs", [True, False])
 def test_scores_combine_as_means(logs):
     rng = np.random.default_rng(0)

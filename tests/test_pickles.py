@@ -29,7 +29,9 @@ def clips(rng, lengths, width=8):
     }
 
 
-def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path):
+def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
     value[b"c2"][1][4][5] = np.nan
     kept = [one for entries in value.values() for one in entries if np.isfinite(one[4]).all()]

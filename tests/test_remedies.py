@@ -136,6 +136,23 @@ def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
     assert vidjax.evaluate(tmp_path / "run", data).map == wanted
 
 
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_may_be_trained_with_another_configuration(
+    tmp_path, data, official_dir
+):
+    def train(seed):
+        words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
+        config = vidjax.load_config("knn:iqiyi_vid,face", *words, f"--config.seed={seed}")
+        vidjax.train(config, tmp_path / "run", data, num_devices=1)
+
+    train(7)
+    for name in ("checkpoints", "metrics.json"):
+        (tmp_path / "run" / name).rename(tmp_path / name)
+    train(0)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+    refused(lambda: train(8), "--workdir=FOLDER")
+
+
 def test_folds_are_no_remedy_for_one_clip_of_a_person(tmp_path):
     for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
         counts = {"labelled": True, "labelled_clips": clips, "identities": 60}

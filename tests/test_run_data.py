@@ -12,6 +12,7 @@ from vidjax.cli import program, run_commands
 from vidjax.cli.program import main
 from vidjax.evaluation import restore
 from vidjax.runs import checkpoint
+from vidjax.training import feed
 from vidjax.utils import files
 
 CLIPS = 6  # of each split
@@ -114,6 +115,21 @@ def test_the_data_of_a_run_may_move_and_a_killed_run_is_completed(own, evaluate,
     # Weights of clips are data by their content, not by their path.
     (own / "weights.txt").write_text("train1.mp4 0\n")
     assert "config.data.weights" in again(words, code=2)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
+    config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
+    data, run = vidjax.load_data(config), feed.ResidentFeed.advance
+
+    def moved(self, *args):
+        shutil.move(tmp_path / "run", tmp_path / "moved")
+        return run(self, *args)
+
+    monkeypatch.setattr(feed.ResidentFeed, "advance", moved)
+    with pytest.raises(ValueError, match="moved during training"):
+        vidjax.train(config, tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

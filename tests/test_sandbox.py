@@ -133,6 +133,16 @@ def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     np.testing.assert_equal(convert(tmp_path, bare, "audio"), bare_whole)
 
 
+def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path):
+    numbers = [b"0012", "12", 12, np.int64(12)]
+    boxes = [BOX, tuple(BOX), np.array(BOX), np.array(BOX, ">f4")]
+    scores = [1, 1.0, np.float32(1), np.float64(1)]
+    value = {b"a": [face(n, b, s, s) for n, b, s in zip(numbers, boxes, scores, strict=True)]}
+    got = convert(tmp_path, value)
+    assert got["number"].tolist() == [12] * 4 and got["box"].tolist() == [BOX] * 4
+    assert got["detection"].tolist() == got["quality"].tolist() == [1] * 4
+
+
 def test_scores_and_boxes_that_are_not_finite_become_zero_and_are_counted(tmp_path):
     frames = [
         face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0]),

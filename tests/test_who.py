@@ -102,18 +102,67 @@ def test_names_written_into_the_table_of_the_unknown_are_taken(drawn):
     assert [line.split("\t")[:3] for line in table.read_text().splitlines()[1:]] == [
         ["party.s001.t00", "unknown 1", "party.mkv"], ["party.s002.t01", "unknown 2", "party.mkv"],
     ]  # fmt: skip
-    table.write_text(table.read_text().replace("unknown 2", "Bob") + "gone.s000.t00\tZoe\n")
+    name = "unknown neighbour"  # which is no number
+    table.write_text(table.read_text().replace("unknown 2", name) + "gone.s000.t00\tZoe\n")
     content, said = drawn.who(film)
-    assert content["people"] == {"Ada": 1, "Bob": 1} and content["groups"] == 1
-    assert "Bob: named in unknown.tsv, 1 clip" in said and "gone.s000.t00" in said
+    assert content["people"] == {"Ada": 1, name: 1} and content["groups"] == 1
+    assert f"{name}: named in unknown.tsv, 1 clip" in said and "gone.s000.t00" in said
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
-    for wrong, message in {"party.s001.t00\n": "line 1", "party.s002.t01\tEve\n": "'Bob'"}.items():
+    for wrong, message in {
+        "party.s001.t00\n": "line 1",
+        "party.s002.t01\tEve\n": f"'{name}'",
+    }.items():
         table.write_text(wrong)
         _, said = drawn.who(film, people=False, code=2)
         assert "unknown.tsv" in said and message in said and table.read_text() == wrong
-    write_photo(drawn.friends / "Unknown 7.png", ("Bob", 40, 40))
-    assert "means an unknown person" in drawn.who(film, code=2)[1]
+    for word in ("unknown", "Unknown 7"):
+        photo = drawn.friends / f"{word}.png"
+        write_photo(photo, ("Bob", 40, 40))
+        assert "means an unknown person" in drawn.who(film, code=2)[1]
+        photo.unlink()
+
+
+@pytest.mark.slow
+def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
+    film = drawn.film()
+    for number in (1, 2):
+        write_photo(drawn.friends / f"Ada_{number}.png", ("Ada", 40, 38 + 2 * number))
+    assert "each photo counts as a different person" in drawn.who(film)[1]
+    (drawn.friends / "Ada_2.png").unlink()
+    for flags, found in (([], True), (["--threshold=1"], False)):
+        drawn.who(film, flags=flags)
+        assert ("Ada_1" in drawn.names().values()) == found
+    for flag, message in {
+        "--fpir=0.01": "fpir=0.01 needs 99 clips of strangers or more",
+        "--threshold=2": "name a probability above 0", "--padding=nan": "give seconds, 0 or more",
+    }.items():  # fmt: skip
+        assert message in drawn.who(film, flags=[flag], code=2)[1]
+
+
+def test_photos_that_do_not_show_one_face_are_named(drawn):
+    film, people = drawn.film(), drawn.friends / "Ada"
+    (drawn.friends / "Eve").mkdir(parents=True)
+    write_photo(people / "none.png")
+    write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    _, said = drawn.who(film, code=2)
+    for message in ("no face in the photo", "2 faces in the photo", "Eve: there is no photo in",
+                    "nobody to look for"):  # fmt: skip
+        assert message in said
+    write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
+    content, _ = drawn.who(film, code=1)
+    assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
+
+
+def test_films_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(drawn, command):
+    bad, worse = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4"
+    bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
+    worse.write_text("no film")
+    words = (f"--out={drawn.out}", f"--models={drawn.models}")
+    done = command("extract", bad, worse, drawn.film(), *words)
+    assert done.code == 1 and done.err.count("unknown format") == 2
+    assert done.out.count("give MP4, MKV") == 1
+    assert [one.video for one in features_folder.read_films(drawn.out)] == ["party.mkv"]
 
 
 def cut_off(*args, **options):
