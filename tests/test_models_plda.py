@@ -10,8 +10,9 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import small_runs
-from tests.helpers.embeddings import unit
+from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_models import init_identifier
+from vidjax.apps.gallery import backend as backend_lib
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo, Frames
 from vidjax.models import plda_fit, two_covariance
@@ -234,6 +235,38 @@ def test_probabilities_mean_what_they_say(num_people):
     """The people follow the model exactly, and half of the clips show strangers."""
     found = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
     assert abs(found.new - 0.5) < 0.03 and found.error <= 0.03
+
+
+@pytest.mark.slow
+def test_people_enrolled_later_with_one_clip_are_as_sure():
+    """An earlier version gave new people a mean probability of .39 instead of .5."""
+    rng = np.random.default_rng(0)
+    x = exact(rng, 300, 4, 64, 0.5).reshape(-1, 64)
+    fitted = backend_lib.fit({"face": x}, np.repeat(np.arange(1, 301), 4), centred=False)
+    shown = exact(rng, 300, 2, 64, 0.5).astype(np.float32)
+    strangers = exact(rng, 300, 1, 64, 0.5).astype(np.float32)
+    people = fitted.enrol([str(n) for n in range(300)], shown[:, 0], np.arange(300))
+    asked = np.concatenate([shown[:, 1], strangers[:, 0]])
+    found = backend_lib.Index(fitted, [people]).nearest([asked], 1)
+    assert abs(np.mean([np.exp(one.new) for one in found]) - 0.5) < 0.05
+
+
+def test_the_fit_looks_at_whole_identities():
+    labels = np.concatenate([np.zeros(50, int), np.random.default_rng(0).integers(1, 3001, 9000)])
+    some = plda_fit.draw_identities(labels, 0)
+    assert 0.95 * plda_fit.MAX_FITTED_CLIPS < some.sum() <= plda_fit.MAX_FITTED_CLIPS
+    assert not {*labels[some]} & {0, *labels[~some]}
+
+
+@pytest.mark.slow
+def test_the_fit_does_not_depend_on_the_number_of_cores(monkeypatch):
+    labels = np.repeat(np.arange(1, 31), 4)
+    vectors = {"face": exact(np.random.default_rng(0), 30, 4, 16, 0.5).reshape(-1, 16)}
+    found = []
+    for cores in (1, 5):
+        monkeypatch.setattr(plda_fit, "num_cores", lambda cores=cores: cores)
+        found.append(plda_fit.fit_settings(vectors, labels, {"within": 0.33}, 0))
+    assert found[0] == found[1] and found[0].within == 0.33
 
 
 @pytest.mark.parametrize(

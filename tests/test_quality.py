@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import vidjax
+from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import write_npz, write_parquet
 from vidjax.data import arrays, memory, sources
@@ -57,6 +58,26 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
         table = write_parquet(tmp_path / "table.parquet", faces)
         found = qualities(memory.load_clips(table, widths, ()))
         np.testing.assert_allclose([found[0], found[1]], [a, b], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_scores_new_clips_by_its_own_quality(tmp_path):
+    """Nearest neighbours of quality-weighted means: another quality is another score."""
+    rng, labels = np.random.default_rng(0), {}
+    splits = {"train": {}, "val": {}}
+    for split, some in splits.items():
+        for i in range(8):
+            face = rng.normal(size=(1 + i % 5, DIM))
+            some[f"{split}{i}"] = {"face": {"features": face, "quality": rng.random(len(face))}}
+            labels[f"{split}{i}"] = f"p{i % 4}"
+    data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
+    words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
+    small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py"), tmp_path / "run", data)
+    run = vidjax.restore(tmp_path / "run", num_devices=1)
+    wanted = run.scores(data, split="val")
+    np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
+    folder = write_npz(tmp_path / "own", {"val": splits["val"]})
+    np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)
 
 
 def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, tmp_path):

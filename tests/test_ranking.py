@@ -67,6 +67,12 @@ def test_main_prints_the_score_last(files, command):
         assert "2 of them ranked, 1 missing, 0 unknown identities ignored" in out
 
 
+def test_a_score_of_nothing_that_matches_has_a_hint(files, command):
+    for submission, hint in (("1 a b\n", "suffix"), ("id1 a.mp4\n", "no identity")):
+        code, out, err = command("score", *files("1 a.mp4\n", submission))
+        assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
+
+
 # (submission, score against "1 a.mp4", what the warning names)
 BORNE = [
     ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),

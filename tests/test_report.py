@@ -168,6 +168,12 @@ def test_no_text_of_a_file_is_an_element(full):
     assert "".join(text for text, _ in page.texts).count("onerror=alert(2)") > 50
 
 
+def test_names_from_right_to_left_are_kept_apart_from_what_follows(page):
+    named = re.compile(r"(identity|clip) \d")
+    shown = [around for text, around in Page(page).texts if named.search(text)]
+    assert len(shown) > 9 and all({"bdi", "title", "svg"} & set(around) for around in shown)
+
+
 def test_every_number_is_in_a_file(full, page):
     check_numbers(full.folder, page)
     with pytest.raises(AssertionError):

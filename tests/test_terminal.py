@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vidjax.utils import messages
+
 ROOT = Path(__file__).parent.parent
 SEEN = (  # the only lines that a training command may print
     r"converting \d+ files of .*",
@@ -25,6 +27,12 @@ TINY = (
     "--config.batch_size=32", "--config.model.layers=((8,'swish',True,0.5),)",
     "--config.eval.report=False",
 )  # fmt: skip
+
+
+def test_a_long_name_is_printed_without_its_middle():
+    assert messages.shorten("x" * 40) == "x" * 40
+    name = messages.shorten("a" * 200 + " (2009).mp4, 97%")
+    assert len(name) == 40 and name.startswith("a" * 24 + "...") and name.endswith(".mp4, 97%")
 
 
 @pytest.mark.nightly
