@@ -4,6 +4,7 @@ import pickle
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -161,6 +162,28 @@ def test_frames_go_by_time_and_lists_are_arrays(cache):
     one = batch.frames["face"]
     assert one.number[0, :2].tolist() == [5, 7] and one.quality[0, :2].tolist() == [20, 10]
     assert one.features[0, :2].tolist() == [[3, 4], [1, 2]]
+    # Features alone: their norm is the quality.
+    data = sources.load({"val": {"a": {"face": frames["features"]}}}, cache_dir=cache)
+    (batch,) = eval_batches(data, split="val", modalities=("face",), rows=1)
+    one = batch.frames["face"]
+    assert one.number[0, :2].tolist() == [0, 1] and (one.detection == one.mask).all()
+    np.testing.assert_allclose(one.quality[0, :2], [5**0.5, 5], rtol=1e-6)
+
+
+def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
+    rng = np.random.default_rng(0)
+    clips = {
+        name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}
+        for name, length in (("long", 700), ("short", 3))
+    }
+    data = sources.load({"val": clips}, cache_dir=cache)
+    own = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
+    options = {"split": "val", "modalities": ("face",), "rows": 2}
+    batches = [list(eval_batches(one, **options)) for one in (own, data)]
+    for some in batches:
+        some.sort(key=lambda batch: batch.clip_index[0])
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+    assert batches[0][0].frames["face"].mask.sum() == 512
 
 
 def test_changed_arrays_are_converted_again_and_equal_ones_are_not(tmp_path, cache):

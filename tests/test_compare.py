@@ -75,6 +75,18 @@ def test_the_command_writes_files_that_agree_and_gives_a_program_the_numbers(tmp
         assert [row["better"], row["worse"], row["equal"]] == counts
 
 
+def test_a_table_for_latex_escapes_names_and_no_difference_is_minus_0(tmp_path):
+    values = averages(10)
+    made_runs.write(tmp_path / "a_1", values)
+    made_runs.write(tmp_path / "50% & {more}", {k: max(x - 1e-6, 0) for k, x in values.items()})
+    found = vidjax.compare([tmp_path / "a_1", tmp_path / "50% & {more}"])
+    assert "+0.0000" in found.text() and "-0.0000" not in found.text()
+    lines = [line for line in found.to_latex().splitlines() if not line.startswith("%")]
+    rows = [line.replace(r"\&", "and") for line in lines if " & " in line]
+    assert {line.count("&") for line in rows} == {7} and all(x.endswith(r" \\") for x in rows)
+    assert r"50\% and \{more\}" in rows[-1] and r"a\_1 & 0." in rows[-2]
+
+
 def words_of(page):
     return "".join(text for text, _ in Page(page).texts)
 

@@ -71,6 +71,13 @@ def test_one_person_is_compared_by_two_gamma_densities():
     np.testing.assert_allclose(logs[:, 1] - logs[:, 0], one - two, atol=1e-4)
 
 
+def test_equal_photos_count_as_one():
+    count = np.array([1, 2, 10, 10])
+    free = 1 - DLIB.within * 0.9  # as different as the card says
+    counted = distance.effective_count(DLIB, count, np.array([1, 1, 1, free]))
+    np.testing.assert_allclose(counted, [1, 4 / 3, 1.1, 10], atol=0.02)
+
+
 @pytest.mark.parametrize("people", [1, 7])
 def test_gaussian_vectors_have_the_probabilities_of_a_joint_density(people):
     """All is Gaussian where both shapes are D / 2: against joint densities, m integrated out."""

@@ -80,6 +80,24 @@ def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(tmp_path
     assert len(read) == 3, "another process need not read them either"
 
 
+def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_path, monkeypatch):
+    """A clock of two seconds does not show a write after the times were taken."""
+    path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
+    path.write_bytes(b"1")
+    monkeypatch.setattr(cache, "TICK_NS", tick)
+    changed = time.time_ns()
+    monkeypatch.setattr(cache, "_read_file_state", lambda one: (1, 1, changed, changed))
+
+    def slow(some):
+        time.sleep(2 * tick / 10**9)  # other files take long
+        return digest(some)
+
+    monkeypatch.setattr(cache, "_sha256_each", slow)
+    first = cache.digest_files([path], tmp_path / "cache")
+    path.write_bytes(b"2")
+    assert cache.digest_files([path], tmp_path / "cache") != first
+
+
 @pytest.mark.parametrize(
     ("name", "width", "words"), quick_first([("b", 7, "b, face"), ("a.mp4", 6, "twice")])
 )

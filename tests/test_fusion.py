@@ -221,6 +221,17 @@ def test_filters_match_a_loop(limits):
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
 
 
+@pytest.mark.slow
+def test_every_fusion_filters_first():
+    frames = make_frames([9, 4, 0], max_frames=9)
+    filters: Any = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}
+    narrow = fusion.filter_frames(frames, **filters)
+    assert 1 < narrow.mask[0].sum() < 6
+    for name in ("mean", "top"):
+        filtered, expected = fuse(name, None, frames, **filters), fuse(name, None, narrow)
+        jax.tree.map(np.testing.assert_array_equal, filtered, expected)
+
+
 def test_the_best_share_is_counted_exactly():
     lengths = np.arange(1, 200)
     frames = make_frames(lengths, max_frames=199, dim=1)

@@ -12,6 +12,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.made_galleries import identify, make, make_clip, make_clips
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import enrol
 from vidjax.apps.gallery.gallery import Gallery, Vectors, fit_backend
@@ -71,6 +72,17 @@ def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
     found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
     assert found == pytest.approx(oracle(people, clip), abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_log_softmax_is_exact():
+    rng = np.random.default_rng(0)
+    for spread, size in ((1, 1), (1, 50), (30, 3), (300, 2), (300, 50)):
+        logits = rng.normal(0, spread, size)
+        wide, best = logits.astype(np.longdouble), int(np.argmax(logits))
+        rest = np.sum(np.exp(np.delete(wide, best) - wide[best]))
+        wanted = (wide - wide[best] - np.log1p(rest)).astype(float)
+        found = backend_lib.log_softmax(logits)
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-300)
 
 
 def test_the_chosen_rate_is_held_within_its_interval():

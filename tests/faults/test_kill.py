@@ -56,19 +56,19 @@ class Run:
         (folder / "cache").mkdir(parents=True)
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
-    def start(self, **env):
+    def start(self, *words, **env):
         """Starts the command."""
         self.before = {moment: self.signs(moment) for moment in MOMENTS}
         env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), **QUICK, **env}
-        command = [sys.executable, "-m", "vidjax.main", *self.words]
+        command = [sys.executable, "-m", "vidjax.main", *(words or self.words)]
         with (self.folder / "said").open("w") as file:
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
 
     def said(self):
         return (self.folder / "said").read_text()
 
-    def finish(self):
-        assert self.start().wait(600) == 0, self.said()
+    def finish(self, *words):
+        assert self.start(*words).wait(600) == 0, self.said()
 
     def signs(self, moment):
         found = set()
@@ -126,6 +126,26 @@ def test_killed_runs_end_with_the_same_bytes(disturbed, fault_seed, campaign, ca
     died = [run.kill(moment, rng) for moment in (20 * [*MOMENTS] if campaign else ["save"])]
     run.finish()
     assert any(died) and run.outcome() == like, died
+
+
+@pytest.mark.nightly
+def test_killed_evaluations_change_nothing(disturbed, fault_seed, campaign):
+    (run, like), rng = disturbed("quality_fusion"), random.Random(fault_seed)
+    words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
+    run.finish()
+    began = time.monotonic()
+    run.finish(*words)
+    seconds, evaluated = time.monotonic() - began, run.outcome()
+    assert like.items() <= evaluated.items() and "ranking_test.txt" in {*evaluated} - {*like}
+    for _ in range(50 if campaign else 1):
+        process = run.start(*words)
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        process.wait()
+        assert run.outcome() == evaluated
+    (run.workdir / "ranking_test.txt").unlink()
+    run.finish(*words)
+    assert run.outcome() == evaluated
 
 
 @pytest.mark.nightly
