@@ -84,7 +84,7 @@ FIELDS = [
     Case(f"{TRAIN} --config.batch_size=100000000", "at most"),
     Case(f"{TRAIN} --config.num_epochs=inf", "config.num_epochs"),
     Case(f"{TRAIN} --config.noise.join=maybe", "true or false"),
-    Case(f"{TRAIN} --config.modalities=5", "names such as"),
+    Case(f"{TRAIN} --config.modalities=5", "separated by commas"),
     Case(f"{TRAIN} --config.modalities=face,face", "config.modalities"),
     Case("--config=mma:face,haed --workdir=new", "'head'"),
     Case("--config=mma:few --workdir=new", "iqiyi_vid,few"),

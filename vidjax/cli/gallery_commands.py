@@ -370,7 +370,11 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Returns clip -> person of a table of groups. A table without names is a UserError."""
+    """Returns clip -> person of a table of `vidjax gallery group` in which a user wrote names.
+
+    Raises:
+      UserError: the table contains no name.
+    """
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(

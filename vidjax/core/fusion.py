@@ -614,14 +614,14 @@ def _fuse(
     weights: Sequence[Array],
     mask: Array,
 ) -> Frames:
-    """Computes float32 weighted means of picked frames, with the number of the first pick.
+    """Computes float32 weighted means of picked frames, with the frame number of the first pick.
 
-    A fused frame has as many slots as the fusion may fuse frames. Each slot holds a picked frame.
+    A fused frame is the mean of at most S picked frames. The lists have an entry for each of the S.
 
     Args:
       frames: Frames [B, T].
-      picks, weights: for every slot, indices [B, T'] int32 and weights [B, T'] float32, 0 or more.
-      slots: for every slot [B, T'] bool, True if the slot counts. The first slot always counts.
+      picks, weights: S indices [B, T'] int32, and S weights [B, T'] float32, 0 or more.
+      slots: S masks [B, T'] bool, False if the pick does not count. The first pick always counts.
       mask: [B, T'] bool, mask of the result.
     """
     weights = [jnp.where(s, w, 0.0) for s, w in zip(slots, weights, strict=True)]

@@ -66,11 +66,10 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     the derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
-    if not 0 <= margin <= np.pi / 2 or not fixed > 0:
-        raise UserError(
-            f"config.loss.margin={margin}: must be from 0 to pi/2, with a config.model.logit_scale "
-            f"above 0, not {scale}"
-        )
+    if not 0 <= margin <= np.pi / 2:
+        raise UserError(f"config.loss.margin={margin}: must be from 0 to pi/2")
+    if not fixed > 0:
+        raise UserError(f"config.model.logit_scale={scale}: must be above 0 for a margin")
     if margin == 0:
         return logits
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -180,7 +180,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
         table, clips = folder / f"{split}.parquet", folder / split
         check_file(table)
         if os.path.lexists(clips) and not clips.is_dir():
-            raise UserError(f"{clips}: a file, not a folder of CLIP.npz: rename it")
+            raise UserError(f"{clips}: a file, not a folder of CLIP.npz files: move it elsewhere")
         if table.is_file() and clips.is_dir():
             raise UserError(f"{folder}: it has {split}.parquet and a folder {split}: keep one")
         if table.is_file():

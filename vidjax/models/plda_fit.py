@@ -187,9 +187,12 @@ def fit_settings(
 ) -> Settings:
     """Fits settings on held-out clips. If too few people have two clips, the prior decides.
 
-    Vectors are modality -> [N, D] float of unit length, 0 for clips that lack the modality. Labels
-    are [N] int from 1 on. Settings in `given` stay. `enrolled` are the vectors that clips have when
-    they are enrolled, if these differ.
+    Args:
+      vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
+      labels: [N] int from 1 on.
+      given: settings that are not fitted.
+      enrolled: the vectors of the same clips in the role of enrolled clips, if they are computed
+        differently from `vectors`.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))

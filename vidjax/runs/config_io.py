@@ -196,7 +196,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
         value = _convert_tuple(text)
         names = bool(example) and isinstance(example[0], str)
         if names and not all(isinstance(item, str) for item in value):
-            raise UserError(f"names such as {','.join(example)}")
+            raise UserError(f"names separated by commas, such as {','.join(example)}")
         return value
     try:
         value = kind(text)

@@ -235,11 +235,11 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes a value of each training clip for which `wanted` [N] bool is True; some must be.
+    """Computes a value of each of the n training clips for which `wanted` [N] bool is True.
 
-    `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. Returns
-    [n, ...] for these n clips. With a mesh, the block is split over its devices, and all processes
-    must call this function together.
+    At least one must be True. `value_of` maps a block of B clips with all frames, as evaluation
+    reads it, to [B, ...]. Returns [n, ...]. With a mesh, the block is split over its devices, and
+    all processes must call this function together.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
@@ -303,7 +303,7 @@ def check_model(config: Config) -> None:
         if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
             raise UserError(
                 f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
-                f"each clip unchanged\nleave it out: --config.{field}={defaults[field]}"
+                f"each clip unchanged\nset it to the default: --config.{field}={defaults[field]}"
             )
 
 
@@ -497,17 +497,17 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 def relabel(
     labels: Array, predicted: Array, layout: NoiseClassLayout, *, keep: str = "label"
 ) -> Array:
-    """Moves unclustered distractors to the mirrors of the identities that they are mistaken for.
+    """Gives unclustered distractors the class that the model mistakes them for.
 
-    For mirrors see NoiseClassLayout.
+    A clip whose best column is an identity moves to the mirror column of this identity, see
+    NoiseClassLayout. A clip whose best column is 0 keeps its label.
 
     Args:
-      labels: [...] int, class columns of unclustered distractors.
-      predicted: [...] int, best class column according to the model. If it is 0, a clip keeps its
-        label.
-      keep: what happens if the best column is a cluster or a mirror. With `label` the clip keeps
-        its label; with `prediction` it gets that column. With `label`, only clips that are labelled
-        as mirrors move.
+      labels: [...] int, class columns of unclustered distractors: mirror columns at first.
+      predicted: [...] int, best class column according to the model.
+      keep: the new column if the best column is a cluster or a mirror: `label` keeps the label, and
+        `prediction` takes the best column. With `label`, a clip in a column that is no mirror never
+        moves.
 
     Returns:
       [...] new labels, in the dtype and the library (numpy or jax) of `labels`.

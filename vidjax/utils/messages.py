@@ -257,7 +257,10 @@ class _Printable(logging.Formatter):
 
 
 def _open_closed_streams() -> None:
-    """Opens streams that `2>&-` closed. The next file would get their number and their text."""
+    """Opens /dev/null for streams that `2>&-` closed.
+
+    The next file would get the number of a closed stream, and our messages would be written to it.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)

@@ -108,8 +108,8 @@ class Draft:
         old = self.clips.get(clip)
         if old is None:  # suggests no similar name: that clip may show another person
             raise UserError(
-                f"no clip '{show(clip)}' is enrolled: enrol it with its identity, or --strangers\n"
-                "list --clips names all people and clips"
+                f"no clip '{show(clip)}' is enrolled: enrol it with an identity or --strangers\n"
+                "to see all clips: vidjax gallery list G --clips"
             )
         if old.identity == identity:
             raise UserError(f"clip '{show(clip)}' shows {_describe_person(identity)} already")

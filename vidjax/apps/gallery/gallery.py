@@ -399,7 +399,7 @@ class Gallery:
             clips = MemoryClips.from_dict(clips, widths, ())
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a gallery of models takes clips in memory, not a split of a dataset\n"
+                "a gallery without a run takes clips in memory, not a split of a dataset\n"
                 "give {clip: {modality: features}}, or --input=FOLDER on the command line"
             )
         parts = {part: clips.mean_vectors(part) for part in widths}

@@ -565,11 +565,11 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns person -> label of new photos: the name, or the new name in the gallery.
+    """Returns folder name -> the name that new photos of this folder get in the gallery.
 
-    Photos that were renamed or relabelled in the gallery keep their label. New photos of the person
-    get the same label. The name of another person in `names` is chosen only if all photos of the
-    person have labels of this kind.
+    This is the folder name, if no photo of the folder was renamed in the gallery. It is the most
+    frequent new name, if photos were renamed. A name that is also in `names` is chosen only if all
+    photos of the folder were renamed to names in `names`.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():

@@ -48,7 +48,10 @@ def describe_shard(path: Path, num_records: int) -> Shard:
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Checks the shards whose size or time has changed; returns all shards with present times."""
+    """Compares shards whose size or time has changed with their sha256.
+
+    Returns all shards with their present times.
+    """
     checked = []
     for shard in shards:
         # A replaced file has a new time. The shards of a copied folder are checked once.

@@ -199,7 +199,7 @@ class _Budget:
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
             raise UserError(
-                "the pickle repeats its objects more often than a file of this size may"
+                "the pickle expands to more data than a file of this size may contain: refused"
             )
 
 

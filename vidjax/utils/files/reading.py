@@ -105,7 +105,8 @@ def open_input(path: Path) -> io.FileIO:
     real = Path(os.path.realpath(path))
     if real.parts[1:2] in (("proc",), ("sys",)):
         raise UserError(
-            f"'{path}' leads to '{real}', a file of the system: it is not opened\nremove it"
+            f"'{path}' leads to '{real}', a virtual file of the system: it is not opened\n"
+            f"leave out '{path}', or put a copy of the data in its place"
         )
     return open_regular(real)
 
