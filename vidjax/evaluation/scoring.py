@@ -278,7 +278,7 @@ class Evaluation(NamedTuple):
 
 
 def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns [C] int: for every identity, the number of its ground-truth clips in `pool` [N] bool."""
+    """Returns [C] int, the number of ground-truth clips of each identity in `pool`, [N] bool."""
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside
 
