@@ -300,6 +300,29 @@ def test_a_change_is_never_made_to_an_older_state(gallery, monkeypatch):
     assert "person 2" not in again and {"Bob", "Cid"} <= {*again}
 
 
+@pytest.mark.slow
+def test_reading_meets_the_old_state_or_the_new_one(gallery):
+    stop, open_one = threading.Event(), Gallery(gallery.folder)
+
+    def change():
+        while not stop.is_set():
+            gallery.add(NEW)
+            gallery.remove(clip=["new"])
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(8):
+            open_one.refresh()
+            for people in (open_one, Gallery(gallery.folder)):
+                there = {"new"} & {*people.clips}
+                assert {*people.clips} == {*CLIPS} | there
+                assert ("new" in people.index.names) == bool(there)
+    finally:
+        stop.set()
+        thread.join(60)
+
+
 def test_a_second_change_is_told_that_the_gallery_is_changed(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     with Gallery(gallery.folder).change() as draft:

@@ -17,12 +17,12 @@ FILM = Film(
 )  # fmt: skip
 
 
-def render(found, answers=None, people=("Ada", "Bob"), **fields):
+def render(found, answers=None, people=("Ada", "Bob"), forms=None, **fields):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
     people, film = {name: [] for name in people}, msgspec.structs.replace(FILM, **fields)
-    return names_page.render(found, [film], people, "{}.png".format, answers or {}, address)
+    return names_page.render(found, [film], people, "{}.png".format, answers or {}, address, forms)
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
@@ -79,3 +79,12 @@ def test_only_our_script_runs_and_names_are_escaped():
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script
+
+
+def test_the_index_of_people_shows_faces_and_the_ignored_are_folded_and_last():
+    found = [seen(0, 9, None, None), seen(50, 51, clip="d")]
+    html = render(found)
+    assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
+    html = render(found[1:], forms=names_page.Forms(1))
+    index = html[html.index('<ul class="index">') :]
+    assert 'src="d.png"' in index[: index.index("</ul>")]

@@ -166,6 +166,18 @@ def test_npz_and_json_get_what_python_says(inside, people):
         assert ask(face=wrong)[0] == 422
 
 
+def test_questions_that_come_together_get_their_own_answers(inside, people):
+    def ask(n):
+        clips, k = dict(list(CLIPS.items())[n % 5 : n % 5 + 2]), 1 + n % 3
+        return inside.ask("POST", "/identify", {"clips": servers.as_json(clips), "k": k}), clips, k
+
+    with ThreadPoolExecutor(10) as pool:
+        for (status, answer), clips, k in pool.map(ask, range(10)):
+            assert status == 200 and [one["clip"] for one in answer["clips"]] == list(clips)
+            for one, alone in zip(answer["clips"], people.identify(clips, k).values(), strict=True):
+                near(one, alone)
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritons_client_gets_pythons_answers(triton, people, binary):
     """Masked frames are not looked at."""

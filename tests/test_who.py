@@ -17,6 +17,8 @@ from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline, who
+from vidjax.data.clip_files import write_npz
+from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
 GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
@@ -155,14 +157,66 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
 
 
 def test_films_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(drawn, command):
-    bad, worse = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4"
+    """A film that is there twice is read once."""
+    bad, worse, film = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.film()
     bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
     worse.write_text("no film")
-    words = (f"--out={drawn.out}", f"--models={drawn.models}")
-    done = command("extract", bad, worse, drawn.film(), *words)
+    copy, words = shutil.copy(film, drawn.folder / "party.mov"), (f"--models={drawn.models}",)
+    done = command("extract", bad, worse, film, copy, f"--out={drawn.out}", *words)
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("give MP4, MKV") == 1
+    assert f"{copy}: the same as {film}: left out" in done.err
     assert [one.video for one in features_folder.read_films(drawn.out)] == ["party.mkv"]
+
+
+@pytest.mark.slow
+def test_a_photo_that_crashes_its_reader_costs_no_other_photo(drawn, monkeypatch):
+    """One process reads the photos of all people."""
+    read, batches = pipeline.run_limited_each, []
+    bad = drawn.friends / "Bob" / "2.png"
+
+    def spy(module, given, **limits):
+        batches.append(len(given))
+        if any(path == bad for path, _ in given):
+            raise UserError(f"{given[0][0]}: its reader ended with SIGSEGV")
+        return read(module, given, **limits)
+
+    monkeypatch.setattr(pipeline, "run_limited_each", spy)
+    film = drawn.film()
+    drawn.befriend("Ada", "Bob", "Eve")
+    for name in ("Ada", "Bob", "Eve"):
+        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
+    content, said = drawn.who(film, flags=["--workers=1"], code=1)
+    assert batches[0] == 6 and content["failed"] == [str(bad)] and said.count("SIGSEGV") == 1
+    assert content["people"] == {"Ada": 2, "Bob": 1, "Eve": 2}
+    assert not [*drawn.out.rglob(".extract-*")]
+
+
+@pytest.mark.slow
+def test_what_a_person_says_of_a_clip_counts(drawn):
+    """A clip that was enrolled shows whom its label says, and goes with this person."""
+    film = drawn.film()
+    drawn.befriend("Ada", "Bob")
+
+    def shown():
+        drawn.who(film)
+        rows = drawn.rows()
+        return {clip: (row["identity"], row["evidence"]) for row in rows for clip in row["clips"]}
+
+    before = shown()
+    assert before["party.s000.t00"] == ("Ada", ["face"])
+    clip = (f"--input={drawn.out / 'features'}", "--clip=party.s000.t00")
+    drawn.gallery("enrol", *clip, "--identity=Bob")
+    assert shown()["party.s000.t00"] == ("Bob", ["told"])
+    drawn.gallery("remove", "--clip=party.s000.t00")
+    assert shown() == before
+    drawn.gallery("enrol", *clip, "--strangers")
+    assert shown()["party.s000.t00"] == (None, [])
+    drawn.gallery("relabel", "--clip=party.s000.t00", "--identity=Ada")
+    assert shown()["party.s000.t00"] == ("Ada", ["told"])
+    shutil.rmtree(drawn.friends / "Ada")
+    shown()
+    assert {*Gallery(drawn.out / "gallery").identities} == {"Bob"}, "with the clip that was told"
 
 
 def cut_off(*args, **options):
@@ -333,6 +387,24 @@ def test_enrol_tells_photos_that_do_not_help(drawn):
     words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
     assert drawn.run("gallery", "enrol", g, *words)[0] == 0  # one of two faces, by its name
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
+
+
+def test_enrol_judges_only_clips_that_it_was_given(drawn):
+    """One of two faces was deleted; a strangers' folder names a file that is no clip of it."""
+    photos, made, g = (drawn.folder / name for name in ("photos", "made", "g"))
+    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    write_photo(photos / "odd.png", ("Ada", 20, 20))
+    pipeline.extract([photos], made, drawn.models)
+    (_, face), *_ = read_arrays(made).items()
+    write_npz(made / "two.npz", {"two.f01": face})
+    told = made / "videos" / "odd.json"
+    odd = json.loads(told.read_text())
+    odd["tracks"][0]["clip"] = ".x"
+    told.write_text(json.dumps(odd))
+    assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
+    with pytest.warns(UserWarning, match=r"odd\.png: no face"):
+        assert drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")[0] == 0
+    assert {*Gallery(g).clips} == {"odd", "two.f01"}
 
 
 def pictures_of(path):
