@@ -91,3 +91,15 @@ def test_the_margin_and_its_loss_follow_the_learned_scale():
     np.testing.assert_allclose(value, by_hand(12), rtol=1e-9)
     slope = (by_hand(12 + 1e-5) - by_hand(12 - 1e-5)) / 2e-5
     np.testing.assert_allclose(gradient, slope, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_fallback_keeps_the_scale_that_each_model_learned():
+    frames, clips = made.make_batch()
+    dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
+    spec = {"name": "fallback", "main": dense, "other": SPEC, "other_modalities": ("head",)}
+    model: Any = made.make_model(spec)
+    variables = made.init_identifier(model, frames, clips)
+    variables["params"]["other"]["scale"] = np.float32(21)
+    output = made.eval_output(model, variables, frames, clips)
+    np.testing.assert_array_equal(output.logit_scale, [16, 21])

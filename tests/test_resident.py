@@ -54,6 +54,15 @@ def test_orders_are_even_and_differ_between_epochs_and_seeds():
     np.testing.assert_array_equal(orders[20:], order_of(0, 20)[:-20])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_clips", [1, 97, 57820])
+def test_every_clip_has_one_place_in_an_order(num_clips):
+    place = np.arange(num_clips, dtype=np.int32)
+    shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
+    order = shuffled(jax.random.key(3), np.full_like(place, 40_000), place, num_clips)
+    np.testing.assert_array_equal(np.sort(order), place)
+
+
 COUNTS = {"train": 33, "val": 20, "test": 6}
 
 
