@@ -182,6 +182,11 @@ def test_a_gallery_hears_and_sees(tmp_path, models):
     assert answers["both"].evidence == ("face", "audio") and answers["mute"].evidence == ("face",)
     assert answers["dubbed"].evidence == ()
     assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
+    # A face alone is judged as in a gallery without voices.
+    faces = Gallery.of_models(tmp_path / "f", write_models(tmp_path / "silent"))
+    faces.enrol({"film": {"face": both["face"]}}, "Ada")
+    alone = faces.identify({"mute": {"face": both["face"]}})["mute"]
+    assert answers["mute"].score == pytest.approx(alone.score, rel=1e-6)
     # A voice does not name whose voice nobody knows.
     gallery = Gallery.of_models(tmp_path / "unheard", models)
     gallery.enrol({"photo": {"face": both["face"]}}, "Ada")

@@ -5,11 +5,13 @@ import http.client
 import io
 import json
 import random
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +68,56 @@ def test_small_requests_that_become_large_take_little_memory(tmp_path, kind):
         status, found = server.ask("POST", "/identify", {"clips": MANY[:1], "threshold": 0.5})
         assert status == 200 and found["clips"][0]["clip"] == "c 0"
         assert server.end() == 0
+
+
+HEAD = (
+    "POST /identify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    "Connection: close\r\nContent-Length: {}\r\n\r\n"
+)
+WRONG = (b"NaN", b"-1e999", b"1e39", b'"0"', b"[0", b"{}", b"\xff", b"[" * 50_000, b'{"a":' * 9_000)
+
+
+def mutated(rng, body):
+    """Returns a request with something wrong: bytes, a number, its length, its head, all."""
+    kind, at = rng.randrange(5), rng.randrange(len(body))
+    if kind == 0:
+        body = body[:at] + rng.randbytes(4) + body[at + 4 :]
+    elif kind == 1:
+        body = body.replace(b"0.", rng.choice(WRONG), 1)
+    head = HEAD.format(len(body)).encode()
+    if kind == 2:
+        body = rng.choice((body[:at], body * 3))
+    elif kind == 3:
+        place = rng.randrange(len(head))
+        head = head[:place] + rng.choice((b"\0", b"\r\n", b"X" * 50_000, b"\xff")) + head[place:]
+    return rng.randbytes(3000) + b"\r\n\r\n" if kind == 4 else head + body
+
+
+def test_mutated_requests_get_an_answer_and_cost_no_memory(tmp_path, fault_seed, campaign):
+    servers.make_gallery(tmp_path / "g")
+    rng, statuses, level = random.Random(fault_seed), Counter(), []
+    query = {"clips": servers.as_json({"q": servers.make_frames(7030, "person 3")})}
+    with servers.served(tmp_path / "g") as server:
+        wanted = server.ask("POST", "/identify", query)[1]["clips"][0]
+        for number in range(2000 if campaign else 200):
+            answer = b""
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=25)
+            with connection as one, contextlib.suppress(ConnectionError):
+                one.sendall(mutated(rng, json.dumps(query).encode()))
+                one.shutdown(socket.SHUT_WR)
+                while part := one.recv(1 << 16):
+                    answer += part
+            statuses[answer[9:12]] += 1  # none where the server only hung up
+            assert answer[9:10] < b"5", (number, answer[:200])
+            if number % 50 == 49:
+                found = server.ask("POST", "/identify", query)[1]["clips"][0]
+                assert found["identity"] == wanted["identity"] == "person 3"
+                assert found["score"] == pytest.approx(wanted["score"], abs=1e-6)
+                status = Path(f"/proc/{server.process.pid}/status").read_text()
+                level.append(int(status.split("VmRSS:")[1].split()[0]) >> 10)
+        assert server.end() == 0
+    assert statuses[b"422"] > statuses.total() / 8
+    assert level[-1] <= level[len(level) // 2] + 64
 
 
 def test_the_description_holds(tmp_path, fault_seed, campaign):
