@@ -93,7 +93,7 @@ def get_config(args=""):
 
 
 @pytest.mark.slow
-def test_a_run_uses_all_six_and_shows_the_metric(tmp_path: Path) -> None:
+def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path: Path) -> None:
     for name in ("vidjax", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file, imports, table, function, line in ADDITIONS:

@@ -39,7 +39,7 @@ def evaluate(folder, data, *overrides):
 
 
 @pytest.mark.slow
-def test_average_precisions_are_those_of_map(workdir, data, trained):
+def test_average_precisions_of_an_analysis_add_up_to_map(workdir, data, trained):
     assert_equal_weights(trained(SPEC), workdir)  # an analysis leaves the run as it is
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
@@ -63,7 +63,7 @@ def test_average_precisions_are_those_of_map(workdir, data, trained):
 
 
 @pytest.mark.slow
-def test_groups_and_mistakes_agree_with_map(workdir):
+def test_groups_contain_all_clips_and_worst_identities_have_lowest_precision(workdir):
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     assert len(facts["strata"]) == 4
     for table in facts["strata"]:
@@ -78,7 +78,9 @@ def test_groups_and_mistakes_agree_with_map(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", quick_first([run_page, measures], mark=pytest.mark.nightly))
-def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypatch, module):
+def test_error_in_the_report_loses_neither_metrics_nor_ranking(
+    workdir, data, tmp_path, monkeypatch, module
+):
     def fail(*_args, **_kwargs):
         raise MemoryError("cannot allocate 9 GB")
 
@@ -92,7 +94,7 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
     assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
 
 
-def test_qualities_are_means_of_the_frames(nearest_run, data):
+def test_quality_of_a_clip_is_the_mean_over_its_frames(nearest_run, data):
     model, mesh = small_runs.restored(nearest_run, data), devices.make_mesh(1)
     quality, attention = analysis.measure_quality_and_attention(
         model, "val", mesh, 16, attention=False
@@ -105,7 +107,7 @@ def test_qualities_are_means_of_the_frames(nearest_run, data):
             assert quality[clip] == pytest.approx(own.mean() if length else 0.0, rel=1e-6)
 
 
-def test_map_among_some_clips_by_hand():
+def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
@@ -128,7 +130,7 @@ def test_map_among_some_clips_by_hand():
     )
 
 
-def test_the_best_list_of_a_clip_has_its_highest_score():
+def test_best_list_of_a_clip_contains_its_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
     top, everyone = topk.TopK(scores, index), np.ones(4, bool)
@@ -138,7 +140,7 @@ def test_the_best_list_of_a_clip_has_its_highest_score():
     assert best.tolist() == [0, 1, 0, -1]  # clip 2 scores alike in both: the first identity
 
 
-def test_groups_by_count_and_quantile_hold_everything_once():
+def test_groups_by_count_and_quantile_contain_each_identity_once():
     counts = np.arange(200)
     groups = measures.group_by_count(counts)
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 200
@@ -151,7 +153,7 @@ def test_groups_by_count_and_quantile_hold_everything_once():
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
-def test_of_one_clip_a_person_the_interval_of_top1_is_that_of_map(share):
+def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
     labels = np.arange(1, 61)
     right = labels <= 60 * share
     clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
@@ -162,7 +164,7 @@ def test_of_one_clip_a_person_the_interval_of_top1_is_that_of_map(share):
 
 
 @pytest.mark.nightly
-def test_intervals_of_shares_of_clips_hold_the_truth():
+def test_intervals_of_top1_and_auroc_cover_the_true_values():
     """Some people are always found, others half of the time."""
     rng, held = np.random.default_rng(0), {"top1": 0, "auroc": 0}
     for _ in range(60):

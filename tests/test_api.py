@@ -40,7 +40,7 @@ def made(clips, labels, cache_dir):
 
 
 @pytest.mark.slow
-def test_from_arrays_to_a_ranking(clips, labels, made, cache_dir, tmp_path):
+def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, labels, made, cache_dir, tmp_path):
     config = vidjax.load_config(
         KNN, "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     )
@@ -73,7 +73,7 @@ def test_from_arrays_to_a_ranking(clips, labels, made, cache_dir, tmp_path):
             call()
 
 
-def test_results_have_average_precisions_and_metrics_of_ones_own(tmp_path):
+def test_results_contain_average_precisions_and_user_defined_metrics(tmp_path):
     values = {"Ada": 0.25, "Zoë": 0.75, "Bo": 1.0}
     folder = RunFolder(made_runs.write(tmp_path / "run", values, results={"my_metric": 0.5}))
     results = results_lib.Results.from_values(folder.metrics(), "val", folder.paths())
@@ -81,7 +81,7 @@ def test_results_have_average_precisions_and_metrics_of_ones_own(tmp_path):
     assert results.to_dict() == folder.metrics() and results.to_dict()["my_metric"] == 0.5
 
 
-def test_importing_is_instant(python):
+def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
     python(
         "import sys, vidjax\n"
         "assert set(vidjax.__all__) <= set(dir(vidjax))\n"
@@ -91,7 +91,7 @@ def test_importing_is_instant(python):
     )
 
 
-def test_wrong_arguments_say_what_was_expected(
+def test_errors_of_wrong_arguments_describe_the_expected_argument(
     clips, labels, made, official_dir, cache_dir, tmp_path
 ):
     public: Any = vidjax  # wrong types are meant

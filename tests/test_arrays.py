@@ -74,7 +74,7 @@ def official_arrays(official_dir):
     return splits
 
 
-def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(cache, tmp_path):
+def test_arrays_and_official_files_convert_to_the_same_records(cache, tmp_path):
     rng, official, splits = np.random.default_rng(0), tmp_path / "official", {}
     official.mkdir()
     for split, count in (("train", 12), ("val", 8), ("test", 4)):
@@ -98,7 +98,7 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(cac
 
 
 @pytest.mark.parametrize("kind", ["npz", "npz of several clips", "a list of one length"])
-def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
+def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cache, kind):
     splits, folder = make_splits(), tmp_path / "own"
     if kind == "npz":
         clip_files.write_npz(folder, splits)
@@ -126,7 +126,7 @@ def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
     assert counts == ([0, 1, 2, 3] if "npz" in kind else [1, 2, 3]) * 3
 
 
-def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
+def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
     splits = make_splits()
     folder = clip_files.write_npz(tmp_path / "own", splits)
     listed = {name: identity for name, identity in LABELS.items() if identity}
@@ -155,7 +155,7 @@ def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
         sources.load(splits, table, cache_dir=cache)
 
 
-def test_frames_go_by_time_and_lists_are_arrays(cache):
+def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
     frames = {"features": [[1.0, 2.0], [3.0, 4.0]], "number": [7, 5], "quality": [10, 20]}
     data = sources.load({"val": {"a.mp4": {"face": frames}}}, cache_dir=cache)
     (batch,) = eval_batches(data, split="val", modalities=("face",), rows=1)
@@ -186,7 +186,7 @@ def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     assert batches[0][0].frames["face"].mask.sum() == 512
 
 
-def test_changed_arrays_are_converted_again_and_equal_ones_are_not(tmp_path, cache):
+def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, cache):
     splits = make_splits()
     folder = clip_files.write_npz(tmp_path / "own", splits)
 
@@ -219,7 +219,7 @@ BAD = [  # what val contains first, and words of the error
 ]
 
 
-def test_bad_clips_are_named(cache, refused):
+def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
     for value, words in BAD:
         splits = make_splits()
         splits["val"] = {"odd": {"face": value}} | splits["val"]
@@ -244,7 +244,7 @@ def test_bad_clips_are_named(cache, refused):
         sources.load({"train": LONG}, cache_dir=cache)
 
 
-def test_bad_labels_are_refused_with_their_line(tmp_path, refused):
+def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     path = tmp_path / "labels.csv"
     for labels, *words in (
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
@@ -265,7 +265,7 @@ def test_bad_labels_are_refused_with_their_line(tmp_path, refused):
         refused(make_splits(), *words, labels=path if isinstance(labels, bytes) else labels)
 
 
-def test_a_bad_folder_is_refused(tmp_path, refused):
+def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, refused):
     folder = tmp_path / "own"
     refused(folder, "no such folder")
     folder.mkdir()
@@ -297,7 +297,7 @@ def test_a_bad_folder_is_refused(tmp_path, refused):
     refused(tmp_path, "train-00001", "is not read", "train.parquet")
 
 
-def test_frames_of_several_clips_are_counted(tmp_path):
+def test_npz_of_several_clips_needs_valid_frame_counts(tmp_path):
     path, features = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
         more: Any = {} if length is None else {"face_length": length}
@@ -310,7 +310,7 @@ def test_frames_of_several_clips_are_counted(tmp_path):
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).split("clips").clips == ("all",)
 
 
-def test_features_next_to_the_clips_to_score_are_not_passed_over(tmp_path):
+def test_folder_with_npz_clips_and_other_feature_files_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", face=np.ones((1, 2), np.float32))
     (tmp_path / "labels.csv").write_text("clip,identity\na,1\n")
     assert memory.load_clips(tmp_path, {"face": 2}, ()).split("clips").clips == ("a",)
@@ -322,7 +322,7 @@ def test_features_next_to_the_clips_to_score_are_not_passed_over(tmp_path):
         (tmp_path / other).unlink()
 
 
-def test_a_bad_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
+def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -347,7 +347,7 @@ def test_a_bad_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     refused(tmp_path, str(path), "vidjax[parquet]")
 
 
-def test_bad_clips_in_memory_are_named():
+def test_error_names_a_bad_clip_in_memory():
     good, wide = {"face": np.ones((1, 24), np.float32)}, {"a": {"face": np.zeros((2, 23))}}
     for clips, words in (
         ([good], "not list"),

@@ -103,7 +103,7 @@ def check_ranking(path, runs, load, weights=(1.0,), split="val"):
 
 
 @pytest.mark.slow
-def test_a_run_and_its_copy_rank_as_it_does_alone(
+def test_blend_of_a_run_and_its_copy_ranks_as_the_run(
     nearest_run, data, official_dir, tmp_path, blended
 ):
     """Cosines are joined as probabilities."""
@@ -119,7 +119,7 @@ def test_a_run_and_its_copy_rank_as_it_does_alone(
             blended(runs, f"--config.join.weights={weights}", load=lambda _: data)
 
 
-def test_a_mean_of_probabilities_by_hand():
+def test_blend_is_the_weighted_mean_of_probabilities():
     rng = np.random.default_rng(0)
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
     scores[1, 4] = np.nan
@@ -136,7 +136,9 @@ def test_a_mean_of_probabilities_by_hand():
 
 
 @pytest.mark.slow
-def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, command, blended):
+def test_blend_scores_each_run_with_its_own_eval_fields(
+    runs, train, load, folders, tmp_path, command, blended
+):
     words = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
     own = train("configs/knn.py:iqiyi_vid", folders["faces"], *words)
     results = blended((runs[0], own))
@@ -149,7 +151,9 @@ def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path,
 
 
 @pytest.mark.slow
-def test_other_identities_or_clips_are_refused(runs, train, load, folders, tmp_path, blended):
+def test_blend_refuses_runs_with_different_identities_or_clips(
+    runs, train, load, folders, tmp_path, blended
+):
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
@@ -175,7 +179,7 @@ def test_other_identities_or_clips_are_refused(runs, train, load, folders, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*the data have other modalities")
-def test_the_command_line(runs, load, official_dir, tmp_path, command):
+def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_path, command):
     """If config.data.dir is set, it replaces the folder of every run; scores do not change."""
     out = tmp_path / "both"
     words = ("--mode=evaluate", f"--workdir={out}")

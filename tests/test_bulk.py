@@ -83,7 +83,7 @@ def lists_of(path):
     return found
 
 
-def test_identify_answers_the_clips_of_every_table(say, people, made, day, tmp_path):
+def test_identify_writes_an_answer_for_each_clip_of_each_table(say, people, made, day, tmp_path):
     out = tmp_path / "out"
     words = ("gallery", "identify", people, f"--input={day}", f"--out={out}", "--k=3")
     assert say(*words)["tables"] == 4
@@ -100,7 +100,7 @@ def test_identify_answers_the_clips_of_every_table(say, people, made, day, tmp_p
 
 
 @pytest.mark.slow
-def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, tmp_path):
+def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(say, nearest_run, day, tmp_path):
     words = ("embed", f"--workdir={nearest_run}")
     say(*words, f"--input={day}", f"--out={tmp_path / 'vectors'}")
     rows, wanted = rows_of(tmp_path / "vectors"), vidjax.restore(nearest_run).embed(CLIPS)
@@ -113,7 +113,9 @@ def test_vectors_of_tables_are_those_of_all_clips(say, nearest_run, day, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, people, made, day, tmp_path):
+def test_ranking_of_many_tables_equals_ranking_of_one_table(
+    say, nearest_run, people, made, day, tmp_path
+):
     """Clips with equal scores are sorted by name."""
     words = ("gallery", "rank", people, f"--input={day}", "--threshold=0.3")
     found = lists_of(say(*words, f"--out={tmp_path / 'people'}")["results"])
@@ -138,7 +140,7 @@ def test_the_joint_ranking_is_that_of_all_clips(say, nearest_run, people, made, 
 
 
 @pytest.mark.slow
-def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, people, day, tmp_path):
+def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, people, day, tmp_path):
     """This holds with and without `.mp4`, and even if 100 equal clips crowd it out of the lists."""
     names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys(names, same))
@@ -162,7 +164,7 @@ def test_a_clip_in_two_tables_is_refused_in_a_ranking(say, nearest_run, people, 
 
 @pytest.mark.slow
 @pytest.mark.optimized  # as commands compile
-def test_a_killed_call_is_continued_to_the_same_bytes(say, people, day, tmp_path):
+def test_call_after_a_kill_completes_the_same_bytes(say, people, day, tmp_path):
     """Two calls make all tables at once; one is killed after the first table."""
     for number in range(4, 30):
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
@@ -186,7 +188,7 @@ def test_a_killed_call_is_continued_to_the_same_bytes(say, people, day, tmp_path
 @pytest.mark.parametrize(
     "change", quick_first(["clips", "rule", "damage"], mark=pytest.mark.nightly)
 )
-def test_results_of_something_else_are_refused_and_kept(say, people, day, tmp_path, change):
+def test_results_of_other_clips_or_rules_are_refused_and_kept(say, people, day, tmp_path, change):
     out = tmp_path / "out"
     words = ["gallery", "identify", people, f"--input={day}", f"--out={out}"]
     say(*words)
@@ -206,7 +208,7 @@ def test_results_of_something_else_are_refused_and_kept(say, people, day, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_gallery_that_changes_meanwhile_ends_the_call(say, people, day, tmp_path, monkeypatch):
+def test_call_ends_with_an_error_if_the_gallery_changes(say, people, day, tmp_path, monkeypatch):
     load, out = vidjax.Gallery.load, tmp_path / "out"
 
     def load_and_change(gallery, path):
@@ -220,7 +222,7 @@ def test_a_gallery_that_changes_meanwhile_ends_the_call(say, people, day, tmp_pa
     assert [*contents(out)] == ["part-0.parquet"]
 
 
-def test_a_bad_table_does_not_keep_the_others_from_answers(say, people, day, tmp_path):
+def test_bad_tables_fail_and_the_other_tables_are_answered(say, people, day, tmp_path):
     words = ("gallery", "identify", people, f"--input={day}")
     for more in ([], [f"--out={tmp_path / 'answers.csv'}"]):
         assert "--out=FOLDER" in say(*words, *more, code=2)
@@ -232,7 +234,7 @@ def test_a_bad_table_does_not_keep_the_others_from_answers(say, people, day, tmp
     assert [*contents(tmp_path / "out")] == ["part-2.parquet", "part-3.parquet"]
 
 
-def test_tables_have_no_splits(say, day, tmp_path):
+def test_split_is_refused_for_a_folder_of_tables(say, day, tmp_path):
     words = ("embed", "--workdir=none", f"--input={day}", f"--out={tmp_path / 'out'}")
     assert "leave it out" in say(*words, "--config.eval.split=test", code=2)
     (day / "one.npz").touch()
@@ -266,7 +268,7 @@ class Embed(bulk.Embed):
 
 @pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
-def test_ray_makes_the_results_of_one_machine(say, nearest_run, people, day, tmp_path):
+def test_ray_results_equal_those_of_one_machine(say, nearest_run, people, day, tmp_path):
     """The recipes of the page with one worker each, which is killed at its work, and restarted."""
     pytest.importorskip("ray")
     (day / "part-2.parquet").unlink()

@@ -13,7 +13,7 @@ made_nets = pytest.importorskip("tests.helpers.made_nets")
 BACK_END = made_nets.back_end(same=(0.9, 0.1))
 
 
-def test_a_folder_gives_one_card_for_each_role(tmp_path):
+def test_folder_of_nets_loads_one_card_per_role(tmp_path):
     made_nets.write(tmp_path, "find", "face_detector")
     path = made_nets.write(tmp_path, "embed", back_end=BACK_END)
     found = cards.load(tmp_path)
@@ -51,7 +51,7 @@ DAMAGES = {  # words of the error -> the damage to a folder with one net
 
 
 @pytest.mark.parametrize("words", DAMAGES)
-def test_a_damaged_folder_is_refused(tmp_path, words):
+def test_damaged_folder_of_nets_is_refused(tmp_path, words):
     folder = tmp_path / "models"
     folder.mkdir()
     made_nets.write(folder)
@@ -59,7 +59,7 @@ def test_a_damaged_folder_is_refused(tmp_path, words):
     seen.refused(lambda: cards.load(folder), *words.split())
 
 
-def test_a_wrong_key_is_named(tmp_path):
+def test_error_names_the_wrong_field_of_a_card(tmp_path):
     for fields, word in (
         ({"colour": "rgb"}, "colour"),
         ({"format": 2}, "format"),

@@ -51,7 +51,7 @@ def damage(folder, pattern):
     path.write_bytes(content)
 
 
-def test_a_good_run(folder, check_run):
+def test_check_of_a_good_run_reports_all_good(folder, check_run):
     code, lines = check_run()
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")
@@ -73,7 +73,7 @@ def test_a_good_run(folder, check_run):
         ("cache/**/index.npz", 2, "FAULT  run: "),
     ],
 )
-def test_damage_is_found_and_a_fault_hides_no_other(folder, check_run, pattern, code, words):
+def test_check_reports_every_damaged_file(folder, check_run, pattern, code, words):
     (step,) = (folder / "run" / "checkpoints").iterdir()
     if "99" in pattern:
         shutil.copytree(step, step.with_name("99"))
@@ -84,7 +84,7 @@ def test_damage_is_found_and_a_fault_hides_no_other(folder, check_run, pattern, 
     assert any(words.format(step=step.name) in line for line in lines), lines
 
 
-def test_other_data_than_those_of_the_run(folder, check_run, official_dir):
+def test_check_reports_labels_that_differ_from_those_of_training(folder, check_run, official_dir):
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
@@ -93,7 +93,9 @@ def test_other_data_than_those_of_the_run(folder, check_run, official_dir):
     assert code == 2 and "train has other labels" in lines[-2]
 
 
-def test_data_of_a_configuration(check, official_dir, cache_dir, tmp_path):
+def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
+    check, official_dir, cache_dir, tmp_path
+):
     (tmp_path / "file").touch()
     words = (f"--config={SPEC}", f"--config.data.cache_dir={cache_dir}")
     official = f"--config.data.dir={official_dir}"
@@ -110,7 +112,7 @@ def test_data_of_a_configuration(check, official_dir, cache_dir, tmp_path):
         assert code == 2 and message in lines[-2], lines
 
 
-def test_a_joined_folder_names_its_runs_and_no_folder_is_needed(tmp_path, command, check):
+def test_check_of_a_blend_names_its_runs_and_check_needs_no_folder(tmp_path, command, check):
     config = api.load_config("knn")
     config.join.runs = ("a", "b")
     RunFolder(tmp_path).write_config(config)

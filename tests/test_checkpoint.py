@@ -33,7 +33,7 @@ def restore_latest(workdir, items):
     return restored, found.manifest
 
 
-def test_what_is_saved_comes_back(tmp_path, items):
+def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
     assert checkpoint.find(tmp_path) is None
     checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
     restored, manifest = restore_latest(tmp_path, items)
@@ -47,7 +47,7 @@ def test_what_is_saved_comes_back(tmp_path, items):
     assert_same(items, restored)
 
 
-def test_a_step_that_the_run_drops_meanwhile_is_passed_over(tmp_path, items, monkeypatch):
+def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):
     for step in (2, 3):
         checkpoint.save(tmp_path, step, items, {})
     manifests = checkpoint.manifests
@@ -63,7 +63,7 @@ def test_a_step_that_the_run_drops_meanwhile_is_passed_over(tmp_path, items, mon
     assert found and found.manifest["step"] == 2
 
 
-def test_two_latest_and_best_are_kept(tmp_path, items):
+def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
         checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
     assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
@@ -74,7 +74,7 @@ def test_two_latest_and_best_are_kept(tmp_path, items):
     assert list(checkpoint.manifests(tmp_path / "other")) == [2, 4]
 
 
-def test_a_save_or_a_deletion_that_was_cut_short_is_no_step(tmp_path, items):
+def test_interrupted_save_or_deletion_leaves_no_checkpoint(tmp_path, items):
     folder = tmp_path / "checkpoints"
     checkpoint.save(tmp_path, 1, items, {})
     half = folder / ".partial" / "3" / "state"
@@ -93,7 +93,7 @@ def test_a_save_or_a_deletion_that_was_cut_short_is_no_step(tmp_path, items):
     assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]
 
 
-def test_another_model_is_an_error(tmp_path, items):
+def test_checkpoint_of_another_model_is_refused(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
     for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
         with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):

@@ -47,7 +47,7 @@ def records(clips, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
-def test_tfds_and_the_reader_without_tensorflow_show_what_was_packed(clips, records):
+def test_tfds_and_our_reader_return_the_clips_that_were_written(clips, records):
     from vidjax.data.records.codec import tfds
 
     facts, in_order = records.splits["train"], tfds.ReadConfig(interleave_cycle_length=1)
@@ -76,7 +76,7 @@ def test_tfds_and_the_reader_without_tensorflow_show_what_was_packed(clips, reco
                 np.testing.assert_array_equal(packed, getattr(clip, field))
 
 
-def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records):
+def test_records_whose_sizes_do_not_match_the_lengths_are_refused(records):
     split = records.splits["train"]
     lengths = {**split.lengths, "face": split.lengths["face"] + 1}
     other = records._replace(splits={"train": split._replace(lengths=lengths)})
@@ -85,7 +85,7 @@ def test_sizes_that_do_not_follow_from_the_lengths_are_refused(records):
 
 
 @pytest.mark.nightly
-def test_a_run_that_fits_the_memory_needs_no_tensorflow(tmp_path, official_dir, python):
+def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, python):
     """Conversion, training and report; on records that are there no TFDS either."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     code = (

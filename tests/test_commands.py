@@ -30,7 +30,7 @@ def check(case, command):
 @pytest.mark.parametrize(
     "case", [*commands.WORDS, *commands.FIELDS], ids=lambda case: case.words or "nothing"
 )
-def test_a_mistake_is_told_with_its_remedy(case, tmp_path, monkeypatch, command):
+def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     assert check(case, command) == ""
@@ -45,7 +45,7 @@ def places(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", commands.PLACES, ids=lambda case: case.words)
-def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch, command):
+def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command):
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = seen.contents(places, but={"cache", "__pycache__"})
@@ -53,7 +53,7 @@ def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
-def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path, python):
+def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, python):
     python(
         "import sys\nfrom vidjax.cli.program import main\n"
         "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"
@@ -66,7 +66,7 @@ def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path, python):
 
 
 @pytest.mark.nightly
-def test_a_user_s_day(tmp_path):
+def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     commands.prepare(tmp_path)
     for case in [*commands.FIELDS[2::16], *commands.FILES, *commands.WORKS]:
         outcome = commands.run(tmp_path, case._replace(seconds=60))
@@ -77,11 +77,11 @@ def test_a_user_s_day(tmp_path):
 
 
 @pytest.mark.parametrize("name", quick_first(NAMES, mark=pytest.mark.nightly))
-def test_a_shipped_configuration_passes_the_dry_run(name):
+def test_shipped_configuration_passes_a_dry_run(name):
     plan.dry_run(config_io.load_file(name))
 
 
-def test_a_folder_is_named_after_its_overrides():
+def test_run_folder_is_named_after_its_overrides():
     def suffix(*words, without=()):
         overrides = [f"--config.{word}" for word in words]
         config = config_io.override(config_lib.default(), overrides)
@@ -100,7 +100,7 @@ def test_a_folder_is_named_after_its_overrides():
         assert name.replace("_", "").replace("=", "").replace(".", "").replace("-", "").isalnum()
 
 
-def test_the_configuration_is_printed_with_its_origins(command):
+def test_printed_configuration_lists_the_origin_of_each_value(command):
     words = ["--mode=config", f"--config={ROOT}/configs/mma.py:face", "--config.seed=3"]
     rows = {
         line.split()[0]: line.split(maxsplit=3)[1:] for line in command(*words).out.splitlines()

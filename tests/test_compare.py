@@ -20,7 +20,7 @@ def averages(seed):
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 
-def test_the_interval_covers_the_true_difference():
+def test_interval_of_a_paired_difference_covers_the_true_difference():
     """Paired differences of average precisions, and their true mean.
 
     Of an identity of difficulty x ~ Beta(3, 1) one system reaches x, the other x ** power: better
@@ -42,7 +42,7 @@ def test_the_interval_covers_the_true_difference():
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_of_zeros_and_ones_the_interval_is_that_of_a_share():
+def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
     for num, hits in ((37, 36), (20, 7), (300, 150)):
         found = significance.map_interval(np.arange(num) < hits)
         expected = special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
@@ -51,7 +51,7 @@ def test_of_zeros_and_ones_the_interval_is_that_of_a_share():
     assert significance.map_interval(np.zeros(40))[0] == 0.0
 
 
-def test_the_command_writes_files_that_agree_and_gives_a_program_the_numbers(tmp_path, compared):
+def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, compared):
     names = ("a", "b<i>", "c")
     found = {name: averages(seed) for seed, name in enumerate(names)}
     for name, values in found.items():
@@ -114,7 +114,7 @@ def groups_of(tmp_path):
     return found
 
 
-def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, compared):
+def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, compared):
     found, runs = groups_of(tmp_path), ("a1+a2+a3", "b1+b2+b3")
     told = json.loads(compared("--json", runs=runs).out)
     gaps = found["b"] - found["a"]
@@ -142,7 +142,7 @@ def test_groups_of_seeds_have_an_interval_of_seeds_and_identities(tmp_path, comp
         assert compared(runs=("a1+a2", group)).refused(words)
 
 
-def test_the_interval_of_groups_of_two_holds_the_truth_where_seeds_vary_most():
+def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
     """Two standard errors do in 70 %: the spread of two seeds is a guess."""
     rng, true, held = np.random.default_rng(2), 0.05, []
     for _ in range(300):
@@ -156,7 +156,7 @@ def test_the_interval_of_groups_of_two_holds_the_truth_where_seeds_vary_most():
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
-def test_python_compares_runs_and_groups_as_the_command_does(tmp_path):
+def test_compare_in_python_equals_the_compare_command(tmp_path):
     found = groups_of(tmp_path)
     pair = vidjax.compare([tmp_path / "a1", str(tmp_path / "b1")])
     low, high, p = significance.compute_gap_interval(found["b"][0] - found["a"][0])
@@ -172,7 +172,7 @@ def test_python_compares_runs_and_groups_as_the_command_does(tmp_path):
         vidjax.compare(str(tmp_path / "a1"))  # pyright: ignore[reportArgumentType]
 
 
-def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
+def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path):
     names = "val", "other", "out_of_fold", "in_sample"
     for seed, kind in enumerate(names):
         results = {"map_kind": kind.replace("other", "val")}
@@ -184,7 +184,7 @@ def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
         assert (f"In sample: {tmp_path}/in_sample was trained on" in said) == (number == 4)
 
 
-def test_only_runs_on_the_same_clips_are_compared(tmp_path, compared):
+def test_compare_refuses_runs_with_different_clips_or_identities(tmp_path, compared):
     values = averages(3)
     made_runs.write(tmp_path / "a", values)
     made_runs.write(tmp_path / "more", values | {"nobody": 0.5})
@@ -205,7 +205,7 @@ def test_only_runs_on_the_same_clips_are_compared(tmp_path, compared):
     assert not (tmp_path / "out").exists()
 
 
-def test_clips_and_labels_are_told_apart_by_their_digests(tmp_path, compared):
+def test_compare_refuses_runs_whose_clip_or_label_digests_differ(tmp_path, compared):
     """Equal numbers of clips may be different clips. Other features are not other clips."""
     own = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
     for name, more in {"a": {}, "b": {"features": "b"}, "names": {"names": "b"}, "labels":

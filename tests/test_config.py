@@ -26,7 +26,7 @@ def load(spec="mma"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_configuration_may_be_trained_and_json_brings_its_values_back(name):
+def test_shipped_configuration_is_valid_and_survives_json(name):
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
     assert all(words.values())  # which describe them
     written = []
@@ -46,7 +46,7 @@ def test_a_shipped_configuration_may_be_trained_and_json_brings_its_values_back(
     assert written.count(written[0]) == 1 + ("mlp5" in words)
 
 
-def test_an_override_converts_by_the_type_of_the_field():
+def test_override_is_converted_to_the_type_of_its_field():
     for word, value in {
         "batch_size=64": 64, "num_epochs=3": 3.0, "num_epochs=inf": float("inf"),
         "modalities=('face',)": ("face",), "modalities=face, head": ("face", "head"),
@@ -65,7 +65,7 @@ def test_an_override_converts_by_the_type_of_the_field():
     assert config_lib.differences(config, load()) == {}
 
 
-def test_differences_leave_out_what_neither_reads():
+def test_differences_omit_fields_that_neither_configuration_reads():
     """A run that a version with more fields in its files has begun can go on."""
     plain = load("noise_classes:other")
     other = config_io.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
@@ -114,7 +114,7 @@ def problems(*words):
     return list(config_lib.problems(config))
 
 
-def test_a_value_that_nothing_reads_is_refused_with_the_remedy():
+def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
     for read, fields in UNREAD.items():
         for name, value in fields.items():
             (problem,) = problems(f"{name}={value}")
@@ -135,7 +135,7 @@ def test_a_value_that_nothing_reads_is_refused_with_the_remedy():
         assert problems("eval.split=train", f"ensemble.{members}=5") == []
 
 
-def test_the_range_of_a_field_is_that_of_its_row():
+def test_values_outside_the_range_of_a_field_are_refused():
     for name, field in config_lib.FIELDS.items():
         values: dict[str, Any] = dict(config_lib.DEFAULTS)
         outside = ["zzz"] if field.choices else []
@@ -149,7 +149,7 @@ def test_the_range_of_a_field_is_that_of_its_row():
                 config_lib.check_ranges(values | {name: value})
 
 
-def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypatch):
+def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name, remedy in {"mmaa": "'mma'", "configs/mma.py": "'mma'", "mma.py": "'mma'"}.items():
@@ -161,7 +161,7 @@ def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypat
     assert config_io.load_file("mma").seed == 7  # the file of the working directory comes first
 
 
-def test_the_documentation_is_that_of_the_fields():
+def test_page_of_configurations_equals_the_generated_documentation():
     page = (ROOT / "configs" / "README.md").read_text()
     for name, content in docs.documentation().items():
         assert docs.replace_section(page, name, content) == page, (
@@ -175,7 +175,7 @@ INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold"
 
 
 @pytest.mark.nightly
-def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
+def test_every_field_is_read_by_a_command(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
     reads, override = set(), config_io.override
     invented = {name: config_lib.Field(name, 1, "nothing reads it") for name in INVENTED}
     monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))
@@ -215,7 +215,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         fusion.make_fusion({"name": "mean", "invented": 1})
 
 
-def test_what_a_system_cannot_do_is_refused():
+def test_unsupported_modalities_and_epochs_of_a_system_are_refused():
     assert load("knn:head").modalities == ("head",)
     with pytest.raises(ValueError, match="modalities face, head: this experiment uses only"):
         load("knn:face,head")

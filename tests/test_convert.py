@@ -65,7 +65,7 @@ def fails(say):
     return check
 
 
-def test_mistakes_name_the_remedy(fails, tmp_path, monkeypatch):
+def test_convert_errors_name_the_remedy(fails, tmp_path, monkeypatch):
     fails(["dlip"], "dlib")
     fails(["dlib", "x.tar.gz"], "needs --out")
     fails(["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
@@ -91,7 +91,7 @@ def write_tar(path, name, content):
 
 
 @pytest.mark.parametrize(("kind", "pack"), [("centerface", write_wheel), ("dlib", write_tar)])
-def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, pack):
+def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack):
     source = cards.PUBLISHED[kind]["source"]
     path, out = tmp_path / ("p.whl" if pack is write_wheel else "p.tar.gz"), tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
@@ -109,7 +109,7 @@ def test_another_file_than_the_known_one_is_refused(fails, tmp_path, kind, pack)
     assert not out.exists()
 
 
-def test_the_converted_nets_are_ready_to_use(nets):
+def test_converted_nets_load_and_reproduce_a_recorded_vector(nets):
     found = cards.load(nets)
     assert set(found) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
     for card in found.values():
@@ -122,7 +122,7 @@ def test_the_converted_nets_are_ready_to_use(nets):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_a_conversion_gives_the_same_bytes_again(nets, tmp_path, kind):
+def test_converting_a_net_again_gives_the_same_bytes(nets, tmp_path, kind):
     inner = tmp_path / cards.PUBLISHED[kind]["source"]["file"]
     inner.write_bytes(net_packages.read_member(package(PACKAGES[kind]), kind))
     card = net_packages.convert(kind, inner, tmp_path / "again")
@@ -130,7 +130,7 @@ def test_a_conversion_gives_the_same_bytes_again(nets, tmp_path, kind):
         assert again.read_bytes() == (nets / again.name).read_bytes()
 
 
-def test_centerface_answers_for_any_size_as_published(nets):
+def test_converted_centerface_equals_the_published_net_and_accepts_any_size(nets):
     card = cards.load(nets)["face_detector"]
     content = net_packages.read_member(package(PACKAGES["centerface"]), "centerface")
     options = runtime.SessionOptions()
@@ -160,7 +160,7 @@ def photo(name):
 
 
 @pytest.mark.slow
-def test_face_tags_in_a_photo_of_two_people_name_both(nets, tmp_path, command):
+def test_face_tags_of_a_rotated_photo_enrol_both_people(nets, tmp_path, command):
     """Tags are of the picture as stored, which lies on its side by the orientation 6."""
     image = pytest.importorskip("PIL.Image")
     detector, tags = nets_lib.Detector(cards.load(nets)["face_detector"]), []
@@ -190,7 +190,7 @@ def test_face_tags_in_a_photo_of_two_people_name_both(nets, tmp_path, command):
 
 @pytest.mark.nightly
 @pytest.mark.skipif("VIDJAX_SPEECH" not in os.environ, reason="no VIDJAX_SPEECH")
-def test_speakers_are_named_and_the_card_tells_their_cosines(nets):
+def test_speakers_are_identified_and_the_card_contains_their_cosines(nets):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
     found = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), nets)
     assert found["first"] == [70, 70]

@@ -40,7 +40,7 @@ def read(path, base):
     return found
 
 
-def test_appearances_are_events_with_time_around_them(tmp_path):
+def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
     """They end with the film and join where they touch; photos and unknown people have none."""
     one, other = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
     photo = film("c.jpg", None, 0.0)
@@ -57,7 +57,7 @@ def test_appearances_are_events_with_time_around_them(tmp_path):
     assert read(tmp_path / "Bob.edl", 25) == [("a.mp4", 49 * 25, 52 * 25)]
 
 
-def test_films_of_other_rates_and_long_lists_go_to_more_files(tmp_path):
+def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
     """At 29.97 frames per second, a time code counts 30 frames per second, so it is slow."""
     for rate, exact, base in ((29.98, NTSC, 30), (30, 30, 30), (14.7, 24000 / 1001, 24)):
         one = film("a.mp4", rate, 5000.0)
@@ -72,7 +72,7 @@ def test_films_of_other_rates_and_long_lists_go_to_more_files(tmp_path):
         assert len(read(tmp_path / f"Ada {name}.edl", base)) == count
 
 
-def test_each_person_has_a_file_whatever_the_name(tmp_path):
+def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     long = "\U0001f600" * 300
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
     one = film("a.mp4", 25)
@@ -84,7 +84,7 @@ def test_each_person_has_a_file_whatever_the_name(tmp_path):
     assert len([*tmp_path.iterdir()]) == 1
 
 
-def test_a_misspelt_film_is_suggested(tmp_path):
+def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
     (tmp_path / "holiday.mp4").touch()
     with pytest.raises(UserError, match=r"no such file or folder\ndid you mean '.*holiday\.mp4'"):
         pipeline.list_files([tmp_path / "holidy.mp4"])

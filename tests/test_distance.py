@@ -60,7 +60,7 @@ def log_probabilities(photos, clips):
     return np.array(list(index.search([clips.astype(np.float32)])))
 
 
-def test_one_person_is_compared_by_two_gamma_densities():
+def test_log_odds_of_one_person_are_a_ratio_of_gamma_densities():
     rng, (within, between, same, different) = np.random.default_rng(0), DLIB
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
@@ -79,7 +79,7 @@ def test_equal_photos_count_as_one():
 
 
 @pytest.mark.parametrize("people", [1, 7])
-def test_gaussian_vectors_have_the_probabilities_of_a_joint_density(people):
+def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     """All is Gaussian where both shapes are D / 2: against joint densities, m integrated out."""
     rng, width, wide = np.random.default_rng(people), 6, 1e6
     card = distance.Distances(0.3, 0.9, width / 2, width / 2)
@@ -110,7 +110,7 @@ def test_gaussian_vectors_have_the_probabilities_of_a_joint_density(people):
 @pytest.mark.parametrize(
     ("people", "count"), quick_first([(50, 3), (5, 1), (500, 10)], mark=pytest.mark.nightly)
 )
-def test_somebody_new_is_as_probable_as_strangers_are_frequent(people, count):
+def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, count):
     """Half of the clips are of strangers. Photos of one day do not make the known strangers."""
     for shared, most in ((0.0, 0.05), (0.5, 0.1)):
         found = []
@@ -134,7 +134,7 @@ def groups(people, count):
     return len(parts), sum(parts) / len(truth)
 
 
-def test_groups_are_people(monkeypatch):
+def test_grouping_makes_one_group_per_person(monkeypatch):
     count, purity = groups(20, 10)
     assert count <= 22 and purity > 0.99
     # More clips than are compared at once are grouped film by film.
@@ -144,7 +144,7 @@ def test_groups_are_people(monkeypatch):
     assert groups(120, 1)[0] >= 110  # nobody twice
 
 
-def test_clips_that_are_seen_at_one_time_are_two_people():
+def test_clips_seen_at_the_same_time_are_in_different_groups():
     made = Population(2)
     clips = [made.photos(made.people(1), 4)[0].astype(np.float32)]
     assert grouping.group(BACKEND, [*"abcd"], clips).tolist() == [0, 0, 0, 0]
@@ -156,7 +156,7 @@ def test_clips_that_are_seen_at_one_time_are_two_people():
     }  # fmt: skip
 
 
-def test_people_of_films_are_named_and_strangers_are_grouped():
+def test_real_people_are_identified_and_strangers_are_grouped():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
         pytest.skip("no folder tracks beside VIDJAX_REAL_DATA")

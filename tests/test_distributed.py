@@ -27,7 +27,7 @@ WORDS = (
 )  # fmt: skip
 
 
-def test_one_process_agrees_with_itself():
+def test_functions_for_many_processes_work_in_one_process():
     assert distributed.count() == 1 and distributed.is_first()
     assert distributed.max_over_processes(7, -3) == [7, -3]
     distributed.check_same({"configuration": {"a": 1}})
@@ -97,7 +97,7 @@ def assert_close(left, right):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
-def test_two_processes_that_end_go_on_with_the_same_command(start, official_data, tmp_path, mode):
+def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
     """If one is killed, the other ends. At night: a signal to one stops both; a report."""
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
     two, report = tmp_path / "two", mode == "streaming"
@@ -123,7 +123,7 @@ def test_two_processes_that_end_go_on_with_the_same_command(start, official_data
 
 
 @pytest.mark.slow
-def test_processes_with_other_fields_are_refused(start, tmp_path):
+def test_processes_with_different_configurations_are_refused(start, tmp_path):
     codes = wait(start(f"--config={SPEC}", *WORDS, own=((), ("--config.seed=3",))))
     assert 2 in codes and 0 not in codes
     said = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))

@@ -36,7 +36,7 @@ SOME = {"train": make_clips(0, 40), "val": make_clips(1, 31)}
 @pytest.mark.parametrize(
     "kind", quick_first(["npz", "pickles", "parquet"], mark=pytest.mark.nightly)
 )
-def test_several_processes_write_the_files_of_one(kind, tmp_path, say):
+def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path, say):
     folder, one = tmp_path / "source", tmp_path / "one"
     if kind == "pickles":
         folder.mkdir()
@@ -59,7 +59,7 @@ def test_several_processes_write_the_files_of_one(kind, tmp_path, say):
         assert len(list(one.glob("arrays/*/manifest.json"))) == 1
 
 
-def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(tmp_path, monkeypatch):
+def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch):
     folder = clip_files.write_npz(tmp_path / "source", SOME)
     clip = folder / "val" / "1_030.npz"
 
@@ -101,7 +101,7 @@ def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_pat
 @pytest.mark.parametrize(
     ("name", "width", "words"), quick_first([("b", 7, "b, face"), ("a.mp4", 6, "twice")])
 )
-def test_where_only_one_process_can_judge_several_end_as_it_does(name, width, words, tmp_path):
+def test_two_processes_raise_the_error_of_one_process(name, width, words, tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, 6), np.float32))
     np.savez(tmp_path / "train" / f"{name}.npz", face=np.ones((2, width), np.float32))
@@ -113,7 +113,7 @@ def test_where_only_one_process_can_judge_several_end_as_it_does(name, width, wo
     assert found[0] == found[1]
 
 
-def test_a_failure_ends_the_other_processes(tmp_path):
+def test_failure_of_one_process_ends_the_other_processes(tmp_path):
     def run(children, item):
         if item == "fails":
             time.sleep(0.3)

@@ -26,7 +26,7 @@ def metrics_of(folder, name="metrics.json"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_word_trains_on_all_clips_and_ranks_others(name):
+def test_everything_trains_on_train_and_val_and_ranks_test(name):
     config = config_io.load_file(f"{ROOT}/configs/{name}.py:everything")
     assert config.data.train_splits == ("train", "val") and config.eval.split == "test"
     assert not any(config.ensemble[name] for name in config_lib.HOLD_OUT_FIELDS)
@@ -37,7 +37,7 @@ def test_the_word_trains_on_all_clips_and_ranks_others(name):
 
 
 @pytest.mark.slow
-def test_a_run_on_everything(official_dir, tmp_path, say, command):
+def test_run_on_everything_reports_no_map(official_dir, tmp_path, say, command):
     folder, data = tmp_path / "run", f"--config.data.dir={official_dir}"
     out = say(f"{KNN},everything", data, f"--workdir={folder}")
     # It ranks test, and claims no MAP.
@@ -88,7 +88,7 @@ def test_a_run_on_everything(official_dir, tmp_path, say, command):
     assert "map" not in metrics_of(joined, "metrics_test.json")
 
 
-def test_a_slip_is_refused_with_both_ways_out(tmp_path, official_dir, command):
+def test_evaluation_on_training_clips_is_refused_with_remedies(tmp_path, official_dir, command):
     slip = "--config.data.train_splits=train,val"
     for words in ([KNN, slip], [f"{KNN},everything", MEASURED]):
         data = [f"--config.data.dir={official_dir}", f"--workdir={tmp_path}/w"]
@@ -101,7 +101,7 @@ def test_a_slip_is_refused_with_both_ways_out(tmp_path, official_dir, command):
 
 
 @pytest.mark.slow
-def test_a_test_split_with_a_ground_truth_is_measured(official_dir, tmp_path, say):
+def test_run_on_everything_reports_map_of_a_labelled_test_split(official_dir, tmp_path, say):
     """No run was trained on it: its MAP counts."""
     data = shutil.copytree(official_dir, tmp_path / "data")
     labels = {f"IQIYI_VID_TEST_{n:07d}": str(n % 12 + 1) for n in range(18)}

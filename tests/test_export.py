@@ -67,7 +67,7 @@ def made(trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, mark=pytest.mark.nightly))
-def test_every_system_leaves_in_every_format_or_says_why_not(name, made, tmp_path, export):
+def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_path, export):
     for chosen in FORMATS:
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
             continue
@@ -81,7 +81,7 @@ def test_every_system_leaves_in_every_format_or_says_why_not(name, made, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export, monkeypatch):
+def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export, monkeypatch):
     onnx, onnxruntime = map(pytest.importorskip, ("onnx", "onnxruntime"))
     told, path = export(nearest_run, "onnx"), tmp_path / "out" / "model.onnx"
     assert told["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
@@ -99,7 +99,7 @@ def test_a_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, expo
 
 
 @pytest.mark.nightly
-def test_a_file_repeats_the_only_voice_beside_each_face_as_a_run_does(trained, export):
+def test_onnx_file_repeats_a_single_voice_for_each_face(trained, export):
     """The check of an export has such a clip."""
     pytest.importorskip("onnxruntime")
     run = trained("configs/quality_fusion.py:iqiyi_vid,voting,face,audio")
@@ -107,7 +107,9 @@ def test_a_file_repeats_the_only_voice_beside_each_face_as_a_run_does(trained, e
 
 
 @pytest.mark.slow
-def test_an_imported_run_evaluates_equal_to_the_bit(made, official_data, tmp_path, export, command):
+def test_imported_run_gives_bit_identical_scores_and_embeddings(
+    made, official_data, tmp_path, export, command
+):
     folders = (made("knn"), tmp_path / "again")
     export(folders[0], "safetensors")
     assert command("import", tmp_path / "out", f"--to={folders[1]}").code == 0
@@ -121,7 +123,7 @@ def test_an_imported_run_evaluates_equal_to_the_bit(made, official_data, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
+def test_export_whose_outputs_differ_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
     wanted = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(wanted, wanted) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
@@ -132,7 +134,7 @@ def test_a_file_that_answers_otherwise_leaves_no_folder(nearest_run, tmp_path, e
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_is_compared_on_clips_that_no_member_was_trained_on(nearest_run):
+def test_export_is_checked_on_clips_outside_all_training_sets(nearest_run):
     run = predict.restore(nearest_run, num_devices=1)
     names, held = tuple(map(str, range(9))), np.arange(9)[None] % 2 > 0
     folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=held))
@@ -140,7 +142,7 @@ def test_an_export_is_compared_on_clips_that_no_member_was_trained_on(nearest_ru
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, command):
+def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, command):
     file, again = tmp_path / "out" / weights.WEIGHTS, tmp_path / "again"
     file.parent.mkdir()
     weights.write(nearest_run, file.parent, "latest")
@@ -157,7 +159,9 @@ def test_a_spoilt_weight_is_noticed(nearest_run, tmp_path, command):
         assert not again.exists()
 
 
-def test_a_mistake_is_told_with_its_remedy(nearest_run, tmp_path, command, export, monkeypatch):
+def test_export_and_import_errors_name_remedies(
+    nearest_run, tmp_path, command, export, monkeypatch
+):
     places = {"run": nearest_run, "new": tmp_path / "new", "empty": tmp_path / "empty"}
     places["empty"].mkdir()
     for words, said in {
@@ -179,7 +183,7 @@ def test_a_mistake_is_told_with_its_remedy(nearest_run, tmp_path, command, expor
 
 
 @pytest.mark.slow
-def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, export, monkeypatch):
+def test_saved_model_stores_weights_outside_its_program(nearest_run, tmp_path, export, monkeypatch):
     """They are next to the exported program."""
     monkeypatch.setattr(function, "LARGEST", 1000)
     export(nearest_run, "saved_model")
@@ -189,7 +193,7 @@ def test_a_saved_model_holds_weights_of_any_size(nearest_run, tmp_path, export, 
 
 
 @pytest.mark.nightly
-def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path, python):
+def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
     """Each holds all weights, and what nobody looks for is not deleted."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
@@ -201,7 +205,7 @@ def test_programs_of_an_export_are_not_kept(nearest_run, tmp_path, python):
 @pytest.mark.parametrize(
     ("name", "kind"), [("numpy", "run"), ("numpy", "cards"), ("safetensors", "run")]
 )
-def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, export):
+def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, kind, tmp_path, export):
     if kind == "run":
         gallery = made_galleries.make(tmp_path / "people")
     else:
@@ -225,7 +229,7 @@ def test_a_gallery_leaves_as_arrays(name, kind, tmp_path, export):
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_the_reader_orders_clips_that_are_all_but_sure_or_hopeless(members):
+def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
     """The first of two people leads by this many nats."""
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
@@ -302,7 +306,7 @@ def as_onnx(*names):
 
 
 @pytest.mark.slow
-def test_onnx_computes_what_jax_does():
+def test_onnx_operations_equal_jax_operations():
     graph, inputs = as_onnx(*OPERATIONS)
     session = importlib.import_module("onnxruntime").InferenceSession(graph)
     for (name, x), found in zip(inputs.items(), session.run(None, inputs), strict=True):
@@ -320,7 +324,7 @@ def core(monkeypatch):
     return pytest.importorskip("openvino").Core()
 
 
-def test_openvino_orders_as_jax_does(core):
+def test_openvino_sorts_as_jax(core):
     """It computes int64 as int32, and its TopK takes equal values in any order."""
     graph, inputs = as_onnx("ties", "stable sort", "descending", "sort of bools", "shuffle")
     found = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
@@ -330,7 +334,7 @@ def test_openvino_orders_as_jax_does(core):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", quick_first(["knn", "mma"], mark=pytest.mark.nightly))
-def test_openvino_answers_as_the_run_does(name, made, tmp_path, export, core):
+def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
     run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -344,7 +348,7 @@ def test_openvino_answers_as_the_run_does(name, made, tmp_path, export, core):
 @pytest.mark.parametrize(
     "name", quick_first(sorted(FORMATS, key=lambda name: name != "numpy"), mark=pytest.mark.nightly)
 )
-def test_the_snippets_of_the_page_run(name, made, tmp_path, export, monkeypatch):
+def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, export, monkeypatch):
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")
     export(made("plda"), name, "exported")

@@ -13,7 +13,7 @@ def turn(angle, scale, x=0, y=0):
     return np.array([[cosine, -sine, x], [sine, cosine, y]])
 
 
-def test_similarity_is_the_least_squares_solution():
+def test_similarity_transform_is_the_least_squares_solution():
     """Solves for (a, b, x0, y0) in u = a x - b y + x0, v = b x + a y + y0."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -46,7 +46,7 @@ def test_warp_is_bilinear_interpolation(place):
     assert not align.warp_faces(rgb, outside, 16).any()
 
 
-def test_crops_that_shrink_are_means_of_areas():
+def test_reduced_crops_are_means_over_areas():
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     random = np.random.default_rng(2).integers(0, 256, board.shape)
     rgb = np.stack([board, random, np.full_like(board, 80)], -1).astype(np.uint8)
@@ -57,7 +57,7 @@ def test_crops_that_shrink_are_means_of_areas():
         np.testing.assert_allclose(inside[:, 0], 127.5, atol=15)
 
 
-def test_the_parts_of_quality_go_from_zero_to_one():
+def test_size_frontality_and_sharpness_are_between_0_and_1():
     profile = TEMPLATE.copy()
     profile[2, 0] += 40
     faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
@@ -71,7 +71,7 @@ def test_the_parts_of_quality_go_from_zero_to_one():
     assert 0.9 < sharp < 1 and flat == 0
 
 
-def test_noise_does_not_count_as_sharp():
+def test_noise_does_not_raise_sharpness():
     """Patches of every size, then out of focus, in the dark, and with the grain of a film."""
     rng, side = np.random.default_rng(0), 112
     sharp = np.full((side, side), 128.0)
@@ -90,7 +90,7 @@ def test_noise_does_not_count_as_sharp():
     assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp
 
 
-def test_dark_glasses_and_no_shadow_on_one_side():
+def test_dark_glasses_are_detected_and_shadows_are_not():
     """A head with bare eyes, lit from one side, and in a dark picture; then with glasses."""
     y, x = np.mgrid[:150, :150]
     bare = np.full((150, 150), 150.0)

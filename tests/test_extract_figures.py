@@ -32,7 +32,7 @@ def add(models, role, **fields):
     return made_nets.write(models, role, role, **(content | fields))
 
 
-def test_parts_are_boxes_around_the_face(tmp_path, models):
+def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, models):
     """A body is below the face, the head around it, and the scene is the whole picture."""
     add(models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
     add(models, "body_embedder", around=[0, 1, 1, 3])
@@ -52,7 +52,7 @@ def test_parts_are_boxes_around_the_face(tmp_path, models):
         np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
 
 
-def test_heads_without_a_face_are_followed_and_faces_stay_as_they_were(tmp_path, models):
+def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, models):
     """A track of such a head has no face; a face whose head is not found is a person as before."""
     path = tmp_path / "film.mkv"
     write_film(path, (2, 20, [*BOTH, EVE]))
@@ -74,7 +74,7 @@ def test_heads_without_a_face_are_followed_and_faces_stay_as_they_were(tmp_path,
     assert [track.clip for track in told.tracks] == ["photo"] and "face" in clips["photo"]
 
 
-def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
+def test_each_detected_body_is_paired_with_the_head_inside(tmp_path, models):
     """Each of two detected bodies is given to a different person."""
     small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
     large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
@@ -90,13 +90,13 @@ def test_bodies_belong_to_the_heads_in_them(tmp_path, models):
     seen.refused(lambda: cards.read(card), "body_embedder", "around")
 
 
-def test_clothes_and_places_tell_no_person(models):
+def test_galleries_do_not_use_body_and_scene_embeddings(models):
     for part in ("head", "body", "scene"):
         add(models, f"{part}_embedder", back_end=made_nets.back_end())
     assert {*make_models_origin(models)[1]} == {"face", "head"}
 
 
-def test_who_has_no_face_is_no_one(drawn, recwarn):
+def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
     """A clip without a vector that the gallery knows has no name, and is in no group."""
     drawn_people.write_voices(drawn.models)
     add(drawn.models, "head_detector", **RED)

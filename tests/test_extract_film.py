@@ -27,7 +27,7 @@ def found(path, models):
 
 
 @pytest.mark.parametrize("fade_s", quick_first([1.0, 0.5, 3.0], mark=nightly))
-def test_a_crossfade_gives_nobody_the_time_of_another(tmp_path, drawn, fade_s):
+def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
     """Slides of 4 s: faces in one place before one background, so that no cut is seen."""
     still = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]
     pictures = []
@@ -47,7 +47,7 @@ def test_a_crossfade_gives_nobody_the_time_of_another(tmp_path, drawn, fade_s):
 
 @pytest.mark.parametrize("held_s", quick_first([1.0, 0.5, 4.0], mark=nightly))
 @pytest.mark.parametrize("alike", [True, False])
-def test_each_picture_of_a_slow_film_has_its_person(tmp_path, drawn, held_s, alike):
+def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, held_s, alike):
     slides = [picture([(name, 50, 40)]) for name in SLIDES]
     for number, slide in enumerate([] if alike else slides):
         np.maximum(slide, films.scene(number, 96, 128) // 4, out=slide)
@@ -59,7 +59,7 @@ def test_each_picture_of_a_slow_film_has_its_person(tmp_path, drawn, held_s, ali
 
 
 @pytest.mark.slow
-def test_faces_of_all_of_a_tracks_time_are_kept(tmp_path, drawn):
+def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     """The best are at its end; at 25 pictures a second, in a film of ten minutes."""
     kept = film.BestPictures()
     for number in range(15_000):
@@ -76,7 +76,7 @@ def test_faces_of_all_of_a_tracks_time_are_kept(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("degrees", quick_first([90, 0], mark=nightly))
-def test_a_track_has_the_place_of_its_best_face(tmp_path, drawn, degrees):
+def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
     """Boxes are fractions of the displayed picture, at the time of the picture."""
     shown = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
     stored = [np.rot90(one, -degrees // 90) for one in shown]
@@ -92,7 +92,7 @@ def test_a_track_has_the_place_of_its_best_face(tmp_path, drawn, degrees):
 
 @pytest.mark.usefixtures("read_here")
 @pytest.mark.parametrize("ending", quick_first([".mp4", ".ts"], mark=nightly))
-def test_slow_films_and_pictures_that_are_not_looked_at_are_told(tmp_path, drawn, ending):
+def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, ending):
     """Those of a second programme or camera; a cover is none."""
     alone, both = tmp_path / f"alone{ending}", tmp_path / f"of both{ending}"
     films.write(alone, [picture([("Ada", 50, 40)])] * 3, "mpeg4", fps=1)

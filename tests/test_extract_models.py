@@ -25,7 +25,7 @@ def assert_faces(found, wanted):
     np.testing.assert_allclose(found.points, points, rtol=1e-4, atol=1e-3)
 
 
-def test_centerface_is_decoded_as_its_paper_says():
+def test_centerface_decoder_follows_its_paper():
     """Sec. 3: a centre is 4 (cell + offset + 1/2), sizes are exponentials, points lie in boxes."""
     shape, wanted = (7, 11), []
     heat = rng(1).uniform(size=shape).astype(np.float32)
@@ -44,7 +44,7 @@ def test_centerface_is_decoded_as_its_paper_says():
 
 
 @pytest.mark.parametrize("stride", nets.STRIDES)
-def test_yunet_is_decoded_as_opencv_does(stride):
+def test_yunet_decoder_follows_opencv(stride):
     """OpenCV's face_detect.cpp: the score is the geometric mean of two, each cut to 0 to 1."""
     width, cells, wanted = 5, 20, []
     classes, objects = (rng(seed).uniform(-0.2, 1.2, cells).astype(np.float32) for seed in (1, 2))
@@ -66,7 +66,7 @@ def test_yunet_is_decoded_as_opencv_does(stride):
 
 
 @pytest.mark.parametrize("stride", nets.STRIDES)
-def test_scrfd_is_decoded_as_its_authors_do(stride):
+def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
     """Its distance2bbox and distance2kps, with two anchors at the corner of each cell."""
     width, anchors, wanted = 4, 24, []
     scores = rng(1).uniform(size=anchors).astype(np.float32)
@@ -86,7 +86,7 @@ def test_scrfd_is_decoded_as_its_authors_do(stride):
     assert_faces(nets.DECODERS["scrfd"](outputs, width * stride), wanted)
 
 
-def test_the_better_of_two_overlapping_faces_is_kept():
+def test_suppression_keeps_the_better_of_two_overlapping_faces():
     corner, size = rng(0).uniform(0, 60, (60, 2)), rng(1).uniform(5, 40, (60, 2))
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60
@@ -102,7 +102,7 @@ def test_the_better_of_two_overlapping_faces_is_kept():
 
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
-def test_images_are_resized_linearly(size):
+def test_resize_is_bilinear_after_block_averages(size):
     """Between centres of pixels; if they shrink to a half or less, blocks are averaged first."""
     image, wanted = rng(0).integers(0, 256, (12, 20, 3), np.uint8), np.zeros((*size, 3))
     step = max(1, min(12 // size[0], 20 // size[1]))
@@ -123,7 +123,7 @@ def test_images_are_resized_linearly(size):
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("colour", ["rgb", "bgr"])
-def test_vectors_are_those_of_the_pixels_as_the_card_says(tmp_path, layout, colour):
+def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour):
     mean, scale = [10.0, 20.0, 30.0], [0.1, 0.2, 0.4]
     made_nets.write(
         tmp_path,
@@ -143,7 +143,7 @@ def test_vectors_are_those_of_the_pixels_as_the_card_says(tmp_path, layout, colo
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(50, 71, 1), (388, 520, 4)])
-def test_faces_are_where_they_are_in_the_image(tmp_path, height, width, factor):
+def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, width, factor):
     made_nets.write(tmp_path, "find", "face_detector")
     card = cards.load(tmp_path)["face_detector"]
     detector = nets.Detector(card, size=max(height, width) // factor)
@@ -163,7 +163,7 @@ def test_faces_are_where_they_are_in_the_image(tmp_path, height, width, factor):
     assert [part.shape for part in none] == [(0, 4), (0,), (0, 5, 2)]
 
 
-def test_a_net_answers_as_its_card_says(tmp_path):
+def test_net_must_reproduce_the_test_output_of_its_card(tmp_path):
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256
     vector = image @ made_nets.embedder_weights().astype(float)
     card = cards.read(made_nets.write(tmp_path))
@@ -176,7 +176,7 @@ def test_a_net_answers_as_its_card_says(tmp_path):
         refused(lambda card=card: nets.open_session(card), "face.json", "convert")
 
 
-def test_a_net_that_does_not_run_or_has_another_width_or_decoder_is_named(tmp_path, monkeypatch):
+def test_error_names_a_net_that_does_not_match_its_card(tmp_path, monkeypatch):
     for wrong in ({"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"size": [9, 8]}}):
         card = cards.read(made_nets.write(tmp_path, **wrong))
         refused(lambda card=card: nets.Embedder(card), "face.onnx", "convert")

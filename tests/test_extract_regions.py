@@ -40,7 +40,7 @@ def shown(found):
     return rows
 
 
-def test_each_program_spells_tags_in_its_way(tags_of):
+def test_face_tags_of_each_photo_program_are_read(tags_of):
     for body in (
         xmp.attributes(SPELLED) + xmp.microsoft([EVE]),  # digiKam
         xmp.attributes(SPELLED, unit=""),  # Lightroom
@@ -75,12 +75,12 @@ def photo(kind, packet):
 @pytest.mark.parametrize(
     "kind", quick_first(["jpeg", "png, packed", "tiff", "webp", "heif"], 2, pytest.mark.nightly)
 )
-def test_tags_lie_in_photos_of_each_kind(tags_of, kind):
+def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
     assert shown(tags_of(photo(kind, MWG))) == TAGS
     assert tags_of(photo(kind, xmp.packet("")), "b.jpg") == regions.Tags([])
 
 
-def test_tags_lie_at_the_begin_at_the_end_and_in_sidecars(tags_of, tmp_path):
+def test_face_tags_are_read_from_both_ends_of_photos_and_sidecars(tags_of, tmp_path):
     rest = b"\0" * (9 << 20)
     assert shown(tags_of(MWG + rest)) == shown(tags_of(rest + MWG)) == TAGS
     first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))
@@ -101,7 +101,7 @@ def test_tags_lie_at_the_begin_at_the_end_and_in_sidecars(tags_of, tmp_path):
     assert shown(tags_of(own, "b" * 251 + ".jpg")) == TAGS, "no sidecar has so long a name"
 
 
-def test_what_is_no_tag_of_a_face_gives_nothing(tags_of):
+def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
     """Pets, tags without a name, of nobody, or of no place in the picture; names are NFC."""
     bad = [
         ("", *EVE[1:]), (" ", *EVE[1:]), ("Unknown", *EVE[1:]), ("a" * 401, *EVE[1:]),
@@ -136,7 +136,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("content", "problem", "most"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_and_damaged_tags_cost_a_line(tags_of, content, problem, most):
+def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, most):
     begin = time.process_time()
     found = tags_of(content)
     assert time.process_time() - begin < 5 * slowness()
@@ -154,7 +154,7 @@ STORED = {
 
 @pytest.mark.parametrize("means", ["stored", "shown"])
 @pytest.mark.parametrize("told", [True, False])
-def test_tags_of_a_turned_photo_find_their_faces(means, told):
+def test_tags_of_a_rotated_photo_match_their_faces(means, told):
     for orientation, stored in STORED.items():
         tags, shape = [], (0, 0)
         for number, (left, top, right, bottom) in enumerate(FACES):
@@ -171,7 +171,7 @@ def test_tags_of_a_turned_photo_find_their_faces(means, told):
     assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6).tolist() == []
 
 
-def test_the_shape_that_tags_are_of_counts_more_than_faces_in_them():
+def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
     # One face lies where the tag would be in a picture that is turned otherwise.
     face = np.array([[280, 30, 360, 90]])
     for shape, found in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):

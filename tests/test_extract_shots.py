@@ -74,7 +74,7 @@ def fade(start, steps):
 @pytest.mark.parametrize(
     ("dark", "bright"), quick_first([(0.6, 1.0), (0.08, 0.15), (0.1, 1.0)], mark=nightly)
 )
-def test_cuts_are_found_and_motion_is_none(dark, bright):
+def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
     right = wrong = count = 0
     for seed in range(2):
         rng = np.random.default_rng(seed)
@@ -88,7 +88,7 @@ def test_cuts_are_found_and_motion_is_none(dark, bright):
 
 
 @pytest.mark.parametrize("steps", quick_first([15, 6, 40], mark=nightly))
-def test_a_fade_through_black_is_one_cut_where_the_next_shot_appears(steps):
+def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     for seed in range(2):
         rng = np.random.default_rng(seed)
         one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
@@ -102,7 +102,7 @@ def test_a_fade_through_black_is_one_cut_where_the_next_shot_appears(steps):
 
 
 @pytest.mark.parametrize("steps", quick_first([15, 8, 25], mark=nightly))
-def test_a_dissolve_is_one_cut_in_its_middle_when_it_is_over(steps):
+def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     for seed in range(2):
         rng = np.random.default_rng(seed)
         one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
@@ -115,7 +115,7 @@ def test_a_dissolve_is_one_cut_in_its_middle_when_it_is_over(steps):
 
 
 @nightly
-def test_a_slow_pan_over_fine_detail_is_no_dissolve():
+def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
     """A picture a second later is unlike, and those between are nearly sums of both."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def test_a_slow_pan_over_fine_detail_is_no_dissolve():
         assert cuts(filmed(rng, np.array(film))) == []
 
 
-def test_a_flash_and_a_brighter_lamp_are_no_cuts():
+def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
     rng = np.random.default_rng(1)
     film = shot(rng, "hand", 60, 0.5)
     flash, lamp = filmed(rng, film), film.copy()
@@ -137,7 +137,7 @@ def test_a_flash_and_a_brighter_lamp_are_no_cuts():
     assert cuts(flash) == cuts(filmed(rng, lamp)) == []
 
 
-def test_shots_tell_their_times_and_keep_few_pictures():
+def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
     rng = np.random.default_rng(3)
     film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
     found = shots.ShotDetector()

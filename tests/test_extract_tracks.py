@@ -50,7 +50,7 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         assert all(len(track.times) >= 5 * fps for track in found)
 
 
-def test_a_head_that_passes_behind_another_is_not_switched():
+def test_tracks_of_a_hidden_head_never_mix_two_people():
     for seed in range(5):
         people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]
         hidden = lambda n, t: n == 1 and abs(t - 2.5) < 0.45  # noqa: E731
@@ -58,7 +58,7 @@ def test_a_head_that_passes_behind_another_is_not_switched():
         assert all(len(one) == 1 for one in owners) and len(owners) <= 4, (seed, owners)
 
 
-def test_a_fast_pan_and_a_crowd_keep_their_tracks():
+def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     """Faces of 48 pixels that move by 45 in a picture, 110 from each other; then 24 people."""
     found, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
     assert sorted(owners) == [[n] for n in range(3)]
@@ -70,7 +70,7 @@ def test_a_fast_pan_and_a_crowd_keep_their_tracks():
     assert sorted(owners) == [[n] for n in range(24)]
 
 
-def test_a_short_gap_is_bridged_and_a_long_one_is_not():
+def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
     person = [walk((100, 100), (20, 0))]
     for end, numbers in ((2.7, [0]), (3.9, [0, 1])):
         found, _ = follow(person, 6, unseen=lambda n, t, end=end: 2 < t < end)
@@ -80,7 +80,7 @@ def test_a_short_gap_is_bridged_and_a_long_one_is_not():
 BOX = np.array([[10, 10, 60, 70]])
 
 
-def test_no_track_goes_over_a_cut():
+def test_cut_ends_every_track():
     tracker = tracks.Tracker()
     for n in range(20):
         if n == 10:
@@ -95,7 +95,7 @@ def test_no_track_goes_over_a_cut():
     assert last.ends == [*last.times[1:], 3.9]
 
 
-def test_people_change_in_the_middle_of_a_dissolve():
+def test_tracks_change_in_the_middle_of_a_dissolve():
     """It lasts from 1 to 2 s: the first one is seen until 1.8, the second one from 1.2 on."""
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])
@@ -113,7 +113,7 @@ def test_people_change_in_the_middle_of_a_dissolve():
         assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
 
 
-def test_parts_of_a_track_have_its_sightings():
+def test_split_of_a_track_divides_its_sightings_by_time():
     track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
     parts = track.split([0.6, 1.2])
     assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
@@ -121,7 +121,7 @@ def test_parts_of_a_track_have_its_sightings():
     assert {(part.number, part.shot) for part in parts} == {(3, 7)}
 
 
-def test_a_single_detection_is_a_track_if_its_picture_is_held():
+def test_single_detection_is_a_track_if_its_picture_lasts_long():
     for held_s, wanted in ((0.2, []), (0.5, [([1.0], [1.5])]), (4.0, [([1.0], [5.0])])):
         tracker = tracks.Tracker()
         tracker.update(1.0, BOX)
@@ -147,7 +147,7 @@ def test_overlap_is_intersection_over_union():
     np.testing.assert_allclose(found, both / either)
 
 
-def test_the_main_figure_by_its_definition():
+def test_main_figure_follows_the_definition_of_the_paper():
     """Section 3.2: the only person, or three times larger, in more than 30 % of the frames."""
 
     def seen(frames, fps=5):
@@ -177,7 +177,7 @@ def faces(order, alike=0.98, seed=0):
     return people[order] + np.sqrt(1 / alike - 1) * noise
 
 
-def test_a_track_is_split_where_it_shows_somebody_else():
+def test_track_is_split_where_another_person_appears():
     for order, places in (
         ([0] * 10 + [1] * 10 + [0] * 10, [10, 20]),
         ([0] * 20 + [1] * 5, [20]),
@@ -197,7 +197,7 @@ def test_a_track_is_split_where_it_shows_somebody_else():
 
 
 @pytest.mark.skipif(not TRACKS.exists(), reason="no tracks beside VIDJAX_REAL_DATA")
-def test_real_tracks_of_two_people_are_split_and_no_other_is():
+def test_real_tracks_are_split_only_if_they_show_two_people():
     """In 13 tracks, over a fifth of the faces show another person; fewer faces are a dissolve."""
     with np.load(TRACKS) as file:
         arrays = dict(file)

@@ -55,7 +55,7 @@ def film(tmp_path):
          ("a.avi", "mpeg4"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video"), ("a.wmv", "wmv2"),
          ("a.flv", "flv1")], 2, nightly),
 )  # fmt: skip
-def test_formats_give_the_same_times_and_pictures(tmp_path, name, codec):
+def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, name, codec):
     films.write(tmp_path / name, [corner()] * 30, codec)
     frames, video = read(tmp_path / name)
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(30) / 25, atol=0.002)
@@ -70,7 +70,7 @@ def test_formats_give_the_same_times_and_pictures(tmp_path, name, codec):
 
 
 @pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
-def test_pixels_that_are_no_squares_are_shown_as_such(tmp_path, aspect, width):
+def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
     path = tmp_path / "a.mp4"
     films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
     (first, *_), _ = read(path)
@@ -81,7 +81,7 @@ def test_pixels_that_are_no_squares_are_shown_as_such(tmp_path, aspect, width):
 
 
 @pytest.mark.parametrize(("degrees", "place"), [(90, 3), (180, 2), (-90, 1)])
-def test_a_turned_film_is_shown_upright(tmp_path, degrees, place):
+def test_rotated_film_is_decoded_upright(tmp_path, degrees, place):
     films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
     frame = read(tmp_path / "phone.mp4")[0][0]
     assert frame.rgb is not None and red(frame.rgb).index(True) == place
@@ -95,7 +95,7 @@ OTHERS = [(ending, 6) for ending in ("avif", "tiff", "png", "webp")]
 @pytest.mark.parametrize(
     ("ending", "orientation"), quick_first([*ORIENTATIONS, *OTHERS], 2, nightly)
 )
-def test_photos_are_shown_upright(tmp_path, ending, orientation):
+def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, ending, orientation):
     """Cameras, phones, screens and editors write colour profiles."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     from PIL import Image, ImageCms
@@ -114,14 +114,14 @@ def test_photos_are_shown_upright(tmp_path, ending, orientation):
     assert rgb.shape == wanted.shape and np.abs(rgb.astype(int) - wanted).mean() < 6
 
 
-def test_the_first_picture_of_a_gif_is_a_photo(tmp_path):
+def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
     image = pytest.importorskip("PIL.Image")
     pictures = [image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     assert red(films.read_photo(tmp_path / "a.gif")) == (True, False, False, False)
 
 
-def test_a_damaged_or_large_photo_of_a_phone_is_refused(tmp_path):
+def test_damaged_or_large_heic_photo_is_refused(tmp_path):
     """FFmpeg would show its tiles as frames of a film."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     from PIL import Image
@@ -134,7 +134,7 @@ def test_a_damaged_or_large_photo_of_a_phone_is_refused(tmp_path):
     refused(tmp_path / "large.heic", "pixels, more than", most_pixels=1000)
 
 
-def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path):
+def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
     stamps = [0, 10, 20, 30, 500, 510, 1000, 1900, 1910, 2000]
     films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
     frames, video = read(tmp_path / "uneven.mkv", fps=2)
@@ -152,7 +152,7 @@ def test_uneven_times_are_kept_and_sampled_by_the_clock(tmp_path):
     assert not video.counts.damaged
 
 
-def test_only_regular_files_of_pictures_are_opened(tmp_path):
+def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe.mp4", tmp_path / "device.mp4", tmp_path):
@@ -174,7 +174,7 @@ def test_bad_time_stamps_are_repaired():
         assert clock.repaired == repaired
 
 
-def test_films_that_were_cut_off_or_have_flipped_bits_are_read_as_far_as_possible(film):
+def test_truncated_or_damaged_films_are_read_as_far_as_possible(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
     frames, video = read(film)
     assert 0 < len(frames) < 30 and video.counts.damaged
@@ -191,14 +191,14 @@ def test_films_that_were_cut_off_or_have_flipped_bits_are_read_as_far_as_possibl
 
 
 @pytest.mark.parametrize("name", films.NO_FILMS)
-def test_what_is_no_film_is_refused(tmp_path, name, film):
+def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # which no list may open
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
     said = seen.refused(lambda: read(tmp_path / name), name)
     assert "MP4" in said or "an empty file" in said
 
 
-def test_names_are_no_patterns(tmp_path, monkeypatch):
+def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
@@ -240,7 +240,7 @@ def test_sound_ends_where_its_time_stamps_go_back(tmp_path):
             assert video.counts.damaged == damaged
 
 
-def test_size_is_checked_before_anything_is_decoded(tmp_path, film, monkeypatch):
+def test_picture_size_is_checked_before_decoding(tmp_path, film, monkeypatch):
     refused(film, "smaller", 160 * 120 - 1)
     monkeypatch.setattr(decode, "MOST_PIXELS", 160 * 120)
     with decode.open_video(film) as video:
@@ -252,7 +252,7 @@ def test_size_is_checked_before_anything_is_decoded(tmp_path, film, monkeypatch)
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
-def test_pictures_that_grow_within_a_film_are_not_decoded(tmp_path, monkeypatch):
+def test_pictures_that_grow_beyond_the_limit_are_not_decoded(tmp_path, monkeypatch):
     """Two streams of MPEG, one after the other, are one film."""
     for name, size in (("a", 1), ("b", 4)):
         films.write(tmp_path / f"{name}.ts", [films.scene(0, 120 * size, 160 * size)] * 10)

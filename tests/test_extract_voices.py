@@ -35,7 +35,7 @@ def track(clip, start_s, end_s, shot=0):
     return FilmTrack(clip=clip, shot=shot, start_s=start_s, end_s=end_s, seen=2)
 
 
-def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
+def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):
     """In the first shot a tone sounds from 1 s on; in the second shot two faces are visible."""
     sound = tone(440, 12)
     sound[:16_000] = 0
@@ -62,7 +62,7 @@ def test_a_clip_has_the_voice_of_a_face_that_is_seen_alone(tmp_path, models):
 
 
 @pytest.mark.slow
-def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
+def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, models, drawn):
     shots = (4, 20, [ADA]), (4, 60, [BOB])
     sound = tone(440, 8)
     film, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
@@ -76,7 +76,7 @@ def test_broken_sound_is_told_and_the_film_goes_on(tmp_path, models, drawn):
 
 
 @pytest.mark.slow
-def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_path, models):
+def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
     """Bob leaves the picture in the first shot; in the second shot, Eve is always next to Ada."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
     sound = {"sound": tone(440, 16), "size": (240, 320)}
@@ -91,7 +91,7 @@ def test_a_shot_has_the_voice_of_its_main_figure_while_nobody_else_is_seen(tmp_p
 
 
 @pytest.mark.slow
-def test_one_and_two_processes_write_the_same_bytes(tmp_path, models):
+def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, models):
     paths = [tmp_path / f"{hertz}.mkv" for hertz in (440, 3000)]
     for path in paths:
         write_film(path, (3, 20, [ADA]), (2, 60, [BOB, EVE]), sound=tone(int(path.stem), 5))
@@ -105,7 +105,7 @@ def test_one_and_two_processes_write_the_same_bytes(tmp_path, models):
 
 
 @pytest.mark.usefixtures("read_here")
-def test_a_folder_has_one_kind_of_voices(tmp_path, models):
+def test_folder_of_features_refuses_other_voice_nets(tmp_path, models):
     path, out = tmp_path / "film.mkv", tmp_path / "out"
     write_film(path, (1, 20, [ADA]), sound=tone(440, 1))
     silent = write_models(tmp_path / "silent")
@@ -117,7 +117,7 @@ def test_a_folder_has_one_kind_of_voices(tmp_path, models):
     refused(lambda: pipeline.extract([path], out, models), "no net for the role voice_activity")
 
 
-def test_alone_is_who_is_seen_while_nobody_else_is():
+def test_solo_spans_are_times_with_one_visible_track():
     """Long spans are heard in pieces with the same windows."""
     tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
     found = list(voices.find_solo_spans(tracks))
@@ -132,7 +132,7 @@ def test_alone_is_who_is_seen_while_nobody_else_is():
     assert begins[-1] + 1.6 <= 200 < begins[-1] + 2.4
 
 
-def test_spans_get_the_samples_at_their_times():
+def test_each_span_receives_the_samples_of_its_time():
     """Blocks of all lengths, with gaps, against one array of the whole film."""
     rng = np.random.default_rng(0)
     whole, blocks, at = np.zeros(40 * voices.RATE, np.float32), [], 3_000
@@ -163,7 +163,7 @@ def test_memory_does_not_grow_with_the_length_of_the_sound():
 
 
 @pytest.mark.slow
-def test_a_gallery_hears_and_sees(tmp_path, models):
+def test_gallery_identifies_people_by_face_and_voice(tmp_path, models):
     def speak(name, hertz):
         shot, sound = (4, 20, [(name, 40, 40)]), tone(hertz, 4)
         (arrays,) = hear(tmp_path, models, f"{name}{hertz}.mkv", shot, sound=sound)[1].values()
@@ -196,7 +196,7 @@ def test_a_gallery_hears_and_sees(tmp_path, models):
     assert found["seen"].identity == "Ada"
 
 
-def test_a_voice_beside_a_face_moves_the_odds_nine_to_one_at_most():
+def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
     """A voice changes the odds by a limited factor. Clips with only a voice are not limited."""
     card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),
                          data="made")  # fmt: skip

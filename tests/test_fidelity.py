@@ -32,6 +32,6 @@ def exists(name):
     return pkgutil.resolve_name(f"vidjax.{name}") is not None
 
 
-def test_what_the_rows_name_exists():
+def test_fidelity_page_names_only_existing_fields_files_and_functions():
     names = {name for name in re.findall(r"`([^`]+)`", PAGE) if re.search(r"[./]", name)}
     assert names and not [name for name in sorted(names) if not exists(name)]

@@ -14,7 +14,7 @@ from vidjax.runs.results import truncate_log
 from vidjax.utils import files, tables
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(OSError):
         files.write_text(tmp_path / "absent" / "x.txt", "text")
     with pytest.raises(TypeError, match="no JSON form"):
@@ -25,7 +25,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_was_made_meanwhile_stays(tmp_path):
+def test_atomic_folder_keeps_a_folder_that_was_made_meanwhile(tmp_path):
     with pytest.raises(ValueError, match="made meanwhile"), files.atomic_folder(tmp_path / "x"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "thesis.txt").write_text("mine")
@@ -33,7 +33,7 @@ def test_a_folder_that_was_made_meanwhile_stays(tmp_path):
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_link_may_not_lead_out_of_a_folder(tmp_path):
+def test_reading_refuses_links_out_of_a_folder(tmp_path):
     inner, outer = tmp_path / "run" / "inner", tmp_path / "outer"
     for folder in (inner, outer):
         folder.mkdir(parents=True)
@@ -49,7 +49,7 @@ def test_a_link_may_not_lead_out_of_a_folder(tmp_path):
                 files.read_bytes(run / path, 9, below=run)
 
 
-def test_processes_of_one_number_do_not_meet(tmp_path):
+def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
     """In containers, processes have small numbers. Threads have numbers, too."""
 
     def work(number):
@@ -65,7 +65,7 @@ def test_processes_of_one_number_do_not_meet(tmp_path):
         assert path.read_text().splitlines()[1].split("\t")[0] == path.name.partition("-")[0]
 
 
-def test_a_signal_is_noted():
+def test_signal_is_recorded_and_the_previous_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
     with signals.catch_interruption() as interruption:
         assert interruption.signum is None
@@ -75,7 +75,7 @@ def test_a_signal_is_noted():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_log_of_a_large_run_is_read_back(tmp_path, monkeypatch):
+def test_log_of_20_megabytes_is_truncated_and_read_in_part(tmp_path, monkeypatch):
     log, pad = tmp_path / "metrics.jsonl", "x" * 100_000
     lines = [f'{{"step": {step}, "train_loss": 1.0, "pad": "{pad}"}}\n' for step in range(200)]
     log.write_text("".join(lines))  # 20 MB
@@ -85,7 +85,7 @@ def test_the_log_of_a_large_run_is_read_back(tmp_path, monkeypatch):
     assert [line["step"] for line in results.read_lines(log)] == list(range(0, 199, 4))
 
 
-def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkeypatch):
+def test_values_too_large_to_read_back_are_refused_before_training(tmp_path, monkeypatch):
     """The writer and the reader of a file have the same limits."""
     sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b", "c"), np.ones((1, 3), bool))
     ensemble.check_size(sets)

@@ -71,7 +71,7 @@ def make_who(folder, person, named):
     (folder / "names.tsv").write_text(f"video\tidentity\nx.mp4\t{named}\n")
 
 
-def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path, run, places):
+def test_forget_lists_every_place_and_deletes_galleries_and_records(tmp_path, run, places):
     shown = {"ada 1": made_galleries.make_clip(9001, GONE)._replace(fitted=True)}
     people = made_galleries.make(tmp_path / "g", made_galleries.make_clips() | shown)
     others = made_galleries.make(tmp_path / "others")
@@ -113,7 +113,7 @@ def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path, ru
     assert run(*words, "--json") == {"mode": "forget", **counts}
 
 
-def test_names_in_other_files_are_found(tmp_path, places):
+def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
     texts = {
         "answers.jsonl": json.dumps({"clip": "x", "identity": GONE}),
         "names.tsv": f"video\tidentity\nx.mp4\t{GONE}\n",
@@ -166,7 +166,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", quick_first(ODD, mark=pytest.mark.nightly))
 @pytest.mark.parametrize("file", quick_first(WRITERS, 5))  # a process that reads parquet is slow
-def test_a_printed_command_searches_what_is_compressed(name, file, tmp_path, run):
+def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_path, run):
     folder = tmp_path / "it's a folder"
     folder.mkdir()
     WRITERS[file](folder / file, f"x {name} y\n{name}\n".encode())
@@ -180,7 +180,7 @@ def test_a_printed_command_searches_what_is_compressed(name, file, tmp_path, run
 
 
 @pytest.mark.parametrize(("typed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_both_unicode_forms_are_one_name(typed, stored, tmp_path, run):
+def test_forget_finds_both_unicode_forms_of_a_name(typed, stored, tmp_path, run):
     typed, stored = (unicodedata.normalize(form, "José Müller") for form in (typed, stored))
     clips = {f"{stored} 1": made_galleries.make_clip(1, stored)}
     gallery = made_galleries.make(tmp_path / "g", clips)
@@ -199,7 +199,7 @@ def test_both_unicode_forms_are_one_name(typed, stored, tmp_path, run):
     assert run(f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 7
 
 
-def test_whole_names_count_and_similar_names_are_told(tmp_path, run):
+def test_forget_matches_whole_names_and_reports_similar_names(tmp_path, run):
     made_galleries.make(tmp_path / "g", {"a": made_galleries.make_clip(1, GONE)})
     make_run(tmp_path / "run", [GONE, "ada  LOVELACE"])
     (tmp_path / "run" / "ranking.txt").write_text("Ada%20Lovelace clip%201.mp4 x.mp4\n")
@@ -223,7 +223,7 @@ def test_whole_names_count_and_similar_names_are_told(tmp_path, run):
     assert run("--clip=clip 1", tmp_path, "--json", code=1)["left"] == 1
 
 
-def test_what_cannot_be_searched_is_named(tmp_path, run, places, monkeypatch):
+def test_forget_lists_places_that_it_cannot_read(tmp_path, run, places, monkeypatch):
     for name in ("g", "closed", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "g" / "gallery.sqlite").write_bytes(b"x")
@@ -257,7 +257,7 @@ def held(folder, pieces):
 
 
 @pytest.mark.slow
-def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path, run, places):
+def test_no_byte_of_a_person_is_left_after_forget(tmp_path, run, places):
     rng, labels, pieces = np.random.default_rng(0), {}, []
     splits: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
     for name in (GONE, "p1", "p2", "p3"):

@@ -47,7 +47,7 @@ def test_quality_weighting_is_the_weighted_mean_of_the_drawn_frames():
     np.testing.assert_allclose(weighted.quality[0], expected @ weights, rtol=1e-6)
 
 
-def test_drawn_frames_that_weigh_nothing_are_averaged_uniformly():
+def test_drawn_frames_with_weight_0_have_finite_shares():
     shares = draw(4, [-1, -1, 5], num_draws=200, weighting="quality")
     assert np.isfinite(shares).all()
 
@@ -65,7 +65,7 @@ def test_drawn_frames_that_weigh_nothing_are_averaged_uniformly():
         mark=pytest.mark.nightly,
     ),
 )
-def test_padding_and_bad_quality_reach_no_feature(spec):
+def test_padding_and_bad_quality_do_not_change_fused_features(spec):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
     short = fuse(rng=jax.random.key(5), frames=frames, **spec)
@@ -81,7 +81,7 @@ def test_padding_and_bad_quality_reach_no_feature(spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [3, 8])
-def test_without_replacement_frames_repeat_only_when_all_were_drawn(length):
+def test_draws_without_replacement_repeat_only_after_all_frames_are_drawn(length):
     options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
     counts = 5 * draw(6, np.ones(length), **options)
     np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
@@ -90,7 +90,7 @@ def test_without_replacement_frames_repeat_only_when_all_were_drawn(length):
 
 
 @pytest.mark.slow
-def test_without_replacement_frames_are_drawn_by_what_is_left():
+def test_draws_without_replacement_follow_the_remaining_qualities():
     weights = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
     options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
     drawn = draw(7, weights, sampling="quality", **options) > 0
@@ -101,7 +101,7 @@ def test_without_replacement_frames_are_drawn_by_what_is_left():
 
 
 @pytest.mark.slow
-def test_mixup_is_a_convex_combination_at_random():
+def test_mixup_weights_follow_a_flat_dirichlet_distribution():
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
     shares = draw(8, np.ones(3), weighting="mixup", **options)
     # Dirichlet with parameters 1 over three frames: mean 1/3, variance 1/18, median 1 - 1/sqrt(2).
@@ -141,7 +141,7 @@ def test_fixed_windows_match_a_loop():
 
 
 @pytest.mark.slow
-def test_random_windows_hold_their_frame_and_one_to_four_others():
+def test_random_windows_average_their_frame_and_one_to_four_others():
     length = 12
     frames = one_hot_frames(np.ones(length), padding=2)
     draw = jax.vmap(lambda rng: fusion.merged_windows(rng, frames))
@@ -156,7 +156,7 @@ def test_random_windows_hold_their_frame_and_one_to_four_others():
 
 
 @pytest.mark.slow
-def test_crops_are_the_means_of_their_frames():
+def test_crops_are_weighted_means_of_their_frames():
     frames = make_frames([7, 12, 2, 1, 0], max_frames=13)
     frames.mask[1, 3] = False  # 11 real frames are left
     crops = fuse("crops", None, frames)
@@ -187,7 +187,7 @@ def test_crops_are_the_means_of_their_frames():
         ({"name": "mean", "top_share": 0.0}, "above 0 and at most 1"),
     ],
 )
-def test_impossible_specs_are_refused(spec, message):
+def test_invalid_fusion_specs_are_refused(spec, message):
     frames = make_frames([2], max_frames=2)
     with pytest.raises(ValueError, match=message):
         fusion.make_fusion(spec)(jax.random.key(0), frames)
@@ -209,7 +209,7 @@ def filter_oracle(frames, clip, min_quality, min_detection, top_share):
 
 
 @pytest.mark.parametrize("limits", [(None, 0.8, 0.7), (30.0, 0.7, 0.5), (-np.inf, None, 0.1)])
-def test_filters_match_a_loop(limits):
+def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2
@@ -232,7 +232,7 @@ def test_every_fusion_filters_first():
         jax.tree.map(np.testing.assert_array_equal, filtered, expected)
 
 
-def test_the_best_share_is_counted_exactly():
+def test_top_share_keeps_the_exact_number_of_frames_rounded_up():
     lengths = np.arange(1, 200)
     frames = make_frames(lengths, max_frames=199, dim=1)
     for share in (0.07, 4e-5, 0.57, 0.999):
@@ -240,7 +240,7 @@ def test_the_best_share_is_counted_exactly():
         np.testing.assert_array_equal(kept, np.ceil(share * lengths * (1 - 1e-12)))
 
 
-def test_a_quality_that_is_no_number_is_the_lowest():
+def test_quality_that_is_not_finite_is_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     numbers = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
     for field in ("quality", "detection"):
@@ -250,7 +250,7 @@ def test_a_quality_that_is_no_number_is_the_lowest():
             np.testing.assert_array_equal(fusion.filter_frames(given, **options).mask, kept)
 
 
-def test_top_frames_are_the_best_and_repeat_what_there_is():
+def test_top_frames_are_the_best_frames_repeated_in_short_clips():
     frames = make_frames([3, 1, 0, 3, 40], max_frames=40)
     turns = fuse("top", None, frames)
     best = np.sort(np.argsort(-frames.quality[4], kind="stable")[:32])
@@ -300,7 +300,7 @@ def test_samples_are_different_frames_in_time_order():
     assert even.features.dtype == np.float16 and not even.mask[3].any()
 
 
-def test_graded_weights_fall_back_to_uniform():
+def test_graded_weights_are_uniform_if_all_are_0():
     """Where the weights are all 0, theirs is 0 / 0."""
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
@@ -309,7 +309,7 @@ def test_graded_weights_fall_back_to_uniform():
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
-def test_frames_are_drawn_by_quality():
+def test_frames_are_drawn_in_proportion_to_quality():
     weights = [[1, 0, 3, -5], [np.nan, 1, np.inf, 1], [0, -1, np.nan, 0], [1e-30, 3e-30, 0, 0]]
     expected = np.array([[0.25, 0, 0.75, 0], [0, 0.5, 0, 0.5], [0.25] * 4, [0.25, 0.75, 0, 0]])
     frames = jax.tree.map(lambda *clip: np.concatenate(clip), *map(one_hot_frames, weights))
@@ -324,7 +324,7 @@ def test_frames_are_drawn_by_quality():
 
 
 @pytest.mark.slow
-def test_clips_are_joined_to_others_and_cut():
+def test_short_clips_are_joined_and_cut_to_the_maximum_length():
     chosen = np.array([True, True, True, True, False, True, False])
     face = make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9)
     face.mask[2, 1] = False  # 8 real frames are left
