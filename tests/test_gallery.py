@@ -65,7 +65,7 @@ def oracle(people, clip):
 
 
 @pytest.mark.parametrize("lacks", ["", "face"])
-def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
+def test_probabilities_match_the_float64_equations(tmp_path, lacks):
     people = make(tmp_path / "g")
     clip = make_clip(777, "person 3", lacks=lacks)
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
@@ -85,7 +85,7 @@ def test_log_softmax_is_exact():
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-300)
 
 
-def test_the_chosen_rate_is_held_within_its_interval():
+def test_true_false_positive_rate_lies_within_the_reported_interval():
     """Scores of strangers are uniform: the true rate of a threshold t is 1 - t."""
     rng, fpir, strangers = np.random.default_rng(0), 0.01, 99
     inside, rates = [], []
@@ -99,7 +99,7 @@ def test_the_chosen_rate_is_held_within_its_interval():
     assert 0.6 * fpir < np.mean(rates) < 1.05 * fpir
 
 
-def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
+def test_fpir_is_refused_if_the_gallery_has_too_few_strangers(tmp_path):
     people = make(tmp_path / "g")
     found = people.threshold(0.29)
     assert (found.num_strangers, found.num_alarms, found.num_identities) == (6, 1, 12)
@@ -112,15 +112,15 @@ def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
 
 
 def named(gallery, count=300, **options):
-    """Returns who is named of clips that known people and strangers show, by a rule."""
+    """Returns the names given to clips of 12 known people and 12 strangers, and the rule."""
     shown = [make_clip(700 + n, f"person {n % 24}") for n in range(count)]
     answers = identify(gallery, parts_of(gallery, shown), **options)
     return [answer.identity for answer in answers], gallery.rule(**options)
 
 
 @pytest.mark.slow
-def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
-    """Very different strangers reach no probability, so a rate would let every clip pass."""
+def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
+    """The strangers are so far away that an FPIR threshold would accept every clip."""
     rng = np.random.default_rng(0)
     people = make(tmp_path / "g")
     by_new, rule = named(people)
@@ -137,8 +137,8 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
 
 
 @pytest.mark.slow
-def test_strangers_decide_where_nothing_is_chosen(tmp_path):
-    """1 % of new strangers are named if the gallery has enough strangers for a threshold."""
+def test_default_rule_with_enough_strangers_is_an_fpir_of_1_percent(tmp_path):
+    """About 1 % of new strangers are named."""
     strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
     gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
     found, rule = named(gallery)
@@ -149,7 +149,7 @@ def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     assert np.mean([answer.identity is not None for answer in answers]) < 0.03
 
 
-def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_path):
+def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
     clips = make_clips() | {f"s{n}": make_clip(9000 + n, None) for n in range(100)}
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     parts = parts_of(people, [clips[name] for name in people.strangers])
@@ -162,8 +162,8 @@ def test_a_rate_is_that_of_the_people_who_are_there_when_clips_are_answered(tmp_
     assert people.rule(fpir=0.25).score != before.score
 
 
-def test_a_list_holds_the_clips_that_identify_names(tmp_path):
-    """The clip that sets a threshold lies just below it, which no rounding may hide."""
+def test_rank_lists_exactly_the_clips_that_identify_accepts(tmp_path):
+    """The clip that sets a threshold lies just below it, also after rounding."""
     clips = make_clips(strangers=100)
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     shown = vectors_of(people, {name: clips[name] for name in people.strangers})
@@ -175,7 +175,7 @@ def test_a_list_holds_the_clips_that_identify_names(tmp_path):
         assert len(named) <= fpir * len(shown.names)
 
 
-def test_a_probability_decides_alone(tmp_path):
+def test_probability_threshold_is_the_only_rule_if_it_is_given(tmp_path):
     gallery = make(tmp_path / "g")
     parts = parts_of(gallery, [make_clip(700 + n, f"person {n % 24}") for n in range(50)])
     for least in (1e-6, 0.3, 1.0):
@@ -187,8 +187,8 @@ def test_a_probability_decides_alone(tmp_path):
 
 
 @pytest.mark.parametrize("count", quick_first([5, 1, 20], mark=pytest.mark.nightly))
-def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys, count):
-    """Vectors like dlib's are so alike that only the prior decides, which is reported."""
+def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, capsys, count):
+    """The vectors are as similar as dlib's, and a warning reports too few clips for a fit."""
     best, right, named = [], [], []
     for seed in range(2):
         faces = embeddings.Faces(seed)
@@ -206,7 +206,7 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, capsys
     assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named) <= 0.02
 
 
-def test_a_person_of_one_film_has_one_clip_and_the_user_hears_it(tmp_path, capsys):
+def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     people = make(tmp_path / "g")
     films = {f"film.s00{n}.t00": make_clip(900 + n, "Ada") for n in range(3)}
     more = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
@@ -224,7 +224,7 @@ def test_a_person_of_one_film_has_one_clip_and_the_user_hears_it(tmp_path, capsy
         np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
 
 
-def test_a_gallery_is_a_collection_of_people_and_answers_are_plain_values(tmp_path):
+def test_gallery_acts_as_a_collection_of_people_and_answers_convert_to_json(tmp_path):
     people = make(tmp_path / "g")
     people.remove(identity="person 3")
     assert len(people) == 11 and list(people) == list(people.identities)

@@ -48,7 +48,7 @@ def write_clips(folder, *people, seed=0):
     return folder
 
 
-def test_a_person_comes_and_goes(say, folder, tmp_path):
+def test_commands_enrol_rename_relabel_and_remove_a_person(say, folder, tmp_path):
     before = made_galleries.contents(folder)
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     said = say(*ada, "--identity=Ada")
@@ -80,7 +80,7 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     assert made_galleries.contents(folder) == before
 
 
-def test_clips_without_a_usable_frame_are_named(say, folder, tmp_path):
+def test_clips_without_a_usable_frame_are_listed_by_name(say, folder, tmp_path):
     words = (folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     np.savez(tmp_path / "ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
     with pytest.warns(UserWarning, match="1 clip without a usable frame: .*: dead"):
@@ -123,7 +123,7 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
     assert content["rule"]["by"] == "fpir" and not content["rule"]["default"]
 
 
-def test_a_run_that_was_moved_is_asked_for(say, nearest_run, tmp_path):
+def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(say, nearest_run, tmp_path):
     words = ("identify", tmp_path / "g", f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     made_galleries.make(tmp_path / "g")
     said = say(*words, code=2)
@@ -134,8 +134,8 @@ def test_a_run_that_was_moved_is_asked_for(say, nearest_run, tmp_path):
     assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in said
 
 
-def test_a_folder_for_each_person(say, folder, tmp_path):
-    """Both have a 0.npz, which are two clips."""
+def test_enrol_reads_one_subfolder_per_person(say, folder, tmp_path):
+    """Files with the same name in two subfolders are two clips."""
     photos, words = tmp_path / "photos", ("enrol", folder, f"--input={tmp_path / 'photos'}")
     for person in ("Ada", "Grace"):
         write_clips(photos / person, person)
@@ -175,8 +175,8 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
 
 
 @pytest.mark.slow
-def test_clips_of_another_dataset(say, folder, tmp_path):
-    """Own files with labels; people whom the run has never seen."""
+def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(say, folder, tmp_path):
+    """The dataset is a folder of .npz files with labels of new people."""
     own = write_clips(tmp_path / "own" / "train", "Ada", "Grace", "nobody").parent
     labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
     clip_files.write_labels(own / "labels.csv", labels)
@@ -189,7 +189,9 @@ def test_clips_of_another_dataset(say, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_gallery_is_made_of_a_run_that_moves(say, nearest_run, tmp_path, made, command):
+def test_create_builds_a_gallery_and_identify_accepts_a_moved_run(
+    say, nearest_run, tmp_path, made, command
+):
     words = ("create", tmp_path / "g", f"--run={nearest_run}")
     said = say(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
@@ -202,7 +204,7 @@ def test_a_gallery_is_made_of_a_run_that_moves(say, nearest_run, tmp_path, made,
     assert "--threshold=P" in done.out  # by which rule, as nothing was chosen
 
 
-def test_threshold(say, folder, made):
+def test_threshold_command_equals_the_api_and_reports_too_few_strangers(say, folder, made):
     content = say("threshold", folder, "--fpir=0.25", "--json")
     assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
     said = say("threshold", folder, "--fpir=0.25")
@@ -237,7 +239,7 @@ MISTAKES = {
 }
 
 
-def test_a_mistake_is_told_in_three_lines(say, folder):
+def test_usage_errors_name_the_remedy_and_change_nothing(say, folder):
     before = made_galleries.contents(folder)
     for words, told in MISTAKES.items():
         given = [str(folder) if word == "G" else word for word in words.split()]
@@ -245,14 +247,14 @@ def test_a_mistake_is_told_in_three_lines(say, folder):
     assert made_galleries.contents(folder) == before
 
 
-def test_no_name_is_a_formula(tmp_path):
+def test_names_in_csv_files_are_guarded_against_formulas(tmp_path):
     best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
     answers_lib.write(tmp_path / "a.csv", {"+1": Answer(best[0][0], 0.9, -0.1, best)})
     _, row = csv.reader(io.StringIO((tmp_path / "a.csv").read_text()))
     assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"
 
 
-def test_a_table_of_the_enrolled_clips(say, tmp_path):
+def test_export_writes_a_table_of_the_enrolled_clips(say, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
     enrolled = {n: c for n, c in people.clips.items() if c.identity is not None}
@@ -271,7 +273,7 @@ def test_a_table_of_the_enrolled_clips(say, tmp_path):
     assert "exists and is not overwritten" in say(*words, code=2)
 
 
-def test_a_gallery_is_checked_by_the_main_command(folder, command):
+def test_check_mode_detects_a_damaged_gallery(folder, command):
     words = ("--mode=check", f"--workdir={folder}")
     assert "gallery: 12 people by" in command(*words).out
     content = bytearray((folder / "gallery.sqlite").read_bytes())

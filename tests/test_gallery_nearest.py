@@ -79,7 +79,7 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
     ("stranger", "scale"),
     quick_first(itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]), mark=NIGHTLY),
 )
-def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
+def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
     rng = np.random.default_rng(1)
     index, draw = make(rng, {"face": 40, "audio": 8}, scale=scale, spread=0.5)
     settings = index.backend.settings._replace(stranger=stranger)
@@ -100,7 +100,7 @@ def test_the_best_people_have_the_probabilities_of_all_people(stranger, scale):
         np.testing.assert_allclose(logs, wanted[[-1, -1, *best]], rtol=1e-6, atol=1e-6)
 
 
-def test_equal_people_are_in_the_order_of_names(monkeypatch):
+def test_equally_probable_people_are_sorted_by_name(monkeypatch):
     monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", 40)
     index, draw = make(np.random.default_rng(0), {"face": 32, "audio": 8}, scale=1.0, spread=0.3)
     face, audio = draw(np.array([5]), lacks=0)

@@ -52,7 +52,7 @@ def map_of(ranked, data):
     return metrics.mean_average_precision(index, found.labels, found.positives, found.num_others)
 
 
-def test_a_gallery_ranks_as_its_run_and_keeps_its_clips_and_settings(made, run, data):
+def test_gallery_ranks_like_its_run_with_the_same_clips_and_settings(made, run, data):
     ranked, wanted = made.rank(data, split="val"), run.rank(data, split="val")
     assert list(ranked) == list(wanted)
     assert map_of(ranked, data) == pytest.approx(map_of(wanted, data), abs=1e-12)
@@ -74,7 +74,7 @@ def test_a_gallery_ranks_as_its_run_and_keeps_its_clips_and_settings(made, run, 
 
 
 @pytest.mark.nightly
-def test_one_person_with_one_photo_is_a_gallery(tmp_path):
+def test_one_photo_of_one_person_is_enough_for_a_gallery(tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 1, 64)).astype(np.float32)
     clips = {"same": {"face": x[0] + 0.1 * x[1]}, "other": {"face": x[2]}}
     splits = {"train": {"photo": {"face": x[0]}}, "val": clips}
@@ -97,7 +97,7 @@ def clips_of(run, count=4):
     }
 
 
-def test_a_vector_does_not_depend_on_the_clips_read_with_it(made, run):
+def test_a_vector_does_not_depend_on_other_clips_of_the_batch(made, run):
     clips = clips_of(run)
     every = made.embed(clips)
     for n, name in enumerate(every.names):
@@ -106,7 +106,7 @@ def test_a_vector_does_not_depend_on_the_clips_read_with_it(made, run):
             np.testing.assert_array_equal(x, every.parts[modality][n : n + 1])
 
 
-def test_clips_without_a_usable_frame(made, run, tmp_path):
+def test_clips_without_a_usable_frame_are_not_enrolled_and_stay_unknown(made, run, tmp_path):
     gallery = vidjax.Gallery(shutil.copytree(made.folder, tmp_path / "g"), run=run)
     width = run.modalities["face"]
     clips = {"dead": {"face": np.zeros((0, width), np.float16)}, "gone": {}}
@@ -119,7 +119,7 @@ def test_clips_without_a_usable_frame(made, run, tmp_path):
     assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"
 
 
-def test_an_empty_gallery_is_for_own_people(tmp_path, run, data):
+def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data):
     gallery, clips = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True), clips_of(run)
     assert gallery.identities == {} and len(gallery.strangers) > 3
     for action in (gallery.identify, gallery.rank):
@@ -132,14 +132,14 @@ def test_an_empty_gallery_is_for_own_people(tmp_path, run, data):
 
 
 @pytest.mark.nightly
-def test_of_folds_the_first_member_makes_the_vectors(tmp_path, trained_plda, data):
+def test_gallery_of_a_run_with_folds_uses_vectors_of_the_first_member(tmp_path, trained_plda, data):
     folds = trained_plda("--config.data.train_splits=train,val", "--config.ensemble.folds=2")
     gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
     assert gallery.backend.widths == dict(folds.modalities)
     assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
 
 
-def test_a_gallery_of_embeddings(nearest_run, tmp_path, data):
+def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_path, data):
     gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
     assert list(gallery.backend.widths) == ["embedding"] and not gallery.origin.centred
     own = map_of(gallery.run.rank(data, split="val"), data)

@@ -33,7 +33,7 @@ def draw(rng, people, clips):
     return embeddings.unit(found @ AXES).astype(np.float32)
 
 
-def test_mean_vectors_weigh_frames_by_quality(monkeypatch):
+def test_mean_vectors_weight_frames_by_quality(monkeypatch):
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     quality = np.array([1, 0, 3, -2], np.float32)
     clips = {
@@ -88,8 +88,10 @@ def faces(name, vectors):
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}
 
 
-def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, models, python):
-    """The check does not read the models."""
+def test_gallery_of_models_works_without_jax_scipy_and_other_libraries(
+    tmp_path, gallery, models, python
+):
+    """The model files may be deleted after enrolment."""
     assert not gallery.identities and gallery.origin.cards.keys() == {"face"}
     friends = draw(np.random.default_rng(1), 3, 3)
     (tmp_path / "in").mkdir()
@@ -120,8 +122,8 @@ def test_a_gallery_of_models_needs_numpy_alone(tmp_path, gallery, models, python
     assert Gallery(gallery.folder).identities["Ada"] == 1
 
 
-def test_a_gallery_that_is_widened_keeps_clips(gallery, models):
-    """A part that comes later changes no answer until clips have it; then it is a clip's own."""
+def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
+    """A new modality changes no answer until enrolled clips get a vector of it."""
     ada, bob = draw(np.random.default_rng(4), 2, 3)
     gallery.enrol({"a": {"face": ada[:1]}}, "Ada")
     gallery.enrol({"b": {"face": bob[:1]}}, "Bob")
@@ -146,7 +148,7 @@ def test_a_gallery_that_is_widened_keeps_clips(gallery, models):
         gallery.widen(models)
 
 
-def test_unknown_people_are_grouped_and_named(tmp_path, gallery, say):
+def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
     people = draw(np.random.default_rng(2), 6, 5)
     folder, groups = tmp_path / "features", tmp_path / "groups.tsv"
     folder.mkdir()
@@ -180,7 +182,7 @@ def answer(identity, probability=0.9):
     return Answer(identity, probability, np.log(probability), ())
 
 
-def test_tracks_of_one_person_are_joined_over_gaps():
+def test_tracks_of_one_person_are_joined_over_short_gaps():
     shown = film(a=(0, 3), b=(4.5, 6), c=(8.5, 9), d=(1, 2), e=(30, 31))
     answers = {"a": answer("Ada", 0.8), "d": answer(None), "e": answer("B<o>b")}
     answers |= dict.fromkeys("bc", answer("Ada"))
@@ -204,7 +206,7 @@ def test_tracks_of_one_person_are_joined_over_gaps():
         appearances.to_subtitles([*found, found[0]._replace(video="b.mp4")], ".srt")
 
 
-def test_nobody_is_seen_twice_at_one_time():
+def test_simultaneous_tracks_never_get_the_same_name():
     """If two tracks at the same time get the same name, the less probable track stays unknown."""
     shown = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
@@ -219,7 +221,7 @@ def test_nobody_is_seen_twice_at_one_time():
     ]  # fmt: skip
 
 
-def test_a_name_needs_more_than_one_half(gallery):
+def test_a_name_needs_a_probability_above_one_half(gallery):
     """If two people are equally probable, neither is named, however few strangers come."""
     (twin,) = draw(np.random.default_rng(3), 1, 2)
     for name in ("Ada", "Eve"):
@@ -231,7 +233,7 @@ def test_a_name_needs_more_than_one_half(gallery):
     assert gallery.identify(asked, threshold=0.4)["q"].identity in ("Ada", "Eve")
 
 
-def test_a_list_leaves_out_whom_no_part_tells(tmp_path, models):
+def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, models):
     """A voice says nothing about Ada, who has only a photo: she is as probable as a new person."""
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     gallery = Gallery.of_models(tmp_path / "g", models)
@@ -242,7 +244,7 @@ def test_a_list_leaves_out_whom_no_part_tells(tmp_path, models):
     assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
 
-def test_more_strangers_are_expected_where_the_user_says_so(tmp_path, models):
+def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
     (ada,) = draw(np.random.default_rng(4), 1, 2)
     odds = []
     for name, expected in (("1", 1.0), ("2", 3.0)):
@@ -254,8 +256,8 @@ def test_more_strangers_are_expected_where_the_user_says_so(tmp_path, models):
     assert odds[1] - odds[0] == pytest.approx(np.log(3))
 
 
-def test_clips_of_a_group_vote(gallery):
-    """All tracks of a person have the name, or none has it."""
+def test_all_clips_of_a_group_get_one_answer(gallery):
+    """Either all clips of a group get the name or none."""
     ada, eve = draw(np.random.default_rng(5), 2, 8)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
     vectors = gallery.embed(faces("a", ada[1:]) | faces("e", eve[1:]))
@@ -271,7 +273,7 @@ def test_clips_of_a_group_vote(gallery):
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
 
 
-def test_groups_are_joined_further(gallery):
+def test_grouping_continues_from_given_groups(gallery):
     ada, eve = draw(np.random.default_rng(6), 2, 6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
     begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}
@@ -279,12 +281,12 @@ def test_groups_are_joined_further(gallery):
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}
     begin["e0"] = begin["a0"]
     found = gallery.group(vectors, begin=begin)
-    assert found["e0"] == found["a0"] == found["a1"], "what somebody grouped stays together"
+    assert found["e0"] == found["a0"] == found["a1"], "clips that a user grouped stay together"
     found = gallery.group(vectors, [("a2", "a4")], begin=begin)
     assert found["a2"] == found["a3"] != found["a4"] == found["a5"]
 
 
-def test_subtitles_name_all_who_are_seen_and_do_not_overlap(tmp_path):
+def test_subtitles_list_all_visible_people_and_do_not_overlap(tmp_path):
     """Many players show one subtitle at a time."""
     times = {"Eve": (0, 9.5), "Bob {x}": (3.25, 4), "<i>Ada": (4, 9.5), "A": (5, 5)}
     found = [appearances.Appearance("a.mp4", start, end, name, 0.9, ())

@@ -55,7 +55,7 @@ def imports(path):
     return found
 
 
-def test_imports_point_down():
+def test_folders_import_only_lower_folders_without_cycles():
     for module, path in MODULES.items():
         _, folder, *rest = module.split(".")
         if not rest:
@@ -75,8 +75,8 @@ def test_imports_point_down():
 
 
 @pytest.mark.parametrize("package", quick_first([*WITHOUT, "vidjax"], mark=pytest.mark.nightly))
-def test_folders_import_without_the_libraries_they_may_not_know(python, package):
-    """Everything but the data works without TensorFlow."""
+def test_folders_import_without_their_forbidden_libraries(python, package):
+    """All folders except `data` work without TensorFlow."""
     modules = [name for name in MODULES if name.startswith(f"{package}.")]
     if package == "vidjax":
         modules = [name for name in modules if ".data." not in name]
@@ -110,8 +110,8 @@ def unsafe(nodes):
     return lines
 
 
-def test_nothing_turns_data_into_code():
-    """Nor does code name the machine of its author."""
+def test_no_module_executes_data_as_code():
+    """No module contains a path of its author's machine."""
     for path in (*MODULES.values(), *(ROOT / "configs").glob("*.py")):
         assert not unsafe(nodes_of(path)), path
         assert not re.search(r"/work/|/root/|/tmp/", path.read_text()), path
@@ -120,8 +120,8 @@ def test_nothing_turns_data_into_code():
     assert not unsafe(ast.walk(ast.parse("np.load(f)\nre.compile('x')\nmodel.eval()")))
 
 
-def test_fault_tests_cause_the_fault():
-    """The fixture's chdir and setenv are harmless. Programs in strings are looked at as well."""
+def test_fault_tests_use_no_mocks():
+    """monkeypatch.chdir and setenv are allowed. Programs in strings are checked, too."""
     for path in (ROOT / "tests" / "faults").glob("test_*.py"):
         assert not re.search(r"mock|\.(set|del)(attr|item)\(|^(?!.*def ).*\(monkeypatch[,)]",
                              path.read_text(), re.M), path  # fmt: skip

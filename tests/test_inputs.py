@@ -52,7 +52,7 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
         ({"face": np.array([{}], object)}, "contains Python objects"),
     ],
 )
-def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, content, words):
+def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, content, words):
     path = tmp_path / "a.npz"
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     refused_input(tmp_path, "a.npz", words)
@@ -61,7 +61,7 @@ def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, content, wo
     refused_input(tmp_path / "a.npy", "numpy.savez(")
 
 
-def test_clips_that_fill_the_memory_together_are_refused(tmp_path, monkeypatch):
+def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 16_000)
     for number in range(11):
         np.savez(tmp_path / f"{number:02}.npz", face=np.ones((100, 4), np.float32))
@@ -70,7 +70,7 @@ def test_clips_that_fill_the_memory_together_are_refused(tmp_path, monkeypatch):
     assert len(read_input(tmp_path).names) == 10
 
 
-def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatch):
+def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -99,7 +99,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     refused_input(path, of_path + "its columns take 4,", "a third of the memory")
 
 
-def test_frames_that_are_not_finite_are_counted(tmp_path):
+def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     face, quality = np.ones((3, 4), np.float32), np.array([1, 1, np.inf], np.float32)
     face[1, 2] = np.nan
     np.savez(tmp_path / "a.npz", face=face, face_quality=quality)

@@ -45,7 +45,7 @@ def small(tmp_path):
     return folder
 
 
-def test_train_is_permuted_and_other_splits_are_in_name_order(found):
+def test_train_records_are_shuffled_and_other_splits_sorted_by_name(found):
     assert {name: m.dim for name, m in found.modalities.items()} == RAGGED
     assert "body" not in found.splits["val"].lengths
     assert not list(found.folder.glob("**/*.bin")), "staging is left"
@@ -57,7 +57,7 @@ def test_train_is_permuted_and_other_splits_are_in_name_order(found):
     assert np.abs(steps).mean() > 40 / 5  # a random permutation steps N / 3 on average
 
 
-def test_a_second_run_reads_neither_pickle_nor_shard(source, found, monkeypatch, say):
+def test_second_conversion_reads_neither_pickles_nor_shards(source, found, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
     cache = found.folder.parent.parent
@@ -74,7 +74,7 @@ def test_a_second_run_reads_neither_pickle_nor_shard(source, found, monkeypatch,
     assert "nowhere" in say(source / "nowhere", code=2, program=iqiyi_vid.main)
 
 
-def test_sources_never_mix(small, tmp_path):
+def test_cache_folder_depends_on_the_content_of_the_files(small, tmp_path):
     cache = tmp_path / "cache"
     path, clip = small / "face_train.pickle", random_clip(RNG, 1, 4)
     write_pickle(small, "face", "train", {"s1": clip})
@@ -93,7 +93,7 @@ def test_sources_never_mix(small, tmp_path):
     assert prepare(small, cache).folder == second
 
 
-def test_labels_are_columns_in_identity_order(source, found, tmp_path):
+def test_labels_number_the_identities_in_sorted_order(source, found, tmp_path):
     identities, labels, report = label_records(found, load_official_truth(source, found.clips))
     assert identities == tuple(str(i) for i in range(1, 11))
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
@@ -112,7 +112,7 @@ def test_labels_are_columns_in_identity_order(source, found, tmp_path):
     assert report["splits"]["val"]["labelled"] is False
 
 
-def test_identities_of_a_test_name_no_columns(found, tmp_path):
+def test_identities_only_in_the_test_split_get_no_class(found, tmp_path):
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
     splits, counts = (
@@ -127,7 +127,7 @@ def test_identities_of_a_test_name_no_columns(found, tmp_path):
     assert report["splits"]["test"]["unlisted_identities"] == 1
 
 
-def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, tmp_path):
+def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(small, "face", "val", {"v": clip})
     found = prepare(small, tmp_path / "cache")
@@ -138,7 +138,7 @@ def test_splits_of_two_dtypes_share_the_one_that_holds_both(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_conversions_one_waits_for_the_other(source, tmp_path, monkeypatch):
+def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypatch):
     unpacked, unpack = [], sandbox.unpack
     monkeypatch.setattr(sandbox, "unpack", lambda *x, **y: unpacked.append(x) or unpack(*x, **y))
     with concurrent.futures.ThreadPoolExecutor(2) as threads:

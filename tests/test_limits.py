@@ -23,7 +23,7 @@ def run(wanted, cpu_seconds=20, children=None, **more):
 
 
 @LINUX
-def test_a_job_gets_arguments_and_opens_no_connection_and_no_program():
+def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     answer = run("echo", name="Zoë")
     assert answer["arguments"] == {"wanted": "echo", "name": "Zoë"}
     assert answer["refused"] == ["socket", "program"]
@@ -40,13 +40,13 @@ def test_a_job_gets_arguments_and_opens_no_connection_and_no_program():
         ("missing", DiskError, r"nowhere(.|\n)*is the path right"),
     ],
 )
-def test_errors_are_told(wanted, kind, told):
+def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, told):
     with pytest.raises(kind, match=told) as caught:
         run(wanted, cpu_seconds=1 if wanted == "time" else 20)
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_a_killed_group_ends_its_jobs():
+def test_stopping_children_kills_their_running_jobs():
     children = Children()
     threading.Timer(0.3, children.stop).start()
     with pytest.raises(UserError, match="killed its reader"):

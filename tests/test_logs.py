@@ -10,7 +10,7 @@ from vidjax.runs.terminal import Progress
 
 
 @pytest.mark.slow
-def test_tensorboard_reads_the_events_and_forgets_repeated_steps(tmp_path):
+def test_tensorboard_shows_the_last_value_of_steps_that_a_run_repeats(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = Logs(tmp_path, step=0)
@@ -30,7 +30,7 @@ def test_tensorboard_reads_the_events_and_forgets_repeated_steps(tmp_path):
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
-def test_progress_writes_a_line_to_a_file_now_and_then(capsys, monkeypatch):
+def test_progress_writes_only_a_few_lines_to_a_file(capsys, monkeypatch):
     clock = iter(range(0, 600, 3))
     monkeypatch.setattr(terminal_lib.time, "monotonic", lambda: next(clock))
     progress = Progress(1000, initial=200, unit="clip", label="train")

@@ -54,7 +54,7 @@ def example(batch=7, columns=9, seed=0, dtype="float32"):
         pytest.param("multiclass", 0.5, marks=pytest.mark.nightly),
     ],
 )
-def test_matches_the_equation(name, gamma):
+def test_losses_match_their_equations_in_float64(name, gamma):
     logits, labels = example()
     options = {"gamma": gamma} if name in ("binary", "multiclass") else {}
     loss = jax.jit(functools.partial(LOSSES[name], **options))
@@ -69,7 +69,7 @@ def test_matches_the_equation(name, gamma):
 
 
 @pytest.mark.parametrize("name", quick_first(["multiclass", *LOSSES][:4], mark=pytest.mark.nightly))
-def test_gradients(name):
+def test_gradients_of_losses_match_finite_differences(name):
     with jax.enable_x64(True):
         logits, labels = example(batch=3, columns=4, dtype="float64")
         loss = jax.jit(functools.partial(LOSSES[name], labels=labels, class_mask=np.arange(4) > 0))
@@ -77,7 +77,7 @@ def test_gradients(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_extreme_logits_have_finite_gradients(name):
+def test_losses_have_finite_gradients_at_extreme_logits(name):
     rows = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 0], [1e4, 1e4, 1e4], [0, 90, -90]])
     logits = np.tile(rows, (3, 1)).astype(np.float32)
     labels = np.repeat(np.arange(3, dtype=np.int32), 5)
@@ -104,7 +104,7 @@ def cosines(count=400, columns=6, seed=2):
 
 @pytest.mark.parametrize("margin", quick_first([0.5, 1.5], mark=pytest.mark.nightly))
 def test_angular_margin_matches_the_equation(margin):
-    """ArcFace in float64 by the angle itself."""
+    """ArcFace is computed in float64 from the angle."""
     cosine, labels = cosines()
     angle = np.arccos(cosine) + margin
     harder = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
@@ -118,7 +118,7 @@ def test_angular_margin_matches_the_equation(margin):
 
 
 @pytest.mark.slow
-def test_angular_margin_has_finite_gradients_at_the_ends():
+def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
     # Just below, at, and just above 1.
     ends = np.nextafter(np.ones(3, np.float32), np.arange(3, dtype=np.float32))
     column = 30 * np.concatenate([ends, -ends, [0]])
@@ -136,8 +136,8 @@ def test_angular_margin_has_finite_gradients_at_the_ends():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
-def test_margins_take_a_scale_for_every_branch(margin_fn):
-    """A model of several branches may learn a scale for each branch, [G]; labels are [B, G]."""
+def test_margins_accept_one_scale_per_branch(margin_fn):
+    """A model may learn a scale for each of its G branches. Labels are [B, G]."""
     values, labels = cosines(count=9)
     scales = np.array([20.0, 3.0], np.float32)
     branches = (values[:, None] * scales[:, None]).astype(np.float32)
@@ -156,7 +156,7 @@ def make_loss(spec, logit_scale=1.0):
     return losses.make_loss(whole, None, 10, logit_scale=logit_scale)
 
 
-def test_schedule_mixes_and_compiles_once():
+def test_loss_schedule_mixes_two_losses_and_compiles_once():
     logits, labels = example()
     schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))
     loss: Any = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
@@ -181,14 +181,14 @@ def test_schedule_mixes_and_compiles_once():
         ({"focal": "multiclas"}, r"config\.loss\.focal=.*'multiclass'"),
     ],
 )
-def test_impossible_specs_are_refused(spec, message):
+def test_impossible_loss_specifications_are_refused(spec, message):
     whole = config_lib.default().loss.to_dict() | spec
     with pytest.raises(ValueError, match=message):
         losses.make_objective(whole, None, 10, logit_scale=1.0)
 
 
-def test_a_loss_with_a_margin_of_its_own_gets_plain_logits(monkeypatch):
-    """The scale is fixed, or learned by the model."""
+def test_a_loss_with_a_margin_parameter_gets_logits_without_margin(monkeypatch):
+    """The scale of the logits is fixed or learned by the model."""
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
         """Adds its margin itself, as CosFace does."""
@@ -213,7 +213,7 @@ def test_a_loss_with_a_margin_of_its_own_gets_plain_logits(monkeypatch):
         np.testing.assert_allclose(found, wanted(scale), rtol=1e-5)
 
 
-def test_losses_are_given_the_options_that_they_take(monkeypatch):
+def test_loss_functions_get_only_the_options_in_their_signature(monkeypatch):
     given = {}
 
     def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):

@@ -33,7 +33,7 @@ V2 = "0::/pod/one\n"
         }, GB >> 6, GB >> 7, 1),
     ],
 )  # fmt: skip
-def test_the_limits_of_a_container_are_those_of_its_groups(
+def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
     tmp_path, groups, files, most, free, cores
 ):
     texts = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}

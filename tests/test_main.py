@@ -14,7 +14,7 @@ from vidjax.utils import messages
 from vidjax.utils.errors import DiskError
 
 
-def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(command, tmp_path):
+def test_debug_shows_the_traceback_of_a_faulty_configuration(command, tmp_path):
     (tmp_path / "mine.py").write_text("raise KeyError('x')")
     code, _, err = command(f"--config={tmp_path}/mine.py", "--debug")
     assert code == 2 and "Traceback" in err
@@ -36,7 +36,7 @@ def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(command, tmp_
         (ModuleNotFoundError("no", name="vidjax.nothing"), 1),
     ],
 )
-def test_an_error_is_the_user_s_or_a_fault_of_vidjax(capsys, error, code):
+def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, code):
     def command():
         raise error
 
@@ -50,7 +50,7 @@ def test_an_error_is_the_user_s_or_a_fault_of_vidjax(capsys, error, code):
     assert json.loads(captured.out)["error"].strip()
 
 
-def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys, tmp_path):
+def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, tmp_path):
     hostile = "x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     shown = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     messages.print_text(f"{hostile}\n\tAda علي")
@@ -64,7 +64,7 @@ def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys, tmp
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
 
-def test_a_warning_is_printed_from_any_thread_and_those_of_libraries_are_not():
+def test_vidjax_warnings_of_all_threads_are_printed_but_not_library_warnings():
     code = (
         "import warnings\nfrom concurrent.futures import ThreadPoolExecutor\n"
         "from vidjax.utils import errors, messages\n"
@@ -80,7 +80,7 @@ def test_a_warning_is_printed_from_any_thread_and_those_of_libraries_are_not():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "code"), [("zzz", 2), ("config", 0)])
-def test_closed_streams_end_no_command(mode, code):
+def test_commands_survive_closed_standard_streams(mode, code):
     for stream in ("2>&-", ">&- 2>&-", "<&-", "2>&1 | head -1"):
         command = f"set -o pipefail; {sys.executable} -m vidjax.main --mode={mode} {stream}"
         words = ["/bin/bash", "-c", command]

@@ -16,7 +16,7 @@ from vidjax.training import plan as plan_lib
 SPEC = config_lib.default().ensemble.to_dict()
 
 
-def test_members_are_the_product_of_what_varies():
+def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     spec = {**SPEC, "folds": 2, "seeds": 2}
     everyone = ensemble.make_members(spec)
     assert len(set(everyone)) == 4
@@ -39,7 +39,7 @@ def test_members_are_the_product_of_what_varies():
         ({"views": 3}, "no modality has 16 or more features"),
     ],
 )
-def test_specifications_that_make_no_sense(change, message):
+def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)
     with pytest.raises(ValueError, match=message):
@@ -57,7 +57,7 @@ def test_folds_split_every_identity_evenly():
     assert (folds != ensemble.assign_folds(labels, 5, seed=4)).any()
 
 
-def test_membership_goes_by_name_and_survives_the_disk(tmp_path):
+def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     trained = np.array([[True, False, True], [False, True, True]])
     everyone = ensemble.make_members({**SPEC, "folds": 2, "min_quality": (20.0,)})
     training_sets = ensemble.TrainingSets(everyone, ("a", "ünï-§", "c"), trained)
@@ -76,7 +76,7 @@ def test_membership_goes_by_name_and_survives_the_disk(tmp_path):
         ensemble.load(tmp_path)
 
 
-def test_a_view_lacks_its_chunk():
+def test_each_view_drops_its_chunk_of_features():
     features = np.arange(2 * 512).reshape(2, 512)
     for view in (0, 1, 15):
         found = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
@@ -85,7 +85,7 @@ def test_a_view_lacks_its_chunk():
 
 
 @pytest.mark.parametrize("logs", [True, False])
-def test_scores_combine_as_means(logs):
+def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4, 6, 5)) * 30 - 40
     use = rng.random((4, 6)) < 0.6
@@ -102,7 +102,7 @@ def test_scores_combine_as_means(logs):
         np.testing.assert_allclose(found[clip], wanted, rtol=1e-5)
 
 
-def test_means_of_probabilities_near_one_keep_their_digits():
+def test_mean_log_probabilities_near_zero_keep_their_precision():
     lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
     total = eval_step.make_no_scores(jnp.zeros((2, 1)), logs=True)
     for lack in lacks:  # log(1 - x) is -x
@@ -125,8 +125,8 @@ def everyone(data, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
-    """It has the same weights, and gives the same scores to clips that it has not seen."""
+def test_a_member_equals_a_separate_run_bit_for_bit(data, everyone, tmp_path):
+    """Weights are equal, and scores of clips that the member has not seen."""
     folder, together = everyone
     only = run(shrunk(SPLITS, *FOLDS, "--config.ensemble.only=1", spec=MLP), tmp_path, data)
     everybody, own = weights(folder), weights(tmp_path)
@@ -139,8 +139,8 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
     assert (tmp_path / "ranking.txt").read_text().count(".mp4") == 12 * only["num_clips"]
 
 
-def test_a_block_holds_clips_of_the_same_members():
-    """Folds cost one pass over the clips; sets of few clips share blocks, and nobody is lost."""
+def test_evaluation_blocks_group_clips_by_scoring_members():
+    """Folds cost one pass over the clips. Small sets share blocks, and no clip is lost."""
     rng, lengths = np.random.default_rng(0), (32, 128, 512)
     bucket = rng.integers(-1, 3, 1000)
     plan = EvalPlan("val", ("face",), bucket, {"face": lengths})
@@ -164,7 +164,7 @@ def test_a_block_holds_clips_of_the_same_members():
 
 
 @pytest.mark.slow
-def test_vmap_agrees_with_separate_steps(data, everyone, tmp_path):
+def test_vmap_over_members_agrees_with_separate_steps(data, everyone, tmp_path):
     run(shrunk(SPLITS, *FOLDS, "--config.ensemble.mapping=vmap", spec=MLP), tmp_path, data)
     left, right = weights(everyone[0]), weights(tmp_path)
     for name in [name for name in left if "params" in name]:
@@ -172,7 +172,7 @@ def test_vmap_agrees_with_separate_steps(data, everyone, tmp_path):
 
 
 @pytest.mark.slow
-def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path, monkeypatch):
+def test_members_do_not_depend_on_the_clips_they_leave_out(data, everyone, tmp_path, monkeypatch):
     plain, _ = everyone
     held = ~ensemble.load(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}
@@ -216,8 +216,8 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     np.testing.assert_array_equal(rows, every[:2])
 
 
-def test_a_sum_of_weights_rises_with_every_probability():
-    """Two branches whose weights are together above 1 or below."""
+def test_sum_of_scores_is_the_log_of_weighted_probabilities():
+    """The weights of the two branches add up to more or less than 1."""
     p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
     for weight in (1.0, 0.375):
         total = eval_step.make_no_scores(jnp.zeros((6, 1)), logs=True)
@@ -228,8 +228,8 @@ def test_a_sum_of_weights_rises_with_every_probability():
         np.testing.assert_allclose(found, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
 
 
-def test_trainval_is_nine_to_one_or_five_stratified_folds(data):
-    """All three quality subsets of the residual net leave out a tenth; "other" is a class."""
+def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
+    """All three quality subsets of the residual net leave out the same tenth."""
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):

@@ -35,7 +35,7 @@ OFTEN = ("--config.log_every_steps=1", "--config.eval.report=False")
     ),
 )
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):
-    """A run of 1 device is one that goes on on 4 devices."""
+    """A run resumed on 4 devices equals a run on 1 device."""
 
     def train(folder, num_devices, epochs):
         words = (f"--config.num_epochs={epochs}", *given, *OFTEN)
@@ -58,13 +58,13 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
     np.testing.assert_allclose(last_loss("moved"), last_loss("one"), rtol=0, atol=1e-5)
 
 
-def test_more_devices_than_there_are_are_one_error():
+def test_an_impossible_number_of_devices_is_refused():
     for number in (0, 9):
         with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
             devices.make_mesh(number)
 
 
-def test_a_gpu_that_jax_does_not_use_is_named(tmp_path, monkeypatch):
+def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     chosen = jax.config.values["jax_platforms"]
     try:
         for there, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):  # cpu on purpose

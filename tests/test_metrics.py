@@ -53,7 +53,7 @@ def write(folder, gt, submission):
     return paths
 
 
-def test_files_by_hand_and_those_that_both_refuse(tmp_path):
+def test_map_of_files_matches_hand_computed_values_and_bad_files_are_refused(tmp_path):
     for gt, submission, score in BY_HAND:
         paths = write(tmp_path, gt, submission)
         assert map_oracle.mean_average_precision(*paths) == Fraction(*score), submission
@@ -66,7 +66,7 @@ def test_files_by_hand_and_those_that_both_refuse(tmp_path):
             score_files(*paths)
 
 
-def test_arrays_and_files_give_the_same_bits(tmp_path):
+def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 29, 400)  # the last identities have none
     index = np.stack([rng.permutation(400)[:100] for _ in range(30)]).astype(np.int32)
@@ -102,7 +102,7 @@ def tied_scores(rng, count):
     return scores
 
 
-def test_auroc_is_the_share_of_pairs_in_order():
+def test_auroc_is_the_share_of_correctly_ordered_pairs():
     rng = np.random.default_rng(3)
     for _ in range(30):
         scores = tied_scores(rng, 40)
@@ -134,7 +134,7 @@ def slow_errors(scores, correct, known, fpir, threshold):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_identification_errors_against_a_loop(dtype):
+def test_identification_errors_match_a_direct_count(dtype):
     rng = np.random.default_rng(4)
     for _ in range(40):
         scores = tied_scores(rng, 60).astype(dtype)
@@ -151,7 +151,7 @@ def test_identification_errors_against_a_loop(dtype):
         assert (got.fpir, got.fnir) == pytest.approx(expected, rel=0, abs=1e-15)
 
 
-def test_identification_errors_by_hand():
+def test_identification_errors_match_hand_computed_values():
     scores = np.array([4, 3, 2, 1, 3.5, 2, 0.5, -np.inf])
     known = np.arange(8) < 4
     correct = np.array([True, False, True, True, False, False, False, False])

@@ -43,8 +43,8 @@ def netvlad_oracle(params, features, mask, reduce, norms):
         mark=pytest.mark.nightly,
     ),
 )
-def test_netvlad_matches_the_papers(reduce, norms):
-    """The paper's, and the original of Arandjelovic et al. without BatchNorm and with L2 norms."""
+def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
+    """Arandjelovic et al. use L2 norms. The iQIYI-VID paper uses BatchNorm."""
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
         model = NetVLAD(3, reduce=reduce, norms=norms, dtype=jnp.dtype("float64"))
@@ -64,7 +64,7 @@ def test_netvlad_matches_the_papers(reduce, norms):
         np.testing.assert_array_equal(found[2], 0)
 
 
-def test_modality_dropout_never_drops_everything():
+def test_modality_dropout_always_keeps_a_modality():
     present = np.random.default_rng(0).random((4000, 4)) < 0.7
     kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), 0.999))
     assert not np.any(kept & ~present)
@@ -74,7 +74,7 @@ def test_modality_dropout_never_drops_everything():
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 
 
-def test_neighbours_are_the_best_cosine_of_every_identity():
+def test_knn_scores_are_the_best_cosine_of_every_identity():
     vectors = np.random.default_rng(0).standard_normal((14, 6)).astype(np.float32)
     frames = make_frames([1] * 10, max_frames=1)._replace(features=vectors[:10, None])
     frames.mask[7] = False
@@ -98,7 +98,7 @@ def test_neighbours_are_the_best_cosine_of_every_identity():
     np.testing.assert_array_equal(scores[3], 16 * -2)
 
 
-def test_gate_matches_its_equation_and_leaves_missing_vectors_out():
+def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((3, 4, 5))
         x[1, 2] = 0
@@ -132,7 +132,7 @@ def wide(x):
     return np.asarray(x, np.float64)
 
 
-def test_a_layer_has_the_parameters_and_the_values_of_flax():
+def test_linear_layer_equals_flax_dense_in_parameters_and_values():
     x, kernel, _ = OPERANDS
     ours, flax = Linear(50), nn.Dense(50)
     params = ours.init(jax.random.key(1), x)
@@ -145,7 +145,7 @@ def test_a_layer_has_the_parameters_and_the_values_of_flax():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_and_gradients_are_summed_up_in_float32(dtype):
+def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     x, kernel, weight = OPERANDS
 
     def matmul(x, kernel) -> Any:
@@ -168,15 +168,15 @@ def test_values_and_gradients_are_summed_up_in_float32(dtype):
 
 
 @pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])
-def test_dropout_keeps_the_mean_and_the_rate(rate, width):
-    """It draws 8 or 16 bits for a number."""
+def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate, width):
+    """Dropout draws 8 or 16 random bits for a number."""
     y = drop_out(rate, (40_000 // width, width))
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
     np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
 
 
-def test_numbers_drop_out_independently():
+def test_dropout_is_independent_for_every_number():
     correlation = np.corrcoef((drop_out(0.5, (5000, 8)) != 0).T)
     assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
     x = jnp.arange(12.0).reshape(3, 4)

@@ -94,7 +94,7 @@ def test_every_model_is_held_to_the_contract():
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_padding_order_of_frames_and_padded_rows_change_nothing(name):
+def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     net = made(name)
     output, after, _ = learned(*net)
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
@@ -146,7 +146,7 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_bfloat16_computes_near_float32_with_float32_parameters(name):
+def test_bfloat16_outputs_are_close_to_float32_with_float32_parameters(name):
     net = made(name)
     half = net._replace(model=tiny.make_model(MODELS[name][0], dtype="bfloat16"))
     fresh = jax.eval_shape(lambda: tiny.init_identifier(half.model, net.frames, net.clips))
@@ -169,7 +169,7 @@ DROPOUT = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", quick_first(DROPOUT, mark=pytest.mark.nightly))
-def test_dropout_is_for_training_only(name):
+def test_dropout_is_used_only_in_training(name):
     plain, variables, frames, clips = made(name)
     model = tiny.make_model({**MODELS[name][0], **DROPOUT[name]})
     without, _, _ = learned(plain, variables, frames, clips)
@@ -214,7 +214,7 @@ PLDA = {"name": "plda"}
         (FALLBACK, {"other": {"name": "plda"}}, "PLDAIdentifier needs separate passes"),
     ],
 )
-def test_impossible_options_are_refused(spec, options, message):
+def test_impossible_model_options_are_refused(spec, options, message):
     frames, clips = tiny.make_batch()
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
@@ -222,7 +222,7 @@ def test_impossible_options_are_refused(spec, options, message):
         )
 
 
-def test_frames_that_do_not_fit_and_impossible_tasks_are_refused():
+def test_missing_or_wide_modalities_and_impossible_tasks_are_refused():
     model, _, frames, clips = made("dense, cosine")
     fewer = {key: value for key, value in frames.items() if key != "head"}
     wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
@@ -249,7 +249,7 @@ def assert_embedded(output, given):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_embedding_and_attention_are_what_they_are_said_to_be(name):
+def test_embedding_is_the_classifier_input_and_attention_sums_to_one(name):
     model, variables, frames, clips = made(name)
     _, width, num_vectors = MODELS[name]
     output, given = evaluated(model, variables, frames, clips)

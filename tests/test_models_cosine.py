@@ -46,7 +46,7 @@ def oracle(params, stats, frames, clips, *, feature_scale):
     ("train", "feature_scale"),
     quick_first([(True, 0.3), (False, 0.1)], mark=pytest.mark.nightly),
 )
-def test_the_net_matches_its_equations(train, feature_scale):
+def test_cosine_net_matches_its_float64_equations(train, feature_scale):
     with jax.enable_x64(True):
         frames, clips = made.make_batch()
         model = made.make_model(SPEC, dtype="float64", feature_scale=feature_scale, logit_scale=9.0)
@@ -68,8 +68,8 @@ def test_the_net_matches_its_equations(train, feature_scale):
         np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
 
 
-def test_the_margin_and_its_loss_follow_the_learned_scale():
-    """The loss of s (cosine - m at the label) and its derivative by s, in float64."""
+def test_margin_loss_and_its_gradient_use_the_learned_scale():
+    """The oracle is the loss of s (cosine - m at the label) and its derivative by s, in float64."""
     rng, labels = np.random.default_rng(2), np.array([1, 3, 0, 2])
     spec = config_lib.default().loss.to_dict() | {"margin": 0.15, "margin_type": "cosine"}
     objective = losses.make_objective(spec, None, 10, logit_scale=16.0)

@@ -109,7 +109,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
         mark=pytest.mark.nightly,
     ),
 )
-def test_deepmef_matches_a_loop(form, rms_norm, published, aggregation):
+def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
     with jax.enable_x64(True):
         frames, clips = made.make_batch()
         frames = {
@@ -134,7 +134,7 @@ def test_deepmef_matches_a_loop(form, rms_norm, published, aggregation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", quick_first(["features", "danet"], mark=pytest.mark.nightly))
-def test_attention_learns_from_its_start_and_stays_finite(form):
+def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
     """If theta and phi both started at 0, as published, neither would ever change."""
     frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
     model: Any = ChannelAttention(form, 4)

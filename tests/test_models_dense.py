@@ -49,7 +49,7 @@ def train(model, variables, x, mask):
     return model.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]
 
 
-def test_cosine_of_nothing_is_zero_with_a_gradient_of_zero():
+def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
     x = np.zeros((2, 5), np.float32)
     x[1] = 1e18
     model = CosineClassifier(num_classes=3, scale=64.0)
@@ -88,7 +88,7 @@ def test_mlp_matches_its_equations():
     "shortcut", quick_first(["concat", "add", "none"], mark=pytest.mark.nightly)
 )
 def test_residual_dense_net_matches_its_equations(shortcut):
-    """The layer, times its sigmoid branch; a shortcut adds or joins what came before."""
+    """Layers are multiplied by a sigmoid gate. Shortcuts add or concatenate earlier layers."""
     mask = np.arange(8) != 2
     with jax.enable_x64(True):
         x = np.random.default_rng(1).standard_normal((8, 3))
@@ -123,7 +123,7 @@ def test_cosine_classifier_matches_its_equation():
 
 
 @pytest.mark.slow
-def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
+def test_dense_net_input_is_the_scaled_mean_frame_or_zeros_if_missing():
     frames, clips = made.make_batch()
     model = made.make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
     variables = made.init_identifier(model, frames, clips)

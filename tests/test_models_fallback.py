@@ -21,8 +21,8 @@ SPEC = {"name": "fallback", "main": MAIN, "other": OTHER, "other_modalities": ("
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("measure", "threshold"), [("norm", 2.4), ("quality", 50.0)])
-def test_weights_match_a_loop(measure, threshold):
-    """Clip by clip: (main, other) in training, and in evaluation."""
+def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
+    """Each clip has weights (main, other) in training and in evaluation."""
     frames, clips = made.make_batch()
     face, head = frames["face"], frames["head"]
     clips = clips._replace(measure=fusion.mean_measure(face, measure))
@@ -48,7 +48,7 @@ def test_weights_match_a_loop(measure, threshold):
 
 
 @pytest.mark.slow
-def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
+def test_each_branch_equals_a_separate_model_on_its_clips():
     frames, clips = made.make_batch()
     model = made.make_model(SPEC)
     variables = made.init_identifier(model, frames, clips)
@@ -68,7 +68,7 @@ def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
         np.testing.assert_allclose(evaluated.logits[:, branch], logits, atol=1e-6)
 
 
-def test_the_main_model_may_see_less_than_everything():
+def test_main_model_may_use_only_some_modalities():
     frames, clips = made.make_batch()
     model = made.make_model(SPEC, main_modalities=("face",), other_modalities=("audio", "head"))
     params = jax.eval_shape(lambda: made.init_identifier(model, frames, clips))["params"]
@@ -83,7 +83,7 @@ def threshold(config, data):
     return (plan_lib.make_plan(config, data).task.settings or {}).get("threshold")
 
 
-def test_the_threshold_is_a_quantile_of_the_raw_training_clips(data):
+def test_fallback_threshold_is_a_quantile_of_the_training_clips(data):
     """The measure uses all features, although each member of `views` sees only a part."""
     words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
     both = "--config.data.train_splits=train,val"
@@ -101,7 +101,7 @@ def test_the_threshold_is_a_quantile_of_the_raw_training_clips(data):
         assert threshold(config, data) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_models_without_a_share_have_no_threshold(data):
+def test_models_without_a_threshold_share_have_no_fitted_threshold(data):
     absolute, share = "--config.model.threshold=2.5", "--config.model.threshold_share=0"
     for config in (shrunk(), shrunk(absolute, share, spec=DEEPMEF)):
         assert threshold(config, data) is None

@@ -32,7 +32,7 @@ def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
 
 
 @pytest.mark.parametrize("form", quick_first(["two", "gram"], mark=pytest.mark.nightly))
-def test_attention_matches_the_equations_with_both_masks(form):
+def test_attention_matches_equations_1_to_3_with_both_masks(form):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
@@ -112,8 +112,8 @@ def logits_of_the_paper(
         mark=pytest.mark.nightly,
     ),
 )
-def test_published_is_the_paper_to_the_letter(words, parts):
-    """The paper's net, and the floor of its table 3, from frames to logits."""
+def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
+    """The cases are the paper's net and the simplest nets of its table 3."""
     config = config_io.load_file(f"{ROOT}/configs/mma.py:published,{words}").to_dict()
     assert config["data"]["crop"] == "quality"  # else the best of a window
     sizes = {name: WIDTHS[name] for name in config["modalities"]}

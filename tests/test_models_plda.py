@@ -90,10 +90,10 @@ TWICE = [*range(NUM_CLIPS)] * 2
 EVERY = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
 
 
-def test_training_adds_up_every_clip_once():
-    """Batches run on across passes, may hold a clip twice, and repeat clips at the end.
+def test_plda_training_counts_every_clip_once():
+    """A batch may span two passes, contain a clip twice or end with repeated clips.
 
-    Clips of another fold, which are padded rows, add nothing.
+    Clips of another fold are padded rows and add nothing.
     """
     frames, labels = made_up()
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]
@@ -115,7 +115,7 @@ def solved(model, *states):
     return [ensemble.take(found, number) for number in range(len(states))]
 
 
-def test_logits_are_those_of_the_equations():
+def test_plda_logits_match_the_equations():
     with jax.enable_x64(True):
         frames, labels = made_up()
         frames = {
@@ -142,7 +142,7 @@ def test_logits_are_those_of_the_equations():
 
 
 @pytest.mark.slow
-def test_members_with_other_clips_are_solved_separately():
+def test_plda_members_with_different_clips_are_solved_separately():
     """Members with different numbers of clips per identity share an array of coefficients."""
     frames, labels = made_up()
     model = make_model()
@@ -154,8 +154,8 @@ def test_members_with_other_clips_are_solved_separately():
         np.testing.assert_array_equal(*outputs)
 
 
-def test_a_missing_modality_favours_nobody():
-    """Identities with the same ratio in the face stay equal, whatever they have in the other."""
+def test_a_missing_modality_favours_no_identity():
+    """Identities with equal face scores stay equal if a clip lacks the other modality."""
     ratios = np.zeros((2, 1, NUM_CLASSES), np.float32)
     ratios[0] = -20.0
     ratios[1] = [0, -70.0, -3.0, 40.0, 0.0]
@@ -169,7 +169,7 @@ def test_a_missing_modality_favours_nobody():
 
 @pytest.mark.slow
 def test_fitted_settings_favour_no_modality():
-    """Half of the people were never heard: clips that show them are named as often as others."""
+    """Half of the people have no audio. They are named as often as people with audio."""
     rng = np.random.default_rng(1)
     labels = np.repeat(np.arange(1, 61), 12)
     vectors = {}
@@ -200,7 +200,7 @@ def test_fitted_settings_favour_no_modality():
     assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show people never heard
 
 
-def test_a_setting_that_an_evaluation_gives_replaces_the_fitted_one():
+def test_settings_given_at_evaluation_replace_fitted_settings():
     config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:face,audio")
     task = TaskSpec(DIMS, 4, None, 9, 2, train_other=False, settings=SETTINGS._asdict())
     model: Any = make_system(config.to_dict(), task).model
@@ -210,14 +210,14 @@ def test_a_setting_that_an_evaluation_gives_replaces_the_fitted_one():
     assert model.settings() == SETTINGS._replace(scale=0.7)
 
 
-def test_few_clips_leave_the_first_settings():
+def test_settings_keep_their_defaults_if_clips_are_too_few():
     vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
     found = plda_fit.fit_settings(vectors, labels, {}, 0)
     assert found == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
 
 
-def test_whoever_has_no_clip_is_not_named():
-    """A new person does not change the probabilities of other people."""
+def test_identities_without_clips_get_probability_zero():
+    """They do not change the probabilities of other identities."""
     rng = np.random.default_rng(0)
     ratios = rng.normal(size=(2, 6, NUM_CLASSES)).astype(np.float32)
     known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
@@ -231,7 +231,7 @@ def test_whoever_has_no_clip_is_not_named():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.nightly)])
-def test_probabilities_mean_what_they_say(num_people):
+def test_plda_probabilities_are_calibrated(num_people):
     """The people follow the model exactly, and half of the clips show strangers."""
     found = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
     assert abs(found.new - 0.5) < 0.03 and found.error <= 0.03
@@ -273,7 +273,7 @@ def test_the_fit_does_not_depend_on_the_number_of_cores(monkeypatch):
     ("name", "word"),
     [("plda", "mixup=0.2"), ("knn", "ensemble.bootstraps=3"), ("plda", "optim.learning_rate=0.1")],
 )
-def test_what_a_closed_form_does_not_read_is_refused(data, name, word):
+def test_closed_form_models_refuse_settings_of_gradient_training(data, name, word):
     spec = f"configs/{name}.py:iqiyi_vid,face"
     config = small_runs.shrunk(f"--config.{word}", spec=spec)
     with pytest.raises(ValueError, match=f"config.{word.split('=')[0]}=.*has no optimiser"):
@@ -281,8 +281,8 @@ def test_what_a_closed_form_does_not_read_is_refused(data, name, word):
 
 
 @pytest.mark.slow
-def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch):
-    """The settings of a fold do not depend on the labels of the clips that the fold leaves out."""
+def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monkeypatch):
+    """The labels of the clips that the fold leaves out are changed."""
     config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
     config.modalities = ("face", "audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)

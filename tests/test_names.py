@@ -26,7 +26,7 @@ def gallery(tmp_path):
     return make(tmp_path / "g")
 
 
-def test_invisible_letters_are_refused(gallery):
+def test_names_with_invisible_letters_are_refused(gallery):
     vectors = Vectors(("x",), {"face": np.ones((1, 8), np.float32)}, (None,))
     for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "Ada\u200d", "A \u200cda"):
         refused(lambda x=name: names.clean_identity(x), "identity '", "leave it out")
@@ -39,7 +39,7 @@ def test_invisible_letters_are_refused(gallery):
         assert names.clean_identity(name) == name
 
 
-def test_every_border_gives_one_form(tmp_path):
+def test_every_input_normalises_names_to_nfc(tmp_path):
     def write(name, lines):
         (tmp_path / name).write_text(lines)
         return tmp_path / name
@@ -68,7 +68,7 @@ def test_every_border_gives_one_form(tmp_path):
     assert not found.faults and ranking.score(positives, found.ranking) == 1
 
 
-def test_a_gallery_knows_one_person_in_both_forms(gallery, say):
+def test_gallery_treats_nfc_and_nfd_names_as_one_person(gallery, say):
     gallery.add({"x": make_clip(1, NFD)})
     gallery.add({"y": make_clip(2, NFC)})
     assert gallery.identities[NFC] == 2 and NFD in gallery and NFC in gallery
@@ -81,7 +81,7 @@ def test_a_gallery_knows_one_person_in_both_forms(gallery, say):
     assert say("gallery", "remove", *words)["removed"] == 5 and NFC not in gallery
 
 
-def test_a_gallery_with_a_name_in_another_form_is_damaged(tmp_path, monkeypatch):
+def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(changes, "clean_identity", lambda name: name)
     refused(lambda: make(tmp_path / "g", {"x": make_clip(1, NFD)}), "is not valid")
 
@@ -89,7 +89,7 @@ def test_a_gallery_with_a_name_in_another_form_is_damaged(tmp_path, monkeypatch)
 @pytest.mark.parametrize(("one", "other"), [
     ("Ada Lovelace", "ADA  lovelace"), ("Sofi Groß", "so\ufb01 gross"), ("Ada", "Ada\ufe0f"),
 ])  # fmt: skip
-def test_names_that_look_alike_are_reported(one, other, tmp_path):
+def test_similar_names_get_a_warning_with_the_command_to_merge_them(one, other, tmp_path):
     gallery = make(tmp_path / "a gallery", {"x": make_clip(1, one)})
     parts = {"face": np.ones((1, 8), np.float32), "audio": np.zeros((1, 5), np.float32)}
     with pytest.warns(UserWarning, match="looks like") as told:
@@ -101,7 +101,7 @@ def test_names_that_look_alike_are_reported(one, other, tmp_path):
     assert Gallery(gallery.folder).identities == {one: 2}
 
 
-def test_a_gallery_that_begins_with_similar_names_reports_one(tmp_path):
+def test_creating_a_gallery_with_similar_names_gives_one_warning(tmp_path):
     clips = {str(n): make_clip(n, x) for n, x in enumerate(("Ada", "ada", "Eve", "EVE", "Bo"))}
     with pytest.warns(UserWarning, match="'Eve' looks like 'EVE'.*\\(similar names: 2\\)"):
         gallery = make(tmp_path / "g", clips)

@@ -35,7 +35,7 @@ def text_of(html):
     return " ".join(re.sub(r"<[^>]+>", " ", body).split()).replace(" ,", ",")
 
 
-def test_times_probabilities_and_links_are_there_without_a_mouse():
+def test_page_shows_times_probabilities_and_links_as_text():
     html = render([seen(12.34, 75.0, probability=0.97)])
     assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
@@ -44,7 +44,7 @@ def test_times_probabilities_and_links_are_there_without_a_mouse():
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 
 
-def test_doubtful_names_come_first_with_the_second_best():
+def test_doubtful_names_are_listed_first_with_other_candidates():
     found = [
         seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
         seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),
@@ -66,14 +66,14 @@ def test_doubtful_names_come_first_with_the_second_best():
     assert "Doubtful" not in render(found[1:2], answers)
 
 
-def test_many_times_are_folded_and_short_ones_have_tenths():
+def test_long_lists_of_times_are_folded_and_short_times_show_tenths():
     html = render([seen(n, n + 0.5, probability=1.0, clip=f"c{n}") for n in range(40)])
     assert "34 more" in html and "over 99 %" in html
     words = text_of(render([seen(*times) for times in ((0, 0.36), (59.97, 60.2), (7, 7))]))
     assert "0:00.0\u20130:00.4 95 % 1:00.0\u20131:00.2 95 % 0:07.0 95 %" in words
 
 
-def test_only_our_script_runs_and_names_are_escaped():
+def test_page_allows_only_its_script_and_escapes_names():
     name = '"><script>alert(1)</script>'
     html = render([seen(0, 1, name)], people=[name])
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)

@@ -33,7 +33,7 @@ def clips_of(names, seed):
 
 
 @pytest.mark.nightly
-def test_the_nightly_job_runs(tmp_path):
+def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     assert [*BLOCKS] == ["day", "named", "forget", "month", "prune"]
     (train, labels), (val, more) = (clips_of(KNOWN, seed) for seed in (1, 2))
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})

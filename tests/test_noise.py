@@ -32,7 +32,7 @@ def slow_dbscan(vectors: np.ndarray, eps: float, min_samples: int) -> list[int]:
 
 
 @pytest.mark.parametrize("min_samples", [2, 4])
-def test_dbscan_is_what_its_definition_says(min_samples: int) -> None:
+def test_dbscan_clusters_match_the_definition(min_samples: int) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(8, 16))[rng.permutation(np.repeat(np.arange(8), 4))]
     vectors = (vectors + 0.4 * rng.normal(size=(32, 16))) * rng.lognormal(size=(32, 1))
@@ -49,7 +49,7 @@ def test_dbscan_is_what_its_definition_says(min_samples: int) -> None:
     assert plan.cluster(np.eye(4)[:0], eps=0.5, min_samples=5).shape == (0,)
 
 
-def test_mistakes_in_clustering_are_named() -> None:
+def test_impossible_clustering_options_are_refused() -> None:
     vectors = np.eye(3)
     for eps, least, message in (
         (0.0, 2, "config.noise.eps=0.0 must be"),
@@ -62,17 +62,17 @@ def test_mistakes_in_clustering_are_named() -> None:
         plan.cluster(vectors * np.nan, eps=0.5, min_samples=2)
 
 
-def test_every_column_is_one_thing() -> None:
+def test_columns_of_identities_clusters_and_mirrors_do_not_overlap() -> None:
     kinds = [LAYOUT.is_identity(COLUMNS), LAYOUT.is_cluster(COLUMNS), LAYOUT.is_mirror(COLUMNS)]
     assert [np.flatnonzero(kind).tolist() for kind in kinds] == [[1, 2, 3], [4, 5], [6, 7, 8]]
     assert LAYOUT.num_columns == 9 and not any(LAYOUT.is_mirror(np.array([-1, 9, 100])))
 
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
-def test_published_arithmetic(keep) -> None:
-    """Prediction l becomes l + C + K where l is an identity; else it is the label, or l as in code.
+def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
+    """Prediction l becomes l + C + K if l is an identity. Otherwise the label or l is kept.
 
-    The code counts columns from 0 and has none for "other".
+    The published code has no column for "other", so its numbers are lower by 1.
     """
     published = NoiseClassLayout(num_identities=4934, num_clusters=3691)
     assert published.num_columns == 1 + 2 * 4934 + 3691
@@ -83,7 +83,7 @@ def test_published_arithmetic(keep) -> None:
     np.testing.assert_array_equal(ours, 1 + np.where(theirs < 4934, theirs + 8625, other))
 
 
-def test_clustered_clips_start_in_their_cluster_and_others_anywhere() -> None:
+def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> None:
     clusters = np.array([0, -1, 1, -1, 0] * 200, np.int32)
     labels = plan.initial_labels(clusters, LAYOUT, seed=3)
     assert (labels[clusters == 0] == 4).all() and (labels[clusters == 1] == 5).all()
@@ -97,7 +97,7 @@ def test_clustered_clips_start_in_their_cluster_and_others_anywhere() -> None:
         plan.initial_labels(np.array([2]), LAYOUT, seed=0)
 
 
-def test_only_unclustered_clips_taken_for_somebody_move() -> None:
+def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
     new = jax.jit(plan.relabel, static_argnums=2)(labels, predicted, LAYOUT)

@@ -39,7 +39,7 @@ def shown(cell):
 
 
 @notebooks
-def test_its_outputs_are_kept_and_tell_nothing_of_a_machine(name):
+def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     code = [cell for cell in read(name).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
@@ -54,7 +54,7 @@ def test_its_outputs_are_kept_and_tell_nothing_of_a_machine(name):
 
 
 @notebooks
-def test_it_imports_what_exists(name):
+def test_notebook_imports_exist(name):
     source = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
     for line in re.findall(r"^from vidjax.*$", source, re.MULTILINE):
         exec(line, {})
@@ -80,8 +80,8 @@ def asked(monkeypatch):
     return run
 
 
-def test_the_setup_cell_keeps_what_the_machine_brings_unless_it_is_too_old(asked, capsys):
-    """It adds no TensorFlow beside one of another name; jax is upgraded with its accelerator."""
+def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(asked, capsys):
+    """No second TensorFlow is installed. jax is upgraded together with its accelerator."""
     assert asked("pip", "vidjax", "tensorflow") == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -109,8 +109,8 @@ def test_the_setup_cell_keeps_what_the_machine_brings_unless_it_is_too_old(asked
     "name",
     [pytest.param(name, marks=[pytest.mark.nightly] * (name != "quickstart")) for name in PATHS],
 )
-def test_it_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_path):
-    """The quickstart trains a small net on few clips here."""
+def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_path):
+    """The quickstart trains a smaller net on fewer clips than in the notebook."""
     small = ["num_epochs=1", "batch_size=32", "modalities=face,audio", "model.embed_dim=16"]
     small += ["data.name=iqiyi_vid", f"data.dir={official_dir}"]
     words = ["--config=configs/mma.py", "--workdir=runs/mma", *(f"--config.{x}" for x in small)]

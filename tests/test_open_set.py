@@ -24,7 +24,7 @@ def normal(rng, num_strange=150, num_known=200):
     return clip_scores(best, labels > 0), labels
 
 
-def test_thresholds_are_those_of_the_metrics():
+def test_open_set_summary_equals_identification_errors():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 9, 500) * (rng.random(500) < 0.6)
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
@@ -41,7 +41,7 @@ def test_thresholds_are_those_of_the_metrics():
         assert row["fnir"] <= row["fnir_high"]
 
 
-def test_few_strangers_show_no_rate():
+def test_rates_have_no_threshold_if_strangers_are_too_few():
     for num_strange, shown in ((8, []), (9, [9]), (98, [9]), (99, [99, 9])):
         clips, labels = normal(np.random.default_rng(0), num_strange)
         rows = summary(clips, labels, 200)["rates"]
@@ -52,8 +52,8 @@ def test_few_strangers_show_no_rate():
 
 
 @pytest.mark.nightly
-def test_intervals_hold_in_simulation(monkeypatch):
-    """At 10 % the threshold of the population is the .9 quantile; it misses 24 % of the people."""
+def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch):
+    """At an FPIR of 10 %, the true threshold is the .9 quantile and misses 24 % of the people."""
     monkeypatch.setattr(measures, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
     truth, held = stats.norm.cdf(stats.norm.ppf(0.9) - 2), []
@@ -66,8 +66,8 @@ def test_intervals_hold_in_simulation(monkeypatch):
     assert (np.mean(held, axis=0) > 0.92).all() and (np.mean(held, axis=0) < 0.98).all()
 
 
-def test_clips_of_one_person_count_together():
-    """Copies of every clip of a person add nothing to what is known."""
+def test_intervals_treat_clips_of_one_person_as_dependent():
+    """Copies of clips do not narrow the interval."""
     clips, labels = normal(np.random.default_rng(1))
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
@@ -79,7 +79,7 @@ def test_clips_of_one_person_count_together():
     assert one == wide
 
 
-def test_certain_and_wrong_clips_stay_finite():
+def test_calibration_stays_finite_for_certain_but_wrong_clips():
     rng, num = np.random.default_rng(2), 3000
     labels = rng.integers(1, 201, num) * (rng.random(num) >= 0.3)
     odds = 2.5 * rng.normal(size=num)

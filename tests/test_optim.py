@@ -26,7 +26,7 @@ def make_optimizer(spec, *, total_steps):
     return optim.make_optimizer({**DEFAULTS, **spec}, total_steps=total_steps, steps_per_epoch=1.0)
 
 
-def test_warmup_cosine_by_its_formula():
+def test_warmup_and_cosine_decay_match_their_formula():
     for scale, start in ((0.0, 0.01), (0.3, 0.03)):
         options: Any = {"warmup": 0.2, "final_scale": 0.01, "warmup_scale": scale}
         schedule = make_schedule(learning_rate=0.1, total_steps=50, **options)
@@ -36,7 +36,7 @@ def test_warmup_cosine_by_its_formula():
 
 
 @pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0)])
-def test_steps_decay_from_the_start_of_the_run(every, steps_per_epoch):
+def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch):
     options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
     # Exact arithmetic: the epoch of a step is the step over the steps of an epoch.
@@ -48,7 +48,7 @@ def test_steps_decay_from_the_start_of_the_run(every, steps_per_epoch):
         np.testing.assert_allclose(schedule(np.arange(60)), expected * factors, rtol=1e-5)
 
 
-def test_factors_by_the_epoch_jump_and_run_in_lines():
+def test_piecewise_decay_jumps_and_interpolates_between_points():
     points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))
     options: Any = {"decay": "piecewise", "points": points, "warmup": 0.0}
     schedule = make_schedule(learning_rate=0.1, total_steps=60, steps_per_epoch=10, **options)
@@ -59,7 +59,7 @@ def test_factors_by_the_epoch_jump_and_run_in_lines():
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
-def test_short_runs_have_finite_positive_rates(decay):
+def test_short_runs_have_positive_learning_rates(decay):
     for total in (1, 2, 3):
         options: Any = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
         schedule = make_schedule(total_steps=total, steps_per_epoch=0.5, **options)
@@ -75,7 +75,7 @@ def test_short_runs_have_finite_positive_rates(decay):
         ({"clip_norm": 1.0, "weight_decay": 0.5}, [[2.0, 2.0]], [[3.0, 4.0]], [[-0.16, -0.18]]),
     ],
 )
-def test_sgd_by_hand(options, params, grads, wanted):
+def test_sgd_step_matches_hand_computed_updates(options, params, grads, wanted):
     spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0, **options}
     tx, _ = make_optimizer(spec, total_steps=10)
     params, grads = ({"w": jnp.asarray(x)} for x in (params, grads))
@@ -83,7 +83,7 @@ def test_sgd_by_hand(options, params, grads, wanted):
     np.testing.assert_allclose(updates["w"], wanted, rtol=1e-6)
 
 
-def test_decay_is_that_of_the_whole_run():
+def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
     """If all gradients are 0, matrices shrink by exp(-total_decay), and nothing else changes."""
     spec = {**SPEC, "name": "adam", "learning_rate": 1e-3, "total_decay": 0.7}
     tx, _ = make_optimizer(spec, total_steps=300)
@@ -101,7 +101,7 @@ def test_decay_is_that_of_the_whole_run():
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_weight_decay_is_part_of_the_gradient_of_matrices(name):
+def test_weight_decay_is_added_to_gradients_of_matrices_only(name):
     params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
     grads = jax.tree.map(lambda p: 0.3 * jnp.ones_like(p), params)
     penalised = {**grads, "kernel": grads["kernel"] + 0.05 * params["kernel"]}
@@ -112,7 +112,7 @@ def test_weight_decay_is_part_of_the_gradient_of_matrices(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *found)
 
 
-def test_an_optimizer_that_restarts_is_two_in_a_row():
+def test_optimizer_restart_equals_a_fresh_optimizer():
     options = {**SPEC, "name": "adam", "decay": "constant", "warmup": 0.0}
     (plain, _), (restarted, _) = (
         make_optimizer({**options, "restart_epoch": epoch}, total_steps=6) for epoch in (0.0, 3.0)
@@ -136,7 +136,7 @@ def test_an_optimizer_that_restarts_is_two_in_a_row():
         ({"decay": "piecewise", "points": ((0, 1), (-1, 1))}, r"config\.optim\.points"),
     ],
 )
-def test_impossible_specs_and_points_are_refused(spec, message):
+def test_impossible_optimiser_specifications_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer({**SPEC, **spec}, total_steps=1)
     wrong: Any = ((), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),))
