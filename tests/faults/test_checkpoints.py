@@ -53,7 +53,7 @@ def content_of(items):
 
 
 @pytest.mark.slow
-def test_random_damage_is_never_restored(tmp_path, campaign):
+def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
     """Flipped bits, cuts, removals: a good step is used if there is one, and nothing is deleted."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
     everywhere = devices.replicated_layout(devices.make_mesh(1))
@@ -93,7 +93,7 @@ def test_random_damage_is_never_restored(tmp_path, campaign):
     assert found_steps == {3, 8, None}
 
 
-def test_a_manifest_with_a_null_or_a_size_out_of_range_is_damaged(tmp_path):
+def test_manifest_with_a_null_or_impossible_size_counts_as_damaged(tmp_path):
     folder = tmp_path / "checkpoints" / "3"
     (folder / "state").mkdir(parents=True)
     entries = {"step": 3, "files": {}, "arrays": {}, "num_clusters": None, "num_identities": 2}
@@ -107,7 +107,7 @@ def test_a_manifest_with_a_null_or_a_size_out_of_range_is_damaged(tmp_path):
         assert checkpoint.manifests(tmp_path) == {}
 
 
-def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
+def test_save_renames_a_users_folder_that_has_the_name_of_a_step(tmp_path):
     folder = tmp_path / "checkpoints" / "8"
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_text("the user's")
@@ -176,7 +176,7 @@ def largest(workdir, step):
 
 
 @pytest.mark.slow
-def test_no_score_is_computed_from_damaged_weights(evaluate, finished):
+def test_evaluate_refuses_a_run_whose_checkpoints_are_all_damaged(evaluate, finished):
     for step in checkpoint.manifests(finished):
         flip(largest(finished, step), random.Random(step))
     before = contents(finished)
@@ -186,7 +186,7 @@ def test_no_score_is_computed_from_damaged_weights(evaluate, finished):
 
 
 @pytest.mark.slow
-def test_what_gives_a_checkpoint_its_meaning_is_verified(evaluate, finished):
+def test_evaluate_refuses_changed_identities_members_config_or_manifest(evaluate, finished):
     ranking = (finished / "ranking.txt").read_bytes()
     for name, old, new in (
         ("identities.json", b'"1",', b'"1000",'),
@@ -213,7 +213,7 @@ def test_what_gives_a_checkpoint_its_meaning_is_verified(evaluate, finished):
 
 
 @pytest.mark.slow
-def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finished, whole):
+def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, data, finished, whole):
     """A damaged step is trained to the same bits."""
     for name in ("identities.json", "members.npz", "metrics.json", "ranking.txt"):
         (finished / name).unlink()
@@ -226,7 +226,7 @@ def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finis
 
 
 @pytest.mark.slow
-def test_another_configuration_is_refused_with_the_difference(say, words, parts):
+def test_resuming_with_another_configuration_is_refused_with_the_difference(say, words, parts):
     """This holds even if config.json is missing, because the checkpoint contains its digest."""
     before = contents(parts / "checkpoints")
     for word, shown in [
@@ -241,7 +241,7 @@ def test_another_configuration_is_refused_with_the_difference(say, words, parts)
 
 
 @pytest.mark.slow
-def test_more_epochs_go_on_and_a_kill_leaves_the_run_unfinished(config, words, data, finished, say):
+def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, finished, say):
     more = ("--config.num_epochs=6", "--config.checkpoint_every_seconds=77")
     with pytest.raises(signals.Interrupted):
         run(config_io.override(config, more), finished, Interrupting(data, 1, signal.SIGINT))
@@ -253,7 +253,7 @@ def test_more_epochs_go_on_and_a_kill_leaves_the_run_unfinished(config, words, d
 
 
 @pytest.mark.slow
-def test_another_list_of_identities_is_refused(config, data, parts):
+def test_resuming_with_another_list_of_identities_is_refused(config, data, parts):
     with pytest.warns(UserWarning, match="without a class"):
         data = data.with_identities(("999", *data.identities[1:]))
     with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
@@ -261,7 +261,7 @@ def test_another_list_of_identities_is_refused(config, data, parts):
 
 
 @pytest.mark.slow
-def test_a_moved_run_with_half_lines_goes_on_to_the_same_bytes(
+def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
     say, monkeypatch, config, data, parts, whole, tmp_path
 ):
     """Moved to a name with a space, behind a link, relative; lines are as a kill leaves them."""
@@ -304,7 +304,7 @@ def assert_nothing_lost(folder, before):
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, parts, whole):
+def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, parts, whole):
     step = max(checkpoint.manifests(parts))
     before = contents(parts / "checkpoints")
     with file_limit(largest(parts, step).stat().st_size * 3 // 4):
@@ -319,7 +319,9 @@ def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, part
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_loses_nothing(config, data, stopped, whole, mounted, campaign):
+def test_full_disk_stops_training_and_loses_no_checkpoint(
+    config, data, stopped, whole, mounted, campaign
+):
     """Filled but for some bytes: writing fails at the start, in a log or in a save, by how many."""
     small_disk = mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
     parts = small_disk / "parts"

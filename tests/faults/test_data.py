@@ -89,7 +89,7 @@ def spoilt(folder):
     return write_pickle(folder, "face", "train", clips)
 
 
-def test_frames_that_are_not_finite_are_left_out_and_counted(official):
+def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
     spoilt(official)
     with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames have a face feature"):
         data = load(official)
@@ -109,7 +109,7 @@ def test_frames_that_are_not_finite_are_left_out_and_counted(official):
 
 
 @pytest.mark.slow
-def test_frames_that_are_not_finite_are_an_error_by_option(official, tmp_path):
+def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_path):
     path, cache = spoilt(official), tmp_path / "cache"
     wanted = f"{path}: clip train005, face: the feature of frame 1 is not finite"
     strict = functools.partial(load, official, cache_dir=cache, non_finite="error")
@@ -119,7 +119,7 @@ def test_frames_that_are_not_finite_are_an_error_by_option(official, tmp_path):
     assert refused_by(strict) == wanted
 
 
-def test_a_frame_and_a_modality_of_another_width_are_named(official, refused):
+def test_error_for_features_of_another_width_names_clip_or_modality(official, refused):
     path = official / "face_val.pickle"
     content = pickle.loads(path.read_bytes())
     content[b"val005"][2][-1] = np.zeros(7, np.float16)
@@ -129,7 +129,7 @@ def test_a_frame_and_a_modality_of_another_width_are_named(official, refused):
     refused(official, "face: features are 4 wide in", "face_train.pickle", "6 wide in", str(path))
 
 
-def test_a_clip_twice_is_refused(official, refused):
+def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
     path = official / "face_train.pickle"
     content = pickle.loads(path.read_bytes())
     again = {name + b".mp4": frames for name, frames in content.items()}
@@ -139,7 +139,7 @@ def test_a_clip_twice_is_refused(official, refused):
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 
 
-def test_ground_truth_of_other_clips(official, refused):
+def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, refused):
     path = official / "train_gt.txt"
     text = path.read_text()
     path.write_text(text + "stranger.mp4 2\n")  # 1 of 19
@@ -148,7 +148,7 @@ def test_ground_truth_of_other_clips(official, refused):
     refused(official, "none of its 18 clips is in a feature file", "files name train000")
 
 
-def test_clips_without_a_label_are_distractors_and_never_right(tmp_path):
+def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     clips = clips_of("val", 150)
     write_pickle(tmp_path, "face", "val", clips)
     labels = {name: "1" for i, name in enumerate(clips) if i % 3}
@@ -164,7 +164,7 @@ def test_clips_without_a_label_are_distractors_and_never_right(tmp_path):
 
 
 @pytest.mark.slow
-def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(tmp_path):
+def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
     rng, silent = np.random.default_rng(0), [f"val{i:02d}" for i in range(0, 30, 5)]
     for split, count in (("train", 32), ("val", 30)):
         clips: dict[str, Any] = {"face": {}, "head": {}, "audio": {}}
@@ -199,7 +199,7 @@ def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(official, refused):
+def test_requested_modality_without_a_feature_file_is_refused(official, refused):
     write_pickle(official, "head", "train", clips_of("train", 12))
     with pytest.warns(UserWarning, match="val: no file of head"):
         data = load(official)
@@ -215,7 +215,7 @@ def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(official, re
 
 
 @pytest.mark.slow
-def test_ten_thousand_frames_make_a_fixed_choice(official):
+def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
     clips = clips_of("train", 20)
     clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
     write_pickle(official, "face", "train", clips)
@@ -240,7 +240,7 @@ NAMES = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-r
 
 
 @pytest.mark.slow
-def test_odd_names_come_back_and_make_no_path(tmp_path):
+def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
     folder = tmp_path / "deep" / "down" / "official"
     folder.mkdir(parents=True)
     content = {name.encode(): np.full(DIM, i, np.float32) for i, name in enumerate(NAMES)}
@@ -257,7 +257,7 @@ def test_odd_names_come_back_and_make_no_path(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path):
+def test_ascii_locale_gets_a_hint_if_a_file_name_is_not_ascii(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "\u00fc.npz", face=np.ones((1, DIM)))
     words = [sys.executable, "-m", "vidjax.data.arrays", str(tmp_path)]
@@ -267,7 +267,7 @@ def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path):
     assert done.returncode == 2 and b"PYTHONUTF8=1" in done.stderr, done.stderr
 
 
-def test_nothing_to_convert_is_one_error(official, refused, tmp_path):
+def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp_path):
     (official / "train_gt.txt").rename(tmp_path / "train_gt.txt")
     config = small_runs.shrunk("--config.modalities=face")
     train = functools.partial(small_runs.run, config, tmp_path / "run", load(official))
@@ -284,7 +284,7 @@ def test_nothing_to_convert_is_one_error(official, refused, tmp_path):
 
 
 @pytest.mark.slow
-def test_identities_that_no_clip_shows_keep_their_columns(official):
+def test_declared_identities_without_clips_keep_their_columns(official):
     declared = tuple(str(i) for i in range(1, 9))  # 4 of them are in the ground truth
     data = load(official).with_identities(declared)
     split = data.split("train")

@@ -109,7 +109,7 @@ PROGRAMS = {f"vidjax.data.{one.__name__.rpartition('.')[2]}": one.main
             for one in (arrays, iqiyi_vid, synthetic)}  # fmt: skip
 
 
-def test_every_command_and_module_has_a_row():
+def test_fault_table_has_a_row_for_every_command_and_module():
     modules = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in PACKAGE.rglob("*.py")
@@ -201,7 +201,7 @@ def keep(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bold_first)
-def test_nothing_of_the_victim_changes_behind_a_link(world, tmp_path, name):
+def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, name):
     """Nor does a pipe or a device hold a command up."""
     row = ROWS[name]
     honest = ready(world, row.made)
@@ -231,7 +231,7 @@ def test_nothing_of_the_victim_changes_behind_a_link(world, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bold_first)
-def test_files_of_the_user_stay(world, tmp_path, name):
+def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name):
     """Without links, but with other files next to the files of vidjax."""
     row = ROWS[name]
     at = shutil.copytree(ready(world, row.made), tmp_path / "at")
@@ -247,7 +247,7 @@ def test_files_of_the_user_stay(world, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_ranking_of_the_users_own_is_not_replaced(world, tmp_path):
+def test_rank_refuses_to_replace_a_ranking_file_of_the_user(world, tmp_path):
     """It is refused before a table is ranked."""
     ready(world, "gallery")
     for name, before in (("rank", "ranked"), ("gallery rank", "lists")):
@@ -260,7 +260,7 @@ def test_a_ranking_of_the_users_own_is_not_replaced(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "members.npz"])
-def test_a_private_key_under_the_name_of_a_file_is_not_exported(nearest_run, tmp_path, name):
+def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name):
     """A hard link is a file like others: what it holds tells."""
     run = shutil.copytree(nearest_run, tmp_path / "run")
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")

@@ -49,7 +49,7 @@ def ended(pid, seconds=5):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign):
+def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
     rng = random.Random(fault_seed)
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
     inputs = [drawn.film(), drawn.folder / "photo.png", f"--models={drawn.models}", "--workers=2"]
@@ -84,7 +84,7 @@ def test_killed_extractions_end_with_the_same_bytes(drawn, fault_seed, campaign)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_child_costs_its_file_and_two_at_once_are_refused(drawn):
+def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
     film, out = drawn.film(), drawn.out
     with start(film, f"--out={out}", f"--models={drawn.models}", "--workers=1") as process:
         while not (children := children_of(process.pid)) and process.poll() is None:
@@ -104,7 +104,7 @@ def test_a_killed_child_costs_its_file_and_two_at_once_are_refused(drawn):
     assert drawn.extract(film)[0]["clips"] == 4
 
 
-def test_a_full_disk_ends_it_and_leaves_nothing_half(drawn):
+def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     photo, out = drawn.folder / "photo.png", drawn.out
     write_photo(photo, ("Ada", 20, 20))
     inputs = [photo, drawn.film(), photo]
@@ -116,7 +116,7 @@ def test_a_full_disk_ends_it_and_leaves_nothing_half(drawn):
     assert {path.name for path in out.glob("*.npz")} == {"party.npz", "photo.npz"}
 
 
-def test_bad_inputs_cost_a_few_lines_each_and_the_others_go_on(drawn):
+def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     where, film = drawn.folder / "in", drawn.film()
     where.mkdir()
     server = socket.create_server(("127.0.0.1", 0))
@@ -152,7 +152,7 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
-def test_odd_names_of_files_are_kept_apart_and_printable(drawn, read_here):
+def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     place, features = drawn.folder / "in", drawn.out / "features"
     write_photo(drawn.folder / "one.png", ("Ada", 20, 20))
     content = (drawn.folder / "one.png").read_bytes()
@@ -173,7 +173,7 @@ def test_odd_names_of_files_are_kept_apart_and_printable(drawn, read_here):
     assert all(outcome.kept for outcome in again), "another order of the files"
 
 
-def test_names_of_people_are_escaped_in_every_format_or_refused(drawn, read_here):
+def test_names_of_people_are_escaped_in_every_output_or_refused(drawn, read_here):
     for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # no file can hold them
         write_photo(drawn.friends / name / "1.png", ("Ada", 40, 40))
         _, said = drawn.who(drawn.film(), code=2)
@@ -212,7 +212,7 @@ def hostile_films():
     yield '{"video": "' + "x" * 1_000_000
 
 
-def test_folders_of_strangers_end_in_errors_of_a_line(tmp_path):
+def test_hostile_feature_folders_end_in_short_errors(tmp_path):
     place = tmp_path / "features"
     (place / "videos").mkdir(parents=True)
     for text in hostile_films():
@@ -228,7 +228,7 @@ def test_folders_of_strangers_end_in_errors_of_a_line(tmp_path):
             features_folder.read_extraction(place)
 
 
-def test_nothing_outside_of_a_folder_of_strangers_is_touched(drawn, read_here):
+def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_here):
     """Names that lead out of it are mended by the same call; a link is refused wherever it is."""
     film, out, mine = drawn.film(), drawn.out, drawn.folder / "mine"
     mine.mkdir()
@@ -255,7 +255,7 @@ def test_nothing_outside_of_a_folder_of_strangers_is_touched(drawn, read_here):
     assert contents(mine) == {"party.json": b"mine", "x.npz": b"mine"}
 
 
-def test_absurd_settings_are_told_and_harmless(drawn):
+def test_extract_refuses_or_survives_absurd_settings(drawn):
     place, film, many = drawn.folder / "in", drawn.folder / "in" / "film.mkv", "9" * 9999
     write_photo(place / "photo.png", ("Ada", 20, 20))
     write_film(film, (1, 20, []))
@@ -270,7 +270,7 @@ def test_absurd_settings_are_told_and_harmless(drawn):
     assert content["clips"] == 1, "a film without a face has no clip"
 
 
-def test_a_folder_of_hundreds_of_photos(drawn):
+def test_extract_reads_60_photos_once_with_few_open_files(drawn):
     """A second call does not read them again; open files do not grow with their number."""
     place = drawn.folder / "in"
     for number in range(60):
@@ -286,7 +286,7 @@ def test_a_folder_of_hundreds_of_photos(drawn):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_who_writes_into_no_folder_of_other_things(drawn):
+def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     drawn.befriend("Ada")
     film, mine = drawn.film(), drawn.folder / "mine"
     (mine / "subtitles").mkdir(parents=True)
@@ -312,7 +312,7 @@ os._exit(1)
 
 
 @pytest.mark.parametrize("left", ["probe", "half"])
-def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, read_here, left):
+def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_here, left):
     """It left the file that tried the folder, or half of a gallery and a journal."""
     path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
@@ -324,7 +324,7 @@ def test_a_who_that_was_killed_while_it_made_its_gallery_goes_on(drawn, read_her
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
 
 
-def test_a_photo_of_a_killed_call_goes_with_the_photo(drawn, read_here):
+def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
     """It was killed after the clip was there, and before the file that tells of it."""
     film, features = drawn.film(), drawn.out / "people" / "Ada"
     for number in (1, 2):
@@ -359,7 +359,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
     assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks
 
 
-def test_who_keeps_what_was_changed_in_its_gallery(drawn, read_here):
+def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
     """Photos that were relabelled, people who were renamed; a photo that is another one now."""
     film, friends = drawn.film(), drawn.friends
     for name, number in (("Ada", 1), ("Ada", 2), ("Bob", 1)):

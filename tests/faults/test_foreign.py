@@ -86,7 +86,7 @@ def complaint(command):
     return run
 
 
-def test_locks_logs_and_results_keep_what_other_files_hold(tmp_path, victim):
+def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     """Files of several names, as a snapshot by `cp -al` makes them, or a stranger."""
     lock, empty = tmp_path / ".lock", tmp_path / "empty"
     lock.write_text("my notes")
@@ -110,7 +110,7 @@ def test_locks_logs_and_results_keep_what_other_files_hold(tmp_path, victim):
     assert (tmp_path / "metrics.jsonl").read_text() == "mine\nmore\n"
 
 
-def test_a_threshold_that_is_no_number_is_refused(stranger):
+def test_nan_threshold_in_metrics_json_is_refused(stranger):
     """With this threshold, nobody would ever be named, without a warning."""
     values = json.loads((stranger / "metrics.json").read_text())
     values["threshold_at_fpir_0.01"] = float("nan")
@@ -119,7 +119,7 @@ def test_a_threshold_that_is_no_number_is_refused(stranger):
 
 
 @pytest.mark.parametrize("mode", READ)
-def test_a_pipe_or_a_link_in_place_of_a_file_is_refused(stranger, complaint, mode):
+def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complaint, mode):
     for name in READ[mode]:
         path = stranger / name
         kept = path.rename(stranger / "kept")
@@ -136,7 +136,7 @@ def test_a_pipe_or_a_link_in_place_of_a_file_is_refused(stranger, complaint, mod
         kept.rename(path)
 
 
-def test_a_number_that_overflows_a_float_is_one_error(stranger, complaint):
+def test_number_beyond_64_bits_in_config_json_is_one_error(stranger, complaint):
     path = stranger / "config.json"
     text = path.read_text()
     path.write_text(re.sub(r'"learning_rate": [^,]+', f'"learning_rate": 1{400 * "0"}', text))
@@ -145,7 +145,7 @@ def test_a_number_that_overflows_a_float_is_one_error(stranger, complaint):
 
 
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
-def test_json_nested_deeply_is_one_error(stranger, complaint, name):
+def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
     folder = stranger / ("checkpoints/1" if name == "manifest" else "")
     folder.mkdir(parents=True, exist_ok=True)
     (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
@@ -153,7 +153,7 @@ def test_json_nested_deeply_is_one_error(stranger, complaint, name):
     complaint(stranger, *READ)
 
 
-def test_a_file_of_endless_size_is_not_read(stranger, tmp_path, complaint):
+def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
     for name in (*RESULTS, "config.json"):
         path = stranger / name
         content = path.read_bytes()
@@ -165,7 +165,7 @@ def test_a_file_of_endless_size_is_not_read(stranger, tmp_path, complaint):
 
 
 @pytest.mark.slow
-def test_archives_that_unpack_to_gigabytes_are_refused_unread(stranger, complaint):
+def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
     np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))
     tracemalloc.start()
     ((code, said),) = complaint(stranger, "report")
@@ -175,7 +175,7 @@ def test_archives_that_unpack_to_gigabytes_are_refused_unread(stranger, complain
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"map": 1e999}'])
-def test_damaged_metrics_are_named_with_a_remedy_before_data_is_read(stranger, complaint, content):
+def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
     (stranger / "metrics.json").write_bytes(content)
     for code, said in complaint(stranger, "report", "compare"):
         assert code == 2
@@ -201,7 +201,7 @@ FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
 
 
 @pytest.mark.parametrize("kind", [schemas.Metrics, schemas.Analysis, schemas.Manifest])
-def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_path, kind):
+def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
     value = made_runs.example(kind, {})
     schemas.parse(tmp_path, value, kind, "REMEDY")
     refused = 0
@@ -232,13 +232,13 @@ def test_a_value_of_another_type_at_any_key_of_a_file_is_refused_by_its_key(tmp_
         ({}, {"ap": np.array([0.5])}),
     ],
 )
-def test_an_analysis_of_other_types_and_sizes_is_one_error(stranger, complaint, values, arrays):
+def test_analysis_with_wrong_types_or_sizes_is_one_error(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
     ((code, said),) = complaint(stranger, "report")
     assert code == 2 and "vidjax evaluate" in said
 
 
-def test_checkpoints_elsewhere_are_neither_read_nor_cleared(tmp_path):
+def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     outside, place = tmp_path / "outside", tmp_path / "run" / "checkpoints"
     (outside / "keep").mkdir(parents=True)
     place.mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
     assert contents(outside) == before
 
 
-def test_a_checkpoint_holds_its_own_files_and_no_others(tmp_path):
+def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
     """Orbax would wait for a pipe, or read a device without an end."""
     state = save(tmp_path, 1, 2) / "state"
     found = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
@@ -308,7 +308,7 @@ def test_a_checkpoint_holds_its_own_files_and_no_others(tmp_path):
             checkpoint.load(found, ITEMS, everywhere)
 
 
-def test_a_checkpoint_that_is_a_link_is_damaged_and_not_written(tmp_path):
+def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
     real = save(tmp_path / "other", 1)
     save(tmp_path / "run", 0)
     link = tmp_path / "run" / "checkpoints" / "1"
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_is_a_link_is_damaged_and_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "file missing"])
-def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path, victim, kind):
+def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
     """It takes no room on the disk. Nor is a pipe read, or a file outside that is listed."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
@@ -338,7 +338,7 @@ def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path, victim, kind
         checkpoint.verify(folder)
 
 
-def test_modules_of_the_present_folder_are_not_run(tmp_path):
+def test_modules_in_the_current_folder_are_not_imported(tmp_path):
     """A stranger's folder may hold a `json.py`, and the user may stand in it."""
     for name in ("json", "numpy", "typing", "contextlib", "argparse", "yaml"):
         (tmp_path / f"{name}.py").write_text(f"open('{name}.ran', 'w').close()")
@@ -369,7 +369,7 @@ def reload(folder, converted):
 @pytest.mark.parametrize(
     "name", ["manifest.json", "index.npz", "data_report.json", "*train.tfrecord-00000*"]
 )
-def test_a_shared_cache_is_opened_as_a_run_folder_is(tmp_path, converted, name):
+def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, converted, name):
     """Another user puts pipes, links, devices and files of holes in place of its files."""
     cache = shutil.copytree(converted[0], tmp_path / "cache")
     (path,) = cache.rglob(name)
@@ -401,7 +401,7 @@ def test_a_shared_cache_is_opened_as_a_run_folder_is(tmp_path, converted, name):
         lambda m: m.update(files={}),
     ],
 )
-def test_a_manifest_of_records_that_agrees_with_itself_is_checked(tmp_path, converted, change):
+def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(tmp_path, converted, change):
     shutil.copytree(converted[0], tmp_path / "cache")
     (path,) = (tmp_path / "cache").rglob("manifest.json")
     values = json.loads(path.read_text())
@@ -412,7 +412,7 @@ def test_a_manifest_of_records_that_agrees_with_itself_is_checked(tmp_path, conv
         reload(tmp_path / "cache", converted)
 
 
-def test_no_folder_names_a_cache(tmp_path):
+def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
     """Compiled programs of a stranger would run in this process."""
     theirs, cache = tmp_path / "theirs", f"--config.data.cache_dir={tmp_path}/theirs/cache"
     config = config_io.override(config_lib.default(), [cache])
@@ -434,7 +434,7 @@ def no_programs():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_programs_are_kept_where_nobody_else_may_write(tmp_path, no_programs):
+def test_compiled_programs_are_cached_only_if_others_cannot_write_there(tmp_path, no_programs):
     cache = tmp_path / "cache"
     (cache / "programs").mkdir(parents=True)
     cache.chmod(0o777)  # others may add a program
@@ -450,7 +450,7 @@ def test_programs_are_kept_where_nobody_else_may_write(tmp_path, no_programs):
     assert f"{cache}/programs/" in str(jax.config.values["jax_compilation_cache_dir"])
 
 
-def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
+def test_relative_paths_in_a_saved_configuration_become_absolute(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     words = ("--config.data.dir=features", "--config.data.weights=weights.txt")
@@ -460,7 +460,7 @@ def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
     assert (data.dir, data.weights) == (f"{tmp_path}/here/features", f"{tmp_path}/here/weights.txt")
 
 
-def test_a_finished_run_gets_no_other_configuration(nearest_run, say, official_dir):
+def test_finished_run_refuses_another_configuration(nearest_run, say, official_dir):
     words = [f"--config={nearest_run}/config.json", f"--config.data.dir={official_dir}"]
     before = contents(nearest_run)
     said = say(*words, f"--workdir={nearest_run}", "--config.seed=5", code=2)

@@ -51,7 +51,7 @@ def without(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_cannot_be(without, tmp_path, mounted):
+def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mounted):
     """Row 31: before anything is compiled, and before what takes seconds to import."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
@@ -71,7 +71,7 @@ def test_a_workdir_that_cannot_be(without, tmp_path, mounted):
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_the_core_without_what_is_optional(without, tmp_path):
+def test_core_works_without_optional_packages(without, tmp_path):
     """Row 39: without the packages of `bench` and `dev`."""
     env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vidjax").rglob("*.py")]
@@ -85,7 +85,7 @@ def test_the_core_without_what_is_optional(without, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_dir):
+def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_dir):
     env = without("tensorflow_datasets")
     data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     data.append(f"--config.data.cache_dir={tmp_path}/cache")  # records need none
@@ -96,7 +96,7 @@ def test_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_d
 
 
 @pytest.mark.slow
-def test_an_accelerator_without_its_extra():
+def test_error_for_a_gpu_without_its_extra_names_the_extra():
     """Row 39: jax is to use a GPU, and no extra for one is installed."""
     if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):
         pytest.skip("the extra cuda is installed")
@@ -111,7 +111,7 @@ ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMN
 
 
 @pytest.mark.slow
-def test_results_are_the_same_in_odd_surroundings(tmp_path):
+def test_results_do_not_depend_on_the_environment_of_the_process(tmp_path):
     """Row 57: a run is trained and ranks a split, in two surroundings."""
     found = []
     for place in ("plain", "odd"):

@@ -120,7 +120,7 @@ def disturbed(official_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", quick_first(CASES, mark=pytest.mark.nightly))
-def test_killed_runs_end_with_the_same_bytes(disturbed, fault_seed, campaign, case):
+def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, case):
     rng, (run, like) = random.Random(fault_seed), disturbed(case)
     assert any("opt_state" in name for name in like)
     died = [run.kill(moment, rng) for moment in (20 * [*MOMENTS] if campaign else ["save"])]
@@ -149,7 +149,7 @@ def test_killed_evaluations_change_nothing(disturbed, fault_seed, campaign):
 
 
 @pytest.mark.nightly
-def test_signals_end_the_command_as_they_should(disturbed):
+def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     """Before the first step at once, then after a checkpoint, at once again with the second."""
     run, like = disturbed("quality_fusion")
 

@@ -64,14 +64,14 @@ def make_config(*words):
         (lambda x: x.astype(np.float64) * 1e300, "no clip has a usable frame: all 24"),
     ],
 )
-def test_features_that_teach_nothing_are_an_error(tmp_path, value, message):
+def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
     with pytest.raises(ValueError, match=message) as caught:
         data = sources.load(make_clips(value), LABELS, cache_dir=tmp_path)
         plan.make_plan(make_config(), data)
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(tmp_path):
+def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path):
     clips = make_clips(names="face head")
     for modalities in clips["train"].values():
         modalities["head"][:] = np.nan
@@ -89,7 +89,7 @@ def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(tmp_path
         check_command._check_data(config)
 
 
-def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path):
+def test_splits_of_zero_features_or_without_frames_are_reported(tmp_path):
     clips = make_clips()
     for modalities in clips["val"].values():
         modalities["face"][:] = 0
@@ -101,7 +101,7 @@ def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path):
     assert "no clip of train has a frame" in next(find_unusable(found, ["train"], ["face"]))
 
 
-def test_values_beyond_float32_are_left_out_and_counted(tmp_path):
+def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
     clips = make_clips(
         lambda x: np.array([x[0], 0 * x[1] + 1e30]).astype(np.float64) * [[1], [1e9]]
     )
@@ -113,7 +113,7 @@ def test_values_beyond_float32_are_left_out_and_counted(tmp_path):
         sources.load(clips, LABELS, cache_dir=tmp_path / "2", non_finite="error")
 
 
-def test_norms_and_histograms_of_odd_features_are_finite():
+def test_norms_and_histograms_of_extreme_features_are_finite():
     for value, norm in ((1e30, 2e30), (1e-30, 2e-30), (3e38, 3.4028235e38)):
         norms = compute_feature_norms(np.full((3, 4), value, np.float32))
         np.testing.assert_allclose(norms, norm, rtol=1e-6)
@@ -122,7 +122,7 @@ def test_norms_and_histograms_of_odd_features_are_finite():
         assert sum(found["counts"]) == 7 and np.all(np.diff(found["edges"]) > 0)
 
 
-def test_the_digest_of_data_depends_on_frames_and_labels_alone(tmp_path):
+def test_digest_of_data_depends_only_on_frames_and_labels(tmp_path):
     def digest(clips, labels, cache):
         return sources.load(clips, labels, cache_dir=tmp_path / cache).report["data"]["digest"]
 
@@ -134,7 +134,7 @@ def test_the_digest_of_data_depends_on_frames_and_labels_alone(tmp_path):
     assert data.with_identities(["p2", "p1", "p0"]).report["data"] == data.report["data"]
 
 
-def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last():
+def test_clips_with_nan_scores_are_counted_and_ranked_last():
     def make_split(num_clips):
         clips, ones = tuple(f"clip{i}" for i in range(num_clips)), np.ones(num_clips, np.int32)
         return Split("val", clips, ones, True, np.array([num_clips]), 0, {"face": ones})
@@ -152,7 +152,7 @@ def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last():
         scoring._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
 
 
-def test_infinite_fields_are_refused():
+def test_infinite_values_in_a_configuration_are_refused():
     for word in ("noise.relabel_every_epochs=inf", "optim.learning_rate=inf", "data.balance=inf"):
         assert word.partition("=")[0] in next(config_lib.problems(make_config(word)))
     assert not list(config_lib.problems(make_config("checkpoint_every_seconds=inf")))
@@ -160,13 +160,13 @@ def test_infinite_fields_are_refused():
         make_config(f"batch_size=1{400 * '0'}")
 
 
-def test_decay_by_learning_rates_of_no_finite_sum_is_refused():
+def test_total_decay_is_refused_if_the_learning_rates_sum_to_infinity():
     spec = make_config("optim.learning_rate=1e38", "optim.total_decay=0.1").optim.to_dict()
     with pytest.raises(ValueError, match=r"--config\.optim\.total_decay=0"):
         optim.make_optimizer(spec, total_steps=1000, steps_per_epoch=1.0)
 
 
-def test_a_batch_larger_than_the_data_is_told(tmp_path):
+def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
 
     def note(size, *words):
@@ -181,7 +181,7 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path):
         note(100_000_000)
 
 
-def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path):
+def test_noise_classes_without_distractors_suggest_a_config_that_works(tmp_path):
     data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
     words = ("data.distractors=noise", "data.train_splits=train,val", "ensemble.folds=2")
     refused(lambda: plan.make_plan(make_config(*words), data), "noise_classes.py:other")
@@ -189,14 +189,14 @@ def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path):
     plan.make_plan(config_io.override(config, ["--config.ensemble.folds=2"]), data)
 
 
-def test_a_folder_beside_the_synthetic_set_is_refused(tmp_path):
+def test_synthetic_data_with_a_data_folder_is_refused(tmp_path):
     (problem,) = config_lib.problems(make_config(f"data.dir={tmp_path}"))
     assert "--config.data.name=arrays" in problem and len(problem.splitlines()) <= 3
     options = {"directory": tmp_path, "cache_dir": tmp_path}
     refused(lambda: load_dataset("synthetic", **options), "--config.data.name=arrays")
 
 
-def test_what_bears_the_name_of_a_file_and_is_none_is_refused(tmp_path):
+def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
     write_pickle(tmp_path, "face", "train", {"a": random_clip(np.random.default_rng(0), 2, DIM)})
     path = tmp_path / "face_val.pickle"
     for kind in ("nothing", "pipe", "folder"):
@@ -213,7 +213,7 @@ def test_what_bears_the_name_of_a_file_and_is_none_is_refused(tmp_path):
         ("val.parquet/", "val.parquet: a folder"),
     ],
 )
-def test_misspelt_splits_of_own_features_are_refused(tmp_path, entry, remedy):
+def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remedy):
     write_npz(tmp_path, {"train": {"a": {"face": np.ones((2, DIM))}}})
     place = tmp_path / entry
     place.parent.mkdir(exist_ok=True)
@@ -222,7 +222,7 @@ def test_misspelt_splits_of_own_features_are_refused(tmp_path, entry, remedy):
         arrays.FeatureFolder(tmp_path)
 
 
-def test_misspelt_splits_of_official_files_are_refused(tmp_path):
+def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
     for present in ("face_test.pickle", "test_gt.txt", "face_dev.pickle", "face_testing.pickle"):
         (tmp_path / present).touch()
     assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
@@ -232,7 +232,7 @@ def test_misspelt_splits_of_official_files_are_refused(tmp_path):
         refused(lambda reader=reader: reader(tmp_path), name, "rename it to ")
 
 
-def test_misspelt_labels_fields_and_modalities_are_told(tmp_path):
+def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
@@ -249,7 +249,7 @@ def test_misspelt_labels_fields_and_modalities_are_told(tmp_path):
     )
 
 
-def test_a_pickle_of_a_million_empty_clips_is_refused_early(tmp_path):
+def test_pickle_of_300000_empty_clips_is_refused_quickly(tmp_path):
     clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(300_000))
     (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
     began = time.process_time()
@@ -292,7 +292,7 @@ def check_finite(value):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore", "error::RuntimeWarning")
 @pytest.mark.parametrize("system", quick_first(SYSTEMS, mark=pytest.mark.nightly))
-def test_results_of_odd_numbers_are_finite_or_one_error(tmp_path, system):
+def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     words = ("--config.num_epochs=2", "--config.batch_size=12", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec=f"configs/{SYSTEMS[system]}")
     for name, (odd, refuses) in ODD.items():

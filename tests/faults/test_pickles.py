@@ -62,7 +62,7 @@ def collection(mark):
 
 
 @pytest.mark.slow
-def test_attacks_would_work_elsewhere(tmp_path):
+def test_plain_pickle_would_run_the_attacks(tmp_path):
     canary, folder = tmp_path / "canary", tmp_path / "attacks"
     hostile.set_canary(canary)
     folder.mkdir()
@@ -87,7 +87,7 @@ def check_refused(ends, *, strict):
         assert megabytes < 1024, name
 
 
-def test_hostile_files_end_in_one_line_and_nothing_else(tmp_path):
+def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
     """The error names the global."""
     mark = tmp_path / "canary" / "mark"
     files = {n: data for n, data in collection(mark).items() if not n.startswith("greed")}
@@ -98,7 +98,7 @@ def test_hostile_files_end_in_one_line_and_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_sandbox_limits_memory_and_cpu_time(tmp_path, campaign):
+def test_sandbox_limits_memory_and_cpu_time_of_hostile_pickles(tmp_path, campaign):
     files = collection(tmp_path / "canary" / "mark")
     if not campaign:
         files = {

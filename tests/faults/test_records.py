@@ -118,7 +118,7 @@ def verify(records):
 
 
 @pytest.mark.slow
-def test_every_reader_names_file_and_record(copied, source):
+def test_every_reader_reports_the_damaged_file_and_record(copied, source):
     """A shard damaged after it was opened, and one whose size and time tell nothing."""
     shard = shards_of(copied)[5]
     whole, places = shard.path.read_bytes(), boundaries(shard.path)
@@ -164,7 +164,7 @@ def flip(rng, content, count):
 
 
 @pytest.mark.slow
-def test_random_damage_is_found_at_the_latest_when_read(copied, stale, source, campaign):
+def test_random_damage_of_shards_is_found_when_they_are_read(copied, stale, source, campaign):
     """Flips, a cut, a block that never reached the disk, a lost record; then another's shard."""
     rng = np.random.default_rng(20)
     path, second = (shard.path for shard in shards_of(copied)[:2])
@@ -191,7 +191,7 @@ def test_random_damage_is_found_at_the_latest_when_read(copied, stale, source, c
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.npz", "data_report.json"])
-def test_random_damage_to_the_other_files_is_found_at_load(copied, name, campaign):
+def test_random_damage_of_manifest_index_or_report_is_found_at_load(copied, name, campaign):
     assert verify(copied) == []
     rng, path = np.random.default_rng(3), copied.folder / name
     whole = path.read_bytes()
@@ -211,7 +211,7 @@ def test_random_damage_to_the_other_files_is_found_at_load(copied, name, campaig
     assert len(verify(copied)) == 1
 
 
-def test_damage_is_one_short_error_of_the_program(source, tmp_path, command):
+def test_conversion_onto_damaged_records_is_one_short_error(source, tmp_path, command):
     folder = prepare(source, tmp_path).folder
     path = sorted(folder.rglob("*.tfrecord*"))[4]
     path.write_bytes(path.read_bytes()[: boundaries(path)[11]])
@@ -254,7 +254,7 @@ def write_much(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a process by its words in /proc")
-def test_a_killed_reader_is_one_error_and_leaves_nothing(tmp_path):
+def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_path):
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
     with limits.running([*convert_command(source, cache), "--workers=2"]) as process:
@@ -269,9 +269,7 @@ def test_a_killed_reader_is_one_error_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
-    tmp_path, campaign, fault_seed
-):
+def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fault_seed):
     rng = np.random.default_rng(fault_seed)
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     began = time.monotonic()
@@ -301,7 +299,7 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
 
 
 @pytest.mark.slow
-def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(tmp_path, campaign, command):
+def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, command):
     """By the size of the longest file: staged features, a shard, or the index."""
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()
@@ -320,6 +318,6 @@ def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(tmp_path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody can write into /proc")
-def test_a_cache_that_cannot_be_written_is_one_error(source, command):
+def test_unwritable_cache_is_one_error(source, command):
     done = command(source, "--cache_dir=/proc/cache", program=iqiyi_vid.main)
     assert done.refused("/proc/cache"), done.err

@@ -37,13 +37,13 @@ def faces(count):
         (None, "no clips"),
     ],
 )
-def test_clips_that_do_not_fit_a_restored_run_are_named(run, features, message):
+def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(run, features, message):
     for function in (run.scores, run.rank, run.embed):
         with pytest.raises(ValueError, match=message):
             function({} if features is None else {"bad": {"face": features}})
 
 
-def test_any_number_of_clips_gets_the_same_scores(run):
+def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(run):
     clips = faces(37)
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
@@ -54,7 +54,7 @@ def test_any_number_of_clips_gets_the_same_scores(run):
         assert all(len(ranked) == count for ranked in run.rank(some).values())
 
 
-def test_sizes_of_a_manifest_that_cannot_be_fill_no_memory(run, tmp_path):
+def test_absurd_size_in_a_manifest_is_refused_without_allocation(run, tmp_path):
     folder = shutil.copytree(run.workdir, tmp_path / "theirs")
     for step, manifest in checkpoint.manifests(folder).items():
         changed = {**manifest, "num_identities": 2**31 - 1}

@@ -48,7 +48,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("kind", quick_first(LARGE, mark=pytest.mark.nightly))
-def test_small_requests_that_become_large_take_little_memory(tmp_path, kind):
+def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path, kind):
     """Before, 64 arrays of uint8 took 4 GB, as many lists in JSON 2.5 GB; most got no answer."""
     rng, body = np.random.default_rng(0), LARGE[kind]()
     content = {"Content-Type": f"application/{'json' if body[:1] == b'{' else 'x-npz'}"}
@@ -120,7 +120,7 @@ def test_mutated_requests_get_an_answer_and_cost_no_memory(tmp_path, fault_seed,
     assert level[-1] <= level[len(level) // 2] + 64
 
 
-def test_the_description_holds(tmp_path, fault_seed, campaign):
+def test_server_conforms_to_its_openapi_description(tmp_path, fault_seed, campaign):
     """Requests that fit the description, and others, get one of its statuses, and no 5xx."""
     pytest.importorskip("schemathesis")
     servers.make_gallery(tmp_path / "g")
@@ -138,9 +138,7 @@ def test_the_description_holds(tmp_path, fault_seed, campaign):
         assert server.end() == 0
 
 
-def test_what_a_killed_server_answered_is_there_and_nobody_removed_is_named(
-    tmp_path, fault_seed, campaign
-):
+def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed, campaign):
     servers.make_gallery(tmp_path / "g")
     rng, number = random.Random(fault_seed), 0
     held: dict[str, bool] = {}  # person -> enrolled, as the last answer said

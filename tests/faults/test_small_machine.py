@@ -30,7 +30,7 @@ def write_own(folder, splits, widths):
 
 
 @pytest.mark.slow
-def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
+def test_conversion_with_eight_workers_needs_few_open_files(tmp_path):
     """Sixteen parts of four modalities have 320 files, which those that write look at."""
     widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
     write_own(tmp_path / "data", {"train": 40, "val": 10}, widths)
@@ -46,7 +46,7 @@ def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_conversion_and_training_fit_a_small_machine(tmp_path, mode):
+def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
     """The limits are `ulimit -n 256` and 2 GB of memory; the features are .1 GB in many shards."""
     write_own(tmp_path / "data", {"train": 2500, "val": 500}, {"face": 2048, "body": 2048})
     ended = limits.run(

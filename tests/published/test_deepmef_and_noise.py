@@ -30,7 +30,7 @@ NOISE = "noise_classes:iqiyi_vid,published"
 # DeepMEF, third place of 2019.
 
 
-def test_deepmef_trains_as_its_code_does():
+def test_deepmef_has_the_training_settings_of_its_code():
     """demo_train_face_scene_multi_view.py: its default arguments, its optimiser and its loss."""
     config = config_of(DEEPMEF)
     assert (config.batch_size, config.num_epochs) == (4096, 100)
@@ -47,7 +47,7 @@ def test_deepmef_trains_as_its_code_does():
     assert main.layer_form == "published"
 
 
-def test_the_rate_falls_once_an_epoch_and_to_nothing():
+def test_deepmef_learning_rate_falls_once_per_epoch_along_a_cosine():
     """CosineAnnealingLR of 100 epochs, whose step follows each epoch."""
     expected = [0.1 * (1 + np.cos(np.pi * epoch / 100)) / 2 for epoch in (0, 1, 10, 50, 99)]
     np.testing.assert_allclose(rates(DEEPMEF, 0, 1, 10, 50, 99), expected, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_the_rate_falls_once_an_epoch_and_to_nothing():
     assert steps[0] > steps[14] > steps[28]
 
 
-def test_every_parameter_decays():
+def test_deepmef_weight_decay_applies_to_every_parameter():
     """SGD(momentum=0.9, weight_decay=1e-5) of all parameters, two steps by hand."""
     spec = config_of(DEEPMEF).optim.to_dict()
     tx, _ = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
@@ -73,7 +73,7 @@ def test_every_parameter_decays():
 
 
 @pytest.mark.nightly
-def test_nets_and_their_views_have_the_numbers_of_the_code():
+def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
     """scripts/main.sh: get_mask_index of 16 chunks, and of 32 for nets with only the scene."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
@@ -92,7 +92,7 @@ def test_nets_and_their_views_have_the_numbers_of_the_code():
     assert [member.view for member in alone] == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
 
 
-def test_parameters_have_the_names_and_shapes_of_the_code():
+def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
     """models/models.py, ArcFaceSceneModel and ArcSceneFeatModel; channel_attention_layer.py."""
     found = shapes(f"{DEEPMEF},views")
     norms = {"theta": 20, "phi": 20, "out": 40}
@@ -112,7 +112,7 @@ def test_parameters_have_the_names_and_shapes_of_the_code():
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_dense_layers_start_with_normal_weights_of_kaiming():
+def test_residual_block_starts_with_kaiming_normal_weights():
     """nn.init.kaiming_normal_; a truncated normal would end at 2.3 deviations."""
     params = init(ResidualBlock(1024), jnp.ones((2, 512)), jnp.ones(2, bool), train=False)
     for name, inputs in (("hidden", 512), ("back", 1024)):
@@ -121,7 +121,7 @@ def test_dense_layers_start_with_normal_weights_of_kaiming():
         assert np.abs(weights).max() > 4
 
 
-def test_channel_attention_is_that_of_the_code():
+def test_deepmef_channel_attention_equals_that_of_the_code():
     """Maps of 4 frames without bias, BatchNorm after theta, phi and out, softmax over channels."""
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
     layer: Any = ChannelAttention("channels", 4, norm=True)
@@ -155,7 +155,7 @@ def test_channel_attention_is_that_of_the_code():
 
 
 @pytest.mark.nightly
-def test_forty_frames_are_drawn_and_short_clips_draw_with_replacement():
+def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     """np.random.choice(frames, 40, replace=len(frames) < 40), in the test too, repeatably."""
     spec = config_of(DEEPMEF).fusion.face.train.to_dict()
     assert spec == config_of(DEEPMEF).fusion.face.evaluate.to_dict()
@@ -179,7 +179,7 @@ def test_forty_frames_are_drawn_and_short_clips_draw_with_replacement():
     np.testing.assert_array_equal(sample(None, pad(frames, 7)).features, test.features)
 
 
-def test_the_focal_factor_is_that_of_the_mean():
+def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean.
 
     The batch of each net has only the clips that it learns from.
@@ -225,7 +225,7 @@ def test_the_focal_factor_is_that_of_the_mean():
 # Noise classes, fifth place of 2018.
 
 
-def test_noise_classes_train_as_their_code_does():
+def test_noise_classes_have_the_training_settings_of_their_code():
     """parse_args and the main program of fn_weightedMean_v2_multiModel_refuse_v4.py."""
     config = config_of(NOISE)
     assert (config.batch_size, config.num_epochs, config.ensemble.folds) == (10_240, 200, 8)
@@ -240,7 +240,7 @@ def test_noise_classes_train_as_their_code_does():
     assert found["backbone/layer_0/dense/kernel"] == (512, 512)
 
 
-def test_the_weight_of_mirrors_climbs_ten_stairs():
+def test_weight_of_mirror_classes_rises_every_20_epochs():
     """noise_weight = [0.1, ..., 0.6], each for a tenth of 200 epochs."""
     config, system = official(NOISE)
     mirror = jnp.array([10_034 + 3691 + 1])
@@ -257,7 +257,7 @@ def vector_of(spec, quality, detection):
 
 
 @pytest.mark.nightly
-def test_frames_weigh_the_square_of_their_quality():
+def test_noise_classes_weight_frames_by_their_squared_quality():
     """feat_weighted_mean: frames weigh q squared, up to a factor; those below 0 are left out."""
     spec = config_of(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
@@ -275,7 +275,7 @@ def test_frames_weigh_the_square_of_their_quality():
 
 
 @pytest.mark.nightly
-def test_crops_of_short_clips_are_those_of_the_code():
+def test_noise_classes_crop_short_clips_as_the_code_does():
     """load_data in ..._predict_v2.py."""
     spec = config_of(NOISE).fusion.face.evaluate.to_dict()
     for wanted in ("0 0 0 0", "012 12 01 1", "0123456 23456 01234 12345"):
@@ -284,7 +284,7 @@ def test_crops_of_short_clips_are_those_of_the_code():
         assert " ".join("".join(map(str, np.flatnonzero(row > 0))) for row in crops) == wanted
 
 
-def test_long_noise_is_cut_to_pieces_of_any_length():
+def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     """random_split: a start from 0 to n - 1, then an end from start + 1 to n."""
     frames = make_frames([60, 60, 3], max_frames=60)
     options = {"chosen": np.array([True, False, False]), "short": np.array([False, False, True])}
@@ -301,7 +301,7 @@ def test_long_noise_is_cut_to_pieces_of_any_length():
 
 
 @pytest.mark.nightly
-def test_noise_is_predicted_from_the_vectors_that_it_trains_on(data, tmp_path):
+def test_relabelling_noise_by_training_or_evaluation_vectors_differs(data, tmp_path):
     """run_val of train_X_noise, after each epoch."""
     seen = {}
     for phase in ("train", "evaluate"):

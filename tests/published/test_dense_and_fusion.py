@@ -42,7 +42,7 @@ def trained_on(system, frames, min_quality=-1000.0):
 # Residual Dense Net. L: line of the article.
 
 
-def test_residual_dense_trains_eight_epochs_at_falling_rates():
+def test_residual_dense_trains_8_epochs_at_falling_learning_rates():
     config, _ = published("residual_dense")
     assert config.num_epochs == 8 and config.optim.name == "adam"  # L34
     found = rates("residual_dense:iqiyi_vid,published", *range(8))
@@ -54,7 +54,7 @@ def test_residual_dense_trains_eight_epochs_at_falling_rates():
 
 
 @pytest.mark.nightly
-def test_residual_dense_has_three_subsets_above_their_bounds():
+def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     config, system = published("residual_dense", "face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.fold for member in members] == [0, 0, 0] and config.ensemble.folds == 10  # L22
@@ -65,7 +65,7 @@ def test_residual_dense_has_three_subsets_above_their_bounds():
 
 
 @pytest.mark.nightly
-def test_residual_dense_trains_on_all_frames_and_as_many_merged_ones():
+def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
     _, system = published("residual_dense", "face")
     frames = make_frames([9, 1, 4], max_frames=9, dtype="float32", dim=512)
     union, weight = trained_on(system, frames)
@@ -79,7 +79,7 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_ones():
 
 
 @pytest.mark.nightly
-def test_residual_dense_ranks_the_best_seven_tenths_of_all_and_merged_frames():
+def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
     _, system = published("residual_dense", "face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
     np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # L36: 70 % of 20, of 2
@@ -87,7 +87,7 @@ def test_residual_dense_ranks_the_best_seven_tenths_of_all_and_merged_frames():
     assert quality[0][fused.mask[0]].min() >= quality[0][~fused.mask[0]].max()
 
 
-def test_residual_dense_has_shortcuts_batch_norm_and_a_classifier_of_everybody():
+def test_residual_dense_has_the_layer_sizes_of_the_article():
     found = shapes("residual_dense:iqiyi_vid,published,face")
     for i in range(3):
         width = 512 if i == 0 else 8192
@@ -101,7 +101,7 @@ def test_residual_dense_has_shortcuts_batch_norm_and_a_classifier_of_everybody()
 # Quality fusion. L: line of the article; training.py and inference.py at 60f5127.
 
 
-def test_quality_fusion_holds_a_low_rate_jumps_and_halves():
+def test_quality_fusion_learning_rate_starts_low_jumps_and_halves():
     config, _ = published("quality_fusion")
     assert (config.batch_size, config.optim.name) == (512, "adam")  # training.py:215, 314
     found = rates("quality_fusion:iqiyi_vid,published", 0, 8.9, 9, 58.9, 59, 109, 159, 199)
@@ -109,7 +109,7 @@ def test_quality_fusion_holds_a_low_rate_jumps_and_halves():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
+def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
     config, _ = published("quality_fusion")
     logits = np.array([[2.0, -1.0, 0.5]])
     softmax = np.log(np.exp(logits).sum()) + 1
@@ -126,7 +126,7 @@ def test_quality_fusion_changes_its_loss_after_24_and_99_epochs():
 
 
 @pytest.mark.nightly
-def test_quality_fusion_drops_clips_without_a_good_face():
+def test_quality_fusion_drops_training_clips_without_a_good_face():
     config, system = published("quality_fusion")
     assert config.data.max_frames == 4096  # training.py:84, 144: of all faces of a clip
     for quality, detection, weight in (
@@ -138,14 +138,14 @@ def test_quality_fusion_drops_clips_without_a_good_face():
     assert probs == (0.25, 0, 0.65, 0, 0.1)  # of 1 to 5 faces, training.py:162-167
 
 
-def test_quality_fusion_weighs_the_faces_of_the_test():
+def test_quality_fusion_weights_evaluated_faces_by_graded_quality():
     quality = np.array([-1, 0, 10, 20, 25, 30, 35, 40, 90], np.float32)
     wanted = 0.9 * quality * [0, 0.2, 0.2, 0.3, 0.3, 0.6, 0.6, 1, 1]  # inference.py:95-104
     found = fusion.frame_weights(one_clip(quality), "graded")[0]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_quality_fusion_has_the_nets_of_its_code():
+def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
     hidden = {"mlp1": (), "mlp2": (512,), "mlp3": (), "mlp4": (768,), "mlp5": (1024,)}
     for net, widths in hidden.items():
         found = shapes(f"quality_fusion:iqiyi_vid,published,{net}")  # inference.py:200-256
@@ -155,7 +155,7 @@ def test_quality_fusion_has_the_nets_of_its_code():
         assert any("norm" in name for name in found) == (net not in ("mlp4", "mlp5"))
 
 
-def test_quality_fusion_joins_five_folds_by_sums_of_sigmoids():
+def test_quality_fusion_scores_five_folds_by_sigmoids():
     config, system = published("quality_fusion", "trainval")
     assert len(ensemble.make_members(config.ensemble.to_dict())) == 5  # training.py:112
     assert config.data.train_splits == ("train", "val")  # training.py:70
@@ -167,7 +167,7 @@ def test_quality_fusion_joins_five_folds_by_sums_of_sigmoids():
 # The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).
 
 
-def test_mma_has_the_parameters_and_values_of_the_paper():
+def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
     found = shapes("mma:published,iqiyi_vid")
     assert found["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
     # "3 of the 6 features come from face" (L170), "squeezed into a vector" (L184)
@@ -188,7 +188,7 @@ def test_mma_has_the_parameters_and_values_of_the_paper():
     assert model["netvlad_reduce"] == "sum"  # "a weighted sum" (L153)
 
 
-def test_mma_takes_the_32_best_faces():
+def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
     """Random ones again where there are fewer (L142)."""
     config = config_of("mma:published,iqiyi_vid").to_dict()
     assert config["data"]["crop"] == "quality"  # of the clip, not of a window
@@ -203,7 +203,7 @@ def test_mma_takes_the_32_best_faces():
         assert times.min() >= 1 and times.max() > 7  # in turn, none is there more than 7 times
 
 
-def test_mma_trains_three_nets_on_different_parts():
+def test_mma_trains_three_nets_on_different_parts_of_the_clips():
     """Three models "trained on different partition of the training set" (L252)."""
     spec = config_of("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
     labels = np.repeat(np.arange(1, 21), 6)
