@@ -29,7 +29,7 @@ def clips(rng, lengths, width=8):
     }
 
 
-def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path, monkeypatch):
+def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
@@ -62,7 +62,7 @@ def test_a_file_without_frames_is_an_empty_modality(tmp_path):
     assert got.names == ("a",) and got.features.shape == (0, 0) and got.seen == 0
 
 
-def test_what_cannot_be_read_or_written_is_named(tmp_path):
+def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
     path, out = tmp_path / "face_val.pickle", tmp_path / "out"
     path.write_bytes(python2.dumps(clips(np.random.default_rng(0), [2])))
     os.mkfifo(tmp_path / "pipe")
@@ -78,7 +78,7 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path):
     assert not list(out.iterdir())
 
 
-def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path):
+def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     names = ["face_train", "face_train_v2", "face_val_v2", "body_val_val", "my-scene_2_test"]
     others = ["._face_val.pickle", "face_val.pickle.bak", "face_dev.pickle", "head_val.pkl"]
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
@@ -116,7 +116,7 @@ EDITORS: tuple[Callable[[str], str], ...] = (
 
 
 @pytest.mark.parametrize("edit", EDITORS)
-def test_both_forms_of_any_labels_are_equal_whatever_the_editor_left(edit, tmp_path):
+def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
     wanted = {f"V_{clip}": str(identity) for clip, identity in {70: 9, 8: 10, 900: 9}.items()}
     direct = "".join(f"{clip}.mp4 {identity}\n" for clip, identity in wanted.items())
     inverted = "9 V_70.mp4 V_900.mp4\n10 V_8.mp4\n"
@@ -130,7 +130,7 @@ def test_both_forms_of_any_labels_are_equal_whatever_the_editor_left(edit, tmp_p
     assert weights(tmp_path, edit(text), "edcba") == expected[::-1]
 
 
-def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path):
+def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     both = "a b\nc d\n"
     assert truth(tmp_path, both, "test_gt.txt") == {"b": "a", "d": "c"}
     assert truth(tmp_path, "1 2\n3 4\n", "train_gt.txt") == {"1": "2", "3": "4"}
@@ -182,12 +182,12 @@ WRONG_WEIGHTS = (
         *((weights, "weights.txt", *one) for one in WRONG_WEIGHTS),
     ],
 )
-def test_mistakes_are_told_with_their_line(read, name, text, told, tmp_path):
+def test_errors_in_label_and_weight_files_name_the_line(read, name, text, told, tmp_path):
     message = refused(lambda: read(tmp_path, text), told)
     assert message.startswith(f"{tmp_path / name}: ")
 
 
-def test_identities_sort_by_number_or_else_by_name():
+def test_identities_sort_as_numbers_if_all_are_numbers():
     assert labels_lib.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
     assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
     digits = "7" * 5000
@@ -196,7 +196,7 @@ def test_identities_sort_by_number_or_else_by_name():
         labels_lib.sort_identities(["7", "1", "007"])
 
 
-def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path):
+def test_weights_with_few_unknown_clips_warn_only(tmp_path):
     clips = [f"c{i:03d}" for i in range(200)]
     text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
     with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, for example x$"):

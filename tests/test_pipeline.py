@@ -72,7 +72,7 @@ def assert_best_frames(fields, clip, count):
         np.testing.assert_array_equal(values, getattr(clip, field)[best])
 
 
-def test_every_clip_comes_once_an_epoch_across_batches(dataset):
+def test_every_training_clip_is_drawn_once_per_epoch(dataset):
     batches = take(dataset, 3 * 45 // 8 + 1)
     assert all(batch.clip_index.shape == (8,) and batch.batch_mask.all() for batch in batches)
     order = np.concatenate([batch.clip_index for batch in batches]).tolist()
@@ -81,7 +81,7 @@ def test_every_clip_comes_once_an_epoch_across_batches(dataset):
     assert epochs[0] != epochs[1]
 
 
-def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
+def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
     """Each example comes once an epoch; rows that are left are empty."""
     examples = np.arange(0, 45, 2)
     batches = take(dataset, 6, epoch_clips=examples)
@@ -97,7 +97,7 @@ def test_an_epoch_of_examples_ends_with_a_short_batch(dataset):
 
 
 @pytest.mark.slow
-def test_a_resumed_stream_is_the_uninterrupted_one(dataset):
+def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
     """This also holds for whole epochs whose last batch is short."""
     for examples in (None, np.arange(0, 60, 2)):
         options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
@@ -105,7 +105,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(dataset):
         assert_equal(whole[5:], take(dataset, 7, step=5, **options))
 
 
-def test_clip_index_counts_through_the_splits_and_crops_keep_the_best_frames(dataset):
+def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
     (batch,) = take(dataset, 1, splits=("val", "train"), batch_size=71, crop="quality")
     assert sorted(batch.clip_index.tolist()) == list(range(71))
     for row, index in enumerate(batch.clip_index.tolist()):
@@ -114,7 +114,7 @@ def test_clip_index_counts_through_the_splits_and_crops_keep_the_best_frames(dat
         assert_best_frames(row_of(batch, "face", row), clip, MAX_FRAMES)
 
 
-def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset):
+def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     starts = set()
     for batch in take(dataset, 40):
         assert batch.frames["face"].features.shape == (8, MAX_FRAMES, 6)
@@ -140,7 +140,7 @@ def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset):
     assert starts == {0, 1, 2, 3}  # every place of a window of 7 frames out of 10
 
 
-def test_cropped_clips_are_counted(dataset):
+def test_count_cropped_counts_clips_and_lost_frames(dataset):
     splits = [dataset.split(name) for name in ("train", "val")]
     counts = clips_lib.count_cropped(splits, ("face", "audio"), MAX_FRAMES)
     lost = [len(x.features) - MAX_FRAMES for some in CLIPS.values() for x in some["face"].values()]
@@ -149,7 +149,7 @@ def test_cropped_clips_are_counted(dataset):
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 4), ("val", 64)])
-def test_evaluation_shows_every_frame_of_every_clip_once(dataset, split, rows):
+def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset, split, rows):
     shapes: dict[int, int] = {}
     for batch in eval_batches(dataset, split=split, modalities=("face", "audio"), rows=rows):
         assert batch.clip_index.shape == batch.batch_mask.shape == (rows,)
@@ -175,7 +175,7 @@ def test_evaluation_shows_every_frame_of_every_clip_once(dataset, split, rows):
         ({32: 700, 128: 1, 512: 1}, {32: 700, 512: 2}),
     ],
 )
-def test_few_clips_join_longer_ones(counts, wanted):
+def test_small_length_buckets_are_merged_into_longer_buckets(counts, wanted):
     lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])
     names, none = tuple(map(str, range(len(lengths)))), np.zeros(0, np.int32)
     split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
@@ -188,7 +188,7 @@ def test_few_clips_join_longer_ones(counts, wanted):
     assert dict(zip(*np.unique(padded, return_counts=True), strict=True)) == wanted
 
 
-def test_mistakes_are_named_before_anything_is_read(dataset):
+def test_batch_streams_refuse_invalid_arguments(dataset):
     for changed, message in (
         ({"splits": ("test",)}, "no split 'test' in the data, only train, val"),
         ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),

@@ -61,7 +61,7 @@ def ranked(run, clips):
     return [" ".join([who, *(f"{name}.mp4" for name, _ in found)]) for who, found in lists]
 
 
-def test_clips_without_a_frame_come_last(restored, clips):
+def test_clips_without_frames_rank_last(restored, clips):
     run = restored("knn")
     name, seen = next((n, c) for n, c in clips["val"].items() if len(c["face"]["features"]))
     few = {"empty": {"face": []}, f"{name}.mp4": {**seen, "smell": [1.0]}, "bare": {}}
@@ -77,7 +77,7 @@ def test_clips_without_a_frame_come_last(restored, clips):
         assert np.isneginf(run.scores(nan)).all()
 
 
-def test_what_cannot_be_restored_says_so(train, restored, data, tmp_path, monkeypatch):
+def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypatch):
     folder = train("knn")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     refused(lambda: predict.restore(tmp_path), "no run in")
@@ -94,7 +94,7 @@ def test_what_cannot_be_restored_says_so(train, restored, data, tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
-def test_scores_are_those_of_evaluation(name, data, train, restored, clips):
+def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
     wanted = small_runs.scores([small_runs.restored(folder, data)])
     assert run.step == max(checkpoint.manifests(folder))
@@ -120,7 +120,7 @@ def test_scores_are_those_of_evaluation(name, data, train, restored, clips):
     assert vectors.shape[1] == dims.get(name, vectors.shape[1])
 
 
-def test_only_clips_of_the_runs_own_data_are_scored_out_of_fold(restored, data, clips, tmp_path):
+def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
     """Another clip may have the name of a training clip."""
     run = restored("ensemble")
 
@@ -150,7 +150,7 @@ np.savez(sys.argv[2], scores=run.scores(clips), vectors=run.embed(clips))
 
 
 @pytest.mark.optimized
-def test_arrays_are_ranked_where_there_is_no_tensorflow(train, tmp_path, python):
+def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
     python(RANK, train("knn"), tmp_path / "found.npz")
     rng, run = np.random.default_rng(0), predict.restore(train("knn"), num_devices=1)
     clips = {f"c{n}": {"face": rng.normal(size=(2, 24)).astype("float16")} for n in range(9)}
@@ -159,7 +159,7 @@ def test_arrays_are_ranked_where_there_is_no_tensorflow(train, tmp_path, python)
         np.testing.assert_allclose(answers["vectors"], run.embed(clips), atol=1e-6)
 
 
-def test_a_threshold_of_scores_out_of_fold_is_not_one_of_new_clips(restored, new):
+def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
     run, some = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99})
@@ -173,7 +173,7 @@ def test_a_threshold_of_scores_out_of_fold_is_not_one_of_new_clips(restored, new
     assert val.threshold == -1.0 and val.identify(some) == run.identify(some, threshold=-1.0)
 
 
-def test_few_distractors_set_no_threshold(restored, new):
+def test_threshold_needs_at_least_99_distractors(restored, new):
     """98 distractors would let more than 1 % of all strangers pass."""
     run = restored("knn")
     some = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
@@ -186,7 +186,7 @@ def test_few_distractors_set_no_threshold(restored, new):
     assert all(run._replace(results={"num_distractors": 0}).identify(some).values())
 
 
-def test_blocks_beyond_the_memory_are_refused_before_they_are_made(train, clips, monkeypatch):
+def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
     run = predict.restore(train("knn"), num_devices=1)
     monkeypatch.setattr(scoring, "free_bytes", lambda mesh: 1e6)
     run.config.eval.block_size = 2**20
@@ -194,7 +194,7 @@ def test_blocks_beyond_the_memory_are_refused_before_they_are_made(train, clips,
         run.rank(clips["val"])
 
 
-def test_one_clip_after_another_compiles_nothing(restored, clips, caplog):
+def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
     run = restored("knn")
     few = [dict([item]) for item in first(clips["val"], 6).items()]
     run = run._replace(results={**run.results, "num_distractors": 0})

@@ -36,7 +36,7 @@ def qualities(source, modality="face"):
 
 
 @pytest.mark.parametrize("quality", ["given", "norm"])
-def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
+def test_all_readers_compute_the_same_quality(clips, quality, tmp_path):
     a, b = (norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"]))
     wanted = {0: a, 1: GIVEN if quality == "given" else b}
     widths = {"face": DIM, "voice": DIM}
@@ -80,7 +80,7 @@ def test_a_run_scores_new_clips_by_its_own_quality(tmp_path):
     np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)
 
 
-def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, tmp_path):
+def test_quality_setting_changes_the_fingerprint_and_is_validated(clips, tmp_path):
     folder = write_npz(tmp_path / "own", {"val": clips})
     for make in (
         lambda quality: arrays.FeatureFolder(folder, quality=quality),
@@ -91,7 +91,7 @@ def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, t
             make("size")
 
 
-def test_lengths_that_are_all_one_are_told_once(tmp_path):
+def test_unit_length_features_without_quality_warn_once(tmp_path):
     rng = np.random.default_rng(0)
 
     def load(name, *faces):

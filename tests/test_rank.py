@@ -86,7 +86,7 @@ def run_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_odd_names_and_scores_round_trip_through_every_format(tmp_path, suffix):
+def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
     scores = [float(np.float32(score)) for score in (-0.1, -1e-30, -np.inf)]
     ranked = {
         name: list(zip((clip, "b", "a.mp4"), scores, strict=True))
@@ -104,7 +104,7 @@ def test_odd_names_and_scores_round_trip_through_every_format(tmp_path, suffix):
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
-def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+def test_rankings_are_written_on_file_systems_without_hard_links(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("Operation not permitted")
 
@@ -116,7 +116,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
     assert read(path) == [("Ada", 1, "a", 1.0)] and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "link.tsv").symlink_to(tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name, remedy in {
@@ -129,7 +129,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
             tables.check_new(tmp_path / name)
 
 
-def test_every_layout_without_labels_is_read(official_dir, tmp_path):
+def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
     widths, clips = {"face": DIM}, make_clips("new", 5)
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     flat = tmp_path / "flat"
@@ -154,7 +154,7 @@ def test_every_layout_without_labels_is_read(official_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", quick_first(FORMATS, mark=pytest.mark.nightly))
-def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffix):
+def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command, suffix):
     clips, out = make_clips("new", 5), tmp_path / f"out{suffix}"
     table = clip_files.write_parquet(tmp_path / "new.parquet", clips)
     before = made_runs.snapshot(run_dir)
@@ -172,7 +172,7 @@ def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, command, suffi
 
 
 @pytest.mark.slow
-def test_the_score_of_an_error_rate_is_known_to_predict(run_dir):
+def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     run, metrics = vidjax.restore(run_dir, num_devices=1), RunFolder(run_dir).metrics()
     limit = metrics["threshold_at_fpir_0.01"]
     assert run.threshold == limit is not None

@@ -15,7 +15,7 @@ def top_of(*rows):
     return topk.TopK(np.full(index.shape, -np.inf, np.float32), index)
 
 
-def test_a_ranking_round_trips_and_bad_ones_are_refused(tmp_path):
+def test_write_ranking_round_trips_and_refuses_repeated_names(tmp_path):
     path = tmp_path / "ranking.txt"
     clips = ["b", "a.mp4", "../up", "日本語", "x" * 300]
     ranking.write_ranking(path, ["195", "7"], clips, top_of([4, 0, 1], [2, 3]))
@@ -35,7 +35,7 @@ def test_a_ranking_round_trips_and_bad_ones_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["", " ", "a\tb", "a\nb", "a\u2028b", "a\x1bb", "a\udc80b"])
-def test_names_that_would_break_the_file_are_refused(tmp_path, bad):
+def test_write_ranking_refuses_names_that_would_break_the_file(tmp_path, bad):
     path = tmp_path / "ranking.txt"
     path.write_text("before")
     for identities, clips in ((["1"], ["ok", bad + "\n"]), ([bad], ["ok", "fine"])):
@@ -58,7 +58,7 @@ def files(tmp_path):
     return write
 
 
-def test_main_prints_the_score_last(files, command):
+def test_score_command_prints_the_score_on_the_last_line(files, command):
     paths = files("1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
     for words in (paths, [*paths, "--strict"]):
         code, out, err = command("score", *words)
@@ -89,7 +89,7 @@ BORNE = [
 
 
 @pytest.mark.parametrize(("submission", "score", "place"), BORNE)
-def test_faults_are_warnings_and_errors_with_strict(files, command, submission, score, place):
+def test_ranking_faults_warn_and_are_errors_with_strict(files, command, submission, score, place):
     paths = files("1 a.mp4\n", submission)
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)

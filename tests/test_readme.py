@@ -90,7 +90,7 @@ def prose(page):
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-def test_links_lead_somewhere():
+def test_every_link_of_the_pages_has_a_target():
     """Returns the paths of the READMEs and the notebooks."""
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
@@ -113,7 +113,9 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.slow
-def test_a_system_of_ones_own(official_dir, say, one_device, tmp_path, monkeypatch):
+def test_readme_example_of_a_custom_system_runs(
+    official_dir, say, one_device, tmp_path, monkeypatch
+):
     (tmp_path / "configs").mkdir()
     code = example("example: configs/mine.py", "configs/README.md")
     (tmp_path / "configs" / "mine.py").write_text(code)
@@ -152,7 +154,7 @@ def make_films():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_every_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
+def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
     """In CI on tiny data; nearest neighbours take the place of nets that come later in a page."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     if not every:
@@ -202,7 +204,7 @@ def test_every_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("only", ["nothing", pytest.param("knn", marks=pytest.mark.nightly)])
-def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch, only):
+def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkeypatch, only):
     """In CI they only write tables from what was measured; at night they time the shortest."""
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
@@ -225,7 +227,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch, only)
     assert speed.PAGE.read_text() == (ROOT / "tests/benchmarks/README.md").read_text()
 
 
-def test_every_command_is_known():
+def test_every_readme_command_names_an_existing_program():
     """Commands that no test here runs are commands of `.ci/run`, or requests of test_serve."""
     programs = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
     programs |= {"tests.campaigns.same_bytes"}
@@ -253,8 +255,8 @@ def write(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["knn:face", pytest.param("mma:face", marks=pytest.mark.nightly)])
-def test_own_features_from_python(tmp_path, monkeypatch, one_device, spec):
-    """`test_every_command_runs` does the same from the shell."""
+def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, one_device, spec):
+    """`test_every_readme_command_runs` does the same from the shell."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
@@ -266,7 +268,7 @@ def test_own_features_from_python(tmp_path, monkeypatch, one_device, spec):
 
 
 @pytest.mark.slow
-def test_a_database_knows_who_is_seen_together(drawn):
+def test_readme_query_finds_films_that_show_two_people_together(drawn):
     """Runs the query of the page in a database that knows the same SQL."""
     drawn.befriend("Ada", "Bob")
     film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"  # no UTF-8
@@ -288,7 +290,7 @@ def test_a_database_knows_who_is_seen_together(drawn):
     assert seen == [(f"{place}/both.png", 0.0, 0.0), (f"{place}/party.mkv", 4.0, 6.0)]
 
 
-def test_every_fault_has_a_row_whose_tests_exist():
+def test_every_test_in_the_fault_table_exists():
     lines = PAGES["tests/README.md"].read_text().split("\n## Faults\n")[1].splitlines()
     rows = [line.split(" | ") for line in lines if re.match(r"\| \d+ \|", line)]
     assert len(rows) >= 42

@@ -16,7 +16,7 @@ WIDTH = 16
 
 
 @pytest.mark.slow
-def test_qdrant_finds_the_clips_of_the_gallery(monkeypatch, tmp_path):
+def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
     back_end = made_nets.back_end((0.958, 0.0146), (0.2, 0.2), WIDTH)
     (tmp_path / "models").mkdir()

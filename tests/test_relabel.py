@@ -45,7 +45,7 @@ def starting(data, config=None):
     return plan.label_distractors(config, data, training_labels(data))
 
 
-def test_only_unclustered_distractors_of_a_members_own_folds_move(data, whole):
+def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole):
     truth, (start, layout) = training_labels(data), starting(data)
     training_sets, unclustered = ensemble.load(whole), layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < (truth == 0).sum()
@@ -56,7 +56,7 @@ def test_only_unclustered_distractors_of_a_members_own_folds_move(data, whole):
         assert not (moved & ~may).any()
 
 
-def test_predictions_move_clips_into_clusters_and_out_again(data, tmp_path):
+def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
     (start, layout), end = starting(data), np.asarray(saved(tmp_path)["train"]["labels"])
     unclustered = layout.is_mirror(start)
@@ -66,7 +66,7 @@ def test_predictions_move_clips_into_clusters_and_out_again(data, tmp_path):
 
 
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
-def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mode, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, mode, monkeypatch):
     """Right after a relabelling, and amid an epoch."""
     config, parts = shrunk(*WORDS, f"--config.data.mode={mode}", spec=SPEC), tmp_path / "parts"
     if mode == "streaming":
@@ -83,7 +83,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mod
     np.testing.assert_array_equal(saved(parts)["train"]["labels"], saved(whole)["train"]["labels"])
 
 
-def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
+def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
     hidden = {"train": truth[:96] == 0, "val": truth[96:] == 0}
     config = shrunk("--config.num_epochs=1", *WORDS[1:], spec=f"{SPEC},leave_out")
@@ -103,7 +103,7 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
         ),
     ],
 )
-def test_mistakes(data, tmp_path, words, message):
+def test_invalid_noise_settings_are_refused_before_training(data, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
     assert not (tmp_path / "config.json").exists()
@@ -124,7 +124,7 @@ def test_clusters_do_not_depend_on_labels(data):
     np.testing.assert_array_equal(third[clustered], start[clustered])
 
 
-def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
+def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
     """The weight of a distractor depends on the size of its class."""
     config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
     (start, layout), labels = starting(data, config), training_labels(data)
@@ -141,7 +141,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
     np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
 
 
-def test_a_member_with_noise_classes_equals_its_own_run(data, whole, tmp_path):
+def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
     run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
     alone, everyone = weights(tmp_path), weights(whole)
     for name, value in alone.items():

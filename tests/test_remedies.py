@@ -62,12 +62,12 @@ COMMANDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("typed", "pattern", "then"), quick_first(COMMANDS, 3))
-def test_the_remedy_of_a_command_works(typed, pattern, then, remedy, say):
+def test_suggested_command_of_an_error_runs(typed, pattern, then, remedy, say):
     words = remedy(typed, pattern, then)
     assert say(*words[words[0] == "vidjax" :])
 
 
-def test_words_that_people_type_have_a_hint(say):
+def test_common_wrong_flags_get_a_hint(say):
     for typed, words in (
         ("train --config=knn --config.loss.name=arcface", "config.loss has classification, focal"),
         ("train --config=knn --gpus=1", "CUDA_VISIBLE_DEVICES=0"),
@@ -90,7 +90,7 @@ def test_words_that_people_type_have_a_hint(say):
     ("train --config=knn --config.data.mode=streaming", "vidjax[tensorflow]"),
     ("train --config=knn --config.dtype=float64", "JAX_ENABLE_X64=1"),
 ])  # fmt: skip
-def test_a_mistake_is_told_before_work_begins(typed, words, place, say, monkeypatch):
+def test_wrong_flags_are_refused_before_work_begins(typed, words, place, say, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.chdir(place)
     monkeypatch.setattr(
@@ -104,14 +104,14 @@ def test_a_mistake_is_told_before_work_begins(typed, words, place, say, monkeypa
     assert made_galleries.contents(place / "g") == before
 
 
-def test_a_gallery_and_a_run_that_are_swapped_and_labels_without_clips(place):
+def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(place):
     message = refused(lambda: Gallery.create(place / "run", "new"), "is a run: Gallery.create(")
     assert str(place / "run") in message
     gallery, clips = Gallery(place / "g"), {"c": {"face": np.ones((1, 24), np.float32)}}
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; a clip is 'c'")
 
 
-def test_float64_is_refused_where_jax_would_compute_in_float32():
+def test_float64_is_refused_if_jax_computes_in_float32():
     config = vidjax.load_config("knn", "--config.dtype=float64")
     refused(lambda: plan.dry_run(config), "config.dtype=float64", "JAX_ENABLE_X64=1")
     with jax.enable_x64(True):
@@ -119,7 +119,7 @@ def test_float64_is_refused_where_jax_would_compute_in_float32():
 
 
 @pytest.mark.slow
-def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
+def test_config_of_a_run_describes_the_data_passed_from_python(tmp_path, cache_dir):
     rng = np.random.default_rng(0)
     people = rng.normal(size=(4, 8))
     clips = {split: {f"{split} {n}": {"face": people[n % 4] + 0.1 * rng.normal(size=(2, 8))}
@@ -137,9 +137,7 @@ def test_a_run_names_the_data_that_it_was_given(tmp_path, cache_dir):
 
 
 @pytest.mark.slow
-def test_a_run_without_a_checkpoint_may_be_trained_with_another_configuration(
-    tmp_path, data, official_dir
-):
+def test_run_without_a_checkpoint_accepts_another_configuration(tmp_path, data, official_dir):
     def train(seed):
         words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
         config = vidjax.load_config("knn:iqiyi_vid,face", *words, f"--config.seed={seed}")
@@ -153,14 +151,14 @@ def test_a_run_without_a_checkpoint_may_be_trained_with_another_configuration(
     refused(lambda: train(8), "--workdir=FOLDER")
 
 
-def test_folds_are_no_remedy_for_one_clip_of_a_person(tmp_path):
+def test_folds_are_not_suggested_if_most_people_have_one_clip(tmp_path):
     for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
         counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
         (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
         assert words in results_lib.explain_unmeasured(config_lib.default().to_dict(), tmp_path)
 
 
-def test_a_missing_field_in_a_file_is_named(tmp_path):
+def test_config_file_error_names_the_missing_field_and_line(tmp_path):
     path = tmp_path / "own.py"
     lines = ("made = config.default()", "made.fusion.face.train = 1", "return made")
     body = "".join(f"    {line}\n" for line in lines)

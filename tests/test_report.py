@@ -56,7 +56,7 @@ def check_page(text):
 
 
 @pytest.mark.slow
-def test_of_a_net(data, tmp_path):
+def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     config = shrunk("--config.num_epochs=1", spec="configs/quality_fusion.py:iqiyi_vid")
     results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
     text = (tmp_path / "report.html").read_text()
@@ -131,7 +131,7 @@ def spoilt(value):
     return EVIL + value if isinstance(value, str) else value
 
 
-def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full, page):
+def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     text, found = section(page, "open_set"), full.analysis.open_set
     few, enough = found.rates
     table = text[text.index("<table") : text.index("</table>")]
@@ -152,7 +152,7 @@ def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full, page):
     assert '<section id="learning"' in page and '<section id="learning"' not in text
 
 
-def test_no_text_of_a_file_is_an_element(full):
+def test_report_escapes_hostile_text_of_run_files(full):
     evil = {name: spoilt(getattr(full, name)) for name in ("identities", "metrics", "analysis")}
     evil["lines"] = [line | {"split": EVIL} for line in full.lines]
     evil["config"] = {
@@ -174,13 +174,13 @@ def test_names_from_right_to_left_are_kept_apart_from_what_follows(page):
     assert len(shown) > 9 and all({"bdi", "title", "svg"} & set(around) for around in shown)
 
 
-def test_every_number_is_in_a_file(full, page):
+def test_every_number_in_the_report_comes_from_a_run_file(full, page):
     check_numbers(full.folder, page)
     with pytest.raises(AssertionError):
         check_numbers(full.folder, page.replace(repr(full.metrics.map), "0.123456"))
 
 
-def test_what_is_absent_is_explained(tmp_path):
+def test_report_explains_missing_results_and_refuses_damaged_files(tmp_path):
 
     def summary():
         return section(run_page.write(RunFolder(tmp_path)).read_text(), "summary")
@@ -199,7 +199,7 @@ def test_what_is_absent_is_explained(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_shows_it_without_errors_or_requests(full, tmp_path):
+def test_browser_renders_the_report_without_errors_or_requests(full, tmp_path):
     path = run_page.write(RunFolder(full.folder))
     log = tmp_path / "net.json"
     words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())

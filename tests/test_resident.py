@@ -32,7 +32,7 @@ NIGHTLY = pytest.mark.nightly
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
-def test_orders_are_even_and_differ_between_epochs_and_seeds():
+def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     """Counts of permutations have (N - 1)^2 degrees of freedom."""
     n, epochs = 12, 3000
     shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
@@ -91,7 +91,7 @@ def held(ragged):
 @pytest.mark.parametrize(
     ("split", "devices"), quick_first([("val", 8), ("train", 1)], mark=NIGHTLY)
 )
-def test_evaluation_sees_what_streaming_shows(ragged, split, devices):
+def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devices):
     clips = clips_of(ragged, devices=devices)[0]
     count = COUNTS[split]
     only = np.random.default_rng(0).random(count) < 0.4
@@ -120,7 +120,9 @@ def test_evaluation_sees_what_streaming_shows(ragged, split, devices):
         mark=NIGHTLY,
     ),
 )
-def test_both_feeds_give_the_same_batches(ragged, splits, modalities, crop, first, num_examples):
+def test_resident_training_batches_equal_streaming_batches(
+    ragged, splits, modalities, crop, first, num_examples
+):
     """This holds for every step of several epochs, and for whole epochs of chosen clips."""
     options: Any = {"batch_size": 12, "max_frames": 7, "crop": crop, "seed": 3}
     if num_examples:
@@ -160,7 +162,7 @@ FUSIONS: list[dict[str, Any]] = [  # the others are tested with their defaults
 @pytest.mark.parametrize(
     "spec", quick_first(FUSIONS, mark=pytest.mark.nightly), ids=lambda spec: spec["name"]
 )
-def test_fusion_of_rows_is_fusion_of_the_features(spec):
+def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
     lengths = np.array((9, 0, 3, 1, 5, 16), np.int32)
     frames = random_clip(np.random.default_rng(0), lengths.sum() + 1, 5)
     for field in frames[:4]:
@@ -182,7 +184,7 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
-def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, mode):
+def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
     options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
     stream = train_batches(data, splits=("train",), modalities=("face",), **options)
@@ -206,7 +208,7 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run(data, tmp_path, m
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
     """The run stays resident, even if a new run would now stream for lack of memory."""
     config = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -235,7 +237,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_layout_says_what_the_clips_take(ragged, held):
+def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged, held):
     clips, _, layout = held
     frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     taken = sum(
@@ -249,7 +251,7 @@ def test_a_layout_says_what_the_clips_take(ragged, held):
         assert count == sum(lengths) + extra[name]
 
 
-def test_auto_is_resident_where_it_fits(held, monkeypatch):
+def test_auto_mode_is_resident_if_the_clips_fit_in_memory(held, monkeypatch):
     total = machine.free_bytes()  # which the emulated devices of a host share
     one, eight = (
         resident.find_least_free_bytes(devices_lib.make_mesh(number)) for number in (1, 8)
@@ -273,7 +275,7 @@ def test_auto_is_resident_where_it_fits(held, monkeypatch):
             resident.choose_mode("resident", frames, mesh, drawn)
 
 
-def test_clips_reach_the_devices_in_pieces(ragged, held, monkeypatch):
+def test_uploading_clips_in_chunks_changes_no_value(ragged, held, monkeypatch):
     """A piece holds 40 face frames, so a longer clip is cut between two pieces."""
     monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)
     found, _, _ = clips_of(ragged)

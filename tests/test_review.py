@@ -52,7 +52,7 @@ def reviewed(drawn, monkeypatch):
 
 
 @pytest.mark.slow
-def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed, drawn):
+def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn):
     before, bob = reviewed.before, reviewed.before["party.s002.t01"]
     assert bob.startswith("unknown ") and before["party.s000.t00"] == "Ada"
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
@@ -81,7 +81,7 @@ def test_names_are_given_denied_and_taken_back_and_the_next_call_agrees(reviewed
 
 
 @pytest.mark.slow
-def test_the_page_asks_about_names_that_are_similar_but_not_about_numbers(reviewed):
+def test_review_asks_about_similar_names_but_not_about_numbered_names(reviewed):
     for word in ("ada", "Ad a", "ad\u0430a"):
         text = reviewed.post(status=422, do="name", of="unknown 1", person=word)
         assert "there is already Ada" in text and f">{word} is another person<" in text
@@ -96,7 +96,7 @@ def test_the_page_asks_about_names_that_are_similar_but_not_about_numbers(review
     assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
 
 
-def test_the_reader_comes_back_to_the_next_person(reviewed):
+def test_review_returns_to_the_next_person_after_a_change(reviewed):
     text = reviewed.post(do="name", of="unknown 2", next="unknown 1", person="Bob")
     place = text.index("autofocus")
     assert text.index("Saved: unknown 2 is Bob.") < text.index("Undo: unknown 2 is Bob") < place
@@ -110,7 +110,7 @@ def test_the_reader_comes_back_to_the_next_person(reviewed):
     assert "<title>Who appears" in reviewed.client.get("?film=less.mkv").text
 
 
-def test_faces_are_shown_and_nothing_else_of_the_folder(reviewed, drawn):
+def test_review_serves_only_pictures_of_faces(reviewed, drawn):
     pictures = re.findall('<img[^>]* src="([^"]+)"', reviewed.client.get("").text)
     assert len(pictures) > 2 and all((drawn.out / address).exists() for address in pictures)
     for address in pictures:
@@ -124,7 +124,7 @@ def test_faces_are_shown_and_nothing_else_of_the_folder(reviewed, drawn):
 
 
 @pytest.mark.slow
-def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed, drawn):
+def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     before = reviewed.before
     reviewed.post(do="name", of="unknown 2", person="Unknown  1")
     joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
@@ -136,7 +136,7 @@ def test_two_unknown_people_are_joined_and_one_is_ignored(reviewed, drawn):
     assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
 
 
-def test_mistakes_change_nothing(reviewed):
+def test_wrong_review_requests_change_nothing(reviewed):
     of = {"do": "name", "of": "unknown 1"}
     for fields, status in [
         *((of | {"person": word}, 422) for word in (" ", "a\u202eb", "unknown 9", "unknown")),
@@ -151,7 +151,7 @@ def test_mistakes_change_nothing(reviewed):
     assert reviewed.names() == reviewed.before and "Undo" not in reviewed.client.get("").text
 
 
-def test_only_the_page_itself_asks_and_changes(reviewed):
+def test_review_refuses_wrong_tokens_hosts_and_origins(reviewed):
     client = reviewed.client
     for path in ("/", "/x/", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", f"/{TOKEN}/film/9", "/\u00e9/"):
         assert client.get(f"{SITE}{path}").status_code == 404
@@ -167,7 +167,7 @@ def test_only_the_page_itself_asks_and_changes(reviewed):
     assert "form-action 'self'" in answer.text
 
 
-def test_films_play_from_any_second(reviewed):
+def test_review_plays_films_from_any_second(reviewed):
     client = reviewed.client
     assert 'href="play/1?t=2.0"' in client.get("").text
     text = client.get("play/1?t=2.0").text

@@ -62,7 +62,7 @@ def evaluate(own, say):
 
 
 @pytest.mark.slow
-def test_results_of_other_settings_do_not_replace_those_of_the_run(own, evaluate):
+def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evaluate):
     run, report = own / "run", "--config.eval.report=True"
     evaluate(report, "--config.eval.block_size=3")
     names = ("metrics.json", "ranking.txt", "analysis.npz")
@@ -88,7 +88,7 @@ OTHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("different", OTHERS)
-def test_a_command_never_shows_results_of_other_data(own, tmp_path, evaluate, again, different):
+def test_run_refuses_to_train_or_evaluate_on_other_data(own, tmp_path, evaluate, again, different):
     """A finished run, a resumed run and an evaluation all refuse other data."""
     words, path = write(tmp_path / "other", **OTHERS[different]), own / "run" / "metrics.json"
     before, error = path.read_bytes(), again(words, code=2)
@@ -101,7 +101,7 @@ def test_a_command_never_shows_results_of_other_data(own, tmp_path, evaluate, ag
 
 
 @pytest.mark.slow
-def test_the_data_of_a_run_may_move_and_a_killed_run_is_completed(own, evaluate, again):
+def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, again):
     words, path = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"], own / "run"
     shutil.move(own / "data", own / "moved")
     assert "finished before" in again(words)
@@ -118,7 +118,7 @@ def test_the_data_of_a_run_may_move_and_a_killed_run_is_completed(own, evaluate,
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
+def test_run_folder_moved_during_training_is_an_error(tmp_path, monkeypatch):
     config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
     data, run = vidjax.load_data(config), feed.ResidentFeed.advance
 
@@ -133,7 +133,7 @@ def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_p
 
 
 @pytest.mark.slow
-def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, evaluate):
+def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     words, test = write(tmp_path / "other", seed=1), "--config.eval.split=test"
     shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
     evaluate(test, words[1])
@@ -151,7 +151,7 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, evalu
     assert "--config.data.dir=" in error
 
 
-def test_a_default_folder_bears_the_name_of_the_data():
+def test_default_run_folder_contains_the_name_of_the_data():
     def folder(*words):
         return str(run_commands.read_train_settings(program.parse(words))[1])
 
@@ -161,7 +161,7 @@ def test_a_default_folder_bears_the_name_of_the_data():
     assert "data.dir=new" in folder(*own, "--config.data.dir=/a/new/")
 
 
-def test_other_modalities_are_judged_by_clips_and_labels(tmp_path):
+def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     """The digest of features is of all modalities: with additional modalities it says nothing."""
     report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
     before = report["splits"]["val"]["sha256"]

@@ -46,7 +46,7 @@ def convert(folder, value, modality="face"):
 
 
 @pytest.mark.parametrize("modality", ["face", "head", "body", "scene"])
-def test_each_layout_fills_its_columns_and_the_rest_by_default(modality, tmp_path):
+def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_path):
     """A modality of another name has the layout that its entries show."""
     entry = {
         "face": face(),
@@ -67,7 +67,7 @@ def test_each_layout_fills_its_columns_and_the_rest_by_default(modality, tmp_pat
 
 
 @pytest.mark.parametrize("modality", ["audio", "speech"])
-def test_bare_arrays_are_one_frame_or_one_frame_a_row(modality, tmp_path):
+def test_bare_array_is_one_frame_or_one_frame_per_row(modality, tmp_path):
     value = {
         b"one": feature(),
         b"rows": np.arange(6, dtype="<f2").reshape(2, 3),
@@ -81,7 +81,7 @@ def test_bare_arrays_are_one_frame_or_one_frame_a_row(modality, tmp_path):
     assert not got["quality"].any() and (got["detection"] == 1).all()
 
 
-def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
+def test_pickles_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
     features = np.array([[1, 2.5, -3], [4, 5, 6], [0.5, -0.25, 100]], np.float16)
     for written, content in python2.real().items():
         got = convert(tmp_path, content)
@@ -111,7 +111,7 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
             assert got["features"].tolist() == numbers.tolist() * len(value)
 
 
-def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
+def test_block_boundaries_within_clips_change_no_value(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 40).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
@@ -133,7 +133,7 @@ def test_blocks_end_anywhere_within_clips(tmp_path, monkeypatch):
     np.testing.assert_equal(convert(tmp_path, bare, "audio"), bare_whole)
 
 
-def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path):
+def test_frame_fields_accept_any_kind_of_number(tmp_path):
     numbers = [b"0012", "12", 12, np.int64(12)]
     boxes = [BOX, tuple(BOX), np.array(BOX), np.array(BOX, ">f4")]
     scores = [1, 1.0, np.float32(1), np.float64(1)]
@@ -143,7 +143,7 @@ def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path):
     assert got["detection"].tolist() == got["quality"].tolist() == [1] * 4
 
 
-def test_scores_and_boxes_that_are_not_finite_become_zero_and_are_counted(tmp_path):
+def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
     frames = [
         face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0]),
         face(quality=-1e300, det=np.float32(-np.inf)),
@@ -185,7 +185,7 @@ WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
         ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
     ],
 )  # fmt: skip
-def test_what_breaks_the_layout_is_told_with_clip_and_field(value, modality, told, tmp_path):
+def test_layout_errors_name_the_clip_and_the_field(value, modality, told, tmp_path):
     with pytest.raises(UserError) as caught:
         convert(tmp_path, value, modality)
     message = str(caught.value)
@@ -197,7 +197,7 @@ LETTERS = st.sampled_from(["a", ".mp4", ".", " ", "\n", "\x1b", "\u2028", "\ud80
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(LETTERS, max_size=6).map("".join), st.sampled_from([0, 1, 10**5]))
-def test_a_clean_name_is_a_fixed_point_and_never_bears_the_suffix(name, times):
+def test_clean_name_is_idempotent_and_removes_the_suffix(name, times):
     try:
         clean = clean_name(name + ".mp4" * times)
     except ValueError:

@@ -143,7 +143,7 @@ def infer(client, model, arrays, binary=True, outputs=(), **options):
     return client.infer(model, inputs, outputs=asked, parameters=options or None)
 
 
-def test_npz_and_json_get_what_python_says(inside, people):
+def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
     def ask(**arrays):
         content, path = io.BytesIO(), "/identify?clip=q&k=2&threshold=0.2"
         np.savez(content, **arrays)
@@ -179,7 +179,7 @@ def test_questions_that_come_together_get_their_own_answers(inside, people):
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_client_gets_pythons_answers(triton, people, binary):
+def test_triton_client_gets_the_answers_of_python(triton, people, binary):
     """Masked frames are not looked at."""
     assert triton.is_server_live() and triton.is_server_ready()
     assert triton.is_model_ready("gallery") and triton.is_model_ready("gallery", "1")
@@ -208,7 +208,7 @@ def test_tritons_client_gets_pythons_answers(triton, people, binary):
     assert only.as_numpy("scores") is not None and only.as_numpy("identity") is None
 
 
-def test_one_wrong_question_of_a_batch_spoils_no_other(people):
+def test_wrong_question_in_a_batch_does_not_affect_other_answers(people):
     model = served_models.GalleryModel(people)
     right = question({"a": CLIPS["query 1"]})
     wrong = question({"b": {"face": np.ones((1, 3), np.float32)}})
@@ -220,7 +220,7 @@ def test_one_wrong_question_of_a_batch_spoils_no_other(people):
 
 
 @pytest.mark.slow
-def test_a_run_beside_a_gallery_gives_pythons_scores(people, net, monkeypatch):
+def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monkeypatch):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     clips = clips_of(net.run, 1, 8, 15)
     asked, other = question(clips), question({"clip 0": clips["clip 0"]})
@@ -242,7 +242,7 @@ def test_a_run_beside_a_gallery_gives_pythons_scores(people, net, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
+def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
     names = list(net.widths)
@@ -256,7 +256,7 @@ def test_no_question_compiles_after_the_start(net, monkeypatch, caplog):
     assert not [line for line in caplog.messages if "ompiling" in line]
 
 
-def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
+def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "vidjax/apps/serve/README.md").read_text()
     x = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
     labels, settings = np.repeat(np.arange(1, 31), 2), made_galleries.SETTINGS
@@ -284,7 +284,7 @@ def test_the_requests_of_the_readme_are_answered(tmp_path, monkeypatch):
     assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
 
 
-def test_people_are_enrolled_listed_and_never_named_again_once_removed(folder):
+def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
     def query(name):
         clips = servers.as_json({"q": servers.make_frames(8100, name)})
         found = one.ask("POST", "/identify", {"clips": clips, "k": 50})[1]["clips"][0]
@@ -313,7 +313,7 @@ def test_people_are_enrolled_listed_and_never_named_again_once_removed(folder):
         assert one.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 26
 
 
-def test_what_is_wrong_with_the_gallery_stays_in_the_log(tmp_path, folder, caplog):
+def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):
     people, path = Gallery(folder), folder / "gallery.sqlite"
     body = enrolment("Secret", 0)
     query = ("POST", "/identify", {"clips": body["clips"]})
@@ -350,7 +350,7 @@ WORDS = (  # of errors that have a status of their own, in names that a client c
 )  # fmt: skip
 
 
-def test_the_status_of_an_error_does_not_come_from_the_words_of_a_client(folder, caplog):
+def test_error_status_does_not_depend_on_names_that_clients_choose(folder, caplog):
     with Inside(Gallery(folder)) as one:
         for number, words in enumerate(WORDS):
             name = f"Secret {words.format(folder=folder)}"
@@ -367,14 +367,14 @@ def test_the_status_of_an_error_does_not_come_from_the_words_of_a_client(folder,
         assert word not in caplog.text + metrics
 
 
-def test_a_server_suggests_nobody(inside, monkeypatch):
+def test_server_does_not_suggest_similar_names(inside, monkeypatch):
     """Comparing long names took minutes, while the gallery was locked."""
     monkeypatch.setattr(errors.difflib, "get_close_matches", None)
     for path in ("/identities/persn%203", "/clips/clp%2030"):
         assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
 
 
-def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
+def test_wrong_requests_get_a_one_line_error(inside):
     def clip(**fields):
         return {"clips": [{"clip": "a", "face": [[0.5] * 8], **fields}]}
 
@@ -403,7 +403,7 @@ def test_wrong_requests_get_one_line_that_says_what_is_wrong(inside):
     assert inside.ask("GET", "/nothing")[0] == 404 and inside.ask("PUT", "/identify")[0] == 405
 
 
-def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
+def test_wrong_tensors_get_an_error(inside):
     path = "/v2/models/gallery/infer"
     right = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32", "data": [0.5] * 8}
 
@@ -436,7 +436,7 @@ def test_wrong_tensors_get_one_line_that_says_what_is_wrong(inside):
     assert inside.ask("POST", "/v2/models/nobody/infer", head)[0] == 404
 
 
-def test_pages_of_other_sites_get_nothing(inside):
+def test_requests_from_other_sites_are_refused(inside):
     ours = f"127.0.0.1:{inside.port}"
     evil = ("http://evil.example", f"http://evil//{ours}", "http://127.0.0.1:1", "null", "http://[")
     for header, value, status in (
@@ -449,7 +449,7 @@ def test_pages_of_other_sites_get_nothing(inside):
         assert inside.ask("GET", "/identities", headers={header: value})[0] == status, value
 
 
-def test_headers_that_change_what_a_request_means_are_refused(inside):
+def test_ambiguous_or_unsupported_headers_are_refused(inside):
     host, post = f"Host: 127.0.0.1:{inside.port}\r\n", "POST /identify HTTP/1.1\r\n"
     upgrade = "Connection: Upgrade\r\nUpgrade: h2c\r\n"
     body = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -467,7 +467,7 @@ def test_headers_that_change_what_a_request_means_are_refused(inside):
         assert int(answer.split()[1]) == status and words in answer
 
 
-def test_a_token_is_asked_for(people, tmp_path):
+def test_requests_need_the_token_and_its_file_must_be_private(people, tmp_path):
     path = tmp_path / "token"
     for text, mode, words in (("short\n", 0o600, "openssl"), ("a" * 40, 0o644, "chmod 600")):
         path.write_text(text)
@@ -499,7 +499,7 @@ def talk(port, content, seconds=10.0):
 
 
 @pytest.mark.slow
-def test_slow_and_false_clients_are_cut_off(inside):
+def test_slow_and_malformed_requests_are_cut_off(inside):
     head = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n"
     head += "Content-Type: application/json\r\n"
     chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n"
@@ -518,7 +518,7 @@ def test_slow_and_false_clients_are_cut_off(inside):
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
 
-def test_connections_are_counted(inside):
+def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)
     held = [socket.create_connection(("127.0.0.1", inside.port)) for _ in range(SMALL.connections)]
     try:
@@ -531,7 +531,7 @@ def test_connections_are_counted(inside):
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
 
-def test_a_full_queue_says_when_to_try_again():
+def test_full_queue_refuses_with_retry_after():
     limits = Limits(waiting_clips=4, batch_clips=2, waiting_changes=1)
     sizes, go = [], threading.Event()
 
@@ -561,7 +561,7 @@ def test_a_full_queue_says_when_to_try_again():
     asyncio.run(run())
 
 
-def test_liveness_is_told_while_programs_compile(people, monkeypatch):
+def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     go = threading.Event()
     monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
     one = Inside(people)
@@ -576,7 +576,7 @@ def test_liveness_is_told_while_programs_compile(people, monkeypatch):
         one.__exit__()
 
 
-def test_a_removal_is_answered_after_all_that_was_begun_before():
+def test_removal_is_answered_after_earlier_reads_have_ended():
     """A list that is being read when a person is removed still contains the person."""
     go, order, tasks = threading.Event(), [], []
 
@@ -595,7 +595,7 @@ def test_a_removal_is_answered_after_all_that_was_begun_before():
     assert order == ["list", "removal"]
 
 
-def test_enrolments_that_wait_are_bounded_like_questions(folder, monkeypatch):
+def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
     begun, go, embed = threading.Event(), threading.Event(), Gallery.embed
 
     def slow(people, clips, *more):
@@ -618,7 +618,7 @@ def test_enrolments_that_wait_are_bounded_like_questions(folder, monkeypatch):
             go.set()
 
 
-def test_the_time_for_an_answer_begins_at_the_end_of_the_body(people, monkeypatch):
+def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
     """A body that waits to be parsed has no other clock than one that waits to be scored."""
     begun, go = threading.Event(), threading.Event()
 
@@ -641,7 +641,7 @@ def test_the_time_for_an_answer_begins_at_the_end_of_the_body(people, monkeypatc
 
 
 @pytest.mark.slow
-def test_answers_that_nobody_reads_are_counted(tmp_path, monkeypatch):
+def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatch):
     monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 2)
     clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
     people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
@@ -683,7 +683,7 @@ app.serve(made, listener, limits)
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_process_whatever_its_threads_do(folder):
+def test_signal_ends_the_server_despite_stuck_threads(folder):
     with child.running([sys.executable, "-c", STUCK, folder]) as process:
         assert process.stdout and process.stderr
         one = servers.Served(process, int(process.stdout.readline()))
@@ -703,7 +703,7 @@ def test_a_signal_ends_the_process_whatever_its_threads_do(folder):
 
 
 @pytest.mark.slow
-def test_the_command_removes_what_a_killed_change_left_and_ends_with_0(folder, say):
+def test_serve_command_rolls_back_a_killed_change_and_exits_with_0(folder, say):
     code = (
         "import os, signal, sys, pathlib\n"
         "from vidjax.apps.gallery.store import Store\n"

@@ -9,7 +9,7 @@ from vidjax.data import sources, synthetic
 from vidjax.utils import files
 
 
-def test_load_names_what_it_lacks(tmp_path):
+def test_load_errors_name_the_missing_setting_or_folder(tmp_path):
     with pytest.raises(ValueError, match=r"'imagenet'.* synthetic, iqiyi_vid"):
         load_dataset("imagenet")
     with pytest.raises(ValueError, match=r"config\.data\.dir"):
@@ -18,7 +18,7 @@ def test_load_names_what_it_lacks(tmp_path):
         load_dataset("iqiyi_vid", directory=tmp_path / "nowhere")
 
 
-def test_synthetic_data_are_written_once(tmp_path, monkeypatch):
+def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
     written = []
 
     def write(out_dir, *, size, seed, options):
@@ -39,7 +39,7 @@ def test_synthetic_data_are_written_once(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} - {"digests"} == {"synthetic", "iqiyi_vid"}
 
 
-def test_an_address_is_no_folder_and_a_path_has_no_way_back(tmp_path):
+def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):
         with pytest.raises(ValueError, match="copy or mount the files"):
             files.local(text)

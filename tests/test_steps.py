@@ -106,7 +106,7 @@ EXAMPLES: Any = {"after_fusion": "examples"}
 @pytest.mark.parametrize(
     "scores", quick_first(["log_softmax", "log_sigmoid", "logits"], mark=pytest.mark.nightly)
 )
-def test_voting_is_a_mean_or_a_maximum_over_frames(scores, reduce):
+def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
     batch = make_batch()
     state = init(system, np.arange(5))
@@ -123,7 +123,7 @@ def test_voting_is_a_mean_or_a_maximum_over_frames(scores, reduce):
         np.testing.assert_allclose(found[clip], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_loss_of_examples_is_the_mean_over_a_clips_frames():
+def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip():
     batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
     weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])  # of the one without a frame, too
     per_clip, taught = np.zeros(5), weight * (np.arange(5) != 3)
@@ -137,7 +137,7 @@ def test_the_loss_of_examples_is_the_mean_over_a_clips_frames():
         assert float(loss[0]) == pytest.approx(per_clip @ taught / total, rel=1e-5)
 
 
-def test_modalities_of_different_numbers_of_frames_are_no_examples():
+def test_frame_examples_need_equal_frame_counts_of_all_modalities():
     four = {"train": {"name": "sample", "num_frames": 4}, "evaluate": {"name": "all"}}
     two = {"train": {"name": "sample", "num_frames": 2}, "evaluate": {"name": "all"}}
     with pytest.raises(ValueError, match=r"after_fusion=examples: .* \[2, 4\]"):
@@ -145,7 +145,7 @@ def test_modalities_of_different_numbers_of_frames_are_no_examples():
 
 
 @pytest.mark.slow
-def test_mixup_against_a_loop():
+def test_mixup_equals_a_numpy_reference():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
     labels = np.arange(5, dtype=np.int32)  # each clip its own, so that labels name the partners
@@ -166,7 +166,7 @@ def test_mixup_against_a_loop():
         np.testing.assert_allclose(mixed[name].features, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_clips_without_a_good_frame_are_kept_or_dropped():
+def test_clips_without_good_frames_are_kept_or_dropped_as_configured():
     batch = make_batch((3, 3, 3, 0, 1), (1, 1, 1, 1, 0))
     face = batch.frames["face"]
     quality = np.where(face.mask, 10.0, 0.0).astype(np.float32)
@@ -185,7 +185,7 @@ def test_clips_without_a_good_frame_are_kept_or_dropped():
             np.testing.assert_array_equal(counts, [1, 3, 3, 0, 1])  # without a good one all stay
 
 
-def test_only_the_best_classes_of_a_clip_keep_their_scores():
+def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     inf = jnp.inf
     best = scoring.keep_best(jnp.array([[3.0, 1.0, 2.0, -inf], [0.0, 0.0, 5.0, -1.0]]), 2)
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])
@@ -208,7 +208,7 @@ class TwoBranches(Identifier):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scores", quick_first(["log_softmax", "logits"], mark=pytest.mark.nightly))
-def test_branches_are_weighted(scores):
+def test_losses_and_scores_of_branches_are_weighted(scores):
     learn = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
     answer = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])
     of_two: Any = TwoBranches
@@ -232,7 +232,7 @@ def test_branches_are_weighted(scores):
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_clip_without_a_frame_teaches_nothing():
+def test_empty_clips_and_padded_rows_do_not_affect_training():
     """Nor does a padded row, whatever lies in either."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
     system = make(NORMED, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
@@ -258,7 +258,7 @@ def test_a_clip_without_a_frame_teaches_nothing():
     assert any((a != b).any() for a, b in leaves)
 
 
-def test_is_best_is_argmax():
+def test_is_argmax_equals_numpy_argmax():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 4, (500, 6)).astype(np.float32)  # ties
     scores[rng.random(scores.shape) < 0.2] = -np.inf
@@ -268,7 +268,7 @@ def test_is_best_is_argmax():
     assert not losses.is_argmax(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
 
 
-def test_logarithms_of_probabilities_near_one_keep_their_order():
+def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     """The best column against the others, in float64; column 2 is one that training never saw."""
     leads = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
     logits = np.tile([0.0, 0.0, 99.0, -1.0], (2, 5, 1))

@@ -55,7 +55,7 @@ def changed_files(one, other):
 
 
 @pytest.mark.slow
-def test_clips_distractors_missing_modalities_and_lengths(make):
+def test_synthetic_set_has_the_specified_statistics(make):
     folder = make()
     clips = {p: _clips(folder, *p) for p in itertools.product(MODALITIES, SPLITS)}
     labels = {"train": {name[:-4]: int(c) for name, c in _lines(folder / "train_gt.txt")}}
@@ -76,14 +76,14 @@ def test_clips_distractors_missing_modalities_and_lengths(make):
     assert lengths[lengths > 0].mean() == pytest.approx(8, rel=0.12)
 
 
-def test_same_seed_same_bytes(make, tmp_path):
+def test_equal_seeds_write_equal_bytes(make, tmp_path):
     write_tiny(tmp_path / "again")
     assert not changed_files(make(), tmp_path / "again")
     assert len(changed_files(make(), make(seed=4))) == 18
 
 
 @pytest.mark.slow
-def test_missing_rate_empties_modalities_and_leaves_the_rest_alone(make):
+def test_missing_rate_only_empties_modalities(make):
     plain, sparse = make(), make(missing_rate=0.3)
     count = len(_clips(plain, "scene", "val"))
     for modality, least in (("face", 0.02), ("head", 0.02), ("audio", 0.15)):
@@ -97,7 +97,7 @@ def test_missing_rate_empties_modalities_and_leaves_the_rest_alone(make):
 
 
 @pytest.mark.slow
-def test_noise_and_distractors_change_train_and_nothing_else(make):
+def test_label_noise_and_distractors_change_only_train_files(make):
     plain, noisy, strange = make(), make(label_noise=0.2), make(train_distractors=0.375)
     assert changed_files(plain, noisy) == {"train_gt.txt"}
     before, after = (dict(_lines(x / "train_gt.txt")) for x in (plain, noisy))
@@ -111,7 +111,7 @@ def test_noise_and_distractors_change_train_and_nothing_else(make):
 
 
 @pytest.mark.slow
-def test_a_false_modality_shows_somebody_else_and_leaves_the_rest_alone(make):
+def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     plain, false = make(), make(false_modality=1.0)
     files = {_pickle_path(plain, m, split).name for m in ("face", "audio") for split in SPLITS}
     assert changed_files(plain, false) == files
@@ -127,7 +127,7 @@ def test_a_false_modality_shows_somebody_else_and_leaves_the_rest_alone(make):
     assert 0.4 < np.mean(same, axis=0)[0] < 0.62 and all(map(any, same))
 
 
-def test_mistakes_are_short(tmp_path, say):
+def test_synthetic_command_refuses_existing_paths_and_wrong_flags(tmp_path, say):
     (tmp_path / "kept").write_text("mine")
     for out_dir in (tmp_path, tmp_path / "kept"):
         assert str(out_dir) in say(out_dir, code=2, program=synthetic.main)

@@ -18,7 +18,7 @@ def results(vidjax_command, workdir, *words):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [0, 1])
-def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, cache_dir, seed):
+def test_all_modalities_beat_one_modality_and_neighbours(vidjax_command, tmp_path, cache_dir, seed):
     """The first command of the README, with another seed of everything."""
     ones = ONE[: 1 + 2 * seed]
     specs = ("configs/mma.py", "configs/knn.py", *(f"configs/mma.py:{one}" for one in ones))
@@ -41,7 +41,7 @@ def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path,
         ("mma", ("--config.ensemble.seeds=3",), 0.905),
     ],
 )
-def test_real_clips(vidjax_command, tmp_path, name, words, least):
+def test_map_on_real_clips_reaches_the_benchmark(vidjax_command, tmp_path, name, words, least):
     spec = f"configs/{name}.py:iqiyi_vid,few,face,head,audio"
     words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", *words)
     metrics = results(vidjax_command, tmp_path, *words)

@@ -36,7 +36,7 @@ def test_a_long_name_is_printed_without_its_middle():
 
 
 @pytest.mark.nightly
-def test_a_run_shows_nothing_but_its_own_lines(tmp_path, official_dir, cache_dir):
+def test_training_command_prints_only_expected_lines(tmp_path, official_dir, cache_dir):
     command = [sys.executable, "-m", "vidjax.main", *TINY, f"--config.data.dir={official_dir}"]
     command.append(f"--workdir={tmp_path}/run")
     names = ("TF_CPP_MIN_LOG_LEVEL", "JAX_PLATFORMS", "XLA_FLAGS")

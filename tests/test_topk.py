@@ -54,7 +54,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_equals_a_full_sort(name):
+def test_top_k_equals_a_full_sort(name):
     rng = np.random.default_rng(0)
     for num_clips in (1, 19, 150):
         scores = STREAMS[name](rng.standard_normal((num_clips, C), np.float32)).astype(np.float32)
@@ -66,7 +66,7 @@ def test_equals_a_full_sort(name):
             assert_exact(topk.rank(stream, C, K, rows=rows), expected)
 
 
-def test_equals_a_full_sort_where_few_rows_are_looked_into(monkeypatch):
+def test_top_k_equals_a_full_sort_if_it_skips_rows(monkeypatch):
     monkeypatch.setattr(topk, "GROUP", 4)
     monkeypatch.setattr(topk, "MOST_GROUPS", (1, 3))
     update = jax.jit(lambda top, block: topk.update_top(top, [block]))
@@ -86,7 +86,7 @@ def test_equals_a_full_sort_where_few_rows_are_looked_into(monkeypatch):
             assert min(most) <= 1, f"rows of {name} were never left out"
 
 
-def test_a_tie_of_two_over_the_last_place():
+def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
     scores = np.array([[5], [4], [3], [3], [2]], np.float32)
     clips = np.array([7, 8, 6, 2, 0], np.int32)
     for order in ([0, 1, 2, 3, 4], [3, 4, 0, 1, 2], [2, 1, 4, 0, 3]):
@@ -96,7 +96,7 @@ def test_a_tie_of_two_over_the_last_place():
 
 
 @pytest.mark.parametrize("chunk", [3, topk.CHUNK])  # 7 identities: the last chunk overlaps
-def test_scores_split_over_devices_and_chunks(monkeypatch, chunk):
+def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     monkeypatch.setattr(topk, "CHUNK", chunk)
     topk._make_update.cache_clear()
     mesh = devices.make_mesh(8)
@@ -111,7 +111,7 @@ def test_scores_split_over_devices_and_chunks(monkeypatch, chunk):
     topk._make_update.cache_clear()
 
 
-def test_scores_that_no_order_could_rely_on():
+def test_top_k_orders_nan_zeros_and_infinities():
     tiny = np.float32(1e-40)  # flushed to 0 on some backends and not on others
     scores = np.array([[np.nan], [0.0], [-0.0], [tiny], [-tiny], [-np.inf], [-1.0]], np.float32)
     clips = np.array([0, 6, 5, 4, 3, 2, 1], np.int32)
@@ -123,7 +123,7 @@ def test_scores_that_no_order_could_rely_on():
     assert topk.rank([halves], 1, 3, rows=7).index.tolist() == [[1, 2, 3]]
 
 
-def test_clip_indices_beyond_what_a_float32_holds():
+def test_top_k_keeps_clip_indices_beyond_float32_precision():
     clips = np.array([2**24 + 1, 2**24, 2**30 + 1, 2**30, 2**31 - 2**25 - 1], np.int32)
     blocks = [(np.zeros((1, 3), np.float32), clip[None], np.ones(1, bool)) for clip in clips]
     for k, stream in ((1, blocks), (4, blocks[::-1])):
@@ -131,7 +131,7 @@ def test_clip_indices_beyond_what_a_float32_holds():
         np.testing.assert_array_equal(top.index, np.tile(np.sort(clips)[:k], (3, 1)))
 
 
-def test_ties_are_counted_by_places():
+def test_count_ties_counts_tied_pairs_of_neighbouring_places():
     scores = np.array([[3, 3, 3, 1], [2, 1, -np.inf, -np.inf]], np.float32)
     top = topk.TopK(scores, np.arange(8, dtype=np.int32).reshape(2, 4))
     assert topk.count_ties(top) == 2

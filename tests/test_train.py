@@ -24,7 +24,7 @@ COSINE = "configs/cosine.py:iqiyi_vid"
 
 
 @pytest.mark.slow
-def test_it_learns_and_leaves_everything(data, tmp_path):
+def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     words = ("--config.optim.learning_rate=0.01", "--config.model.dropout_rate=0.0")
     config = small.shrunk("--config.num_epochs=15", *words, spec=COSINE)
     results = small.run(config, tmp_path, data)
@@ -46,7 +46,7 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
         mark=pytest.mark.nightly,
     ),
 )
-def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """The run stays in streaming mode. An evaluation in the meantime does not finish the run."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
@@ -63,7 +63,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     small.assert_same_run(parts, tmp_path / "whole")
 
 
-def test_a_short_run_has_a_curve_and_epochs_of_less_than_a_step_are_steps():
+def test_short_runs_log_often_and_act_at_most_once_per_step():
     def schedule(total, places, layout=None, config=config_lib.default()):  # noqa: B008
         task = SimpleNamespace(total_steps=total, layout=layout)
         plan: Any = SimpleNamespace(task=task, batches=SimpleNamespace(num_places=places))
@@ -95,7 +95,7 @@ def test_a_short_run_has_a_curve_and_epochs_of_less_than_a_step_are_steps():
         mark=pytest.mark.nightly,
     ),
 )  # fmt: skip
-def test_shipped_configurations_run(data, tmp_path, spec):
+def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []
     spec = f"configs/{name}.py:iqiyi_vid,{words}"
@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
     np.testing.assert_array_equal(*found)
 
 
-def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path):
+def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path):
     splits = ("train", "val")  # with distractors: column 0 has 20 clips, others 11 or 12
     clips = [name for split in splits for name in data.split(split).clips]
     labels = np.concatenate([data.split(name).labels for name in splits])

@@ -35,7 +35,7 @@ def shrunk(covariance, share):
 
 
 @pytest.mark.parametrize(("within", "between"), [(0.8, 0.5), (0.0, 0.0)])
-def test_ratios_are_those_of_joint_densities(within, between):
+def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     vectors, labels, sums = made_up()
     found = two_covariance.covariances(sums)
     space = two_covariance.make_space(found, within=within, between=between)
@@ -56,7 +56,7 @@ def test_ratios_are_those_of_joint_densities(within, between):
     assert not enrolled.known[0] and np.abs(ratios[:, 0]).max() < 1e-9  # a class without a clip
 
 
-def test_covariances_are_those_of_their_definitions():
+def test_covariances_equal_their_definitions():
     """Beside a prior that counts as 10 clips, and as 10 people."""
     vectors, labels, sums = made_up()
     found = two_covariance.covariances(sums)
@@ -73,7 +73,7 @@ def test_covariances_are_those_of_their_definitions():
     np.testing.assert_allclose(found.axes @ found.between @ found.axes.T, between, atol=1e-10)
 
 
-def test_sums_of_parts_add_up_so_that_removing_somebody_is_a_subtraction():
+def test_sums_of_parts_add_up_to_the_sums_of_all_clips():
     vectors, labels, sums = made_up()
     gone = labels == 3
     parts = (two_covariance.make_sums(vectors[x], labels[x], CLASSES) for x in (gone, ~gone))
@@ -81,7 +81,7 @@ def test_sums_of_parts_add_up_so_that_removing_somebody_is_a_subtraction():
         np.testing.assert_allclose(removed + left, whole, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-def test_poor_data_give_finite_ratios():
+def test_degenerate_data_give_finite_log_ratios():
     vectors = np.random.default_rng(2).normal(size=(6, WIDTH))
     vectors[:, -1] = 0  # no variance at all along one axis
     for labels in (np.arange(1, 7), np.ones(6, int)):  # one clip each, and one identity
@@ -92,7 +92,7 @@ def test_poor_data_give_finite_ratios():
         assert np.isfinite(plda_fit.log_ratios(space, enrolled, jnp.asarray(vectors))).all()
 
 
-def test_the_ratio_of_two_groups_is_that_of_the_joint_densities():
+def test_pair_log_ratios_equal_ratios_of_joint_densities():
     """Against densities of all clips of both groups, in which a class is one variable."""
     rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
     ratio, noise = np.array([0.5, 2.0, 0.1]), np.eye(3)

@@ -25,7 +25,7 @@ def refusal(data):
     return str(caught.value)
 
 
-def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes():
+def test_arrays_and_scalars_of_every_pickle_protocol_load_exactly():
     rng = np.random.default_rng(0)
     writers = [(python2.dumps, p) for p in range(3)] + [(pickle.dumps, p) for p in range(6)]
     for code in ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"):
@@ -47,7 +47,7 @@ def test_arrays_and_scalars_of_every_protocol_load_to_their_exact_bytes():
     assert load(pickle.dumps([np.int64(-7), np.uint8(200), np.True_])) == [-7, 200, True]
 
 
-def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone():
+def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
     before = {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()}
     attacks = hostile.attacks(Path("/nowhere/mark")).values()
     for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
@@ -56,7 +56,7 @@ def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone():
     assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
 
 
-def test_a_second_dtype_state_does_not_reach_arrays_already_made():
+def test_second_dtype_state_does_not_change_arrays_already_loaded():
     array = np.array([1.5, 2.5], "<f2")
     data = python2.dumps([array], 2)[:-1]
     rebuild = b"j\x01\x00\x00\x00" + python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1] + b"b"
@@ -65,7 +65,7 @@ def test_a_second_dtype_state_does_not_reach_arrays_already_made():
 
 
 @pytest.mark.parametrize("protocol", [0, 2])
-def test_every_truncation_is_told_with_the_size_of_the_file(protocol):
+def test_error_of_a_truncated_pickle_gives_the_size_of_the_file(protocol):
     frame = [b"1", [1.0] * 4, 0.5, 80.0, np.arange(4, dtype="f2")]
     data = python2.dumps({b"clip": [frame]}, protocol)
     for end in range(1, len(data)):

@@ -19,7 +19,7 @@ def noise(*shape):
     return np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
 
 
-def test_mel_bands_are_triangles_of_equal_area():
+def test_mel_filters_are_triangles_of_equal_area():
     mels = np.linspace(0, 15 + 27 * math.log(8) / math.log(6.4), 42)
     edges = [mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
     assert edges[-1] == pytest.approx(8000)
@@ -30,7 +30,7 @@ def test_mel_bands_are_triangles_of_equal_area():
             assert weight == pytest.approx(max(0, min(up, down)) * 2 / (high - low), abs=1e-12)
 
 
-def test_mels_are_powers_of_frames_about_each_10_ms():
+def test_mels_equal_the_band_powers_of_frames_every_10_ms():
     samples = noise(1, 1600)
     found = voices.make_mels(samples)
     assert found.shape == (1, 10, 40) and found.dtype == np.float32
@@ -45,7 +45,7 @@ def test_mels_are_powers_of_frames_about_each_10_ms():
     np.testing.assert_allclose(found, LIBROSA, rtol=1e-6, atol=1e-7)
 
 
-def test_faint_windows_are_raised_to_a_level_and_loud_ones_stay():
+def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
     windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)
     found = voices.raise_level(windows)
     level = np.sqrt((found[0].astype(float) ** 2).mean())
@@ -53,7 +53,7 @@ def test_faint_windows_are_raised_to_a_level_and_loud_ones_stay():
     np.testing.assert_array_equal(found[1:], windows[1:])
 
 
-def test_vectors_are_those_of_the_mels(tmp_path):
+def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
     embedder, windows = voices.open_voice_embedder(card), noise(nets.BLOCK_CROPS + 3, voices.WINDOW)
     wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
@@ -69,7 +69,7 @@ def test_vectors_are_those_of_the_mels(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])
-def test_each_probability_hears_what_came_before(tmp_path, count):
+def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
     """The made net adds the mean of its 576 samples to its state, and answers with the state."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("read_here")
 GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
 
 
-def test_who_appears_when(drawn):
+def test_results_list_who_appears_when_in_every_format(drawn):
     drawn.befriend("Ada", "Bob")
     content, _ = drawn.who(drawn.film(), flags=["--workers=1", "--padding=0.5"])
     assert content["people"] == {"Ada": 1, "Bob": 1}
@@ -47,7 +47,7 @@ def test_who_appears_when(drawn):
     assert os.stat(out).st_mode & 0o077 == 0
 
 
-def test_files_that_are_no_film_and_no_photo_are_left_out(drawn):
+def test_files_other_than_films_and_photos_are_skipped(drawn):
     films = drawn.folder / "films"
     films.mkdir()
     drawn.befriend("Ada")
@@ -66,7 +66,7 @@ def test_files_that_are_no_film_and_no_photo_are_left_out(drawn):
 
 
 @pytest.mark.slow
-def test_unknown_people_keep_their_numbers_while_their_films_stay(drawn):
+def test_unknown_people_keep_their_numbers_across_calls(drawn):
     """A call for other films, a film that goes, and a name that is given and taken back."""
     films, table = drawn.folder / "films", drawn.out / "unknown.tsv"
     films.mkdir()
@@ -97,7 +97,7 @@ def test_unknown_people_keep_their_numbers_while_their_films_stay(drawn):
     assert "b.s000" in kept and "a.s000" not in kept
 
 
-def test_names_written_into_the_table_of_the_unknown_are_taken(drawn):
+def test_names_written_into_the_unknown_table_are_used(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
     drawn.who(film)
@@ -126,7 +126,7 @@ def test_names_written_into_the_table_of_the_unknown_are_taken(drawn):
 
 
 @pytest.mark.slow
-def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
+def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
     film = drawn.film()
     for number in (1, 2):
         write_photo(drawn.friends / f"Ada_{number}.png", ("Ada", 40, 38 + 2 * number))
@@ -142,7 +142,7 @@ def test_how_sure_a_name_must_be_is_the_users_choice(drawn):
         assert message in drawn.who(film, flags=[flag], code=2)[1]
 
 
-def test_photos_that_do_not_show_one_face_are_named(drawn):
+def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
     film, people = drawn.film(), drawn.friends / "Ada"
     (drawn.friends / "Eve").mkdir(parents=True)
     write_photo(people / "none.png")
@@ -156,7 +156,7 @@ def test_photos_that_do_not_show_one_face_are_named(drawn):
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
 
 
-def test_films_that_cannot_be_read_cost_a_line_each_and_the_advice_comes_once(drawn, command):
+def test_each_unreadable_film_is_reported_and_the_advice_printed_once(drawn, command):
     """A film that is there twice is read once."""
     bad, worse, film = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.film()
     bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
@@ -224,9 +224,7 @@ def cut_off(*args, **options):
 
 
 @pytest.mark.slow
-def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_person(
-    drawn, monkeypatch
-):
+def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, monkeypatch):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     drawn.befriend("Ada", "Bob")
     drawn.who(film)
@@ -242,7 +240,7 @@ def test_a_name_that_a_call_took_before_it_was_cut_off_is_forgotten_with_the_per
 
 
 @pytest.mark.slow
-def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monkeypatch):
+def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     """If a call was interrupted, the table of unknown people still describes the earlier film."""
     film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
     write_film(film, (2, 20, [("Bob", 20, 30)]))
@@ -263,7 +261,7 @@ def test_a_name_for_a_clip_of_a_film_that_was_replaced_is_not_taken(drawn, monke
 
 
 @pytest.mark.slow
-def test_films_and_photos_in_subfolders_and_live_photos(drawn):
+def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
     films = drawn.folder / "films"
     for place, name in (("", "Ada"), ("2019/summer", "Bob"), (".hidden", "Eve")):
         (films / place).mkdir(parents=True, exist_ok=True)
@@ -279,7 +277,7 @@ def test_films_and_photos_in_subfolders_and_live_photos(drawn):
 
 
 @pytest.mark.slow
-def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
+def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch):
     """A moved film is not read again. If only the bytes of a film changed, `--check` notices."""
     film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
     drawn.befriend("Ada", "Bob")
@@ -316,7 +314,7 @@ def test_results_show_all_films_and_no_film_is_read_again(drawn, monkeypatch):
 
 
 @pytest.mark.slow
-def test_names_stay_where_voices_are_added_to_the_models(drawn):
+def test_adding_voice_models_keeps_all_names(drawn):
     film, table = drawn.folder / "film.mkv", drawn.out / "unknown.tsv"
     write_film(film, (4, 20, [("Ada", 20, 30)]), (4, 60, [("Bob", 80, 50)]), sound=tone(440, 8))
     for number in (1, 2):
@@ -346,7 +344,7 @@ def test_names_stay_where_voices_are_added_to_the_models(drawn):
 
 
 @pytest.mark.slow
-def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
+def test_photos_that_seem_to_show_another_person_are_reported(drawn):
     """A photo in another person's folder, a photo of a stranger, and a file under two names."""
     film, friends = drawn.film(), drawn.friends
     for name in ("Ada", "Bob"):
@@ -370,7 +368,7 @@ def test_photos_that_seem_to_show_somebody_else_are_told(drawn):
     ]
 
 
-def test_enrol_tells_photos_that_do_not_help(drawn):
+def test_enrol_reports_photos_without_one_good_face(drawn):
     photos, people, g = (drawn.folder / name for name in ("photos", "people", "g"))
     write_photo(photos / "none.png")
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
@@ -454,7 +452,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
 
 
 @pytest.mark.slow
-def test_a_tag_that_changes_goes_over_to_another_person(drawn):
+def test_changed_face_tag_moves_the_clip_to_the_new_person(drawn):
     """The tag is in a sidecar, so the photo does not change. Renamed people keep their names."""
     film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
     drawn.befriend("Ada")
@@ -479,7 +477,7 @@ def test_a_tag_that_changes_goes_over_to_another_person(drawn):
 @pytest.mark.parametrize(
     "way", quick_first(["untagged", "deleted", "folder deleted"], mark=pytest.mark.nightly)
 )
-def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
+def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
     film, photo = drawn.film(), drawn.friends / "Ada" / "2.png"
     drawn.befriend("Ada", "Eve")
     write_photo(photo, *GROUP, tagged=GROUP)
@@ -501,7 +499,7 @@ def test_who_is_known_by_face_tags_only_is_forgotten_with_them(drawn, way):
 
 
 @pytest.mark.slow
-def test_the_last_person_is_forgotten(drawn):
+def test_last_person_without_photos_is_forgotten(drawn):
     drawn.befriend("Ada")
     film = drawn.film()
     drawn.who(film)
@@ -513,7 +511,7 @@ def test_the_last_person_is_forgotten(drawn):
 
 
 @pytest.mark.slow
-def test_a_tagged_photo_that_cannot_be_read_now_forgets_nobody(drawn):
+def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
     film, photo = drawn.film(), drawn.friends / "group.png"
     write_photo(photo, *GROUP, tagged=GROUP)
     drawn.befriend("Eve")
@@ -526,7 +524,7 @@ def test_a_tagged_photo_that_cannot_be_read_now_forgets_nobody(drawn):
     assert drawn.who(film)[0]["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
 
 
-def test_poor_and_damaged_tags_cost_a_line(drawn):
+def test_poor_faces_and_damaged_tags_are_reported_in_every_call(drawn):
     film, people = drawn.film(), drawn.friends / "Ada"
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True, tagged=[("Ada", 20, 20)])
     write_photo(people / "bad.png", ("Ada", 20, 20))
@@ -539,7 +537,7 @@ def test_poor_and_damaged_tags_cost_a_line(drawn):
 
 
 @pytest.mark.slow
-def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(drawn):
+def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     film, out, page = drawn.film(), drawn.out, drawn.out / "names.html"
     drawn.befriend("Ada", "Bob")
 
@@ -572,7 +570,7 @@ def test_thumbnails_are_there_where_asked_for_and_go_with_the_person(drawn):
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
-def test_a_film_without_pictures_stays_beside_films_with_pictures(drawn):
+def test_film_without_thumbnails_stays_in_results_with_thumbnails(drawn):
     drawn.befriend("Ada")
     film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
     other.parent.mkdir()
@@ -583,7 +581,7 @@ def test_a_film_without_pictures_stays_beside_films_with_pictures(drawn):
     assert {row["path"] for row in drawn.rows()} == {str(film), str(other)}
 
 
-def test_a_wrong_folder_of_people_forgets_nobody(drawn):
+def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     drawn.befriend("Ada", "Bob")
     film = drawn.film()
     drawn.who(film)
@@ -595,7 +593,7 @@ def test_a_wrong_folder_of_people_forgets_nobody(drawn):
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada", "Bob"}
 
 
-def test_a_page_does_not_outlive_a_person_in_a_call_that_fails(drawn):
+def test_pages_that_name_a_removed_person_are_deleted_if_the_call_fails(drawn):
     film, out = drawn.film(), drawn.out
     drawn.befriend("Ada", "Bob")
     drawn.who(film, flags=["--thumbnails"])
@@ -606,7 +604,7 @@ def test_a_page_does_not_outlive_a_person_in_a_call_that_fails(drawn):
     assert not named and not list(out.rglob("names.*"))
 
 
-def test_what_a_person_reads_on_the_terminal(drawn, command, monkeypatch):
+def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monkeypatch):
     """A line where a film is begun, a bar, words and percentages, and the people without a name."""
     film, shown = drawn.film(), []
 
@@ -629,7 +627,7 @@ def test_what_a_person_reads_on_the_terminal(drawn, command, monkeypatch):
     assert "1 person without a name: to name them, call again with --review --th" in done.out
 
 
-def test_features_of_another_net_or_setting_are_refused(drawn):
+def test_features_of_other_nets_or_settings_are_refused(drawn):
     film, out, g = drawn.film(), drawn.folder / "features", drawn.folder / "g"
     pipeline.extract([film], out, drawn.models)
     with pytest.raises(ValueError, match=r"other settings .fps: 5.0, not 2.0"):
