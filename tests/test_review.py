@@ -1,6 +1,7 @@
 """vidjax who --review: names are corrected on the page, and the next call agrees."""
 
 import re
+import threading
 
 import pytest
 
@@ -9,6 +10,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
+from tests.helpers.browser import CHROMIUM, open_tab
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import review
@@ -181,3 +183,48 @@ def test_review_plays_films_from_any_second(reviewed):
     for word in ("film", "play"):
         answer = client.get(f"{word}/1")
         assert answer.status_code == 404 and "vidjax who again" in answer.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
+    import uvicorn
+
+    from vidjax.apps.serve.app import listen
+
+    listener = listen(review.HOST, 0)
+    port = listener.getsockname()[1]
+    app = review.make_app(reviewed.review, TOKEN, port)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    focus = "document.activeElement.ariaLabel || document.activeElement.textContent"
+    said = "document.body.innerText.includes('{}')".format
+    try:
+        with open_tab(tmp_path / "profile") as tab:
+            tab.send("Page.navigate", url=f"http://{review.HOST}:{port}/{TOKEN}/")
+            tab.wait("document.querySelectorAll('.person').length == 2")
+            tab.press("Tab")
+            assert tab.ask(focus) == "To the content"
+            for _ in range(20):
+                if tab.ask(focus) == "Who is unknown 1?":
+                    break
+                tab.press("Tab")
+            tab.press("ada", "Enter")
+            tab.wait(said("there is already Ada"))
+            assert tab.ask(focus) == "It is Ada"
+            tab.press("Enter")
+            tab.wait(said("Saved: unknown 1 is Ada."))
+            assert tab.ask(focus) == "Who is unknown 2?"
+            tab.press("shift Tab", "Enter")
+            tab.wait(said("Undone: unknown 1 is Ada."))
+            assert tab.ask(focus) == "Who is unknown 1?"
+            tab.press("unknown 2", "Enter")
+            tab.wait(said("Saved: unknown 1 is unknown 2."))
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+    reviewed.review.save()
+    joined = {c: name.replace("unknown 2", "unknown 1") for c, name in reviewed.before.items()}
+    assert reviewed.names() == joined == reviewed.again()
