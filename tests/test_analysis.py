@@ -45,8 +45,8 @@ def test_average_precisions_of_an_analysis_add_up_to_map(workdir, data, trained)
     results = json.loads((workdir / "metrics.json").read_text())
     known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(known) / (len(known) + facts["num_others"]) == results["map"]
-    assert arrays["positives"].sum() == 40
-    assert arrays["train_clips"].sum() == 96
+    assert arrays["positives"].sum() == 40  # clips of val that show a person
+    assert arrays["train_clips"].sum() == 96  # of train
     lengths = data.split("val").lengths
     seen = np.any([lengths[name] > 0 for name in ("face", "head", "audio")], axis=0).sum()
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == seen
@@ -72,8 +72,8 @@ def test_groups_contain_all_clips_and_worst_identities_have_lowest_precision(wor
     worst = [row["ap"] for row in facts["worst"]]
     assert worst == sorted(worst) == sorted(arrays["ap"])[: len(worst)]
     for kind, clips in facts["wrong_clips"].items():
-        assert all((one["shows"] < 0) == (kind == "distractors") for one in clips)
-        assert all(one["shows"] != one["identity"] for one in clips)
+        assert all((clip["shows"] < 0) == (kind == "distractors") for clip in clips)
+        assert all(clip["shows"] != clip["identity"] for clip in clips)
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
-    some, clips = scored.averages_among(chosen)
-    np.testing.assert_allclose(some, averages)
+    precisions, clips = scored.averages_among(chosen)
+    np.testing.assert_allclose(precisions, averages)
     assert clips == chosen.sum()
     everything, _ = scored.averages_among(labels > 0)
     assert everything.mean() == pytest.approx(
@@ -157,24 +157,24 @@ def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
     labels = np.arange(1, 61)
     right = labels <= 60 * share
     clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
-    found = measures.compute_clip_intervals(clips, labels)
-    wanted = significance.map_interval(right.astype(float))
-    assert found.keys() == {"top1"}  # no distractor
-    np.testing.assert_allclose(found["top1"], wanted, atol=0.02)
+    intervals = measures.compute_clip_intervals(clips, labels)
+    expected = significance.map_interval(right.astype(float))
+    assert intervals.keys() == {"top1"}  # no distractor
+    np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
 
 
 @pytest.mark.nightly
 def test_intervals_of_top1_and_auroc_cover_the_true_values():
     """Some people are always found, others half of the time."""
-    rng, held = np.random.default_rng(0), {"top1": 0, "auroc": 0}
+    rng, covered = np.random.default_rng(0), {"top1": 0, "auroc": 0}
     for _ in range(60):
         skill = np.repeat(rng.choice([0.5, 1.0], 40), 5)
         labels = np.concatenate([np.repeat(np.arange(1, 41), 5), np.zeros(50, int)])
         best = np.concatenate([rng.normal(2 * skill), rng.normal(size=50)])
         right = np.append(rng.random(200) < skill, np.zeros(50, bool))
         clips = metrics.ClipScores(np.ones(250, bool), best, right)
-        found = measures.compute_clip_intervals(clips, labels)
+        intervals = measures.compute_clip_intervals(clips, labels)
         truth = {"top1": 0.75, "auroc": (special.ndtr(0.5**0.5) + special.ndtr(2**0.5)) / 2}
-        for name, (low, high) in found.items():
-            held[name] += low <= truth[name] <= high
-    assert min(held.values()) >= 52  # 57 of 60 are expected
+        for name, (low, high) in intervals.items():
+            covered[name] += low <= truth[name] <= high
+    assert min(covered.values()) >= 52  # 57 of 60 are expected

@@ -20,11 +20,11 @@ KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 def clips():
     """Returns split -> clip -> modality -> features: 4 people, 6 clips each to train, 3 to test."""
     rng = np.random.default_rng(0)
-    people, found = rng.standard_normal((4, 16)), {"train": {}, "val": {}}
+    people, splits = rng.standard_normal((4, 16)), {"train": {}, "val": {}}
     for split, i in [("train", i) for i in range(24)] + [("val", i) for i in range(12)]:
         face = people[i % 4] + 0.3 * rng.standard_normal((2, 16))
-        found[split][f"{split}_{i}"] = {"face": face.astype(np.float32)}
-    return found
+        splits[split][f"{split}_{i}"] = {"face": face.astype(np.float32)}
+    return splits
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ SCORES = ("quality", "detection", "number")
 
 def make_splits():
     """Returns 12 train and 8 val clips, every fourth without a frame."""
-    rng, found = np.random.default_rng(0), {"train": {}, "val": {}}
+    rng, splits = np.random.default_rng(0), {"train": {}, "val": {}}
     for split, i in [("train", i) for i in range(12)] + [("val", i) for i in range(8)]:
         clip = clip_files.random_clip(rng, i % 4, DIM, "float32")
-        found[split][f"{split}_{i:02d}"] = {"face": clip._asdict()}
-    return found
+        splits[split][f"{split}_{i:02d}"] = {"face": clip._asdict()}
+    return splits
 
 
 def shards(records):
@@ -91,10 +91,10 @@ def test_arrays_and_official_files_convert_to_the_same_records(cache, tmp_path):
     assert (data.identities, data.modalities) == (wanted.identities, wanted.modalities)
     assert data.report["data"]["digest"] == wanted.report["data"]["digest"]
     for split in splits:
-        one, other = data.split(split), wanted.split(split)
-        assert one.clips == other.clips and one.labelled == other.labelled
-        np.testing.assert_array_equal(one.labels, other.labels)
-        np.testing.assert_array_equal(one.positives, other.positives)
+        left, right = data.split(split), wanted.split(split)
+        assert left.clips == right.clips and left.labelled == right.labelled
+        np.testing.assert_array_equal(left.labels, right.labels)
+        np.testing.assert_array_equal(left.positives, right.positives)
 
 
 @pytest.mark.parametrize("kind", ["npz", "npz of several clips", "a list of one length"])
@@ -105,8 +105,8 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cach
     for split, clips in splits.items() if kind == "npz of several clips" else ():
         (folder / split).mkdir(parents=True)
         prefixed = {
-            name: {"face" if f == "features" else f"face_{f}": x for f, x in one["face"].items()}
-            for name, one in clips.items()
+            name: {"face" if f == "features" else f"face_{f}": x for f, x in clip["face"].items()}
+            for name, clip in clips.items()
         }
         write_npz(folder / split / "all.npz", prefixed)
     for split, clips in splits.items() if kind.startswith("a list") else ():
@@ -114,10 +114,10 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cach
         folder.mkdir(exist_ok=True)
         path = folder / f"{split}.parquet"
         clip_files.write_parquet(path, clips, fields=SCORES, width=DIM, row_group_size=7)
-        for name in [name for name, one in clips.items() if not len(one["face"]["features"])]:
+        for name in [name for name, clip in clips.items() if not len(clip["face"]["features"])]:
             del clips[name]  # a clip without a row is not in a table
-        for one in clips.values():
-            del one["face"]["box"]
+        for clip in clips.values():
+            del clip["face"]["box"]
     source = arrays.FeatureFolder(folder)
     records = convert(source, cache)
     assert source.read_labels(records.clips) == {}
@@ -133,13 +133,13 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
     table = clip_files.write_labels(tmp_path / "any.csv", listed)
     text = tmp_path / "any_gt.txt"
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in listed.items()))
-    found = [
+    datasets = [
         sources.load(source, labels, cache_dir=cache)
         for source, labels in ((splits, LABELS), (splits, table), (folder, text))
     ]
     table.rename(folder / "labels.csv")
-    found.append(load_dataset("arrays", directory=folder, cache_dir=cache))
-    for data in found:
+    datasets.append(load_dataset("arrays", directory=folder, cache_dir=cache))
+    for data in datasets:
         assert data.identities == ("3", "7")
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
@@ -159,15 +159,15 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
     frames = {"features": [[1.0, 2.0], [3.0, 4.0]], "number": [7, 5], "quality": [10, 20]}
     data = sources.load({"val": {"a.mp4": {"face": frames}}}, cache_dir=cache)
     (batch,) = eval_batches(data, split="val", modalities=("face",), rows=1)
-    one = batch.frames["face"]
-    assert one.number[0, :2].tolist() == [5, 7] and one.quality[0, :2].tolist() == [20, 10]
-    assert one.features[0, :2].tolist() == [[3, 4], [1, 2]]
+    face = batch.frames["face"]
+    assert face.number[0, :2].tolist() == [5, 7] and face.quality[0, :2].tolist() == [20, 10]
+    assert face.features[0, :2].tolist() == [[3, 4], [1, 2]]
     # Features alone: their norm is the quality.
     data = sources.load({"val": {"a": {"face": frames["features"]}}}, cache_dir=cache)
     (batch,) = eval_batches(data, split="val", modalities=("face",), rows=1)
-    one = batch.frames["face"]
-    assert one.number[0, :2].tolist() == [0, 1] and (one.detection == one.mask).all()
-    np.testing.assert_allclose(one.quality[0, :2], [5**0.5, 5], rtol=1e-6)
+    face = batch.frames["face"]
+    assert face.number[0, :2].tolist() == [0, 1] and (face.detection == face.mask).all()
+    np.testing.assert_allclose(face.quality[0, :2], [5**0.5, 5], rtol=1e-6)
 
 
 def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
@@ -179,9 +179,9 @@ def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     data = sources.load({"val": clips}, cache_dir=cache)
     own = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
     options = {"split": "val", "modalities": ("face",), "rows": 2}
-    batches = [list(eval_batches(one, **options)) for one in (own, data)]
-    for some in batches:
-        some.sort(key=lambda batch: batch.clip_index[0])
+    batches = [list(eval_batches(dataset, **options)) for dataset in (own, data)]
+    for each in batches:
+        each.sort(key=lambda batch: batch.clip_index[0])
     jax.tree.map(np.testing.assert_array_equal, *batches)
     assert batches[0][0].frames["face"].mask.sum() == 512
 

@@ -84,16 +84,16 @@ def probabilities(folder, load, split):
     config = config_io.override(config_io.load_workdir(folder), words)
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
-    one = small_runs.restored(folder, load(config), config)
-    logs = small_runs.scores([one], split, block_size=32)
-    return dict(zip(one.data.split(split).clips, np.exp(logs), strict=True))
+    model = small_runs.restored(folder, load(config), config)
+    logs = small_runs.scores([model], split, block_size=32)
+    return dict(zip(model.data.split(split).clips, np.exp(logs), strict=True))
 
 
 def check_ranking(path, runs, load, weights=(1.0,), split="val"):
     """Asserts that a ranking has all clips, none before one of a higher mean of probabilities."""
-    found = [probabilities(folder, load, split) for folder in runs]
+    by_run = [probabilities(folder, load, split) for folder in runs]
     scores = {
-        clip: np.average([one[clip] for one in found], axis=0, weights=weights) for clip in found[0]
+        clip: np.average([x[clip] for x in by_run], axis=0, weights=weights) for clip in by_run[0]
     }
     for identity, line in enumerate(path.read_text().splitlines()):
         names = [name.removesuffix(".mp4") for name in line.split()[1:]]
@@ -127,11 +127,11 @@ def test_blend_is_the_weighted_mean_of_probabilities():
     def joined(numbers, weights):
         return np.asarray(scoring.blend([jnp.asarray(scores[n]) for n in numbers], weights))
 
-    found = joined((0, 1, 2), (0.5, 2.0, 1.0))
-    wanted = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
-    np.testing.assert_allclose(np.exp(found), wanted, rtol=1e-5)
+    logs = joined((0, 1, 2), (0.5, 2.0, 1.0))
+    expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
+    np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
     # A NaN of a run stays NaN, unless the run has weight 0.
-    assert np.isnan(found[4]).all() and np.isfinite(np.delete(found, 4, axis=0)).all()
+    assert np.isnan(logs[4]).all() and np.isfinite(np.delete(logs, 4, axis=0)).all()
     np.testing.assert_array_equal(joined((0, 1, 2), (1.0, 0.0, 3.0)), joined((0, 2), (1.0, 3.0)))
 
 
@@ -186,8 +186,8 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
     given = f"--runs={runs[0]},{runs[1]}", "--config.join.weights=(1,3)"
     done = command(*words, *given)
     assert done.code == 0, done.err
-    one = f"--config.data.dir={official_dir}"
-    assert command(words[0], f"--workdir={tmp_path / 'one'}", *given, one).code == 0
+    same_data = f"--config.data.dir={official_dir}"
+    assert command(words[0], f"--workdir={tmp_path / 'one'}", *given, same_data).code == 0
     ranking = (out / "ranking.txt").read_bytes()
     assert (tmp_path / "one" / "ranking.txt").read_bytes() == ranking
     results = json.loads((out / "metrics.json").read_text())

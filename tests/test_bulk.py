@@ -29,11 +29,11 @@ RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.r
 def clips_of(number, count=6):
     """Returns the clips of a table: 1 to 3 faces each."""
     x = np.random.default_rng(number).normal(size=(count, 3, WIDTH)).astype(np.float32)
-    return {f"clip {number}-{i}": {"face": one[: 1 + i % 3]} for i, one in enumerate(x)}
+    return {f"clip {number}-{i}": {"face": frames[: 1 + i % 3]} for i, frames in enumerate(x)}
 
 
 TABLES = [clips_of(n, count) for n, count in enumerate((6, 6, 0, 3))]
-CLIPS = {name: one for clips in TABLES for name, one in clips.items()}
+CLIPS = {name: clip for clips in TABLES for name, clip in clips.items()}
 
 
 @pytest.fixture
@@ -70,17 +70,17 @@ def contents(folder):
 
 def rows_of(folder):
     tables = [parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
-    assert len({str(one.schema.remove_metadata()) for one in tables}) == 1  # the empty one's, too
-    return [row for one in tables for row in one.to_pylist()]
+    assert len({str(part.schema.remove_metadata()) for part in tables}) == 1  # the empty one's, too
+    return [row for part in tables for row in part.to_pylist()]
 
 
 def lists_of(path):
-    found = {}
+    lists = {}
     for row in parquet.read_table(path).to_pylist():
-        own = found.setdefault(row["identity"], [])
-        assert row["rank"] == len(own) + 1
-        own.append((row["clip"], row["score"]))
-    return found
+        ranked = lists.setdefault(row["identity"], [])
+        assert row["rank"] == len(ranked) + 1
+        ranked.append((row["clip"], row["score"]))
+    return lists
 
 
 def test_identify_writes_an_answer_for_each_clip_of_each_table(say, people, made, day, tmp_path):
@@ -118,24 +118,24 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(
 ):
     """Clips with equal scores are sorted by name."""
     words = ("gallery", "rank", people, f"--input={day}", "--threshold=0.3")
-    found = lists_of(say(*words, f"--out={tmp_path / 'people'}")["results"])
-    for name, wanted in made.rank(CLIPS, threshold=0.3).items():
-        assert [clip for clip, _ in found.get(name, [])] == [clip for clip, _ in wanted]
+    lists = lists_of(say(*words, f"--out={tmp_path / 'people'}")["results"])
+    for name, expected in made.rank(CLIPS, threshold=0.3).items():
+        assert [clip for clip, _ in lists.get(name, [])] == [clip for clip, _ in expected]
     same = CLIPS["clip 0-0"]
     twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]
     for turn in range(2):
         write_parquet(day / f"part-{4 + turn}.parquet", dict.fromkeys(twins[turn::2], same))
-    every, one = tmp_path / "all.parquet", tmp_path / "all_ranked.parquet"
+    every, ranked = tmp_path / "all.parquet", tmp_path / "all_ranked.parquet"
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(tables), every)
     words = ("rank", f"--workdir={nearest_run}")
     done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
-    say(*words, f"--input={every}", f"--out={one}")
-    found, wanted = lists_of(done["results"]), lists_of(one)
-    assert list(found) == list(wanted) == list(vidjax.restore(nearest_run).identities)
-    for name, clips in wanted.items():
-        assert [clip for clip, _ in found[name]] == [clip for clip, _ in clips]
-        scores = [score for _, score in found[name]]
+    say(*words, f"--input={every}", f"--out={ranked}")
+    lists, expected = lists_of(done["results"]), lists_of(ranked)
+    assert list(lists) == list(expected) == list(vidjax.restore(nearest_run).identities)
+    for name, clips in expected.items():
+        assert [clip for clip, _ in lists[name]] == [clip for clip, _ in clips]
+        scores = [score for _, score in lists[name]]  # 100 at most
         assert len(scores) == 100 and scores == pytest.approx([x for _, x in clips], abs=1e-5)
 
 
@@ -146,8 +146,8 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, people, 
     write_parquet(day / "part-4.parquet", dict.fromkeys(names, same))
     write_parquet(day / "part-5.parquet", {"z": same})
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path / 'r'}")
-    said = say(*words, code=2)
-    assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in said
+    error = say(*words, code=2)
+    assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
     assert not (tmp_path / "r" / "ranking.parquet").exists()
     # No ranking is left of other tables; another work is refused, and all is kept.
     (day / "part-5.parquet").unlink()
@@ -178,8 +178,8 @@ def test_call_after_a_kill_completes_the_same_bytes(say, people, day, tmp_path):
             time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait(60) == -signal.SIGKILL
-        _, said = other.communicate(timeout=200)
-        assert other.returncode == 0, said
+        _, errors = other.communicate(timeout=200)
+        assert other.returncode == 0, errors
     assert say(*words, f"--out={out}")["skipped"] == 30
     say(*words, f"--out={tmp_path / 'whole'}")
     assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) == 30
@@ -200,8 +200,8 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(say, people, day, 
     else:
         (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
     before = contents(out)
-    said = say(*words, code=2)
-    assert "part-1.parquet'" in said and "--out=FOLDER" in said and contents(out) == before
+    error = say(*words, code=2)
+    assert "part-1.parquet'" in error and "--out=FOLDER" in error and contents(out) == before
     if change == "clips":
         (out / "part-1.parquet").unlink()
         assert say(*words)["skipped"] == 2
@@ -229,8 +229,8 @@ def test_bad_tables_fail_and_the_other_tables_are_answered(say, people, day, tmp
     assert "name another folder" in say(*words, f"--out={day}", code=2)
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})
-    said = say(*words, f"--out={tmp_path / 'out'}", code=2)
-    assert "part-0.parquet" in said and "2 of 4 tables failed, the others are done" in said
+    error = say(*words, f"--out={tmp_path / 'out'}", code=2)
+    assert "part-0.parquet" in error and "2 of 4 tables failed, the others are done" in error
     assert [*contents(tmp_path / "out")] == ["part-2.parquet", "part-3.parquet"]
 
 
@@ -305,13 +305,13 @@ def test_ray_results_equal_those_of_one_machine(say, nearest_run, people, day, t
         say(*words, f"--input={day}", f"--out={own}")
         keys = [("identity", "ascending"), ("rank", "ascending")]
         keys = keys if name == "ranked" else [("clip", "ascending")]
-        found, wanted = (
+        table, expected = (
             pyarrow.concat_tables(map(parquet.read_table, sorted(folder.glob("*.parquet"))))
             .sort_by(keys).to_pydict()
             for folder in (tmp_path / name, own)
         )  # fmt: skip
-        for column, values in wanted.items():
+        for column, values in expected.items():
             if column in ("vector", "score", "probability_1"):
-                assert np.array(found[column]) == pytest.approx(np.array(values), abs=1e-6)
+                assert np.array(table[column]) == pytest.approx(np.array(values), abs=1e-6)
             elif not column.startswith("probability"):
-                assert found[column] == values, (name, column)
+                assert table[column] == values, (name, column)

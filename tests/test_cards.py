@@ -16,9 +16,9 @@ BACK_END = made_nets.back_end(same=(0.9, 0.1))
 def test_folder_of_nets_loads_one_card_per_role(tmp_path):
     made_nets.write(tmp_path, "find", "face_detector")
     path = made_nets.write(tmp_path, "embed", back_end=BACK_END)
-    found = cards.load(tmp_path)
-    assert set(found) == {"face_detector", "face_embedder"}
-    card = found["face_embedder"]
+    loaded = cards.load(tmp_path)
+    assert set(loaded) == {"face_detector", "face_embedder"}
+    card = loaded["face_embedder"]
     assert card.path == path and card.width == 5
     assert card.back_end and card.back_end.same == (0.9, 0.1)
     assert card.read_net() == (tmp_path / "embed.onnx").read_bytes()

@@ -79,8 +79,8 @@ def test_check_reports_every_damaged_file(folder, check_run, pattern, code, word
         shutil.copytree(step, step.with_name("99"))
         damage(folder, pattern.replace("99", step.name))
     damage(folder, pattern)
-    found, lines = check_run()
-    assert found == code and lines[-1].startswith("FAULT: ")
+    exit_code, lines = check_run()
+    assert exit_code == code and lines[-1].startswith("FAULT: ")
     assert any(words.format(step=step.name) in line for line in lines), lines
 
 

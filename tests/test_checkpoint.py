@@ -26,11 +26,11 @@ def assert_same(left, right):
 
 def restore_latest(workdir, items):
     """Does what a training does before it goes on."""
-    found = checkpoint.find(workdir)
-    assert found is not None
-    restored = checkpoint.load(found, items, devices.replicated_layout(devices.make_mesh()))
-    checkpoint.set_aside_later(workdir, found.manifest["step"])
-    return restored, found.manifest
+    latest = checkpoint.find(workdir)
+    assert latest is not None
+    restored = checkpoint.load(latest, items, devices.replicated_layout(devices.make_mesh()))
+    checkpoint.set_aside_later(workdir, latest.manifest["step"])
+    return restored, latest.manifest
 
 
 def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
@@ -39,7 +39,7 @@ def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
     restored, manifest = restore_latest(tmp_path, items)
     assert_same(items, restored)
     assert (manifest["step"], manifest["seconds"]) == (5, 1.5)
-    assert restored["params"]["a"].sharding.num_devices == 8
+    assert restored["params"]["a"].sharding.num_devices == 8  # all of this process
     # A saved step keeps its arrays and gains facts.
     checkpoint.save(tmp_path, 5, {**items, "params": {"a": jnp.zeros((4, 2))}}, {"map": 0.5})
     restored, manifest = restore_latest(tmp_path, items)
@@ -53,14 +53,14 @@ def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, 
     manifests = checkpoint.manifests
 
     def read_and_drop(workdir):
-        found = manifests(workdir)
+        listed = manifests(workdir)
         shutil.rmtree(workdir / "checkpoints" / "3")
-        return found
+        return listed
 
     monkeypatch.setattr(checkpoint, "manifests", read_and_drop)
     with pytest.warns(match="checkpoint 3 is not used"):
-        found = checkpoint.find(tmp_path)
-    assert found and found.manifest["step"] == 2
+        latest = checkpoint.find(tmp_path)
+    assert latest and latest.manifest["step"] == 2
 
 
 def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
@@ -85,8 +85,8 @@ def test_interrupted_save_or_deletion_leaves_no_checkpoint(tmp_path, items):
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
     (folder / ".partial").mkdir()
     (folder / "1").rename(folder / ".partial" / "1")
-    left = (folder / ".partial" / "1" / "state").rglob("*")
-    max((one for one in left if one.is_file()), key=lambda one: one.stat().st_size).unlink()
+    files = (folder / ".partial" / "1" / "state").rglob("*")
+    max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size).unlink()
     (folder / "2" / ".manifest.json.77.partial").write_text("{")  # a kill while facts were added
     for step in (3, 4):
         checkpoint.save(tmp_path, step, items, {})

@@ -21,28 +21,28 @@ MODALITIES = {
 @pytest.fixture(scope="module")
 def clips():
     """Modality -> clip -> frames, 0 to 300 of them; all but faces lack some clips, and scores."""
-    rng, found = np.random.default_rng(0), {}
+    rng, clips_of = np.random.default_rng(0), {}
     for number, (name, kind) in enumerate(MODALITIES.items()):
         lengths = rng.permutation([0, 1, 2, 300, *rng.integers(0, 40, 16)]).tolist()
-        some = {f"c{i:02d}": random_clip(rng, n, *kind) for i, n in enumerate(lengths)}
+        clips = {f"c{i:02d}": random_clip(rng, n, *kind) for i, n in enumerate(lengths)}
         if name != "face":
-            some = {
-                clip: one._replace(quality=0 * one.quality, detection=np.ones_like(one.detection))
-                for clip, one in some.items()
+            clips = {
+                clip: x._replace(quality=0 * x.quality, detection=np.ones_like(x.detection))
+                for clip, x in clips.items()
                 if int(clip[1:]) % (2 + number)
             }
-        found[name] = some
-    return found
+        clips_of[name] = clips
+    return clips_of
 
 
 @pytest.fixture(scope="module")
 def records(clips, tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
-    for name, some in clips.items():
-        write_pickle(source, name, "train", some)
-    found = prepare(source, tmp_path_factory.mktemp("cache"))
-    assert found.modalities == MODALITIES and len(found.splits["train"].shards) == 8
-    return found
+    for name, frames in clips.items():
+        write_pickle(source, name, "train", frames)
+    converted = prepare(source, tmp_path_factory.mktemp("cache"))
+    assert converted.modalities == MODALITIES and len(converted.splits["train"].shards) == 8
+    return converted
 
 
 @pytest.mark.slow
@@ -52,21 +52,21 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(clips, records):
 
     facts, in_order = records.splits["train"], tfds.ReadConfig(interleave_cycle_length=1)
     builder = tfds.builder_from_directory(records.splits["train"].shards[0].path.parent)
-    shown = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=in_order)))
+    examples = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=in_order)))
     assert facts.clips == tuple(sorted(clips["face"]))
-    assert [e["clip_index"] for e in shown] == facts.order.tolist()
-    assert [e["clip"].decode() for e in shown] == [facts.clips[i] for i in facts.order]
-    reader, places = Reader(records, ["train"]), np.random.default_rng(0).permutation(len(shown))
+    assert [e["clip_index"] for e in examples] == facts.order.tolist()
+    assert [e["clip"].decode() for e in examples] == [facts.clips[i] for i in facts.order]
+    reader, places = Reader(records, ["train"]), np.random.default_rng(0).permutation(len(examples))
     messages = reader.read(places)
     assert reader.clip_index.tolist() == facts.order.tolist()
     for name, modality in MODALITIES.items():
         nothing = random_clip(np.random.default_rng(0), 0, *modality)
         for field, arrays in reader.frames(name, places, messages).items():
             for place, array in zip(places, arrays, strict=True):
-                wanted = shown[place]["frames"][name][field]
+                wanted = examples[place]["frames"][name][field]
                 assert array.dtype == wanted.dtype
                 np.testing.assert_array_equal(array, wanted)
-        for example in shown:
+        for example in examples:
             assert set(example) == {"clip", "clip_index", "frames"}  # no label
             clip = clips[name].get(example["clip"].decode(), nothing)
             assert len(clip.features) == facts.lengths[name][example["clip_index"]]

@@ -44,31 +44,31 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
 
 def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
     for num, hits in ((37, 36), (20, 7), (300, 150)):
-        found = significance.map_interval(np.arange(num) < hits)
+        interval = significance.map_interval(np.arange(num) < hits)
         expected = special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
-        assert found == pytest.approx(expected.tolist(), abs=0.006)
+        assert interval == pytest.approx(expected.tolist(), abs=0.006)
     assert significance.map_interval(np.ones(40))[1] == 1.0
     assert significance.map_interval(np.zeros(40))[0] == 0.0
 
 
 def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, compared):
     names = ("a", "b<i>", "c")
-    found = {name: averages(seed) for seed, name in enumerate(names)}
-    for name, values in found.items():
+    precisions = {name: averages(seed) for seed, name in enumerate(names)}
+    for name, values in precisions.items():
         made_runs.write(tmp_path / name, values)
-    said = compared(runs=names).out
+    text = compared(runs=names).out
     page = (tmp_path / "out" / "comparison.html").read_text()
-    assert "Holm" in said and "Holm" in page and "b<i>" in words_of(page)  # escaped
-    told = json.loads(compared("--json", runs=names).out)
-    assert (told["split"], told["num_identities"], told["num_clips"]) == ("val", len(NAMES), 50)
-    assert [row["run"] for row in told["runs"]] == [str(tmp_path / name) for name in names]
-    first = np.array(list(found["a"].values()))
-    assert told["runs"][0]["map"] == pytest.approx(first.mean())
-    for name, row in zip(names[1:], told["runs"][1:], strict=True):
-        gaps = np.array(list(found[name].values())) - first
+    assert "Holm" in text and "Holm" in page and "b<i>" in words_of(page)  # escaped
+    facts = json.loads(compared("--json", runs=names).out)
+    assert (facts["split"], facts["num_identities"], facts["num_clips"]) == ("val", len(NAMES), 50)
+    assert [row["run"] for row in facts["runs"]] == [str(tmp_path / name) for name in names]
+    first = np.array(list(precisions["a"].values()))
+    assert facts["runs"][0]["map"] == pytest.approx(first.mean())
+    for name, row in zip(names[1:], facts["runs"][1:], strict=True):
+        gaps = np.array(list(precisions[name].values())) - first
         low, high, p = significance.compute_gap_interval(gaps)
         assert row["difference"] == pytest.approx(gaps.mean())
-        assert f"{gaps.mean():+.4f}" in said and f"{gaps.mean():+.4f}" in page
+        assert f"{gaps.mean():+.4f}" in text and f"{gaps.mean():+.4f}" in page
         assert (row["low"], row["high"], row["p"]) == pytest.approx((low, high, p))
         assert row["p"] <= row["p_holm"] <= 1
         counts = [np.sum(gaps > 1e-9), np.sum(gaps < -1e-9), np.sum(np.abs(gaps) <= 1e-9)]
@@ -79,9 +79,9 @@ def test_a_table_for_latex_escapes_names_and_no_difference_is_minus_0(tmp_path):
     values = averages(10)
     made_runs.write(tmp_path / "a_1", values)
     made_runs.write(tmp_path / "50% & {more}", {k: max(x - 1e-6, 0) for k, x in values.items()})
-    found = vidjax.compare([tmp_path / "a_1", tmp_path / "50% & {more}"])
-    assert "+0.0000" in found.text() and "-0.0000" not in found.text()
-    lines = [line for line in found.to_latex().splitlines() if not line.startswith("%")]
+    pair = vidjax.compare([tmp_path / "a_1", tmp_path / "50% & {more}"])
+    assert "+0.0000" in pair.text() and "-0.0000" not in pair.text()
+    lines = [line for line in pair.to_latex().splitlines() if not line.startswith("%")]
     rows = [line.replace(r"\&", "and") for line in lines if " & " in line]
     assert {line.count("&") for line in rows} == {7} and all(x.endswith(r" \\") for x in rows)
     assert r"50\% and \{more\}" in rows[-1] and r"a\_1 & 0." in rows[-2]
@@ -96,7 +96,7 @@ def compared(command, tmp_path):
     """Compares runs in a folder by the command: one a letter, several of a group as "a1+a2"."""
 
     def run(*words, runs: Sequence[str] = "ab"):
-        groups = ("+".join(f"{tmp_path}/{one}" for one in name.split("+")) for name in runs)
+        groups = ("+".join(f"{tmp_path}/{member}" for member in name.split("+")) for name in runs)
         return command("compare", f"--workdir={tmp_path}/out", f"--runs={','.join(groups)}", *words)
 
     return run
@@ -105,34 +105,34 @@ def compared(command, tmp_path):
 def groups_of(tmp_path):
     """Writes three seeds of two systems; returns group -> their average precisions [3, C]."""
     rng = np.random.default_rng(8)
-    people, found = rng.beta(4, 1, len(NAMES)), {}
+    people, precisions = rng.beta(4, 1, len(NAMES)), {}
     for group, shift in (("a", -0.1), ("b", 0.0)):
-        found[group] = np.clip(people + shift + 0.02 * rng.normal(size=(3, len(NAMES))), 0, 1)
-        for number, ap in enumerate(found[group], 1):
+        precisions[group] = np.clip(people + shift + 0.02 * rng.normal(size=(3, len(NAMES))), 0, 1)
+        for number, ap in enumerate(precisions[group], 1):
             values = dict(zip(NAMES, ap, strict=True))
             made_runs.write(tmp_path / f"{group}{number}", values, f"--config.seed={number}")
-    return found
+    return precisions
 
 
 def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, compared):
-    found, runs = groups_of(tmp_path), ("a1+a2+a3", "b1+b2+b3")
-    told = json.loads(compared("--json", runs=runs).out)
-    gaps = found["b"] - found["a"]
+    precisions, runs = groups_of(tmp_path), ("a1+a2+a3", "b1+b2+b3")
+    facts = json.loads(compared("--json", runs=runs).out)
+    gaps = precisions["b"] - precisions["a"]
     over_identities = np.mean(gaps, axis=0).var(ddof=1) / len(NAMES)
     over_seeds = gaps.mean(axis=1).var(ddof=1) / 3
     error = (over_identities + over_seeds) ** 0.5
     freedom = error**4 / (over_identities**2 / (len(NAMES) - 1) + over_seeds**2 / 2)
     half = special.stdtrit(freedom, 0.975) * error
-    first, second = told["runs"]
-    assert [one["map"] for one in first["seeds"]] == pytest.approx(found["a"].mean(axis=1))
-    assert second["map"] == pytest.approx(found["b"].mean())
+    first, second = facts["runs"]
+    assert [seed["map"] for seed in first["seeds"]] == pytest.approx(precisions["a"].mean(axis=1))
+    assert second["map"] == pytest.approx(precisions["b"].mean())
     assert second["difference"] == pytest.approx(gaps.mean())
     assert second["error"] == pytest.approx(error)
     bounds = [gaps.mean() - half, gaps.mean() + half]
     assert [second["low"], second["high"]] == pytest.approx(bounds)
-    assert second["p"] is None and "seeds" in told["method"]
-    said = compared(runs=runs).out
-    assert f"{gaps.mean():+.4f}" in said and "Holm" not in said
+    assert second["p"] is None and "seeds" in facts["method"]
+    text = compared(runs=runs).out
+    assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
 
     assert compared(runs=(runs[0], "b1")).refused("--runs=A1+A2+A3,B1+B2+B3")
     assert compared(runs=(runs[0], "a1+b2+b3")).refused("named twice")
@@ -144,27 +144,27 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
 
 def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
     """Two standard errors do in 70 %: the spread of two seeds is a guess."""
-    rng, true, held = np.random.default_rng(2), 0.05, []
+    rng, true, covered = np.random.default_rng(2), 0.05, []
     for _ in range(300):
         base = rng.uniform(0.3, 0.6, (2, 50))
         gaps = true + rng.normal(0, 0.05, (2, 1)) + rng.normal(0, 0.02, (2, 50))
-        (found,) = significance.differences_of_seeds([list(base), list(base + gaps)])
-        held.append(found.low <= true <= found.high)
-    assert np.mean(held) >= 0.88
+        (difference,) = significance.differences_of_seeds([list(base), list(base + gaps)])
+        covered.append(difference.low <= true <= difference.high)
+    assert np.mean(covered) >= 0.88
     equal = list(rng.uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([equal, equal])
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
 def test_compare_in_python_equals_the_compare_command(tmp_path):
-    found = groups_of(tmp_path)
+    precisions = groups_of(tmp_path)
     pair = vidjax.compare([tmp_path / "a1", str(tmp_path / "b1")])
-    low, high, p = significance.compute_gap_interval(found["b"][0] - found["a"][0])
+    low, high, p = significance.compute_gap_interval(precisions["b"][0] - precisions["a"][0])
     assert pair.to_dict()["runs"][1]["p"] == p
     assert (pair.differences[0].low, pair.differences[0].high) == (low, high)
     groups = [[tmp_path / f"{group}{n}" for n in (1, 2, 3)] for group in "ab"]
     seeds = vidjax.compare(groups, out=tmp_path / "out")
-    assert seeds.differences[0].mean == pytest.approx((found["b"] - found["a"]).mean())
+    assert seeds.differences[0].mean == pytest.approx((precisions["b"] - precisions["a"]).mean())
     assert (tmp_path / "out" / "comparison.tex").read_text() == seeds.to_latex()
     with pytest.raises(ValueError, match="two or more runs"):
         vidjax.compare([tmp_path / "a1"])
@@ -178,10 +178,10 @@ def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path):
         results = {"map_kind": kind.replace("other", "val")}
         made_runs.write(tmp_path / kind, averages(seed), results=results)
     for number, word in ((2, "No run was trained on these clips."), (4, "Out of fold: {}/out_")):
-        comparison.compare([[str(tmp_path / one)] for one in names[:number]]).write(tmp_path)
-        said = words_of((tmp_path / "comparison.html").read_text())
-        assert word.format(tmp_path) in said
-        assert (f"In sample: {tmp_path}/in_sample was trained on" in said) == (number == 4)
+        comparison.compare([[str(tmp_path / kind)] for kind in names[:number]]).write(tmp_path)
+        text = words_of((tmp_path / "comparison.html").read_text())
+        assert word.format(tmp_path) in text
+        assert (f"In sample: {tmp_path}/in_sample was trained on" in text) == (number == 4)
 
 
 def test_compare_refuses_runs_with_different_clips_or_identities(tmp_path, compared):

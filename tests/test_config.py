@@ -35,7 +35,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         config_lib.check(config)
         written.append(config_io.to_json(config))
         again = config_io.from_json(written[-1])
-        values, wanted = (dict(config_lib.fields(one)) for one in (again, config))
+        values, wanted = (dict(config_lib.fields(each)) for each in (again, config))
         assert values == wanted and config_lib.differences(config, again) == {}
         assert list(map(type, values.values())) == list(map(type, wanted.values()))
         # An unset field is still one that can be set after the round trip.

@@ -59,8 +59,8 @@ def fails(say):
     """Expects a message of at most three lines with some words, and exit code 2."""
 
     def check(words, *wanted):
-        said = say("convert", *words, code=2)
-        assert all(word in said for word in wanted), said
+        error = say("convert", *words, code=2)
+        assert all(word in error for word in wanted), error
 
     return check
 
@@ -110,11 +110,11 @@ def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack
 
 
 def test_converted_nets_load_and_reproduce_a_recorded_vector(nets):
-    found = cards.load(nets)
-    assert set(found) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
-    for card in found.values():
+    loaded = cards.load(nets)
+    assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
+    for card in loaded.values():
         nets_lib.open_session(card)
-    embedder = found["face_embedder"]
+    embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets_lib.Embedder(embedder)(nets_lib.make_formula_image((150, 150), 1)[None])[0]
     np.testing.assert_allclose(vector[:8], RECORDED, atol=2e-6)
@@ -144,8 +144,8 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(nets
 
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
     wanted = published.run(None, {"input.1": nets_lib.prepare_images(images, card.input)})
-    for one, two in zip(wanted, ask(images).values(), strict=True):
-        np.testing.assert_allclose(two, one, atol=1e-5)
+    for expected, actual in zip(wanted, ask(images).values(), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert {x.shape[2:] for x in ask(images[:3].reshape(1, 32, 96, 3)).values()} == {(8, 24)}
 
 
@@ -165,8 +165,8 @@ def test_face_tags_of_a_rotated_photo_enrol_both_people(nets, tmp_path, command)
     image = pytest.importorskip("PIL.Image")
     detector, tags = nets_lib.Detector(cards.load(nets)["face_detector"]), []
     pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]
-    for name, left, shown in zip(("Barack", "Joe"), (0, 900), pair, strict=True):
-        (box,) = detector(shown).boxes
+    for name, left, person in zip(("Barack", "Joe"), (0, 900), pair, strict=True):
+        (box,) = detector(person).boxes
         x, y = (box[:2] + box[2:]) / 2 + (left, 0)
         width, height = (box[2:] - box[:2]) * 1.3
         tags.append((name, y, 1800 - x, height, width))
@@ -192,14 +192,14 @@ def test_face_tags_of_a_rotated_photo_enrol_both_people(nets, tmp_path, command)
 @pytest.mark.skipif("VIDJAX_SPEECH" not in os.environ, reason="no VIDJAX_SPEECH")
 def test_speakers_are_identified_and_the_card_contains_their_cosines(nets):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
-    found = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), nets)
-    assert found["first"] == [70, 70]
-    assert found["at_1_percent"]["right"] >= 0.85 and found["at_1_percent"]["strangers"] <= 0.02
-    assert found["by_card"]["right"] >= 0.8
-    assert found["by_card"]["strangers"] <= 0.01 and found["by_card"]["wrong"] == 0
+    rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), nets)
+    assert rates["first"] == [70, 70]  # right, of all
+    assert rates["at_1_percent"]["right"] >= 0.85 and rates["at_1_percent"]["strangers"] <= 0.02
+    assert rates["by_card"]["right"] >= 0.8
+    assert rates["by_card"]["strangers"] <= 0.01 and rates["by_card"]["wrong"] == 0
     back_end = cards.load(nets)["voice_embedder"].back_end
     assert back_end and not any(back_end.centre)
-    told = {"same": back_end.same, "different": back_end.different}
-    for number, (name, (mean, deviation, count)) in enumerate(found["cosines"].items()):
-        np.testing.assert_allclose((mean, deviation), told[name], atol=0.001)
+    card_cosines = {"same": back_end.same, "different": back_end.different}
+    for number, (name, (mean, deviation, count)) in enumerate(rates["cosines"].items()):
+        np.testing.assert_allclose((mean, deviation), card_cosines[name], atol=0.001)
         assert count == back_end.pairs[number]

@@ -26,7 +26,7 @@ def read(path, base):
     """Returns (clip, begin, end) in frames of each event, whose records follow one another."""
     title, mode, *rest = path.read_text().splitlines()
     assert re.fullmatch(r"TITLE: (Ada|Bob) [\d.]+ fps", title) and mode == "FCM: NON-DROP FRAME"
-    found, at = [], 0
+    events, at = [], 0
     for number, (_, event, clip, source) in enumerate(zip(*[iter(rest)] * 4, strict=True), 1):
         fields = event.split()
         assert fields[:4] == [f"{number:03}", "AX", "AA/V", "C"]
@@ -36,20 +36,20 @@ def read(path, base):
         assert times[2:] == [at, at + times[1] - times[0]] and times[1] > times[0]
         at, name = times[3], clip.removeprefix("* FROM CLIP NAME: ")
         assert source == f"* SOURCE FILE: /films/{name}"
-        found.append((name, *times[:2]))
-    return found
+        events.append((name, *times[:2]))
+    return events
 
 
 def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
     """They end with the film and join where they touch; photos and unknown people have none."""
-    one, other = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
+    film_a, film_b = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
     photo = film("c.jpg", None, 0.0)
-    found = [
-        seen(one, 0.4, 3), seen(one, 4.9, 6), seen(one, 5.2, 5.5), seen(one, 98, 100),
-        seen(one, 20, 30, "unknown 1", None), seen(one, 50, 51, "Bob"),
-        seen(other, 3600.01, 3601), seen(photo, 0, 0),
+    appearances = [
+        seen(film_a, 0.4, 3), seen(film_a, 4.9, 6), seen(film_a, 5.2, 5.5), seen(film_a, 98, 100),
+        seen(film_a, 20, 30, "unknown 1", None), seen(film_a, 50, 51, "Bob"),
+        seen(film_b, 3600.01, 3601), seen(photo, 0, 0),
     ]  # fmt: skip
-    cuts.write(tmp_path, found, [one, other, photo], 1.0)
+    cuts.write(tmp_path, appearances, [film_a, film_b, photo], 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
     assert read(tmp_path / "Ada.edl", 25) == [
         ("a.mp4", 0, 7 * 25), ("a.mp4", 97 * 25, 2500), ("b.mov", 3599 * 25, 3602 * 25)
@@ -60,14 +60,14 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
 def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
     """At 29.97 frames per second, a time code counts 30 frames per second, so it is slow."""
     for rate, exact, base in ((29.98, NTSC, 30), (30, 30, 30), (14.7, 24000 / 1001, 24)):
-        one = film("a.mp4", rate, 5000.0)
-        cuts.write(tmp_path, [seen(one, 1000, 2000)], [one], 0.0)
+        source = film("a.mp4", rate, 5000.0)
+        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], 0.0)
         (event,) = read(tmp_path / "Ada.edl", base)
         assert event == ("a.mp4", round(1000 * exact), round(2000 * exact))
     films = [film("a.mp4", NTSC), film("b.mp4", 25, 9000.0)]
-    found = [seen(films[0], 1, 2)]
-    found += [seen(films[1], 4 * n, 4 * n + 1) for n in range(cuts.MOST_EVENTS + 1)]
-    cuts.write(tmp_path, found, films, 1.0)
+    appearances = [seen(films[0], 1, 2)]
+    appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(cuts.MOST_EVENTS + 1)]
+    cuts.write(tmp_path, appearances, films, 1.0)
     for name, base, count in (("29.97 fps", 30, 1), ("25 fps", 25, 999), ("25 fps part 2", 25, 1)):
         assert len(read(tmp_path / f"Ada {name}.edl", base)) == count
 
@@ -75,12 +75,12 @@ def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
 def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     long = "\U0001f600" * 300
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
-    one = film("a.mp4", 25)
+    source = film("a.mp4", 25)
     (tmp_path / "cuts").mkdir()
-    cuts.write(tmp_path / "cuts", [seen(one, 1, 2, name) for name in names], [one], 1.0)
-    found = [path.name for path in (tmp_path / "cuts").iterdir()]
-    assert len({name.casefold() for name in found}) == len(names)
-    assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in found)
+    cuts.write(tmp_path / "cuts", [seen(source, 1, 2, name) for name in names], [source], 1.0)
+    files = [path.name for path in (tmp_path / "cuts").iterdir()]
+    assert len({name.casefold() for name in files}) == len(names)
+    assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
     assert len([*tmp_path.iterdir()]) == 1
 
 

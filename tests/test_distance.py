@@ -66,9 +66,9 @@ def test_log_odds_of_one_person_are_a_ratio_of_gamma_densities():
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
     logs = log_probabilities(photo[None, None], clips)
     square = np.sum((clips - photo) ** 2, axis=1)
-    one = stats.gamma.logpdf(square, same, scale=2 * within / same)
-    two = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
-    np.testing.assert_allclose(logs[:, 1] - logs[:, 0], one - two, atol=1e-4)
+    same_person = stats.gamma.logpdf(square, same, scale=2 * within / same)
+    other_person = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
+    np.testing.assert_allclose(logs[:, 1] - logs[:, 0], same_person - other_person, atol=1e-4)
 
 
 def test_equal_photos_count_as_one():
@@ -113,15 +113,15 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
 def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, count):
     """Half of the clips are of strangers. Photos of one day do not make the known strangers."""
     for shared, most in ((0.0, 0.05), (0.5, 0.1)):
-        found = []
+        probabilities = []
         for seed in range(2):
             made = Population(seed)
             known, strangers = made.people(people), made.people(150)
-            shown = made.rng.integers(0, people, 150)
-            asked = unit(np.concatenate([known[shown], strangers]) + made.noise(300))
-            logs = log_probabilities(made.photos(known, count, shared), asked)
-            found.append(np.exp(logs[:, 0]).mean())
-        assert abs(np.mean(found) - 0.5) < most
+            person = made.rng.integers(0, people, 150)
+            clips = unit(np.concatenate([known[person], strangers]) + made.noise(300))
+            logs = log_probabilities(made.photos(known, count, shared), clips)
+            probabilities.append(np.exp(logs[:, 0]).mean())
+        assert abs(np.mean(probabilities) - 0.5) < most
 
 
 def groups(people, count):
@@ -162,7 +162,7 @@ def test_real_people_are_identified_and_strangers_are_grouped():
         pytest.skip("no folder tracks beside VIDJAX_REAL_DATA")
     films, photos = decision.load(folder)
     for count, right in ((1, 0.88), (3, 0.9)):
-        found = decision.measure(films, photos, known=8, count=count, draws=2)
-        assert found["right"] >= right and found["wrong"] <= 0.01
-        assert found["strangers named"] <= 0.05 and found["ECE"] <= 0.06
-        assert found["groups per person"] <= 1.3 and found["purity"] >= 0.95
+        measured = decision.measure(films, photos, known=8, count=count, draws=2)
+        assert measured["right"] >= right and measured["wrong"] <= 0.01
+        assert measured["strangers named"] <= 0.05 and measured["ECE"] <= 0.06
+        assert measured["groups per person"] <= 1.3 and measured["purity"] >= 0.95

@@ -37,7 +37,7 @@ SOME = {"train": make_clips(0, 40), "val": make_clips(1, 31)}
     "kind", quick_first(["npz", "pickles", "parquet"], mark=pytest.mark.nightly)
 )
 def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path, say):
-    folder, one = tmp_path / "source", tmp_path / "one"
+    folder, cache_of_one = tmp_path / "source", tmp_path / "one"
     if kind == "pickles":
         folder.mkdir()
         clip_files.write_learnable(folder)
@@ -48,15 +48,15 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path, say):
         for split, clips in SOME.items():
             clip_files.write_parquet(folder / f"{split}.parquet", clips)
     source = OfficialFiles if kind == "pickles" else arrays.FeatureFolder
-    wanted = record_digests(convert(source(folder, workers=1), one, workers=1).folder)
-    some = convert(source(folder, workers=2), tmp_path / "two", workers=2)
-    assert record_digests(some.folder) == wanted and len(wanted) > 10
+    expected = record_digests(convert(source(folder, workers=1), cache_of_one, workers=1).folder)
+    by_two = convert(source(folder, workers=2), tmp_path / "two", workers=2)
+    assert record_digests(by_two.folder) == expected and len(expected) > 10
     if kind == "npz":
-        words = (folder, f"--cache_dir={one}")
+        words = (folder, f"--cache_dir={cache_of_one}")
         assert "1 or more" in say(*words, "--workers=0", code=2, program=arrays.main)
         out = say(*words, "--workers=1", program=arrays.main)
         assert "train: 40 clips, no ground truth" in out
-        assert len(list(one.glob("arrays/*/manifest.json"))) == 1
+        assert len(list(cache_of_one.glob("arrays/*/manifest.json"))) == 1
 
 
 def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch):
@@ -65,14 +65,14 @@ def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch
 
     class Changing(arrays.FeatureFolder):
         def read(self, scratch, non_finite):
-            found, stat = super().read(scratch, non_finite), clip.stat()
+            features, stat = super().read(scratch, non_finite), clip.stat()
             clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
             os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            return found
+            return features
 
     read, digest = [], cache._sha256_each
     monkeypatch.setattr(cache, "TICK_NS", 0)
-    monkeypatch.setattr(cache, "_sha256_each", lambda some: read.append(len(some)) or digest(some))
+    monkeypatch.setattr(cache, "_sha256_each", lambda x: read.append(len(x)) or digest(x))
     with pytest.raises(ValueError, match="changed during the conversion"):
         convert(Changing(folder, workers=1), tmp_path, workers=1)
     assert read == [40, 31, 31], "the files of train are as they were"
@@ -86,11 +86,11 @@ def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_pat
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
     changed = time.time_ns()
-    monkeypatch.setattr(cache, "_read_file_state", lambda one: (1, 1, changed, changed))
+    monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
 
-    def slow(some):
+    def slow(paths):
         time.sleep(2 * tick / 10**9)  # other files take long
-        return digest(some)
+        return digest(paths)
 
     monkeypatch.setattr(cache, "_sha256_each", slow)
     first = cache.digest_files([path], tmp_path / "cache")
@@ -105,12 +105,12 @@ def test_two_processes_raise_the_error_of_one_process(name, width, words, tmp_pa
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, 6), np.float32))
     np.savez(tmp_path / "train" / f"{name}.npz", face=np.ones((2, width), np.float32))
-    found = []
+    errors = []
     for workers in (1, 2):
         with pytest.raises(ValueError, match=words) as caught:
             arrays.FeatureFolder(tmp_path, workers=workers).read(tmp_path / str(workers), "drop")
-        found.append(str(caught.value))
-    assert found[0] == found[1]
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 def test_failure_of_one_process_ends_the_other_processes(tmp_path):

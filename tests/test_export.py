@@ -83,8 +83,8 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
 @pytest.mark.slow
 def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export, monkeypatch):
     onnx, onnxruntime = map(pytest.importorskip, ("onnx", "onnxruntime"))
-    told, path = export(nearest_run, "onnx"), tmp_path / "out" / "model.onnx"
-    assert told["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
+    facts, path = export(nearest_run, "onnx"), tmp_path / "out" / "model.onnx"
+    assert facts["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("Loop") == 1  # of long clips
     session = onnxruntime.InferenceSession(path)
@@ -92,9 +92,9 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
     for lengths in ((23, 5, 9), (700, 3)):  # of more than 512 frames a run takes the best
         monkeypatch.setattr(function, "LENGTHS", lengths)
         clips = function.make_random_clips(run)
-        given = {one.name: clips.inputs[one.name] for one in session.get_inputs()}
-        found = session.run(list(function.OUTPUTS), given)
-        answers = dict(zip(function.OUTPUTS, found, strict=True))
+        given = {argument.name: clips.inputs[argument.name] for argument in session.get_inputs()}
+        outputs = session.run(list(function.OUTPUTS), given)
+        answers = dict(zip(function.OUTPUTS, outputs, strict=True))
         assert function.difference(answers, clips.expected) <= function.TOLERANCE
 
 
@@ -128,7 +128,7 @@ def test_export_whose_outputs_differ_leaves_no_folder(nearest_run, tmp_path, exp
     assert function.difference(wanted, wanted) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
         assert function.difference({"scores": [other]}, wanted) > function.TOLERANCE
-    monkeypatch.setattr(function, "difference", lambda found, expected: 2e-5)
+    monkeypatch.setattr(function, "difference", lambda answers, expected: 2e-5)
     complaint = export(nearest_run, "safetensors", code=2)
     assert "outputs differ from vidjax by 2.0e-05" in complaint
     assert not list(tmp_path.iterdir())
@@ -136,10 +136,10 @@ def test_export_whose_outputs_differ_leaves_no_folder(nearest_run, tmp_path, exp
 
 def test_export_is_checked_on_clips_outside_all_training_sets(nearest_run):
     run = predict.restore(nearest_run, num_devices=1)
-    names, held = tuple(map(str, range(9))), np.arange(9)[None] % 2 > 0
-    folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=held))
-    found, wanted = (function.make_random_clips(x).expected["scores"] for x in (folds, run))
-    np.testing.assert_array_equal(found, wanted)
+    names, trained = tuple(map(str, range(9))), np.arange(9)[None] % 2 > 0
+    folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=trained))
+    actual, expected = (function.make_random_clips(x).expected["scores"] for x in (folds, run))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, command):
@@ -164,7 +164,7 @@ def test_export_and_import_errors_name_remedies(
 ):
     places = {"run": nearest_run, "new": tmp_path / "new", "empty": tmp_path / "empty"}
     places["empty"].mkdir()
-    for words, said in {
+    for words, error in {
         "export {run} --to={new} --format=onx": "'onnx'",
         "export {run} --to={new}": "export needs --format",
         "export {run} --to={run} --format=numpy": "name a new folder",
@@ -173,7 +173,7 @@ def test_export_and_import_errors_name_remedies(
         "import {empty} --to={new}": "has no config.json",
         "import {run} --to={new}": "has no checkpoint.json",
     }.items():
-        assert command(*words.format(**places).split()).refused(said), words
+        assert command(*words.format(**places).split()).refused(error), words
         assert not places["new"].exists()
     monkeypatch.setattr(function, "LARGEST", 1000)  # weights that no program can hold
     assert "choose safetensors" in export(nearest_run, "stablehlo", code=2)
@@ -214,16 +214,16 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, kind,
         backend = make_card_backend({n: BackEnd(centre=[0.1] * width, **fit) for n, width in parts})
         clips = made_galleries.make_clips()
         gallery = Gallery.of_clips(tmp_path / "people", servers.CARDS, backend, clips)
-    told = export(gallery.folder, name)
-    assert told["difference"] <= 1e-6 and told["parts"] == made_galleries.WIDTHS
+    facts = export(gallery.folder, name)
+    assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
     names = json.loads((tmp_path / "out" / "identities.json").read_text())
     assert names == list(gallery.index.names)
     path = tmp_path / "out" / (FORMATS[name].file if name == "numpy" else "arrays.safetensors")
-    found = dict(np.load(path)) if name == "numpy" else load_file(path)
+    arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
     vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
-    wanted = np.stack(list(gallery.index.search(vectors)))
-    answers = reader.log_probabilities(found, dict(zip(told["parts"], vectors, strict=True)))
-    np.testing.assert_allclose(answers, wanted, rtol=1e-5, atol=1e-6)
+    expected = np.stack(list(gallery.index.search(vectors)))
+    answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
+    np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
     complaint = export(gallery.folder, "stablehlo", "none", code=2)
     assert "a gallery has none: choose safetensors or numpy" in complaint
 
@@ -234,14 +234,14 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
     linear = nothing + np.diag([1000.0, 0])
-    found = {"scale": ones - np.arange(members) / 8, "temperature": ones, "unenrolled": ones,
+    arrays = {"scale": ones - np.arange(members) / 8, "temperature": ones, "unenrolled": ones,
              "stranger": -9999 * ones, "face/scale": ones, "face/limit": np.inf * ones,
              "face/known": nothing[:, 0] + 1, "face/transform": nothing + np.eye(2),
              "face/linear": linear, "face/curve": nothing}  # fmt: skip
-    found |= {f"face/{name}": nothing[:, 0] for name in ("centre", "mean", "constant", "kind")}
+    arrays |= {f"face/{name}": nothing[:, 0] for name in ("centre", "mean", "constant", "kind")}
     vectors = np.stack([leads / 1000, np.sqrt(1 - (leads / 1000) ** 2)], axis=1)
-    logs = reader.log_probabilities(found, {"face": vectors})[:, 1]
-    own = found["scale"][:, None] * leads  # [E, Q]
+    logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]
+    own = arrays["scale"][:, None] * leads  # [E, Q]
     sure = np.log1p(-np.exp(-np.logaddexp(0, abs(own))).mean(axis=0))
     other = np.logaddexp.reduce(-np.logaddexp(0, -own), axis=0) - np.log(members)
     np.testing.assert_allclose(logs, np.where(leads > 0, sure, other), rtol=1e-9)
@@ -309,9 +309,9 @@ def as_onnx(*names):
 def test_onnx_operations_equal_jax_operations():
     graph, inputs = as_onnx(*OPERATIONS)
     session = importlib.import_module("onnxruntime").InferenceSession(graph)
-    for (name, x), found in zip(inputs.items(), session.run(None, inputs), strict=True):
-        wanted = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
-        np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-30, err_msg=name)
+    for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
+        expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
+        np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
     with pytest.raises(ValueError, match="does not support the operation 'lgamma'"):
         importlib.import_module("vidjax.apps.export.onnx_graph").to_model(
             lambda x: {"y": jax.lax.lgamma(x["x"])}, {"x": jax.ShapeDtypeStruct((3,), "f4")}, ["y"]
@@ -327,9 +327,9 @@ def core(monkeypatch):
 def test_openvino_sorts_as_jax(core):
     """It computes int64 as int32, and its TopK takes equal values in any order."""
     graph, inputs = as_onnx("ties", "stable sort", "descending", "sort of bools", "shuffle")
-    found = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
-    for (name, x), one in zip(inputs.items(), found, strict=True):
-        np.testing.assert_array_equal(one, np.asarray(OPERATIONS[name][0](jnp.asarray(x))), name)
+    outputs = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
+    for (name, x), output in zip(inputs.items(), outputs, strict=True):
+        np.testing.assert_array_equal(output, np.asarray(OPERATIONS[name][0](jnp.asarray(x))), name)
 
 
 @pytest.mark.slow
@@ -339,8 +339,8 @@ def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, exp
     run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     clips = function.make_random_clips(run)
-    found = compiled({part.any_name: clips.inputs[part.any_name] for part in compiled.inputs})
-    answers = {part.any_name: value for part, value in found.items()}
+    outputs = compiled({part.any_name: clips.inputs[part.any_name] for part in compiled.inputs})
+    answers = {part.any_name: value for part, value in outputs.items()}
     assert function.difference(answers, clips.expected) <= 1e-4
 
 
@@ -358,15 +358,15 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     monkeypatch.syspath_prepend(str(tmp_path))
     for module in ("exported", "exported.reader"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    found = runpy.run_path(str(tmp_path / "snippet.py"))
+    variables = runpy.run_path(str(tmp_path / "snippet.py"))
     if name == "safetensors":
-        assert found["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
+        assert variables["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
     run = predict.restore(made("plda"), num_devices=1)
     fields = [field for field in function.FIELDS if field != "mask"]
     clips = {
-        str(n): {m: {x: found["inputs"][f"{m}_{x}"][n] for x in fields} for m in run.modalities}
+        str(n): {m: {x: variables["inputs"][f"{m}_{x}"][n] for x in fields} for m in run.modalities}
         for n in range(3)
     }
-    scores = {"scores": np.asarray(found["outputs"]["scores"])}
+    scores = {"scores": np.asarray(variables["outputs"]["scores"])}
     assert function.difference(scores, {"scores": run.scores(clips)}) <= function.TOLERANCE

@@ -21,17 +21,17 @@ def test_similarity_transform_is_the_least_squares_solution():
         points = TEMPLATE @ place[:, :2].T + place[:, 2] + rng.normal(0, 3, (5, 2))
         rows = [row for x, y in points for row in ([x, -y, 1, 0], [y, x, 0, 1])]
         a, b, x0, y0 = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
-        found = align.fit_similarity(points[None], TEMPLATE)[0]
-        np.testing.assert_allclose(found, [[a, -b, x0], [b, a, y0]], rtol=1e-9, atol=1e-9)
+        transform = align.fit_similarity(points[None], TEMPLATE)[0]
+        np.testing.assert_allclose(transform, [[a, -b, x0], [b, a, y0]], rtol=1e-9, atol=1e-9)
     assert align.fit_similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
-    found = align.fit_similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
-    np.testing.assert_allclose(found @ (7, 7, 1), TEMPLATE.mean(0))
+    transform = align.fit_similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
+    np.testing.assert_allclose(transform @ (7, 7, 1), TEMPLATE.mean(0))
 
 
 @pytest.mark.parametrize("place", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
 def test_warp_is_bilinear_interpolation(place):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    matrix, wanted = turn(*place), np.zeros((24, 24, 3))
+    matrix, expected = turn(*place), np.zeros((24, 24, 3))
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     for v, u in np.ndindex(24, 24):
         x, y, _ = inverse @ (u, v, 1)
@@ -39,9 +39,9 @@ def test_warp_is_bilinear_interpolation(place):
             for row in (int(np.floor(y)), int(np.floor(y)) + 1):
                 if 0 <= column < 40 and 0 <= row < 30:
                     weight = (1 - abs(x - column)) * (1 - abs(y - row))
-                    wanted[v, u] += weight * rgb[row, column]
-    found = align.warp_faces(rgb, matrix[None], 24)[0]
-    assert found.dtype == np.uint8 and np.abs(found - wanted).max() <= 0.51
+                    expected[v, u] += weight * rgb[row, column]
+    crop = align.warp_faces(rgb, matrix[None], 24)[0]
+    assert crop.dtype == np.uint8 and np.abs(crop - expected).max() <= 0.51
     outside = np.stack([turn(0, 1, 500), turn(0, 0.1, -300), turn(0, 0)])
     assert not align.warp_faces(rgb, outside, 16).any()
 

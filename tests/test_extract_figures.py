@@ -59,10 +59,10 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, model
     _, before = extract(path, tmp_path / "before", models)
     add(models, "head_detector", **RED)
     add(models, "head_embedder")
-    told, clips = extract(path, tmp_path / "out", models)
+    extracted, clips = extract(path, tmp_path / "out", models)
     has = sorted(("face" in clip, "head" in clip) for clip in clips.values())
     assert has == [(False, True), (True, False), (True, True)]
-    (back,) = (one for one in told.tracks if "face" not in clips[one.clip])
+    (back,) = (track for track in extracted.tracks if "face" not in clips[track.clip])
     assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "the place of the head"
     faces = [clip for clip in clips.values() if "face" in clip]
     for old in before.values():
@@ -70,8 +70,8 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, model
         for field, values in old.items():
             np.testing.assert_array_equal(new[field], values)
     write_photo(tmp_path / "photo.png", *BOTH)
-    told, clips = extract(tmp_path / "photo.png", tmp_path / "photo", models)
-    assert [track.clip for track in told.tracks] == ["photo"] and "face" in clips["photo"]
+    extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", models)
+    assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 
 def test_each_detected_body_is_paired_with_the_head_inside(tmp_path, models):
@@ -105,4 +105,4 @@ def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
     write_film(drawn.folder / "film.mkv", (2, 20, [*BOTH, EVE]))
     drawn.who(drawn.folder / "film.mkv")
     assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
-    assert not [one for one in recwarn if "no clip has" in str(one.message)]
+    assert not [warning for warning in recwarn if "no clip has" in str(warning.message)]

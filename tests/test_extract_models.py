@@ -16,13 +16,13 @@ made_nets = pytest.importorskip("tests.helpers.made_nets")
 rng = np.random.default_rng
 
 
-def assert_faces(found, wanted):
+def assert_faces(faces, wanted):
     """Compares faces, in order, with rows of (score, box, points)."""
-    assert len(found.scores) == len(wanted) > 0
+    assert len(faces.scores) == len(wanted) > 0
     scores, boxes, points = zip(*wanted, strict=True)
-    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
-    np.testing.assert_allclose(found.boxes, boxes, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(found.points, points, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(faces.scores, scores, rtol=1e-5)
+    np.testing.assert_allclose(faces.boxes, boxes, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(faces.points, points, rtol=1e-4, atol=1e-3)
 
 
 def test_centerface_decoder_follows_its_paper():
@@ -51,17 +51,17 @@ def test_yunet_decoder_follows_opencv(stride):
     boxes = rng(3).normal(size=(cells, 4)).astype(np.float32)
     marks = rng(4).normal(size=(cells, 10)).astype(np.float32)
     for cell in range(cells):
-        one, two = (min(max(float(values[cell]), 0), 1) for values in (classes, objects))
+        p, q = (min(max(float(values[cell]), 0), 1) for values in (classes, objects))
         row, column = divmod(cell, width)
         x, y = (column + boxes[cell, 0]) * stride, (row + boxes[cell, 1]) * stride
         wide, tall = (math.exp(boxes[cell, i]) * stride for i in (2, 3))
         points = [((column + u) * stride, (row + v) * stride) for u, v in marks[cell].reshape(5, 2)]
-        if (score := math.sqrt(one * two)) > 0.5:
+        if (score := math.sqrt(p * q)) > 0.5:
             box = (x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2)
             wanted.append((score, box, points))
-    found = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
+    parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
     sides = {side: cells if side == stride else 0 for side in nets.STRIDES}
-    outputs = {f"{kind}_{s}": x[None, :n] for kind, x in found.items() for s, n in sides.items()}
+    outputs = {f"{kind}_{s}": x[None, :n] for kind, x in parts.items() for s, n in sides.items()}
     assert_faces(nets.DECODERS["yunet"](outputs, width * stride), wanted)
 
 
@@ -79,10 +79,10 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
         points = [(x + u * stride, y + v * stride) for u, v in marks[anchor].reshape(5, 2)]
         if scores[anchor] > 0.5:
             wanted.append((scores[anchor], (x - left, y - top, x + right, y + bottom), points))
-    found = enumerate((scores[:, None], boxes, marks))
+    parts = enumerate((scores[:, None], boxes, marks))
     sides = {side: anchors if side == stride else 0 for side in nets.STRIDES}
     # Taken in their order, whatever their names.
-    outputs = {f"{kind}_{side}": x[:n] for kind, x in found for side, n in sides.items()}
+    outputs = {f"{kind}_{side}": x[:n] for kind, x in parts for side, n in sides.items()}
     assert_faces(nets.DECODERS["scrfd"](outputs, width * stride), wanted)
 
 
@@ -104,7 +104,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
 def test_resize_is_bilinear_after_block_averages(size):
     """Between centres of pixels; if they shrink to a half or less, blocks are averaged first."""
-    image, wanted = rng(0).integers(0, 256, (12, 20, 3), np.uint8), np.zeros((*size, 3))
+    image, expected = rng(0).integers(0, 256, (12, 20, 3), np.uint8), np.zeros((*size, 3))
     step = max(1, min(12 // size[0], 20 // size[1]))
     height, width = 12 // step, 20 // step
     means = image[: height * step, : width * step].astype(float)
@@ -114,10 +114,10 @@ def test_resize_is_bilinear_after_block_averages(size):
         x = min(max((column + 0.5) * width / size[1] - 0.5, 0), width - 1)
         for i in {math.floor(y), math.ceil(y)}:
             for j in {math.floor(x), math.ceil(x)}:
-                wanted[row, column] += means[i, j] * (1 - abs(y - i)) * (1 - abs(x - j))
-    found = nets.resize(image, *size)
-    assert found.dtype == np.uint8
-    np.testing.assert_allclose(found, wanted, atol=0.501)
+                expected[row, column] += means[i, j] * (1 - abs(y - i)) * (1 - abs(x - j))
+    resized = nets.resize(image, *size)
+    assert resized.dtype == np.uint8
+    np.testing.assert_allclose(resized, expected, atol=0.501)
     assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
 
 
@@ -134,12 +134,12 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
     crops = rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     order = [0, 1, 2] if colour == "rgb" else [2, 1, 0]
     x = (crops.astype(float)[..., order] - mean) * scale
-    wanted = x.reshape(3, -1) @ made_nets.embedder_weights().astype(float)
-    found = embedder(crops)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+    expected = x.reshape(3, -1) @ made_nets.embedder_weights().astype(float)
+    vectors = embedder(crops)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-3)
     many = np.resize(np.arange(3), 2 * nets.BLOCK_CROPS + 3)  # several blocks
-    np.testing.assert_allclose(embedder(crops[many]), wanted[many], rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(embedder(crops[many]), expected[many], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(50, 71, 1), (388, 520, 4)])
@@ -151,20 +151,20 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
     image = np.zeros((height, width, 3), np.uint8)
     for x, y in places:
         image[y * factor :, x * factor :][:side, :side] = 255
-    found = detector(image)
-    assert len(found.scores) == 2
-    order = np.argsort(found.boxes[:, 0])
+    faces = detector(image)
+    assert len(faces.scores) == 2
+    order = np.argsort(faces.boxes[:, 0])
     for face, (x, y) in zip(order, places, strict=True):
         box = np.array([x, y, x + made_nets.FACE, y + made_nets.FACE]) * factor
-        np.testing.assert_allclose(found.boxes[face], box, rtol=0.02, atol=0.6 * factor)
+        np.testing.assert_allclose(faces.boxes[face], box, rtol=0.02, atol=0.6 * factor)
         points = box[:2] + made_nets.POINTS * side
-        np.testing.assert_allclose(found.points[face], points, rtol=0.02, atol=0.6 * factor)
+        np.testing.assert_allclose(faces.points[face], points, rtol=0.02, atol=0.6 * factor)
     none = detector(np.zeros((33, 1, 3), np.uint8))
     assert [part.shape for part in none] == [(0, 4), (0,), (0, 5, 2)]
 
 
 def test_net_must_reproduce_the_test_output_of_its_card(tmp_path):
-    image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256
+    image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.embedder_weights().astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)

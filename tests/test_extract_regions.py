@@ -24,17 +24,17 @@ def tags_of(tmp_path):
 
     def read(content, name="a.jpg", **sidecars):
         (tmp_path / name).write_bytes(content)
-        for ending, one in sidecars.items():
-            (tmp_path / f"a{'.jpg' * (ending == 'jpg_xmp')}.xmp").write_bytes(one)
+        for ending, packet in sidecars.items():
+            (tmp_path / f"a{'.jpg' * (ending == 'jpg_xmp')}.xmp").write_bytes(packet)
         return regions.read_tags(tmp_path / name)
 
     return read
 
 
-def shown(found):
+def boxes(parsed):
     """Returns tags as (name, x, y, w, h)."""
     rows = []
-    for name, (left, top, right, bottom) in found.tags:
+    for name, (left, top, right, bottom) in parsed.tags:
         box = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
         rows.append((name, *(round(number, 6) for number in box)))
     return rows
@@ -50,9 +50,9 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
         xmp.microsoft(SPELLED, as_elements=True),
     ):
         microsoft = "mwg-rs" not in body
-        found = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
-        assert shown(found) == TAGS and not found.problem, body
-        assert found.shape == (None if microsoft else (400, 300))
+        parsed = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
+        assert boxes(parsed) == TAGS and not parsed.problem, body
+        assert parsed.shape == (None if microsoft else (400, 300))
 
 
 def photo(kind, packet):
@@ -65,7 +65,7 @@ def photo(kind, packet):
         options = {"pnginfo": (info := PngInfo())}
         info.add_itxt("XML:com.adobe.xmp", packet.decode(), zip=kind == "png, packed")
     elif kind == "tiff":
-        options = {"tiffinfo": {700: packet}}
+        options = {"tiffinfo": {700: packet}}  # the tag of XMP
     elif kind in ("heif", "avif"):
         pytest.importorskip("pillow_heif").register_heif_opener()
     picture.save(file, kind.partition(",")[0], **options)
@@ -76,29 +76,30 @@ def photo(kind, packet):
     "kind", quick_first(["jpeg", "png, packed", "tiff", "webp", "heif"], 2, pytest.mark.nightly)
 )
 def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
-    assert shown(tags_of(photo(kind, MWG))) == TAGS
+    assert boxes(tags_of(photo(kind, MWG))) == TAGS
     assert tags_of(photo(kind, xmp.packet("")), "b.jpg") == regions.Tags([])
 
 
 def test_face_tags_are_read_from_both_ends_of_photos_and_sidecars(tags_of, tmp_path):
     rest = b"\0" * (9 << 20)
-    assert shown(tags_of(MWG + rest)) == shown(tags_of(rest + MWG)) == TAGS
+    assert boxes(tags_of(MWG + rest)) == boxes(tags_of(rest + MWG)) == TAGS
     first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))
-    assert shown(tags_of(first + photo("jpeg", MWG))) == TAGS
+    assert boxes(tags_of(first + photo("jpeg", MWG))) == TAGS
     eve, none = xmp.packet(xmp.elements([EVE])), xmp.packet("")
     own = photo("jpeg", MWG)
-    assert shown(tags_of(own, xmp=none)) == TAGS, "a sidecar without tags"
-    assert shown(tags_of(own, xmp=eve)) == [EVE]
-    assert shown(tags_of(own, jpg_xmp=MWG)) == TAGS
-    assert [one.name for one in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
-    found = tags_of(own, jpg_xmp=b"<rdf:RDF RegionList")
-    assert shown(found) == [EVE] and found.problem.startswith("a.jpg.xmp: its face tags cannot be")
+    assert boxes(tags_of(own, xmp=none)) == TAGS, "a sidecar without tags"
+    assert boxes(tags_of(own, xmp=eve)) == [EVE]
+    assert boxes(tags_of(own, jpg_xmp=MWG)) == TAGS
+    assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
+    parsed = tags_of(own, jpg_xmp=b"<rdf:RDF RegionList")
+    assert boxes(parsed) == [EVE]
+    assert parsed.problem.startswith("a.jpg.xmp: its face tags cannot be")
     (tmp_path / "a.jpg.xmp").unlink()
     (tmp_path / "a.xmp").unlink()
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
-    found = tags_of(own)
-    assert shown(found) == TAGS and "is a link" in found.problem
-    assert shown(tags_of(own, "b" * 251 + ".jpg")) == TAGS, "no sidecar has so long a name"
+    parsed = tags_of(own)
+    assert boxes(parsed) == TAGS and "is a link" in parsed.problem
+    assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS, "no sidecar has so long a name"
 
 
 def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
@@ -114,9 +115,9 @@ def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
         xmp.attributes([EVE], unit=' stArea:unit="pixel"'),
     ):  # fmt: skip
         assert tags_of(xmp.packet(body)).tags == []
-    found = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *EVE[1:]), ("A\u200eda", *EVE[1:])])))
-    assert [tag.name for tag in found.tags] == ["Zo\u00eb"]
-    assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in found.problem
+    parsed = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *EVE[1:]), ("A\u200eda", *EVE[1:])])))
+    assert [tag.name for tag in parsed.tags] == ["Zo\u00eb"]
+    assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in parsed.problem
 
 
 BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(
@@ -138,10 +139,10 @@ HOSTILE = {
 @pytest.mark.parametrize(("content", "problem", "most"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, most):
     begin = time.process_time()
-    found = tags_of(content)
+    parsed = tags_of(content)
     assert time.process_time() - begin < 5 * slowness()
-    assert len(found.tags) == most and problem in found.problem
-    assert "\n" not in found.problem and bool(found.problem) == bool(problem)
+    assert len(parsed.tags) == most and problem in parsed.problem
+    assert "\n" not in parsed.problem and bool(parsed.problem) == bool(problem)
 
 
 FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # of a picture 400 x 300
@@ -152,31 +153,31 @@ STORED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("means", ["stored", "shown"])
-@pytest.mark.parametrize("told", [True, False])
-def test_tags_of_a_rotated_photo_match_their_faces(means, told):
+@pytest.mark.parametrize("tagged", ["stored", "shown"])
+@pytest.mark.parametrize("shape_is_known", [True, False])
+def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
     for orientation, stored in STORED.items():
         tags, shape = [], (0, 0)
         for number, (left, top, right, bottom) in enumerate(FACES):
             picture = np.zeros((300, 400))
             picture[top:bottom, left:right] = 1
-            drawn = stored(picture) if means == "stored" else picture
+            drawn = stored(picture) if tagged == "stored" else picture
             (y, x), (height, width) = np.nonzero(drawn), drawn.shape
             box = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
             tags.append(regions.Tag(str(number), box))
             shape = width, height
-        some = regions.Tags(tags, shape if told else None)
-        assert regions.match_faces(some, FACES, (400, 300), orientation).tolist() == [0, 1]
-        assert regions.match_faces(some, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
+        made = regions.Tags(tags, shape if shape_is_known else None)
+        assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
+        assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
     assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6).tolist() == []
 
 
 def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
     # One face lies where the tag would be in a picture that is turned otherwise.
     face = np.array([[280, 30, 360, 90]])
-    for shape, found in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
+    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
-        assert regions.match_faces(tags, face, (400, 300), 6).tolist() == found, shape
+        assert regions.match_faces(tags, face, (400, 300), 6).tolist() == matches, shape
 
     # A face has one tag, the most alike first.
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]

@@ -63,8 +63,8 @@ def filmed(rng, *parts):
 
 def cuts(film):
     """Returns the numbers of the frames that begin a shot, but the first."""
-    found = shots.ShotDetector()
-    return [n for n, small in enumerate(film) if found.update(n / RATE, small)][1:]
+    detector = shots.ShotDetector()
+    return [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
 
 
 def fade(start, steps):
@@ -82,8 +82,9 @@ def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
         parts = [
             shot(rng, rng.choice(CAMERAS), length, rng.uniform(dark, bright)) for length in lengths
         ]
-        wanted, got = {*np.cumsum(lengths)[:-1].tolist()}, {*cuts(filmed(rng, *parts))}
-        right, wrong, count = right + len(got & wanted), wrong + len(got - wanted), count + 9
+        expected, reported = {*np.cumsum(lengths)[:-1].tolist()}, {*cuts(filmed(rng, *parts))}
+        right, wrong = right + len(reported & expected), wrong + len(reported - expected)
+        count += len(expected)
     assert right >= 0.98 * count and wrong <= 0.02 * count
 
 
@@ -91,27 +92,27 @@ def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
 def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
-        out, back = fade(one[-1:], steps), fade(two[:1], steps)[::-1]
-        found = cuts(filmed(rng, one, out, back, two))
-        assert len(found) == 1 and abs(found[0] - 40 - steps) <= 3 + steps / 3
+        first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
+        out, back = fade(first[-1:], steps), fade(second[:1], steps)[::-1]
+        cut_frames = cuts(filmed(rng, first, out, back, second))
+        assert len(cut_frames) == 1 and abs(cut_frames[0] - 40 - steps) <= 3 + steps / 3
         # A fade out at the end and black frames are no shots.
         black = np.zeros((30, 36, 64, 3))
-        assert cuts(filmed(rng, one, fade(one[-1:], 20), black)) == []
-        assert cuts(filmed(rng, black, one)) == [30]
+        assert cuts(filmed(rng, first, fade(first[-1:], 20), black)) == []
+        assert cuts(filmed(rng, black, first)) == [30]
 
 
 @pytest.mark.parametrize("steps", quick_first([15, 8, 25], mark=nightly))
 def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        one, two = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
-        mixed = fade(one[-1:], steps) + two[:1] - fade(two[:1], steps)
-        film = filmed(rng, one[-1:].repeat(40, 0), mixed, two[:1].repeat(60, 0))
-        found = shots.ShotDetector()
-        (told,) = [n for n, small in enumerate(film) if found.update(n / RATE, small)][1:]
-        assert 40 < told <= 40 + steps + 15
-        assert found.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
+        first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
+        mixed = fade(first[-1:], steps) + second[:1] - fade(second[:1], steps)
+        film = filmed(rng, first[-1:].repeat(40, 0), mixed, second[:1].repeat(60, 0))
+        detector = shots.ShotDetector()
+        (reported,) = [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
+        assert 40 < reported <= 40 + steps + 15
+        assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
 
 
 @nightly
@@ -123,8 +124,8 @@ def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
         film = []
         for place in np.arange(0, 6, 0.025):
             whole, part = divmod(place, 1)
-            one, two = (fine[10:46, n : n + 64] for n in (int(whole), int(whole) + 1))
-            film.append((1 - part) * one + part * two)
+            left, right = (fine[10:46, n : n + 64] for n in (int(whole), int(whole) + 1))
+            film.append((1 - part) * left + part * right)
         assert cuts(filmed(rng, np.array(film))) == []
 
 
@@ -140,9 +141,9 @@ def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
 def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
     rng = np.random.default_rng(3)
     film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
-    found = shots.ShotDetector()
+    detector = shots.ShotDetector()
     for n, small in enumerate([*film, *[film[-1]] * 450]):
-        found.update(n / RATE, small)
-    assert found.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
-    assert len(found._changes) <= 15 and len(found._dissolve._kept) < 30
+        detector.update(n / RATE, small)
+    assert detector.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
+    assert len(detector._changes) <= 15 and len(detector._dissolve._kept) < 30
     assert shots.ShotDetector().shots(0.0) == []

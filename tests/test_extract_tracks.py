@@ -35,8 +35,8 @@ def follow(people, seconds, *, fps=5, noise=1.0, unseen=lambda person, time_s: F
         for number, n in zip(numbers, kept, strict=True):
             owners[number].add(int(here[n]))
     tracker.cut(seconds)
-    found = tracker.take_ended()
-    return found, [sorted(owners[track.number]) for track in found]
+    ended = tracker.take_ended()
+    return ended, [sorted(owners[track.number]) for track in ended]
 
 
 @pytest.mark.parametrize(("fps", "below"), [(2, 10), (5, 0), (10, 10)])
@@ -45,9 +45,9 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         rng = np.random.default_rng(seed)
         speed = rng.uniform(15, 25) * fps / 5 + 10
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
-        found, owners = follow(people, 6, fps=fps, seed=seed)
+        ended, owners = follow(people, 6, fps=fps, seed=seed)
         assert sorted(owners) == [[0], [1]], (seed, owners)
-        assert all(len(track.times) >= 5 * fps for track in found)
+        assert all(len(track.times) >= 5 * fps for track in ended)
 
 
 def test_tracks_of_a_hidden_head_never_mix_two_people():
@@ -55,14 +55,14 @@ def test_tracks_of_a_hidden_head_never_mix_two_people():
         people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]
         hidden = lambda n, t: n == 1 and abs(t - 2.5) < 0.45  # noqa: E731
         _, owners = follow(people, 5, unseen=hidden, seed=seed)
-        assert all(len(one) == 1 for one in owners) and len(owners) <= 4, (seed, owners)
+        assert all(len(who) == 1 for who in owners) and len(owners) <= 4, (seed, owners)
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     """Faces of 48 pixels that move by 45 in a picture, 110 from each other; then 24 people."""
-    found, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
+    ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
     assert sorted(owners) == [[n] for n in range(3)]
-    for track in found:
+    for track in ended:
         np.testing.assert_allclose(track.times, np.arange(15) / 5)
     speed = np.random.default_rng(0).uniform(-3, 3, 24)
     people = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
@@ -73,8 +73,8 @@ def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
 def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
     person = [walk((100, 100), (20, 0))]
     for end, numbers in ((2.7, [0]), (3.9, [0, 1])):
-        found, _ = follow(person, 6, unseen=lambda n, t, end=end: 2 < t < end)
-        assert [track.number for track in found] == numbers
+        ended, _ = follow(person, 6, unseen=lambda n, t, end=end: 2 < t < end)
+        assert [track.number for track in ended] == numbers
 
 
 BOX = np.array([[10, 10, 60, 70]])
@@ -143,8 +143,8 @@ def test_overlap_is_intersection_over_union():
         pixels[place][top:bottom, left:right] = True
     both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
     either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
-    found = tracks.measure_overlaps(*boxes.astype(float))
-    np.testing.assert_allclose(found, both / either)
+    overlaps = tracks.measure_overlaps(*boxes.astype(float))
+    np.testing.assert_allclose(overlaps, both / either)
 
 
 def test_main_figure_follows_the_definition_of_the_paper():
@@ -206,7 +206,7 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
         person = arrays["person"][low:high]
         count = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
-        found = tracks.find_changes(vectors, times, False, DLIB)
-        split[bool(count < 0.8 * len(person))].append(bool(found))
+        places = tracks.find_changes(vectors, times, False, DLIB)
+        split[bool(count < 0.8 * len(person))].append(bool(places))
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])

@@ -185,17 +185,17 @@ def test_truncated_or_damaged_films_are_read_as_far_as_possible(film):
         content[place] ^= 1 << rng.integers(8)
     film.write_bytes(content)
     frames, video = read(film)
-    found = video.counts
-    assert len(frames) == found.frames > 20 and found.corrupt + found.refused > 0
-    assert 50 <= found.frames + found.corrupt + found.refused <= 62
+    counts = video.counts
+    assert len(frames) == counts.frames > 20 and counts.corrupt + counts.refused > 0
+    assert 50 <= counts.frames + counts.corrupt + counts.refused <= 62  # 60 were written
 
 
 @pytest.mark.parametrize("name", films.NO_FILMS)
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # which no list may open
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
-    said = seen.refused(lambda: read(tmp_path / name), name)
-    assert "MP4" in said or "an empty file" in said
+    error = seen.refused(lambda: read(tmp_path / name), name)
+    assert "MP4" in error or "an empty file" in error
 
 
 def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch):
@@ -247,6 +247,7 @@ def test_picture_size_is_checked_before_decoding(tmp_path, film, monkeypatch):
         assert video.info.width == 160
         assert not video.info.sound and list(video.sound()) == []
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
+    # Width and height of a BMP file.
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
     (tmp_path / "huge.bmp").write_bytes(data)
     refused(tmp_path / "huge.bmp", "huge.bmp")

@@ -68,8 +68,8 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
     film, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
     assert "audio" not in clips["broken.s000.t00"] and "audio" in clips["broken.s001.t00"]
     assert film.lost_sound > 10 and not film.damaged and film.refused == 0
-    _, said = drawn.extract(tmp_path / "broken.mkv")
-    assert f"{film.lost_sound:,} pieces of sound could not be decoded" in said
+    _, warnings = drawn.extract(tmp_path / "broken.mkv")
+    assert f"{film.lost_sound:,} pieces of sound could not be decoded" in warnings
     for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
         film, clips = hear(tmp_path, models, f"{name}.mkv", shots[0], sound=sound)
         assert len(clips) == 1 and film.voices == 0 and film.lost_sound == 0
@@ -83,7 +83,7 @@ def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_
     _, clips = hear(tmp_path, models, "film.mkv", *shots, unit="shot", **sound)
     assert {*clips} == {"film.s000", "film.s002"}
     film, by_track = extract(tmp_path / "film.mkv", tmp_path / "tracks", models)
-    gone = max(one.end_s for one in film.tracks if one.shot == 0 and one.end_s < 7)
+    gone = max(each.end_s for each in film.tracks if each.shot == 0 and each.end_s < 7)
     begins = clips["film.s000"]["audio_number"]
     assert begins[0] == pytest.approx(gone * 1000, abs=1) and begins[0] > 1000 and len(begins) > 2
     for clip, same in {"film.s000": "film.s000.t01", "film.s002": "film.s002.t00"}.items():
@@ -120,14 +120,14 @@ def test_folder_of_features_refuses_other_voice_nets(tmp_path, models):
 def test_solo_spans_are_times_with_one_visible_track():
     """Long spans are heard in pieces with the same windows."""
     tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
-    found = list(voices.find_solo_spans(tracks))
+    spans = list(voices.find_solo_spans(tracks))
     # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
-    assert [span.clip for span in found] == ["a", "a", "c"]
-    np.testing.assert_allclose([span.start_s for span in found], [0, 6, 20])
-    np.testing.assert_allclose([span.end_s for span in found], [4, 10, 29.6])
-    found = list(voices.find_solo_spans([track("a", 1, 200)]))
-    assert max(one.end_s - one.start_s for one in found) <= 60.001
-    begins = np.concatenate([np.arange(x.start_s, x.end_s - 1.6 + 1e-6, 0.8) for x in found])
+    assert [span.clip for span in spans] == ["a", "a", "c"]
+    np.testing.assert_allclose([span.start_s for span in spans], [0, 6, 20])
+    np.testing.assert_allclose([span.end_s for span in spans], [4, 10, 29.6])
+    spans = list(voices.find_solo_spans([track("a", 1, 200)]))
+    assert max(span.end_s - span.start_s for span in spans) <= 60.001
+    begins = np.concatenate([np.arange(x.start_s, x.end_s - 1.6 + 1e-6, 0.8) for x in spans])
     np.testing.assert_allclose(begins, 1 + 0.8 * np.arange(len(begins)))
     assert begins[-1] + 1.6 <= 200 < begins[-1] + 2.4
 
@@ -143,9 +143,9 @@ def test_each_span_receives_the_samples_of_its_time():
         at += len(block) + rng.integers(0, 2) * rng.integers(0, 90_000)
     ends = [(0.1, 2.5), (2.5, 9), (8.2, 9.9), (12, 20), (29, 39)]
     spans = [voices.Span(str(n), *both) for n, both in enumerate(ends)]
-    found = list(voices.cut_spans(blocks, [*spans, voices.Span("unheard", 38, 39.9)]))
-    assert [span for span, _ in found] == spans
-    for span, samples in found:
+    pieces = list(voices.cut_spans(blocks, [*spans, voices.Span("unheard", 38, 39.9)]))
+    assert [span for span, _ in pieces] == spans
+    for span, samples in pieces:
         first = round(span.start_s * voices.RATE)
         np.testing.assert_array_equal(samples, whole[first : first + len(samples)])
         assert len(samples) == round((span.end_s - span.start_s) * voices.RATE)
@@ -159,7 +159,7 @@ def test_memory_does_not_grow_with_the_length_of_the_sound():
     pieces = sum(1 for _ in voices.cut_spans(sound, spans))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert pieces > 60 and peak < 12 << 20
+    assert pieces > 60 and peak < 12 << 20  # 12 MiB
 
 
 @pytest.mark.slow
@@ -191,9 +191,9 @@ def test_gallery_identifies_people_by_face_and_voice(tmp_path, models):
     gallery = Gallery.of_models(tmp_path / "unheard", models)
     gallery.enrol({"photo": {"face": both["face"]}}, "Ada")
     clips = {"voice": {"face": None, "audio": both["audio"]}, "seen": both}
-    found = gallery.identify(clips, threshold=0.4)
-    assert found["voice"].identity is None and found["voice"].evidence == ()
-    assert found["seen"].identity == "Ada"
+    answers = gallery.identify(clips, threshold=0.4)
+    assert answers["voice"].identity is None and answers["voice"].evidence == ()
+    assert answers["seen"].identity == "Ada"
 
 
 def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
@@ -201,8 +201,8 @@ def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
     card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),
                          data="made")  # fmt: skip
     both = backend.make_card_backend({"face": card, "audio": card})
-    one, other = np.eye(4, dtype=np.float32)[:2]
-    people = both.enrol(["Ada", "Bob"], np.stack([np.r_[one, one], np.r_[other, 0 * one]]),
+    ada, bob = np.eye(4, dtype=np.float32)[:2]
+    people = both.enrol(["Ada", "Bob"], np.stack([np.r_[ada, ada], np.r_[bob, 0 * ada]]),
                         np.arange(2))  # fmt: skip
 
     def odds(face, voice):
@@ -210,8 +210,8 @@ def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
         return (logs[1:] - logs[0])[0]
 
     none = np.zeros(4, np.float32)
-    seen = odds(one, none)
-    assert odds(one, one) - seen == pytest.approx(np.log(9))
-    assert odds(one, other) - seen == pytest.approx(-np.log(9))
-    assert odds(other, one) < 0  # another face, with Ada's voice
-    assert odds(none, one) > np.log(9)
+    seen = odds(ada, none)
+    assert odds(ada, ada) - seen == pytest.approx(np.log(9))
+    assert odds(ada, bob) - seen == pytest.approx(-np.log(9))
+    assert odds(bob, ada) < 0  # another face, with Ada's voice
+    assert odds(none, ada) > np.log(9)

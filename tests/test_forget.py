@@ -39,8 +39,8 @@ def places(run):
     """Returns path -> kind and remedy, of what the command names."""
 
     def find(*words, code=1):
-        found = run(*words, "--json", code=code)["places"]
-        return {one["path"]: (one["kind"], one["remedy"]) for one in found}
+        listed = run(*words, "--json", code=code)["places"]
+        return {place["path"]: (place["kind"], place["remedy"]) for place in listed}
 
     return find
 
@@ -72,8 +72,8 @@ def make_who(folder, person, named):
 
 
 def test_forget_lists_every_place_and_deletes_galleries_and_records(tmp_path, run, places):
-    shown = {"ada 1": made_galleries.make_clip(9001, GONE)._replace(fitted=True)}
-    people = made_galleries.make(tmp_path / "g", made_galleries.make_clips() | shown)
+    fitted = {"ada 1": made_galleries.make_clip(9001, GONE)._replace(fitted=True)}
+    people = made_galleries.make(tmp_path / "g", made_galleries.make_clips() | fitted)
     others = made_galleries.make(tmp_path / "others")
     kept, gone = (tmp_path / "cache" / "arrays" / name for name in ("without", "with"))
     converted(kept, "ada 11", "x")
@@ -88,25 +88,25 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(tmp_path, ru
     make_who(tmp_path / "photos", GONE, "Eve")
     make_who(tmp_path / "named", "Eve", GONE)
     before = made_galleries.contents(others.folder)
-    found = places(f"--identity={GONE}", tmp_path)
-    assert {str(Path(path).relative_to(tmp_path)): kind for path, (kind, _) in found.items()} == {
+    listed = places(f"--identity={GONE}", tmp_path)
+    assert {str(Path(path).relative_to(tmp_path)): kind for path, (kind, _) in listed.items()} == {
         "g": "gallery", "cache/arrays/with": "records", "photos": "who", "named": "who",
         **dict.fromkeys(("runs/a", "runs/b", "runs/d"), "run"),
     }  # fmt: skip
     assert GONE in people.identities  # nothing is deleted yet
     with people._store.open(write=True):  # as by another process
-        found = places(f"--identity={GONE}", "--delete", tmp_path)
-    assert found[str(people.folder)] == ("gallery", "--delete")
-    assert found[str(gone)][1].startswith("deleted") and kept.exists()
-    found = places(f"--identity={GONE}", "--clip=ada 1", "--delete", tmp_path)
-    deleted = {path for path, (_, remedy) in found.items() if remedy.startswith("deleted")}
+        listed = places(f"--identity={GONE}", "--delete", tmp_path)
+    assert listed[str(people.folder)] == ("gallery", "--delete")
+    assert listed[str(gone)][1].startswith("deleted") and kept.exists()
+    listed = places(f"--identity={GONE}", "--clip=ada 1", "--delete", tmp_path)
+    deleted = {path for path, (_, remedy) in listed.items() if remedy.startswith("deleted")}
     assert deleted == {str(people.folder)}
     people.refresh()
     assert GONE not in people.identities
     assert made_galleries.contents(others.folder) == before
     words = (f"--identity={GONE}", "--clip=ada 1", "--delete", tmp_path)
-    said = run(*words, code=1)  # what is the user's stays
-    assert "places      5, 0 of them deleted" in said and "train without them" in said
+    text = run(*words, code=1)  # what is the user's stays
+    assert "places      5, 0 of them deleted" in text and "train without them" in text
     for name in ("runs", "photos", "named"):
         files.remove_tree(tmp_path / name)
     counts = {"left": 0, "unread": 0, "deleted": 0, "places": [], "commands": [], "similar": {}}
@@ -131,14 +131,14 @@ def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
     os.mkfifo(tmp_path / "pipe")
     for name, start in {"holes": b"", "holes.txt": b"\xff\xfe"}.items():
         (tmp_path / name).write_bytes(start)
-        os.truncate(tmp_path / name, 1 << 40)
+        os.truncate(tmp_path / name, 1 << 40)  # 1 TiB of holes
     (tmp_path / "link").symlink_to("/dev/zero")
-    found = places(f"--identity={GONE}", tmp_path)
-    assert {Path(path).name for path in found} == {
+    listed = places(f"--identity={GONE}", tmp_path)
+    assert {Path(path).name for path in listed} == {
         *texts.keys() - {"other.txt"}, "utf-16.csv", "utf-16-be.csv", "utf-32.csv",
         f"{GONE}.jpg", GONE,
     }  # fmt: skip
-    assert {kind for kind, _ in found.values()} == {"file"}
+    assert {kind for kind, _ in listed.values()} == {"file"}
     assert places("--identity=Adb", tmp_path, code=0) == {}
 
 
@@ -157,7 +157,7 @@ WRITERS = {
     "a.csv.bz2": lambda path, text: path.write_bytes(bz2.compress(text)),
     "a.csv.xz": lambda path, text: path.write_bytes(lzma.compress(text)),
     "a.tgz": write_tar,
-    "a.ZIP": lambda path, text: zipfile.ZipFile(path, "w", 8).writestr("x", text * 3),
+    "a.ZIP": lambda path, text: zipfile.ZipFile(path, "w", 8).writestr("x", text * 3),  # deflated
     "a.parquet": lambda path, text: tables.write(
         path, {"identity": "string"}, [(line,) for line in text.decode().splitlines()], ()
     ),
@@ -192,10 +192,10 @@ def test_forget_finds_both_unicode_forms_of_a_name(typed, stored, tmp_path, run)
     (tmp_path / "d.csv").write_text(stored, encoding="utf-16")
     (tmp_path / "e.csv").write_text("x;José Müller;y", encoding="latin-1")
     (tmp_path / f"{stored}.jpg").write_bytes(b"")
-    found = run(f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
-    kinds = sorted(one["kind"] for one in found["places"])
+    answer = run(f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
+    kinds = sorted(place["kind"] for place in answer["places"])
     assert kinds == ["file"] * 6 + ["gallery", "records", "run"]
-    assert (found["deleted"], found["left"]) == (2, 7) and len(gallery) == 0
+    assert (answer["deleted"], answer["left"]) == (2, 7) and len(gallery) == 0
     assert run(f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 7
 
 
@@ -214,8 +214,8 @@ def test_forget_matches_whole_names_and_reports_similar_names(tmp_path, run):
         path.unlink()
     answer = run("--identity=Ada", tmp_path, "--json")  # a part of a name is another name
     assert answer["places"] == [] and answer["similar"] == {}
-    said = run("--identity=Ada Lovlace", tmp_path)
-    assert f"'{GONE}' is not 'Ada Lovlace'" in said and "places      0" in said
+    text = run("--identity=Ada Lovlace", tmp_path)
+    assert f"'{GONE}' is not 'Ada Lovlace'" in text and "places      0" in text
     answer = run("--identity=Ada\u200b Lovelace", tmp_path, "--json")
     assert answer["similar"] == {"Ada\u200b Lovelace": GONE}
     answer = run(f"--identity={GONE}", tmp_path, "--json", code=1)
@@ -236,24 +236,24 @@ def test_forget_lists_places_that_it_cannot_read(tmp_path, run, places, monkeypa
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found = places("--clip=some clip", tmp_path)
+    listed = places("--clip=some clip", tmp_path)
     unread = ("unread", "search it yourself")
-    assert found == {str(tmp_path / name): unread for name in ("g", "closed", "run")}
+    assert listed == {str(tmp_path / name): unread for name in ("g", "closed", "run")}
     assert "--identity=NAME" in run(tmp_path, code=2)
     assert "no such folder" in run("--clip=x", tmp_path / "absent", code=2)
 
 
-def held(folder, pieces):
+def search(folder, pieces):
     """Returns the files that hold some bytes, in archives too."""
-    found = set()
+    names = set()
     for path in filter(Path.is_file, folder.rglob("*")):
         content = path.read_bytes()
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 content += b"".join(map(archive.read, archive.namelist()))
         if any(piece in content for piece in pieces):
-            found.add(str(path.relative_to(folder)))
-    return found
+            names.add(str(path.relative_to(folder)))
+    return names
 
 
 @pytest.mark.slow
@@ -279,10 +279,10 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, run, places):
     with files.lock(tmp_path / "run"):
         small_runs.run(config, tmp_path / "run", data)
     gallery = vidjax.Gallery.create(tmp_path / "g", vidjax.restore(tmp_path / "run"), data)
-    shown = [clip.vector for clip in gallery.clips.values() if clip.identity == GONE]
-    pieces += [vector[:4].tobytes() for vector in shown]
+    vectors = [clip.vector for clip in gallery.clips.values() if clip.identity == GONE]
+    pieces += [vector[:4].tobytes() for vector in vectors]
     tables.write_ranking(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
-    assert {path.split("/")[0] for path in held(tmp_path, pieces)} >= {"features", "cache", "g"}
+    assert {path.split("/")[0] for path in search(tmp_path, pieces)} >= {"features", "cache", "g"}
     gone = [clip for clip, name in labels.items() if name == GONE]
     words = (f"--identity={GONE}", *(f"--clip={name}" for name in gone), tmp_path)
     run(*words, "--delete", code=1)
@@ -295,6 +295,6 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, run, places):
             files.remove_tree(path)
         else:
             path.unlink(missing_ok=True)
-    assert not held(tmp_path, [*pieces, GONE.encode()])
+    assert not search(tmp_path, [*pieces, GONE.encode()])
     assert not [path for path in tmp_path.rglob("*") if GONE in path.name]
     assert places(*words, code=0) == {}

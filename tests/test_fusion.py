@@ -72,8 +72,8 @@ def test_padding_and_bad_quality_do_not_change_fused_features(spec):
     long = fuse(rng=jax.random.key(5), frames=pad(frames, 7), **spec)
     np.testing.assert_array_equal(short.mask.sum(axis=1), long.mask.sum(axis=1))
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
-    for one, other in zip(short[:4], long[:4], strict=True):
-        np.testing.assert_array_equal(np.asarray(one)[short.mask], np.asarray(other)[long.mask])
+    for left, right in zip(short[:4], long[:4], strict=True):
+        np.testing.assert_array_equal(np.asarray(left)[short.mask], np.asarray(right)[long.mask])
     features = np.asarray(short.features)
     assert np.isfinite(features).all()
     assert np.abs(features[short.mask]).max(axis=1).min() > 0
@@ -113,6 +113,7 @@ def test_mixup_weights_follow_a_flat_dirichlet_distribution():
 def windows_oracle(frames, clip, max_frames):
     """The fixed windows of one clip, loop by loop: the originals, then the merged."""
     real = frames.features[clip, frames.mask[clip]]
+    # The library orders frames by this hash of their rank.
     ring = sorted(range(len(real)), key=lambda rank: rank * 2654435769 % 2**32)
     merged = []
     for rank in range(len(real)):
@@ -253,12 +254,12 @@ def test_quality_that_is_not_finite_is_the_lowest():
 def test_top_frames_are_the_best_frames_repeated_in_short_clips():
     frames = make_frames([3, 1, 0, 3, 40], max_frames=40)
     turns = fuse("top", None, frames)
-    best = np.sort(np.argsort(-frames.quality[4], kind="stable")[:32])
+    best = np.sort(np.argsort(-frames.quality[4], kind="stable")[:32])  # 32 frames by default
     np.testing.assert_array_equal(turns.number[4], frames.number[4, best])
     np.testing.assert_array_equal(turns.features[4], frames.features[4, best])
     assert turns.features.dtype == np.float16
     best, middle, worst = np.argsort(-frames.quality[0, :3])
-    counts = np.bincount(np.asarray(turns.number[0]) // 10, minlength=3)
+    counts = np.bincount(np.asarray(turns.number[0]) // 10, minlength=3)  # numbers are 10 t
     assert (counts[best], counts[middle], counts[worst]) == (11, 11, 10)
     np.testing.assert_array_equal(turns.number[1], np.zeros(32))
     np.testing.assert_array_equal(turns.mask.sum(axis=1), [32, 32, 0, 32, 32])
@@ -356,7 +357,7 @@ def test_short_clips_are_joined_and_cut_to_the_maximum_length():
         for clip in (0, 1, 3):
             partner = int(real(union["face"], clip)[-1, 0])  # the same of both modalities
             for name, frames in clips.items():
-                parts = [real(frames, one) for one in dict.fromkeys((clip, partner))]
+                parts = [real(frames, each) for each in dict.fromkeys((clip, partner))]
                 np.testing.assert_array_equal(real(union[name], clip), np.concatenate(parts))
             partners.append((clip, partner))
             assert np.all(np.diff(union["face"].number[clip][union["face"].mask[clip]]) > 0)
