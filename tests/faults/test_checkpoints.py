@@ -26,7 +26,7 @@ from vidjax.core import devices
 from vidjax.runs import checkpoint, config_io, signals
 from vidjax.utils import files, messages
 
-# Where a save fails, threads of Orbax complain after it to an event loop that is closed.
+# After a failed save, threads of Orbax call an event loop that is already closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SPEC = "configs/quality_fusion.py:iqiyi_vid,face"
@@ -54,7 +54,7 @@ def content_of(items):
 
 @pytest.mark.slow
 def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
-    """Flipped bits, cuts, removals: a good step is used if there is one, and nothing is deleted."""
+    """An undamaged step is restored with a warning, if there is one; no file is deleted."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     saved = {step: content_of(make_items(step)) for step in (3, 8)}
@@ -78,15 +78,15 @@ def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")  # trials may repeat a message
             try:
-                found = checkpoint.find(workdir, prefer)
+                chosen = checkpoint.find(workdir, prefer)
             except checkpoint.CheckpointError:
-                found = None
+                chosen = None
         assert contents(workdir / "checkpoints") == after
-        found_steps.add(found and found.manifest["step"])
-        assert found is not None or wanted is None, (trial, touched)
-        if found is not None:
-            step = found.manifest["step"]
-            restored = checkpoint.load(found, make_items(0), everywhere)
+        found_steps.add(chosen and chosen.manifest["step"])
+        assert chosen is not None or wanted is None, (trial, touched)
+        if chosen is not None:
+            step = chosen.manifest["step"]
+            restored = checkpoint.load(chosen, make_items(0), everywhere)
             assert content_of(restored) == saved[step], trial
             assert step == wanted and (step == order[0] or warned), trial
         shutil.rmtree(workdir)
@@ -158,7 +158,7 @@ def parts(stopped, tmp_path):
 
 @pytest.fixture
 def evaluate(command):
-    """Evaluates a run, which must be refused with exit code 3; returns what is said."""
+    """Evaluates a run, which must be refused with exit code 3; returns the error."""
 
     def run(folder, *words):
         with warnings.catch_warnings(action="ignore"):
@@ -180,8 +180,8 @@ def test_evaluate_refuses_a_run_whose_checkpoints_are_all_damaged(evaluate, fini
     for step in checkpoint.manifests(finished):
         flip(largest(finished, step), random.Random(step))
     before = contents(finished)
-    said = evaluate(finished, "--config.eval.checkpoint=best")
-    assert "every checkpoint" in said and str(finished) in said
+    error = evaluate(finished, "--config.eval.checkpoint=best")
+    assert "every checkpoint" in error and str(finished) in error
     assert contents(finished) == before
 
 
@@ -214,7 +214,7 @@ def test_evaluate_refuses_changed_identities_members_config_or_manifest(evaluate
 
 @pytest.mark.slow
 def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, data, finished, whole):
-    """A damaged step is trained to the same bits."""
+    """The run trains the damaged step again, to the same bits."""
     for name in ("identities.json", "members.npz", "metrics.json", "ranking.txt"):
         (finished / name).unlink()
     flip(largest(finished, 15), random.Random(5))
@@ -229,13 +229,13 @@ def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, dat
 def test_resuming_with_another_configuration_is_refused_with_the_difference(say, words, parts):
     """This holds even if config.json is missing, because the checkpoint contains its digest."""
     before = contents(parts / "checkpoints")
-    for word, shown in [
+    for word, difference in [
         ("model.layers=((16,'swish',True,0.5),)", "model.layers: ((256,"),
         ("modalities=head,face", "modalities: ('face',) -> ('head', 'face')"),
         ("num_epochs=2", "num_epochs: 5.0 -> 2.0"),
     ]:
-        said = say(*words, f"--workdir={parts}", f"--config.{word}", code=2)
-        assert shown in said and "use another workdir" in said
+        error = say(*words, f"--workdir={parts}", f"--config.{word}", code=2)
+        assert difference in error and "use another workdir" in error
         (parts / "config.json").unlink(missing_ok=True)
     assert contents(parts / "checkpoints") == before
 
@@ -264,7 +264,7 @@ def test_resuming_with_another_list_of_identities_is_refused(config, data, parts
 def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
     say, monkeypatch, config, data, parts, whole, tmp_path
 ):
-    """Moved to a name with a space, behind a link, relative; lines are as a kill leaves them."""
+    """The new path has a space, leads through a link, or is relative."""
     step = max(checkpoint.manifests(parts))
     for name in ("metrics.jsonl", "timing.jsonl"):
         with open(parts / name, "a") as file:
@@ -294,8 +294,8 @@ def assert_nothing_lost(folder, before):
     """Asserts that the earlier steps are as they were and that no name is of half a file."""
     after = contents(folder / "checkpoints")
     assert {name: after.get(name) for name in before} == before
-    found = checkpoint.find(folder)
-    assert found is not None
+    latest = checkpoint.find(folder)
+    assert latest is not None
     for step in checkpoint.manifests(folder):
         checkpoint.verify(folder / "checkpoints" / str(step))
     assert not list(folder.glob("*partial*"))
@@ -308,8 +308,8 @@ def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, 
     step = max(checkpoint.manifests(parts))
     before = contents(parts / "checkpoints")
     with file_limit(largest(parts, step).stat().st_size * 3 // 4):
-        said = failing_run(config, parts, data)
-    assert f"cannot save a checkpoint in '{parts / 'checkpoints' / '12'}'" in said
+        error = failing_run(config, parts, data)
+    assert f"cannot save a checkpoint in '{parts / 'checkpoints' / '12'}'" in error
     assert_nothing_lost(parts, before)
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) < 12 + 5  # the save of step 12 was the last act
@@ -322,7 +322,7 @@ def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, 
 def test_full_disk_stops_training_and_loses_no_checkpoint(
     config, data, stopped, whole, mounted, campaign
 ):
-    """Filled but for some bytes: writing fails at the start, in a log or in a save, by how many."""
+    """The number of free bytes decides whether the start, a log or a save fails."""
     small_disk = mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
     parts = small_disk / "parts"
     rng = np.random.default_rng(0)
@@ -334,10 +334,10 @@ def test_full_disk_stops_training_and_loses_no_checkpoint(
         shutil.copytree(stopped, parts)
         before = contents(parts / "checkpoints")
         with filled(small_disk, size):
-            said = failing_run(config, parts, data)
-        assert str(parts) in said and "No space left" in said, said
+            error = failing_run(config, parts, data)
+        assert str(parts) in error and "No space left" in error, error
         assert_nothing_lost(parts, before)
-        failed.append(said.split("'")[1].removeprefix(str(parts)))
+        failed.append(error.split("'")[1].removeprefix(str(parts)))
         run(config, parts, data)
         assert_same_run(parts, whole, RUN_FILES)
         shutil.rmtree(parts)

@@ -73,10 +73,10 @@ def refused(say, cache_dir):
     """Converts a folder by the command, which refuses it in three lines with all the words."""
 
     def convert(folder, *words):
-        said = say(folder, code=2, program=iqiyi_vid.main)
-        assert all(word in said for word in words), said
+        error = say(folder, code=2, program=iqiyi_vid.main)
+        assert all(word in error for word in words), error
         assert not list(cache_dir.rglob("*.partial"))
-        return said
+        return error
 
     return convert
 
@@ -93,17 +93,17 @@ def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
     spoilt(official)
     with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames have a face feature"):
         data = load(official)
-    found = features_of(data, "train")
-    assert all(np.isfinite(features).all() for features in found.values())
+    loaded = features_of(data, "train")
+    assert all(np.isfinite(features).all() for features in loaded.values())
     clean = clips_of("train", 20)
-    np.testing.assert_array_equal(found["train005"], clean["train005"].features[[0, 2]])
-    assert len(found["train009"]) == 0
+    np.testing.assert_array_equal(loaded["train005"], clean["train005"].features[[0, 2]])
+    assert len(loaded["train009"]) == 0
     for _, packed in data.packed(split="train", modalities=("face",)):
         assert np.isfinite(packed["face"].features).all()
     counts = data.report["splits"]["train"]["modalities"]["face"]
     assert counts["frames_skipped"] == {"non_finite": 3}
     assert counts["clips_skipped"] == {"non_finite": 1} and counts["clips_without"] == 1
-    norms = [np.linalg.norm(features.astype(float), axis=1) for features in found.values()]
+    norms = [np.linalg.norm(features.astype(float), axis=1) for features in loaded.values()]
     assert counts["norm"]["mean"] == pytest.approx(np.concatenate(norms).mean(), rel=1e-3)
     assert_adds_up(data.report)
 
@@ -115,7 +115,7 @@ def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_pa
     strict = functools.partial(load, official, cache_dir=cache, non_finite="error")
     with pytest.warns(UserWarning, match="left out"):
         load(official, cache_dir=cache)
-    # A conversion that left them out serves nobody who wants the error.
+    # The converted records lack the frames, but the option still has to raise the error.
     assert refused_by(strict) == wanted
 
 
@@ -142,7 +142,7 @@ def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refuse
 def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, refused):
     path = official / "train_gt.txt"
     text = path.read_text()
-    path.write_text(text + "stranger.mp4 2\n")  # 1 of 19
+    path.write_text(text + "stranger.mp4 2\n")  # 5 % of the clips
     refused(official, "1 of 19 clips are in no feature file, for example stranger\n", "1%")
     path.write_text(text.replace(".mp4", ".avi.mp4"))
     refused(official, "none of its 18 clips is in a feature file", "files name train000")
@@ -157,7 +157,7 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
         data = load(tmp_path)
     split = data.split("val")
     np.testing.assert_array_equal(split.labels, [int(name in labels) for name in split.clips])
-    assert split.positives.tolist() == [101]  # the scorer counts the one that nobody can find
+    assert split.positives.tolist() == [101]  # 100 labelled clips, and the stranger
     facts = data.report["splits"]["val"]
     assert (facts["distractors"], facts["unknown_clips"]) == (50, 1)
     assert_adds_up(data.report)
@@ -177,8 +177,8 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
                 face.features[:] = np.nan
             else:
                 clips["head"][name], clips["audio"][name] = random_clip(rng, 2, 3), face
-        for modality, some in clips.items():
-            write_pickle(tmp_path, modality, split, some)
+        for modality, arrays in clips.items():
+            write_pickle(tmp_path, modality, split, arrays)
         write_truth(tmp_path, split, {x: str(1 + i % 4) for i, x in enumerate(clips["face"])})
     with warnings.catch_warnings(action="ignore"):
         data = load(tmp_path)
@@ -195,7 +195,7 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
     for row in (tmp_path / "run" / "ranking.txt").read_text().splitlines():
         ranked = [name.removesuffix(".mp4") for name in row.split()[1:]]
         assert sorted(ranked) == sorted(data.split("val").clips)
-        assert ranked[-len(silent) :] == silent  # after every other clip, by name
+        assert ranked[-len(silent) :] == silent  # after all other clips, by name
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
         wanted = clips["train003"].features[np.sort(best[:count])]
         np.testing.assert_array_equal(features, wanted)
     cropped = count_cropped([data.split("train")], ("face",), 16)
-    assert cropped == {"face": {"clips": 1, "frames": 9984}}
+    assert cropped == {"face": {"clips": 1, "frames": 10_000 - 16}}
 
 
 NAMES = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-rf", "a:b*c?", "$(x)")

@@ -105,8 +105,8 @@ MADE = {
     "exported": "export {world}/run --to={at} --format=safetensors",
     "cache": ROWS["vidjax.data.arrays"].words,
 }
-PROGRAMS = {f"vidjax.data.{one.__name__.rpartition('.')[2]}": one.main
-            for one in (arrays, iqiyi_vid, synthetic)}  # fmt: skip
+PROGRAMS = {f"vidjax.data.{module.__name__.rpartition('.')[2]}": module.main
+            for module in (arrays, iqiyi_vid, synthetic)}  # fmt: skip
 
 
 def test_fault_table_has_a_row_for_every_command_and_module():
@@ -202,7 +202,7 @@ def keep(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bold_first)
 def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, name):
-    """Nor does a pipe or a device hold a command up."""
+    """A pipe or a device in the folder does not block a command."""
     row = ROWS[name]
     honest = ready(world, row.made)
     victim, at = tmp_path / "victim", tmp_path / "at"
@@ -232,7 +232,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bold_first)
 def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name):
-    """Without links, but with other files next to the files of vidjax."""
+    """The folders contain no links."""
     row = ROWS[name]
     at = shutil.copytree(ready(world, row.made), tmp_path / "at")
     mine = Counter()
@@ -248,7 +248,7 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
 
 @pytest.mark.slow
 def test_rank_refuses_to_replace_a_ranking_file_of_the_user(world, tmp_path):
-    """It is refused before a table is ranked."""
+    """The command fails before it ranks a table."""
     ready(world, "gallery")
     for name, before in (("rank", "ranked"), ("gallery rank", "lists")):
         at = tmp_path / before
@@ -261,7 +261,7 @@ def test_rank_refuses_to_replace_a_ranking_file_of_the_user(world, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "members.npz"])
 def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name):
-    """A hard link is a file like others: what it holds tells."""
+    """A hard link looks like a regular file, so export checks its content."""
     run = shutil.copytree(nearest_run, tmp_path / "run")
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (run / name).unlink()

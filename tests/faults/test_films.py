@@ -60,8 +60,8 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
 
     def finish(out):
         with start(*inputs, f"--out={out}") as process:
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == 0, said
+            _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
 
     finish(like)
     for number in range(50 if campaign else 2):
@@ -73,10 +73,10 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
             else:
                 time.sleep(rng.random() * 3)
             started = children_of(process.pid)
-        for told in (out / "videos").glob("[!.]*.json"):  # finished films are complete
-            clips = f"{told.stem}.npz"
-            film = features_folder.read_film(like / "videos" / told.name)
-            assert features_folder.read_film(told) == film
+        for path in (out / "videos").glob("[!.]*.json"):  # finished films are complete
+            clips = f"{path.stem}.npz"
+            film = features_folder.read_film(like / "videos" / path.name)
+            assert features_folder.read_film(path) == film
             assert (out / clips).read_bytes() == (like / clips).read_bytes()
         assert all(ended(child) for child in started), "a child goes on without its parent"
     finish(out)
@@ -92,14 +92,14 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
         for child in children:
             os.kill(child, signal.SIGSTOP)  # it holds the folder until it is killed
         try:
-            _, said = drawn.extract(film, code=2)
+            _, stderr = drawn.extract(film, code=2)
         finally:
             for child in children:
                 os.kill(child, signal.SIGKILL)
-        assert f"in use by process {process.pid} on {socket.gethostname()}" in said
-        assert len(said.splitlines()) <= 3
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "killed its reader" in said
+        assert f"in use by process {process.pid} on {socket.gethostname()}" in stderr
+        assert len(stderr.splitlines()) <= 3
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "killed its reader" in stderr
     assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
     assert drawn.extract(film)[0]["clips"] == 4
 
@@ -109,8 +109,8 @@ def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     write_photo(photo, ("Ada", 20, 20))
     inputs = [photo, drawn.film(), photo]
     with file_limit(1500):  # extract.json fits
-        _, said = drawn.extract(*inputs, flags=["--workers=1"], code=2)
-    assert "File too large" in said
+        _, stderr = drawn.extract(*inputs, flags=["--workers=1"], code=2)
+    assert "File too large" in stderr
     assert not [*out.glob("party*.npz"), *out.glob(".extract-*"), *out.rglob("*.partial")]
     drawn.extract(*inputs)
     assert {path.name for path in out.glob("*.npz")} == {"party.npz", "photo.npz"}
@@ -122,7 +122,7 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
     bmp = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
-    bmp[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
+    bmp[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
     (where / "huge.bmp").write_bytes(bmp)
     (where / "http.m3u8").write_bytes(films.PLAYLIST.format(address).encode())
     (where / "list.mp4").write_bytes(films.NO_FILMS["list.mp4"])
@@ -133,14 +133,14 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     whole = film.read_bytes()
     (where / "secret.mkv").write_bytes(whole)
     (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
-    content, said = drawn.extract(*sorted(where.iterdir()), flags=["--workers=4"], code=1)
+    content, stderr = drawn.extract(*sorted(where.iterdir()), flags=["--workers=4"], code=1)
     assert content["files"] == 2
     assert sorted(map(os.path.basename, content["failed"])) == failing
-    assert all(f"/{name}'" in said for name in failing)
-    assert "Traceback" not in said and len(said.splitlines()) <= 3 * (len(failing) + 2)
-    found = {film.video: film for film in features_folder.read_films(drawn.out)}
-    assert found["cut.mkv"].damaged and not found["secret.mkv"].damaged
-    assert len(found["secret.mkv"].tracks) == 4
+    assert all(f"/{name}'" in stderr for name in failing)
+    assert "Traceback" not in stderr and len(stderr.splitlines()) <= 3 * (len(failing) + 2)
+    read = {film.video: film for film in features_folder.read_films(drawn.out)}
+    assert read["cut.mkv"].damaged and not read["secret.mkv"].damaged
+    assert len(read["secret.mkv"].tracks) == 4
     server.settimeout(0)
     with server, pytest.raises(BlockingIOError):
         server.accept()
@@ -160,11 +160,11 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     for number, name in enumerate(ODD_NAMES):
         (place / os.fsdecode(name)).write_bytes(content + bytes([number]))
     film = drawn.film().rename(place / "a.mkv")
-    _, said = drawn.who(place, people=False, flags=["--workers=4"])
-    assert "\x1b" not in said and "\u202e" not in said
-    told = features_folder.read_films(features)
-    assert len(told) == len(ODD_NAMES) + 1
-    clips = [track.clip for film in told for track in film.tracks]
+    _, stderr = drawn.who(place, people=False, flags=["--workers=4"])
+    assert "\x1b" not in stderr and "\u202e" not in stderr
+    films_read = features_folder.read_films(features)
+    assert len(films_read) == len(ODD_NAMES) + 1
+    clips = [track.clip for film in films_read for track in film.tracks]
     assert len({*clips}) == len(clips) == len(read_arrays(features))
     assert all("/" not in clip and clip.isprintable() for clip in clips)
     assert len(drawn.rows()) >= len(ODD_NAMES)
@@ -176,8 +176,8 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
 def test_names_of_people_are_escaped_in_every_output_or_refused(drawn, read_here):
     for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # no file can hold them
         write_photo(drawn.friends / name / "1.png", ("Ada", 40, 40))
-        _, said = drawn.who(drawn.film(), code=2)
-        assert len(said.splitlines()) <= 3 and not drawn.out.exists()
+        _, stderr = drawn.who(drawn.film(), code=2)
+        assert len(stderr.splitlines()) <= 3 and not drawn.out.exists()
         shutil.rmtree(drawn.friends)
     people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
     for name, colour in people.items():
@@ -229,21 +229,21 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
 
 
 def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_here):
-    """Names that lead out of it are mended by the same call; a link is refused wherever it is."""
+    """Clip names that lead outside are repaired by the same call; links are refused."""
     film, out, mine = drawn.film(), drawn.out, drawn.folder / "mine"
     mine.mkdir()
     (mine / "party.json").write_text("mine")
     (mine / "x.npz").write_bytes(b"mine")
     drawn.extract(film)
     like = contents(out)
-    told = out / "videos" / "party.json"
-    film_json = json.loads(told.read_text())
+    film_path = out / "videos" / "party.json"
+    film_json = json.loads(film_path.read_text())
     film_json["tracks"][0]["clip"] = "../mine/x"
     for damage in (json.dumps(film_json), "[" * 1000):
-        told.write_text(damage)
+        film_path.write_text(damage)
         drawn.extract(film)
         assert contents(out) == like
-    for path, leads in ((told, mine / "party.json"), (out / "party.npz", mine / "x.npz")):
+    for path, leads in ((film_path, mine / "party.json"), (out / "party.npz", mine / "x.npz")):
         kept = path.rename(drawn.folder / "kept")
         path.symlink_to(leads)
         assert "is a link" in drawn.extract(film, code=2)[1]
@@ -260,8 +260,8 @@ def test_extract_refuses_or_survives_absurd_settings(drawn):
     write_photo(place / "photo.png", ("Ada", 20, 20))
     write_film(film, (1, 20, []))
     for wrong in ("--fps=nan", "--fps=-1", f"--fps={many}", "--size=31", f"--workers={many}"):
-        _, said = drawn.extract(place, flags=[wrong], code=2)
-        assert len(said.splitlines()) <= 3 and len(said) < 1000, wrong[:20]
+        _, stderr = drawn.extract(place, flags=[wrong], code=2)
+        assert len(stderr.splitlines()) <= 3 and len(stderr) < 1000, wrong[:20]
     assert len(drawn.extract(place, out=place, code=2)[1].splitlines()) <= 3
     assert not drawn.out.exists()
     flags = ["--fps=1000", "--workers=9999"]
@@ -271,7 +271,7 @@ def test_extract_refuses_or_survives_absurd_settings(drawn):
 
 
 def test_extract_reads_60_photos_once_with_few_open_files(drawn):
-    """A second call does not read them again; open files do not grow with their number."""
+    """A second call does not read the photos again."""
     place = drawn.folder / "in"
     for number in range(60):
         write_photo(place / f"{number}.png", ("Ada", 20 + number % 60, 20))
@@ -294,8 +294,9 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     before = contents(drawn.folder)
     for out in (mine, drawn.folder, drawn.friends, drawn.friends / "out"):
         drawn.out = out
-        _, said = drawn.who(film, code=2)
-        assert ("another folder" in said or "new folder" in said) and len(said.splitlines()) <= 3
+        _, stderr = drawn.who(film, code=2)
+        assert "another folder" in stderr or "new folder" in stderr
+        assert len(stderr.splitlines()) <= 3
     assert contents(drawn.folder) == before
 
 
@@ -313,7 +314,7 @@ os._exit(1)
 
 @pytest.mark.parametrize("left", ["probe", "half"])
 def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_here, left):
-    """It left the file that tried the folder, or half of a gallery and a journal."""
+    """The kill left a probe file, or half a gallery and its journal."""
     path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
     if left == "probe":
@@ -325,7 +326,7 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
 
 
 def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
-    """It was killed after the clip was there, and before the file that tells of it."""
+    """The call was killed after it wrote the features and before their JSON file."""
     film, features = drawn.film(), drawn.out / "people" / "Ada"
     for number in (1, 2):
         write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 40, 30))
@@ -353,39 +354,39 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         out = drawn.folder / f"out{minutes}"
         path = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
         peaks.append(extract.peak(path, out, drawn.models))
-        (found,) = features_folder.read_films(out)
-        assert found.seconds == pytest.approx(60 * minutes, rel=0.01)
-        assert len(found.tracks) >= 25 * minutes
+        (film,) = features_folder.read_films(out)
+        assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
+        assert len(film.tracks) >= 25 * minutes
     assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks
 
 
 def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
-    """Photos that were relabelled, people who were renamed; a photo that is another one now."""
+    """The user relabels photos, renames people and replaces a photo."""
     film, friends = drawn.film(), drawn.friends
     for name, number in (("Ada", 1), ("Ada", 2), ("Bob", 1)):
         write_photo(friends / name / f"{number}.png", (name, 30 + number, 40))
 
-    def shown(**options):
-        _, said = drawn.who(film, **options)
+    def call_who(**options):
+        _, stderr = drawn.who(film, **options)
         clips = Gallery(drawn.out / "gallery").clips.items()
-        return {name.removeprefix("people/"): clip.identity for name, clip in clips}, said
+        return {name.removeprefix("people/"): clip.identity for name, clip in clips}, stderr
 
-    assert shown()[0] == {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob"}
+    assert call_who()[0] == {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob"}
     drawn.gallery("rename", "--identity=Ada", "--to=Ada L")
     drawn.gallery("relabel", "--clip=people/Ada/1", "--identity=Bob")
     # A tag with a name of another folder adds no photo there; a person with a photo stays.
     (friends / "Ada" / "2.png").unlink()
     write_photo(friends / "Ada" / "4.png", ("Ada", 52, 40))
     for people in (True, False):
-        found, said = shown(people=people)
-        assert found == {"Ada/1": "Bob", "Ada/4": "Ada L", "Bob/1": "Bob"}
-        assert "forgotten" not in said
+        photos, stderr = call_who(people=people)
+        assert photos == {"Ada/1": "Bob", "Ada/4": "Ada L", "Bob/1": "Bob"}
+        assert "forgotten" not in stderr
     shutil.rmtree(friends / "Ada")
-    found, said = shown()
-    assert found == {"Bob/1": "Bob"}
-    assert "Ada L has no photos" in said and "Bob has no photos" not in said
+    photos, stderr = call_who()
+    assert photos == {"Bob/1": "Bob"}
+    assert "Ada L has no photos" in stderr and "Bob has no photos" not in stderr
     write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))  # who is called Bob from now on
-    shown()
+    call_who()
     assert {row["identity"] for row in drawn.rows() if row["clips"] == ["party.s001.t00"]} == {
         "Bob"
     }

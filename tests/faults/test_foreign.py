@@ -70,24 +70,24 @@ def words_of(mode, folder):
 
 @pytest.fixture
 def complaint(command):
-    """Runs modes on a stranger's folder, in bounded time; returns what they say."""
+    """Runs modes on a stranger's folder, in bounded time; returns exit codes and output."""
 
     def run(folder, *modes):
-        found = []
+        results = []
         for mode in modes:
             began = time.process_time()  # the machine may be busy; the alarm ends what hangs
             with mutations.alarm(), warnings.catch_warnings(action="ignore"):
                 done = command(*words_of(mode, folder))
             assert time.process_time() - began < 10 * limits.slowness()
             assert len(done.err.strip().splitlines()) <= 3 and "Traceback" not in done.err
-            found.append((done.code, done.out + done.err))
-        return found
+            results.append((done.code, done.out + done.err))
+        return results
 
     return run
 
 
 def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
-    """Files of several names, as a snapshot by `cp -al` makes them, or a stranger."""
+    """A snapshot by `cp -al`, or a stranger, gives a file a second name."""
     lock, empty = tmp_path / ".lock", tmp_path / "empty"
     lock.write_text("my notes")
     with pytest.raises(ValueError, match=r"move the file elsewhere"), files.lock(tmp_path):
@@ -111,7 +111,7 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
 
 
 def test_nan_threshold_in_metrics_json_is_refused(stranger):
-    """With this threshold, nobody would ever be named, without a warning."""
+    """With this threshold, all people would silently count as strangers."""
     values = json.loads((stranger / "metrics.json").read_text())
     values["threshold_at_fpir_0.01"] = float("nan")
     (stranger / "metrics.json").write_text(json.dumps(values))
@@ -126,11 +126,11 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
         content = kept.read_bytes()
         for kind in ("pipe", "link", "zero", "folder"):
             mutations.put(path, kind, kept)
-            ((code, said),) = complaint(stranger, mode)
-            assert code in (2, 3) and name in said, said
+            ((code, output),) = complaint(stranger, mode)
+            assert code in (2, 3) and name in output, output
             if kind != "folder":
-                assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in said, said
-                assert kind == "pipe" or "put a copy of the file" in said
+                assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in output, output
+                assert kind == "pipe" or "put a copy of the file" in output
         assert kept.read_bytes() == content
         path.rmdir()
         kept.rename(path)
@@ -140,8 +140,8 @@ def test_number_beyond_64_bits_in_config_json_is_one_error(stranger, complaint):
     path = stranger / "config.json"
     text = path.read_text()
     path.write_text(re.sub(r'"learning_rate": [^,]+', f'"learning_rate": 1{400 * "0"}', text))
-    for code, said in complaint(stranger, *READ):
-        assert code in (2, 3) and "config.json" in said and "64 bits" in said, said
+    for code, output in complaint(stranger, *READ):
+        assert code in (2, 3) and "config.json" in output and "64 bits" in output, output
 
 
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
@@ -168,18 +168,18 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
 def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
     np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))
     tracemalloc.start()
-    ((code, said),) = complaint(stranger, "report")
+    ((code, output),) = complaint(stranger, "report")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert code == 2 and "analysis.npz" in said and peak < 64 * files.MB
+    assert code == 2 and "analysis.npz" in output and peak < 64 * files.MB
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"map": 1e999}'])
 def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
     (stranger / "metrics.json").write_bytes(content)
-    for code, said in complaint(stranger, "report", "compare"):
+    for code, output in complaint(stranger, "report", "compare"):
         assert code == 2
-        assert "metrics.json' is damaged" in said and "vidjax evaluate" in said
+        assert "metrics.json' is damaged" in output and "vidjax evaluate" in output
 
 
 def keys_of(value, path=()):
@@ -192,7 +192,7 @@ def keys_of(value, path=()):
 
 def alike(old, new):
     """Whether JSON has a value of the same type, or none."""
-    kinds = [float if type(one) is int else type(one) for one in (old, new)]
+    kinds = [float if type(value) is int else type(value) for value in (old, new)]
     return None in (old, new) or kinds[0] is kinds[1]
 
 
@@ -234,8 +234,8 @@ def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
 )
 def test_analysis_with_wrong_types_or_sizes_is_one_error(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
-    ((code, said),) = complaint(stranger, "report")
-    assert code == 2 and "vidjax evaluate" in said
+    ((code, output),) = complaint(stranger, "report")
+    assert code == 2 and "vidjax evaluate" in output
 
 
 def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
@@ -265,14 +265,14 @@ def load(folder):
     """Loads what `save` has saved, within the seconds of an alarm."""
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        found = checkpoint.find(folder)
-        assert found is not None
-        return checkpoint.load(found, ITEMS, everywhere), found.manifest
+        latest = checkpoint.find(folder)
+        assert latest is not None
+        return checkpoint.load(latest, ITEMS, everywhere), latest.manifest
 
 
 @pytest.mark.parametrize("link", quick_first(["state/sub", ""]))
 def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
-    """An older step lists the files of another folder, to which a link in it leads."""
+    """An older step lists files of another folder, reached through a link."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
@@ -295,9 +295,9 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
 
 
 def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
-    """Orbax would wait for a pipe, or read a device without an end."""
+    """Orbax would wait for a pipe forever, and never finish reading a device."""
     state = save(tmp_path, 1, 2) / "state"
-    found = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
+    saved = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     (state / "new").mkdir()
     for kind in ("pipe", "zero", "link"):
@@ -305,7 +305,7 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
         with pytest.raises(checkpoint.DamagedError, match=r"\.zarray"):
             checkpoint.verify(state.parent)
         with pytest.raises(checkpoint.DamagedError, match=r"\.zarray"), mutations.alarm():
-            checkpoint.load(found, ITEMS, everywhere)
+            checkpoint.load(saved, ITEMS, everywhere)
 
 
 def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
@@ -323,7 +323,7 @@ def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "file missing"])
 def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
-    """It takes no room on the disk. Nor is a pipe read, or a file outside that is listed."""
+    """The sparse file has 500 GB; the missing file is listed outside the checkpoint."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
     path = folder / "state" / max(manifest["files"])
@@ -339,7 +339,7 @@ def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, vi
 
 
 def test_modules_in_the_current_folder_are_not_imported(tmp_path):
-    """A stranger's folder may hold a `json.py`, and the user may stand in it."""
+    """The user may start vidjax in a stranger's folder that contains a `json.py`."""
     for name in ("json", "numpy", "typing", "contextlib", "argparse", "yaml"):
         (tmp_path / f"{name}.py").write_text(f"open('{name}.ran', 'w').close()")
     command = [sys.executable, "-B", "-m", "vidjax", "--mode=check", "--config=knn", "--workdir=no"]
@@ -370,7 +370,7 @@ def reload(folder, converted):
     "name", ["manifest.json", "index.npz", "data_report.json", "*train.tfrecord-00000*"]
 )
 def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, converted, name):
-    """Another user puts pipes, links, devices and files of holes in place of its files."""
+    """Another user replaces a file by a pipe, device, link, folder or sparse file."""
     cache = shutil.copytree(converted[0], tmp_path / "cache")
     (path,) = cache.rglob(name)
     kept = path.read_bytes()
@@ -380,8 +380,8 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, con
             mutations.put(path, kind, tmp_path / "kept")
         else:
             path.write_text(kind * 1000)
-        said = refused(lambda: reload(cache, converted))
-        assert "delete" in said, kind
+        error = refused(lambda: reload(cache, converted))
+        assert "delete" in error, kind
         path.rmdir() if kind == "folder" else path.unlink()
     if name == "manifest.json":
         path.write_bytes(kept)
@@ -413,7 +413,7 @@ def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(tmp_path, 
 
 
 def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
-    """Compiled programs of a stranger would run in this process."""
+    """A stranger's compiled programs would run in this process."""
     theirs, cache = tmp_path / "theirs", f"--config.data.cache_dir={tmp_path}/theirs/cache"
     config = config_io.override(config_lib.default(), [cache])
     theirs.mkdir()
@@ -463,5 +463,5 @@ def test_relative_paths_in_a_saved_configuration_become_absolute(tmp_path, monke
 def test_finished_run_refuses_another_configuration(nearest_run, say, official_dir):
     words = [f"--config={nearest_run}/config.json", f"--config.data.dir={official_dir}"]
     before = contents(nearest_run)
-    said = say(*words, f"--workdir={nearest_run}", "--config.seed=5", code=2)
-    assert "another workdir" in said and contents(nearest_run) == before
+    error = say(*words, f"--workdir={nearest_run}", "--config.seed=5", code=2)
+    assert "another workdir" in error and contents(nearest_run) == before

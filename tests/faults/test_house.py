@@ -29,10 +29,10 @@ def complaints(*commands, env):
         "for words in json.loads(sys.argv[1]):\n    sys.stderr.write(f'exit {main(words)}\\n')\n"
     )
     done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", code))
-    *found, end = done.stderr.split("exit 2\n")
-    assert len(found) == len(commands) and not end, done.stderr
-    assert all(len(said.splitlines()) <= 3 and "Traceback" not in said for said in found)
-    return found, done.stdout
+    *errors, end = done.stderr.split("exit 2\n")
+    assert len(errors) == len(commands) and not end, done.stderr
+    assert all(len(error.splitlines()) <= 3 and "Traceback" not in error for error in errors)
+    return errors, done.stdout
 
 
 @pytest.fixture
@@ -52,10 +52,10 @@ def without(tmp_path):
 
 @pytest.mark.slow
 def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mounted):
-    """Row 31: before anything is compiled, and before what takes seconds to import."""
+    """Row 31: the error also comes before the slow imports."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
-    # In which nobody can write, the administrator included.
+    # Not even the administrator can write into /proc.
     closed = Path("/proc") if os.geteuid() == 0 else tmp_path / "closed"
     places = [tmp_path / "file/below", closed / "w", tmp_path / ("x" * 300)]
     if read_only := mounted("ro"):
@@ -63,8 +63,10 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
     # A run imports these packages later. Converted data and compiled steps would be in the cache.
     env = without("tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
-    found, _ = complaints(*(["--config=configs/knn.py", f"--workdir={x}"] for x in places), env=env)
-    assert all(str(place) in said for place, said in zip(places, found, strict=True))
+    errors, _ = complaints(
+        *(["--config=configs/knn.py", f"--workdir={x}"] for x in places), env=env
+    )
+    assert all(str(place) in error for place, error in zip(places, errors, strict=True))
     assert (tmp_path / "file").read_text() == "mine"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
@@ -72,7 +74,7 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_core_works_without_optional_packages(without, tmp_path):
-    """Row 39: without the packages of `bench` and `dev`."""
+    """Row 39: the packages of `bench` and `dev` are missing."""
     env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vidjax").rglob("*.py")]
     rooms = [".".join(path.parts) for path in paths]
@@ -90,19 +92,19 @@ def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, 
     data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     data.append(f"--config.data.cache_dir={tmp_path}/cache")  # records need none
     both = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
-    (said, of_check), printed = complaints(*both, env=env)
-    assert "the package 'tensorflow_datasets' is missing" in said and "pip install" in said
-    assert "pip install 'vidjax[train]'" in printed and not of_check
+    (error, error_of_check), printed = complaints(*both, env=env)
+    assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
+    assert "pip install 'vidjax[train]'" in printed and not error_of_check
 
 
 @pytest.mark.slow
 def test_error_for_a_gpu_without_its_extra_names_the_extra():
-    """Row 39: jax is to use a GPU, and no extra for one is installed."""
+    """Row 39: jax is told to use a GPU, but the extra is not installed."""
     if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):
         pytest.skip("the extra cuda is installed")
-    said = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
-    assert said.returncode == 2
-    assert "needs 'vidjax[cuda13]'" in said.stdout and "'vidjax[cuda12]'" in said.stdout
+    done = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
+    assert done.returncode == 2
+    assert "needs 'vidjax[cuda13]'" in done.stdout and "'vidjax[cuda12]'" in done.stdout
 
 
 # Modules of the standard library and of others, which a stranger's folder may hold, too.
@@ -112,8 +114,8 @@ ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMN
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_environment_of_the_process(tmp_path):
-    """Row 57: a run is trained and ranks a split, in two surroundings."""
-    found = []
+    """Row 57: a run trains and ranks a split, in a plain and in an odd environment."""
+    digests_of_runs = []
     for place in ("plain", "odd"):
         folder, odd = tmp_path / place, place == "odd"
         for name in ("home", "tmp", "here", "made", "data"):
@@ -144,5 +146,5 @@ def test_results_do_not_depend_on_the_environment_of_the_process(tmp_path):
         assert not [*(folder / "home").rglob("*")]
         made = {path.stem for path in (folder / "here").iterdir()}
         assert made == ({*SHADOWS} if odd else set())
-        found.append(digests(folder / "run"))
-    assert found[0] == found[1]
+        digests_of_runs.append(digests(folder / "run"))
+    assert digests_of_runs[0] == digests_of_runs[1]

@@ -61,27 +61,27 @@ class Run:
         self.before = {moment: self.signs(moment) for moment in MOMENTS}
         env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), **QUICK, **env}
         command = [sys.executable, "-m", "vidjax.main", *(words or self.words)]
-        with (self.folder / "said").open("w") as file:
+        with (self.folder / "output").open("w") as file:
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
 
-    def said(self):
-        return (self.folder / "said").read_text()
+    def output(self):
+        return (self.folder / "output").read_text()
 
     def finish(self, *words):
-        assert self.start(*words).wait(600) == 0, self.said()
+        assert self.start(*words).wait(600) == 0, self.output()
 
     def signs(self, moment):
-        found = set()
+        times = set()
         for path in self.folder.glob(MOMENTS[moment][0]):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                found.add((path.name, path.stat().st_ctime_ns))
-        return found
+                times.add((path.name, path.stat().st_ctime_ns))
+        return times
 
     def wait_for(self, moment, process):
         """Waits until a moment begins, or the process ends."""
         end = time.monotonic() + 300
         while process.poll() is None and not self.signs(moment) - self.before[moment]:
-            assert time.monotonic() < end, self.said()
+            assert time.monotonic() < end, self.output()
             time.sleep(0.002)
 
     def kill(self, moment, rng):
@@ -90,17 +90,17 @@ class Run:
         self.wait_for(moment, process)
         time.sleep(rng.uniform(0, MOMENTS[moment][1]))
         process.kill()
-        assert process.wait() in (0, -signal.SIGKILL), self.said()
+        assert process.wait() in (0, -signal.SIGKILL), self.output()
         return process.returncode != 0
 
     def outcome(self):
         """Returns what kills may not change: files, results, and all arrays of checkpoints."""
         names = ("config.json", "identities.json", "members.npz")
-        found = {x.name: x.read_bytes() for x in map(self.workdir.joinpath, names) if x.exists()}
+        contents = {x.name: x.read_bytes() for x in map(self.workdir.joinpath, names) if x.exists()}
         for step in checkpoint.manifests(self.workdir):
             for name, x in flat(saved(self.workdir, step)).items():
-                found[f"step {step}: {name}"] = (x.dtype, x.shape, x.tobytes())
-        return found | digests(self.workdir)
+                contents[f"step {step}: {name}"] = (x.dtype, x.shape, x.tobytes())
+        return contents | digests(self.workdir)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, c
 
 
 @pytest.mark.nightly
-def test_killed_evaluations_change_nothing(disturbed, fault_seed, campaign):
+def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, campaign):
     (run, like), rng = disturbed("quality_fusion"), random.Random(fault_seed)
     words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
     run.finish()
@@ -150,7 +150,7 @@ def test_killed_evaluations_change_nothing(disturbed, fault_seed, campaign):
 
 @pytest.mark.nightly
 def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
-    """Before the first step at once, then after a checkpoint, at once again with the second."""
+    """At once before the first step or at a second signal; otherwise after a checkpoint."""
     run, like = disturbed("quality_fusion")
 
     def end(moment, limit, *signals, **env):
@@ -158,21 +158,22 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
         run.wait_for(moment, process)
         time.sleep(0.5 if moment == "compile" else 0)
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        # User and system time, of the process and of its children.
         used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
         for signum in signals:
             process.send_signal(signum)
-        assert process.wait(120) - 128 in signals, run.said()
+        assert process.wait(120) - 128 in signals, run.output()
         assert common.children_seconds() - used < limit
 
     end("conversion", 2, signal.SIGTERM)
-    assert run.said().splitlines()[-1] == "vidjax: stopped"
+    assert run.output().splitlines()[-1] == "vidjax: stopped"
     empty = str(run.folder / "no programs")
     end("compile", 2, signal.SIGINT, JAX_COMPILATION_CACHE_DIR=empty)
-    assert run.said().splitlines()[-1] == "vidjax: stopped"
+    assert run.output().splitlines()[-1] == "vidjax: stopped"
     assert not checkpoint.manifests(run.workdir)
     end("step", 10, signal.SIGTERM)
     logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"stopped at step {logged}; run the same command" in run.said()
+    assert f"stopped at step {logged}; run the same command" in run.output()
     assert max(checkpoint.manifests(run.workdir)) == logged
     end("step", 2, signal.SIGINT, signal.SIGTERM)
     run.finish()

@@ -97,8 +97,8 @@ def test_splits_of_zero_features_or_without_frames_are_reported(tmp_path):
     with pytest.warns(UserWarning, match="all features of val are 0"):
         plan.make_plan(make_config(), data)
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
-    found = {"splits": {"train": {"modalities": nothing}}}
-    assert "no clip of train has a frame" in next(find_unusable(found, ["train"], ["face"]))
+    report = {"splits": {"train": {"modalities": nothing}}}
+    assert "no clip of train has a frame" in next(find_unusable(report, ["train"], ["face"]))
 
 
 def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
@@ -118,8 +118,8 @@ def test_norms_and_histograms_of_extreme_features_are_finite():
         norms = compute_feature_norms(np.full((3, 4), value, np.float32))
         np.testing.assert_allclose(norms, norm, rtol=1e-6)
     for value in (0.0, 1e-40, -1e30, 3e38):
-        found = data_report._make_histogram(np.full(7, value, np.float32))
-        assert sum(found["counts"]) == 7 and np.all(np.diff(found["edges"]) > 0)
+        histogram = data_report._make_histogram(np.full(7, value, np.float32))
+        assert sum(histogram["counts"]) == 7 and np.all(np.diff(histogram["edges"]) > 0)
 
 
 def test_digest_of_data_depends_only_on_frames_and_labels(tmp_path):
@@ -175,8 +175,8 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
 
     assert note(6) == note(6, "data.whole_epochs=True") == "None"
     assert "--config.batch_size=6" in note(7)
-    told = note(7, "data.whole_epochs=True")
-    assert "a step uses all clips" in told and "--config.batch_size=3" in told
+    hint = note(7, "data.whole_epochs=True")
+    assert "a step uses all clips" in hint and "--config.batch_size=3" in hint
     with pytest.raises(ValueError, match=r"batch_size=100000000.*\n--config.batch_size=6"):
         note(100_000_000)
 
@@ -240,12 +240,12 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
         arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
     with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
         arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
-    some, none = np.array([1, 2]), np.array([0, 0])
-    (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
+    counts, zeros = np.array([1, 2]), np.array([0, 0])
+    (problem,) = find_misspelt({"train": {"fase": counts, "head": counts}, "val": {"face": counts}})
     assert "'fase'" in problem and "'face'" in problem
-    assert list(find_misspelt({"train": {"fase": none, "face": some}}))
+    assert list(find_misspelt({"train": {"fase": zeros, "face": counts}}))
     assert not list(
-        find_misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}})
+        find_misspelt({"train": {"face1": counts, "face2": counts}, "val": {"face1": counts}})
     )
 
 
@@ -296,7 +296,7 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     words = ("--config.num_epochs=2", "--config.batch_size=12", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec=f"configs/{SYSTEMS[system]}")
     for name, (odd, refuses) in ODD.items():
-        rng, one = np.random.default_rng(0), name == "one clip"
+        rng, single_clip = np.random.default_rng(0), name == "one clip"
         kind = "f8" if name == "some 1e300" else "f4"
         centres = {part: rng.normal(size=(5, dim)) for part, dim in WIDTHS.items()}
         splits, labels = {}, {}
@@ -306,7 +306,7 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
                     part: odd(x[n % 5] + rng.normal(size=(3, x.shape[1]))).astype(kind)
                     for part, x in centres.items()
                 }
-                for n in range(1 if one else count)
+                for n in range(1 if single_clip else count)
             }
             # The fifth of them is a stranger.
             labels |= {clip: f"{n % 5 + 1}" for n, clip in enumerate(splits[split]) if n % 5 < 4}

@@ -39,11 +39,11 @@ def read_all(files, folder, mode, readers=2):
             for name in list(files)[number::readers]:
                 (folder / f"{number}" / name).write_bytes(files[name])
             started.append(stack.enter_context(start(canary, mode, folder / f"{number}")))
-        found = {name: rest for reader in started for name, *rest in end(reader)}
-    assert found.keys() == files.keys()
+        ends = {name: rest for reader in started for name, *rest in end(reader)}
+    assert ends.keys() == files.keys()
     assert hostile.listing(canary) == before
     assert all(x.read_bytes() == files[x.name] for x in folder.glob("[0-9]/*"))
-    return found
+    return ends
 
 
 def collection(mark):
@@ -88,7 +88,7 @@ def check_refused(ends, *, strict):
 
 
 def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
-    """The error names the global."""
+    """The error names the global that the pickle asks for."""
     mark = tmp_path / "canary" / "mark"
     files = {n: data for n, data in collection(mark).items() if not n.startswith("greed")}
     ends = read_all(files, tmp_path, "fork")
@@ -108,14 +108,14 @@ def test_sandbox_limits_memory_and_cpu_time_of_hostile_pickles(tmp_path, campaig
 
 
 def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign):
-    """After random changes of sound ones, always the same changes."""
+    """The mutations of sound pickles are random, but the same in every run."""
     count, chance = 2000 if campaign else 80, random.Random(0)
     attacks = hostile.attacks(tmp_path / "canary" / "mark").values()
     grafts = [attack.data[:-1] for attack in attacks if attack.fires]
     grafts += [data[:-1] for data in hostile.TRICKS.values()]
     seeds = [*python2.real().values()]
     files = {f"{n:05d}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
-    found = read_all(files, tmp_path, "fork")
-    loaded = {name: [f"/{name}: ", *end[1:]] for name, end in found.items() if not end[0]}
-    check_refused(found | loaded, strict=campaign)
+    ends = read_all(files, tmp_path, "fork")
+    loaded = {name: [f"/{name}: ", *end[1:]] for name, end in ends.items() if not end[0]}
+    check_refused(ends | loaded, strict=campaign)
     assert count / 50 < len(loaded) < count * 0.8

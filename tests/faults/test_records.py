@@ -71,8 +71,8 @@ def copied(converted, tmp_path):
     return manifest_lib.load_records(tmp_path / "copy")
 
 
-def shards_of(found):
-    return found.splits["train"].shards
+def shards_of(records):
+    return records.splits["train"].shards
 
 
 def boundaries(path):
@@ -84,17 +84,17 @@ def boundaries(path):
     return places
 
 
-def as_if_unchanged(found):
+def as_if_unchanged(records):
     """Returns the records as they look to a program that opened the shards as they are now.
 
     Sizes and times tell nothing then: what remains are the numbers of records and their checksums.
     """
-    stats = [shard.path.stat() for shard in shards_of(found)]
+    stats = [shard.path.stat() for shard in shards_of(records)]
     shards = tuple(
         shard._replace(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        for shard, stat in zip(shards_of(found), stats, strict=True)
+        for shard, stat in zip(shards_of(records), stats, strict=True)
     )
-    return found._replace(splits={"train": found.splits["train"]._replace(shards=shards)})
+    return records._replace(splits={"train": records.splits["train"]._replace(shards=shards)})
 
 
 # Each reads every clip; after the first batch of training the next epoch begins.
@@ -109,7 +109,7 @@ READERS: tuple[Reader, ...] = (
 def verify(records):
     """Returns the problems of the index and of each shard."""
     problems, checks = [], [functools.partial(manifest_lib.load_index, records.folder)]
-    for check in [*checks, *(functools.partial(check_shard, one) for one in shards_of(records))]:
+    for check in [*checks, *(functools.partial(check_shard, x) for x in shards_of(records))]:
         try:
             check()
         except ValueError as error:
@@ -119,15 +119,15 @@ def verify(records):
 
 @pytest.mark.slow
 def test_every_reader_reports_the_damaged_file_and_record(copied, source):
-    """A shard damaged after it was opened, and one whose size and time tell nothing."""
+    """The damage comes after the shard is opened, with or without a new size and time."""
     shard = shards_of(copied)[5]
     whole, places = shard.path.read_bytes(), boundaries(shard.path)
     flipped = [bytearray(whole) for _ in range(3)]
-    for one, at in zip(flipped, (40, 0, 9), strict=True):
-        one[places[17] + at] ^= 16  # of the content, its length, and the sum of that
+    for damaged, at in zip(flipped, (40, 0, 9), strict=True):
+        damaged[places[17] + at] ^= 16  # in content, length, or checksum of the length
     cases = (
         (whole[: places[8]], "found 8\n"),
-        *((one, "found 17: record 18 is damaged\n") for one in flipped),
+        *((damaged, "found 17: record 18 is damaged\n") for damaged in flipped),
         (whole[: places[8] + 5], "found 8: record 9 is damaged\n"),
         (whole + whole[: places[1]], "found 31\n"),
         (b"", "found 0\n"),
@@ -140,13 +140,13 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
             data = labelled(opened, source)
             for read in READERS if number == 1 else READERS[number % 3 :][:1]:
                 messages.append(refused(functools.partial(read, data)))
-        told = f"{shard.path}: expected 30 records, {wanted}"
-        assert all(told in message for message in messages)
+        expected = f"{shard.path}: expected 30 records, {wanted}"
+        assert all(expected in message for message in messages)
     shard.path.unlink()
     data = labelled(copied, source)
     for read in (*READERS, lambda _: manifest_lib.load_records(copied.folder)):
-        said = refused(functools.partial(read, data))
-        assert f"{shard.path}: no such file, expected 30 records" in said
+        error = refused(functools.partial(read, data))
+        assert f"{shard.path}: no such file, expected 30 records" in error
 
 
 def keep_times(path, content):
@@ -165,7 +165,7 @@ def flip(rng, content, count):
 
 @pytest.mark.slow
 def test_random_damage_of_shards_is_found_when_they_are_read(copied, stale, source, campaign):
-    """Flips, a cut, a block that never reached the disk, a lost record; then another's shard."""
+    """Bits flip, a shard is cut, a block is zeroed, a record is lost, shards are swapped."""
     rng = np.random.default_rng(20)
     path, second = (shard.path for shard in shards_of(copied)[:2])
     whole, places = path.read_bytes(), boundaries(path)
@@ -180,13 +180,13 @@ def test_random_damage_of_shards_is_found_when_they_are_read(copied, stale, sour
             (problem,) = verify(copied)
             data = labelled(as_if_unchanged(copied), source)
             read = functools.partial(READERS[rng.integers(len(READERS))], data)
-            for said in (problem, refused(read)):
-                assert f"{path}: " in said and ("record" in said or "sha256" in said)
+            for error in (problem, refused(read)):
+                assert f"{path}: " in error and ("record" in error or "sha256" in error)
     for other in (second, shards_of(stale)[0].path):
         path.unlink()
         shutil.copy2(other, path)
-        for said in (*verify(copied), refused(lambda: manifest_lib.load_records(copied.folder))):
-            assert f"{path}: " in said
+        for error in (*verify(copied), refused(lambda: manifest_lib.load_records(copied.folder))):
+            assert f"{path}: " in error
         assert len(verify(copied)) == 1
 
 
@@ -203,8 +203,8 @@ def test_random_damage_of_manifest_index_or_report_is_found_at_load(copied, name
             b"[" * 100_000,
         ):
             keep_times(path, content)
-            said = refused(lambda: manifest_lib.load_records(copied.folder))
-            for message in (said, *verify(copied)):
+            error = refused(lambda: manifest_lib.load_records(copied.folder))
+            for message in (error, *verify(copied)):
                 assert f"{copied.folder}: damaged records: " in message and name in message
     path.unlink()
     assert name in refused(lambda: manifest_lib.load_records(copied.folder))
@@ -216,8 +216,8 @@ def test_conversion_onto_damaged_records_is_one_short_error(source, tmp_path, co
     path = sorted(folder.rglob("*.tfrecord*"))[4]
     path.write_bytes(path.read_bytes()[: boundaries(path)[11]])
     done = command(source, f"--cache_dir={tmp_path}", program=iqiyi_vid.main)
-    said = f"{path}: expected 30 records, found 11\ndelete {folder} to convert again\n"
-    assert (done.code, done.out, done.err) == (2, "", f"vidjax: {said}")
+    error = f"{path}: expected 30 records, found 11\ndelete {folder} to convert again\n"
+    assert (done.code, done.out, done.err) == (2, "", f"vidjax: {error}")
     shutil.rmtree(folder)
     # A lock that nobody holds, or one of another conversion, is not waited for.
     folder.with_name(f"{folder.name}.lock").write_text("12345\n")
@@ -288,11 +288,11 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
             assert len(left) == 1, left
         again = subprocess.run(words, capture_output=True)  # while orphans may still be at work
         assert again.returncode == 0, again.stderr
-        found = prepare(source, cache)
-        assert record_digests(found.folder) == whole and verify(found) == []
-        remains = names(root) - {found.folder.name}
+        records = prepare(source, cache)
+        assert record_digests(records.folder) == whole and verify(records) == []
+        remains = names(root) - {records.folder.name}
         assert all(name.endswith(".partial") for name in remains) and len(remains) <= 1
-        shutil.rmtree(found.folder)
+        shutil.rmtree(records.folder)
     assert any(killed)
     prepare(source, cache)
     assert len(names(root)) == 1
@@ -300,13 +300,13 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
 
 @pytest.mark.slow
 def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, command):
-    """By the size of the longest file: staged features, a shard, or the index."""
+    """The file limit decides whether staged features, a shard or the index fails."""
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.mkdir()
     clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 10, 128) for i in range(400)}
     write_pickle(source, "face", "train", clips)
-    found = prepare(source, tmp_path / "whole")
-    size = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file())
+    records = prepare(source, tmp_path / "whole")
+    size = sum(path.stat().st_size for path in records.folder.rglob("*") if path.is_file())
     for limit in np.geomspace(1 << 10, 0.1 * size, 40 if campaign else 2).astype(int).tolist():
         with limits.file_limit(limit):
             done = command(source, f"--cache_dir={cache}", program=iqiyi_vid.main)

@@ -48,10 +48,10 @@ def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(run):
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips
-        some = dict(list(clips.items())[-count:])
-        np.testing.assert_array_equal(run.scores(some), scores[-count:])
-        np.testing.assert_array_equal(run.embed(some), vectors[-count:])
-        assert all(len(ranked) == count for ranked in run.rank(some).values())
+        last_clips = dict(list(clips.items())[-count:])
+        np.testing.assert_array_equal(run.scores(last_clips), scores[-count:])
+        np.testing.assert_array_equal(run.embed(last_clips), vectors[-count:])
+        assert all(len(ranked) == count for ranked in run.rank(last_clips).values())
 
 
 def test_absurd_size_in_a_manifest_is_refused_without_allocation(run, tmp_path):

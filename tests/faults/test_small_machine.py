@@ -25,29 +25,29 @@ def write_own(folder, splits, widths):
         }
         for split, count in splits.items()
     }
-    labels = {name: f"p{n % 20}" for some in clips.values() for n, name in enumerate(some)}
+    labels = {name: f"p{n % 20}" for names in clips.values() for n, name in enumerate(names)}
     write_labels(write_npz(folder, clips) / "labels.csv", labels)
 
 
 @pytest.mark.slow
 def test_conversion_with_eight_workers_needs_few_open_files(tmp_path):
-    """Sixteen parts of four modalities have 320 files, which those that write look at."""
+    """The writers read 320 files, more than may be open."""
     widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
     write_own(tmp_path / "data", {"train": 40, "val": 10}, widths)
     words = [sys.executable, "-m", "vidjax.data.arrays", tmp_path / "data"]
     ended = limits.run([*words, "--workers=8", f"--cache_dir={tmp_path / 'some'}"], files=128)
     assert ended.returncode == 0, ended.stderr
-    one = convert(arrays.FeatureFolder(tmp_path / "data", workers=1), tmp_path / "one")
-    (some,) = tmp_path.glob("some/arrays/*/manifest.json")
-    shards = {path.name: path.read_bytes() for path in one.folder.rglob("*.tfrecord*")}
-    assert shards == {path.name: path.read_bytes() for path in some.parent.rglob("*.tfrecord*")}
+    reference = convert(arrays.FeatureFolder(tmp_path / "data", workers=1), tmp_path / "one")
+    (manifest,) = tmp_path.glob("some/arrays/*/manifest.json")
+    shards = {path.name: path.read_bytes() for path in reference.folder.rglob("*.tfrecord*")}
+    assert shards == {path.name: path.read_bytes() for path in manifest.parent.rglob("*.tfrecord*")}
 
 
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
-    """The limits are `ulimit -n 256` and 2 GB of memory; the features are .1 GB in many shards."""
+    """The limits are `ulimit -n 256` and 2 GB of memory; the features take 0.1 GB in shards."""
     write_own(tmp_path / "data", {"train": 2500, "val": 500}, {"face": 2048, "body": 2048})
     ended = limits.run(
         [

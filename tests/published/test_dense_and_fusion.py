@@ -45,8 +45,8 @@ def trained_on(system, frames, min_quality=-1000.0):
 def test_residual_dense_trains_8_epochs_at_falling_learning_rates():
     config, _ = published("residual_dense")
     assert config.num_epochs == 8 and config.optim.name == "adam"  # L34
-    found = rates("residual_dense:iqiyi_vid,published", *range(8))
-    np.testing.assert_allclose(found, 0.01 * 0.7 ** np.arange(8), rtol=1e-5)  # L34
+    learning_rates = rates("residual_dense:iqiyi_vid,published", *range(8))
+    np.testing.assert_allclose(learning_rates, 0.01 * 0.7 ** np.arange(8), rtol=1e-5)  # L34
     assert (config.optim.total_decay, config.optim.weight_decay, config.mixup) == (0, 0, 0)
     assert (config.loss.classification, config.loss.label_smoothing) == ("softmax", 0)
     assert (config.eval.top_classes, config.after_fusion) == (100, "examples")  # L36
@@ -59,7 +59,7 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.fold for member in members] == [0, 0, 0] and config.ensemble.folds == 10  # L22
     frames = one_clip([-5.0, 19.9, 20.0, 20.1, 40.0, 40.1])
-    counts = [trained_on(system, frames, one.min_quality)[1][0] / 2 for one in members]
+    counts = [trained_on(system, frames, member.min_quality)[1][0] / 2 for member in members]
     assert counts == [6, 3, 1]  # L32: all, > 20, > 40
     assert trained_on(system, one_clip([20.0, 3.0]), members[1].min_quality)[1] == 0
 
@@ -69,7 +69,7 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
     _, system = published("residual_dense", "face")
     frames = make_frames([9, 1, 4], max_frames=9, dtype="float32", dim=512)
     union, weight = trained_on(system, frames)
-    np.testing.assert_array_equal(weight, [18, 2, 8])  # L32: frames of long clips are more
+    np.testing.assert_array_equal(weight, [18, 2, 8])  # L32: long clips have more frames
     np.testing.assert_array_equal(union.mask.sum(axis=1), weight)
     np.testing.assert_array_equal(union.features[:, :9], frames.features)  # L32: "combined with"
     clip = np.asarray(frames.features[0])
@@ -88,13 +88,13 @@ def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
 
 
 def test_residual_dense_has_the_layer_sizes_of_the_article():
-    found = shapes("residual_dense:iqiyi_vid,published,face")
+    sizes = shapes("residual_dense:iqiyi_vid,published,face")
     for i in range(3):
         width = 512 if i == 0 else 8192
-        assert found[f"backbone/layer_{i}/dense/kernel"] == (width, 8192)
-        assert found[f"backbone/layer_{i}/norm/scale"] == (8192,)
-    assert found["classifier/logits/kernel"] == (8192, 10_035)  # L14: 10,034, and nobody
-    products = sum(2 * np.prod(shape) for name, shape in found.items() if "kernel" in name)
+        assert sizes[f"backbone/layer_{i}/dense/kernel"] == (width, 8192)
+        assert sizes[f"backbone/layer_{i}/norm/scale"] == (8192,)
+    assert sizes["classifier/logits/kernel"] == (8192, 10_035)  # L14: 10,034 people, and strangers
+    products = sum(2 * np.prod(shape) for name, shape in sizes.items() if "kernel" in name)
     assert 0.4e9 < products < 0.5e9  # L5: about 0.5 GFLOP
 
 
@@ -104,9 +104,9 @@ def test_residual_dense_has_the_layer_sizes_of_the_article():
 def test_quality_fusion_learning_rate_starts_low_jumps_and_halves():
     config, _ = published("quality_fusion")
     assert (config.batch_size, config.optim.name) == (512, "adam")  # training.py:215, 314
-    found = rates("quality_fusion:iqiyi_vid,published", 0, 8.9, 9, 58.9, 59, 109, 159, 199)
+    learning_rates = rates("quality_fusion:iqiyi_vid,published", 0, 8.9, 9, 58.9, 59, 109, 159, 199)
     wanted = [2e-5, 2e-5, 1.5e-4, 1.5e-4, 7.5e-5, 3.75e-5, 1.875e-5, 1.875e-5]  # :314-331
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(learning_rates, wanted, rtol=1e-5)
 
 
 def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
@@ -128,7 +128,7 @@ def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
 @pytest.mark.nightly
 def test_quality_fusion_drops_training_clips_without_a_good_face():
     config, system = published("quality_fusion")
-    assert config.data.max_frames == 4096  # training.py:84, 144: of all faces of a clip
+    assert config.data.max_frames == 4096  # training.py:84, 144: all faces of a clip
     for quality, detection, weight in (
         ([25.0, 24.9, 80.0], 0.9, 1), ([24.9, 3.0, -1.0], 0.9, 0),  # training.py:94, 98
         ([80.0], 0.69, 0), ([80.0], 0.7, 1),
@@ -141,18 +141,18 @@ def test_quality_fusion_drops_training_clips_without_a_good_face():
 def test_quality_fusion_weights_evaluated_faces_by_graded_quality():
     quality = np.array([-1, 0, 10, 20, 25, 30, 35, 40, 90], np.float32)
     wanted = 0.9 * quality * [0, 0.2, 0.2, 0.3, 0.3, 0.6, 0.6, 1, 1]  # inference.py:95-104
-    found = fusion.frame_weights(one_clip(quality), "graded")[0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    weights = fusion.frame_weights(one_clip(quality), "graded")[0]
+    np.testing.assert_allclose(weights, wanted, rtol=1e-6)
 
 
 def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
     hidden = {"mlp1": (), "mlp2": (512,), "mlp3": (), "mlp4": (768,), "mlp5": (1024,)}
     for net, widths in hidden.items():
-        found = shapes(f"quality_fusion:iqiyi_vid,published,{net}")  # inference.py:200-256
-        kernels = [shape for name, shape in sorted(found.items()) if name.endswith("dense/kernel")]
+        sizes = shapes(f"quality_fusion:iqiyi_vid,published,{net}")  # inference.py:200-256
+        kernels = [shape for name, shape in sorted(sizes.items()) if name.endswith("dense/kernel")]
         assert kernels == list(itertools.pairwise((512, *widths, 1024)))
-        assert found["classifier/logits/kernel"] == (1024, 10_035)  # L22
-        assert any("norm" in name for name in found) == (net not in ("mlp4", "mlp5"))
+        assert sizes["classifier/logits/kernel"] == (1024, 10_035)  # L22
+        assert any("norm" in name for name in sizes) == (net not in ("mlp4", "mlp5"))
 
 
 def test_quality_fusion_scores_five_folds_by_sigmoids():
@@ -168,19 +168,19 @@ def test_quality_fusion_scores_five_folds_by_sigmoids():
 
 
 def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
-    found = shapes("mma:published,iqiyi_vid")
-    assert found["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
+    sizes = shapes("mma:published,iqiyi_vid")
+    assert sizes["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
     # "3 of the 6 features come from face" (L170), "squeezed into a vector" (L184)
-    assert found["classifier/logits/kernel"] == (6 * 512, 10_035)
-    assert found["face_map/kernel"][1] == 3 * 512
+    assert sizes["classifier/logits/kernel"] == (6 * 512, 10_035)
+    assert sizes["face_map/kernel"][1] == 3 * 512
     for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (L254)
-        assert found[f"{name}_map/kernel"] == (512, 512)
+        assert sizes[f"{name}_map/kernel"] == (512, 512)
     # "a Batch-normalization (BN) layer after the Fully-connected (FC) layer" (L159)
-    clusters = found["face_netvlad/centers"][0]
-    assert found["face_netvlad/assignment/kernel"] == (512, clusters)
-    assert found["face_netvlad/norm/scale"] == (clusters,)
+    clusters = sizes["face_netvlad/centers"][0]
+    assert sizes["face_netvlad/assignment/kernel"] == (512, clusters)
+    assert sizes["face_netvlad/norm/scale"] == (clusters,)
     maps = {f"{name}_map" for name in ("face", "head", "body", "audio", "attention")}
-    assert {name.split("/")[0] for name in found} == {*maps, "classifier", "face_netvlad"}
+    assert {name.split("/")[0] for name in sizes} == {*maps, "classifier", "face_netvlad"}
     model = config_of("mma:published,iqiyi_vid").model.to_dict()
     assert model["gamma"] == 0.05 and not model["train_gamma"]  # L215
     assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (L159)
@@ -189,18 +189,18 @@ def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
 
 
 def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
-    """Random ones again where there are fewer (L142)."""
+    """A clip with fewer faces repeats random faces (L142)."""
     config = config_of("mma:published,iqiyi_vid").to_dict()
-    assert config["data"]["crop"] == "quality"  # of the clip, not of a window
+    assert config["data"]["crop"] == "quality"  # the best of the clip, not of a window
     frames = make_frames([40, 5, 32, 0], max_frames=40)
     best = np.sort(np.argsort(-frames.quality[0])[:32])
     for phase, rng in (("train", jax.random.key(0)), ("evaluate", None)):
-        found = fusion.make_fusion(config["fusion"]["face"][phase])(rng, frames)
-        assert found.features.shape[1] == 32 and not found.mask[3].any()
-        np.testing.assert_array_equal(found.number[0], 10 * best)
-        np.testing.assert_array_equal(found.number[2], 10 * np.arange(32))
-        times = np.bincount(np.asarray(found.number[1]) // 10, minlength=5)
-        assert times.min() >= 1 and times.max() > 7  # in turn, none is there more than 7 times
+        fused = fusion.make_fusion(config["fusion"]["face"][phase])(rng, frames)
+        assert fused.features.shape[1] == 32 and not fused.mask[3].any()
+        np.testing.assert_array_equal(fused.number[0], 10 * best)
+        np.testing.assert_array_equal(fused.number[2], 10 * np.arange(32))
+        times = np.bincount(np.asarray(fused.number[1]) // 10, minlength=5)
+        assert times.min() >= 1 and times.max() > 7  # taking turns, each is used at most 7 times
 
 
 def test_mma_trains_three_nets_on_different_parts_of_the_clips():
@@ -208,5 +208,5 @@ def test_mma_trains_three_nets_on_different_parts_of_the_clips():
     spec = config_of("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
     labels = np.repeat(np.arange(1, 21), 6)
     uses = ensemble.count_clip_uses(ensemble.make_members(spec), labels, spec["folds"], seed=0)
-    np.testing.assert_array_equal(uses.sum(axis=0), [2] * 120)  # every clip is left out by one
+    np.testing.assert_array_equal(uses.sum(axis=0), [2] * 120)  # each clip is left out by one net
     np.testing.assert_array_equal(uses.sum(axis=1), [80] * 3)
