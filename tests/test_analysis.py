@@ -165,7 +165,7 @@ def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
 
 @pytest.mark.nightly
 def test_intervals_of_top1_and_auroc_cover_the_true_values():
-    """Some people are always found, others half of the time."""
+    """Some people are always identified, the other people half of the time."""
     rng, covered = np.random.default_rng(0), {"top1": 0, "auroc": 0}
     for _ in range(60):
         skill = np.repeat(rng.choice([0.5, 1.0], 40), 5)

@@ -170,7 +170,7 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
     np.testing.assert_allclose(face.quality[0, :2], [5**0.5, 5], rtol=1e-6)
 
 
-def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
+def test_long_clips_in_memory_keep_their_best_frames(cache):
     rng = np.random.default_rng(0)
     clips = {
         name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}

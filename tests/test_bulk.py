@@ -141,7 +141,7 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, people, day, tmp_path):
-    """This holds with and without `.mp4`, and even if 100 equal clips crowd it out of the lists."""
+    """Names may differ by `.mp4`. The clip need not be among the 100 listed clips."""
     names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys(names, same))
     write_parquet(day / "part-5.parquet", {"z": same})
@@ -165,7 +165,7 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, people, 
 @pytest.mark.slow
 @pytest.mark.optimized  # as commands compile
 def test_call_after_a_kill_completes_the_same_bytes(say, people, day, tmp_path):
-    """Two calls make all tables at once; one is killed after the first table."""
+    """Two calls process the same folder at once; one is killed after its first table."""
     for number in range(4, 30):
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
     words = ["gallery", "identify", str(people), f"--input={day}"]
@@ -269,7 +269,7 @@ class Embed(bulk.Embed):
 @pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
 def test_ray_results_equal_those_of_one_machine(say, nearest_run, people, day, tmp_path):
-    """The recipes of the page with one worker each, which is killed at its work, and restarted."""
+    """Runs the recipes of the page. Their single worker is killed once and restarted."""
     pytest.importorskip("ray")
     (day / "part-2.parquet").unlink()
     (tmp_path / "runs").mkdir()

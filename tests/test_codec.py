@@ -86,7 +86,7 @@ def test_records_whose_sizes_do_not_match_the_lengths_are_refused(records):
 
 @pytest.mark.nightly
 def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, python):
-    """Conversion, training and report; on records that are there no TFDS either."""
+    """It converts, trains and reports. If records are in the cache, TFDS is not imported."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     code = (
         "import sys\nfrom vidjax.cli.program import main\nunread, *words = sys.argv[1:]\n"

@@ -21,9 +21,9 @@ def averages(seed):
 
 
 def test_interval_of_a_paired_difference_covers_the_true_difference():
-    """Paired differences of average precisions, and their true mean.
+    """Draws paired differences of average precisions with a known mean.
 
-    Of an identity of difficulty x ~ Beta(3, 1) one system reaches x, the other x ** power: better
+    For an identity of difficulty x ~ Beta(3, 1), one system reaches x, the other x ** power: better
     for some, worse for others, the same for a third: skewed, with many zeros.
     """
     rng = np.random.default_rng(50)
@@ -75,7 +75,7 @@ def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, 
         assert [row["better"], row["worse"], row["equal"]] == counts
 
 
-def test_a_table_for_latex_escapes_names_and_no_difference_is_minus_0(tmp_path):
+def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     values = averages(10)
     made_runs.write(tmp_path / "a_1", values)
     made_runs.write(tmp_path / "50% & {more}", {k: max(x - 1e-6, 0) for k, x in values.items()})
@@ -143,7 +143,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
 
 
 def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
-    """Two standard errors do in 70 %: the spread of two seeds is a guess."""
+    """An interval of two standard errors would cover it in only 70 %."""
     rng, true, covered = np.random.default_rng(2), 0.05, []
     for _ in range(300):
         base = rng.uniform(0.3, 0.6, (2, 50))
@@ -206,7 +206,7 @@ def test_compare_refuses_runs_with_different_clips_or_identities(tmp_path, compa
 
 
 def test_compare_refuses_runs_whose_clip_or_label_digests_differ(tmp_path, compared):
-    """Equal numbers of clips may be different clips. Other features are not other clips."""
+    """Equal numbers of clips are not enough. Different features of the same clips are accepted."""
     own = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
     for name, more in {"a": {}, "b": {"features": "b"}, "names": {"names": "b"}, "labels":
                        {"labels": "b"}}.items():  # fmt: skip

@@ -66,7 +66,7 @@ def test_override_is_converted_to_the_type_of_its_field():
 
 
 def test_differences_omit_fields_that_neither_configuration_reads():
-    """A run that a version with more fields in its files has begun can go on."""
+    """A run of a version with more fields can be resumed."""
     plain = load("noise_classes:other")
     other = config_io.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
     assert config_lib.differences(plain, other) == {}

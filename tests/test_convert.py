@@ -161,7 +161,7 @@ def photo(name):
 
 @pytest.mark.slow
 def test_face_tags_of_a_rotated_photo_enrol_both_people(nets, tmp_path, command):
-    """Tags are of the picture as stored, which lies on its side by the orientation 6."""
+    """Tags refer to the stored picture; its EXIF orientation 6 rotates it by 90 degrees."""
     image = pytest.importorskip("PIL.Image")
     detector, tags = nets_lib.Detector(cards.load(nets)["face_detector"]), []
     pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]

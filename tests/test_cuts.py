@@ -41,7 +41,7 @@ def read(path, base):
 
 
 def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
-    """They end with the film and join where they touch; photos and unknown people have none."""
+    """Margins end with the film, close appearances join, photos and unknown people are left out."""
     film_a, film_b = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
     photo = film("c.jpg", None, 0.0)
     appearances = [
@@ -58,7 +58,7 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
 
 
 def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
-    """At 29.97 frames per second, a time code counts 30 frames per second, so it is slow."""
+    """At 29.97 frames per second, a time code counts 30 frames per second."""
     for rate, exact, base in ((29.98, NTSC, 30), (30, 30, 30), (14.7, 24000 / 1001, 24)):
         source = film("a.mp4", rate, 5000.0)
         cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], 0.0)

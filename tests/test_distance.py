@@ -71,7 +71,7 @@ def test_log_odds_of_one_person_are_a_ratio_of_gamma_densities():
     np.testing.assert_allclose(logs[:, 1] - logs[:, 0], same_person - other_person, atol=1e-4)
 
 
-def test_equal_photos_count_as_one():
+def test_effective_number_of_photos_is_small_if_photos_are_alike():
     count = np.array([1, 2, 10, 10])
     free = 1 - DLIB.within * 0.9  # as different as the card says
     counted = distance.effective_count(DLIB, count, np.array([1, 1, 1, free]))
@@ -80,7 +80,7 @@ def test_equal_photos_count_as_one():
 
 @pytest.mark.parametrize("people", [1, 7])
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
-    """All is Gaussian where both shapes are D / 2: against joint densities, m integrated out."""
+    """Shapes D / 2 give Gaussian distances. The joint densities integrate the mean out."""
     rng, width, wide = np.random.default_rng(people), 6, 1e6
     card = distance.Distances(0.3, 0.9, width / 2, width / 2)
     counts = rng.integers(1, 5, people)
@@ -111,7 +111,7 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     ("people", "count"), quick_first([(50, 3), (5, 1), (500, 10)], mark=pytest.mark.nightly)
 )
 def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, count):
-    """Half of the clips are of strangers. Photos of one day do not make the known strangers."""
+    """Half of the clips show strangers. Photos of a person may share the noise of one day."""
     for shared, most in ((0.0, 0.05), (0.5, 0.1)):
         probabilities = []
         for seed in range(2):

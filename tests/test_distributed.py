@@ -98,7 +98,7 @@ def assert_close(left, right):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
-    """If one is killed, the other ends. At night: a signal to one stops both; a report."""
+    """If one is killed, the other ends. The nightly case also stops both by a signal to one."""
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
     two, report = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"

@@ -80,8 +80,8 @@ def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch
     assert len(read) == 3, "another process need not read them either"
 
 
-def test_a_digest_is_not_kept_of_a_file_that_may_change_in_the_same_tick(tmp_path, monkeypatch):
-    """A clock of two seconds does not show a write after the times were taken."""
+def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
+    """A file system with ticks of 2 s does not show a later write in the same tick."""
     path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)

@@ -102,7 +102,7 @@ def test_evaluation_on_training_clips_is_refused_with_remedies(tmp_path, officia
 
 @pytest.mark.slow
 def test_run_on_everything_reports_map_of_a_labelled_test_split(official_dir, tmp_path, say):
-    """No run was trained on it: its MAP counts."""
+    """No run was trained on the test split."""
     data = shutil.copytree(official_dir, tmp_path / "data")
     labels = {f"IQIYI_VID_TEST_{n:07d}": str(n % 12 + 1) for n in range(18)}
     clip_files.write_truth(data, "test", labels)

@@ -100,7 +100,7 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
 
 @pytest.mark.nightly
 def test_onnx_file_repeats_a_single_voice_for_each_face(trained, export):
-    """The check of an export has such a clip."""
+    """The clips that check an export include a clip with a single voice."""
     pytest.importorskip("onnxruntime")
     run = trained("configs/quality_fusion.py:iqiyi_vid,voting,face,audio")
     assert export(run, "onnx")["difference"] <= function.TOLERANCE
@@ -184,7 +184,7 @@ def test_export_and_import_errors_name_remedies(
 
 @pytest.mark.slow
 def test_saved_model_stores_weights_outside_its_program(nearest_run, tmp_path, export, monkeypatch):
-    """They are next to the exported program."""
+    """The weights are in a file next to the program."""
     monkeypatch.setattr(function, "LARGEST", 1000)
     export(nearest_run, "saved_model")
     program = tmp_path / "out" / "saved_model" / "saved_model.pb"
@@ -194,7 +194,7 @@ def test_saved_model_stores_weights_outside_its_program(nearest_run, tmp_path, e
 
 @pytest.mark.nightly
 def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
-    """Each holds all weights, and what nobody looks for is not deleted."""
+    """Each program contains all weights, and no one would delete it."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
@@ -230,7 +230,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, kind,
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The first of two people leads by this many nats."""
+    """Compares with float64 log-probabilities for leads of -900 to 690 nats."""
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
     linear = nothing + np.diag([1000.0, 0])
@@ -325,7 +325,7 @@ def core(monkeypatch):
 
 
 def test_openvino_sorts_as_jax(core):
-    """It computes int64 as int32, and its TopK takes equal values in any order."""
+    """OpenVINO computes int64 as int32, and its TopK returns equal values in any order."""
     graph, inputs = as_onnx("ties", "stable sort", "descending", "sort of bools", "shuffle")
     outputs = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
     for (name, x), output in zip(inputs.items(), outputs, strict=True):

@@ -72,7 +72,7 @@ def test_size_frontality_and_sharpness_are_between_0_and_1():
 
 
 def test_noise_does_not_raise_sharpness():
-    """Patches of every size, then out of focus, in the dark, and with the grain of a film."""
+    """Compares sharp, unfocused and dark pictures with and without film grain."""
     rng, side = np.random.default_rng(0), 112
     sharp = np.full((side, side), 128.0)
     for cells in (4, 8, 16, 32):
@@ -91,7 +91,7 @@ def test_noise_does_not_raise_sharpness():
 
 
 def test_dark_glasses_are_detected_and_shadows_are_not():
-    """A head with bare eyes, lit from one side, and in a dark picture; then with glasses."""
+    """Draws bare eyes, lit from one side and in the dark, then dark glasses and one dark lens."""
     y, x = np.mgrid[:150, :150]
     bare = np.full((150, 150), 150.0)
     for eye in TEMPLATE[:2]:

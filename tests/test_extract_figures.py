@@ -53,7 +53,7 @@ def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, models):
 
 
 def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, models):
-    """A track of such a head has no face; a face whose head is not found is a person as before."""
+    """A head without a face gives a track; a face without a head stays a track."""
     path = tmp_path / "film.mkv"
     write_film(path, (2, 20, [*BOTH, EVE]))
     _, before = extract(path, tmp_path / "before", models)
@@ -97,7 +97,7 @@ def test_galleries_do_not_use_body_and_scene_embeddings(models):
 
 
 def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
-    """A clip without a vector that the gallery knows has no name, and is in no group."""
+    """Such a clip has no vector that the gallery compares."""
     drawn_people.write_voices(drawn.models)
     add(drawn.models, "head_detector", **RED)
     add(drawn.models, "head_embedder")

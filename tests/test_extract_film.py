@@ -28,7 +28,7 @@ def read_tracks(path, models):
 
 @pytest.mark.parametrize("fade_s", quick_first([1.0, 0.5, 3.0], mark=nightly))
 def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
-    """Slides of 4 s: faces in one place before one background, so that no cut is seen."""
+    """Slides of 4 s have faces in the same place, so no cut is detected."""
     still = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]
     pictures = []
     for time_s in np.arange(160) / 10:
@@ -60,7 +60,7 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
 
 @pytest.mark.slow
 def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
-    """The best are at its end; at 25 pictures a second, in a film of ten minutes."""
+    """In a film of ten minutes, the best faces are at the end."""
     kept = film.BestPictures()
     for number in range(15_000):
         kept.add(film.Sighting(number / 15_000, number, number / 25, number, 1.0, np.zeros(4), {}))
@@ -77,7 +77,7 @@ def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
 
 @pytest.mark.parametrize("degrees", quick_first([90, 0], mark=nightly))
 def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
-    """Boxes are fractions of the displayed picture, at the time of the picture."""
+    """Boxes are fractions of the displayed picture at the time of the face."""
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
     stored = [np.rot90(x, -degrees // 90) for x in pictures]
     films.write(tmp_path / "film.mp4", stored, "mpeg4", fps=10, rotation=degrees)
@@ -94,7 +94,7 @@ def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
 @pytest.mark.usefixtures("read_here")
 @pytest.mark.parametrize("ending", quick_first([".mp4", ".ts"], mark=nightly))
 def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, ending):
-    """Those of a second programme or camera; a cover is none."""
+    """The second stream is another camera; a cover picture gives no warning."""
     alone, both = tmp_path / f"alone{ending}", tmp_path / f"of both{ending}"
     films.write(alone, [picture([("Ada", 50, 40)])] * 3, "mpeg4", fps=1)
     films.double(alone, both, cover=ending == ".mp4")

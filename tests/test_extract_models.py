@@ -45,7 +45,7 @@ def test_centerface_decoder_follows_its_paper():
 
 @pytest.mark.parametrize("stride", nets.STRIDES)
 def test_yunet_decoder_follows_opencv(stride):
-    """OpenCV's face_detect.cpp: the score is the geometric mean of two, each cut to 0 to 1."""
+    """In face_detect.cpp, the score is the geometric mean of two scores clipped to 0..1."""
     width, cells, wanted = 5, 20, []
     classes, objects = (rng(seed).uniform(-0.2, 1.2, cells).astype(np.float32) for seed in (1, 2))
     boxes = rng(3).normal(size=(cells, 4)).astype(np.float32)
@@ -67,7 +67,7 @@ def test_yunet_decoder_follows_opencv(stride):
 
 @pytest.mark.parametrize("stride", nets.STRIDES)
 def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
-    """Its distance2bbox and distance2kps, with two anchors at the corner of each cell."""
+    """Repeats distance2bbox and distance2kps, with two anchors at the corner of each cell."""
     width, anchors, wanted = 4, 24, []
     scores = rng(1).uniform(size=anchors).astype(np.float32)
     boxes = rng(2).uniform(0, 3, (anchors, 4)).astype(np.float32)
@@ -103,7 +103,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
 def test_resize_is_bilinear_after_block_averages(size):
-    """Between centres of pixels; if they shrink to a half or less, blocks are averaged first."""
+    """It interpolates between pixel centres. Reductions by 2 or more average blocks first."""
     image, expected = rng(0).integers(0, 256, (12, 20, 3), np.uint8), np.zeros((*size, 3))
     step = max(1, min(12 // size[0], 20 // size[1]))
     height, width = 12 // step, 20 // step

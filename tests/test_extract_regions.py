@@ -103,7 +103,7 @@ def test_face_tags_are_read_from_both_ends_of_photos_and_sidecars(tags_of, tmp_p
 
 
 def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
-    """Pets, tags without a name, of nobody, or of no place in the picture; names are NFC."""
+    """Tags need a name and a box inside the picture. Names are returned in NFC."""
     bad = [
         ("", *EVE[1:]), (" ", *EVE[1:]), ("Unknown", *EVE[1:]), ("a" * 401, *EVE[1:]),
         ("nan", "NaN", 0.5, 0.1, 0.1), ("inf", 0.5, 0.5, "inf", 0.1), ("word", "x", 0.5, 0.1, 0.1),

@@ -117,7 +117,7 @@ def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
 
 @nightly
 def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
-    """A picture a second later is unlike, and those between are nearly sums of both."""
+    """Pictures a second apart differ, and the pictures between are nearly their mixtures."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
         fine = rng.uniform(60, 190, (60, 100, 1)).repeat(3, 2)

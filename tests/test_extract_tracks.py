@@ -59,7 +59,7 @@ def test_tracks_of_a_hidden_head_never_mix_two_people():
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
-    """Faces of 48 pixels that move by 45 in a picture, 110 from each other; then 24 people."""
+    """Three faces of 48 pixels move by 45 pixels per frame; then 24 people move slowly."""
     ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
     assert sorted(owners) == [[n] for n in range(3)]
     for track in ended:
@@ -96,7 +96,7 @@ def test_cut_ends_every_track():
 
 
 def test_tracks_change_in_the_middle_of_a_dissolve():
-    """It lasts from 1 to 2 s: the first one is seen until 1.8, the second one from 1.2 on."""
+    """The dissolve lasts from 1 to 2 s; for some frames, both people are detected."""
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])
     for n in range(20):
@@ -148,7 +148,7 @@ def test_overlap_is_intersection_over_union():
 
 
 def test_main_figure_follows_the_definition_of_the_paper():
-    """Section 3.2: the only person, or three times larger, in more than 30 % of the frames."""
+    """Section 3.2: alone or three times larger than others in more than 30 % of the frames."""
 
     def seen(frames, fps=5):
         shots = tracks.MainFigures()

@@ -96,7 +96,7 @@ OTHERS = [(ending, 6) for ending in ("avif", "tiff", "png", "webp")]
     ("ending", "orientation"), quick_first([*ORIENTATIONS, *OTHERS], 2, nightly)
 )
 def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, ending, orientation):
-    """Cameras, phones, screens and editors write colour profiles."""
+    """The photos have colour profiles, as cameras and editors write them."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     from PIL import Image, ImageCms
 
@@ -122,7 +122,7 @@ def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
 
 
 def test_damaged_or_large_heic_photo_is_refused(tmp_path):
-    """FFmpeg would show its tiles as frames of a film."""
+    """FFmpeg would read the tiles of a photo as frames of a film."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     from PIL import Image
 
@@ -209,7 +209,7 @@ def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch)
 
 
 def test_sound_is_placed_by_its_time_stamps(tmp_path):
-    """A tone sounds from 0.85 s, where the sound track begins, to 1.35 s."""
+    """The sound track begins at 0.85 s with a tone that ends at 1.35 s."""
     rate = 44_100
     samples = np.sin(np.arange(rate) / rate * 2 * np.pi * 440) * 0.5
     samples[rate // 2 :] = 0
@@ -229,7 +229,7 @@ def test_sound_is_placed_by_its_time_stamps(tmp_path):
 
 
 def test_sound_ends_where_its_time_stamps_go_back(tmp_path):
-    """Two films follow each other in a file. The sound of the second film has no known frames."""
+    """Two films follow each other in a file; the sound of the second film is left out."""
     samples = np.sin(np.arange(48_000) / 5) * 0.5
     films.write(tmp_path / "a.ts", [films.scene(0)] * 75, sound=samples)
     (tmp_path / "two.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
@@ -254,7 +254,7 @@ def test_picture_size_is_checked_before_decoding(tmp_path, film, monkeypatch):
 
 
 def test_pictures_that_grow_beyond_the_limit_are_not_decoded(tmp_path, monkeypatch):
-    """Two streams of MPEG, one after the other, are one film."""
+    """Two MPEG streams of different sizes, one after the other, are one film."""
     for name, size in (("a", 1), ("b", 4)):
         films.write(tmp_path / f"{name}.ts", [films.scene(0, 120 * size, 160 * size)] * 10)
     path = tmp_path / "grows.ts"

@@ -36,7 +36,7 @@ def track(clip, start_s, end_s, shot=0):
 
 
 def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):
-    """In the first shot a tone sounds from 1 s on; in the second shot two faces are visible."""
+    """A tone begins at 1 s of the first shot; the second shot has two faces."""
     sound = tone(440, 12)
     sound[:16_000] = 0
     shots = (4, 20, [ADA]), (4, 60, [ADA, BOB]), (4, 35, [BOB])
@@ -77,7 +77,7 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
 
 @pytest.mark.slow
 def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
-    """Bob leaves the picture in the first shot; in the second shot, Eve is always next to Ada."""
+    """Bob leaves in the first shot; the second shot always shows two people."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
     sound = {"sound": tone(440, 16), "size": (240, 320)}
     _, clips = hear(tmp_path, models, "film.mkv", *shots, unit="shot", **sound)
@@ -118,7 +118,7 @@ def test_folder_of_features_refuses_other_voice_nets(tmp_path, models):
 
 
 def test_solo_spans_are_times_with_one_visible_track():
-    """Long spans are heard in pieces with the same windows."""
+    """Long spans are divided into pieces with the same windows."""
     tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
     spans = list(voices.find_solo_spans(tracks))
     # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
@@ -133,7 +133,7 @@ def test_solo_spans_are_times_with_one_visible_track():
 
 
 def test_each_span_receives_the_samples_of_its_time():
-    """Blocks of all lengths, with gaps, against one array of the whole film."""
+    """Cuts blocks of random lengths, with gaps, and compares with one array of the film."""
     rng = np.random.default_rng(0)
     whole, blocks, at = np.zeros(40 * voices.RATE, np.float32), [], 3_000
     while at < 34 * voices.RATE:
@@ -197,7 +197,7 @@ def test_gallery_identifies_people_by_face_and_voice(tmp_path, models):
 
 
 def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
-    """A voice changes the odds by a limited factor. Clips with only a voice are not limited."""
+    """Clips with only a voice are not limited."""
     card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),
                          data="made")  # fmt: skip
     both = backend.make_card_backend({"face": card, "audio": card})

@@ -50,7 +50,7 @@ def test_reading_refuses_links_out_of_a_folder(tmp_path):
 
 
 def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
-    """In containers, processes have small numbers. Threads have numbers, too."""
+    """Temporary names must differ even for equal process IDs, as in containers."""
 
     def work(number):
         for turn in range(10):

@@ -223,7 +223,7 @@ def test_frame_filters_match_a_loop(limits):
 
 
 @pytest.mark.slow
-def test_every_fusion_filters_first():
+def test_every_fusion_filters_frames_first():
     frames = make_frames([9, 4, 0], max_frames=9)
     filters: Any = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}
     narrow = fusion.filter_frames(frames, **filters)
@@ -302,7 +302,7 @@ def test_samples_are_different_frames_in_time_order():
 
 
 def test_graded_weights_are_uniform_if_all_are_0():
-    """Where the weights are all 0, theirs is 0 / 0."""
+    """Weights that are all 0 would give 0 / 0."""
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1
