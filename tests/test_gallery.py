@@ -35,10 +35,10 @@ def vectors_of(gallery, clips):
 def ratio(space, clips, query):
     """Returns log p(query | clips of the person) / p(query), from joint normal densities."""
 
-    def log_density(some):
-        cov: Any = np.kron(np.ones((len(some), len(some))), np.diag(space.ratio))
+    def log_density(vectors):
+        cov: Any = np.kron(np.ones((len(vectors), len(vectors))), np.diag(space.ratio))
         cov += np.eye(len(cov))
-        return stats.multivariate_normal.logpdf(np.concatenate(some), cov=cov)
+        return stats.multivariate_normal.logpdf(np.concatenate(vectors), cov=cov)
 
     z = [(np.float64(x) - space.mean) @ space.transform for x in (*clips, query)]
     return log_density(z) - log_density(z[:-1]) - log_density(z[-1:])
@@ -53,10 +53,12 @@ def oracle(people, clip):
         logits[name] = 0.0
         own = [x.vector for x in people.clips.values() if x.identity == name]
         for number, part in enumerate(front.parts):
-            query, *shown = (np.split(x, ends)[number] for x in (clip.vector, *own))
+            query, *enrolled = (np.split(x, ends)[number] for x in (clip.vector, *own))
             if not query.any():
                 continue
-            query, *clips = (embeddings.unit(x - part.centre) for x in (query, *shown) if x.any())
+            query, *clips = (
+                embeddings.unit(x - part.centre) for x in (query, *enrolled) if x.any()
+            )
             weight = front.settings.scale
             logits[name] += (
                 weight * ratio(part.space, clips, query) if clips else front.settings.unenrolled
@@ -69,8 +71,8 @@ def test_probabilities_match_the_float64_equations(tmp_path, lacks):
     people = make(tmp_path / "g")
     clip = make_clip(777, "person 3", lacks=lacks)
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
-    found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
-    assert found == pytest.approx(oracle(people, clip), abs=2e-5)
+    log_probabilities = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
+    assert log_probabilities == pytest.approx(oracle(people, clip), abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
 
 
@@ -81,8 +83,8 @@ def test_log_softmax_is_exact():
         wide, best = logits.astype(np.longdouble), int(np.argmax(logits))
         rest = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = (wide - wide[best] - np.log1p(rest)).astype(float)
-        found = backend_lib.log_softmax(logits)
-        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-300)
+        logs = backend_lib.log_softmax(logits)
+        np.testing.assert_allclose(logs, wanted, rtol=1e-10, atol=1e-300)
 
 
 def test_true_false_positive_rate_lies_within_the_reported_interval():
@@ -90,19 +92,19 @@ def test_true_false_positive_rate_lies_within_the_reported_interval():
     rng, fpir, strangers = np.random.default_rng(0), 0.01, 99
     inside, rates = [], []
     for _ in range(2000):
-        found = answers_lib.threshold(rng.random(strangers), fpir, 1)
-        rates.append(1 - found.score)
-        low, high = found.interval
+        threshold = answers_lib.threshold(rng.random(strangers), fpir, 1)
+        rates.append(1 - threshold.score)
+        low, high = threshold.interval
         inside.append(low <= rates[-1] <= high)
-        assert found.num_alarms + 1 <= fpir * (strangers + 1) < found.num_alarms + 2
+        assert threshold.num_alarms + 1 <= fpir * (strangers + 1) < threshold.num_alarms + 2
     assert abs(np.mean(inside) - 0.95) < 0.011  # exact: neither too narrow nor too wide
     assert 0.6 * fpir < np.mean(rates) < 1.05 * fpir
 
 
 def test_fpir_is_refused_if_the_gallery_has_too_few_strangers(tmp_path):
     people = make(tmp_path / "g")
-    found = people.threshold(0.29)
-    assert (found.num_strangers, found.num_alarms, found.num_identities) == (6, 1, 12)
+    threshold = people.threshold(0.29)
+    assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
     refused(lambda: people.threshold(0.14), "needs 7 clips of strangers or more", "has 6")
     for fpir in (0, 1, float("nan")):
         refused(lambda fpir=fpir: people.threshold(fpir), "rate above 0 and below 1")
@@ -113,8 +115,8 @@ def test_fpir_is_refused_if_the_gallery_has_too_few_strangers(tmp_path):
 
 def named(gallery, count=300, **options):
     """Returns the names given to clips of 12 known people and 12 strangers, and the rule."""
-    shown = [make_clip(700 + n, f"person {n % 24}") for n in range(count)]
-    answers = identify(gallery, parts_of(gallery, shown), **options)
+    clips = [make_clip(700 + n, f"person {n % 24}") for n in range(count)]
+    answers = identify(gallery, parts_of(gallery, clips), **options)
     return [answer.identity for answer in answers], gallery.rule(**options)
 
 
@@ -125,15 +127,16 @@ def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
     people = make(tmp_path / "g")
     by_new, rule = named(people)
     assert rule.by == "new" and rule.default and "99 clips of strangers instead of 6" in rule.about
+    # Nearly all on one axis; 8 numbers of the face, 5 of the voice.
     x = rng.normal(size=(200, 13)) * [5, *[1e-3] * 7, 5, *[1e-3] * 4]
     x = np.hstack([embeddings.unit(x[:, :8]), embeddings.unit(x[:, 8:])]).astype(np.float32)
     people.remove(clip=people.strangers)
-    people.add({f"far {n}": StoredClip(None, one) for n, one in enumerate(x)})
+    people.add({f"far {n}": StoredClip(None, vector) for n, vector in enumerate(x)})
     for fpir in (0.01, 0.5, 0.99):
-        found, rule = named(people, fpir=fpir)
+        by_fpir, rule = named(people, fpir=fpir)
         assert rule.by == "fpir" and not rule.default
-        assert all(one in (None, two) for one, two in zip(found, by_new, strict=True)), fpir
-    assert found == by_new  # whom strangers do not exclude, new decides
+        assert all(name in (None, other) for name, other in zip(by_fpir, by_new, strict=True)), fpir
+    assert by_fpir == by_new  # an FPIR of 99 % excludes no clip that the other rule names
 
 
 @pytest.mark.slow
@@ -141,9 +144,9 @@ def test_default_rule_with_enough_strangers_is_an_fpir_of_1_percent(tmp_path):
     """About 1 % of new strangers are named."""
     strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
     gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
-    found, rule = named(gallery)
+    identities, rule = named(gallery)
     assert rule.default and rule.by == "fpir" and rule.threshold == gallery.threshold(0.01)
-    assert found == named(gallery, fpir=0.01)[0]
+    assert identities == named(gallery, fpir=0.01)[0]
     others = [make_clip(70_000 + n, None) for n in range(1000)]
     answers = identify(gallery, parts_of(gallery, others))
     assert np.mean([answer.identity is not None for answer in answers]) < 0.03
@@ -157,8 +160,8 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
     rules: list[dict[str, float]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
     for rule in rules:
-        for one in identify(people, parts, 1, **rule):
-            assert (one.identity is not None) == people.rule(**rule).names(one.score)
+        for answer in identify(people, parts, 1, **rule):
+            assert (answer.identity is not None) == people.rule(**rule).names(answer.score)
     assert people.rule(fpir=0.25).score != before.score
 
 
@@ -166,13 +169,13 @@ def test_rank_lists_exactly_the_clips_that_identify_accepts(tmp_path):
     """The clip that sets a threshold lies just below it, also after rounding."""
     clips = make_clips(strangers=100)
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
-    shown = vectors_of(people, {name: clips[name] for name in people.strangers})
+    vectors = vectors_of(people, {name: clips[name] for name in people.strangers})
     for fpir in (0.01, 0.2, 0.5):
-        answers = people.identify(shown, 1, fpir=fpir)
+        answers = people.identify(vectors, 1, fpir=fpir)
         named = {name for name, answer in answers.items() if answer.identity}
-        lists = people.rank(shown, fpir=fpir)
+        lists = people.rank(vectors, fpir=fpir)
         assert named == {clip for pairs in lists.values() for clip, _ in pairs}
-        assert len(named) <= fpir * len(shown.names)
+        assert len(named) <= fpir * len(vectors.names)
 
 
 def test_probability_threshold_is_the_only_rule_if_it_is_given(tmp_path):
@@ -192,16 +195,16 @@ def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, caps
     best, right, named = [], [], []
     for seed in range(2):
         faces = embeddings.Faces(seed)
-        shown = faces(count, 11).astype(np.float32)
+        photos = faces(count, 11).astype(np.float32)  # one to enrol, ten to name
         strangers = faces(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
-        enrolled = {f"{n}": StoredClip(f"{n}", shown[n, 0]) for n in range(count)}
+        enrolled = {f"{n}": StoredClip(f"{n}", photos[n, 0]) for n in range(count)}
         front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
         assert "have two clips or more, too few" in capsys.readouterr().err
         gallery = Gallery.of_clips(tmp_path / f"{seed}", made_galleries.RUN, front, enrolled)
-        found = identify(gallery, [np.concatenate(shown[:, 1:])])
-        wanted = [str(person) for person in range(count) for _ in range(10)]
-        best += [x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]
-        right += [x.identity == y for x, y in zip(found, wanted, strict=True)]
+        answers = identify(gallery, [np.concatenate(photos[:, 1:])])
+        labels = [str(person) for person in range(count) for _ in range(10)]
+        best += [x.best[0][0] == y for x, y in zip(answers, labels, strict=True)]
+        right += [x.identity == y for x, y in zip(answers, labels, strict=True)]
         named += [answer.identity is not None for answer in identify(gallery, [strangers])]
     assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named) <= 0.02
 
@@ -215,12 +218,12 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     people.remove(clip="film.s000.t00")
     left = [clip.vector for clip in [*films.values()][1:]]
     mean = np.mean(left, axis=0, dtype=float).astype(np.float32)
-    one = enrol(people.backend, {"Ada": ["film"]}, {"film": StoredClip("Ada", mean)})
+    expected = enrol(people.backend, {"Ada": ["film"]}, {"film": StoredClip("Ada", mean)})
     ada, bob = (people.index.names.index(name) for name in ("Ada", "Bob"))
     assert people.identities["Ada"] == 2
-    assert people.index.counts[:, [ada, bob]].max(axis=0).tolist() == [1, 2]
+    assert people.index.counts[:, [ada, bob]].max(axis=0).tolist() == [1, 2]  # films or photos
     (block,) = (block for block in people.index.blocks if "Ada" in block.names)
-    for x, y in zip(block.linear, one.linear, strict=True):
+    for x, y in zip(block.linear, expected.linear, strict=True):
         np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
 
 
@@ -230,9 +233,9 @@ def test_gallery_acts_as_a_collection_of_people_and_answers_convert_to_json(tmp_
     assert len(people) == 11 and list(people) == list(people.identities)
     assert "person 2" in people and "person 3" not in people
     (answer,) = identify(people, parts_of(people, [make_clip(700, "person 5")]), 2)
-    told = json.loads(json.dumps(answer.to_dict()))
-    assert told["identity"] == answer.identity and told["score"] == answer.score
-    assert [one["identity"] for one in told["best"]] == [name for name, _ in answer.best]
+    content = json.loads(json.dumps(answer.to_dict()))
+    assert content["identity"] == answer.identity and content["score"] == answer.score
+    assert [entry["identity"] for entry in content["best"]] == [name for name, _ in answer.best]
     assert Answer(None, 0.0, -np.inf, ()).to_dict()["score"] is None
     refused(lambda: people.identify(Vectors((), {}, ()), groups={}), "only in a gallery of models")
     nobody = make(tmp_path / "none", {})

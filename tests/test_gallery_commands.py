@@ -51,29 +51,29 @@ def write_clips(folder, *people, seed=0):
 def test_commands_enrol_rename_relabel_and_remove_a_person(say, folder, tmp_path):
     before = made_galleries.contents(folder)
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
-    said = say(*ada, "--identity=Ada")
-    assert "enrolled    2 clips, 0 were there" in said and "people      13" in said
+    output = say(*ada, "--identity=Ada")
+    assert "enrolled    2 clips, 0 were there" in output and "people      13" in output
     again = say(*ada, "--identity=Ada")
     assert "enrolled    0 clips, 2 were there" in again and "version     2" in again
     other = write_clips(tmp_path / "other", "Ada", seed=2)  # the same names, other frames
-    said = say("enrol", folder, f"--input={other}", "--identity=Ada", code=2)
-    assert "clip 'Ada 0' is already enrolled with another vector" in said
+    output = say("enrol", folder, f"--input={other}", "--identity=Ada", code=2)
+    assert "clip 'Ada 0' is already enrolled with another vector" in output
     assert "identity ' Ada' has leading or trailing blanks" in say(*ada, "--identity= Ada", code=2)
-    said = say(*ada, "--identity=Eve", code=2)
-    assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in said
-    assert "remove" not in said  # it would delete Ada, to enrol another person
+    output = say(*ada, "--identity=Eve", code=2)
+    assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in output
+    assert "remove" not in output  # it would delete Ada, to enrol another person
     assert "Ada 1" in say("list", folder, "--clips", "--identity=Ada").splitlines()[1]
     assert say("list", folder, "--clips", "--json")["clips"]["Ada"] == ["Ada 0", "Ada 1"]
-    said = say("rename", folder, "--identity=Ada", "--to=Eve")
-    assert "renamed     Ada is Eve, with 2 clips" in said
-    said = say("relabel", folder, "--clip=Ada 1", "--identity=Grace")
-    assert "Ada 1 showed Eve; it shows Grace, who is new" in said and "people      14" in said
+    output = say("rename", folder, "--identity=Ada", "--to=Eve")
+    assert "renamed     Ada is Eve, with 2 clips" in output
+    output = say("relabel", folder, "--clip=Ada 1", "--identity=Grace")
+    assert "Ada 1 showed Eve; it shows Grace, who is new" in output and "people      14" in output
     merge = ("rename", folder, "--identity=Grace", "--to=Eve")
-    said = say(*merge, code=2)
-    assert "two people would become one" in said and "--merge" in said
+    output = say(*merge, code=2)
+    assert "two people would become one" in output and "--merge" in output
     say(*merge, "--merge")
-    said = say("relabel", folder, "--clip=Ada 1", "--strangers")
-    assert "Ada 1 showed Eve; it shows a stranger" in said
+    output = say("relabel", folder, "--clip=Ada 1", "--strangers")
+    assert "Ada 1 showed Eve; it shows a stranger" in output
     say("relabel", folder, "--clip=Ada 1", "--identity=Eve")
     assert "removed     1 clip\n" in say("remove", folder, "--clip=Ada 0")
     assert "people      12" in say("remove", folder, "--identity=Eve")
@@ -106,18 +106,22 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
     cells = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
     parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    for line, cell, row, (clip, one) in zip(lines, cells, table, wanted.items(), strict=True):
+    for line, cell, row, (clip, expected) in zip(lines, cells, table, wanted.items(), strict=True):
         assert line["clip"] == cell["clip"] == row["clip"] == clip
-        assert line["identity"] == (cell["identity"] or None) == row["identity"] == one.identity
-        assert line["probability"] == one.probability
-        assert [(best["identity"], best["probability"]) for best in line["best"]] == [*one.best]
-        assert float(cell["score"]) == row["score"] == one.score
-        assert line["score"] == (one.score if one.best else None)
-        if one.best:
-            assert cell["best_2"] == row["best_2"] == one.best[1][0]
-            assert float(cell["probability_2"]) == row["probability_2"] == one.best[1][1]
-    said = say(*words, f"--out={tmp_path / 'a.csv'}", code=2)
-    assert "exists and is not overwritten" in said
+        assert (
+            line["identity"] == (cell["identity"] or None) == row["identity"] == expected.identity
+        )
+        assert line["probability"] == expected.probability
+        assert [(best["identity"], best["probability"]) for best in line["best"]] == [
+            *expected.best
+        ]
+        assert float(cell["score"]) == row["score"] == expected.score
+        assert line["score"] == (expected.score if expected.best else None)
+        if expected.best:
+            assert cell["best_2"] == row["best_2"] == expected.best[1][0]
+            assert float(cell["probability_2"]) == row["probability_2"] == expected.best[1][1]
+    message = say(*words, f"--out={tmp_path / 'a.csv'}", code=2)
+    assert "exists and is not overwritten" in message
     content = say(*words, "--json")
     assert content["named"] == named and content["answers"] == lines
     assert content["rule"]["by"] == "fpir" and not content["rule"]["default"]
@@ -126,12 +130,12 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
 def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(say, nearest_run, tmp_path):
     words = ("identify", tmp_path / "g", f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     made_galleries.make(tmp_path / "g")
-    said = say(*words, code=2)
-    assert "no longer at 'somewhere'" in said and "--run=FOLDER" in said
-    said = say(*words, f"--run={nearest_run}", code=2)
-    assert "was made with the run" in said and "--run=FOLDER" in said
-    said = say("list", nearest_run, code=2)
-    assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in said
+    message = say(*words, code=2)
+    assert "no longer at 'somewhere'" in message and "--run=FOLDER" in message
+    message = say(*words, f"--run={nearest_run}", code=2)
+    assert "was made with the run" in message and "--run=FOLDER" in message
+    message = say("list", nearest_run, code=2)
+    assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in message
 
 
 def test_enrol_reads_one_subfolder_per_person(say, folder, tmp_path):
@@ -150,25 +154,25 @@ def test_enrol_reads_one_subfolder_per_person(say, folder, tmp_path):
     (photos / "Grace").rename(photos / "val")
     assert "splits of a dataset, not people" in say(*words, code=2)
     write_clips(photos, "Eve")
-    said = say(*words, code=2)
-    assert "--identity=NAME" in said and "PATH/NAME/CLIP.npz" in said
+    message = say(*words, code=2)
+    assert "--identity=NAME" in message and "PATH/NAME/CLIP.npz" in message
 
 
 @pytest.mark.slow
 def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     wanted = made.rank(data, split="val")
-    passing = {n: [one for one in x if one[1] >= np.log(0.2)] for n, x in wanted.items()}
+    passing = {n: [pair for pair in x if pair[1] >= np.log(0.2)] for n, x in wanted.items()}
     assert made.rank(data, split="val", threshold=0.2) == passing
     assert any(passing.values()) and passing != wanted
     words = ("rank", folder, "--split=val")
     for name, lists, more in (("a", wanted, ()), ("p", passing, ("--threshold=0.2",))):
         say(*words, f"--out={tmp_path / name}.txt", *more)
-        found = made_runs.lists(tmp_path / f"{name}.txt")
-        assert list(found) == list(lists)
-        assert found == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in lists.items()}
+        written = made_runs.lists(tmp_path / f"{name}.txt")
+        assert list(written) == list(lists)
+        assert written == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in lists.items()}
     say(*words, f"--out={tmp_path / 'r.jsonl'}")
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert {line["identity"]: [one["clip"] for one in line["clips"]] for line in lines} == {
+    assert {line["identity"]: [entry["clip"] for entry in line["clips"]] for line in lines} == {
         name: [clip for clip, _ in clips] for name, clips in wanted.items()
     }
     assert "exists" in say(*words, f"--out={tmp_path / 'a.txt'}", code=2)
@@ -182,8 +186,8 @@ def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(say, folder, t
     clip_files.write_labels(own / "labels.csv", labels)
     clips = ("--config.data.name=arrays", f"--config.data.dir={own}", "--split=train")
     assert "people      14" in say("enrol", folder, *clips)
-    found = {line.split()[0] for line in say("identify", folder, *clips).splitlines()}
-    assert found >= {"Ada", "Grace", "nobody"}
+    answers = {line.split()[0] for line in say("identify", folder, *clips).splitlines()}
+    assert answers >= {"Ada", "Grace", "nobody"}
     strangers = len(Gallery(folder).strangers)
     assert f"strangers   {strangers + 2}" in say("enrol", folder, *clips, "--strangers")
 
@@ -193,9 +197,9 @@ def test_create_builds_a_gallery_and_identify_accepts_a_moved_run(
     say, nearest_run, tmp_path, made, command
 ):
     words = ("create", tmp_path / "g", f"--run={nearest_run}")
-    said = say(*words)
+    output = say(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
-    assert "people      12" in said and "version     1" in said
+    assert "people      12" in output and "version     1" in output
     content = say("create", tmp_path / "e", words[2], "--empty", "--strangers=train", "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
@@ -207,10 +211,10 @@ def test_create_builds_a_gallery_and_identify_accepts_a_moved_run(
 def test_threshold_command_equals_the_api_and_reports_too_few_strangers(say, folder, made):
     content = say("threshold", folder, "--fpir=0.25", "--json")
     assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
-    said = say("threshold", folder, "--fpir=0.25")
-    assert "people      12" in said and f"strangers   {content['num_strangers']}" in said
-    said = say("threshold", folder, "--fpir=0.001", code=2)
-    assert "needs 999 clips of strangers or more" in said and "enrol more strangers" in said
+    output = say("threshold", folder, "--fpir=0.25")
+    assert "people      12" in output and f"strangers   {content['num_strangers']}" in output
+    output = say("threshold", folder, "--fpir=0.001", code=2)
+    assert "needs 999 clips of strangers or more" in output and "enrol more strangers" in output
 
 
 MISTAKES = {
@@ -241,9 +245,9 @@ MISTAKES = {
 
 def test_usage_errors_name_the_remedy_and_change_nothing(say, folder):
     before = made_galleries.contents(folder)
-    for words, told in MISTAKES.items():
+    for words, remedy in MISTAKES.items():
         given = [str(folder) if word == "G" else word for word in words.split()]
-        assert told in say(*given, code=2), words
+        assert remedy in say(*given, code=2), words
     assert made_galleries.contents(folder) == before
 
 
@@ -251,7 +255,7 @@ def test_names_in_csv_files_are_guarded_against_formulas(tmp_path):
     best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
     answers_lib.write(tmp_path / "a.csv", {"+1": Answer(best[0][0], 0.9, -0.1, best)})
     _, row = csv.reader(io.StringIO((tmp_path / "a.csv").read_text()))
-    assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"
+    assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"  # best_2
 
 
 def test_export_writes_a_table_of_the_enrolled_clips(say, tmp_path):
@@ -277,7 +281,7 @@ def test_check_mode_detects_a_damaged_gallery(folder, command):
     words = ("--mode=check", f"--workdir={folder}")
     assert "gallery: 12 people by" in command(*words).out
     content = bytearray((folder / "gallery.sqlite").read_bytes())
-    content[-100] ^= 1
+    content[-100] ^= 1  # any bit
     (folder / "gallery.sqlite").write_bytes(content)
     done = command(*words)
     assert done.code == 2 and "FAULT" in done.out

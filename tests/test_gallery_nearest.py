@@ -34,23 +34,23 @@ def make(rng, widths, *, scale, spread, cards=False):
     settings = SETTINGS._replace(scale=scale, unenrolled=-2.0, stranger=1.0)
     backend = backend_lib.fit(fitted, labels, centred=False, settings=settings)
     if cards:
-        found = distance.from_cosines((1 - 0.4 * spread, 0.1), (0.1, 0.15))
-        parts = tuple(part._replace(space=None, distances=found) for part in backend.parts)
+        distances = distance.from_cosines((1 - 0.4 * spread, 0.1), (0.1, 0.15))
+        parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, settings)
     owner = np.repeat(np.arange(PEOPLE), rng.integers(1, 4, PEOPLE))
     vectors, people = np.concatenate(draw(owner), axis=1), []
-    for some in np.split(np.arange(PEOPLE), [300, 301]):
-        own = np.isin(owner, some)
-        names = [f"p{n:03}" for n in some]
-        people.append(backend.enrol(names, vectors[own], owner[own] - some[0]))
+    for rows in np.split(np.arange(PEOPLE), [300, 301]):  # 300, 1 and 399 people
+        own = np.isin(owner, rows)
+        names = [f"p{n:03}" for n in rows]
+        people.append(backend.enrol(names, vectors[own], owner[own] - rows[0]))
     return backend_lib.Index(backend, people), draw
 
 
-def near(found, wanted):
+def near(answers, wanted):
     """Asserts that two lists of answers are equal to 1e-6, but for the order of ties."""
-    for one, other in zip(found, wanted, strict=True):
-        assert one.new == pytest.approx(other.new, abs=1e-6, rel=1e-6)
-        names, logs = ([[pair[i] for pair in x.best] for x in (one, other)] for i in range(2))
+    for answer, expected in zip(answers, wanted, strict=True):
+        assert answer.new == pytest.approx(expected.new, abs=1e-6, rel=1e-6)
+        names, logs = ([[pair[i] for pair in x.best] for x in (answer, expected)] for i in range(2))
         np.testing.assert_allclose(*logs, rtol=1e-6, atol=1e-6)
         apart = -np.diff(logs[0], append=-np.inf) > 1e-5
         assert [*itertools.compress(names[0], apart)] == [*itertools.compress(names[1], apart)]
@@ -66,13 +66,13 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
     known, strange = (draw(rng.integers(0, PEOPLE, 15), strange=s) for s in (False, True))
     parts = [np.concatenate(pair) for pair in zip(known, strange, strict=True)]
     whole, order = backend_lib.join(index.blocks), rng.permutation(PEOPLE)
-    blocks = [whole.take(some) for some in np.array_split(order, [1, 50, 500])]
+    blocks = [whole.take(rows) for rows in np.array_split(order, [1, 50, 500])]
     for k in (1, 5, 600):
-        found = list(index.nearest(parts, k))
-        near(found, backend_lib.Index(index.backend, blocks).nearest(parts, k))
+        answers = list(index.nearest(parts, k))
+        near(answers, backend_lib.Index(index.backend, blocks).nearest(parts, k))
         for size in (1, 7):
             cut = [[x[at : at + size] for x in parts] for at in range(0, 30, size)]
-            near(found, [one for some in cut for one in index.nearest(some, k)])
+            near(answers, [answer for batch in cut for answer in index.nearest(batch, k)])
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,17 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
     index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
     parts = draw(np.arange(PEOPLE - 40, PEOPLE))
     asked = index._prepare(index.backend.units(parts), [np.ones(len(x)) for x in parts])
-    found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
-    for row, (one, logs) in enumerate(found):
+    answers = zip(index.nearest(parts, 5), index.search(parts), strict=True)
+    for row, (answer, logs) in enumerate(answers):
         if asked.missing[:, row].all():
-            assert one == (0.0, [], ()) and (logs[1:] == -np.inf).all()
+            assert answer == (0.0, [], ()) and (logs[1:] == -np.inf).all()
             continue
         logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)
         wanted = special.log_softmax([*logits, stranger + np.log(PEOPLE)])
         np.testing.assert_allclose(logs, np.roll(wanted, 1), rtol=1e-6, atol=1e-4)
         best = np.argsort(-wanted[:-1], kind="stable")[:5]
-        assert [name for name, _ in one.best] == [index.names[n] for n in best]
-        logs = [one.new, logs[0], *(log for _, log in one.best)]
+        assert [name for name, _ in answer.best] == [index.names[n] for n in best]
+        logs = [answer.new, logs[0], *(log for _, log in answer.best)]
         np.testing.assert_allclose(logs, wanted[[-1, -1, *best]], rtol=1e-6, atol=1e-6)
 
 
@@ -107,9 +107,9 @@ def test_equally_probable_people_are_sorted_by_name(monkeypatch):
     same = np.tile(np.concatenate([face, audio], axis=1), (3, 1))
     twins = index.backend.enrol(["b", "a", "c"], same, np.arange(3))
     both = backend_lib.Index(index.backend, [*index.blocks, twins])
-    (found,) = both.nearest([face, audio], 3)
-    assert [name for name, _ in found.best] == ["a", "b", "c"]
+    (answer,) = both.nearest([face, audio], 3)
+    assert [name for name, _ in answer.best] == ["a", "b", "c"]
     whole = backend_lib.join(index.blocks)  # and people without a common part
     voices = whole.take(np.flatnonzero(whole.num_clips[0] == 0)[::-1])
-    (found,) = backend_lib.Index(index.backend, [voices]).nearest([face, 0 * audio], 3)
-    assert [name for name, _ in found.best] == sorted(voices.names)[:3]
+    (answer,) = backend_lib.Index(index.backend, [voices]).nearest([face, 0 * audio], 3)
+    assert [name for name, _ in answer.best] == sorted(voices.names)[:3]

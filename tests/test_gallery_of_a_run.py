@@ -44,12 +44,12 @@ def made(tmp_path_factory, run, data):
 
 
 def map_of(ranked, data):
-    found = data.split("val")
-    place = {name: number for number, name in enumerate(found.clips)}
+    split = data.split("val")
+    place = {name: number for number, name in enumerate(split.clips)}
     index = np.full((len(data.identities), topk.MAX_NAMES), -1)
     for name, clips in ranked.items():
         index[data.identities.index(name), : len(clips)] = [place[clip] for clip, _ in clips]
-    return metrics.mean_average_precision(index, found.labels, found.positives, found.num_others)
+    return metrics.mean_average_precision(index, split.labels, split.positives, split.num_others)
 
 
 def test_gallery_ranks_like_its_run_with_the_same_clips_and_settings(made, run, data):
@@ -81,8 +81,8 @@ def test_one_photo_of_one_person_is_enough_for_a_gallery(tmp_path):
     alone = vidjax.load_data(splits, {"photo": "Ada"}, cache_dir=tmp_path / "cache")
     vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", alone)
     gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", alone)
-    found = {clip: answer.identity for clip, answer in gallery.identify(clips).items()}
-    assert found == {"same": "Ada", "other": None}
+    identities = {clip: answer.identity for clip, answer in gallery.identify(clips).items()}
+    assert identities == {"same": "Ada", "other": None}
 
 
 def clips_of(run, count=4):

@@ -26,11 +26,11 @@ VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
 
 def draw(rng, people, clips):
     """Draws unit vectors [people, clips, 128] whose cosines agree with the card."""
-    found = np.zeros((people, clips, WIDTH))
-    found[..., PERSON] += rng.normal(0, np.sqrt((SAME[0] - DIFFERENT[0]) / 36), (people, 1, 36))
-    found[..., CLIP] += rng.normal(0, np.sqrt((1 - SAME[0]) / 17), (people, clips, 17))
-    found[..., -1] = np.sqrt(DIFFERENT[0])  # the mean of all
-    return embeddings.unit(found @ AXES).astype(np.float32)
+    vectors = np.zeros((people, clips, WIDTH))
+    vectors[..., PERSON] += rng.normal(0, np.sqrt((SAME[0] - DIFFERENT[0]) / 36), (people, 1, 36))
+    vectors[..., CLIP] += rng.normal(0, np.sqrt((1 - SAME[0]) / 17), (people, clips, 17))
+    vectors[..., -1] = np.sqrt(DIFFERENT[0])  # the mean of all
+    return embeddings.unit(vectors @ AXES).astype(np.float32)
 
 
 def test_mean_vectors_weight_frames_by_quality(monkeypatch):
@@ -44,10 +44,10 @@ def test_mean_vectors_weight_frames_by_quality(monkeypatch):
     loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, ())
     for frames in (1, 2, 5):  # in memory at one time
         monkeypatch.setattr("vidjax.data.memory.MAX_BLOCK_FRAMES", frames)
-        found = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
-        np.testing.assert_allclose(found["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
-        np.testing.assert_allclose(found["a"], x[:2].mean(0), rtol=1e-6)
-        assert not found["none"].any() and loaded.mean_vectors("audio").shape == (3, 2)
+        vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
+        np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
+        np.testing.assert_allclose(vectors["a"], x[:2].mean(0), rtol=1e-6)
+        assert not vectors["none"].any() and loaded.mean_vectors("audio").shape == (3, 2)
 
 
 @pytest.fixture
@@ -66,13 +66,13 @@ def test_five_friends_are_named_and_strangers_are_not(photos, least):
     for seed in range(30):
         rng = np.random.default_rng(seed)
         friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1)[:, 0]
-        found = backend.make_card_backend({"face": card})
+        back_end = backend.make_card_backend({"face": card})
         names, owner = [f"friend {n}" for n in range(5)], np.repeat(np.arange(5), photos)
-        people = found.enrol(names, friends[:, :photos].reshape(-1, WIDTH), owner)
+        people = back_end.enrol(names, friends[:, :photos].reshape(-1, WIDTH), owner)
         asked = np.concatenate([friends[:, photos:].reshape(-1, WIDTH), strangers])
-        logs = np.array(list(backend.Index(found, [people]).search([asked])))[:, 1:]
+        logs = np.array(list(backend.Index(back_end, [people]).search([asked])))[:, 1:]
         sure, hit = np.exp(logs.max(1)) > 0.5, logs[:30].argmax(1) == np.repeat(np.arange(5), 6)
-        right.append(sure[:30] & hit)
+        right.append(sure[:30] & hit)  # six clips of each friend, then strangers
         wrong.append(sure[:30] & ~hit)
         named.append(sure[30:])
     assert np.mean(right) >= least and np.mean(named) <= 0.02 and np.mean(wrong) <= 0.01
@@ -183,40 +183,40 @@ def answer(identity, probability=0.9):
 
 
 def test_tracks_of_one_person_are_joined_over_short_gaps():
-    shown = film(a=(0, 3), b=(4.5, 6), c=(8.5, 9), d=(1, 2), e=(30, 31))
+    video = film(a=(0, 3), b=(4.5, 6), c=(8.5, 9), d=(1, 2), e=(30, 31))
     answers = {"a": answer("Ada", 0.8), "d": answer(None), "e": answer("B<o>b")}
     answers |= dict.fromkeys("bc", answer("Ada"))
-    found = appearances.find_appearances(answers, [shown], {"d": "unknown 1"})
-    assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
+    seen = appearances.find_appearances(answers, [video], {"d": "unknown 1"})
+    assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in seen] == [
         ("Ada", 0, 6, 0.8, ("a", "b")),
         ("unknown 1", 1, 2, None, ("d",)),
         ("Ada", 8.5, 9, 0.9, ("c",)),
         ("B<o>b", 30, 31, 0.9, ("e",)),
     ]
-    vtt = appearances.to_subtitles(found, ".vtt")
+    vtt = appearances.to_subtitles(seen, ".vtt")
     assert "00:00:00.000 --> 00:00:06.000\nAda\n" in vtt and "B&lt;o>b" in vtt
     assert "unknown" not in vtt
-    rttm = appearances.to_rttm(found).splitlines()
+    rttm = appearances.to_rttm(seen).splitlines()
     assert rttm[1] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
     # Names that differ in a blank stay apart.
-    names = (found[0]._replace(video="a b.mp4", identity=name) for name in ("Ada O", "Ada_O"))
+    names = (seen[0]._replace(video="a b.mp4", identity=name) for name in ("Ada O", "Ada_O"))
     rows = [line.split() for line in appearances.to_rttm([*names]).splitlines()]
     assert [(row[1], row[7]) for row in rows] == [("a_b.mp4", "Ada%20O"), ("a_b.mp4", "Ada_O")]
     with pytest.raises(ValueError, match="subtitles need one video"):
-        appearances.to_subtitles([*found, found[0]._replace(video="b.mp4")], ".srt")
+        appearances.to_subtitles([*seen, seen[0]._replace(video="b.mp4")], ".srt")
 
 
 def test_simultaneous_tracks_never_get_the_same_name():
     """If two tracks at the same time get the same name, the less probable track stays unknown."""
-    shown = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
+    films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
-    pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(shown)}
+    pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
-    settled = appearances.settle_answers(answers, shown)
+    settled = appearances.settle_answers(answers, films)
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
-    found = appearances.find_appearances(settled, shown, {"a": "unknown 1"})
-    assert [(x.identity, x.start_s, x.probability) for x in found] == [
+    seen = appearances.find_appearances(settled, films, {"a": "unknown 1"})
+    assert [(x.identity, x.start_s, x.probability) for x in seen] == [
         ("unknown 1", 0, None), ("Ada", 4, 0.9), ("Bob", 5, 0.7), ("Ada", 10, 0.95),
     ]  # fmt: skip
 
@@ -227,8 +227,8 @@ def test_a_name_needs_a_probability_above_one_half(gallery):
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
     asked = {"q": {"face": twin[1:]}}
-    found = gallery.identify(asked)["q"]
-    assert found.identity is None and 0.4 < found.probability < 0.5
+    best = gallery.identify(asked)["q"]
+    assert best.identity is None and 0.4 < best.probability < 0.5
     assert "above 50 %" in gallery.rule().about
     assert gallery.identify(asked, threshold=0.4)["q"].identity in ("Ada", "Eve")
 
@@ -251,8 +251,8 @@ def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
         Gallery.of_models(tmp_path / name, models, stranger_odds=expected).enrol(
             {"photo": {"face": ada[:1]}}, "Ada"
         )
-        (found,) = Gallery(tmp_path / name).identify({"q": {"face": ada[1:]}}).values()
-        odds.append(np.log(-np.expm1(found.score)) - found.score)
+        (best,) = Gallery(tmp_path / name).identify({"q": {"face": ada[1:]}}).values()
+        odds.append(np.log(-np.expm1(best.score)) - best.score)
     assert odds[1] - odds[0] == pytest.approx(np.log(3))
 
 
@@ -280,24 +280,24 @@ def test_grouping_continues_from_given_groups(gallery):
     names = {"a": "unknown 1", "e": "unknown 2"}
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}
     begin["e0"] = begin["a0"]
-    found = gallery.group(vectors, begin=begin)
-    assert found["e0"] == found["a0"] == found["a1"], "clips that a user grouped stay together"
-    found = gallery.group(vectors, [("a2", "a4")], begin=begin)
-    assert found["a2"] == found["a3"] != found["a4"] == found["a5"]
+    groups = gallery.group(vectors, begin=begin)
+    assert groups["e0"] == groups["a0"] == groups["a1"], "clips that a user grouped stay together"
+    groups = gallery.group(vectors, [("a2", "a4")], begin=begin)
+    assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
 
 def test_subtitles_list_all_visible_people_and_do_not_overlap(tmp_path):
     """Many players show one subtitle at a time."""
     times = {"Eve": (0, 9.5), "Bob {x}": (3.25, 4), "<i>Ada": (4, 9.5), "A": (5, 5)}
-    found = [appearances.Appearance("a.mp4", start, end, name, 0.9, ())
+    seen = [appearances.Appearance("a.mp4", start, end, name, 0.9, ())
              for name, (start, end) in times.items()]  # fmt: skip
-    assert appearances.to_subtitles(found, ".srt") == (
+    assert appearances.to_subtitles(seen, ".srt") == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aAda\nEve\n\n"
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
-    appearances.write(tmp_path / "a.vtt", found, [])
+    appearances.write(tmp_path / "a.vtt", seen, [])
     vtt = (tmp_path / "a.vtt").read_text()
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt

@@ -201,8 +201,8 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
     monkeypatch.setattr(store_lib, "PAGE_BYTES", 512)
     people, rng = make(tmp_path / "g", {}), random.Random(0)
     for turn in range(12):
-        some = (make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
-        people.add({f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(some)})
+        clips = (make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
+        people.add({f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(clips)})
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
         people.remove(clip=gone)
@@ -247,8 +247,8 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         part: Any = people.backend.parts[0]
         # With centred vectors, the mean of the model is the mean of all clips.
         mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
-        found = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
-        return float(unit(np.asarray(found)) @ unit(removed.astype(np.float64)))
+        guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
+        return float(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
 
     left = attack()
     assert abs(left) < 0.9 if empty else left > 0.9999999  # what the attack finds where it can
@@ -327,8 +327,8 @@ def test_a_change_is_refused_while_another_change_holds_the_lock(gallery, monkey
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
-        said = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
-        assert said.startswith("gallery ") and str(gallery.folder) in said
+        message = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
+        assert message.startswith("gallery ") and str(gallery.folder) in message
         assert answers(Gallery(gallery.folder))  # reading needs no lock
     assert gallery.remove(clip=["clip 30"]) == 1
 
@@ -410,7 +410,7 @@ DAMAGES = {  # to the file of a gallery, or to files next to it that SQLite woul
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "gone": lambda path: path.unlink(),
-    "of write-ahead": lambda path: path.write_bytes(
+    "of write-ahead": lambda path: path.write_bytes(  # bytes 18 and 19: how SQLite writes
         path.read_bytes()[:18] + b"\2\2" + path.read_bytes()[20:]
     ),
     "pipe as journal": lambda path: os.mkfifo(f"{path}-journal"),
@@ -436,7 +436,7 @@ def test_a_sparse_file_of_1_tib_is_not_read_to_its_end(gallery):
 @pytest.mark.slow
 def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
-    content, told, rng = path.read_bytes(), 0, random.Random(0)
+    content, errors_seen, rng = path.read_bytes(), 0, random.Random(0)
     used = [at for at in range(len(content)) if content[at]]
     for at in rng.choices(used, k=60):
         flipped = bytearray(content)
@@ -445,9 +445,9 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
         try:
             assert answers(Gallery(gallery.folder)) == wanted
         except ValueError as error:
-            told += 1
+            errors_seen += 1
             assert str(gallery.folder) in str(error)
-    assert told > 40
+    assert errors_seen > 40
 
 
 def test_a_forged_journal_deletes_no_other_file(gallery, tmp_path):
@@ -571,10 +571,10 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
     people = Gallery(tmp_path)
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
-    found = made_galleries.identify(people, parts, len(people.identities))
-    assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
-    assert [[name for name, _ in answer.best] for answer in found] == frozen["names"].tolist()
-    probabilities = [[p for _, p in answer.best] for answer in found]
+    answered = made_galleries.identify(people, parts, len(people.identities))
+    assert [answer.identity or "" for answer in answered] == frozen["identity"].tolist()
+    assert [[name for name, _ in answer.best] for answer in answered] == frozen["names"].tolist()
+    probabilities = [[p for _, p in answer.best] for answer in answered]
     np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
     assert people.add(NEW) == 1 and people.remove(identity=["Zoë Å"]) == 4
 

@@ -43,16 +43,16 @@ def nodes_of(path):
 @functools.cache
 def imports(path):
     """Returns the modules that a file imports, in functions too, except for type checkers."""
-    found, ignored = set(), set()
+    modules, ignored = set(), set()
     for node in nodes_of(path):  # an `if` comes before what it contains
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             ignored |= {*node.body}
         elif isinstance(node, ast.Import) and node not in ignored:
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node not in ignored:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else str(node.module) for name in names}
-    return found
+            modules |= {name if name in MODULES else str(node.module) for name in names}
+    return modules
 
 
 def test_folders_import_only_lower_folders_without_cycles():

@@ -63,7 +63,7 @@ def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, conten
 
 def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 16_000)
-    for number in range(11):
+    for number in range(11):  # a third of the memory holds 10 clips
         np.savez(tmp_path / f"{number:02}.npz", face=np.ones((100, 4), np.float32))
     refused_input(tmp_path, "clip 10", "fewer clips at once")
     (tmp_path / "10.npz").unlink()
@@ -90,7 +90,7 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     parquet.write_table(pyarrow.table(many), path)  # 4 GB, if each name were a separate text
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused_input(path, ", wanted face")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
     monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))
     features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
@@ -106,7 +106,7 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
     with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
         memory.load_clips(tmp_path, {"face": 4}, ())
-    assert [str(one.message) for one in caught] == [
+    assert [str(warning.message) for warning in caught] == [
         "face: 2 of 4 frames are not read: their features are not finite; 1 clips lose all frames",
         "face: 1 of 4 frames have a quality that is not finite: 0 is used",
     ]

@@ -31,7 +31,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(source, tmp_path_factory):
+def converted(source, tmp_path_factory):
     """The records of `source`, converted once for all that only read them."""
     return prepare(source, tmp_path_factory.mktemp("cache"))
 
@@ -45,32 +45,32 @@ def small(tmp_path):
     return folder
 
 
-def test_train_records_are_shuffled_and_other_splits_sorted_by_name(found):
-    assert {name: m.dim for name, m in found.modalities.items()} == RAGGED
-    assert "body" not in found.splits["val"].lengths
-    assert not list(found.folder.glob("**/*.bin")), "staging is left"
-    for facts in found.splits.values():
+def test_train_records_are_shuffled_and_other_splits_sorted_by_name(converted):
+    assert {name: m.dim for name, m in converted.modalities.items()} == RAGGED
+    assert "body" not in converted.splits["val"].lengths
+    assert not list(converted.folder.glob("**/*.bin")), "staging is left"
+    for facts in converted.splits.values():
         assert list(facts.clips) == sorted(facts.clips, key=lambda name: name.encode())
         assert sorted(facts.order) == list(range(len(facts.clips)))
-    assert found.splits["val"].order.tolist() == list(range(21))
-    steps = np.diff(found.splits["train"].order)
+    assert converted.splits["val"].order.tolist() == list(range(21))
+    steps = np.diff(converted.splits["train"].order)
     assert np.abs(steps).mean() > 40 / 5  # a random permutation steps N / 3 on average
 
 
-def test_second_conversion_reads_neither_pickles_nor_shards(source, found, monkeypatch, say):
+def test_second_conversion_reads_neither_pickles_nor_shards(source, converted, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
-    cache = found.folder.parent.parent
+    cache = converted.folder.parent.parent
     again = prepare(source, cache)
-    assert again.folder == found.folder and again.report == found.report
+    assert again.folder == converted.folder and again.report == converted.report
     for split in ("train", "val"):
-        assert again.splits[split].clips == found.splits[split].clips
-        assert again.splits[split].shards == found.splits[split].shards
-        np.testing.assert_array_equal(again.splits[split].order, found.splits[split].order)
+        assert again.splits[split].clips == converted.splits[split].clips
+        assert again.splits[split].shards == converted.splits[split].shards
+        np.testing.assert_array_equal(again.splits[split].order, converted.splits[split].order)
     out = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
     assert "train: 40 clips, 7 identities, 0 distractors" in out
     assert "val: 21 clips, 9 identities, 6 distractors" in out
-    assert out.splitlines()[-1] == str(found.folder / "data_report.json")
+    assert out.splitlines()[-1] == str(converted.folder / "data_report.json")
     assert "nowhere" in say(source / "nowhere", code=2, program=iqiyi_vid.main)
 
 
@@ -93,8 +93,10 @@ def test_cache_folder_depends_on_the_content_of_the_files(small, tmp_path):
     assert prepare(small, cache).folder == second
 
 
-def test_labels_number_the_identities_in_sorted_order(source, found, tmp_path):
-    identities, labels, report = label_records(found, load_official_truth(source, found.clips))
+def test_labels_number_the_identities_in_sorted_order(source, converted, tmp_path):
+    identities, labels, report = label_records(
+        converted, load_official_truth(source, converted.clips)
+    )
     assert identities == tuple(str(i) for i in range(1, 11))
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
     assert labels["val"].labels.tolist() == [i % 9 + 2 for i in range(15)] + [0] * 6
@@ -105,20 +107,23 @@ def test_labels_number_the_identities_in_sorted_order(source, found, tmp_path):
     assert facts["clips_per_identity"]["2-2"] == 6
     # A split without ground truth.
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
-    identities, labels, report = label_records(found, load_official_truth(tmp_path, found.clips))
+    identities, labels, report = label_records(
+        converted, load_official_truth(tmp_path, converted.clips)
+    )
     assert identities == ("4", "6")
     assert not labels["val"].labelled and not labels["val"].labels.any()
     assert labels["val"].positives.tolist() == [0, 0]
     assert report["splits"]["val"]["labelled"] is False
 
 
-def test_identities_only_in_the_test_split_get_no_class(found, tmp_path):
+def test_identities_only_in_the_test_split_get_no_class(converted, tmp_path):
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
     splits, counts = (
-        {"train": of["train"], "test": of["val"]} for of in (found.splits, found.report["splits"])
+        {"train": of["train"], "test": of["val"]}
+        for of in (converted.splits, converted.report["splits"])
     )
-    records = found._replace(splits=splits, report={**found.report, "splits": counts})
+    records = converted._replace(splits=splits, report={**converted.report, "splits": counts})
     truth = load_official_truth(tmp_path, records.clips)
     with pytest.warns(UserWarning, match="1 clips of test show identities without a class"):
         identities, labels, report = label_records(records, truth)
@@ -130,11 +135,11 @@ def test_identities_only_in_the_test_split_get_no_class(found, tmp_path):
 def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(small, "face", "val", {"v": clip})
-    found = prepare(small, tmp_path / "cache")
-    assert found.modalities["face"].dtype == "float32"
-    ((_, frames),) = Dataset(found, {}).packed("val", ("face",))
+    converted = prepare(small, tmp_path / "cache")
+    assert converted.modalities["face"].dtype == "float32"
+    ((_, frames),) = Dataset(converted, {}).packed("val", ("face",))
     np.testing.assert_array_equal(frames["face"].features, clip.features)
-    assert [shard.records for shard in found.splits["train"].shards] == [1, 1, 1]
+    assert [shard.records for shard in converted.splits["train"].shards] == [1, 1, 1]
 
 
 @pytest.mark.slow

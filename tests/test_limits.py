@@ -30,7 +30,7 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kind", "told"),
+    ("wanted", "kind", "message"),
     [
         pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
         ("time", UserError, r"film\.mp4: .* 1 s of CPU time"),
@@ -40,8 +40,8 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
         ("missing", DiskError, r"nowhere(.|\n)*is the path right"),
     ],
 )
-def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, told):
-    with pytest.raises(kind, match=told) as caught:
+def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
+    with pytest.raises(kind, match=message) as caught:
         run(wanted, cpu_seconds=1 if wanted == "time" else 20)
     assert len(str(caught.value).splitlines()) <= 3
 

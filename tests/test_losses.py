@@ -109,11 +109,11 @@ def test_angular_margin_matches_the_equation(margin):
     angle = np.arccos(cosine) + margin
     harder = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
     expected = 30 * np.where(np.arange(6) == labels[:, None], harder, cosine)
-    found = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=30.0))
+    margin_fn = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=30.0))
     with jax.enable_x64(True):
-        np.testing.assert_allclose(found(30 * cosine, labels), expected, atol=1e-9)
+        np.testing.assert_allclose(margin_fn(30 * cosine, labels), expected, atol=1e-9)
     logits = (30 * cosine).astype(np.float32)
-    np.testing.assert_allclose(found(logits, labels), expected, atol=2e-3)
+    np.testing.assert_allclose(margin_fn(logits, labels), expected, atol=2e-3)
     assert losses.angular_margin(logits, labels, margin=0, scale=30.0) is logits
 
 
@@ -158,7 +158,7 @@ def make_loss(spec, logit_scale=1.0):
 
 def test_loss_schedule_mixes_two_losses_and_compiles_once():
     logits, labels = example()
-    schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))
+    schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))  # epochs of 10 steps
     loss: Any = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
     everyone = np.full(9, True)
     focal = oracle("binary", logits, labels, 2.0, everyone)
@@ -209,8 +209,8 @@ def test_a_loss_with_a_margin_parameter_gets_logits_without_margin(monkeypatch):
         return 0.25 * losses.binary_focal(harder, labels) + 0.75 * own
 
     for scale, learned in ((30.0, None), (20.0, np.full(1, 20, np.float32))):
-        found = loss(logits, labels, np.int32(0), learned)
-        np.testing.assert_allclose(found, wanted(scale), rtol=1e-5)
+        value = loss(logits, labels, np.int32(0), learned)
+        np.testing.assert_allclose(value, wanted(scale), rtol=1e-5)
 
 
 def test_loss_functions_get_only_the_options_in_their_signature(monkeypatch):
@@ -225,6 +225,6 @@ def test_loss_functions_get_only_the_options_in_their_signature(monkeypatch):
     for function in (takes_all, lambda logits, labels: logits[..., 0]):
         monkeypatch.setitem(losses.CLASSIFICATION, "own", function)
         loss = losses.make_loss(spec | {"classification": "own"}, class_mask, 10, logit_scale=4.0)
-        found = loss(jnp.ones((2, 3)), jnp.ones(2, jnp.int32), jnp.int32(0))
-        np.testing.assert_array_equal(found, 1)
+        value = loss(jnp.ones((2, 3)), jnp.ones(2, jnp.int32), jnp.int32(0))
+        np.testing.assert_array_equal(value, 1)
     assert given == {"mask": class_mask, "options": (4.0, 3.0, 0.1, 7)}

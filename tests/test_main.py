@@ -52,13 +52,13 @@ def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, co
 
 def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, tmp_path):
     hostile = "x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
-    shown = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
+    escaped = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     messages.print_text(f"{hostile}\n\tAda علي")
     messages.print_problem(hostile)
     messages.run_to_exit_code(lambda: {}[hostile], [])
     captured = capsys.readouterr()
-    assert captured.out == f"{shown}\n\tAda علي\n"
-    assert captured.err.startswith(f"vidjax: {shown}\n")
+    assert captured.out == f"{escaped}\n\tAda علي\n"
+    assert captured.err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(captured.err)
     messages.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err

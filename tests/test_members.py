@@ -23,8 +23,8 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     assert [(member.fold, member.number) for member in everyone] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     assert ensemble.make_members({**spec, "only": (3, 1)}) == (everyone[3], everyone[1])
     views = ensemble.make_members({**SPEC, "views": 2, "min_quality": (-1e9, 20)})
-    found = {(member.view, member.min_quality) for member in views}
-    assert found == {(0, -1e9), (0, 20), (1, -1e9), (1, 20)}
+    pairs = {(member.view, member.min_quality) for member in views}
+    assert pairs == {(0, -1e9), (0, 20), (1, -1e9), (1, 20)}
     assert ensemble.make_members(SPEC) == (ensemble.Member(),)
 
 
@@ -61,9 +61,9 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     trained = np.array([[True, False, True], [False, True, True]])
     everyone = ensemble.make_members({**SPEC, "folds": 2, "min_quality": (20.0,)})
     training_sets = ensemble.TrainingSets(everyone, ("a", "ünï-§", "c"), trained)
-    found, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "ünï-§", "a"))
+    scoring, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample
-    np.testing.assert_array_equal(found, [[0, 1, 1, 0], [0, 1, 0, 1]])
+    np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])
     ensemble.save(tmp_path, training_sets)
     again = ensemble.load(tmp_path)
     assert again[:2] == training_sets[:2]
@@ -77,11 +77,11 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
 
 
 def test_each_view_drops_its_chunk_of_features():
-    features = np.arange(2 * 512).reshape(2, 512)
+    features = np.arange(2 * 512).reshape(2, 512)  # 16 chunks of 32
     for view in (0, 1, 15):
-        found = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
+        kept = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
         wanted = np.delete(features, np.s_[32 * view : 32 * (view + 1)], axis=1)
-        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(kept, wanted)
 
 
 @pytest.mark.parametrize("logs", [True, False])
@@ -92,14 +92,14 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     use[:, 0], use[:, 1] = False, True
     scores = np.minimum(scores, 0) if logs else scores
     total = eval_step.make_no_scores(jnp.zeros((6, 5)), logs=logs)
-    for one, rows in zip(scores, use, strict=True):
-        total = eval_step.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
-    found = np.asarray(eval_step.mean_scores(total))
-    assert (found[0] == -np.inf).all()
+    for member, rows in zip(scores, use, strict=True):
+        total = eval_step.add_scores(total, jnp.asarray(member), jnp.asarray(rows, jnp.float32))
+    means = np.asarray(eval_step.mean_scores(total))
+    assert (means[0] == -np.inf).all()
     for clip in range(1, 6):
         voted = scores[use[:, clip], clip]
         wanted = np.log(np.exp(voted).mean(axis=0)) if logs else voted.mean(axis=0)
-        np.testing.assert_allclose(found[clip], wanted, rtol=1e-5)
+        np.testing.assert_allclose(means[clip], wanted, rtol=1e-5)
 
 
 def test_mean_log_probabilities_near_zero_keep_their_precision():
@@ -107,8 +107,8 @@ def test_mean_log_probabilities_near_zero_keep_their_precision():
     total = eval_step.make_no_scores(jnp.zeros((2, 1)), logs=True)
     for lack in lacks:  # log(1 - x) is -x
         total = eval_step.add_scores(total, -jnp.asarray(lack, jnp.float32)[:, None], jnp.ones(2))
-    found = eval_step.mean_scores(total)[:, 0]
-    np.testing.assert_allclose(found, -lacks.mean(axis=0), rtol=1e-5)
+    means = eval_step.mean_scores(total)[:, 0]
+    np.testing.assert_allclose(means, -lacks.mean(axis=0), rtol=1e-5)
 
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -135,8 +135,9 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, everyone, tmp_path):
         np.testing.assert_array_equal(value[0], everybody[name][1], err_msg=name)
     assert only["map_kind"] == together["map_kind"] == "out_of_fold"
     assert only["num_clips"] < together["num_clips"] == len(data.split("val").clips)
-    assert [one["map"] for one in together["members"]][1] == only["map"]
-    assert (tmp_path / "ranking.txt").read_text().count(".mp4") == 12 * only["num_clips"]
+    assert [member["map"] for member in together["members"]][1] == only["map"]
+    num_names = (tmp_path / "ranking.txt").read_text().count(".mp4")
+    assert num_names == 12 * only["num_clips"]  # every clip for each of 12 identities
 
 
 def test_evaluation_blocks_group_clips_by_scoring_members():
@@ -149,18 +150,18 @@ def test_evaluation_blocks_group_clips_by_scoring_members():
     rare[:3, :4] = True  # a set of four clips
 
     def work(use):
-        found = scoring.split_by_members(plan, use, 16)
-        blocks = [*split_blocks(found.bucket, 16)]
+        grouped = scoring.split_by_members(plan, use, 16)
+        blocks = [*split_blocks(grouped.bucket, 16)]
         clips = np.concatenate([clips for _, clips in blocks])
         assert sorted(clips) == np.flatnonzero(bucket >= 0).tolist()
         for number, clips in blocks:
             assert (bucket[clips] == bucket[clips[0]]).all()
-            assert found.padded_lengths["face"][number] == lengths[bucket[clips[0]]]
+            assert grouped.padded_lengths["face"][number] == lengths[bucket[clips[0]]]
         return sum(16 * use[:, clips].any(axis=1).sum() for _, clips in blocks)
 
-    wanted = np.sum(bucket >= 0)
-    assert wanted <= work(folds) <= wanted + 3 * 5 * 16
-    assert work(folds | rare) <= wanted + 6 * 5 * 16
+    num_clips = np.sum(bucket >= 0)
+    assert num_clips <= work(folds) <= num_clips + 3 * 5 * 16  # a block more per length and fold
+    assert work(folds | rare) <= num_clips + 6 * 5 * 16
 
 
 @pytest.mark.slow
@@ -174,14 +175,14 @@ def test_vmap_over_members_agrees_with_separate_steps(data, everyone, tmp_path):
 @pytest.mark.slow
 def test_members_do_not_depend_on_the_clips_they_leave_out(data, everyone, tmp_path, monkeypatch):
     plain, _ = everyone
-    held = ~ensemble.load(plain).trained[1]
-    rows = {"train": slice(0, 96), "val": slice(96, 156)}
+    left_out = ~ensemble.load(plain).trained[1]
+    rows = {"train": slice(0, 96), "val": slice(96, 156)}  # the clips of each split
 
     class Relabelled(Spoilt):
         def split(self, name):
             split = data.split(name)
             many = np.full_like(split.positives, 99)
-            labels = np.where(held[rows[name]], split.labels % 12 + 1, split.labels)
+            labels = np.where(left_out[rows[name]], split.labels % 12 + 1, split.labels)
             fields = {**vars(split), "labels": labels.astype(np.int32), "positives": many}
             return split.__class__(**fields)
 
@@ -190,7 +191,7 @@ def test_members_do_not_depend_on_the_clips_they_leave_out(data, everyone, tmp_p
     labels = np.concatenate([data.split(name).labels for name in rows])
     folds = ensemble.assign_folds(labels, 3, config.seed)
     monkeypatch.setattr(ensemble, "assign_folds", lambda *args: folds)
-    run(config, tmp_path, Relabelled(data, {name: held[at] for name, at in rows.items()}))
+    run(config, tmp_path, Relabelled(data, {name: left_out[at] for name, at in rows.items()}))
     left, right = weights(plain), weights(tmp_path)
     assert any(not np.array_equal(left[name][0], right[name][0]) for name in left)
     for name, value in left.items():
@@ -222,10 +223,10 @@ def test_sum_of_scores_is_the_log_of_weighted_probabilities():
     for weight in (1.0, 0.375):
         total = eval_step.make_no_scores(jnp.zeros((6, 1)), logs=True)
         for _ in range(2):
-            one = jnp.log(jnp.asarray(p[:, None]))
-            total = eval_step.add_scores(total, one, jnp.full(6, weight))
-        found = np.asarray(eval_step.sum_scores(total), np.float64)[:, 0]
-        np.testing.assert_allclose(found, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
+            logs = jnp.log(jnp.asarray(p[:, None]))
+            total = eval_step.add_scores(total, logs, jnp.full(6, weight))
+        sums = np.asarray(eval_step.sum_scores(total), np.float64)[:, 0]
+        np.testing.assert_allclose(sums, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
 
 
 def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
@@ -233,9 +234,9 @@ def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):
-        found = plan_lib.make_plan(config_io.load_file(f"{ROOT}/configs/{spec},few"), data)
-        assert found.task.train_other
-        return found.training_sets.trained
+        plan = plan_lib.make_plan(config_io.load_file(f"{ROOT}/configs/{spec},few"), data)
+        assert plan.task.train_other
+        return plan.training_sets.trained
 
     thrice = trained("residual_dense.py:iqiyi_vid,trainval,face")
     assert thrice.shape == (3, len(truth)) and (thrice == thrice[0]).all()

@@ -49,12 +49,12 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
     if spec != "plda":  # which reads the clips twice, and then has learned everything
         train("one", 1, 1)
         shutil.copytree(tmp_path / "one", tmp_path / "moved")
-    moved, one = train("moved", 4, 2), train("one", 1, 2)
-    assert abs(moved["map"] - one["map"]) < 0.02
-    found, wanted = weights(tmp_path / "moved"), weights(tmp_path / "one")
-    assert found.keys() == wanted.keys()
-    for path, x in wanted.items():
-        np.testing.assert_allclose(found[path], x, rtol=0, atol=1e-5, err_msg=path)
+    moved, single = train("moved", 4, 2), train("one", 1, 2)
+    assert abs(moved["map"] - single["map"]) < 0.02
+    resumed, expected = weights(tmp_path / "moved"), weights(tmp_path / "one")
+    assert resumed.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_allclose(resumed[path], x, rtol=0, atol=1e-5, err_msg=path)
     np.testing.assert_allclose(last_loss("moved"), last_loss("one"), rtol=0, atol=1e-5)
 
 

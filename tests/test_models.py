@@ -58,10 +58,10 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
             return model.apply({**variables, "params": params}, *given, **options)[0]
 
         assert ("bias" in params["assignment"]) == ("norm" not in params) == ("batch" not in norms)
-        found = forward(params)
+        pooled = forward(params)
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce, norms)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-        np.testing.assert_array_equal(found[2], 0)
+        np.testing.assert_allclose(pooled, expected, atol=1e-6)
+        np.testing.assert_array_equal(pooled[2], 0)
 
 
 def test_modality_dropout_always_keeps_a_modality():
@@ -84,12 +84,13 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
     blank = made.init_identifier(model, {"face": frames}, clips)
     assert "params" not in blank
+    # No clip is known: the cosine is -2.
     np.testing.assert_array_equal(made.eval_logits(model, blank, {"face": frames}, clips), 16 * -2)
     logits, memory = made.train_logits(model, blank, {"face": frames}, clips)
     np.testing.assert_array_equal(logits, np.zeros((10, 5)))
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=vectors[10:, None])
-    some = jax.tree.map(lambda x: x[:4], clips)
-    scores = made.eval_logits(model, memory, {"face": queries}, some)
+    four = jax.tree.map(lambda x: x[:4], clips)
+    scores = made.eval_logits(model, memory, {"face": queries}, four)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for query, row in zip(unit[10:13], scores[:3], strict=True):
         cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, unit[:10] @ query)
@@ -108,8 +109,8 @@ def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
         np.testing.assert_array_equal(forward(params, x), x / 2)
         params = made.randomised(params)
         scores = (x * params["kernel"]).sum(axis=-1) + params["bias"]
-        found = forward(params, x)
-        np.testing.assert_allclose(found, x / (1 + np.exp(-scores))[..., None], atol=1e-6)
+        gated = forward(params, x)
+        np.testing.assert_allclose(gated, x / (1 + np.exp(-scores))[..., None], atol=1e-6)
 
 
 # Linear layers: products in one dtype, sums in float32 in both directions, and their dropout.
@@ -137,9 +138,9 @@ def test_linear_layer_equals_flax_dense_in_parameters_and_values():
     ours, flax = Linear(50), nn.Dense(50)
     params = ours.init(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, params, flax.init(jax.random.key(1), x))
-    for some in (x, x.reshape(8, 5, 30), x[0]):
-        found, wanted = apply(ours, params, some), apply(flax, params, some)
-        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    for inputs in (x, x.reshape(8, 5, 30), x[0]):
+        outputs, expected = apply(ours, params, inputs), apply(flax, params, inputs)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
     y = apply(Linear(50, use_bias=False), {"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(y, wide(x) @ wide(kernel), rtol=1e-5, atol=1e-5)
 
@@ -181,6 +182,6 @@ def test_dropout_is_independent_for_every_number():
     assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
     x = jnp.arange(12.0).reshape(3, 4)
     for rate, deterministic in ((0.0, False), (0.5, True)):
-        found = apply(Dropout(rate), {}, x, deterministic=deterministic)
-        np.testing.assert_array_equal(found, x)
+        y = apply(Dropout(rate), {}, x, deterministic=deterministic)
+        np.testing.assert_array_equal(y, x)
     assert not drop_out(1.0, (3, 4)).any()

@@ -51,7 +51,8 @@ class Net(NamedTuple):
 def made(name):
     frames, clips = tiny.make_batch()
     frames = {
-        key: one._replace(features=one.features.astype(np.float32)) for key, one in frames.items()
+        key: part._replace(features=part.features.astype(np.float32))
+        for key, part in frames.items()
     }
     model = tiny.make_model(MODELS[name][0])
     variables = dict(tiny.init_identifier(model, frames, clips))
@@ -88,8 +89,8 @@ def evaluated(model, variables, frames, clips):
         return model.apply(variables, frames, clips, train=False), inputs
 
 
-def test_every_model_is_held_to_the_contract():
-    """PLDA has no net: test_models_plda asks the same of its sums."""
+def test_every_model_is_tested_against_the_contract():
+    """PLDA has no net: test_models_plda checks the same properties of its sums."""
     assert {spec["name"] for spec, _, _ in MODELS.values()} == identifier.MODELS.keys() - {"plda"}
 
 
@@ -98,29 +99,31 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     net = made(name)
     output, after, _ = learned(*net)
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
-    turned = {key: jax.tree.map(lambda v: v[:, ::-1], one) for key, one in net.frames.items()}
+    turned = {key: jax.tree.map(lambda v: v[:, ::-1], value) for key, value in net.frames.items()}
     rows = net.clips.mask
     garbage = {
-        key: one._replace(
-            features=np.where(rows[:, None, None], one.features, 99),
-            quality=np.where(rows[:, None], one.quality, np.nan),
+        key: value._replace(
+            features=np.where(rows[:, None, None], value.features, 99),
+            quality=np.where(rows[:, None], value.quality, np.nan),
         )
-        for key, one in net.frames.items()
+        for key, value in net.frames.items()
     }
-    longer = {key: pad(one, 3) for key, one in net.frames.items()}
-    found = [learned(*net._replace(frames=frames))[:2] for frames in (turned, garbage)]
-    found.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
+    longer = {key: pad(value, 3) for key, value in net.frames.items()}
+    results = [learned(*net._replace(frames=frames))[:2] for frames in (turned, garbage)]
+    results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
     scale = net.model.logit_scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
     close = functools.partial(np.testing.assert_allclose, atol=1e-6)
-    for other, new in found:
+    for other, new in results:
         np.testing.assert_allclose(other.logits[rows], output.logits[rows], atol=atol)
         for part in new.keys() - {"params"}:
             jax.tree.map(close, new[part], after[part])
     before, _ = evaluated(net.model, after, net.frames, net.clips)
     other, _ = evaluated(net.model, after, garbage, net.clips)
-    shown = 6 if name == "knn" else 8  # neighbours answer padded rows too
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:shown], b[:shown]), other, before)
+    num_rows = 6 if name == "knn" else 8  # neighbours answer padded rows too
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[:num_rows], b[:num_rows]), other, before
+    )
     copies = jax.tree.map(lambda x: x[np.zeros(8, int)], (net.frames, net.clips))
     alone = evaluated(net.model, after, *copies)[0].logits  # a single clip
     np.testing.assert_allclose(alone, before.logits[np.zeros(8, int)], atol=1e-5 * scale)
@@ -132,13 +135,13 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
 
     for field in ("features", "mask"):
         frames = {
-            key: one._replace(**{field: np.zeros_like(getattr(one, field))})
-            for key, one in net.frames.items()
+            key: value._replace(**{field: np.zeros_like(getattr(value, field))})
+            for key, value in net.frames.items()
         }
-        output, after, found = learned(*net._replace(frames=frames))
-        for leaf in jax.tree.leaves((found, output.logits, after)):
+        output, after, gradient = learned(*net._replace(frames=frames))
+        for leaf in jax.tree.leaves((gradient, output.logits, after)):
             assert np.isfinite(leaf).all()
-    for part, leaves in found.items():  # of clips without frames
+    for part, leaves in gradient.items():  # of clips without frames
         if part.startswith(tuple(f"{key}_" for key in tiny.DIMS)):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
     if name in ("cosine", "deepmef"):  # no bias prefers a class
@@ -176,7 +179,7 @@ def test_dropout_is_used_only_in_training(name):
     first, other = (learned(model, variables, frames, clips, seed)[0] for seed in (5, 6))
     for output in (without, other):
         assert not np.array_equal(first.logits, output.logits)
-    outputs = [evaluated(one, variables, frames, clips)[0].logits for one in (plain, model)]
+    outputs = [evaluated(net, variables, frames, clips)[0].logits for net in (plain, model)]
     np.testing.assert_array_equal(*outputs)
 
 

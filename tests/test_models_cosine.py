@@ -20,10 +20,10 @@ def oracle(params, stats, frames, clips, *, feature_scale):
     """Z and the logits clip by clip; BatchNorm by the batch if there are no statistics."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     parts = [[] for _ in clips.mask]
-    for m, (name, one) in enumerate(frames.items()):
+    for m, (name, part) in enumerate(frames.items()):
         layer, mapped = params[f"{name}_map"], []
-        mask = one.mask & clips.mask[:, None]
-        for x, real in zip(np.asarray(one.features, np.float64), mask, strict=True):
+        mask = part.mask & clips.mask[:, None]
+        for x, real in zip(np.asarray(part.features, np.float64), mask, strict=True):
             x = feature_scale * x[real].mean(axis=0) if real.any() else None
             dense = layer["dense"]
             mapped.append(None if x is None else x @ dense["kernel"] + dense["bias"])
@@ -94,7 +94,7 @@ def test_margin_loss_and_its_gradient_use_the_learned_scale():
 
 
 @pytest.mark.slow
-def test_a_fallback_keeps_the_scale_that_each_model_learned():
+def test_fallback_keeps_the_learned_logit_scale_of_each_model():
     frames, clips = made.make_batch()
     dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
     spec = {"name": "fallback", "main": dense, "other": SPEC, "other_modalities": ("head",)}

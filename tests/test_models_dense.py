@@ -118,8 +118,8 @@ def test_cosine_classifier_matches_its_equation():
         params = made.randomised(made.init(model, x)["params"])
         kernel = np.asarray(params["kernel"])
         lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
-        found: Any = model.apply({"params": params}, 1e3 * x)
-        np.testing.assert_allclose(found, 30 * x @ kernel / lengths, atol=1e-6)
+        logits: Any = model.apply({"params": params}, 1e3 * x)
+        np.testing.assert_allclose(logits, 30 * x @ kernel / lengths, atol=1e-6)
 
 
 @pytest.mark.slow

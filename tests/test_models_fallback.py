@@ -33,7 +33,7 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
     train, evaluate = [], []
     norms = np.linalg.norm(face.features.astype(float), axis=2)
     for b, real in enumerate(clips.mask):
-        has_face, has_head = (real & one.mask[b].any() for one in (face, head))
+        has_face, has_head = (real & part.mask[b].any() for part in (face, head))
         train.append((has_face, has_head))
         measures = norms[b] if measure == "norm" else face.quality[b]
         if has_head and not has_face:

@@ -130,7 +130,7 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     def fused():
         specs = {name: config["fusion"].get(name, {}).get("evaluate") for name in sizes}
         fuse = {name: fusion.make_fusion(specs[name] or {"name": "all"}) for name in sizes}
-        return {name: fuse[name](None, one) for name, one in frames.items()}
+        return {name: fuse[name](None, value) for name, value in frames.items()}
 
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), fused(), clips, train=False))
     rng = np.random.default_rng(0)

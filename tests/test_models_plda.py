@@ -99,20 +99,20 @@ def test_plda_training_counts_every_clip_once():
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]
     stream = [*TWICE, *range(-len(TWICE) % 30)]
     stream = np.where(np.isin(stream, used), stream, -1)
-    found = train(make_model(), frames, labels, np.split(stream, 2))["sums"]
+    state = train(make_model(), frames, labels, np.split(stream, 2))["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
-        mean = found[name]["centre"] / found[name]["num"]
+        mean = state[name]["centre"] / state[name]["num"]
         np.testing.assert_allclose(SETTINGS.centred * mean, centre, atol=1e-6)
         for key, wanted in zip(("count", "total", "scatter"), sums, strict=True):
-            np.testing.assert_allclose(found[name][key], wanted, atol=2e-6, err_msg=key)
+            np.testing.assert_allclose(state[name][key], wanted, atol=2e-6, err_msg=key)
 
 
 def solved(model, *states):
     """Returns the collections that evaluation reads, of each member."""
     together = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    found = model.finalise_state({}, together)
-    return [ensemble.take(found, number) for number in range(len(states))]
+    collections = model.finalise_state({}, together)
+    return [ensemble.take(collections, number) for number in range(len(states))]
 
 
 def test_plda_logits_match_the_equations():
@@ -128,16 +128,16 @@ def test_plda_logits_match_the_equations():
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
             centre, sums = oracle(frames, labels, name, range(NUM_CLIPS))
-            found = two_covariance.covariances(sums)
-            space = two_covariance.make_space(found, within=0.8, between=0.5)
+            covariances = two_covariance.covariances(sums)
+            space = two_covariance.make_space(covariances, within=0.8, between=0.5)
             enrolled = two_covariance.enrol(space, sums.count, sums.total)
             features, mask = np.asarray(frames[name].features), frames[name].mask
-            shown = np.flatnonzero(mask.any(axis=1))
-            means = [unit(features[clip][mask[clip]].mean(axis=0)) for clip in shown]
+            has_frames = np.flatnonzero(mask.any(axis=1))
+            means = [unit(features[clip][mask[clip]].mean(axis=0)) for clip in has_frames]
             x = jnp.stack([unit(mean - centre) for mean in means])
             ratios = np.asarray(log_ratios(space, enrolled, x))
-            wanted[shown] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
-        wanted[:, 0] = 0.5 + np.log(4)
+            wanted[has_frames] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
+        wanted[:, 0] = 0.5 + np.log(4)  # a new person, next to 4 identities
     np.testing.assert_allclose(output.logits[:, 0], wanted, atol=1e-9)
 
 
@@ -176,7 +176,7 @@ def test_fitted_settings_favour_no_modality():
     for name in ("face", "audio"):
         centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
         vectors[name] = unit(centres[labels] + 0.5 * noise)
-    unheard = labels > 30
+    unheard = labels > 30  # of 60 people
     training = np.arange(len(labels)) % 2 == 0
     vectors["audio"][training & unheard] = 0.0
     settings = plda_fit.fit_settings(
@@ -184,8 +184,8 @@ def test_fitted_settings_favour_no_modality():
     )
     parts = []
     for x in vectors.values():
-        shown = training & np.any(x != 0, axis=1)
-        sums = two_covariance.make_sums(x[shown], labels[shown], 61)
+        used = training & np.any(x != 0, axis=1)
+        sums = two_covariance.make_sums(x[used], labels[used], 61)
         space = two_covariance.make_space(
             two_covariance.covariances(sums), within=settings.within, between=settings.between
         )
@@ -212,8 +212,8 @@ def test_settings_given_at_evaluation_replace_fitted_settings():
 
 def test_settings_keep_their_defaults_if_clips_are_too_few():
     vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
-    found = plda_fit.fit_settings(vectors, labels, {}, 0)
-    assert found == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
+    settings = plda_fit.fit_settings(vectors, labels, {}, 0)
+    assert settings == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
 
 
 def test_identities_without_clips_get_probability_zero():
@@ -223,9 +223,9 @@ def test_identities_without_clips_get_probability_zero():
     known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
     present = np.ones((2, 6), bool)
     every = jax.nn.softmax(combine(ratios, known, present, SETTINGS))
-    some = [0, 1, 3]
-    alone = jax.nn.softmax(combine(ratios[..., some], known[:, some], present, SETTINGS))
-    np.testing.assert_allclose(every[:, some], alone, rtol=1e-6)
+    enrolled = [0, 1, 3]
+    alone = jax.nn.softmax(combine(ratios[..., enrolled], known[:, enrolled], present, SETTINGS))
+    np.testing.assert_allclose(every[:, enrolled], alone, rtol=1e-6)
     assert not np.any(every[:, [2, 4]])
 
 
@@ -233,40 +233,40 @@ def test_identities_without_clips_get_probability_zero():
 @pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_plda_probabilities_are_calibrated(num_people):
     """The people follow the model exactly, and half of the clips show strangers."""
-    found = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
-    assert abs(found.new - 0.5) < 0.03 and found.error <= 0.03
+    result = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
+    assert abs(result.new - 0.5) < 0.03 and result.error <= 0.03
 
 
 @pytest.mark.slow
-def test_people_enrolled_later_with_one_clip_are_as_sure():
-    """An earlier version gave new people a mean probability of .39 instead of .5."""
+def test_people_enrolled_later_with_one_clip_keep_probabilities_calibrated():
+    """Half of the clips show strangers, so the mean probability of a new person is .5."""
     rng = np.random.default_rng(0)
     x = exact(rng, 300, 4, 64, 0.5).reshape(-1, 64)
     fitted = backend_lib.fit({"face": x}, np.repeat(np.arange(1, 301), 4), centred=False)
-    shown = exact(rng, 300, 2, 64, 0.5).astype(np.float32)
+    vectors = exact(rng, 300, 2, 64, 0.5).astype(np.float32)
     strangers = exact(rng, 300, 1, 64, 0.5).astype(np.float32)
-    people = fitted.enrol([str(n) for n in range(300)], shown[:, 0], np.arange(300))
-    asked = np.concatenate([shown[:, 1], strangers[:, 0]])
-    found = backend_lib.Index(fitted, [people]).nearest([asked], 1)
-    assert abs(np.mean([np.exp(one.new) for one in found]) - 0.5) < 0.05
+    people = fitted.enrol([str(n) for n in range(300)], vectors[:, 0], np.arange(300))
+    asked = np.concatenate([vectors[:, 1], strangers[:, 0]])
+    answers = backend_lib.Index(fitted, [people]).nearest([asked], 1)
+    assert abs(np.mean([np.exp(answer.new) for answer in answers]) - 0.5) < 0.05
 
 
-def test_the_fit_looks_at_whole_identities():
+def test_settings_are_fitted_on_whole_identities():
     labels = np.concatenate([np.zeros(50, int), np.random.default_rng(0).integers(1, 3001, 9000)])
-    some = plda_fit.draw_identities(labels, 0)
-    assert 0.95 * plda_fit.MAX_FITTED_CLIPS < some.sum() <= plda_fit.MAX_FITTED_CLIPS
-    assert not {*labels[some]} & {0, *labels[~some]}
+    drawn = plda_fit.draw_identities(labels, 0)
+    assert 0.95 * plda_fit.MAX_FITTED_CLIPS < drawn.sum() <= plda_fit.MAX_FITTED_CLIPS
+    assert not {*labels[drawn]} & {0, *labels[~drawn]}
 
 
 @pytest.mark.slow
-def test_the_fit_does_not_depend_on_the_number_of_cores(monkeypatch):
+def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     labels = np.repeat(np.arange(1, 31), 4)
     vectors = {"face": exact(np.random.default_rng(0), 30, 4, 16, 0.5).reshape(-1, 16)}
-    found = []
+    fits = []
     for cores in (1, 5):
         monkeypatch.setattr(plda_fit, "num_cores", lambda cores=cores: cores)
-        found.append(plda_fit.fit_settings(vectors, labels, {"within": 0.33}, 0))
-    assert found[0] == found[1] and found[0].within == 0.33
+        fits.append(plda_fit.fit_settings(vectors, labels, {"within": 0.33}, 0))
+    assert fits[0] == fits[1] and fits[0].within == 0.33
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,11 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
     clips = plan.make_training_clips(config, data, labels, used)
     free = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
-    found: Any = plda_fit.fit_member_settings(free, clips)
-    assert len(set(found["scale"])) == 3 and "within" not in found  # which is given
+    settings: Any = plda_fit.fit_member_settings(free, clips)
+    assert len(set(settings["scale"])) == 3 and "within" not in settings  # which is given
     other = clips._replace(labels=np.where(used[1], labels, 0))
     again: Any = plda_fit.fit_member_settings(free, other)
     for field in ("scale", "stranger"):
-        assert found[field][1] == again[field][1] and found[field][0] != again[field][0], field
+        assert settings[field][1] == again[field][1] and settings[field][0] != again[field][0], (
+            field
+        )

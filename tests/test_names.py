@@ -61,11 +61,11 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
     face = {"face": np.ones((1, 4), np.float32)}
     clip_files.write_npz(tmp_path / "photos", {NFD: {"1": face}})
     clip_files.write_npz(tmp_path / "photos", {NFC: {"2": face}})
-    found, identity = memory.load_people(tmp_path / "photos", {"face": 4})
-    assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(found.names) == {*identity}
+    loaded, identity = memory.load_people(tmp_path / "photos", {"face": 4})
+    assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
     positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))
-    found = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), identities=positives)
-    assert not found.faults and ranking.score(positives, found.ranking) == 1
+    loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), identities=positives)
+    assert not loaded.faults and ranking.score(positives, loaded.ranking) == 1
 
 
 def test_gallery_treats_nfc_and_nfd_names_as_one_person(gallery, say):
@@ -86,19 +86,19 @@ def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
     refused(lambda: make(tmp_path / "g", {"x": make_clip(1, NFD)}), "is not valid")
 
 
-@pytest.mark.parametrize(("one", "other"), [
+@pytest.mark.parametrize(("name", "other"), [
     ("Ada Lovelace", "ADA  lovelace"), ("Sofi Groß", "so\ufb01 gross"), ("Ada", "Ada\ufe0f"),
 ])  # fmt: skip
-def test_similar_names_get_a_warning_with_the_command_to_merge_them(one, other, tmp_path):
-    gallery = make(tmp_path / "a gallery", {"x": make_clip(1, one)})
+def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other, tmp_path):
+    gallery = make(tmp_path / "a gallery", {"x": make_clip(1, name)})
     parts = {"face": np.ones((1, 8), np.float32), "audio": np.zeros((1, 5), np.float32)}
-    with pytest.warns(UserWarning, match="looks like") as told:
+    with pytest.warns(UserWarning, match="looks like") as caught:
         done = gallery.enrol(Vectors(("y",), parts, (None,)), other)
-    new, said = names.clean_identity(other), str(told[0].message)
-    assert done.similar == {new: one} and one in said and new in said
-    words = shlex.split(said.partition("the same: ")[2])
+    new, message = names.clean_identity(other), str(caught[0].message)
+    assert done.similar == {new: name} and name in message and new in message
+    words = shlex.split(message.partition("the same: ")[2])
     assert words[0] == "vidjax" and program.main(words[1:]) == 0
-    assert Gallery(gallery.folder).identities == {one: 2}
+    assert Gallery(gallery.folder).identities == {name: 2}
 
 
 def test_creating_a_gallery_with_similar_names_gives_one_warning(tmp_path):

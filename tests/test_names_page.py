@@ -17,12 +17,14 @@ FILM = Film(
 )  # fmt: skip
 
 
-def render(found, answers=None, people=("Ada", "Bob"), forms=None, **fields):
+def render(appearances, answers=None, people=("Ada", "Bob"), forms=None, **fields):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
     people, film = {name: [] for name in people}, msgspec.structs.replace(FILM, **fields)
-    return names_page.render(found, [film], people, "{}.png".format, answers or {}, address, forms)
+    return names_page.render(
+        appearances, [film], people, "{}.png".format, answers or {}, address, forms
+    )
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
@@ -45,7 +47,7 @@ def test_page_shows_times_probabilities_and_links_as_text():
 
 
 def test_doubtful_names_are_listed_first_with_other_candidates():
-    found = [
+    appearances = [
         seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
         seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),
     ]  # fmt: skip
@@ -53,8 +55,8 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
         "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)), "b": (("Bob", 0.95), ("Ada", 0.04)),
         "c": (("Ada", 0.45), ("Bob", 0.1)), "d": (("Ada", 0.02),),
     }  # fmt: skip
-    answers = {clip: Answer(None, some[0][1], 0.0, some) for clip, some in best.items()}
-    words = text_of(render(found, answers))
+    answers = {clip: Answer(None, names[0][1], 0.0, names) for clip, names in best.items()}
+    words = text_of(render(appearances, answers))
     doubtful = words[words.index("or perhaps") : words.index("a.mp4 Length 1:40")]
     assert doubtful == (
         "or perhaps unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
@@ -63,7 +65,7 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     people = words[words.rindex("People") :]
     places = [people.index(name) for name in ("Ada", "Bob", "unknown 1", "unknown 2")]
     assert places == sorted(places)
-    assert "Doubtful" not in render(found[1:2], answers)
+    assert "Doubtful" not in render(appearances[1:2], answers)
 
 
 def test_long_lists_of_times_are_folded_and_short_times_show_tenths():
@@ -81,10 +83,10 @@ def test_page_allows_only_its_script_and_escapes_names():
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script
 
 
-def test_the_index_of_people_shows_faces_and_the_ignored_are_folded_and_last():
-    found = [seen(0, 9, None, None), seen(50, 51, clip="d")]
-    html = render(found)
+def test_page_index_shows_faces_and_ignored_clips_are_folded_at_the_end():
+    appearances = [seen(0, 9, None, None), seen(50, 51, clip="d")]
+    html = render(appearances)
     assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
-    html = render(found[1:], forms=names_page.Forms(1))
+    html = render(appearances[1:], forms=names_page.Forms(1))
     index = html[html.index('<ul class="index">') :]
     assert 'src="d.png"' in index[: index.index("</ul>")]

@@ -62,7 +62,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         assert {*groups.values()} == ({"unknown 1"} if day == DAYS[0] else set())
         answers = (tmp_path / "answers" / f"{day}.tsv").read_text().splitlines()
         named = [line.split("\t")[1] for line in answers[1:]]
-        assert named[3:6] == ["Ada Lovelace"] * 3
+        assert named[3:6] == ["Ada Lovelace"] * 3  # after three clips of "3"
         assert named[6:] == [""] * 3 if day == DAYS[0] else ["Eve"] * 3
         if day == DAYS[0]:  # a user names her
             path = tmp_path / "unknown" / f"{day}.tsv"
@@ -70,10 +70,10 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
             run("named", day)
     run("forget", DAYS[1], code=1)
     left = json.loads((tmp_path / "left.json").read_text())
-    assert left["left"] and {one["kind"] for one in left["places"]} == {"file"}
+    assert left["left"] and {place["kind"] for place in left["places"]} == {"file"}
     (tmp_path / "left.json").unlink()
-    for one in left["places"]:
-        path = Path(one["path"])
+    for place in left["places"]:
+        path = Path(place["path"])
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in ('vidjax forget --identity="Ada Lovelace" .', "month", "prune"):
         run(name, DAYS[1])

@@ -18,17 +18,17 @@ def slow_dbscan(vectors: np.ndarray, eps: float, min_samples: int) -> list[int]:
     near = np.linalg.norm(unit[:, None] - unit, axis=2) <= eps
     near &= real[:, None] & real
     cores = near.sum(axis=1) >= min_samples
-    found, number = np.full(len(vectors), -1), 0
+    clusters, number = np.full(len(vectors), -1), 0
     for seed in np.flatnonzero(cores):
-        todo = [seed] if found[seed] == -1 else []
+        todo = [seed] if clusters[seed] == -1 else []
         number += len(todo)
         while todo:
             a = todo.pop()
-            if found[a] == -1:
-                found[a] = number
+            if clusters[a] == -1:
+                clusters[a] = number
                 todo += np.flatnonzero(near[a]).tolist() if cores[a] else []
-    first = dict.fromkeys(found[found > 0].tolist())  # by their first members
-    return [[*first].index(one) if one > 0 else -1 for one in found.tolist()]
+    first = dict.fromkeys(clusters[clusters > 0].tolist())  # by their first members
+    return [[*first].index(cluster) if cluster > 0 else -1 for cluster in clusters.tolist()]
 
 
 @pytest.mark.parametrize("min_samples", [2, 4])
@@ -39,13 +39,13 @@ def test_dbscan_clusters_match_the_definition(min_samples: int) -> None:
     vectors[[3, 11]] = 0
     for eps, dtype in ((0.2, "f2"), (0.9, "f4"), (1.4, "f8")):
         given = vectors.astype(dtype)
-        found = plan.cluster(given, eps=eps, min_samples=min_samples)
-        assert found.dtype == np.int32 and found.shape == (32,)
+        clusters = plan.cluster(given, eps=eps, min_samples=min_samples)
+        assert clusters.dtype == np.int32 and clusters.shape == (32,)
         expected = np.array(slow_dbscan(given.astype(float), eps, min_samples))
         if min_samples <= 2:  # no border may belong to two clusters then
-            np.testing.assert_array_equal(found, expected)
-        np.testing.assert_array_equal(found >= 0, expected >= 0)
-        assert found.max() == expected.max() and found[3] == found[11] == -1
+            np.testing.assert_array_equal(clusters, expected)
+        np.testing.assert_array_equal(clusters >= 0, expected >= 0)
+        assert clusters.max() == expected.max() and clusters[3] == clusters[11] == -1
     assert plan.cluster(np.eye(4)[:0], eps=0.5, min_samples=5).shape == (0,)
 
 
@@ -80,7 +80,7 @@ def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     start = np.full(len(theirs), published.num_columns - 1)  # the last mirror class
     ours = plan.relabel(start, theirs + 1, published, keep=keep)
     other = theirs if keep == "prediction" else start - 1
-    np.testing.assert_array_equal(ours, 1 + np.where(theirs < 4934, theirs + 8625, other))
+    np.testing.assert_array_equal(ours, 1 + np.where(theirs < 4934, theirs + 8625, other))  # C + K
 
 
 def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> None:

@@ -30,7 +30,7 @@ def read(name):
     return notebook
 
 
-def shown(cell):
+def output_texts(cell):
     for output in cell.outputs:
         yield output.get("text", "")
         for kind, text in output.get("data", {}).items():
@@ -48,7 +48,7 @@ def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     for cell in code:
         assert not [o for o in cell.outputs if o.output_type == "error"]
         assert "execution" not in cell.metadata
-        for text in shown(cell):
+        for text in output_texts(cell):
             assert not [place for place in places if place in text], f"{cell.id}: {text[:500]}"
     assert PATHS[name].stat().st_size < 1 << 20
 
@@ -65,7 +65,7 @@ def asked(monkeypatch):
     """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
 
     def run(*names, **versions):
-        commands, installed = [], [types.SimpleNamespace(name=one) for one in names]
+        commands, installed = [], [types.SimpleNamespace(name=dist) for dist in names]
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setattr(metadata, "distributions", lambda: installed)
@@ -92,9 +92,9 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(asked, caps
         assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
         kept = ["jax", "jaxlib", "numpy", *(["tensorflow"] if name == "tensorflow" else [])]
         given = sorted(word for word in words if "==" in word)
-        assert given == sorted(f"{one}=={HOSTED[one]}" for one in kept)
+        assert given == sorted(f"{package}=={HOSTED[package]}" for package in kept)
         names, wanted = (
-            {re.split(r"[<>=;\[ ]", word)[0] for word in some} for some in (words[4:], needed)
+            {re.split(r"[<>=;\[ ]", word)[0] for word in specs} for specs in (words[4:], needed)
         )
         assert names == wanted | {*kept}
     assert not capsys.readouterr().out
@@ -126,9 +126,9 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
             assert not errors, f"{cell.id}: {errors}"
             kinds, wanted = (
-                [sorted(o.data) for o in one.outputs if o.output_type != "stream"]
-                for one in (cell, before)
+                [sorted(o.data) for o in version.outputs if o.output_type != "stream"]
+                for version in (cell, before)
             )
             assert kinds == wanted, cell.id
-            assert "main([" not in cell.source or "0" in shown(cell), cell.id
-            assert "Warning" not in "".join(shown(cell)), "".join(shown(cell))
+            assert "main([" not in cell.source or "0" in output_texts(cell), cell.id
+            assert "Warning" not in "".join(output_texts(cell)), "".join(output_texts(cell))

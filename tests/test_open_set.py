@@ -29,12 +29,12 @@ def test_open_set_summary_equals_identification_errors():
     labels = rng.integers(0, 9, 500) * (rng.random(500) < 0.6)
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
     clips = clips._replace(pool=rng.random(500) < 0.9)
-    found = summary(clips, labels, 8)
+    result = summary(clips, labels, 8)
     pool = clips.pool
-    assert found["num_known"] == np.sum(labels[pool] > 0)
-    assert (found["num_people"], found["num_identities"]) == (8, 8)
+    assert result["num_known"] == np.sum(labels[pool] > 0)
+    assert (result["num_people"], result["num_identities"]) == (8, 8)
     given = (clips.best[pool], clips.right[pool], labels[pool] > 0)
-    for row in found["rates"]:
+    for row in result["rates"]:
         wanted = metrics.identification_errors(*given, fpir=row["rate"])
         assert (row["threshold"], row["fpir"], row["fnir"]) == wanted
         assert row["fpir_low"] < row["fpir_high"] and row["fnir_low"] <= row["fnir"]
@@ -42,11 +42,11 @@ def test_open_set_summary_equals_identification_errors():
 
 
 def test_rates_have_no_threshold_if_strangers_are_too_few():
-    for num_strange, shown in ((8, []), (9, [9]), (98, [9]), (99, [99, 9])):
+    for num_strange, reported in ((8, []), (9, [9]), (98, [9]), (99, [99, 9])):
         clips, labels = normal(np.random.default_rng(0), num_strange)
         rows = summary(clips, labels, 200)["rates"]
         assert [row["fewest"] for row in rows] == [99, 9]
-        assert [row["fewest"] for row in rows if "threshold" in row] == shown
+        assert [row["fewest"] for row in rows if "threshold" in row] == reported
     for everybody in (np.maximum(labels, 1), np.zeros_like(labels)):  # known, or strange
         assert summary(clips, everybody, 200) is None
 
@@ -56,14 +56,14 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
     """At an FPIR of 10 %, the true threshold is the .9 quantile and misses 24 % of the people."""
     monkeypatch.setattr(measures, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
-    truth, held = stats.norm.cdf(stats.norm.ppf(0.9) - 2), []
+    truth, covered = stats.norm.cdf(stats.norm.ppf(0.9) - 2), []
     for _ in range(400):
         clips, labels = normal(rng)
-        row = summary(clips, labels, 200)["rates"][1]
+        row = summary(clips, labels, 200)["rates"][1]  # an FPIR of 10 %
         passing = stats.norm.sf(row["threshold"])  # of strangers that come later
         pairs = (("fnir", truth), ("fpir", passing))
-        held.append([row[f"{x}_low"] <= rate <= row[f"{x}_high"] for x, rate in pairs])
-    assert (np.mean(held, axis=0) > 0.92).all() and (np.mean(held, axis=0) < 0.98).all()
+        covered.append([row[f"{x}_low"] <= rate <= row[f"{x}_high"] for x, rate in pairs])
+    assert (np.mean(covered, axis=0) > 0.92).all() and (np.mean(covered, axis=0) < 0.98).all()
 
 
 def test_intervals_treat_clips_of_one_person_as_dependent():
@@ -72,11 +72,11 @@ def test_intervals_treat_clips_of_one_person_as_dependent():
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
     copies = clip_scores(clips.best[again], clips.right[again])
-    one, wide = (
+    single, copied = (
         [summary(x, name, 200)["rates"][1][end] for end in ("fnir_low", "fnir_high")]
         for x, name in ((clips, labels), (copies, labels[again]))
     )
-    assert one == wide
+    assert single == copied
 
 
 def test_calibration_stays_finite_for_certain_but_wrong_clips():
@@ -86,8 +86,8 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
     right = (labels > 0) & (rng.random(num) < special.expit(odds))
     best = special.log_expit(odds)
     best[:5], best[5:8] = 0.0, -np.inf
-    found = measures.measure_calibration(clip_scores(best, right))
-    assert found is not None
-    bins, error = found
+    result = measures.measure_calibration(clip_scores(best, right))
+    assert result is not None
+    bins, error = result
     assert np.isfinite(bins).all() and bins[:, 0].sum() == num - 3
     assert 0 < error < 1

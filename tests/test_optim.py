@@ -105,11 +105,11 @@ def test_weight_decay_is_added_to_gradients_of_matrices_only(name):
     params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
     grads = jax.tree.map(lambda p: 0.3 * jnp.ones_like(p), params)
     penalised = {**grads, "kernel": grads["kernel"] + 0.05 * params["kernel"]}
-    found = []
+    updates = []
     for decay, given in ((0.0, penalised), (0.05, grads)):
         tx, _ = make_optimizer({**SPEC, "name": name, "weight_decay": decay}, total_steps=9)
-        found.append(jax.jit(tx.update)(given, tx.init(params), params)[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *found)
+        updates.append(jax.jit(tx.update)(given, tx.init(params), params)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
 
 
 def test_optimizer_restart_equals_a_fresh_optimizer():
