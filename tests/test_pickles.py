@@ -34,32 +34,32 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
     value[b"c2"][1][4][5] = np.nan
-    kept = [one for entries in value.values() for one in entries if np.isfinite(one[4]).all()]
+    kept = [entry for entries in value.values() for entry in entries if np.isfinite(entry[4]).all()]
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
         (tmp_path / f"face_train_{name}.pickle").write_bytes(data)
-        got = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
-        hostile.check(got, tmp_path / name)
-        assert got.names == ("c0", "c1", "c2", "c3") and got.lengths.tolist() == [3, 0, 1, 40]
-        assert got.seen == 45
-        assert got.skipped == {"non_finite": 1} and got.skipped_clips == {"empty": 1}
+        faces = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
+        hostile.check(faces, tmp_path / name)
+        assert faces.names == ("c0", "c1", "c2", "c3") and faces.lengths.tolist() == [3, 0, 1, 40]
+        assert faces.seen == 45
+        assert faces.skipped == {"non_finite": 1} and faces.skipped_clips == {"empty": 1}
         for place, column in enumerate(("number", "box", "detection", "quality", "features")):
-            array, wanted = got.frames[column], np.array([x[place] for x in kept])
-            np.testing.assert_array_equal(array, wanted.astype(array.dtype))
-        assert got.features.dtype == np.float16 and isinstance(got.features.base, np.memmap)
+            array, expected = faces.frames[column], np.array([x[place] for x in kept])
+            np.testing.assert_array_equal(array, expected.astype(array.dtype))
+        assert faces.features.dtype == np.float16 and isinstance(faces.features.base, np.memmap)
     with pytest.raises(ValueError, match="clip c2, face: the feature of frame 1 is not finite"):
         sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
     assert not list((tmp_path / "x").iterdir())
 
 
-def test_a_file_without_frames_is_an_empty_modality(tmp_path):
+def test_pickle_without_frames_is_an_empty_modality(tmp_path):
     path = tmp_path / "body_val.pickle"
     path.write_bytes(python2.dumps({b"a": []}))
-    got = sandbox.unpack(path, "body", tmp_path / "out")
-    assert got.names == ("a",) and got.lengths.tolist() == [0]
-    assert got.features.shape == (0, 0) and got.frames["box"].shape == (0, 4) and got.seen == 0
+    empty = sandbox.unpack(path, "body", tmp_path / "out")
+    assert empty.names == ("a",) and empty.lengths.tolist() == [0] and empty.seen == 0
+    assert empty.features.shape == (0, 0) and empty.frames["box"].shape == (0, 4)
     path.write_bytes(hostile.wide(0, 10**36))  # a shape that no array can have
-    got = sandbox.unpack(path, "audio", tmp_path / "out")
-    assert got.names == ("a",) and got.features.shape == (0, 0) and got.seen == 0
+    empty = sandbox.unpack(path, "audio", tmp_path / "out")
+    assert empty.names == ("a",) and empty.features.shape == (0, 0) and empty.seen == 0
 
 
 def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
@@ -68,13 +68,13 @@ def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     out.mkdir()
     (out / "features.bin").symlink_to("/dev/full")
-    for file, folder, said in (
+    for file, folder, message in (
         (tmp_path / "gone.pickle", out, "gone.pickle: no such file"),
         (tmp_path / "pipe", out, "pipe: not a regular file"),
         (path, out, "out: No space left"),
         (path, path, "face_val"),
     ):
-        refused(functools.partial(sandbox.unpack, file, "face", folder), said)
+        refused(functools.partial(sandbox.unpack, file, "face", folder), message)
     assert not list(out.iterdir())
 
 
@@ -84,14 +84,14 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
-    found = {key: path.stem for key, path in find_pickles(tmp_path).items()}
-    assert found == {
+    stems = {key: path.stem for key, path in find_pickles(tmp_path).items()}
+    assert stems == {
         ("body_val", "val"): "body_val_val",
         ("face", "train"): "face_train_v2",
         ("face", "val"): "face_val_v2",
         ("my-scene_2", "test"): "my-scene_2_test",
     }
-    assert list(found) == sorted(found)
+    assert list(stems) == sorted(stems)
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
     (tmp_path / "fa ce_train.pickle").touch()
     refused(lambda: find_pickles(tmp_path), "may have letters, digits")
@@ -146,9 +146,9 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
 def weights(folder, text, clips: Any = "abcde"):
     path = folder / "weights.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    got = labels_lib.load_clip_weights(path, clips)
-    assert got.dtype == np.float32 and got.shape == (len(clips),)
-    return got.tolist()
+    loaded = labels_lib.load_clip_weights(path, clips)
+    assert loaded.dtype == np.float32 and loaded.shape == (len(clips),)
+    return loaded.tolist()
 
 
 WRONG_LABELS = (
@@ -176,14 +176,14 @@ WRONG_WEIGHTS = (
 
 
 @pytest.mark.parametrize(
-    ("read", "name", "text", "told"),
+    ("read", "name", "text", "expected"),
     [
-        *((truth, "gt.txt", *one) for one in WRONG_LABELS),
-        *((weights, "weights.txt", *one) for one in WRONG_WEIGHTS),
+        *((truth, "gt.txt", *case) for case in WRONG_LABELS),
+        *((weights, "weights.txt", *case) for case in WRONG_WEIGHTS),
     ],
 )
-def test_errors_in_label_and_weight_files_name_the_line(read, name, text, told, tmp_path):
-    message = refused(lambda: read(tmp_path, text), told)
+def test_errors_in_label_and_weight_files_name_the_line(read, name, text, expected, tmp_path):
+    message = refused(lambda: read(tmp_path, text), expected)
     assert message.startswith(f"{tmp_path / name}: ")
 
 

@@ -28,14 +28,14 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(source, tmp_path_factory):
+def prepared(source, tmp_path_factory):
     return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def dataset(source, found):
+def dataset(source, prepared):
     with pytest.warns(UserWarning, match="val: no file of body"):
-        return labelled(found, source)
+        return labelled(prepared, source)
 
 
 def take(dataset, count, **options):
@@ -73,7 +73,7 @@ def assert_best_frames(fields, clip, count):
 
 
 def test_every_training_clip_is_drawn_once_per_epoch(dataset):
-    batches = take(dataset, 3 * 45 // 8 + 1)
+    batches = take(dataset, 3 * 45 // 8 + 1)  # three epochs of 45 clips in batches of 8
     assert all(batch.clip_index.shape == (8,) and batch.batch_mask.all() for batch in batches)
     order = np.concatenate([batch.clip_index for batch in batches]).tolist()
     epochs = [order[i : i + 45] for i in (0, 45, 90)]
@@ -82,7 +82,7 @@ def test_every_training_clip_is_drawn_once_per_epoch(dataset):
 
 
 def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
-    """Each example comes once an epoch; rows that are left are empty."""
+    """Each chosen clip comes once per epoch; the padded rows are empty."""
     examples = np.arange(0, 45, 2)
     batches = take(dataset, 6, epoch_clips=examples)
     for epoch in (batches[:3], batches[3:]):
@@ -93,12 +93,12 @@ def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
             assert not any(field[7:].any() for field in frames)
     split = dataset.split("train")
     plan = clips_lib.make_batch_plan([split], ("face",), epoch_clips=examples, **STREAM)
-    assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 31]
+    assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 23 + 8]
 
 
 @pytest.mark.slow
 def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
-    """This also holds for whole epochs whose last batch is short."""
+    """The plain stream and the stream of padded epochs are both resumed."""
     for examples in (None, np.arange(0, 60, 2)):
         options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
         whole = take(dataset, 12, **options)
@@ -106,7 +106,7 @@ def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
 
 
 def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
-    (batch,) = take(dataset, 1, splits=("val", "train"), batch_size=71, crop="quality")
+    (batch,) = take(dataset, 1, splits=("val", "train"), batch_size=71, crop="quality")  # all
     assert sorted(batch.clip_index.tolist()) == list(range(71))
     for row, index in enumerate(batch.clip_index.tolist()):
         split, index = ("val", index) if index < 26 else ("train", index - 26)
@@ -143,7 +143,9 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
 def test_count_cropped_counts_clips_and_lost_frames(dataset):
     splits = [dataset.split(name) for name in ("train", "val")]
     counts = clips_lib.count_cropped(splits, ("face", "audio"), MAX_FRAMES)
-    lost = [len(x.features) - MAX_FRAMES for some in CLIPS.values() for x in some["face"].values()]
+    lost = [
+        len(x.features) - MAX_FRAMES for clips in CLIPS.values() for x in clips["face"].values()
+    ]
     cropped = {"clips": sum(n > 0 for n in lost), "frames": sum(n for n in lost if n > 0)}
     assert counts == {"face": cropped, "audio": {"clips": 0, "frames": 0}}
 
@@ -161,7 +163,7 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
             shapes[index] = batch.frames["face"].mask.shape[1]
             for modality in ("face", "audio"):
                 clip = source_clip(dataset, split, modality, index)
-                assert_best_frames(row_of(batch, modality, row), clip, 512)
+                assert_best_frames(row_of(batch, modality, row), clip, 512)  # the longest bucket
     lengths = dataset.split(split).lengths["face"]
     wanted = {i: next(b for b in (32, 128, 512) if b >= min(n, 512)) for i, n in enumerate(lengths)}
     assert shapes == wanted

@@ -43,7 +43,7 @@ def restored(train):
 
 @pytest.fixture(scope="module")
 def clips(official_arrays):  # noqa: F811
-    return {split: dict(reversed(some.items())) for split, some in official_arrays.items()}
+    return {split: dict(reversed(frames.items())) for split, frames in official_arrays.items()}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def first(clips, count):
 
 def ranked(run, clips):
     lists = run.rank(clips).items()
-    return [" ".join([who, *(f"{name}.mp4" for name, _ in found)]) for who, found in lists]
+    return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
 
 def test_clips_without_frames_rank_last(restored, clips):
@@ -105,7 +105,7 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
     lines = (folder / "ranking.txt").read_text().splitlines()
     assert ranked(run, data) == lines
     in_memory = scores[order]
-    if name != "ensemble":  # whose members score the clips that they were not trained on
+    if name != "ensemble":  # its members score only clips that they were not trained on
         np.testing.assert_array_equal(run.scores(clips["val"]), in_memory)
         assert ranked(run, clips["val"]) == lines
     if name == "knn":
@@ -121,7 +121,7 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
 
 
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
-    """Another clip may have the name of a training clip."""
+    """Other clips with the names of training clips are scored by all members."""
     run = restored("ensemble")
 
     def as_data(**splits):
@@ -160,30 +160,30 @@ def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
 
 
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
-    run, some = restored("ensemble"), first(new, 5)
+    run, five = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99})
     assert run.threshold is None
     with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
-        run.identify(some)
+        run.identify(five)
     with pytest.raises(ValueError, match=r"\nfor a probability p give threshold=math\.log"):
-        run.identify(some, threshold=0.5)
-    assert run.identify(some, threshold=-1.0).keys() == some.keys()
+        run.identify(five, threshold=0.5)
+    assert run.identify(five, threshold=-1.0).keys() == five.keys()
     val = run._replace(results={**run.results, "map_kind": "val"})
-    assert val.threshold == -1.0 and val.identify(some) == run.identify(some, threshold=-1.0)
+    assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
 
 
 def test_threshold_needs_at_least_99_distractors(restored, new):
-    """98 distractors would let more than 1 % of all strangers pass."""
+    """98 distractors are too few for a threshold that 1 % of strangers pass."""
     run = restored("knn")
-    some = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
+    three = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
     with pytest.raises(ValueError, match=r"98 distractors cannot show .*\ngive a threshold"):
-        few.identify(some)
-    assert few.identify(some, threshold=-1.0) == many.identify(some)
-    assert all(run._replace(results={"num_distractors": 0}).identify(some).values())
+        few.identify(three)
+    assert few.identify(three, threshold=-1.0) == many.identify(three)
+    assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
 
 
 def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
@@ -199,9 +199,9 @@ def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
     few = [dict([item]) for item in first(clips["val"], 6).items()]
     run = run._replace(results={**run.results, "num_distractors": 0})
     for function in (run.scores, run.rank, run.identify):
-        before = [function(one) for one in few]
+        before = [function(clip) for clip in few]
         caplog.clear()
         with jax.log_compiles():
-            again = [function(one) for one in few]
+            again = [function(clip) for clip in few]
         assert not [line for line in caplog.messages if "ompiling" in line], function
         np.testing.assert_equal(again, before)

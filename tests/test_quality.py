@@ -48,27 +48,27 @@ def test_all_readers_compute_the_same_quality(clips, quality, tmp_path):
         memory.MemoryClips.from_dict(clips, widths, (), quality),
         memory.load_clips(folder, widths, (), quality=quality),
     ):
-        found = qualities(reader)
+        by_clip = qualities(reader)
         for clip, expected in wanted.items():
-            np.testing.assert_allclose(found[clip], expected, rtol=1e-6)
+            np.testing.assert_allclose(by_clip[clip], expected, rtol=1e-6)
     np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": clips["a"]["face"], "b": clips["b"]["face"]["features"]}
         faces = {clip: {"face": face} for clip, face in faces.items()}
         table = write_parquet(tmp_path / "table.parquet", faces)
-        found = qualities(memory.load_clips(table, widths, ()))
-        np.testing.assert_allclose([found[0], found[1]], [a, b], rtol=1e-6)
+        by_clip = qualities(memory.load_clips(table, widths, ()))
+        np.testing.assert_allclose([by_clip[0], by_clip[1]], [a, b], rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_run_scores_new_clips_by_its_own_quality(tmp_path):
-    """Nearest neighbours of quality-weighted means: another quality is another score."""
+def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
+    """Nearest neighbours compare quality-weighted means, so qualities change scores."""
     rng, labels = np.random.default_rng(0), {}
     splits = {"train": {}, "val": {}}
-    for split, some in splits.items():
+    for split, clips in splits.items():
         for i in range(8):
             face = rng.normal(size=(1 + i % 5, DIM))
-            some[f"{split}{i}"] = {"face": {"features": face, "quality": rng.random(len(face))}}
+            clips[f"{split}{i}"] = {"face": {"features": face, "quality": rng.random(len(face))}}
             labels[f"{split}{i}"] = f"p{i % 4}"
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
@@ -99,7 +99,7 @@ def test_unit_length_features_without_quality_warn_once(tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             sources.load(clips, cache_dir=tmp_path / name)
-        return [str(one.message) for one in caught]
+        return [str(warning.message) for warning in caught]
 
     x = rng.normal(size=(4, DIM)).astype(np.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)

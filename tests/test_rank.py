@@ -50,9 +50,9 @@ def read(path):
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [
-            (line["identity"], place, one["clip"], -np.inf if (s := one["score"]) is None else s)
+            (line["identity"], place, clip["clip"], -np.inf if (s := clip["score"]) is None else s)
             for line in lines
-            for place, one in enumerate(line["clips"], 1)
+            for place, clip in enumerate(line["clips"], 1)
         ]
     with path.open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file, "excel-tab" if path.suffix == ".tsv" else "excel")
@@ -94,9 +94,9 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
     }
     path = tmp_path / f"out{suffix}"
     tables.write_ranking(path, ranked)
-    found = read(path)
-    assert [row[:3] for row in found] == [row[:3] for row in rows_of(ranked)]
-    assert [np.float32(row[3]) for row in found] == scores * len(NAMES)
+    rows = read(path)
+    assert [row[:3] for row in rows] == [row[:3] for row in rows_of(ranked)]
+    assert [np.float32(row[3]) for row in rows] == scores * len(NAMES)
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         with pytest.raises(ValueError, match="name another file, or delete it"):
@@ -177,12 +177,12 @@ def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     limit = metrics["threshold_at_fpir_0.01"]
     assert run.threshold == limit is not None
     known, new = make_clips("val", 1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
-    found = run.identify(known | new)
-    for (clip, answers), row in zip(found.items(), run.scores(known | new), strict=True):
+    matches = run.identify(known | new)
+    for (clip, answers), row in zip(matches.items(), run.scores(known | new), strict=True):
         best = int(np.argmax(row))
         assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
     missed = sum(
-        [name for name, _ in found[clip]] != [who] for clip, who in zip(known, NAMES, strict=True)
+        [name for name, _ in matches[clip]] != [who] for clip, who in zip(known, NAMES, strict=True)
     )
     assert missed / len(NAMES) == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
     three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]

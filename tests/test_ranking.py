@@ -67,7 +67,7 @@ def test_score_command_prints_the_score_on_the_last_line(files, command):
         assert "2 of them ranked, 1 missing, 0 unknown identities ignored" in out
 
 
-def test_a_score_of_nothing_that_matches_has_a_hint(files, command):
+def test_score_of_0_without_any_match_prints_a_hint(files, command):
     for submission, hint in (("1 a b\n", "suffix"), ("id1 a.mp4\n", "no identity")):
         code, out, err = command("score", *files("1 a.mp4\n", submission))
         assert (code, out.splitlines()[-1]) == (0, "0") and hint in err

@@ -61,8 +61,8 @@ def commands():
     """Returns module and words of every command of all pages, in their order, each once."""
     every = (words for page in PAGES for words in shell_commands(page))
     every = [["python", "-m", "vidjax.main", *x[1:]] if x[0] == "vidjax" else x for x in every]
-    found = [words[2:] for words in every if words[:2] == ["python", "-m"]]
-    return [words for i, words in enumerate(found) if words not in found[:i]]
+    modules = [words[2:] for words in every if words[:2] == ["python", "-m"]]
+    return [words for i, words in enumerate(modules) if words not in modules[:i]]
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def one_device(tmp_path, monkeypatch):
 def example(name, page="README.md"):
     """Returns the code block of a page below `<!-- NAME -->`."""
     pattern = rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```\n"
-    found = re.findall(pattern, PAGES[page].read_text(), re.DOTALL)
-    assert len(found) == 1, f"{page}: {len(found)} blocks of `<!-- {name} -->`"
-    return found[0]
+    blocks = re.findall(pattern, PAGES[page].read_text(), re.DOTALL)
+    assert len(blocks) == 1, f"{page}: {len(blocks)} blocks of `<!-- {name} -->`"
+    return blocks[0]
 
 
 def prose(page):
@@ -91,7 +91,7 @@ def prose(page):
 
 
 def test_every_link_of_the_pages_has_a_target():
-    """Returns the paths of the READMEs and the notebooks."""
+    """Every link of the READMEs and notebooks leads to a file, a heading or a known host."""
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
     for page in (*PAGES, *notebooks):
@@ -155,7 +155,7 @@ def make_films():
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
-    """In CI on tiny data; nearest neighbours take the place of nets that come later in a page."""
+    """CI uses tiny data, and trains nearest neighbours instead of all nets but the first."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     if not every:
         tiny = synthetic.SIZES["small"]._replace(identities=30, mean_frames=4.0)
@@ -168,10 +168,10 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     Path("ada").mkdir()
     shutil.copy("features/val/val_7.npz", "ada/clip.npz")
     make_films()
-    found = [words for words in commands() if words[0].startswith("vidjax.")]
-    assert len(found) > 15
-    compared = " ".join(word for module, *words in found if words[0] == "compare" for word in words)
-    for module, *words in found:
+    ours = [words for words in commands() if words[0].startswith("vidjax.")]
+    assert len(ours) > 15
+    compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)
+    for module, *words in ours:
         text = " ".join(words)
         # A test above; packages that are downloaded (test_convert); a signal (test_serve).
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
@@ -205,7 +205,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 @pytest.mark.slow
 @pytest.mark.parametrize("only", ["nothing", pytest.param("knn", marks=pytest.mark.nightly)])
 def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkeypatch, only):
-    """In CI they only write tables from what was measured; at night they time the shortest."""
+    """CI only rebuilds the tables; the nightly run also times one system."""
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
@@ -228,7 +228,7 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 
 
 def test_every_readme_command_names_an_existing_program():
-    """Commands that no test here runs are commands of `.ci/run`, or requests of test_serve."""
+    """Pages contain no command of an unknown program or an absent test file."""
     programs = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
     programs |= {"tests.campaigns.same_bytes"}
     setup = {
@@ -256,20 +256,20 @@ def write(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["knn:face", pytest.param("mma:face", marks=pytest.mark.nightly)])
 def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, one_device, spec):
-    """`test_every_readme_command_runs` does the same from the shell."""
+    """The programs of the section write features, train on them and rank them."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
-    found = runpy.run_path(write("memory.py"))
-    assert len(found["ranked"]) == 20 and found["scores"].shape == (1, 20)
-    best = max(found["ranked"], key=lambda identity: found["ranked"][identity][0][1])
-    assert best == "person_7" and found["vectors"].shape[0] == 1
+    names = runpy.run_path(write("memory.py"))
+    assert len(names["ranked"]) == 20 and names["scores"].shape == (1, 20)
+    best = max(names["ranked"], key=lambda identity: names["ranked"][identity][0][1])
+    assert best == "person_7" and names["vectors"].shape[0] == 1
 
 
 @pytest.mark.slow
 def test_readme_query_finds_films_that_show_two_people_together(drawn):
-    """Runs the query of the page in a database that knows the same SQL."""
+    """SQLite runs the SQL of the page on the results of three files."""
     drawn.befriend("Ada", "Bob")
     film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"  # no UTF-8
     drawn_people.write_photo(drawn.folder / "both.png", ("Ada", 16, 40), ("Bob", 80, 40))

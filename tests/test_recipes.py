@@ -31,9 +31,9 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     monkeypatch.setenv("QDRANT", ":memory:")
     program = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert program
-    found: dict[str, Any] = {}
-    exec(compile(program[1], str(PAGE), "exec"), found)  # noqa: S102
-    client = found["client"]
+    names: dict[str, Any] = {}
+    exec(compile(program[1], str(PAGE), "exec"), names)  # noqa: S102
+    client = names["client"]
     assert client.count("people").count == 2
     near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)
     for name, x in zip(("Ada", "Grace"), near, strict=True):

@@ -67,7 +67,7 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
 
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
 def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, mode, monkeypatch):
-    """Right after a relabelling, and amid an epoch."""
+    """The stops are right after a relabelling and within an epoch."""
     config, parts = shrunk(*WORDS, f"--config.data.mode={mode}", spec=SPEC), tmp_path / "parts"
     if mode == "streaming":
         whole = tmp_path / "whole"
@@ -85,7 +85,7 @@ def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, mode, mo
 
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
-    hidden = {"train": truth[:96] == 0, "val": truth[96:] == 0}
+    hidden = {"train": truth[:96] == 0, "val": truth[96:] == 0}  # 96 clips of train come first
     config = shrunk("--config.num_epochs=1", *WORDS[1:], spec=f"{SPEC},leave_out")
     for name, clips in {"whole": data, "spoilt": Spoilt(data, hidden)}.items():
         run(config, tmp_path / name, clips)
@@ -110,7 +110,7 @@ def test_invalid_noise_settings_are_refused_before_training(data, tmp_path, word
 
 
 def test_clusters_do_not_depend_on_labels(data):
-    """The seed of the run draws only the mirror classes."""
+    """Neither labels nor the seed change clusters; the seed only draws mirror classes."""
     config, truth = shrunk(*WORDS, spec=SPEC), training_labels(data)
     start, layout = starting(data, config)
     other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
@@ -125,7 +125,7 @@ def test_clusters_do_not_depend_on_labels(data):
 
 
 def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
-    """The weight of a distractor depends on the size of its class."""
+    """Class balance counts the clips of each cluster."""
     config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
     (start, layout), labels = starting(data, config), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
@@ -133,8 +133,8 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
         for clip, mean in weighted_means(data, split).items():
             vectors[offset + clip] = mean
     wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
-    found = start[labels == 0] - 1 - layout.num_identities
-    np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
+    cluster = start[labels == 0] - 1 - layout.num_identities
+    np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
     made = plan.make_plan(config, data)
     _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
     share = made.constants.weight[0] * counts[column]  # 0 for clips of another fold

@@ -124,7 +124,7 @@ def test_config_of_a_run_describes_the_data_passed_from_python(tmp_path, cache_d
     people = rng.normal(size=(4, 8))
     clips = {split: {f"{split} {n}": {"face": people[n % 4] + 0.1 * rng.normal(size=(2, 8))}
                      for n in range(8)} for split in ("train", "val")}  # fmt: skip
-    labels = {name: f"p{n % 4}" for some in clips.values() for n, name in enumerate(some)}
+    labels = {name: f"p{n % 4}" for names in clips.values() for n, name in enumerate(names)}
     data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
     words = ("--config.data.size=standard", "--config.data.blur=2", "--config.eval.report=False")
     config = vidjax.load_config("knn:face", *words)

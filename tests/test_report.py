@@ -35,12 +35,12 @@ def check_page(text):
     """Asserts what is true of every page; returns it, taken apart."""
     page = Page(text)
     assert page.open == [] and len(text.encode()) < 5e6
-    shown = [attrs["id"] for attrs in page.all("section")]
-    assert shown == [name for name in SECTIONS if name in shown]  # in this order
+    sections = [attrs["id"] for attrs in page.all("section")]
+    assert sections == [name for name in SECTIONS if name in sections]  # in this order
     links = [attrs["href"] for attrs in page.all("a")]
-    assert links[: len(shown)] == [f"#{name}" for name in shown] and links.pop() == "#top"
+    assert links[: len(sections)] == [f"#{name}" for name in sections] and links.pop() == "#top"
     pages = re.compile(r"report_[\w%.-]+\.html")
-    assert all(pages.fullmatch(address) for address in links[len(shown) :])
+    assert all(pages.fullmatch(address) for address in links[len(sections) :])
     assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
     assert len(page.all("meta")) == 4 and "http" not in text.replace("http-equiv", "")
     for _, attrs, _ in page.tags:
@@ -62,10 +62,10 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert len(check_page(text).all("figure")) == 6
     summary = section(text, "summary")
-    shown = values(summary)
+    numbers = values(summary)
     for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
-        assert results[name] in shown, name
-    _, people, low, high = shown[:4]
+        assert results[name] in numbers, name
+    _, people, low, high = numbers[:4]  # MAP with its interval
     assert low < results["map"] < high and people == results["num_map_identities"]
     assert "top-1: 95 % interval" in text and "AUROC: 95 % interval" in text
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in summary
@@ -132,14 +132,14 @@ def spoilt(value):
 
 
 def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
-    text, found = section(page, "open_set"), full.analysis.open_set
-    few, enough = found.rates
+    text, open_set = section(page, "open_set"), full.analysis.open_set
+    few, enough = open_set.rates
     table = text[text.index("<table") : text.index("</table>")]
     assert table.count("<tr>") == 2  # the head and one rate
     for name in ("threshold", "fpir", "fnir", "fnir_low", "fnir_high", "fpir_low", "fpir_high"):
         assert getattr(enough, name) in values(table), name
     sentence = text[text.index("cannot show") - 80 : text.index("cannot show") + 160]
-    assert values(sentence)[-3:] == [found.num_strange, few.rate, few.fewest]
+    assert values(sentence)[-3:] == [open_set.num_strange, few.rate, few.fewest]
 
     # A run that optimises nothing, whose split has no distractor.
     other = full._replace(
@@ -168,10 +168,10 @@ def test_report_escapes_hostile_text_of_run_files(full):
     assert "".join(text for text, _ in page.texts).count("onerror=alert(2)") > 50
 
 
-def test_names_from_right_to_left_are_kept_apart_from_what_follows(page):
+def test_report_isolates_names_written_from_right_to_left(page):
     named = re.compile(r"(identity|clip) \d")
-    shown = [around for text, around in Page(page).texts if named.search(text)]
-    assert len(shown) > 9 and all({"bdi", "title", "svg"} & set(around) for around in shown)
+    isolated = [around for text, around in Page(page).texts if named.search(text)]
+    assert len(isolated) > 9 and all({"bdi", "title", "svg"} & set(around) for around in isolated)
 
 
 def test_every_number_in_the_report_comes_from_a_run_file(full, page):

@@ -33,7 +33,7 @@ FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
 def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
-    """Counts of permutations have (N - 1)^2 degrees of freedom."""
+    """A chi-squared test of the places has (N - 1)^2 degrees of freedom."""
     n, epochs = 12, 3000
     shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
 
@@ -56,7 +56,7 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_clips", [1, 97, 57820])
-def test_every_clip_has_one_place_in_an_order(num_clips):
+def test_shuffle_gives_every_clip_one_place(num_clips):
     place = np.arange(num_clips, dtype=np.int32)
     shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
     order = shuffled(jax.random.key(3), np.full_like(place, 40_000), place, num_clips)
@@ -83,7 +83,7 @@ def clips_of(data, *, devices=1, max_frames=7, crop="window"):
 
 
 @pytest.fixture(scope="module")
-def held(ragged):
+def resident_clips(ragged):
     return clips_of(ragged)
 
 
@@ -123,7 +123,7 @@ def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devi
 def test_resident_training_batches_equal_streaming_batches(
     ragged, splits, modalities, crop, first, num_examples
 ):
-    """This holds for every step of several epochs, and for whole epochs of chosen clips."""
+    """The steps cover three epochs of all clips or of chosen clips."""
     options: Any = {"batch_size": 12, "max_frames": 7, "crop": crop, "seed": 3}
     if num_examples:
         chosen = np.random.default_rng(1).permutation(33)[:num_examples]
@@ -136,8 +136,8 @@ def test_resident_training_batches_equal_streaming_batches(
     def draw(step):
         batch = resident.draw_batch(clips, plan, step)
         frames = {
-            name: one._replace(features=fusion.read(one.features))
-            for name, one in batch.frames.items()
+            name: value._replace(features=fusion.read(value.features))
+            for name, value in batch.frames.items()
         }
         return batch._replace(frames=frames)
 
@@ -175,8 +175,8 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
     plain = lazy._replace(features=fusion.read(lazy.features))
 
     @jax.jit
-    def fuse(one):
-        fused = fusion.make_fusion(spec)(jax.random.key(4), one)
+    def fuse(value):
+        fused = fusion.make_fusion(spec)(jax.random.key(4), value)
         return fused._replace(features=fusion.read(fused.features))
 
     assert_equal(fuse(lazy), fuse(plain))
@@ -190,11 +190,13 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     stream = train_batches(data, splits=("train",), modalities=("face",), **options)
     order = next(stream).clip_index.tolist()  # the order of both feeds
     has_face = data.split("train").lengths["face"] > 0
-    clips = [next(c for c in order[at : at + 8] if has_face[c]) for at in (40, 48, 56)]
+    clips = [
+        next(c for c in order[at : at + 8] if has_face[c]) for at in (40, 48, 56)
+    ]  # steps 6 to 8
     config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
 
     def spoilt(*which):
-        train = np.isin(np.arange(96), which)
+        train = np.isin(np.arange(96), which)  # of 96 clips; none of 60 in val
         return small.Spoilt(data, {"train": train, "val": np.zeros(60, bool)}, np.nan)
 
     with pytest.warns(UserWarning, match="1 steps up to step 10 were skipped"):
@@ -209,7 +211,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 @pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
-    """The run stays resident, even if a new run would now stream for lack of memory."""
+    """The run stays resident, even if the memory left would make a new run stream."""
     config = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     eval_batches = resident.Resident.eval_batches
@@ -224,7 +226,7 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         small.interrupt_dispatch(patch, 2, signal.SIGTERM)
         small.run(config, parts, data)
-    assert 2 < max(manifests(parts)) < 9
+    assert 2 < max(manifests(parts)) < 9  # before the first evaluation
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
         patch.setattr(resident.Resident, "eval_batches", interrupted)
@@ -233,12 +235,12 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
     small.run(config, parts, data)
     small.assert_same_run(parts, whole)
     for folder in (whole, parts):
-        assert {one["mode"] for one in manifests(folder).values()} == {"resident"}
+        assert {manifest["mode"] for manifest in manifests(folder).values()} == {"resident"}
 
 
 @pytest.mark.slow
-def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged, held):
-    clips, _, layout = held
+def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged, resident_clips):
+    clips, _, layout = resident_clips
     frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     taken = sum(
         getattr(packed, field).nbytes for packed in clips.train.values() for field in FIELDS[:-1]
@@ -251,13 +253,13 @@ def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged, held):
         assert count == sum(lengths) + extra[name]
 
 
-def test_auto_mode_is_resident_if_the_clips_fit_in_memory(held, monkeypatch):
+def test_auto_mode_is_resident_if_the_clips_fit_in_memory(resident_clips, monkeypatch):
     total = machine.free_bytes()  # which the emulated devices of a host share
-    one, eight = (
+    free_on_one, free_on_eight = (
         resident.find_least_free_bytes(devices_lib.make_mesh(number)) for number in (1, 8)
     )
-    assert total > 1e6 and eight == pytest.approx(one / 8, rel=0.5)
-    layout, mesh = held[2], devices_lib.make_mesh(1)
+    assert total > 1e6 and free_on_eight == pytest.approx(free_on_one / 8, rel=0.5)
+    layout, mesh = resident_clips[2], devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
     for free, taken, wanted in (  # the step takes some
         (twice, 0, "resident"), (0.995 * twice, 0, "streaming"),
@@ -275,8 +277,8 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(held, monkeypatch):
             resident.choose_mode("resident", frames, mesh, drawn)
 
 
-def test_uploading_clips_in_chunks_changes_no_value(ragged, held, monkeypatch):
+def test_uploading_clips_in_chunks_changes_no_value(ragged, resident_clips, monkeypatch):
     """A piece holds 40 face frames, so a longer clip is cut between two pieces."""
-    monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)
-    found, _, _ = clips_of(ragged)
-    jax.tree.map(np.testing.assert_array_equal, found.train, held[0].train)
+    monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)  # 12 bytes a frame
+    chunked, _, _ = clips_of(ragged)
+    jax.tree.map(np.testing.assert_array_equal, chunked.train, resident_clips[0].train)

@@ -199,7 +199,7 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     focus = "document.activeElement.ariaLabel || document.activeElement.textContent"
-    said = "document.body.innerText.includes('{}')".format
+    contains = "document.body.innerText.includes('{}')".format
     try:
         with open_tab(tmp_path / "profile") as tab:
             tab.send("Page.navigate", url=f"http://{review.HOST}:{port}/{TOKEN}/")
@@ -211,16 +211,16 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
                     break
                 tab.press("Tab")
             tab.press("ada", "Enter")
-            tab.wait(said("there is already Ada"))
+            tab.wait(contains("there is already Ada"))
             assert tab.ask(focus) == "It is Ada"
             tab.press("Enter")
-            tab.wait(said("Saved: unknown 1 is Ada."))
+            tab.wait(contains("Saved: unknown 1 is Ada."))
             assert tab.ask(focus) == "Who is unknown 2?"
             tab.press("shift Tab", "Enter")
-            tab.wait(said("Undone: unknown 1 is Ada."))
+            tab.wait(contains("Undone: unknown 1 is Ada."))
             assert tab.ask(focus) == "Who is unknown 1?"
             tab.press("unknown 2", "Enter")
-            tab.wait(said("Saved: unknown 1 is unknown 2."))
+            tab.wait(contains("Saved: unknown 1 is unknown 2."))
     finally:
         server.should_exit = True
         thread.join()

@@ -162,7 +162,7 @@ def test_default_run_folder_contains_the_name_of_the_data():
 
 
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
-    """The digest of features is of all modalities: with additional modalities it says nothing."""
+    """The digest covers the features of all modalities, so it is not compared."""
     report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
     before = report["splits"]["val"]["sha256"]
     more = before | {"modalities": ["face", "head"], "features": "x"}

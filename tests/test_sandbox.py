@@ -47,7 +47,7 @@ def convert(folder, value, modality="face"):
 
 @pytest.mark.parametrize("modality", ["face", "head", "body", "scene"])
 def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_path):
-    """A modality of another name has the layout that its entries show."""
+    """The layout of a modality with an unknown name is inferred from its entries."""
     entry = {
         "face": face(),
         "head": [b"7", BOX, 0.5, feature()],
@@ -56,14 +56,14 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
     }[modality]
     value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
     for name in (modality, "my-own_modality2"):
-        got = convert(tmp_path, value, name)
-        assert got["names"] == ["none", "one", "two"] and got["lengths"] == [0, 1, 2]
-        assert got["seen"] == 3 and got["skipped_clips"] == {"empty": 1}
-        assert got["skipped"] == got["warnings"] == {}
-        assert got["features"].tolist() == [[1, 2, 3]] * 3 and got["number"].tolist() == [7] * 3
-        assert got["quality"].tolist() == [80 if modality == "face" else 0] * 3
-        assert got["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
-        assert got["box"].tolist() == [[0] * 4 if modality == "scene" else BOX] * 3
+        read = convert(tmp_path, value, name)
+        assert read["names"] == ["none", "one", "two"] and read["lengths"] == [0, 1, 2]
+        assert read["seen"] == 3 and read["skipped_clips"] == {"empty": 1}
+        assert read["skipped"] == read["warnings"] == {}
+        assert read["features"].tolist() == [[1, 2, 3]] * 3 and read["number"].tolist() == [7] * 3
+        assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
+        assert read["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
+        assert read["box"].tolist() == [[0] * 4 if modality == "scene" else BOX] * 3
 
 
 @pytest.mark.parametrize("modality", ["audio", "speech"])
@@ -74,26 +74,26 @@ def test_bare_array_is_one_frame_or_one_frame_per_row(modality, tmp_path):
         b"none": np.zeros((0, 3), "<f2"),
         b"list": [feature(), feature()],
     }
-    got = convert(tmp_path, value, modality)
-    assert got["lengths"] == [1, 2, 0, 2] and got["number"].tolist() == [0, 0, 1, 0, 1]
+    read = convert(tmp_path, value, modality)
+    assert read["lengths"] == [1, 2, 0, 2] and read["number"].tolist() == [0, 0, 1, 0, 1]
     rows = [[1, 2, 3], [0, 1, 2], [3, 4, 5], [1, 2, 3], [1, 2, 3]]
-    assert got["features"].tolist() == rows
-    assert not got["quality"].any() and (got["detection"] == 1).all()
+    assert read["features"].tolist() == rows
+    assert not read["quality"].any() and (read["detection"] == 1).all()
 
 
 def test_pickles_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
     features = np.array([[1, 2.5, -3], [4, 5, 6], [0.5, -0.25, 100]], np.float16)
     for written, content in python2.real().items():
-        got = convert(tmp_path, content)
-        lengths = dict(zip(got["names"], got["lengths"], strict=True))
+        read = convert(tmp_path, content)
+        lengths = dict(zip(read["names"], read["lengths"], strict=True))
         assert lengths == {"clip_1": 2, "clip_2": 0, "clip_3": 1}, written
-        clips = [name for name in got["names"] if name != "clip_2"]
+        clips = [name for name in read["names"] if name != "clip_2"]
         rows = [0, 1, 2] if clips == ["clip_1", "clip_3"] else [2, 0, 1]
-        np.testing.assert_array_equal(got["features"], features[rows])
-        assert got["features"].dtype == np.float16 and got["number"].tolist() == rows
-        assert got["quality"].tolist() == [80.5 - row for row in rows]
-        assert got["detection"].tolist() == [0.5] * 3
-        assert got["box"].tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]
+        np.testing.assert_array_equal(read["features"], features[rows])
+        assert read["features"].dtype == np.float16 and read["number"].tolist() == rows
+        assert read["quality"].tolist() == [80.5 - row for row in rows]
+        assert read["detection"].tolist() == [0.5] * 3
+        assert read["box"].tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]
 
 
 @pytest.mark.parametrize("code", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"])
@@ -106,9 +106,9 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
     bare = {b"0": numbers, b"1": fortran, b"2": strided, b"3": list(numbers)}
     for value, modality in ((entries, "face"), (bare, "audio")):
         for dumps in (python2.dumps, pickle.dumps):
-            got = convert(tmp_path, dumps(value), modality)
-            assert got["features"].dtype == np.dtype(code).newbyteorder("=")
-            assert got["features"].tolist() == numbers.tolist() * len(value)
+            read = convert(tmp_path, dumps(value), modality)
+            assert read["features"].dtype == np.dtype(code).newbyteorder("=")
+            assert read["features"].tolist() == numbers.tolist() * len(value)
 
 
 def test_block_boundaries_within_clips_change_no_value(tmp_path, monkeypatch):
@@ -120,14 +120,14 @@ def test_block_boundaries_within_clips_change_no_value(tmp_path, monkeypatch):
     value = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
     whole, kept = convert(tmp_path, value), np.isfinite(rows).all(axis=1)
     np.testing.assert_array_equal(whole["features"], rows[kept])
-    for found in (whole["number"], -whole["quality"], whole["box"][:, 3]):
-        np.testing.assert_array_equal(found, np.flatnonzero(kept))
+    for column in (whole["number"], -whole["quality"], whole["box"][:, 3]):
+        np.testing.assert_array_equal(column, np.flatnonzero(kept))
     owner = np.repeat(np.arange(40), lengths)
     assert whole["lengths"] == np.bincount(owner[kept], minlength=40).tolist()
     assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
     bare = {b"rows": rows[kept], b"one": rows[1]}
     bare_whole = convert(tmp_path, bare, "audio")
-    monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)
+    monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
     monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
     np.testing.assert_equal(convert(tmp_path, value), whole)
     np.testing.assert_equal(convert(tmp_path, bare, "audio"), bare_whole)
@@ -138,9 +138,9 @@ def test_frame_fields_accept_any_kind_of_number(tmp_path):
     boxes = [BOX, tuple(BOX), np.array(BOX), np.array(BOX, ">f4")]
     scores = [1, 1.0, np.float32(1), np.float64(1)]
     value = {b"a": [face(n, b, s, s) for n, b, s in zip(numbers, boxes, scores, strict=True)]}
-    got = convert(tmp_path, value)
-    assert got["number"].tolist() == [12] * 4 and got["box"].tolist() == [BOX] * 4
-    assert got["detection"].tolist() == got["quality"].tolist() == [1] * 4
+    read = convert(tmp_path, value)
+    assert read["number"].tolist() == [12] * 4 and read["box"].tolist() == [BOX] * 4
+    assert read["detection"].tolist() == read["quality"].tolist() == [1] * 4
 
 
 def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
@@ -149,19 +149,19 @@ def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
         face(quality=-1e300, det=np.float32(-np.inf)),
         face(quality=-30.0),
     ]
-    got = convert(tmp_path, {b"a": frames})
-    assert got["seen"] == 3 and got["skipped"] == {}
-    assert got["quality"].tolist() == [0, 0, -30] and got["detection"].tolist() == [0, 0, 0.5]
-    assert got["box"][0].tolist() == [1, 0, 3, 4]
+    read = convert(tmp_path, {b"a": frames})
+    assert read["seen"] == 3 and read["skipped"] == {}
+    assert read["quality"].tolist() == [0, 0, -30] and read["detection"].tolist() == [0, 0, 0.5]
+    assert read["box"][0].tolist() == [1, 0, 3, 4]
     counts = {"non_finite_quality": 2, "non_finite_detection": 2, "non_finite_box": 1}
-    assert got["warnings"] == counts
+    assert read["warnings"] == counts
 
 
 WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
 
 
 @pytest.mark.parametrize(
-    ("value", "modality", "told"),
+    ("value", "modality", "expected"),
     [
         ([1, 2], "face", "contains a list, not a dict"),
         ({b"a": None}, "face", "clip a, face is of type NoneType"),
@@ -185,11 +185,11 @@ WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
         ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
     ],
 )  # fmt: skip
-def test_layout_errors_name_the_clip_and_the_field(value, modality, told, tmp_path):
+def test_layout_errors_name_the_clip_and_the_field(value, modality, expected, tmp_path):
     with pytest.raises(UserError) as caught:
         convert(tmp_path, value, modality)
     message = str(caught.value)
-    assert told in message and "\n" not in message and len(message) < 400
+    assert expected in message and "\n" not in message and len(message) < 400
 
 
 LETTERS = st.sampled_from(["a", ".mp4", ".", " ", "\n", "\x1b", "\u2028", "\ud800", "é", "人"])

@@ -82,8 +82,8 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def inside(people):
-    with Inside(people) as one:
-        yield one
+    with Inside(people) as server:
+        yield server
 
 
 @pytest.fixture
@@ -124,21 +124,21 @@ def enrolment(name, *numbers):
     return {"clips": servers.as_json(clips), "identity": name}
 
 
-def near(found, wanted):
+def near(answer, expected):
     """Asserts that two answers, of JSON or of Python, are equal to 1e-6."""
-    if isinstance(found, dict):
-        best = tuple((other["identity"], other["probability"]) for other in found["best"])
-        found = Answer(found["identity"], found["probability"], found["score"], best)
-    names, shares = ([[*zip(*one.best, strict=True)][n] for one in (found, wanted)] for n in (0, 1))
-    assert found.identity == wanted.identity and names[0] == names[1]
-    assert (found.score, *shares[0]) == pytest.approx((wanted.score, *shares[1]), abs=1e-6)
+    if isinstance(answer, dict):
+        best = tuple((other["identity"], other["probability"]) for other in answer["best"])
+        answer = Answer(answer["identity"], answer["probability"], answer["score"], best)
+    names, shares = ([[*zip(*x.best, strict=True)][n] for x in (answer, expected)] for n in (0, 1))
+    assert answer.identity == expected.identity and names[0] == names[1]
+    assert (answer.score, *shares[0]) == pytest.approx((expected.score, *shares[1]), abs=1e-6)
 
 
 def infer(client, model, arrays, binary=True, outputs=(), **options):
     inputs = []
     for name, array in arrays.items():
-        one = http.InferInput(name, array.shape, "BOOL" if array.dtype == bool else "FP32")
-        inputs.append(one.set_data_from_numpy(array, binary_data=binary))
+        tensor = http.InferInput(name, array.shape, "BOOL" if array.dtype == bool else "FP32")
+        inputs.append(tensor.set_data_from_numpy(array, binary_data=binary))
     asked = [http.InferRequestedOutput(name, binary_data=binary) for name in outputs] or None
     return client.infer(model, inputs, outputs=asked, parameters=options or None)
 
@@ -153,9 +153,9 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
     assert sum(answer.identity is not None for answer in wanted.values()) >= 3
     body = {"clips": servers.as_json(CLIPS), "k": 2, "threshold": 0.2}
     answers = inside.ask("POST", "/identify", body)[1]["clips"]
-    for one, (clip, alone) in zip(answers, wanted.items(), strict=True):
-        assert one["clip"] == clip
-        near(one, alone)
+    for reply, (clip, alone) in zip(answers, wanted.items(), strict=True):
+        assert reply["clip"] == clip
+        near(reply, alone)
         near(ask(**CLIPS[clip])[1]["clips"][0], alone)
     for wrong in (
         np.array([{}], object),
@@ -166,44 +166,45 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         assert ask(face=wrong)[0] == 422
 
 
-def test_questions_that_come_together_get_their_own_answers(inside, people):
+def test_concurrent_questions_get_their_own_answers(inside, people):
     def ask(n):
         clips, k = dict(list(CLIPS.items())[n % 5 : n % 5 + 2]), 1 + n % 3
         return inside.ask("POST", "/identify", {"clips": servers.as_json(clips), "k": k}), clips, k
 
     with ThreadPoolExecutor(10) as pool:
         for (status, answer), clips, k in pool.map(ask, range(10)):
-            assert status == 200 and [one["clip"] for one in answer["clips"]] == list(clips)
-            for one, alone in zip(answer["clips"], people.identify(clips, k).values(), strict=True):
-                near(one, alone)
+            assert status == 200 and [reply["clip"] for reply in answer["clips"]] == list(clips)
+            alone = people.identify(clips, k).values()
+            for reply, wanted in zip(answer["clips"], alone, strict=True):
+                near(reply, wanted)
 
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_triton_client_gets_the_answers_of_python(triton, people, binary):
-    """Masked frames are not looked at."""
+    """Masked frames are ignored."""
     assert triton.is_server_live() and triton.is_server_ready()
     assert triton.is_model_ready("gallery") and triton.is_model_ready("gallery", "1")
     described = triton.get_model_metadata("gallery")
-    assert {one["name"] for one in described["outputs"]} >= {"identity", "scores", "embedding"}
+    assert {item["name"] for item in described["outputs"]} >= {"identity", "scores", "embedding"}
     arrays = {name: np.stack([x[name] for x in CLIPS.values()]) for name in made_galleries.WIDTHS}
     hidden = np.nan if binary else 1e30  # JSON has no NaN
     arrays["face"] = np.pad(arrays["face"], ((0, 0), (2, 0), (0, 0)), constant_values=hidden)
     arrays["face_mask"] = np.tile(np.arange(5) >= 2, (6, 1))
     arrays["face_quality"] = np.tile(np.arange(1, 6, dtype=np.float32), (6, 1))
     outputs = () if binary else ("identity", "scores", "embedding")
-    found = infer(triton, "gallery", arrays, binary, outputs, k=3)
+    answer = infer(triton, "gallery", arrays, binary, outputs, k=3)
     clips = {
         name: {**clip, "face": {"features": clip["face"], "quality": np.arange(3, 6, dtype="f4")}}
         for name, clip in CLIPS.items()
     }
     wanted = list(people.identify(clips, 3).values())
-    names = [one.identity or "" for one in wanted]
-    assert [name.decode() if binary else name for name in found.as_numpy("identity")] == names
-    best = np.array([[np.log(p) for _, p in one.best] for one in wanted])
-    best[:, 0] = [one.score for one in wanted]
-    np.testing.assert_allclose(found.as_numpy("scores"), best, rtol=1e-6, atol=1e-6)
+    names = [item.identity or "" for item in wanted]
+    assert [name.decode() if binary else name for name in answer.as_numpy("identity")] == names
+    best = np.array([[np.log(p) for _, p in item.best] for item in wanted])
+    best[:, 0] = [item.score for item in wanted]
+    np.testing.assert_allclose(answer.as_numpy("scores"), best, rtol=1e-6, atol=1e-6)
     vectors = np.concatenate(list(people.embed(clips).parts.values()), axis=1)
-    np.testing.assert_array_equal(found.as_numpy("embedding"), vectors)
+    np.testing.assert_array_equal(answer.as_numpy("embedding"), vectors)
     only = infer(triton, "gallery", arrays, binary, ["scores"], k=3)
     assert only.as_numpy("scores") is not None and only.as_numpy("identity") is None
 
@@ -215,8 +216,8 @@ def test_wrong_question_in_a_batch_does_not_affect_other_answers(people):
     first, error, last = served_models.answer(model, [right, wrong, right])
     (alone,) = served_models.answer(model, [right])
     assert isinstance(error, UserError) and "clip b" in str(error)
-    for one in (first, last):
-        near(one.answers[0], alone.answers[0])  # pyright: ignore[reportAttributeAccessIssue]
+    for reply in (first, last):
+        near(reply.answers[0], alone.answers[0])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.slow
@@ -232,12 +233,12 @@ def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monke
     assert outputs["identities"][:, 0].tolist() == best
     clip = {"face": clips["clip 0"]["face"]}
     with (
-        Inside(people, net.run) as one,
-        http.InferenceServerClient(f"127.0.0.1:{one.port}") as client,
+        Inside(people, net.run) as server,
+        http.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
-        found = infer(client, "run", {"face": clip["face"][None]}, k=2)
-    np.testing.assert_array_equal(found.as_numpy("scores"), net.run.scores({"c": clip}))
-    identities = found.as_numpy("identities")
+        served = infer(client, "run", {"face": clip["face"][None]}, k=2)
+    np.testing.assert_array_equal(served.as_numpy("scores"), net.run.scores({"c": clip}))
+    identities = served.as_numpy("identities")
     assert identities is not None and identities.shape == (1, 2)
 
 
@@ -250,9 +251,10 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
         for has in (names, names[:1], names[1:]):
             for lengths in ([1], [7, 1], [8] * 6):
                 clips = clips_of(net.run, *lengths)
-                some = {clip: {name: one[name] for name in has} for clip, one in clips.items()}
-                (found,) = net.answer_batch([question(some)])
-                assert isinstance(found, served_models.Scored) and len(found.scores) == len(lengths)
+                partial = {name: {k: clip[k] for k in has} for name, clip in clips.items()}
+                (scored,) = net.answer_batch([question(partial)])
+                assert isinstance(scored, served_models.Scored)
+                assert len(scored.scores) == len(lengths)
     assert not [line for line in caplog.messages if "ompiling" in line]
 
 
@@ -262,13 +264,13 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     labels, settings = np.repeat(np.arange(1, 31), 2), made_galleries.SETTINGS
     backend = backend_lib.fit({"face": x[:60]}, labels, centred=False, settings=settings)
     origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
-    clips = {f"s{n}": StoredClip(None, one) for n, one in enumerate(x)}
+    clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(x)}
     clips["p1"] = StoredClip("Bo", x[0])
     monkeypatch.chdir(tmp_path)
     np.savez("c1.npz", face=x[:3])
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
     assert len(block.splitlines()) == 6
-    with Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips)) as one:
+    with Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips)) as server:
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
             given = dict(itertools.pairwise(words))  # flag -> its value
@@ -278,70 +280,70 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
                 body = Path(given["--data-binary"][1:]).read_bytes()
             headers = dict([given["-H"].split(": ")]) if "-H" in given else None
             method = given.get("-X", "POST" if body else "GET")
-            status, answer = one.ask(method, path, body, headers)
+            status, answer = server.ask(method, path, body, headers)
             assert status == 200, (line, answer)
-    outputs = {spec.name for spec in served_models.GalleryModel(one.gallery).outputs}
+    outputs = {spec.name for spec in served_models.GalleryModel(server.gallery).outputs}
     assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
 
 
 def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
     def query(name):
         clips = servers.as_json({"q": servers.make_frames(8100, name)})
-        found = one.ask("POST", "/identify", {"clips": clips, "k": 50})[1]["clips"][0]
-        return found["identity"], name in [other["identity"] for other in found["best"]]
+        best = server.ask("POST", "/identify", {"clips": clips, "k": 50})[1]["clips"][0]
+        return best["identity"], name in [other["identity"] for other in best["best"]]
 
-    with Inside(Gallery(folder)) as one:
+    with Inside(Gallery(folder)) as server:
         body = enrolment("Zoë / 2", 0, 1, 2)
-        assert one.ask("POST", "/enrol", body)[1]["enrolled"] == 3
+        assert server.ask("POST", "/enrol", body)[1]["enrolled"] == 3
         assert Gallery(folder).identities["Zoë / 2"] == 3  # on the disk
         body["identity"] = "Zoe\u0308 / 2"  # the same name, in another form
         again = {"enrolled": 0, "unchanged": 3, "refused": [], "similar": {}}
-        assert one.ask("POST", "/enrol", body)[1] == again
+        assert server.ask("POST", "/enrol", body)[1] == again
         assert query("Zoë / 2") == ("Zoë / 2", True)
-        assert one.ask("DELETE", f"/clips/{quote('Zoë / 2 1', safe='')}")[1] == {"removed": 1}
-        assert one.ask("GET", "/identities")[1]["identities"]["Zoë / 2"] == 2
-        assert one.ask("DELETE", "/identities/Zoe%CC%88%20%2F%202")[1] == {"removed": 2}
+        assert server.ask("DELETE", f"/clips/{quote('Zoë / 2 1', safe='')}")[1] == {"removed": 1}
+        assert server.ask("GET", "/identities")[1]["identities"]["Zoë / 2"] == 2
+        assert server.ask("DELETE", "/identities/Zoe%CC%88%20%2F%202")[1] == {"removed": 2}
         assert query("Zoë / 2") == (None, False)
-        assert one.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[0] == 404
+        assert server.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[0] == 404
         other = Gallery(folder)  # as another process
         other.enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")
         assert query("Yan")[1]
         other.remove(identity="Yan")
         assert not query("Yan")[1]
         strangers = {f"s {n}": servers.make_frames(9000 + n, f"s {n}") for n in range(20)}
-        one.ask("POST", "/enrol", {"clips": servers.as_json(strangers), "strangers": True})
-        assert one.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 26
+        server.ask("POST", "/enrol", {"clips": servers.as_json(strangers), "strangers": True})
+        assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 20 + 6
 
 
 def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):
     people, path = Gallery(folder), folder / "gallery.sqlite"
     body = enrolment("Secret", 0)
     query = ("POST", "/identify", {"clips": body["clips"]})
-    with Inside(people) as one:
+    with Inside(people) as server:
 
-        def told(status, *request):
+        def ask(status, *request):
             """Asserts the status of a request; returns the error, which names no path."""
-            found, answer = one.ask(*request)
-            assert found == status and str(tmp_path) not in str(answer)
+            code, answer = server.ask(*request)
+            assert code == status and str(tmp_path) not in str(answer)
             return answer.get("error")
 
         with people._store.open(write=True):
-            assert "another process" in told(503, "DELETE", "/clips/x")
+            assert "another process" in ask(503, "DELETE", "/clips/x")
         os.link(path, tmp_path / "other name")
-        assert "cannot be changed" in told(503, "POST", "/enrol", body)
+        assert "cannot be changed" in ask(503, "POST", "/enrol", body)
         assert str(folder) in caplog.text
-        told(200, *query)
+        ask(200, *query)
         (tmp_path / "other name").unlink()
         people.remove(identity=list(people.identities))
-        told(409, *query)
+        ask(409, *query)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("UPDATE clip SET name = 'Secret\n' WHERE name = 'stranger 1'")
             connection.execute("UPDATE gallery SET sha256 = x'00'")
             connection.commit()
-        told(503, *query)
+        ask(503, *query)
         assert "is damaged" in caplog.text and "Secret" not in caplog.text
         path.unlink()
-        told(503, "GET", "/identities")
+        ask(503, "GET", "/identities")
 
 
 WORDS = (  # of errors that have a status of their own, in names that a client chooses
@@ -351,24 +353,24 @@ WORDS = (  # of errors that have a status of their own, in names that a client c
 
 
 def test_error_status_does_not_depend_on_names_that_clients_choose(folder, caplog):
-    with Inside(Gallery(folder)) as one:
+    with Inside(Gallery(folder)) as server:
         for number, words in enumerate(WORDS):
             name = f"Secret {words.format(folder=folder)}"
             clips = servers.as_json({name: servers.make_frames(8000 + number, "Eve")})
             for identity, status in ((f"Eve {words}", 200), (f"Bo {words}", 422)):
                 body = {"clips": clips, "identity": identity}
-                assert one.ask("POST", "/enrol", body)[0] == status
+                assert server.ask("POST", "/enrol", body)[0] == status
             for kind in ("clips", "identities"):
                 path = f"/{kind}/{quote(f'Ada {name}', safe='')}"
-                assert one.ask("DELETE", path)[0] == 404
-        metrics = one.ask("GET", "/metrics")[1].decode()
+                assert server.ask("DELETE", path)[0] == 404
+        metrics = server.ask("GET", "/metrics")[1].decode()
     assert 'code="404",route="/identities/{name}"' in metrics
     for word in ("Eve", "Bo ", "Ada", "Secret"):
         assert word not in caplog.text + metrics
 
 
 def test_server_does_not_suggest_similar_names(inside, monkeypatch):
-    """Comparing long names took minutes, while the gallery was locked."""
+    """Comparing long names would lock the gallery for minutes."""
     monkeypatch.setattr(errors.difflib, "get_close_matches", None)
     for path in ("/identities/persn%203", "/clips/clp%2030"):
         assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
@@ -476,7 +478,7 @@ def test_requests_need_the_token_and_its_file_must_be_private(people, tmp_path):
             limits_lib.read_token(path)
     path.chmod(0o600)
     token = limits_lib.read_token(path)
-    with Inside(people, token=token) as one:
+    with Inside(people, token=token) as server:
         for given, status in (
             (f"Bearer {token.decode()}", 200),
             (f"bearer  {token.decode()}", 200),  # the scheme has no case
@@ -485,17 +487,17 @@ def test_requests_need_the_token_and_its_file_must_be_private(people, tmp_path):
             ("", 401),
         ):
             headers = {"Host": "people.example"} | ({"Authorization": given} if given else {})
-            assert one.ask("GET", "/identities", headers=headers)[0] == status
+            assert server.ask("GET", "/identities", headers=headers)[0] == status
 
 
 def talk(port, content, seconds=10.0):
     """Sends bytes, and returns all that comes back until the server hangs up."""
-    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as one:
-        one.sendall(content)
-        found = b""
-        while part := one.recv(1 << 16):
-            found += part
-        return found
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
+        connection.sendall(content)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+        return answer
 
 
 @pytest.mark.slow
@@ -513,20 +515,21 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
     ):
         assert answer in talk(inside.port, content.encode()).split(b"\r\n")[0], content[:200]
     with pytest.raises((ConnectionError, AssertionError)):  # it may be cut off while it sends
-        found = talk(inside.port, (chunked + 90 * f"10000\r\n{' ' * 65536}\r\n").encode())
-        assert b" 413 " not in found
+        reply = talk(inside.port, (chunked + 90 * f"10000\r\n{' ' * 65536}\r\n").encode())
+        assert b" 413 " not in reply
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
 
 def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)
-    held = [socket.create_connection(("127.0.0.1", inside.port)) for _ in range(SMALL.connections)]
+    address = "127.0.0.1", inside.port
+    opened = [socket.create_connection(address) for _ in range(SMALL.connections)]
     try:
         time.sleep(0.05)
         assert inside.ask("GET", "/v2/health/live")[0] == 503
     finally:
-        for one in held:
-            one.close()
+        for connection in opened:
+            connection.close()
     time.sleep(0.05)
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
@@ -564,20 +567,20 @@ def test_full_queue_refuses_with_retry_after():
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     go = threading.Event()
     monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
-    one = Inside(people)
-    one.thread.start()
+    server = Inside(people)
+    server.thread.start()
     try:
-        assert one.ask("GET", "/v2/health/live")[0] == 200
+        assert server.ask("GET", "/v2/health/live")[0] == 200
         for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
-            status, answer = one.ask("GET", path)
+            status, answer = server.ask("GET", path)
             assert status == 503 and "compiling" in answer["error"]
     finally:
         go.set()
-        one.__exit__()
+        server.__exit__()
 
 
 def test_removal_is_answered_after_earlier_reads_have_ended():
-    """A list that is being read when a person is removed still contains the person."""
+    """A list that was read before the removal still contains the person."""
     go, order, tasks = threading.Event(), [], []
 
     async def run():
@@ -606,20 +609,20 @@ def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
 
     monkeypatch.setattr(Gallery, "embed", slow)
     limits, other = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
-    with Inside(Gallery(folder), limits=limits) as one, ThreadPoolExecutor(1) as pool:
+    with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
         try:
-            first = pool.submit(one.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
+            first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
             assert begun.wait(10)
-            assert b"vidjax_waiting_clips 3" in one.ask("GET", "/metrics")[1]
-            assert one.ask(*other)[0] == 429
+            assert b"vidjax_waiting_clips 3" in server.ask("GET", "/metrics")[1]
+            assert server.ask(*other)[0] == 429
             go.set()
-            assert first.result(60)[0] == one.ask(*other)[0] == 200
+            assert first.result(60)[0] == server.ask(*other)[0] == 200
         finally:
             go.set()
 
 
 def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
-    """A body that waits to be parsed has no other clock than one that waits to be scored."""
+    """The time starts at the end of the body."""
     begun, go = threading.Event(), threading.Event()
 
     def slow(*_):
@@ -628,11 +631,11 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
 
     monkeypatch.setattr(app_lib.files, "npz_bytes", slow)
     limits = SMALL._replace(answer_seconds=0.3, request_seconds=20)
-    with Inside(people, limits=limits) as one, ThreadPoolExecutor(2) as pool:
+    with Inside(people, limits=limits) as server, ThreadPoolExecutor(2) as pool:
         try:
             sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
             began = time.monotonic()
-            asked = [pool.submit(one.ask, *sent) for _ in range(2)]  # the other waits for a thread
+            asked = [pool.submit(server.ask, *sent) for _ in range(2)]  # one waits for a thread
             answers = [future.result() for future in asked]
             assert answers == [(503, {"error": "no answer in time"})] * 2
             assert begun.is_set() and time.monotonic() - began < 5
@@ -645,20 +648,20 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
     monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 2)
     clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
     people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
-    some = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
-    body = json.dumps({"clips": servers.as_json(some), "k": 1000}).encode()  # answer: 14 MB
+    queries = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
+    body = json.dumps({"clips": servers.as_json(queries), "k": 1000}).encode()  # answer: 14 MB
     limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)
-    with Inside(people, limits=limits) as one:
-        lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{one.port}\r\n"
+    with Inside(people, limits=limits) as server:
+        lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
         lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", one.port)) as unread:
+        with socket.create_connection(("127.0.0.1", server.port)) as unread:
             unread.sendall(lines.encode() + body)
             assert unread.recv(8) == b"HTTP/1.1"
-            assert one.ask("POST", "/identify", body)[0] == 429
+            assert server.ask("POST", "/identify", body)[0] == 429
             time.sleep(3)
-            assert one.ask("POST", "/identify", body)[0] == 200
+            assert server.ask("POST", "/identify", body)[0] == 200
             end = time.monotonic() + 30
-            while one.server.server_state.connections and sys.platform == "linux":
+            while server.server.server_state.connections and sys.platform == "linux":
                 assert time.monotonic() < end
                 time.sleep(0.1)
 
@@ -686,18 +689,18 @@ app.serve(made, listener, limits)
 def test_signal_ends_the_server_despite_stuck_threads(folder):
     with child.running([sys.executable, "-c", STUCK, folder]) as process:
         assert process.stdout and process.stderr
-        one = servers.Served(process, int(process.stdout.readline()))
-        one.wait()
+        server = servers.Served(process, int(process.stdout.readline()))
+        server.wait()
 
         def ask(method, path):
             with contextlib.suppress(OSError, HTTPException):
-                one.ask(method, path)
+                server.ask(method, path)
 
         for words in (("GET", "/identities"), ("DELETE", "/identities/person%203")):
             threading.Thread(target=ask, args=words, daemon=True).start()
             assert process.stdout.readline() == "stuck\n"
         began = time.monotonic()
-        assert one.end() == 1 and time.monotonic() - began < 10
+        assert server.end() == 1 and time.monotonic() - began < 10
         assert process.stderr.read().splitlines()[-1] == "ended: unfinished work was cut off"
     assert Gallery(folder).identities["person 3"] == 4
 
@@ -713,12 +716,12 @@ def test_serve_command_rolls_back_a_killed_change_and_exits_with_0(folder, say):
     )
     assert subprocess.run([sys.executable, "-c", code, folder]).returncode < 0
     assert b"person 3" in (folder / "gallery.sqlite-journal").read_bytes()
-    with servers.served(folder) as one:
+    with servers.served(folder) as server:
         assert os.listdir(folder) == ["gallery.sqlite"]
-        assert len(one.ask("GET", "/identities")[1]["identities"]) == 12
-        assert one.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
-        assert one.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
-        assert one.end() == 0
-        out, err = one.process.communicate()
+        assert len(server.ask("GET", "/identities")[1]["identities"]) == 12
+        assert server.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
+        assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
+        assert server.end() == 0
+        out, err = server.process.communicate()
         assert "ended" in out and "Secret" not in out + err and "ready" in err
     assert "--token-file" in say("serve", f"--gallery={folder}", "--host=0.0.0.0", code=2)

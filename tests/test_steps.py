@@ -73,9 +73,9 @@ def trainer(system):
 
 
 def evaluate(system, state, batch):
-    one = ensemble.take((state.params, state.model_state), 0)
+    member = ensemble.take((state.params, state.model_state), 0)
     step = jax.jit(functools.partial(eval_step_lib.eval_step, system))
-    return np.asarray(step(*one, jnp.int32(0), batch), np.float64)
+    return np.asarray(step(*member, jnp.int32(0), batch), np.float64)
 
 
 def linear_logits(state, batch, frame):
@@ -95,8 +95,8 @@ log_softmax = functools.partial(special.log_softmax, axis=-1)
 
 def examples_of(batch, clip):
     """Returns the frames of a clip that are examples; a clip without such frames is an example."""
-    found = np.flatnonzero(batch.frames["face"].mask[clip])
-    return found if len(found) else np.flatnonzero(batch.frames["audio"].mask[clip])
+    frames = np.flatnonzero(batch.frames["face"].mask[clip])
+    return frames if len(frames) else np.flatnonzero(batch.frames["audio"].mask[clip])
 
 
 EXAMPLES: Any = {"after_fusion": "examples"}
@@ -110,17 +110,17 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
     batch = make_batch()
     state = init(system, np.arange(5))
-    found = evaluate(system, state, batch)
+    scored = evaluate(system, state, batch)
     logits = np.stack([linear_logits(state, batch, frame) / 1.5 for frame in range(11)])
     values = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": special.expit(logits)}
     for clip in range(5):
         voted = values.get(scores, logits)[examples_of(batch, clip), clip]
         if not len(voted):
-            assert (found[clip] == -np.inf).all()
+            assert (scored[clip] == -np.inf).all()
             continue
         wanted = getattr(np, reduce)(voted, axis=0)
         wanted = wanted if scores == "logits" else np.log(wanted)
-        np.testing.assert_allclose(found[clip], wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scored[clip], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip():
@@ -158,11 +158,11 @@ def test_mixup_equals_a_numpy_reference():
     assert sorted(partner) == list(range(5))
     # A clip of no weight is no partner.
     assert (share >= 0.5).all() and (share[weight[partner] == 0] == 1).all() and (share < 1).any()
-    for name, one in batch.frames.items():
-        theirs = one.mask[partner] & (share < 1)[:, None]
-        np.testing.assert_array_equal(mixed[name].mask, one.mask | theirs)
-        wanted = (share[:, None] * one.mask)[..., None] * one.features
-        wanted += ((1 - share)[:, None] * theirs)[..., None] * one.features[partner]
+    for name, original in batch.frames.items():
+        theirs = original.mask[partner] & (share < 1)[:, None]
+        np.testing.assert_array_equal(mixed[name].mask, original.mask | theirs)
+        wanted = (share[:, None] * original.mask)[..., None] * original.features
+        wanted += ((1 - share)[:, None] * theirs)[..., None] * original.features[partner]
         np.testing.assert_allclose(mixed[name].features, wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -222,18 +222,18 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     logits = [x @ layer["kernel"] + layer["bias"] for layer in layers]
 
     _, loss = trainer(system)(state, batch, weight)
-    losses = [-log_softmax(one)[np.arange(5), labels] for one in logits]
-    wanted = sum(learn[:, i] * one for i, one in enumerate(losses)) @ weight / weight.sum()
+    losses = [-log_softmax(branch)[np.arange(5), labels] for branch in logits]
+    wanted = sum(learn[:, i] * branch for i, branch in enumerate(losses)) @ weight / weight.sum()
     assert float(loss[0]) == pytest.approx(wanted, rel=1e-5)
 
-    parts = logits if scores == "logits" else [np.exp(log_softmax(one)) for one in logits]
-    wanted = sum(answer[:, i, None] * one for i, one in enumerate(parts))
+    parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
+    wanted = sum(answer[:, i, None] * branch for i, branch in enumerate(parts))
     wanted = wanted if scores == "logits" else np.log(wanted)
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_empty_clips_and_padded_rows_do_not_affect_training():
-    """Nor does a padded row, whatever lies in either."""
+    """Spoilt features, qualities and labels of these rows change no weight."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
     system = make(NORMED, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
     batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
@@ -243,16 +243,16 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
     train = trainer(system)
     left, loss = train(state, batch)
 
-    def spoil(one):
-        features = np.where(idle[:, None, None], 1e4, one.features).astype(np.float32)
-        quality = np.where(idle[:, None], 3, one.quality).astype(np.float32)
-        return one._replace(features=features, quality=quality)
+    def spoil(first):
+        features = np.where(idle[:, None, None], 1e4, first.features).astype(np.float32)
+        quality = np.where(idle[:, None], 3, first.quality).astype(np.float32)
+        return first._replace(features=features, quality=quality)
 
-    other = batch._replace(frames={name: spoil(one) for name, one in batch.frames.items()})
+    other = batch._replace(frames={name: spoil(first) for name, first in batch.frames.items()})
     labels = jnp.where(idle, 9, state.labels)
     right, same = train(state.replace(labels=labels), other)
-    one, two = ((x.params, x.model_state, x.sums) for x in (left, right))
-    jax.tree.map(np.testing.assert_array_equal, (loss, *one), (same, *two))
+    first, second = ((x.params, x.model_state, x.sums) for x in (left, right))
+    jax.tree.map(np.testing.assert_array_equal, (loss, *first), (same, *second))
     assert float(left.sums["weight"][0]) == 3
     leaves = zip(jax.tree.leaves(left.params), jax.tree.leaves(state.params), strict=True)
     assert any((a != b).any() for a, b in leaves)
@@ -263,24 +263,24 @@ def test_is_argmax_equals_numpy_argmax():
     scores = rng.integers(0, 4, (500, 6)).astype(np.float32)  # ties
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     scores[0], column = -np.inf, rng.integers(0, 6, 500).astype(np.int32)
-    found = jax.jit(losses.is_argmax)(scores, column)
-    np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
+    is_best = jax.jit(losses.is_argmax)(scores, column)
+    np.testing.assert_array_equal(is_best, np.argmax(scores, axis=1) == column)
     assert not losses.is_argmax(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
 
 
 def test_log_softmax_keeps_the_order_of_probabilities_near_one():
-    """The best column against the others, in float64; column 2 is one that training never saw."""
+    """The oracle is in float64; column 2 is a class without training clips."""
     leads = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
     logits = np.tile([0.0, 0.0, 99.0, -1.0], (2, 5, 1))
     logits[1, :, 2] = -99
     logits[:, :, 0] = leads, leads + 0.01
     seen = np.array([True, True, False, True])
-    found = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), seen))
+    logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), seen))
     others = 1 + np.exp(-1.0)
     wanted = -np.log1p(others * np.exp(-logits[..., 0]))
-    np.testing.assert_allclose(found[..., 0], wanted, rtol=2e-5)
-    assert (found[0, :, 0] < found[1, :, 0]).all() and (found[1, :, 0] <= 0).all()
+    np.testing.assert_allclose(logs[..., 0], wanted, rtol=2e-5)
+    assert (logs[0, :, 0] < logs[1, :, 0]).all() and (logs[1, :, 0] <= 0).all()
     total = np.logaddexp(logits[..., 0], np.log(others))
-    np.testing.assert_allclose(found[..., 1], -total, rtol=1e-5)
+    np.testing.assert_allclose(logs[..., 1], -total, rtol=1e-5)
     odd = losses.log_softmax(jnp.array([[5.0, 1.0], [1.0, jnp.nan]]), jnp.array([False, True]))
     assert odd[0, 1] == 0.0 and np.isnan(odd[1, 1])  # a single column, and NaN

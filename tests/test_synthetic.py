@@ -48,10 +48,8 @@ def write_tiny(folder, seed=3, **options):
         synthetic.write(folder, size="tiny", seed=seed, options=SyntheticOptions(**options))
 
 
-def changed_files(one, other):
-    return {
-        path.name for path in one.iterdir() if path.read_bytes() != (other / path.name).read_bytes()
-    }
+def changed_files(left, other):
+    return {x.name for x in left.iterdir() if x.read_bytes() != (other / x.name).read_bytes()}
 
 
 @pytest.mark.slow
@@ -79,7 +77,7 @@ def test_synthetic_set_has_the_specified_statistics(make):
 def test_equal_seeds_write_equal_bytes(make, tmp_path):
     write_tiny(tmp_path / "again")
     assert not changed_files(make(), tmp_path / "again")
-    assert len(changed_files(make(), make(seed=4))) == 18
+    assert len(changed_files(make(), make(seed=4))) == 18  # all files
 
 
 @pytest.mark.slow
@@ -115,8 +113,8 @@ def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     plain, false = make(), make(false_modality=1.0)
     files = {_pickle_path(plain, m, split).name for m in ("face", "audio") for split in SPLITS}
     assert changed_files(plain, false) == files
-    faces, now = (_clips(one, "face", "val") for one in (plain, false))
-    voices, other = (_clips(one, "audio", "val") for one in (plain, false))
+    faces, now = (_clips(made, "face", "val") for made in (plain, false))
+    voices, other = (_clips(made, "audio", "val") for made in (plain, false))
     same = []
     for name in [name for name, frames in faces.items() if frames and name in voices]:
         pairs = list(zip(faces[name], now[name], strict=True))

@@ -29,7 +29,7 @@ TINY = (
 )  # fmt: skip
 
 
-def test_a_long_name_is_printed_without_its_middle():
+def test_long_names_are_shortened_in_the_middle():
     assert messages.shorten("x" * 40) == "x" * 40
     name = messages.shorten("a" * 200 + " (2009).mp4, 97%")
     assert len(name) == 40 and name.startswith("a" * 24 + "...") and name.endswith(".mp4, 97%")

@@ -106,8 +106,8 @@ def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     blocks = list(blocks_of(scores, clip_index, 32, rng))
     split = [jax.device_put(block, devices.row_layout(mesh)) for block in blocks]
     for stream in (blocks, split):
-        found = topk.rank(stream, C, K, rows=64, mesh=mesh)
-        assert_exact(found, full_sort(scores, clip_index, K))
+        top = topk.rank(stream, C, K, rows=64, mesh=mesh)
+        assert_exact(top, full_sort(scores, clip_index, K))
     topk._make_update.cache_clear()
 
 

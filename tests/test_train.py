@@ -47,7 +47,7 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     ),
 )
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
-    """The run stays in streaming mode. An evaluation in the meantime does not finish the run."""
+    """The run keeps streaming, and an evaluation between its parts does not finish it."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
@@ -105,14 +105,14 @@ def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
 
 @pytest.mark.slow
 def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
-    folder, found = trained(MLP), []
+    folder, scores = trained(MLP), []
     for devices, batch_size in [(1, 1), (8, 64)]:
         words = [f"--config.batch_size={batch_size}", "--config.eval.block_size=256"]
         config, mesh = config_io.load_workdir(folder), devices_lib.make_mesh(devices)
-        one = small.restored(folder, data, config_io.override(config, words), mesh)
-        found.append(small.scores([one], mesh=mesh, block_size=256))
-    assert found[0].shape == (60, 12)
-    np.testing.assert_array_equal(*found)
+        run = small.restored(folder, data, config_io.override(config, words), mesh)
+        scores.append(small.scores([run], mesh=mesh, block_size=256))
+    assert scores[0].shape == (60, 12)  # clips, identities
+    np.testing.assert_array_equal(*scores)
 
 
 def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path):

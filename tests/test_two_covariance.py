@@ -37,13 +37,13 @@ def shrunk(covariance, share):
 @pytest.mark.parametrize(("within", "between"), [(0.8, 0.5), (0.0, 0.0)])
 def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     vectors, labels, sums = made_up()
-    found = two_covariance.covariances(sums)
-    space = two_covariance.make_space(found, within=within, between=between)
+    fit = two_covariance.covariances(sums)
+    space = two_covariance.make_space(fit, within=within, between=between)
     enrolled = two_covariance.enrol(space, sums.count, sums.total)
     normal = (
-        found.mean,
-        shrunk(found.axes @ np.diag(found.within) @ found.axes.T, within),
-        shrunk(found.axes @ found.between @ found.axes.T, between),
+        fit.mean,
+        shrunk(fit.axes @ np.diag(fit.within) @ fit.axes.T, within),
+        shrunk(fit.axes @ fit.between @ fit.axes.T, between),
     )
     new = np.random.default_rng(1).normal(size=(4, WIDTH))
     with jax.enable_x64(True):
@@ -57,20 +57,20 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
 
 
 def test_covariances_equal_their_definitions():
-    """Beside a prior that counts as 10 clips, and as 10 people."""
+    """The prior counts as 10 clips and as 10 people."""
     vectors, labels, sums = made_up()
-    found = two_covariance.covariances(sums)
+    fit = two_covariance.covariances(sums)
     people, clips = len(np.unique(labels)), len(vectors)
     typical = np.mean(vectors**2) * np.eye(WIDTH) / 2
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * typical) / (clips - people + 10)
-    np.testing.assert_allclose(found.axes * found.within @ found.axes.T, within, atol=1e-10)
-    np.testing.assert_allclose(found.mean, people / (people + 0.5) * vectors.mean(axis=0))
-    spread = (vectors - found.mean).T @ (vectors - found.mean) / clips
+    np.testing.assert_allclose(fit.axes * fit.within @ fit.axes.T, within, atol=1e-10)
+    np.testing.assert_allclose(fit.mean, people / (people + 0.5) * vectors.mean(axis=0))
+    spread = (vectors - fit.mean).T @ (vectors - fit.mean) / clips
     between = ((people - 1) * (spread - within) + 10 * typical) / (people - 1 + 10)
     values, axes = np.linalg.eigh(between)
     between = axes * np.maximum(values, two_covariance.SMALLEST_VARIANCE) @ axes.T
-    np.testing.assert_allclose(found.axes @ found.between @ found.axes.T, between, atol=1e-10)
+    np.testing.assert_allclose(fit.axes @ fit.between @ fit.axes.T, between, atol=1e-10)
 
 
 def test_sums_of_parts_add_up_to_the_sums_of_all_clips():
@@ -93,7 +93,7 @@ def test_degenerate_data_give_finite_log_ratios():
 
 
 def test_pair_log_ratios_equal_ratios_of_joint_densities():
-    """Against densities of all clips of both groups, in which a class is one variable."""
+    """The oracle is the joint normal density of all clips of both groups."""
     rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
     ratio, noise = np.array([0.5, 2.0, 0.1]), np.eye(3)
     groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]
@@ -105,5 +105,5 @@ def test_pair_log_ratios_equal_ratios_of_joint_densities():
     mean = np.stack([clips.mean(axis=0) for clips in groups])
     for row, own in enumerate(groups):
         wanted = [density(own, other) - density(own) - density(other) for other in groups]
-        found = two_covariance.pair_log_ratios(space, 1 / counts, mean, row)
-        np.testing.assert_allclose(np.delete(found, row), np.delete(wanted, row), atol=1e-9)
+        ratios = two_covariance.pair_log_ratios(space, 1 / counts, mean, row)
+        np.testing.assert_allclose(np.delete(ratios, row), np.delete(wanted, row), atol=1e-9)

@@ -35,9 +35,9 @@ def test_arrays_and_scalars_of_every_pickle_protocol_load_exactly():
         arrays = (kept, numbers[1, ::2], numbers[2, ::-1], np.asfortranarray(numbers), numbers[:0])
         for dumps, protocol in writers:
             for array in arrays:
-                got = load(dumps({b"clip": [array, 1, 2.5, b"3"]}, protocol))[b"clip"]
-                assert got[1:] == [1, 2.5, b"3"]
-                values = np.frombuffer(got[0].data, got[0].code).reshape(got[0].shape)
+                loaded = load(dumps({b"clip": [array, 1, 2.5, b"3"]}, protocol))[b"clip"]
+                assert loaded[1:] == [1, 2.5, b"3"]
+                values = np.frombuffer(loaded[0].data, loaded[0].code).reshape(loaded[0].shape)
                 assert values.dtype == array.dtype
                 np.testing.assert_array_equal(values, array)
             scalar = numbers[3, 4]
@@ -48,11 +48,11 @@ def test_arrays_and_scalars_of_every_pickle_protocol_load_exactly():
 
 
 def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
-    before = {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()}
+    before = {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
     attacks = hostile.attacks(Path("/nowhere/mark")).values()
     for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
         assert refusal(data)
-        assert {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()} == before
+        assert {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()} == before
     assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
 
 
@@ -60,8 +60,8 @@ def test_second_dtype_state_does_not_change_arrays_already_loaded():
     array = np.array([1.5, 2.5], "<f2")
     data = python2.dumps([array], 2)[:-1]
     rebuild = b"j\x01\x00\x00\x00" + python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1] + b"b"
-    got, _ = load(data + rebuild + b"a.")
-    assert got.code == "<f2" and got.data == array.tobytes()
+    first, _ = load(data + rebuild + b"a.")
+    assert first.code == "<f2" and first.data == array.tobytes()
 
 
 @pytest.mark.parametrize("protocol", [0, 2])

@@ -32,25 +32,25 @@ def test_mel_filters_are_triangles_of_equal_area():
 
 def test_mels_equal_the_band_powers_of_frames_every_10_ms():
     samples = noise(1, 1600)
-    found = voices.make_mels(samples)
-    assert found.shape == (1, 10, 40) and found.dtype == np.float32
+    mels = voices.make_mels(samples)
+    assert mels.shape == (1, 10, 40) and mels.dtype == np.float32
     i = np.arange(400)
     padded = np.pad(samples[0].astype(float), (200, 400))
     for frame in range(10):
         windowed = padded[frame * 160 + i] * (0.5 - 0.5 * np.cos(2 * np.pi * i / 400))
         turns = np.exp(-2j * np.pi * np.outer(np.arange(201), i) / 400)
         power = np.abs(turns @ windowed) ** 2
-        np.testing.assert_allclose(found[0, frame], voices.make_mel_filters() @ power, rtol=1e-5)
-    found = voices.make_mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
-    np.testing.assert_allclose(found, LIBROSA, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(mels[0, frame], voices.make_mel_filters() @ power, rtol=1e-5)
+    mels = voices.make_mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
+    np.testing.assert_allclose(mels, LIBROSA, rtol=1e-6, atol=1e-7)
 
 
 def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
     windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)
-    found = voices.raise_level(windows)
-    level = np.sqrt((found[0].astype(float) ** 2).mean())
+    raised = voices.raise_level(windows)
+    level = np.sqrt((raised[0].astype(float) ** 2).mean())
     assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)
-    np.testing.assert_array_equal(found[1:], windows[1:])
+    np.testing.assert_array_equal(raised[1:], windows[1:])
 
 
 def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
@@ -61,8 +61,8 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     assert embedder(windows[:0]).shape == (0, made_nets.WIDTH)
     numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
-    found = nets.answer_formula(card, nets.open_session(card), 7)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    answer = nets.answer_formula(card, nets.open_session(card), 7)
+    np.testing.assert_allclose(answer, wanted, rtol=1e-4)
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
     embedder = voices.open_voice_embedder(card)
     refused(lambda: embedder(noise(1, voices.WINDOW)), "voice.json", "width")
@@ -70,11 +70,11 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])
 def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
-    """The made net adds the mean of its 576 samples to its state, and answers with the state."""
+    """The made net adds the mean of its 576 samples to its state and returns the state."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)
-    found = voices.Listener(cards.load(tmp_path)).detect_speech(samples)
+    speech = voices.Listener(cards.load(tmp_path)).detect_speech(samples)
     padded, steps = np.pad(samples.astype(float), (64, 512)), math.ceil(count / 512)
     means = [padded[place * 512 : place * 512 + 576].sum() / 576 for place in range(steps)]
-    np.testing.assert_allclose(found, np.cumsum(means), rtol=1e-4)
+    np.testing.assert_allclose(speech, np.cumsum(means), rtol=1e-4)

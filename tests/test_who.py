@@ -29,8 +29,8 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     content, _ = drawn.who(drawn.film(), flags=["--workers=1", "--padding=0.5"])
     assert content["people"] == {"Ada": 1, "Bob": 1}
     rows, out = drawn.rows(), drawn.out
-    shown = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
-    assert shown == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
+    appearances = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
+    assert appearances == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
     with (out / "names.tsv").open(newline="") as file:
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
@@ -44,7 +44,7 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     assert "  C        00:00:03:12 00:00:05:23 00:00" in (out / "cuts" / "Bob.edl").read_text()
     page = (out / "names.html").read_text()
     assert page.count('href="../party.mkv#t=4.0"') == 4, "below two bars, and in two tables"
-    assert os.stat(out).st_mode & 0o077 == 0
+    assert os.stat(out).st_mode & 0o077 == 0  # private to the user
 
 
 def test_files_other_than_films_and_photos_are_skipped(drawn):
@@ -57,17 +57,17 @@ def test_files_other_than_films_and_photos_are_skipped(drawn):
     write_film(films / "party.MKV", (2, 20, [("Ada", 20, 30)]))
     write_photo(films / "party-poster.jpg", ("Bob", 20, 30))
     write_photo(films / "Bob at the sea.png", ("Bob", 20, 30))
-    content, said = drawn.who(films)
+    content, output = drawn.who(films)
     assert content["people"] == {"Ada": 1}
     assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
     for path, name, more in ((films, "party-poster.jpg", 2), (drawn.friends, "party.nfo", 1)):
-        assert said.count(f"{path}: left out, not a film or photo: {name} and {more} more") == 1
+        assert output.count(f"{path}: left out, not a film or photo: {name} and {more} more") == 1
     drawn.who(films / "party.nfo", code=1)  # a file that is named is read
 
 
 @pytest.mark.slow
 def test_unknown_people_keep_their_numbers_across_calls(drawn):
-    """A call for other films, a film that goes, and a name that is given and taken back."""
+    """Other films, a deleted film, and a name that is given and removed renumber nobody."""
     films, table = drawn.folder / "films", drawn.out / "unknown.tsv"
     films.mkdir()
     write_film(films / "b.mkv", (2, 20, [("Bob", 20, 30)]), (2, 60, [("Bob", 30, 30)]))
@@ -106,9 +106,9 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
     ]  # fmt: skip
     name = "unknown neighbour"  # which is no number
     table.write_text(table.read_text().replace("unknown 2", name) + "gone.s000.t00\tZoe\n")
-    content, said = drawn.who(film)
+    content, output = drawn.who(film)
     assert content["people"] == {"Ada": 1, name: 1} and content["groups"] == 1
-    assert f"{name}: named in unknown.tsv, 1 clip" in said and "gone.s000.t00" in said
+    assert f"{name}: named in unknown.tsv, 1 clip" in output and "gone.s000.t00" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
     for wrong, message in {
@@ -116,8 +116,8 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
         "party.s002.t01\tEve\n": f"'{name}'",
     }.items():
         table.write_text(wrong)
-        _, said = drawn.who(film, people=False, code=2)
-        assert "unknown.tsv" in said and message in said and table.read_text() == wrong
+        _, output = drawn.who(film, people=False, code=2)
+        assert "unknown.tsv" in output and message in output and table.read_text() == wrong
     for word in ("unknown", "Unknown 7"):
         photo = drawn.friends / f"{word}.png"
         write_photo(photo, ("Bob", 40, 40))
@@ -132,9 +132,9 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
         write_photo(drawn.friends / f"Ada_{number}.png", ("Ada", 40, 38 + 2 * number))
     assert "each photo counts as a different person" in drawn.who(film)[1]
     (drawn.friends / "Ada_2.png").unlink()
-    for flags, found in (([], True), (["--threshold=1"], False)):
+    for flags, named in (([], True), (["--threshold=1"], False)):
         drawn.who(film, flags=flags)
-        assert ("Ada_1" in drawn.names().values()) == found
+        assert ("Ada_1" in drawn.names().values()) == named
     for flag, message in {
         "--fpir=0.01": "fpir=0.01 needs 99 clips of strangers or more",
         "--threshold=2": "name a probability above 0", "--padding=nan": "give seconds, 0 or more",
@@ -147,10 +147,10 @@ def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
     (drawn.friends / "Eve").mkdir(parents=True)
     write_photo(people / "none.png")
     write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    _, said = drawn.who(film, code=2)
+    _, output = drawn.who(film, code=2)
     for message in ("no face in the photo", "2 faces in the photo", "Eve: there is no photo in",
                     "nobody to look for"):  # fmt: skip
-        assert message in said
+        assert message in output
     write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
     content, _ = drawn.who(film, code=1)
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
@@ -166,11 +166,11 @@ def test_each_unreadable_film_is_reported_and_the_advice_printed_once(drawn, com
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("give MP4, MKV") == 1
     assert f"{copy}: the same as {film}: left out" in done.err
-    assert [one.video for one in features_folder.read_films(drawn.out)] == ["party.mkv"]
+    assert [entry.video for entry in features_folder.read_films(drawn.out)] == ["party.mkv"]
 
 
 @pytest.mark.slow
-def test_a_photo_that_crashes_its_reader_costs_no_other_photo(drawn, monkeypatch):
+def test_photo_that_crashes_the_reader_does_not_affect_other_photos(drawn, monkeypatch):
     """One process reads the photos of all people."""
     read, batches = pipeline.run_limited_each, []
     bad = drawn.friends / "Bob" / "2.png"
@@ -186,36 +186,36 @@ def test_a_photo_that_crashes_its_reader_costs_no_other_photo(drawn, monkeypatch
     drawn.befriend("Ada", "Bob", "Eve")
     for name in ("Ada", "Bob", "Eve"):
         write_photo(drawn.friends / name / "2.png", (name, 50, 40))
-    content, said = drawn.who(film, flags=["--workers=1"], code=1)
-    assert batches[0] == 6 and content["failed"] == [str(bad)] and said.count("SIGSEGV") == 1
+    content, output = drawn.who(film, flags=["--workers=1"], code=1)
+    assert batches[0] == 6 and content["failed"] == [str(bad)] and output.count("SIGSEGV") == 1
     assert content["people"] == {"Ada": 2, "Bob": 1, "Eve": 2}
     assert not [*drawn.out.rglob(".extract-*")]
 
 
 @pytest.mark.slow
-def test_what_a_person_says_of_a_clip_counts(drawn):
-    """A clip that was enrolled shows whom its label says, and goes with this person."""
+def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
+    """An enrolled clip has the name of its label, and is forgotten with this person."""
     film = drawn.film()
     drawn.befriend("Ada", "Bob")
 
-    def shown():
+    def read_names():
         drawn.who(film)
         rows = drawn.rows()
         return {clip: (row["identity"], row["evidence"]) for row in rows for clip in row["clips"]}
 
-    before = shown()
+    before = read_names()
     assert before["party.s000.t00"] == ("Ada", ["face"])
     clip = (f"--input={drawn.out / 'features'}", "--clip=party.s000.t00")
     drawn.gallery("enrol", *clip, "--identity=Bob")
-    assert shown()["party.s000.t00"] == ("Bob", ["told"])
+    assert read_names()["party.s000.t00"] == ("Bob", ["told"])
     drawn.gallery("remove", "--clip=party.s000.t00")
-    assert shown() == before
+    assert read_names() == before
     drawn.gallery("enrol", *clip, "--strangers")
-    assert shown()["party.s000.t00"] == (None, [])
+    assert read_names()["party.s000.t00"] == (None, [])
     drawn.gallery("relabel", "--clip=party.s000.t00", "--identity=Ada")
-    assert shown()["party.s000.t00"] == ("Ada", ["told"])
+    assert read_names()["party.s000.t00"] == ("Ada", ["told"])
     shutil.rmtree(drawn.friends / "Ada")
-    shown()
+    read_names()
     assert {*Gallery(drawn.out / "gallery").identities} == {"Bob"}, "with the clip that was told"
 
 
@@ -241,7 +241,7 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
 
 @pytest.mark.slow
 def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
-    """If a call was interrupted, the table of unknown people still describes the earlier film."""
+    """The unknown table still describes the earlier film if a call was interrupted."""
     film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
     write_film(film, (2, 20, [("Bob", 20, 30)]))
     drawn.who(film, people=False)
@@ -250,8 +250,8 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
         patch.setattr(who, "decide", cut_off)
         drawn.who(film, people=False, code=130)
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
-    content, said = drawn.who(film, people=False)
-    assert content["people"] == {} and "no longer exist" in said
+    content, output = drawn.who(film, people=False)
+    assert content["people"] == {} and "no longer exist" in output
     # A clip of the new film has the name of an enrolled one of the old film.
     for name in ("Eve", "Ada"):
         write_film(film, (2, 20, [(name, 20, 30)]))
@@ -270,15 +270,15 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
     write_photo(drawn.friends / "Ada" / "2020" / "IMG_1.png", ("Ada", 40, 40))
     write_film(drawn.friends / "Ada" / "2020" / "IMG_1.mov", (1, 20, [("Ada", 40, 40)]))
     for _ in range(2):  # the second time, the results lie in the folder of films
-        content, said = drawn.who(films, flags=[f"--out={films / 'names'}"])
-        assert content["people"] == {"Ada": 1} and content["failed"] == [], said
+        content, output = drawn.who(films, flags=[f"--out={films / 'names'}"])
+        assert content["people"] == {"Ada": 1} and content["failed"] == [], output
         rows = (films / "names" / "names.tsv").read_text().splitlines()[1:]
         assert [row.split("\t")[0] for row in rows] == ["films/a.mkv", "summer/a.mkv"]
 
 
 @pytest.mark.slow
 def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch):
-    """A moved film is not read again. If only the bytes of a film changed, `--check` notices."""
+    """A moved film is not read again; `--check` finds films with changed bytes."""
     film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
     drawn.befriend("Ada", "Bob")
     drawn.who(film)
@@ -290,9 +290,9 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
         return {row["video"] for row in drawn.rows()}, subtitles
 
     drawn.who(other.parent)
-    one = drawn.folder.name
-    paths = {f"{one}/party.mkv", "other/party.mkv"}
-    assert films() == (paths, {f"{one} - party", "other - party"})
+    folder = drawn.folder.name
+    paths = {f"{folder}/party.mkv", "other/party.mkv"}
+    assert films() == (paths, {f"{folder} - party", "other - party"})
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
         drawn.who(film)
@@ -320,24 +320,24 @@ def test_adding_voice_models_keeps_all_names(drawn):
     for number in (1, 2):
         write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 30 + number, 40))
 
-    def shown():
-        _, said = drawn.who(film)
-        return {row["clips"][0]: (row["identity"], row["evidence"]) for row in drawn.rows()}, said
+    def run_who():
+        _, output = drawn.who(film)
+        return {row["clips"][0]: (row["identity"], row["evidence"]) for row in drawn.rows()}, output
 
-    shown()
+    run_who()
     drawn.gallery("relabel", "--clip=people/Ada/2", "--strangers")
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
-    before, _ = shown()
+    before, _ = run_who()
     assert before["film.s001.t00"] == ("Bob", ["told"])
     write_voices(drawn.models)
-    after, said = shown()
-    assert after == before and said.count("new nets: audio: films and photos are read again") == 1
+    after, output = run_who()
+    assert after == before and output.count("new nets: audio: films and photos are read again") == 1
     clips = Gallery(drawn.out / "gallery").clips
     assert clips["people/Ada/2"].identity is None and clips["film.s001.t00"].identity == "Bob"
     assert clips["film.s001.t00"].vector[made_nets.WIDTH :].any()  # its voice has come
     assert not clips["people/Ada/1"].vector[made_nets.WIDTH :].any()
-    again, said = shown()
-    assert again == before and "new nets" not in said and "as before" in said
+    again, output = run_who()
+    assert again == before and "new nets" not in output and "as before" in output
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
     assert "other models of audio" in drawn.who(film, code=2)[1]
@@ -345,22 +345,22 @@ def test_adding_voice_models_keeps_all_names(drawn):
 
 @pytest.mark.slow
 def test_photos_that_seem_to_show_another_person_are_reported(drawn):
-    """A photo in another person's folder, a photo of a stranger, and a file under two names."""
+    """The cases are a wrong folder, a stranger, and a file under two names."""
     film, friends = drawn.film(), drawn.friends
     for name in ("Ada", "Bob"):
         for number in (1, 2, 3):
             write_photo(friends / name / f"{number}.png", (name, 40, 36 + 2 * number))
 
-    def told():
-        content, said = drawn.who(film)
+    def read_warnings():
+        content, output = drawn.who(film)
         assert content["failed"] == []
-        return re.findall(rf"{friends}/(\w+/?\w*)\.png: (.*(?:same|given).*?):", said)
+        return re.findall(rf"{friends}/(\w+/?\w*)\.png: (.*(?:same|given).*?):", output)
 
-    assert told() == []
+    assert read_warnings() == []
     write_photo(friends / "Ada" / "4.png", ("Bob", 42, 40))
     write_photo(friends / "Bob" / "5.png", ("Eve", 42, 40))
     shutil.copy(friends / "Ada" / "1.png", friends / "Eve.png")
-    assert told() == [
+    assert read_warnings() == [
         ("Ada/1", "the same file is also of Eve"),
         ("Ada/4", "given as Ada, but looks like Bob"),
         ("Bob/5", "given as Bob, but unlike the other photos of Bob"),
@@ -376,9 +376,9 @@ def test_enrol_reports_photos_without_one_good_face(drawn):
     write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
     pipeline.extract([photos], people / "Ada", drawn.models)
     assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
-    with pytest.warns(UserWarning, match="face") as told:
+    with pytest.warns(UserWarning, match="face") as caught:
         assert drawn.run("gallery", "enrol", g, f"--input={people}")[0] == 0
-    assert [str(one.message).partition(":")[0] for one in told] == [
+    assert [str(warning.message).partition(":")[0] for warning in caught] == [
         f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
     ]
     assert {*Gallery(g).clips} == {"Ada/one", "Ada/poor"}
@@ -387,18 +387,18 @@ def test_enrol_reports_photos_without_one_good_face(drawn):
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
 
 
-def test_enrol_judges_only_clips_that_it_was_given(drawn):
-    """One of two faces was deleted; a strangers' folder names a file that is no clip of it."""
+def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
+    """One face was deleted, and a track names a clip that does not exist."""
     photos, made, g = (drawn.folder / name for name in ("photos", "made", "g"))
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     write_photo(photos / "odd.png", ("Ada", 20, 20))
     pipeline.extract([photos], made, drawn.models)
     (_, face), *_ = read_arrays(made).items()
     write_npz(made / "two.npz", {"two.f01": face})
-    told = made / "videos" / "odd.json"
-    odd = json.loads(told.read_text())
+    facts = made / "videos" / "odd.json"
+    odd = json.loads(facts.read_text())
     odd["tracks"][0]["clip"] = ".x"
-    told.write_text(json.dumps(odd))
+    facts.write_text(json.dumps(odd))
     assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
     with pytest.warns(UserWarning, match=r"odd\.png: no face"):
         assert drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")[0] == 0
@@ -409,16 +409,16 @@ def pictures_of(path):
     """Returns words -> whose faces the pictures of a page with these words show, by colours."""
     import av
 
-    found, page = {}, path.read_text()
+    shown_faces, page = {}, path.read_text()
     for source, words in re.findall(r'<img [^>]*src="([^"]+)" alt="([^"]*)"', page):
         with av.open(str(path.parent / source)) as file:
             (frame,) = file.decode(video=0)
         rgb = frame.to_ndarray(format="rgb24")
         middle = rgb[len(rgb) // 3 : -len(rgb) // 3].mean((0, 1))
         whose = min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
-        found.setdefault(words, []).append(whose)
-    assert page.count("<img") == sum(map(len, found.values()))
-    return {words: sorted(some) for words, some in found.items()}
+        shown_faces.setdefault(words, []).append(whose)
+    assert page.count("<img") == sum(map(len, shown_faces.values()))
+    return {words: sorted(faces) for words, faces in shown_faces.items()}
 
 
 @pytest.mark.slow
@@ -426,8 +426,8 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     """Tags in a photo, a sidecar or another person's folder take precedence over names of files."""
     film, friends = drawn.film(), drawn.friends
     write_photo(friends / "group.png", *GROUP, ("Eve", 40, 70), tagged=GROUP)
-    content, said = drawn.who(film, flags=["--thumbnails"])
-    assert content["people"] == {"Ada": 1, "Bob": 1} and "group" not in said, said
+    content, output = drawn.who(film, flags=["--thumbnails"])
+    assert content["people"] == {"Ada": 1, "Bob": 1} and "group" not in output, output
     assert {*drawn.names().values()} == {"Ada", "Bob", "unknown 1"}
     clips = {*Gallery(drawn.out / "gallery").clips}
     assert clips == {"people/group/group.f01/Ada", "people/group/group.f02/Bob"}
@@ -440,37 +440,37 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     write_photo(bob / "2.png", ("Eve", 30, 30))
     (bob / "2.png.xmp").write_bytes(tags(("Eve", 30, 30)))
     write_photo(bob / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])
-    content, said = drawn.who(film, code=1)
+    content, output = drawn.who(film, code=1)
     assert content["people"] == {"Ada": 1, "Bob": 2, "Eve": 1}
     assert content["failed"] == [str(bob / "3.png")]
-    assert f"{bob / '3.png'}: there is no face at the tag of Ada" in said
-    assert f"{bob / '2.png'}: its face tags name Eve, not Bob" in said
+    assert f"{bob / '3.png'}: there is no face at the tag of Ada" in output
+    assert f"{bob / '2.png'}: its face tags name Eve, not Bob" in output
     shutil.rmtree(bob)
-    content, said = drawn.who(film)
+    content, output = drawn.who(film)
     assert content["people"] == {"Ada": 1, "Bob": 1}, "of the group photo"
-    assert "Bob has no photos any more, but face tags still name this person" in said
+    assert "Bob has no photos any more, but face tags still name this person" in output
 
 
 @pytest.mark.slow
 def test_changed_face_tag_moves_the_clip_to_the_new_person(drawn):
-    """The tag is in a sidecar, so the photo does not change. Renamed people keep their names."""
+    """The tag is in a sidecar file. Renamed people keep their new names."""
     film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
     drawn.befriend("Ada")
     write_photo(drawn.friends / "Ada" / "2.png", *GROUP, tagged=GROUP)
 
-    def shown():
-        _, said = drawn.who(film)
+    def run_who():
+        _, output = drawn.who(film)
         clips = Gallery(drawn.out / "gallery").clips.items()
-        return {clip.removeprefix("people/Ada/"): one.identity for clip, one in clips}, said
+        return {clip.removeprefix("people/Ada/"): stored.identity for clip, stored in clips}, output
 
-    assert shown()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Bob"}
+    assert run_who()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Bob"}
     drawn.gallery("rename", "--identity=Bob", "--to=Robert")
     sidecar.write_bytes(tags(("Bob", 40, 40)))
-    found, said = shown()
-    assert "1.png: its face tags name Bob, not Ada" in said
-    assert found == {"1/Bob": "Robert", "2.f01": "Ada", "2.f02/Bob": "Robert"}
+    identities, output = run_who()
+    assert "1.png: its face tags name Bob, not Ada" in output
+    assert identities == {"1/Bob": "Robert", "2.f01": "Ada", "2.f02/Bob": "Robert"}
     sidecar.unlink()
-    assert shown()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Robert"}
+    assert run_who()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Robert"}
 
 
 @pytest.mark.slow
@@ -486,7 +486,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
     drawn.gallery("enrol", clip, "--clip=party.s002.t00", "--identity=Bob")
     drawn.who(film)
     where = ["forget", "--identity=Bob", str(drawn.out)]
-    assert {one["kind"] for one in drawn.run(*where)[1]["places"]} == {"gallery", "who"}
+    assert {place["kind"] for place in drawn.run(*where)[1]["places"]} == {"gallery", "who"}
     if way == "untagged":
         write_photo(photo, ("Ada", 20, 20))
     elif way == "deleted":
@@ -518,8 +518,8 @@ def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
     drawn.who(film)
     whole = photo.read_bytes()
     photo.write_bytes(b"damaged")
-    _, said = drawn.who(film, code=1)
-    assert "forgotten" not in said and "Bob is not looked for" in said
+    _, output = drawn.who(film, code=1)
+    assert "forgotten" not in output and "Bob is not looked for" in output
     photo.write_bytes(whole)
     assert drawn.who(film)[0]["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
 
@@ -530,10 +530,10 @@ def test_poor_faces_and_damaged_tags_are_reported_in_every_call(drawn):
     write_photo(people / "bad.png", ("Ada", 20, 20))
     (people / "bad.xmp").write_bytes(b"<rdf:RDF Region")
     for _ in range(2):  # the next call tells them too
-        content, said = drawn.who(film)
+        content, output = drawn.who(film)
         assert content["people"] == {"Ada": 2} and content["failed"] == []
-        assert f"{people / 'poor.png'}: Ada: a poor face, quality 0.000" in said
-        assert f"{people / 'bad.png'}: bad.xmp: its face tags cannot be read" in said
+        assert f"{people / 'poor.png'}: Ada: a poor face, quality 0.000" in output
+        assert f"{people / 'bad.png'}: bad.xmp: its face tags cannot be read" in output
 
 
 @pytest.mark.slow
@@ -549,10 +549,10 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     features = (out / "features" / "party.npz").read_bytes()
     assert "as before" not in drawn.who(film, flags=["--thumbnails"])[1]
     clips = sorted(read_arrays(out / "features"))
-    found = [f"features/thumbnails/party/{clip}.png" for clip in clips]
-    found += [f"people/{name}/thumbnails/1/1.png" for name in ("Ada", "Bob")]
-    assert pictures() == found and (out / "features" / "party.npz").read_bytes() == features
-    for path in (page, *out.rglob("thumbnails"), *map(out.joinpath, found)):
+    expected = [f"features/thumbnails/party/{clip}.png" for clip in clips]
+    expected += [f"people/{name}/thumbnails/1/1.png" for name in ("Ada", "Bob")]
+    assert pictures() == expected and (out / "features" / "party.npz").read_bytes() == features
+    for path in (page, *out.rglob("thumbnails"), *map(out.joinpath, expected)):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:;"
     assert policy in page.read_text()
@@ -564,7 +564,7 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     shutil.rmtree(drawn.friends / "Ada")
     shutil.rmtree(out / "features" / "thumbnails" / "party")  # as a call that was cut off leaves it
     drawn.who(film, flags=["--thumbnails"])
-    assert pictures() == [path for path in found if not path.startswith("people/Ada")]
+    assert pictures() == [path for path in expected if not path.startswith("people/Ada")]
     assert len(pictures_of(page)) == 4 and "Ada" not in pictures_of(page)
     drawn.who(film, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
@@ -576,8 +576,8 @@ def test_film_without_thumbnails_stays_in_results_with_thumbnails(drawn):
     other.parent.mkdir()
     write_film(other, (1.5, 40, [("Ada", 30, 30)]))
     drawn.who(film)
-    _, said = drawn.who(other, flags=["--thumbnails", "--prune"])
-    assert "no pictures of" in said and "in place of" not in said
+    _, output = drawn.who(other, flags=["--thumbnails", "--prune"])
+    assert "no pictures of" in output and "in place of" not in output
     assert {row["path"] for row in drawn.rows()} == {str(film), str(other)}
 
 
@@ -588,8 +588,8 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     for folder, hint in (("Ada", f"--people={drawn.friends}"), ("strangers", "an empty folder")):
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]
-        _, said = drawn.who(film, people=False, flags=flags, code=2)
-        assert "Ada, Bob" in said and hint in said
+        _, output = drawn.who(film, people=False, flags=flags, code=2)
+        assert "Ada, Bob" in output and hint in output
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada", "Bob"}
 
 
@@ -605,13 +605,13 @@ def test_pages_that_name_a_removed_person_are_deleted_if_the_call_fails(drawn):
 
 
 def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monkeypatch):
-    """A line where a film is begun, a bar, words and percentages, and the people without a name."""
-    film, shown = drawn.film(), []
+    """The output contains a line per film, percentages and a hint to name people."""
+    film, progress = drawn.film(), []
 
     class Bar:
         def __init__(self, total, **_):
-            self.advance = shown.append
-            self.close = lambda: shown.append(-total)
+            self.advance = progress.append
+            self.close = lambda: progress.append(-total)
 
     drawn.befriend("Ada", "Bob")
     words = ("who", film, f"--models={drawn.models}", f"--out={drawn.out}")
@@ -620,9 +620,9 @@ def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monke
         patch.setattr(pipeline, "PROGRESS_SECONDS", 0.01)
         patch.setattr(pipeline.sys.stderr, "isatty", lambda: True)
         done = command(*words, f"--people={drawn.friends}")
-    assert shown[-1] == -film.stat().st_size and 0 < sum(shown[:-1]) <= -shown[-1]
-    said = done.err.splitlines()
-    assert said[-2:] == ["1 of 1: party.mkv ...", "party.mkv: 6.0 s, 3 shots, 4 faces"]
+    assert progress[-1] == -film.stat().st_size and 0 < sum(progress[:-1]) <= -progress[-1]
+    lines = done.err.splitlines()
+    assert lines[-2:] == ["1 of 1: party.mkv ...", "party.mkv: 6.0 s, 3 shots, 4 faces"]
     assert "over 99 %" in done.out and "100%" not in done.out
     assert "1 person without a name: to name them, call again with --review --th" in done.out
 
@@ -637,5 +637,5 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
     with pytest.raises(ValueError, match="features of another face_embedder"):
         pipeline.extract([film], out, drawn.models)
     assert drawn.run("gallery", "create", g, f"--models={drawn.models}")[0] == 0
-    code, _, said = drawn.run("gallery", "enrol", g, f"--input={out}", "--identity=Ada")
-    assert code == 2 and "of different models" in said
+    code, _, output = drawn.run("gallery", "enrol", g, f"--input={out}", "--identity=Ada")
+    assert code == 2 and "of different models" in output
