@@ -127,7 +127,7 @@ DEEP = xmp.packet("<rdf:Bag><rdf:li>" * 60_000 + "</rdf:li></rdf:Bag>" * 60_000)
 # Name -> content, what is wrong with it, and the most tags that it has.
 HOSTILE = {
     "entities": (BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined entity", 0),
-    "100 MB": (b"<rdf:RDF Region" + b" " * 100_000_000, "no end within", 0),
+    "100 MB": (b"<rdf:RDF Region" + b" " * 100_000_000, "do not end within", 0),
     "many packets": (b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
     "deep": (DEEP.replace(b"rdf:Bag", b"MPRI:Regions"), "", 0),
     "prefix": (MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),
