@@ -1,12 +1,20 @@
-"""Chromium without a window."""
+"""Chromium without a window: `python -m tests.helpers.browser PAGE PICTURE`.
 
+The command makes the picture of the main README from the report of its first command:
+
+    python -m tests.helpers.browser runs/mma/report.html colab/report.png
+"""
+
+import argparse
 import contextlib
 import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +110,20 @@ def open_tab(profile: Path) -> Iterator[Tab]:
         process.wait()
         if tab:
             tab.close()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the top of a page as PNG."""
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.browser")
+    parser.add_argument("page", type=Path, help="a report")
+    parser.add_argument("picture", type=Path, help="the PNG")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as profile:
+        words = (f"--screenshot={args.picture.absolute()}", "--window-size=1280,1280")
+        browse(Path(profile), *words, "--hide-scrollbars", args.page.absolute().as_uri())
+    if not args.picture.is_file():
+        raise SystemExit(f"no picture of '{args.page}'")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
