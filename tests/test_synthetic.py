@@ -55,7 +55,9 @@ def changed_files(left, other):
 @pytest.mark.slow
 def test_synthetic_set_has_the_specified_statistics(make):
     folder = make()
-    clips = {p: _clips(folder, *p) for p in itertools.product(MODALITIES, SPLITS)}
+    clips: dict[tuple[str, str], Any] = {
+        p: _clips(folder, *p) for p in itertools.product(MODALITIES, SPLITS)
+    }
     labels = {"train": {name[:-4]: int(c) for name, c in _lines(folder / "train_gt.txt")}}
     for split in ("val", "test"):
         lines = _lines(folder / f"{split}_gt.txt")
