@@ -118,7 +118,7 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
     for cell in shorter.cells:
         cell.source = cell.source.replace('main(["--config=configs/mma.py"])', f"main({words})")
         cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
-    assert ("num_epochs=1" in str(shorter)) == (name == "quickstart")
+    assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")
     nbformat.write(shorter, tmp_path / "shorter.ipynb")
     executed = notebooks_lib.run(tmp_path / "shorter.ipynb", tmp_path, cache_dir)
     for cell, before in zip(executed.cells, read(name).cells, strict=True):
