@@ -268,7 +268,10 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 def suggest_path(path: Path) -> str:
     """Returns a line that asks whether a similar name in the same folder was meant, or ''."""
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
     similar = difflib.get_close_matches(path.name, names, n=1)
     return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
 

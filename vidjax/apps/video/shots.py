@@ -167,8 +167,8 @@ def _find_middle(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) 
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # never singular: the ends are unlike
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
     mixed = (parts.min(0) > 0.15) & (rest < MIXED_REST)
-    moved = mixed.sum() > 1 and _measure_shifted_likeness(start, end) > MOVED_LIKENESS
-    if mixed.sum() < 2 or moved:  # the camera moves slowly
+    # Pictures that are alike after a shift show a camera that moves slowly.
+    if mixed.sum() < 2 or _measure_shifted_likeness(start, end) > MOVED_LIKENESS:
         return None
     return int((parts[1] > parts[0]).argmax())
 

@@ -274,10 +274,11 @@ def find_least_cosine(back_end: BackEnd, odds: float) -> float:
     their means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
-    log_ratios = np.zeros(len(cosines))
-    for (mean, deviation), sign in ((back_end.same, 1), (back_end.different, -1)):
-        log_ratios -= sign * (0.5 * ((cosines - mean) / deviation) ** 2 + np.log(deviation))
-    return float(np.interp(np.log(odds), log_ratios, cosines))
+    same, different = (
+        -0.5 * ((cosines - mean) / deviation) ** 2 - np.log(deviation)
+        for mean, deviation in (back_end.same, back_end.different)
+    )
+    return float(np.interp(np.log(odds), same - different, cosines))
 
 
 def find_changes(

@@ -277,7 +277,7 @@ def name_people(
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
-        _tell_missing(all_films, out)
+        _report_missing(all_films, out)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, gallery, decision, padding)
@@ -324,7 +324,7 @@ def _read_photos(
     return {folder: outcomes for group in results for folder, outcomes in group.items()}
 
 
-def _tell_missing(films: Sequence[Film], out: Path) -> None:
+def _report_missing(films: Sequence[Film], out: Path) -> None:
     """Prints how many films are missing, and a film without pictures if other films have them."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
