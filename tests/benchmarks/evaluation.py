@@ -113,8 +113,8 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
     recipe = peer.make_recipe(args.net, 1 + args.num_identities)
     eager, compiled = (peer.make_scorer(recipe, compile=compile) for compile in (False, True))
     return {
-        "eager": lambda: peer.rank(eager, blocks),
-        "compiled": lambda: peer.rank(compiled, blocks),
+        "eager": lambda: peer.rank(eager, blocks)[1].cpu(),
+        "compiled": lambda: peer.rank(compiled, blocks)[1].cpu(),
     }
 
 

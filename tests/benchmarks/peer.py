@@ -1,4 +1,4 @@
-"""The same nets and data in idiomatic PyTorch, eager or compiled, on the CPU.
+"""The same nets and data in idiomatic PyTorch, eager or compiled, on a GPU if there is one.
 
     python -m tests.benchmarks.peer DIR [--epochs=10] [--batch_size=1024] [--compile]
 
@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader
 MMA_MODALITIES = ("face", "head", "body", "audio")
 DIM = 512  # of features, and of the vectors of MMA
 FRAME_STEP = 16  # padding is to a multiple of it, so that few shapes are compiled
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_default_device(DEVICE)
 
 
 class Frames(NamedTuple):
@@ -52,8 +54,12 @@ class Fused(NamedTuple):
 
 
 def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
-    made = {name: Frames(*map(torch.from_numpy, arrays)) for name, arrays in frames.items()}
+    made = {name: Frames(*map(_move, arrays)) for name, arrays in frames.items()}
     return Batch(made, torch.as_tensor(labels).long())
+
+
+def _move(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(DEVICE)
 
 
 # Fusion.
@@ -312,7 +318,7 @@ def make_recipe(name: str, num_classes: int) -> Recipe:
 
 
 def _autocast(dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype != torch.float32)
 
 
 def _seen(frames: Mapping[str, Frames]) -> Tensor:
@@ -440,7 +446,7 @@ def collate(examples: Sequence[tuple[Clip, int]]) -> Batch:
         for array, values in zip((features, quality, detection), clip, strict=True):
             array[i, : lengths[i]] = values
     arrays = (features, quality, detection, np.arange(longest) < lengths[:, None])
-    frames = Frames(*(torch.from_numpy(x) for x in arrays))
+    frames = Frames(*map(_move, arrays))
     return Batch({"face": frames}, torch.tensor([label for _, label in examples]))
 
 
@@ -458,6 +464,7 @@ def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: in
     if not train:  # so that blocks have little padding
         examples.sort(key=lambda example: len(example[0].features))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
+    options["generator"] = torch.Generator(DEVICE)
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 
 
@@ -486,7 +493,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
 
     def evaluate() -> float:
         """Returns MAP over all identities of val; the AP of one without a column is 0."""
-        best, rows = (x.numpy() for x in rank(score, blocks))
+        best, rows = (x.cpu().numpy() for x in rank(score, blocks))
         recipe.net.train()  # scoring left it in evaluation
         hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(best)
         total = (np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1]) * hits).sum(axis=1)
