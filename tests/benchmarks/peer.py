@@ -31,7 +31,6 @@ MMA_MODALITIES = ("face", "head", "body", "audio")
 DIM = 512  # of features, and of the vectors of MMA
 FRAME_STEP = 16  # padding is to a multiple of it, so that few shapes are compiled
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_default_device(DEVICE)
 
 
 class Frames(NamedTuple):
@@ -55,7 +54,7 @@ class Fused(NamedTuple):
 
 def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
     made = {name: Frames(*map(_move, arrays)) for name, arrays in frames.items()}
-    return Batch(made, torch.as_tensor(labels).long())
+    return Batch(made, torch.as_tensor(labels, device=DEVICE).long())
 
 
 def _move(array: np.ndarray) -> Tensor:
@@ -104,15 +103,16 @@ def random_fusion(
     twice in a vector, unless the clip has too few frames.
     """
     num_slots, (num_clips, num_frames) = len(probs), frames.mask.shape
-    slots, draw = torch.arange(num_slots), torch.rand(num_clips, num_draws, 1)
+    rand = functools.partial(torch.rand, device=DEVICE)
+    slots, draw = torch.arange(num_slots, device=DEVICE), rand(num_clips, num_draws, 1)
     more = [(draw >= sum(probs[:i]) / sum(probs)).long() for i in range(1, num_slots)]
     used = slots < 1 + sum(more)  # [B, N, S]
     if replacement:
         cdf = frames.mask.cumsum(dim=1, dtype=torch.float32)
-        points = torch.rand(num_clips, num_draws * num_slots) * cdf[:, -1:]
+        points = rand(num_clips, num_draws * num_slots) * cdf[:, -1:]
         index = torch.searchsorted(cdf, points, right=True).clamp(max=num_frames - 1)
     else:
-        keys = torch.rand(num_clips, num_draws, num_frames)
+        keys = rand(num_clips, num_draws, num_frames)
         keys = keys.masked_fill(~frames.mask[:, None], -1.0)
         order = keys.topk(min(num_slots, num_frames), dim=-1).indices
         turn = slots % frames.mask.sum(dim=1, keepdim=True).clamp(min=1, max=num_slots)  # [B, S]
@@ -121,7 +121,8 @@ def random_fusion(
     weights = torch.where(weights.sum(dim=-1, keepdim=True) > 0, weights, used.float())
     weights = weights / weights.sum(dim=-1, keepdim=True)
     exists = frames.mask.any(dim=1)[:, None].expand(-1, num_draws)
-    rows = (torch.arange(num_clips)[:, None] * num_frames + index).flatten()
+    first = torch.arange(num_clips, device=DEVICE)[:, None] * num_frames
+    rows = (first + index).flatten()
     picked = frames.features.flatten(0, 1).index_select(0, rows).view(*used.shape, -1)
     weights = (weights * exists[..., None])[..., None]  # [B, N, S, 1]
     return Fused((weights * picked.float()).sum(dim=2), exists)
@@ -313,7 +314,8 @@ def make_recipe(name: str, num_classes: int) -> Recipe:
         fused = random_fusion(face, **draw) if train else mean_frame(face, weighting)
         return {"face": fused, **{other: mean_frame(frames[other]) for other in modalities[1:]}}
 
-    recipe = Recipe(NETS[name](num_classes), lambda x: fuse(x, True), lambda x: fuse(x, False))
+    net = NETS[name](num_classes).to(DEVICE)
+    recipe = Recipe(net, lambda x: fuse(x, True), lambda x: fuse(x, False))
     return recipe._replace(score=F.logsigmoid, focal=True) if name == "mlp" else recipe
 
 
@@ -396,7 +398,9 @@ def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Ten
     with torch.inference_mode():
         for batch in blocks:
             scores = score(batch).T  # [C, B]
-            index = torch.arange(start, start + scores.shape[1]).expand(len(scores), -1)
+            index = torch.arange(start, start + scores.shape[1], device=DEVICE).expand(
+                len(scores), -1
+            )
             if start:
                 scores, index = torch.cat([best, scores], dim=1), torch.cat([rows, index], dim=1)
             best, place = scores.topk(min(100, scores.shape[1]), dim=1)
@@ -447,7 +451,7 @@ def collate(examples: Sequence[tuple[Clip, int]]) -> Batch:
             array[i, : lengths[i]] = values
     arrays = (features, quality, detection, np.arange(longest) < lengths[:, None])
     frames = Frames(*map(_move, arrays))
-    return Batch({"face": frames}, torch.tensor([label for _, label in examples]))
+    return Batch({"face": frames}, torch.tensor([label for _, label in examples], device=DEVICE))
 
 
 def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
@@ -464,7 +468,6 @@ def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: in
     if not train:  # so that blocks have little padding
         examples.sort(key=lambda example: len(example[0].features))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
-    options["generator"] = torch.Generator(DEVICE)
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 
 
