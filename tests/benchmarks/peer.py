@@ -249,7 +249,7 @@ class MMA(nn.Module):
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
         present = torch.stack([fused[name].mask.any(dim=1) for name in self.counts], dim=1)
         if self.training:
-            draw = torch.rand(present.shape).masked_fill(~present, -1.0)
+            draw = torch.rand(present.shape, device=DEVICE).masked_fill(~present, -1.0)
             present = present & ((draw >= 0.5) | (draw == draw.amax(dim=1, keepdim=True)))
         vectors, masks = [], []
         for i, (name, count) in enumerate(self.counts.items()):
