@@ -29,7 +29,6 @@ def clips():
 
 @pytest.fixture(scope="module")
 def labels(clips):
-    """Returns clip -> identity."""
     names = [name for split in clips.values() for name in split]
     return {name: f"person_{int(name.rsplit('_')[-1]) % 4}" for name in names}
 

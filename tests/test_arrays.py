@@ -1,19 +1,24 @@
-"""Features of one's own become the records that official files would, or say why not."""
+"""Features of one's own: the records that official files would become, or why not."""
 
+import functools
 import pickle
+import resource
 import sys
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
 from tests.helpers.batches import eval_batches, labelled
 from tests.helpers.datasets import load_dataset, prepare
-from vidjax.data import arrays, iqiyi_vid, memory, sources
+from vidjax.data import arrays, iqiyi_vid, labels, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.data.records.conversion import convert
+from vidjax.utils import errors, files
 
 DIM = 6
 SCORES = ("quality", "detection", "number")
@@ -29,7 +34,6 @@ def make_splits():
 
 
 def shards(records):
-    """Returns the sha256 of every shard of a conversion."""
     return {
         (split, shard.path.name.split("-", 1)[1]): shard.sha256
         for split, facts in records.splits.items()
@@ -205,7 +209,7 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, c
 TWO = {"features": np.zeros((2, DIM), np.float32)}
 ONE = {"f": [1.0]}
 LONG = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}  # not [3, 64]?
-BAD = [  # what val contains first, and words of the error
+BAD = (  # what val contains first, and words of the error
     (np.zeros((2, DIM + 1)), "features are 7 wide, in other clips 6: "),
     ([[1.0, 2.0], [3.0]], "rows of different lengths"),
     (np.array([None, "x"], object), "Python objects"),
@@ -216,7 +220,7 @@ BAD = [  # what val contains first, and words of the error
     (TWO | {"number": [0.5, 1.0]}, "number 0.5"),
     ({"quality": [1.0]}, "no features"),
     ({"feature": np.zeros((1, DIM))}, "no field 'feature'"),
-]
+)
 
 
 def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
@@ -246,7 +250,7 @@ def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
 
 def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     path = tmp_path / "labels.csv"
-    for labels, *words in (
+    for given, *words in (
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
         ({**LABELS, "nobody": 1}, "1 of 5 clips", "nobody"),
         ({"train_01": 1.5}, "clip train_01", "not float"),
@@ -259,10 +263,10 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         (b"clip,identity\n\xff,1\n", "UTF-8"),
         (tmp_path / "none.csv", "none.csv", "no such file"),
     ):
-        if isinstance(labels, bytes):
-            path.write_bytes(labels)
+        if isinstance(given, bytes):
+            path.write_bytes(given)
             words.append(str(path))
-        refused(make_splits(), *words, labels=path if isinstance(labels, bytes) else labels)
+        refused(make_splits(), *words, labels=path if isinstance(given, bytes) else given)
 
 
 def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, refused):
@@ -297,28 +301,24 @@ def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, ref
     refused(tmp_path, "train-00001", "is not read", "train.parquet")
 
 
-def test_npz_of_several_clips_needs_valid_frame_counts(tmp_path):
+def test_npz_files_that_do_not_fit_each_other_are_refused(tmp_path):
     path, features = tmp_path / "all.npz", np.ones((3, 2), np.float32)
+    load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
         more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=features, **more)
-        words = str(path), "'face_length' must count the frames of each clip"
-        seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), *words)
+        seen.refused(load, str(path), "'face_length' must count the frames of each clip")
     np.savez(path, clips=["a", "a"], face=features, face_length=[1, 2])
-    seen.refused(lambda: memory.load_clips(tmp_path, {"face": 2}, ()), "clip a comes twice")
+    seen.refused(load, "clip a comes twice")
     np.savez(path, clips=features)  # a modality of this name
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).split("clips").clips == ("all",)
-
-
-def test_folder_with_npz_clips_and_other_feature_files_is_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", face=np.ones((1, 2), np.float32))
-    (tmp_path / "labels.csv").write_text("clip,identity\na,1\n")
-    assert memory.load_clips(tmp_path, {"face": 2}, ()).split("clips").clips == ("a",)
+    np.savez(path, face=features)
+    (tmp_path / "labels.csv").write_text("clip,identity\nall,1\n")
+    assert load().split("all").clips == ("all",)
     for other in ("val/d.npz", "b.NPZ", "c.npy", "d.parquet"):
         (tmp_path / "val").mkdir(exist_ok=True)
         (tmp_path / other).touch()
-        with pytest.raises(ValueError, match=r"because the folder has CLIP\.npz"):
-            memory.load_clips(tmp_path, {"face": 2}, ())
+        seen.refused(load, "because the folder has CLIP.npz")
         (tmp_path / other).unlink()
 
 
@@ -355,5 +355,112 @@ def test_error_names_a_bad_clip_in_memory():
         ({"b": good, "c": good, **wide}, "23 wide, in other clips 24"),
         ({"a": good, "a.mp4": good}, "clip a comes twice"),
     ):
-        with pytest.raises(ValueError, match=words):
-            memory.MemoryClips.from_dict(clips, {"face": 24, "head": 8}, ("1",))  # pyright: ignore
+        given: Any = clips
+        seen.refused(
+            lambda x=given: memory.MemoryClips.from_dict(x, {"face": 24, "head": 8}, ()), words
+        )
+
+
+def read_input(path):
+    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+        return memory.load_clips(path, {"face": 4}, ("anna",))
+
+
+def refused_input(path, *words):
+    """Asserts that clips are refused in at most three lines that name the file and say words."""
+    assert "pickle" not in seen.refused(lambda: read_input(path), *words)
+
+
+def test_only_regular_files_are_read_as_clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    path = folder / "x.npz"
+    for kind in ("pipe", "zero", "folder"):
+        mutations.put(path, kind, tmp_path)
+        refused_input(folder, f"is a {'device' if kind == 'zero' else kind}")
+        path.rmdir() if kind == "folder" else path.unlink()
+    np.savez(tmp_path / "real.npz", face=np.ones((1, 4), np.float32))
+    path.symlink_to(tmp_path / "real.npz")  # their own folders may be made of links
+    (folder / "._x.npz").write_text("what other systems leave beside a file")
+    assert read_input(folder).names == ("x",)
+    for name in ("labels.csv", "val_gt.txt"):
+        mutations.put(tmp_path / name, "pipe", tmp_path)
+        with mutations.alarm():
+            load = functools.partial(labels.load_label_table, tmp_path / name, {"val": ["x"]})
+            seen.refused(load, "is a pipe")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"no archive", "damaged or not an .npz file: write it again"),
+        (b"", "damaged or not an .npz file: write it again"),
+        ({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)"),
+        ({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')"),
+        ({"face": np.array([{}], object)}, "contains Python objects"),
+    ],
+)
+def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, content, words):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    refused_input(tmp_path, "a.npz", words)
+    path.rename(tmp_path / "a.npy")
+    refused_input(tmp_path, "numpy.savez('CLIP.npz', face=array)")
+    refused_input(tmp_path / "a.npy", "numpy.savez(")
+
+
+def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 16_000)
+    for number in range(11):  # a third of the memory holds 10 clips
+        np.savez(tmp_path / f"{number:02}.npz", face=np.ones((100, 4), np.float32))
+    refused_input(tmp_path, "clip 10", "fewer clips at once")
+    (tmp_path / "10.npz").unlink()
+    assert len(read_input(tmp_path).names) == 10
+
+
+def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path, of_path = tmp_path / "clips.parquet", "clips.parquet: "
+    good = {"clip": ["a"], "modality": ["face"], "features": [[1.0, 2.0, 3.0, 4.0]]}
+    parquet.write_table(pyarrow.table(good), path)
+    assert read_input(path).names == ("a",)
+    content = path.read_bytes()
+    for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
+        path.write_bytes(damaged)
+        refused_input(path, of_path + "damaged, or not a parquet table: write it again")
+    columns = [pyarrow.array(column) for column in (*good.values(), ["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, [*good, "clip"]), path)
+    refused_input(path, of_path + "two columns are named clip: keep one")
+    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
+    many = {**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000}
+    parquet.write_table(pyarrow.table(many), path)  # 4 GB, if each name were a separate text
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused_input(path, ", wanted face")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+    monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
+    flat = pyarrow.array(np.zeros(files.MB, np.float32))
+    features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
+    parquet.write_table(pyarrow.table({**good, "features": features}), path)
+    assert path.stat().st_size < 64 << 10
+    refused_input(path, of_path + "its columns take 4,", "a third of the memory")
+
+
+def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
+    face, quality = np.ones((3, 4), np.float32), np.array([1, 1, np.inf], np.float32)
+    face[1, 2] = np.nan
+    np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
+    np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
+    with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
+        memory.load_clips(tmp_path, {"face": 4}, ())
+    assert [str(warning.message) for warning in caught] == [
+        "face: 2 of 4 frames are not read: their features are not finite; 1 clips lose all frames",
+        "face: 1 of 4 frames have a quality that is not finite: 0 is used",
+    ]
+    (tmp_path / "official").mkdir()
+    entries = [[n, (0.0, 0.0, 1.0, 1.0), 0.9, 50.0, row] for n, row in enumerate(face)]
+    pickled = pickle.dumps({b"a.mp4": entries}, 2)
+    (tmp_path / "official" / "face_val.pickle").write_bytes(pickled)
+    with pytest.warns(errors.VidjaxWarning, match="1 of 3 frames are not read"):
+        memory.load_clips(tmp_path / "official", {"face": 4}, ())

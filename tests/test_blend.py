@@ -36,7 +36,6 @@ def folders(official_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(cache_dir):
-    """Configuration -> dataset, each read once."""
     read = functools.cache(
         lambda folder: load_dataset("iqiyi_vid", directory=folder, cache_dir=str(cache_dir))
     )

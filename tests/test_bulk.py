@@ -14,7 +14,7 @@ import pytest
 
 import vidjax
 from tests.helpers import limits
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
 from vidjax.utils.errors import UserError
@@ -60,7 +60,6 @@ def people(made, tmp_path):
 
 @pytest.fixture
 def say(say):
-    """Runs a command with --json; returns what it printed, or its error."""
     return lambda *words, code=0: say(*words, "--json", code=code)
 
 
@@ -116,7 +115,6 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(say, nearest_ru
 def test_ranking_of_many_tables_equals_ranking_of_one_table(
     say, nearest_run, people, made, day, tmp_path
 ):
-    """Clips with equal scores are sorted by name."""
     words = ("gallery", "rank", people, f"--input={day}", "--threshold=0.3")
     lists = lists_of(say(*words, f"--out={tmp_path / 'people'}")["results"])
     for name, expected in made.rank(CLIPS, threshold=0.3).items():
@@ -185,9 +183,7 @@ def test_call_after_a_kill_completes_the_same_bytes(say, people, day, tmp_path):
     assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) == 30
 
 
-@pytest.mark.parametrize(
-    "change", quick_first(["clips", "rule", "damage"], mark=pytest.mark.nightly)
-)
+@first_by_day("change", ["clips", "rule", "damage"])
 def test_results_of_other_clips_or_rules_are_refused_and_kept(say, people, day, tmp_path, change):
     out = tmp_path / "out"
     words = ["gallery", "identify", people, f"--input={day}", f"--out={out}"]
@@ -222,7 +218,9 @@ def test_call_ends_with_an_error_if_the_gallery_changes(say, people, day, tmp_pa
     assert [*contents(out)] == ["part-0.parquet"]
 
 
-def test_bad_tables_fail_and_the_other_tables_are_answered(say, people, day, tmp_path):
+def test_bad_tables_and_splits_are_refused_and_the_other_tables_are_answered(
+    say, people, day, tmp_path
+):
     words = ("gallery", "identify", people, f"--input={day}")
     for more in ([], [f"--out={tmp_path / 'answers.csv'}"]):
         assert "--out=FOLDER" in say(*words, *more, code=2)
@@ -232,9 +230,6 @@ def test_bad_tables_fail_and_the_other_tables_are_answered(say, people, day, tmp
     error = say(*words, f"--out={tmp_path / 'out'}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed, the others are done" in error
     assert [*contents(tmp_path / "out")] == ["part-2.parquet", "part-3.parquet"]
-
-
-def test_split_is_refused_for_a_folder_of_tables(say, day, tmp_path):
     words = ("embed", "--workdir=none", f"--input={day}", f"--out={tmp_path / 'out'}")
     assert "leave it out" in say(*words, "--config.eval.split=test", code=2)
     (day / "one.npz").touch()

@@ -25,8 +25,6 @@ def folder(nearest_run, official_dir, cache_dir, tmp_path):
 
 @pytest.fixture
 def check(command):
-    """Runs a check; returns its exit code and its lines."""
-
     def run(*words):
         code, out, err = command("check", *words)
         assert err == ""
@@ -37,7 +35,6 @@ def check(command):
 
 @pytest.fixture
 def check_run(folder, check):
-    """Checks the run of the copy."""
     words = f"--workdir={folder}/run", f"--config.data.cache_dir={folder}/cache"
     return lambda *more: check(*words, *more)
 

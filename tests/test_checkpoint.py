@@ -25,7 +25,6 @@ def assert_same(left, right):
 
 
 def restore_latest(workdir, items):
-    """Does what a training does before it goes on."""
     latest = checkpoint.find(workdir)
     assert latest is not None
     restored = checkpoint.load(latest, items, devices.replicated_layout(devices.make_mesh()))
@@ -45,6 +44,10 @@ def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
     restored, manifest = restore_latest(tmp_path, items)
     assert (manifest["seconds"], manifest["map"]) == (1.5, 0.5)
     assert_same(items, restored)
+    # Another model is refused.
+    for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
+        with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):
+            restore_latest(tmp_path, {**items, "params": {"a": other}})
 
 
 def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):
@@ -91,10 +94,3 @@ def test_interrupted_save_or_deletion_leaves_no_checkpoint(tmp_path, items):
     for step in (3, 4):
         checkpoint.save(tmp_path, step, items, {})
     assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]
-
-
-def test_checkpoint_of_another_model_is_refused(tmp_path, items):
-    checkpoint.save(tmp_path, 1, items, {})
-    for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
-        with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):
-            restore_latest(tmp_path, {**items, "params": {"a": other}})

@@ -33,6 +33,9 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     for word in ("", *words):
         config = load(f"{name}:{word.replace('few', 'iqiyi_vid,few')}")
         config_lib.check(config)
+        if word == "everything":
+            assert config.data.train_splits == ("train", "val") and config.eval.split == "test"
+            assert not any(config.ensemble[name] for name in config_lib.HOLD_OUT_FIELDS)
         written.append(config_io.to_json(config))
         again = config_io.from_json(written[-1])
         values, wanted = (dict(config_lib.fields(each)) for each in (again, config))
@@ -42,11 +45,14 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         overrides = ["--config.data.dir=/data", "--config.modalities=face,head"]
         moved = config_io.override(again, overrides)
         assert (moved.data.dir, moved.modalities) == ("/data", ("face", "head"))
+    if name in ("deepmef", "quality_fusion", "residual_dense"):
+        with pytest.raises(ValueError, match="'everything' and 'trainval'"):
+            load(f"{name}:trainval,everything")
     # Every word changes something, except `mlp5`, which names the default.
     assert written.count(written[0]) == 1 + ("mlp5" in words)
 
 
-def test_override_is_converted_to_the_type_of_its_field():
+def test_overrides_have_the_type_of_their_field_and_differences_omit_unread_fields():
     for word, value in {
         "batch_size=64": 64, "num_epochs=3": 3.0, "num_epochs=inf": float("inf"),
         "modalities=('face',)": ("face",), "modalities=face, head": ("face", "head"),
@@ -63,10 +69,7 @@ def test_override_is_converted_to_the_type_of_its_field():
     changed = config_io.override(config, [f"--config.{word}" for word in words])
     assert changed.modalities == ("head", "audio") and changed.seed == 2  # the last one counts
     assert config_lib.differences(config, load()) == {}
-
-
-def test_differences_omit_fields_that_neither_configuration_reads():
-    """A run of a version with more fields can be resumed."""
+    # A run of a version with more fields can be resumed.
     plain = load("noise_classes:other")
     other = config_io.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
     assert config_lib.differences(plain, other) == {}

@@ -47,7 +47,6 @@ def package(name):
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
-    """Returns the folder of the nets of all packages."""
     folder = tmp_path_factory.mktemp("nets")
     for kind, name in PACKAGES.items():
         assert main(["convert", kind, str(package(name)), f"--out={folder}"]) == 0
@@ -56,8 +55,6 @@ def nets(tmp_path_factory):
 
 @pytest.fixture
 def fails(say):
-    """Expects a message of at most three lines with some words, and exit code 2."""
-
     def check(words, *wanted):
         error = say("convert", *words, code=2)
         assert all(word in error for word in wanted), error

@@ -1,7 +1,8 @@
-"""Two processes train and evaluate a run as one process with two devices does."""
+"""A run does not depend on the number of devices and processes that share its clips."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import LAYER, ROOT, run, saved, shrunk
+from tests.helpers.cases import first_by_day
+from tests.helpers.small_runs import LAYER, ROOT, run, saved, shrunk, weights
 from vidjax.cli import program
-from vidjax.core import distributed
-from vidjax.utils.errors import UserError
+from vidjax.core import devices, distributed
+from vidjax.utils.errors import UserError, VidjaxWarning
 
 SECONDS = 300
 SPEC = "configs/quality_fusion.py:iqiyi_vid"
@@ -27,17 +28,19 @@ WORDS = (
 )  # fmt: skip
 
 
-def test_functions_for_many_processes_work_in_one_process():
+def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices():
     assert distributed.count() == 1 and distributed.is_first()
     assert distributed.max_over_processes(7, -3) == [7, -3]
     distributed.check_same({"configuration": {"a": 1}})
     with pytest.raises(UserError, match=r"missing; .*--coordinator=HOST:PORT"):
         distributed.join_processes(program.parse(["--config=mma", "--coordinator=h:9"]))
+    for number in (0, 9):
+        with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
+            devices.make_mesh(number)
 
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    """Yields a function that starts a command in two processes with a device each."""
     every = []
 
     def run(*words, own=((), ())):
@@ -69,8 +72,6 @@ def wait(processes):
 
 
 def wait_for_checkpoint(folder, processes):
-    """Waits until a run has another checkpoint."""
-
     def steps():
         return {path.parent.name for path in folder.glob("checkpoints/*/manifest.json")}
 
@@ -96,7 +97,7 @@ def assert_close(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
+@first_by_day("mode", ["resident", "streaming"])
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
     """If one is killed, the other ends. The nightly case also stops both by a signal to one."""
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
@@ -129,3 +130,60 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
     output = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
     assert "configuration is not the same in all processes" in output
     assert not list((tmp_path / "two").glob("checkpoints/*"))
+
+
+# The rates of a run that goes on for more epochs are those of one that always had them.
+CONSTANT = ("decay=constant", "warmup=0", "warmup_scale=0", "total_decay=0")
+SGD = tuple(f"--config.optim.{word}" for word in ("name=sgd", "learning_rate=0.01", *CONSTANT))
+
+OFTEN = ("--config.log_every_steps=1", "--config.eval.report=False")
+
+
+@pytest.mark.slow
+@first_by_day(
+    "spec, given",
+    [
+        ("quality_fusion", (*SGD, "--config.data.mode=streaming")),
+        ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=resident")),
+        ("plda", ()),
+        ("cosine", SGD),
+        ("mma", SGD),
+        ("deepmef", SGD),
+    ],
+)
+def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):
+    """A run resumed on 4 devices equals a run on 1 device."""
+
+    def train(folder, num_devices, epochs):
+        words = (f"--config.num_epochs={epochs}", *given, *OFTEN)
+        config = shrunk(*words, spec=f"configs/{spec}.py:iqiyi_vid")
+        return run(config, tmp_path / folder, data, num_devices=num_devices)
+
+    def last_loss(folder):  # PLDA has none
+        rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [row["train_loss"] for row in rows if "train_loss" in row][-1:]
+
+    if spec != "plda":  # which reads the clips twice, and then has learned everything
+        train("one", 1, 1)
+        shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    moved, single = train("moved", 4, 2), train("one", 1, 2)
+    assert abs(moved["map"] - single["map"]) < 0.02
+    resumed, expected = weights(tmp_path / "moved"), weights(tmp_path / "one")
+    assert resumed.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_allclose(resumed[path], x, rtol=0, atol=1e-5, err_msg=path)
+    np.testing.assert_allclose(last_loss("moved"), last_loss("one"), rtol=0, atol=1e-5)
+
+
+def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
+    chosen = jax.config.values["jax_platforms"]
+    try:
+        for there, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):  # cpu on purpose
+            monkeypatch.setattr(devices, "NVIDIA", there)
+            jax.config.update("jax_platforms", platforms)
+            devices.make_mesh(1)
+        monkeypatch.setattr(devices, "NVIDIA", tmp_path)
+        with pytest.warns(VidjaxWarning, match=r"uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
+            devices.make_mesh(1)
+    finally:
+        jax.config.update("jax_platforms", chosen)

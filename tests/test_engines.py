@@ -1,17 +1,23 @@
-"""Conversion by several processes and threads: the files of one, to the byte."""
+"""Conversion by several processes: the files of one; what processes may use of a machine."""
 
 import os
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files
-from tests.helpers.cases import quick_first
+from tests.helpers import clip_files, limited_job
+from tests.helpers.cases import first_by_day, quick_first
 from tests.helpers.datasets import record_digests
 from vidjax.data import arrays, cache, processes
 from vidjax.data.iqiyi_vid import OfficialFiles
+from vidjax.data.processes import Children
 from vidjax.data.records.conversion import convert
+from vidjax.utils import machine
+from vidjax.utils.errors import DiskError, UserError
 
 
 def make_clips(seed, count):
@@ -33,9 +39,7 @@ def make_clips(seed, count):
 SOME = {"train": make_clips(0, 40), "val": make_clips(1, 31)}
 
 
-@pytest.mark.parametrize(
-    "kind", quick_first(["npz", "pickles", "parquet"], mark=pytest.mark.nightly)
-)
+@first_by_day("kind", ["npz", "pickles", "parquet"])
 def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path, say):
     folder, cache_of_one = tmp_path / "source", tmp_path / "one"
     if kind == "pickles":
@@ -113,8 +117,8 @@ def test_two_processes_raise_the_error_of_one_process(name, width, words, tmp_pa
     assert errors[0] == errors[1]
 
 
-def test_failure_of_one_process_ends_the_other_processes(tmp_path):
-    def run(children, item):
+def test_failure_of_one_process_or_a_stop_ends_the_other_processes(tmp_path):
+    def work(children, item):
         if item == "fails":
             time.sleep(0.3)
             raise ValueError("a file is damaged")
@@ -122,5 +126,85 @@ def test_failure_of_one_process_ends_the_other_processes(tmp_path):
 
     began = time.monotonic()
     with pytest.raises(ValueError, match="a file is damaged"):
-        processes.map_children(run, ["waits", "fails", "begins late"], 2)
+        processes.map_children(work, ["waits", "fails", "begins late"], 2)
     assert time.monotonic() - began < 10
+    children = Children()
+    threading.Timer(0.3, children.stop).start()
+    with pytest.raises(UserError, match="killed its reader"):
+        run("time", cpu_seconds=60, children=children)
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+FILM = Path("film.mp4")
+
+
+def run(wanted, cpu_seconds=20, children=None, **more):
+    return processes.run_limited(
+        limited_job.__name__, FILM, {"wanted": wanted, **more},
+        memory_bytes=1 << 31, cpu_seconds=cpu_seconds, children=children,
+    )  # fmt: skip
+
+
+@LINUX
+def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
+    answer = run("echo", name="Zoë")
+    assert answer["arguments"] == {"wanted": "echo", "name": "Zoë"}
+    assert answer["refused"] == ["socket", "program"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "message"),
+    [
+        pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
+        ("time", UserError, r"film\.mp4: .* 1 s of CPU time"),
+        ("crash", UserError, r"film\.mp4: damaged or hostile: .* SIGABRT"),
+        ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),
+        ("mistake", UserError, r"^film\.mp4: give another film$"),
+        ("missing", DiskError, r"nowhere(.|\n)*is the path right"),
+    ],
+)
+def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        run(wanted, cpu_seconds=1 if wanted == "time" else 20)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+GB = 1 << 30
+V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
+V2 = "0::/pod/one\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "most", "free", "cores"),
+    [
+        (None, {}, None, None, None),  # no Linux
+        (V2, {
+            "memory.max": "max\n",
+            "pod/one/memory.max": f"{GB >> 6}\n",
+            "pod/one/memory.current": f"{GB >> 7}\n",
+            "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
+            "pod/one/cpu.max": "max 100000\n",
+            "pod/cpu.max": "80000 100000\n",
+        }, GB >> 6, (GB >> 7) + (GB >> 8), 1),
+        (V2, {"memory.max": f"{GB >> 6}\n"}, GB >> 6, GB >> 6, None),  # seen as top
+        (V1, {
+            "memory/pod/one/memory.limit_in_bytes": f"{1 << 63}\n",
+            "memory/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
+            "memory/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
+            "cpu/pod/one/cpu.cfs_quota_us": "50000\n",
+            "cpu/pod/one/cpu.cfs_period_us": "100000\n",
+        }, GB >> 6, GB >> 7, 1),
+    ],
+)  # fmt: skip
+def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
+    tmp_path, groups, files, most, free, cores
+):
+    texts = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    texts |= {"proc/self/cgroup": groups} if groups else {}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.memory_bytes(tmp_path) == (most or physical)
+    assert machine.free_bytes(tmp_path) == (free or 0)
+    assert machine.num_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))

@@ -15,7 +15,6 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import results as results_lib
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 KNN = f"--config={ROOT}/configs/knn.py:iqiyi_vid"
 FOLDS, MEASURED = "--config.ensemble.folds=5", "--config.eval.split=val"
 NUM_CLIPS = {"train": 96, "val": 60, "test": 40}  # of the official files
@@ -23,17 +22,6 @@ NUM_CLIPS = {"train": 96, "val": 60, "test": 40}  # of the official files
 
 def metrics_of(folder, name="metrics.json"):
     return json.loads((folder / name).read_text())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_everything_trains_on_train_and_val_and_ranks_test(name):
-    config = config_io.load_file(f"{ROOT}/configs/{name}.py:everything")
-    assert config.data.train_splits == ("train", "val") and config.eval.split == "test"
-    assert not any(config.ensemble[name] for name in config_lib.HOLD_OUT_FIELDS)
-    config_lib.check(config)
-    if name in ("deepmef", "quality_fusion", "residual_dense"):
-        with pytest.raises(ValueError, match="'everything' and 'trainval'"):
-            config_io.load_file(f"{ROOT}/configs/{name}.py:trainval,everything")
 
 
 @pytest.mark.slow
@@ -102,7 +90,6 @@ def test_evaluation_on_training_clips_is_refused_with_remedies(tmp_path, officia
 
 @pytest.mark.slow
 def test_run_on_everything_reports_map_of_a_labelled_test_split(official_dir, tmp_path, say):
-    """No run was trained on the test split."""
     data = shutil.copytree(official_dir, tmp_path / "data")
     labels = {f"IQIYI_VID_TEST_{n:07d}": str(n % 12 + 1) for n in range(18)}
     clip_files.write_truth(data, "test", labels)

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import made_galleries, servers, small_runs
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
 from vidjax.apps.export import formats, function, reader, weights
 from vidjax.apps.export.formats import FORMATS
 from vidjax.apps.gallery.backend import make_card_backend
@@ -55,8 +55,6 @@ def export(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(trained):
-    """Trains a system by its name."""
-
     def make(name):
         # Closed forms need two passes; two of the eleven nets with views are enough.
         more = {"plda": "--config.num_epochs=2", "views": "--config.ensemble.only=(0,4)"}
@@ -66,7 +64,7 @@ def made(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick_first(SYSTEMS, mark=pytest.mark.nightly))
+@first_by_day("name", SYSTEMS)
 def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_path, export):
     for chosen in FORMATS:
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
@@ -184,7 +182,6 @@ def test_export_and_import_errors_name_remedies(
 
 @pytest.mark.slow
 def test_saved_model_stores_weights_outside_its_program(nearest_run, tmp_path, export, monkeypatch):
-    """The weights are in a file next to the program."""
     monkeypatch.setattr(function, "LARGEST", 1000)
     export(nearest_run, "saved_model")
     program = tmp_path / "out" / "saved_model" / "saved_model.pb"
@@ -333,7 +330,7 @@ def test_openvino_sorts_as_jax(core):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick_first(["knn", "mma"], mark=pytest.mark.nightly))
+@first_by_day("name", ["knn", "mma"])
 def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
     run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
@@ -345,9 +342,7 @@ def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, exp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", quick_first(sorted(FORMATS, key=lambda name: name != "numpy"), mark=pytest.mark.nightly)
-)
+@first_by_day("name", sorted(FORMATS, key=lambda name: name != "numpy"))
 def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, export, monkeypatch):
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")

@@ -1,18 +1,24 @@
-"""film: which pictures of a track are kept, and when who is seen in films that change slowly."""
+"""Films of drawn people: pictures that are kept, heads, bodies and the scene, voices."""
+
+import tracemalloc
 
 import numpy as np
 import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.helpers import films
-from tests.helpers.cases import quick_first
-from tests.helpers.drawn_people import SIDE, extract, picture, write_film
-from vidjax.apps.video import film
+from tests.helpers import drawn_people, films, made_nets
+from tests.helpers.cases import first_by_day
+from tests.helpers.clip_files import read_arrays
+from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
+from tests.helpers.seen import contents, refused
+from vidjax.apps.gallery import backend
+from vidjax.apps.gallery.gallery import Gallery, make_models_origin
+from vidjax.apps.video import cards, film, pipeline, voices
+from vidjax.apps.video.features_folder import FilmTrack
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
-nightly = pytest.mark.nightly
 
 
 def read_tracks(path, models):
@@ -26,7 +32,7 @@ def read_tracks(path, models):
     return rows
 
 
-@pytest.mark.parametrize("fade_s", quick_first([1.0, 0.5, 3.0], mark=nightly))
+@first_by_day("fade_s", [1.0, 0.5, 3.0])
 def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
     """Slides of 4 s have faces in the same place, so no cut is detected."""
     still = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]
@@ -45,7 +51,7 @@ def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
         np.testing.assert_allclose((start_s, end_s), (4 * number, 4 * number + 4), atol=0.41)
 
 
-@pytest.mark.parametrize("held_s", quick_first([1.0, 0.5, 4.0], mark=nightly))
+@first_by_day("held_s", [1.0, 0.5, 4.0])
 @pytest.mark.parametrize("alike", [True, False])
 def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, held_s, alike):
     slides = [picture([(name, 50, 40)]) for name in SLIDES]
@@ -75,7 +81,7 @@ def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     assert number[0] < 20 and number[-1] > 280 and np.diff(number).max() < 25
 
 
-@pytest.mark.parametrize("degrees", quick_first([90, 0], mark=nightly))
+@first_by_day("degrees", [90, 0])
 def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
     """Boxes are fractions of the displayed picture at the time of the face."""
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
@@ -92,7 +98,7 @@ def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
 
 
 @pytest.mark.usefixtures("read_here")
-@pytest.mark.parametrize("ending", quick_first([".mp4", ".ts"], mark=nightly))
+@first_by_day("ending", [".mp4", ".ts"])
 def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, ending):
     """The second stream is another camera; a cover picture gives no warning."""
     alone, both = tmp_path / f"alone{ending}", tmp_path / f"of both{ending}"
@@ -103,3 +109,295 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
         assert "fewer than 2 pictures per second" in text
         assert text.count("  only the first of 2 video streams is used; ") == count
         assert text.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == count
+
+
+RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
+ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
+BOTH = [ADA, BACK]
+
+
+@pytest.fixture(autouse=True)
+def _back(monkeypatch):
+    monkeypatch.setitem(drawn_people.COLOURS, "Back", (255, 60, 0))
+
+
+@pytest.fixture
+def silent(drawn):
+    return drawn.models
+
+
+def add(models, role, **fields):
+    weights = made_nets.embedder(weights=made_nets.colours())
+    content = {} if role.endswith("detector") else {"content": weights}
+    return made_nets.write(models, role, role, **(content | fields))
+
+
+def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, silent):
+    """A body is below the face, the head around it, and the scene is the whole picture."""
+    add(silent, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
+    add(silent, "body_embedder", around=[0, 1, 1, 3])
+    add(silent, "scene_embedder")
+    write_film(tmp_path / "film.mkv", (2, 20, BOTH[:1]))
+    (clip,) = extract(tmp_path / "film.mkv", tmp_path / "out", silent)[1].values()
+    left, top, right, bottom = clip["face_box"].T
+    side = right - left
+    np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
+    np.testing.assert_allclose(clip["body_box"].T, [left, bottom, right, top + 3 * side], atol=1e-4)
+    assert np.all(clip["body"][:, :3] < 40), "the picture is dark below the face"
+    mean = drawn_people.EMBED["input"]["mean"][0]
+    assert np.all(clip["face"][:, 0] + mean > clip["head"][:, 0] + 20)
+    assert np.all(clip["head"][:, 0] > clip["scene"][:, 0] + 20)
+    assert not {"scene_box", "head_quality"} & clip.keys()
+    for part in ("head", "body", "scene"):
+        np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
+
+
+def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, silent):
+    """A head without a face gives a track; a face without a head stays a track."""
+    path = tmp_path / "film.mkv"
+    write_film(path, (2, 20, [*BOTH, EVE]))
+    _, before = extract(path, tmp_path / "before", silent)
+    add(silent, "head_detector", **RED)
+    add(silent, "head_embedder")
+    extracted, clips = extract(path, tmp_path / "out", silent)
+    has = sorted(("face" in clip, "head" in clip) for clip in clips.values())
+    assert has == [(False, True), (True, False), (True, True)]
+    (back,) = (track for track in extracted.tracks if "face" not in clips[track.clip])
+    assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "the place of the head"
+    faces = [clip for clip in clips.values() if "face" in clip]
+    for old in before.values():
+        (new,) = (clip for clip in faces if np.array_equal(clip["face"], old["face"]))
+        for field, values in old.items():
+            np.testing.assert_array_equal(new[field], values)
+    drawn_people.write_photo(tmp_path / "photo.png", *BOTH)
+    extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", silent)
+    assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
+
+
+def test_each_detected_body_is_paired_with_the_head_inside(tmp_path, silent):
+    """Each of two detected bodies is given to a different person."""
+    small = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
+    large = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
+    np.testing.assert_array_equal(film._pair_boxes(small, large), [0, 1, -1])
+    add(silent, "body_embedder")
+    words = ("body_embedder.json", '"around"', "body_detector")
+    refused(lambda: film.load_nets(cards.load(silent), 640), *words)
+    add(silent, "body_detector", **RED)
+    write_film(tmp_path / "film.mkv", (2, 20, [BOTH[0], EVE]))
+    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", silent)
+    assert sorted("body" in clip for clip in clips.values()) == [False, True]
+    card = add(silent, "body_embedder", around=[0, 1, 0, 2])
+    refused(lambda: cards.read(card), "body_embedder", "around")
+
+
+def test_galleries_do_not_use_body_and_scene_embeddings(silent):
+    for part in ("head", "body", "scene"):
+        add(silent, f"{part}_embedder", back_end=made_nets.back_end())
+    assert {*make_models_origin(silent)[1]} == {"face", "head"}
+
+
+@pytest.mark.usefixtures("read_here")
+def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
+    """Such a clip has no vector that the gallery compares."""
+    write_voices(drawn.models)
+    add(drawn.models, "head_detector", **RED)
+    add(drawn.models, "head_embedder")
+    drawn.befriend("Ada")
+    write_film(drawn.folder / "film.mkv", (2, 20, [*BOTH, EVE]))
+    drawn.who(drawn.folder / "film.mkv")
+    assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
+    assert not [warning for warning in recwarn if "no clip has" in str(warning.message)]
+
+
+@pytest.fixture
+def models(drawn):
+    return write_voices(drawn.models)
+
+
+def hear(folder, models, name, *shots, unit="track", **sound):
+    path = folder / name
+    write_film(path, *shots, **sound)
+    return extract(path, folder / path.stem, models, unit=unit)
+
+
+def track(clip, start_s, end_s, shot=0):
+    return FilmTrack(clip=clip, shot=shot, start_s=start_s, end_s=end_s, seen=2)
+
+
+def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):
+    """A tone begins at 1 s of the first shot; the second shot has two faces."""
+    sound = tone(440, 12)
+    sound[:16_000] = 0
+    shots = (4, 20, [ADA]), (4, 60, [ADA, BOB]), (4, 35, [BOB])
+    film, clips = hear(tmp_path, models, "film.mkv", *shots, sound=sound)
+    voice = {name for name, arrays in clips.items() if "audio" in arrays}
+    assert voice == {"film.s000.t00", "film.s002.t00"} and film.voices == 2
+    assert len(clips) == 4 and all("face" in arrays for arrays in clips.values())
+    first = clips["film.s000.t00"]
+    # Visible from 0 to 4 s; a window of 1.6 s contains only 0.6 s of the tone.
+    np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
+    np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
+    embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
+    wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))[1]
+    np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
+    for name in ("speech", "voice"):
+        (models / f"{name}.json").unlink()
+    film, faces = extract(tmp_path / "film.mkv", tmp_path / "faces", models)
+    assert film.voices == 0
+    for name, arrays in faces.items():
+        assert {*clips[name]} - {*arrays} <= {"audio", "audio_quality", "audio_number"}
+        for field, array in arrays.items():
+            np.testing.assert_array_equal(array, clips[name][field])
+
+
+@pytest.mark.slow
+def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, models, drawn):
+    shots = (4, 20, [ADA]), (4, 60, [BOB])
+    sound = tone(440, 8)
+    film, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
+    assert "audio" not in clips["broken.s000.t00"] and "audio" in clips["broken.s001.t00"]
+    assert film.lost_sound > 10 and not film.damaged and film.refused == 0
+    _, warnings = drawn.extract(tmp_path / "broken.mkv")
+    assert f"{film.lost_sound:,} pieces of sound could not be decoded" in warnings
+    for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
+        film, clips = hear(tmp_path, models, f"{name}.mkv", shots[0], sound=sound)
+        assert len(clips) == 1 and film.voices == 0 and film.lost_sound == 0
+
+
+@pytest.mark.slow
+def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
+    """Bob leaves in the first shot; the second shot always shows two people."""
+    shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
+    sound = {"sound": tone(440, 16), "size": (240, 320)}
+    _, clips = hear(tmp_path, models, "film.mkv", *shots, unit="shot", **sound)
+    assert {*clips} == {"film.s000", "film.s002"}
+    film, by_track = extract(tmp_path / "film.mkv", tmp_path / "tracks", models)
+    gone = max(each.end_s for each in film.tracks if each.shot == 0 and each.end_s < 7)
+    begins = clips["film.s000"]["audio_number"]
+    assert begins[0] == pytest.approx(gone * 1000, abs=1) and begins[0] > 1000 and len(begins) > 2
+    for clip, same in {"film.s000": "film.s000.t01", "film.s002": "film.s002.t00"}.items():
+        np.testing.assert_array_equal(clips[clip]["audio"], by_track[same]["audio"])
+
+
+@pytest.mark.slow
+def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, models):
+    paths = [tmp_path / f"{hertz}.mkv" for hertz in (440, 3000)]
+    for path in paths:
+        write_film(path, (3, 20, [ADA]), (2, 60, [BOB, EVE]), sound=tone(int(path.stem), 5))
+    written = []
+    for workers in (1, 2):
+        out = tmp_path / f"by{workers}"
+        pipeline.extract(paths, out, models, workers=workers)
+        written.append(contents(out))
+    assert written[0] == written[1] and len(written[0]) == 2 + 2 + 1
+    assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
+
+
+@pytest.mark.usefixtures("read_here")
+def test_folder_of_features_refuses_other_voice_nets(tmp_path, models):
+    path, out = tmp_path / "film.mkv", tmp_path / "out"
+    write_film(path, (1, 20, [ADA]), sound=tone(440, 1))
+    pipeline.extract([path], out, models)
+    silent = drawn_people.write_models(tmp_path / "silent")
+    refused(lambda: pipeline.extract([path], out, silent), "another voice_activity")
+    made_nets.write(models, "voice", "voice_embedder", notes="another card")
+    refused(lambda: pipeline.extract([path], out, models), "another voice_embedder")
+    (models / "speech.json").unlink()
+    refused(lambda: pipeline.extract([path], out, models), "no net for the role voice_activity")
+
+
+def test_solo_spans_are_times_with_one_visible_track_and_take_little_memory():
+    """Long spans are divided into pieces with the same windows."""
+    tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
+    spans = list(voices.find_solo_spans(tracks))
+    # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
+    assert [span.clip for span in spans] == ["a", "a", "c"]
+    np.testing.assert_allclose([span.start_s for span in spans], [0, 6, 20])
+    np.testing.assert_allclose([span.end_s for span in spans], [4, 10, 29.6])
+    spans = list(voices.find_solo_spans([track("a", 1, 200)]))
+    assert max(span.end_s - span.start_s for span in spans) <= 60.001
+    begins = np.concatenate([np.arange(x.start_s, x.end_s - 1.6 + 1e-6, 0.8) for x in spans])
+    np.testing.assert_allclose(begins, 1 + 0.8 * np.arange(len(begins)))
+    assert begins[-1] + 1.6 <= 200 < begins[-1] + 2.4
+    block = np.zeros(voices.RATE, np.float32)
+    sound = ((float(second), block) for second in range(3600))
+    tracemalloc.start()
+    spans = voices.find_solo_spans([track("a", 0, 3600)])
+    pieces = sum(1 for _ in voices.cut_spans(sound, spans))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pieces > 60 and peak < 12 << 20  # 12 MiB
+
+
+def test_each_span_receives_the_samples_of_its_time():
+    """Cuts blocks of random lengths, with gaps, and compares with one array of the film."""
+    rng = np.random.default_rng(0)
+    whole, blocks, at = np.zeros(40 * voices.RATE, np.float32), [], 3_000
+    while at < 34 * voices.RATE:
+        block = rng.normal(size=rng.integers(1, 60_000)).astype(np.float32)
+        whole[at : at + len(block)] = block
+        blocks.append((at / voices.RATE, block))
+        at += len(block) + rng.integers(0, 2) * rng.integers(0, 90_000)
+    ends = [(0.1, 2.5), (2.5, 9), (8.2, 9.9), (12, 20), (29, 39)]
+    spans = [voices.Span(str(n), *both) for n, both in enumerate(ends)]
+    pieces = list(voices.cut_spans(blocks, [*spans, voices.Span("unheard", 38, 39.9)]))
+    assert [span for span, _ in pieces] == spans
+    for span, samples in pieces:
+        first = round(span.start_s * voices.RATE)
+        np.testing.assert_array_equal(samples, whole[first : first + len(samples)])
+        assert len(samples) == round((span.end_s - span.start_s) * voices.RATE)
+
+
+@pytest.mark.slow
+def test_gallery_identifies_people_by_face_and_voice(tmp_path, models):
+    def speak(name, hertz):
+        shot, sound = (4, 20, [(name, 40, 40)]), tone(hertz, 4)
+        (arrays,) = hear(tmp_path, models, f"{name}{hertz}.mkv", shot, sound=sound)[1].values()
+        return {
+            part: {"features": arrays[part], "quality": arrays[f"{part}_quality"]}
+            for part in ("face", "audio")
+        }
+
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    both = speak("Ada", 440)
+    gallery.enrol({"film": both}, "Ada")
+    clips = {"both": both, "hoarse": speak("Ada", 3000), "dubbed": speak("Bob", 440),
+             "mute": {"face": both["face"], "audio": None}}  # fmt: skip
+    answers = gallery.identify(clips)
+    assert [answers[name].identity for name in ("both", "mute", "dubbed")] == ["Ada", "Ada", None]
+    assert answers["both"].evidence == ("face", "audio") and answers["mute"].evidence == ("face",)
+    assert answers["dubbed"].evidence == ()
+    assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
+    # A face alone is judged as in a gallery without voices.
+    faces = Gallery.of_models(tmp_path / "f", drawn_people.write_models(tmp_path / "silent"))
+    faces.enrol({"film": {"face": both["face"]}}, "Ada")
+    alone = faces.identify({"mute": {"face": both["face"]}})["mute"]
+    assert answers["mute"].score == pytest.approx(alone.score, rel=1e-6)
+    # A voice does not name whose voice nobody knows.
+    gallery = Gallery.of_models(tmp_path / "unheard", models)
+    gallery.enrol({"photo": {"face": both["face"]}}, "Ada")
+    clips = {"voice": {"face": None, "audio": both["audio"]}, "seen": both}
+    answers = gallery.identify(clips, threshold=0.4)
+    assert answers["voice"].identity is None and answers["voice"].evidence == ()
+    assert answers["seen"].identity == "Ada"
+
+
+def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
+    """Clips with only a voice are not limited."""
+    card = cards.BackEnd(centre=[0.0] * 4, same=(0.95, 0.05), different=(0.0, 0.2), pairs=(1, 1),
+                         data="made")  # fmt: skip
+    both = backend.make_card_backend({"face": card, "audio": card})
+    ada, bob = np.eye(4, dtype=np.float32)[:2]
+    people = both.enrol(["Ada", "Bob"], np.stack([np.r_[ada, ada], np.r_[bob, 0 * ada]]),
+                        np.arange(2))  # fmt: skip
+
+    def odds(face, voice):
+        (logs,) = backend.Index(both, [people]).search([face[None], voice[None]])
+        return (logs[1:] - logs[0])[0]
+
+    none = np.zeros(4, np.float32)
+    seen = odds(ada, none)
+    assert odds(ada, ada) - seen == pytest.approx(np.log(9))
+    assert odds(ada, bob) - seen == pytest.approx(-np.log(9))
+    assert odds(bob, ada) < 0  # another face, with Ada's voice
+    assert odds(none, ada) > np.log(9)

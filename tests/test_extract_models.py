@@ -1,23 +1,28 @@
-"""What stands around a net: images in, faces and vectors out, against slow float64 oracles."""
+"""Nets and their cards: images in, faces and vectors out, against slow float64 oracles."""
 
 import math
+import os
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
+pytest.importorskip("onnxruntime")
+
+from tests.helpers import seen
 from tests.helpers.seen import refused
 from vidjax.apps.video import cards, nets
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 
-pytest.importorskip("onnxruntime")
 made_nets = pytest.importorskip("tests.helpers.made_nets")
+
+
 rng = np.random.default_rng
 
 
 def assert_faces(faces, wanted):
-    """Compares faces, in order, with rows of (score, box, points)."""
     assert len(faces.scores) == len(wanted) > 0
     scores, boxes, points = zip(*wanted, strict=True)
     np.testing.assert_allclose(faces.scores, scores, rtol=1e-5)
@@ -163,7 +168,7 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
     assert [part.shape for part in none] == [(0, 4), (0,), (0, 5, 2)]
 
 
-def test_net_must_reproduce_the_test_output_of_its_card(tmp_path):
+def test_error_names_a_net_that_does_not_match_its_card_or_its_test_output(tmp_path, monkeypatch):
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.embedder_weights().astype(float)
     card = cards.read(made_nets.write(tmp_path))
@@ -174,9 +179,6 @@ def test_net_must_reproduce_the_test_output_of_its_card(tmp_path):
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
         card = cards.read(made_nets.write(tmp_path, test=test | {"tolerance": 0.01}, input=wrong))
         refused(lambda card=card: nets.open_session(card), "face.json", "convert")
-
-
-def test_error_names_a_net_that_does_not_match_its_card(tmp_path, monkeypatch):
     for wrong in ({"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"size": [9, 8]}}):
         card = cards.read(made_nets.write(tmp_path, **wrong))
         refused(lambda card=card: nets.Embedder(card), "face.onnx", "convert")
@@ -189,3 +191,82 @@ def test_error_names_a_net_that_does_not_match_its_card(tmp_path, monkeypatch):
     card = cards.read(made_nets.write(tmp_path))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refused(lambda: nets.Embedder(card), "vidjax[video]")
+
+
+BACK_END = made_nets.back_end(same=(0.9, 0.1))
+
+
+def test_folder_of_nets_loads_one_card_per_role(tmp_path):
+    made_nets.write(tmp_path, "find", "face_detector")
+    path = made_nets.write(tmp_path, "embed", back_end=BACK_END)
+    loaded = cards.load(tmp_path)
+    assert set(loaded) == {"face_detector", "face_embedder"}
+    card = loaded["face_embedder"]
+    assert card.path == path and card.width == 5
+    assert card.back_end and card.back_end.same == (0.9, 0.1)
+    assert card.read_net() == (tmp_path / "embed.onnx").read_bytes()
+    changes = {}, {"norm_is_quality": True}, {"content": made_nets.embedder("NHWC")}
+    digests = [cards.read(made_nets.write(tmp_path, "face", **change)).digest for change in changes]
+    assert len({*digests}) == 3  # which follow the card and its net
+    (tmp_path / "face.json").unlink()
+    seen.refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
+
+
+def card_of(text):
+    return lambda folder: (folder / "face.json").write_text(text, "latin-1")
+
+
+DAMAGES = {  # words of the error -> the damage to a folder with one net
+    "face_embedder face.json two.json move": lambda x: made_nets.write(x, "two"),
+    "face.json face.onnx convert": lambda x: (x / "face.onnx").unlink(),
+    "face.onnx sha256 convert": lambda x: (x / "face.onnx").write_bytes(made_nets.embedder("NHWC")),
+    "find.json 32": lambda x: made_nets.write(
+        x, "find", "face_detector", input={"size": [320, 330]}
+    ),
+    "face.json large": card_of(" " * cards.CARD_BYTES + "{}"),
+    "face.json pipe": lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json")),
+    "models convert": shutil.rmtree,
+    "face.json convert": card_of("[" * 100_000),
+    "face.json  convert": card_of("{"),
+    "face.json   convert": card_of('{"format": 1}'),
+    "face.json    convert": card_of("\xff"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_damaged_folder_of_nets_is_refused(tmp_path, words):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    made_nets.write(folder)
+    DAMAGES[words](folder)
+    seen.refused(lambda: cards.load(folder), *words.split())
+
+
+def test_error_names_the_wrong_field_of_a_card(tmp_path):
+    for fields, word in (
+        ({"colour": "rgb"}, "colour"),
+        ({"format": 2}, "format"),
+        ({"role": "face"}, "role"),
+        ({"file": "../face.onnx"}, "file"),
+        ({"sha256": "0"}, "sha256"),
+        ({"decoder": "yunet"}, "yunet"),
+        ({"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}, "NCHW"),
+        ({"input": {"layout": "mels"}}, "colour"),
+        ({"input": {"layout": "mels", "colour": None}}, "mels"),
+        ({"input": {"colour": None}}, "colour"),
+        ({"width": None}, "width"),
+        ({"width": 0}, "width"),
+        ({"template": None}, "template"),
+        ({"template": [[1.0, 2.0]]}, "template"),
+        ({"input": {"size": None}}, "size"),
+        ({"input": {"layout": "HWC"}}, "layout"),
+        ({"input": {"scale": [float("nan"), 1.0, 1.0]}}, "scale"),
+        ({"input": {"crop": 1}}, "crop"),
+        ({"back_end": {**BACK_END, "centre": [0.0] * 4}}, "centre"),
+        ({"back_end": {**BACK_END, "same": [0.9, 0.0]}}, "same"),
+        ({"back_end": {**BACK_END, "same": [1.0, 0.1]}}, "mean of same"),
+        ({"back_end": {**BACK_END, "same": [0.9, 0.5]}}, "a deviation must be at most"),
+        ({"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}, "seed"),
+    ):
+        made_nets.write(tmp_path, **fields)
+        seen.refused(lambda: cards.load(tmp_path), "face.json", word, "vidjax convert")

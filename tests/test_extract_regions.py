@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import xmp
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
 from tests.helpers.limits import slowness
 from vidjax.apps.video import regions
 
@@ -56,7 +56,6 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
 
 
 def photo(kind, packet):
-    """Returns a photo with XMP in it."""
     file, picture = io.BytesIO(), Image.new("RGB", (64, 48))
     options = {"xmp": packet}
     if kind.startswith("png"):
@@ -72,9 +71,7 @@ def photo(kind, packet):
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "kind", quick_first(["jpeg", "png, packed", "tiff", "webp", "heif"], 2, pytest.mark.nightly)
-)
+@first_by_day("kind", ["jpeg", "png, packed", "tiff", "webp", "heif"], 2)
 def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
     assert boxes(tags_of(photo(kind, MWG))) == TAGS
     assert tags_of(photo(kind, xmp.packet("")), "b.jpg") == regions.Tags([])

@@ -1,14 +1,19 @@
-"""tracks: heads that walk, cross, hide and leave."""
+"""Tracks of heads, crops of faces, shots by what the camera does, and lists of cuts."""
 
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vidjax.apps.video import cards, tracks
+from tests.helpers.cases import first_by_day
+from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks
+from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.cards import BackEnd
+from vidjax.apps.video.features_folder import FileStamp, Film
+from vidjax.utils.errors import UserError
 
 # Faces of 234 tracks of real films, in the folder next to VIDJAX_REAL_DATA.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
@@ -50,12 +55,16 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         assert all(len(track.times) >= 5 * fps for track in ended)
 
 
-def test_tracks_of_a_hidden_head_never_mix_two_people():
+def test_track_continues_after_a_short_gap_only_and_never_mixes_two_people():
     for seed in range(5):
         people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]
         hidden = lambda n, t: n == 1 and abs(t - 2.5) < 0.45  # noqa: E731
         _, owners = follow(people, 5, unseen=hidden, seed=seed)
         assert all(len(who) == 1 for who in owners) and len(owners) <= 4, (seed, owners)
+    person = [walk((100, 100), (20, 0))]
+    for end, numbers in ((2.7, [0]), (3.9, [0, 1])):
+        ended, _ = follow(person, 6, unseen=lambda n, t, end=end: 2 < t < end)
+        assert [track.number for track in ended] == numbers
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
@@ -70,17 +79,10 @@ def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     assert sorted(owners) == [[n] for n in range(24)]
 
 
-def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
-    person = [walk((100, 100), (20, 0))]
-    for end, numbers in ((2.7, [0]), (3.9, [0, 1])):
-        ended, _ = follow(person, 6, unseen=lambda n, t, end=end: 2 < t < end)
-        assert [track.number for track in ended] == numbers
-
-
 BOX = np.array([[10, 10, 60, 70]])
 
 
-def test_cut_ends_every_track():
+def test_cut_ends_every_track_and_a_split_divides_its_sightings():
     tracker = tracks.Tracker()
     for n in range(20):
         if n == 10:
@@ -93,6 +95,11 @@ def test_cut_ends_every_track():
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
     assert last.times[0] == 1.9, "where the shot begins"
     assert last.ends == [*last.times[1:], 3.9]
+    track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
+    parts = track.split([0.6, 1.2])
+    assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
+    assert [part.ends for part in parts] == [[0.4, 0.6], [1.2], [2.0]]
+    assert {(part.number, part.shot) for part in parts} == {(3, 7)}
 
 
 def test_tracks_change_in_the_middle_of_a_dissolve():
@@ -111,14 +118,6 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
         assert (first.shot, first.times[0], first.times[-1], first.ends[-1]) == (0, 0.0, 1.4, 1.5)
         assert len(first.times) == len(first.ends) == 8
         assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
-
-
-def test_split_of_a_track_divides_its_sightings_by_time():
-    track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
-    parts = track.split([0.6, 1.2])
-    assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
-    assert [part.ends for part in parts] == [[0.4, 0.6], [1.2], [2.0]]
-    assert {(part.number, part.shot) for part in parts} == {(3, 7)}
 
 
 def test_single_detection_is_a_track_if_its_picture_lasts_long():
@@ -210,3 +209,321 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
         split[bool(count < 0.8 * len(person))].append(bool(places))
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
+
+
+TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
+
+
+def turn(angle, scale, x=0, y=0):
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    return np.array([[cosine, -sine, x], [sine, cosine, y]])
+
+
+def test_similarity_transform_is_the_least_squares_solution():
+    """Solves for (a, b, x0, y0) in u = a x - b y + x0, v = b x + a y + y0."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        place = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))
+        points = TEMPLATE @ place[:, :2].T + place[:, 2] + rng.normal(0, 3, (5, 2))
+        rows = [row for x, y in points for row in ([x, -y, 1, 0], [y, x, 0, 1])]
+        a, b, x0, y0 = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
+        transform = align.fit_similarity(points[None], TEMPLATE)[0]
+        np.testing.assert_allclose(transform, [[a, -b, x0], [b, a, y0]], rtol=1e-9, atol=1e-9)
+    assert align.fit_similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
+    transform = align.fit_similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
+    np.testing.assert_allclose(transform @ (7, 7, 1), TEMPLATE.mean(0))
+
+
+@pytest.mark.parametrize("place", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
+def test_warp_is_bilinear_interpolation(place):
+    rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
+    matrix, expected = turn(*place), np.zeros((24, 24, 3))
+    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
+    for v, u in np.ndindex(24, 24):
+        x, y, _ = inverse @ (u, v, 1)
+        for column in (int(np.floor(x)), int(np.floor(x)) + 1):
+            for row in (int(np.floor(y)), int(np.floor(y)) + 1):
+                if 0 <= column < 40 and 0 <= row < 30:
+                    weight = (1 - abs(x - column)) * (1 - abs(y - row))
+                    expected[v, u] += weight * rgb[row, column]
+    crop = align.warp_faces(rgb, matrix[None], 24)[0]
+    assert crop.dtype == np.uint8 and np.abs(crop - expected).max() <= 0.51
+    outside = np.stack([turn(0, 1, 500), turn(0, 0.1, -300), turn(0, 0)])
+    assert not align.warp_faces(rgb, outside, 16).any()
+
+
+def test_reduced_crops_are_means_over_areas():
+    board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
+    random = np.random.default_rng(2).integers(0, 256, board.shape)
+    rgb = np.stack([board, random, np.full_like(board, 80)], -1).astype(np.uint8)
+    for scale in (0.3, 0.07):
+        crop = align.warp_faces(rgb, turn(0.4, scale)[None], 200)[0]
+        inside = crop[crop[..., 2] == 80].astype(float)
+        assert len(inside) > 100 and inside[:, 1].std() < 30
+        np.testing.assert_allclose(inside[:, 0], 127.5, atol=15)
+
+
+def test_size_frontality_and_sharpness_are_from_0_to_1_also_with_noise():
+    profile = TEMPLATE.copy()
+    profile[2, 0] += 40
+    faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
+    np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 2 * 5.65 / 80])
+    front, small, turned, side = align.measure_frontality(faces)
+    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small) and side == 0
+    none = np.zeros((1, 5, 2))
+    assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1
+    board = np.indices((32, 32)).sum(0)[None, ..., None] // 8 % 2 * np.uint8(255)
+    sharp, flat = (align.measure_sharpness(crop.repeat(3, -1))[0] for crop in (board, 0 * board))
+    assert 0.9 < sharp < 1 and flat == 0
+    # Sharp, unfocused and dark pictures with and without film grain.
+    rng, side = np.random.default_rng(0), 112
+    sharp = np.full((side, side), 128.0)
+    for cells in (4, 8, 16, 32):
+        patch = -(-side // cells)
+        coarse = rng.normal(0, 24, (cells, cells)).repeat(patch, 0).repeat(patch, 1)
+        sharp += coarse[:side, :side]
+    soft = sharp
+    for axis in (0, 1, 0, 1):
+        soft = sum(np.roll(soft, shift, axis) for shift in range(-3, 4)) / 7
+    grain = rng.normal(0, 15, sharp.shape)
+    made = np.array([sharp, sharp + grain, soft, soft + grain, 0.2 * sharp, 128 + grain])
+    crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
+    sharp, grained, soft, soft_grained, dark, noise = align.measure_sharpness(crops)
+    assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
+    assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp
+
+
+def test_dark_glasses_are_detected_and_shadows_are_not():
+    """Draws bare eyes, lit from one side and in the dark, then dark glasses and one dark lens."""
+    y, x = np.mgrid[:150, :150]
+    bare = np.full((150, 150), 150.0)
+    for eye in TEMPLATE[:2]:
+        away = np.hypot((x - eye[0]) / 2, y - eye[1])
+        bare[away < 7] = 200  # the white
+        bare[away < 3] = 20
+    lit = bare * np.where(x < 75, 0.3, 1.0)
+    lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
+    glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
+    pictures = [bare, lit, 0.2 * bare, glasses, np.where(lens, 30.0, bare), 0 * bare]
+    crops = np.array(pictures).astype(np.uint8)[..., None].repeat(3, -1)
+    assert align.has_dark_eyes(crops, TEMPLATE).tolist() == [False] * 3 + [True, False, False]
+
+
+RATE = 25
+CAMERAS = ["still", "pan", "hand", "zoom"]
+
+
+def landscape(rng, bright):
+    """Returns a large picture with detail of every size, float32 [240, 420, 3]."""
+    picture = np.zeros((240, 420, 3))
+    for cells, strength in ((4, 1.0), (9, 0.6), (25, 0.4), (60, 0.25)):
+        coarse = rng.normal(0, 1, (cells, 2 * cells, 1)) + rng.normal(0, 0.5, (cells, 2 * cells, 3))
+        fine = coarse.repeat(-(-240 // cells), 0).repeat(-(-420 // (2 * cells)), 1)
+        picture += strength * fine[:240, :420]
+    picture *= rng.uniform(30, 60) / picture.std()
+    return (np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright).astype(np.float32)
+
+
+def view(picture, x, y, zoom):
+    """Returns what a camera sees of it around (x, y), float [36, 64, 3]."""
+    rows = np.clip(y + np.linspace(-70, 70, 72) * zoom, 0, 239).astype(int)
+    columns = np.clip(x + np.linspace(-125, 125, 128) * zoom, 0, 419).astype(int)
+    parts = [picture[rows[n // 2 :: 2]][:, columns[n % 2 :: 2]] for n in range(4)]
+    return (parts[0] + parts[1] + parts[2] + parts[3]) / np.float32(4)
+
+
+def shot(rng, camera, frames, bright):
+    """Returns a shot with a head that walks through it, float [frames, 36, 64, 3]."""
+    background, colour = landscape(rng, bright), rng.uniform(0, 255, 3) * bright
+    x, y, zoom = 210.0, 120.0, 0.85
+    head, walk = rng.uniform(80, 340), rng.uniform(-5, 5)
+    step = rng.uniform(-6, 6, 2)
+    made = []
+    for n in range(frames):
+        head = np.clip(head + walk, 30, 390)
+        covered = np.s_[95:145, int(head) - 18 : int(head) + 18]
+        behind = background[covered].copy()
+        background[covered] = colour
+        if camera == "pan":
+            step[0] *= 1 if 100 < x + step[0] < 320 else -1
+            x, y = x + step[0], y + 0.3 * step[1]
+        elif camera == "hand":
+            x, y = x + rng.normal(0, 1.5), y + rng.normal(0, 1)
+        elif camera == "zoom":
+            zoom *= 1 + 0.01 * np.sin(n / 10)
+        made.append(view(background, x, y, zoom))
+        background[covered] = behind
+    return np.array(made)
+
+
+def filmed(rng, *parts):
+    frames = np.concatenate(parts)
+    noise = rng.standard_normal(frames.shape, np.float32) * 1.5
+    return np.clip(frames + noise, 0, 255).astype(np.uint8)
+
+
+def find_cuts(film):
+    """Returns the numbers of the frames that begin a shot, but the first."""
+    detector = shots.ShotDetector()
+    return [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
+
+
+def fade(start, steps):
+    return start * np.linspace(1, 0, steps)[:, None, None, None]
+
+
+@first_by_day("dark, bright", [(0.6, 1.0), (0.08, 0.15), (0.1, 1.0)])
+def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
+    right = wrong = count = 0
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(20, 60, 10)
+        parts = [
+            shot(rng, rng.choice(CAMERAS), length, rng.uniform(dark, bright)) for length in lengths
+        ]
+        expected, reported = {*np.cumsum(lengths)[:-1].tolist()}, {*find_cuts(filmed(rng, *parts))}
+        right, wrong = right + len(reported & expected), wrong + len(reported - expected)
+        count += len(expected)
+    assert right >= 0.98 * count and wrong <= 0.02 * count
+
+
+@first_by_day("steps", [15, 6, 40])
+def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
+        out, back = fade(first[-1:], steps), fade(second[:1], steps)[::-1]
+        cut_frames = find_cuts(filmed(rng, first, out, back, second))
+        assert len(cut_frames) == 1 and abs(cut_frames[0] - 40 - steps) <= 3 + steps / 3
+        # A fade out at the end and black frames are no shots.
+        black = np.zeros((30, 36, 64, 3))
+        assert find_cuts(filmed(rng, first, fade(first[-1:], 20), black)) == []
+        assert find_cuts(filmed(rng, black, first)) == [30]
+
+
+@first_by_day("steps", [15, 8, 25])
+def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
+        mixed = fade(first[-1:], steps) + second[:1] - fade(second[:1], steps)
+        film = filmed(rng, first[-1:].repeat(40, 0), mixed, second[:1].repeat(60, 0))
+        detector = shots.ShotDetector()
+        (reported,) = [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
+        assert 40 < reported <= 40 + steps + 15
+        assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
+
+
+@pytest.mark.nightly
+def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
+    """Pictures a second apart differ, and the pictures between are nearly their mixtures."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        fine = rng.uniform(60, 190, (60, 100, 1)).repeat(3, 2)
+        film = []
+        for place in np.arange(0, 6, 0.025):
+            whole, part = divmod(place, 1)
+            left, right = (fine[10:46, n : n + 64] for n in (int(whole), int(whole) + 1))
+            film.append((1 - part) * left + part * right)
+        assert find_cuts(filmed(rng, np.array(film))) == []
+
+
+def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
+    rng = np.random.default_rng(1)
+    film = shot(rng, "hand", 60, 0.5)
+    flash, lamp = filmed(rng, film), film.copy()
+    flash[30] = 250
+    lamp[30:] *= 1.6
+    assert find_cuts(flash) == find_cuts(filmed(rng, lamp)) == []
+
+
+def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
+    rng = np.random.default_rng(3)
+    film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
+    detector = shots.ShotDetector()
+    for n, small in enumerate([*film, *[film[-1]] * 450]):
+        detector.update(n / RATE, small)
+    assert detector.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
+    assert len(detector._changes) <= 15 and len(detector._dissolve._kept) < 30
+    assert shots.ShotDetector().shots(0.0) == []
+
+
+NTSC = 30000 / 1001
+
+
+def film(name, rate, seconds=100.0):
+    source = FileStamp(address=f"/films/{name}", size=1, mtime_ns=0, inode=0)
+    facts = {"video": name, "photo": rate is None, "seconds": seconds, "rate": rate}
+    return Film(source=source, sha256="0" * 64, shots=[], tracks=[], frames=1, **facts)
+
+
+def seen(film, start, end, name="Ada", probability: float | None = 0.9):
+    return Appearance(film.video, start, end, name, probability, ("c",))
+
+
+def read(path, base):
+    """Returns (clip, begin, end) in frames of each event, whose records follow one another."""
+    title, mode, *rest = path.read_text().splitlines()
+    assert re.fullmatch(r"TITLE: (Ada|Bob) [\d.]+ fps", title) and mode == "FCM: NON-DROP FRAME"
+    events, at = [], 0
+    for number, (_, event, clip, source) in enumerate(zip(*[iter(rest)] * 4, strict=True), 1):
+        fields = event.split()
+        assert fields[:4] == [f"{number:03}", "AX", "AA/V", "C"]
+        parts = [[*map(int, time.split(":"))] for time in fields[4:]]
+        assert all(m < 60 and s < 60 and f < base for _, m, s, f in parts)
+        times = [((h * 60 + m) * 60 + s) * base + f for h, m, s, f in parts]
+        assert times[2:] == [at, at + times[1] - times[0]] and times[1] > times[0]
+        at, name = times[3], clip.removeprefix("* FROM CLIP NAME: ")
+        assert source == f"* SOURCE FILE: /films/{name}"
+        events.append((name, *times[:2]))
+    return events
+
+
+def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
+    """Margins end with the film, close appearances join, photos and unknown people are left out."""
+    film_a, film_b = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
+    photo = film("c.jpg", None, 0.0)
+    appearances = [
+        seen(film_a, 0.4, 3), seen(film_a, 4.9, 6), seen(film_a, 5.2, 5.5), seen(film_a, 98, 100),
+        seen(film_a, 20, 30, "unknown 1", None), seen(film_a, 50, 51, "Bob"),
+        seen(film_b, 3600.01, 3601), seen(photo, 0, 0),
+    ]  # fmt: skip
+    cuts.write(tmp_path, appearances, [film_a, film_b, photo], 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
+    assert read(tmp_path / "Ada.edl", 25) == [
+        ("a.mp4", 0, 7 * 25), ("a.mp4", 97 * 25, 2500), ("b.mov", 3599 * 25, 3602 * 25)
+    ]  # fmt: skip
+    assert read(tmp_path / "Bob.edl", 25) == [("a.mp4", 49 * 25, 52 * 25)]
+
+
+def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
+    """At 29.97 frames per second, a time code counts 30 frames per second."""
+    for rate, exact, base in ((29.98, NTSC, 30), (30, 30, 30), (14.7, 24000 / 1001, 24)):
+        source = film("a.mp4", rate, 5000.0)
+        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], 0.0)
+        (event,) = read(tmp_path / "Ada.edl", base)
+        assert event == ("a.mp4", round(1000 * exact), round(2000 * exact))
+    films = [film("a.mp4", NTSC), film("b.mp4", 25, 9000.0)]
+    appearances = [seen(films[0], 1, 2)]
+    appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(cuts.MOST_EVENTS + 1)]
+    cuts.write(tmp_path, appearances, films, 1.0)
+    for name, base, count in (("29.97 fps", 30, 1), ("25 fps", 25, 999), ("25 fps part 2", 25, 1)):
+        assert len(read(tmp_path / f"Ada {name}.edl", base)) == count
+
+
+def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
+    long = "\U0001f600" * 300
+    names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
+    source = film("a.mp4", 25)
+    (tmp_path / "cuts").mkdir()
+    cuts.write(tmp_path / "cuts", [seen(source, 1, 2, name) for name in names], [source], 1.0)
+    files = [path.name for path in (tmp_path / "cuts").iterdir()]
+    assert len({name.casefold() for name in files}) == len(names)
+    assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
+    (tmp_path / "holiday.mp4").touch()
+    with pytest.raises(UserError, match=r"no such file or folder\ndid you mean '.*holiday\.mp4'"):
+        pipeline.list_files([tmp_path / "holidy.mp4"])

@@ -21,7 +21,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_galleries, small_runs
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day, quick_first
 from vidjax.data import cache
 from vidjax.runs import config_io
 from vidjax.utils import files, tables
@@ -36,8 +36,6 @@ def run(say):
 
 @pytest.fixture
 def places(run):
-    """Returns path -> kind and remedy, of what the command names."""
-
     def find(*words, code=1):
         listed = run(*words, "--json", code=code)["places"]
         return {place["path"]: (place["kind"], place["remedy"]) for place in listed}
@@ -164,7 +162,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("name", quick_first(ODD, mark=pytest.mark.nightly))
+@first_by_day("name", ODD)
 @pytest.mark.parametrize("file", quick_first(WRITERS, 5))  # a process that reads parquet is slow
 def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_path, run):
     folder = tmp_path / "it's a folder"

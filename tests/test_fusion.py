@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from vidjax.core import augment, fusion
 
@@ -36,7 +36,7 @@ def test_number_of_fused_frames_follows_probs():
 
 
 @pytest.mark.slow
-def test_quality_weighting_is_the_weighted_mean_of_the_drawn_frames():
+def test_drawn_frames_are_weighted_by_quality_or_by_a_flat_dirichlet():
     weights = np.asarray([1.0, 2.0, 4.0])
     options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
     expected = draw(3, weights, **options) * weights  # the draws are the same
@@ -45,25 +45,34 @@ def test_quality_weighting_is_the_weighted_mean_of_the_drawn_frames():
     weighted = fuse("random", jax.random.key(3), frames, weighting="quality", **options)
     np.testing.assert_allclose(weighted.features[0], expected, rtol=1e-6)
     np.testing.assert_allclose(weighted.quality[0], expected @ weights, rtol=1e-6)
+    options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
+    shares = draw(8, np.ones(3), weighting="mixup", **options)
+    # Dirichlet with parameters 1 over three frames: mean 1/3, variance 1/18, median 1 - 1/sqrt(2).
+    np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
+    np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
+    np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
 
 
-def test_drawn_frames_with_weight_0_have_finite_shares():
+def test_weights_that_are_all_0_count_as_equal():
     shares = draw(4, [-1, -1, 5], num_draws=200, weighting="quality")
     assert np.isfinite(shares).all()
+    # Weights that are all 0 would give 0 / 0.
+    frames = make_frames([3, 3, 2, 0], max_frames=3)
+    frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
+    frames.detection[:] = 1
+    weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
+    np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
+@first_by_day(
     "spec",
-    quick_first(
-        [
-            {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
-            {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
-            {"name": "mean", "weighting": "graded"},
-            {"name": "sample", "num_frames": 4},
-            {"name": "windows", "min_quality": 20.0},
-        ],
-        mark=pytest.mark.nightly,
-    ),
+    [
+        {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
+        {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
+        {"name": "mean", "weighting": "graded"},
+        {"name": "sample", "num_frames": 4},
+        {"name": "windows", "min_quality": 20.0},
+    ],
 )
 def test_padding_and_bad_quality_do_not_change_fused_features(spec):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
@@ -80,34 +89,20 @@ def test_padding_and_bad_quality_do_not_change_fused_features(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [3, 8])
-def test_draws_without_replacement_repeat_only_after_all_frames_are_drawn(length):
-    options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
-    counts = 5 * draw(6, np.ones(length), **options)
-    np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
-    assert np.ptp(np.rint(counts), axis=1).max() <= 1
-    np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
-
-
-@pytest.mark.slow
 def test_draws_without_replacement_follow_the_remaining_qualities():
+    options: dict[str, Any] = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
+    for length in (3, 8):  # no frame is drawn again before all others
+        counts = 5 * draw(6, np.ones(length), **options)
+        np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
+        assert np.ptp(np.rint(counts), axis=1).max() <= 1
+        np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
     weights = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
-    options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
+    options |= {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1)}
     drawn = draw(7, weights, sampling="quality", **options) > 0
     np.testing.assert_array_equal(drawn.sum(axis=1), 2)
     p = weights / weights.sum()
     expected = [x + sum(np.delete(p, i) * x / (1 - np.delete(p, i))) for i, x in enumerate(p)]
     np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=0.015)
-
-
-@pytest.mark.slow
-def test_mixup_weights_follow_a_flat_dirichlet_distribution():
-    options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
-    shares = draw(8, np.ones(3), weighting="mixup", **options)
-    # Dirichlet with parameters 1 over three frames: mean 1/3, variance 1/18, median 1 - 1/sqrt(2).
-    np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
-    np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
-    np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
 
 
 def windows_oracle(frames, clip, max_frames):
@@ -197,7 +192,6 @@ def test_invalid_fusion_specs_are_refused(spec, message):
 
 
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):
-    """Returns which frames of a clip pass."""
     quality, real = frames.quality[clip], frames.mask[clip]
     kept = real.copy()
     if min_quality is not None:
@@ -233,15 +227,12 @@ def test_every_fusion_filters_frames_first():
         jax.tree.map(np.testing.assert_array_equal, filtered, expected)
 
 
-def test_top_share_keeps_the_exact_number_of_frames_rounded_up():
+def test_top_share_is_rounded_up_and_quality_that_is_not_finite_is_the_lowest():
     lengths = np.arange(1, 200)
     frames = make_frames(lengths, max_frames=199, dim=1)
     for share in (0.07, 4e-5, 0.57, 0.999):
         kept = fusion.filter_frames(frames, top_share=share).mask.sum(axis=1)
         np.testing.assert_array_equal(kept, np.ceil(share * lengths * (1 - 1e-12)))
-
-
-def test_quality_that_is_not_finite_is_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     numbers = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
     for field in ("quality", "detection"):
@@ -299,15 +290,6 @@ def test_samples_are_different_frames_in_time_order():
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
     assert even.features.dtype == np.float16 and not even.mask[3].any()
-
-
-def test_graded_weights_are_uniform_if_all_are_0():
-    """Weights that are all 0 would give 0 / 0."""
-    frames = make_frames([3, 3, 2, 0], max_frames=3)
-    frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
-    frames.detection[:] = 1
-    weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
-    np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
 def test_frames_are_drawn_in_proportion_to_quality():

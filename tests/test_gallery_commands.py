@@ -21,7 +21,6 @@ WIDTH = 24
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, nearest_run, data):
-    """A gallery that no test changes."""
     return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", nearest_run, data)
 
 
@@ -32,7 +31,6 @@ def folder(made, tmp_path):
 
 @pytest.fixture
 def say(say):
-    """Runs a command on a gallery and returns what it printed, or its error."""
     return functools.partial(say, "gallery")
 
 
@@ -180,7 +178,6 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
 
 @pytest.mark.slow
 def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(say, folder, tmp_path):
-    """The dataset is a folder of .npz files with labels of new people."""
     own = write_clips(tmp_path / "own" / "train", "Ada", "Grace", "nobody").parent
     labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
     clip_files.write_labels(own / "labels.csv", labels)

@@ -39,7 +39,6 @@ def run(trained_plda):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, run, data):
-    """A gallery that no test changes."""
     return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", run, data)
 
 
@@ -86,7 +85,6 @@ def test_one_photo_of_one_person_is_enough_for_a_gallery(tmp_path):
 
 
 def clips_of(run, count=4):
-    """Returns clips of random features, as a user would hold them."""
     rng = np.random.default_rng(0)
     return {
         f"clip {n}": {

@@ -162,7 +162,7 @@ def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
     assert answers(Gallery(gallery.folder)) == answers(gallery)
 
 
-def test_renaming_leaves_no_byte_of_the_old_name_on_disk(gallery):
+def test_renaming_and_removing_a_stranger_leave_no_byte_on_disk(gallery):
     gallery.rename("person 7", "Ada")
     assert holds(gallery.folder, b"Ada") and not holds(gallery.folder, b"person 7")
     with gallery.change() as draft:
@@ -172,6 +172,14 @@ def test_renaming_leaves_no_byte_of_the_old_name_on_disk(gallery):
         draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # the only one of 4
     assert not any(holds(gallery.folder, name) for name in (b"Ada", b"clip 51", b"person 4"))
     assert gallery.clips["clip 40"].identity == "Zoe"
+    clip = CLIPS["stranger 3"]._replace(identity="known now")
+    assert gallery.add({"stranger 3": clip}) == 1
+    assert gallery.add({"stranger 3": CLIPS["stranger 3"]}) == 0  # the clip keeps its person
+    gallery.remove(identity=["known now"])
+    assert "stranger 3" not in gallery.strangers
+    assert not holds(gallery.folder, clip.vector.tobytes())
+    modes = [path.stat().st_mode for path in (gallery.folder, *gallery.folder.iterdir())]
+    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o600]  # nobody else may read it
 
 
 def pieces(numbers):
@@ -208,17 +216,6 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
         people.remove(clip=gone)
         content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
         assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
-
-
-def test_a_stranger_enrolled_as_a_person_and_removed_leaves_no_trace(gallery):
-    clip = CLIPS["stranger 3"]._replace(identity="known now")
-    assert gallery.add({"stranger 3": clip}) == 1
-    assert gallery.add({"stranger 3": CLIPS["stranger 3"]}) == 0  # the clip keeps its person
-    gallery.remove(identity=["known now"])
-    assert "stranger 3" not in gallery.strangers
-    assert not holds(gallery.folder, clip.vector.tobytes())
-    modes = [path.stat().st_mode for path in (gallery.folder, *gallery.folder.iterdir())]
-    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o600]  # nobody else may read it
 
 
 @pytest.mark.slow
@@ -323,7 +320,9 @@ def test_readers_see_the_old_state_or_the_new_one(gallery):
         thread.join(60)
 
 
-def test_a_change_is_refused_while_another_change_holds_the_lock(gallery, monkeypatch):
+def test_a_change_is_refused_during_another_change_and_with_hard_links(
+    gallery, monkeypatch, tmp_path
+):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
@@ -331,19 +330,19 @@ def test_a_change_is_refused_while_another_change_holds_the_lock(gallery, monkey
         assert message.startswith("gallery ") and str(gallery.folder) in message
         assert answers(Gallery(gallery.folder))  # reading needs no lock
     assert gallery.remove(clip=["clip 30"]) == 1
+    # The other link would still contain the removed person.
+    os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
+    refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
+    refused(lambda: gallery.add(NEW), "hard links")
 
 
 @pytest.mark.slow
-def test_a_change_on_a_full_disk_leaves_the_old_state(tmp_path, campaign):
+def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, campaign):
     failed = 0
     for turn in range(100 if campaign else 1):
         place = tmp_path / str(turn)
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
     assert failed
-
-
-@pytest.mark.slow
-def test_a_killed_change_leaves_the_old_state_or_the_new_one(tmp_path, campaign):
     for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
@@ -363,16 +362,32 @@ def cut_off(folder):
     assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 
-def test_journal_of_a_killed_change_is_rolled_back(gallery):
+def test_journal_of_a_killed_change_is_rolled_back_and_deletes_no_other_file(gallery, tmp_path):
     before = answers(gallery)
     cut_off(gallery.folder)
     assert answers(Gallery(gallery.folder)) == before
     cut_off(gallery.folder)
     gallery.add(NEW)
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}
+    # A journal may name a file. SQLite deletes that file after it has applied the journal.
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("mine")
+    cut_off(gallery.folder)
+    journal, name = gallery.folder / (store_lib.GALLERY_FILE + "-journal"), str(thesis).encode()
+    total = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF
+    with journal.open("ab") as file:
+        file.write(b"\0\0\0\0" + name + len(name).to_bytes(4, "big") + total.to_bytes(4, "big"))
+        file.write(store_lib.SUPER_JOURNAL)
+    copy = shutil.copytree(gallery.folder, tmp_path / "copy") / store_lib.GALLERY_FILE
+    with contextlib.closing(sqlite3.connect(copy)) as connection:
+        connection.execute("SELECT * FROM gallery").fetchall()
+    assert not thesis.exists()  # what SQLite does by itself
+    thesis.write_text("mine")
+    refused(lambda: Gallery(gallery.folder), "names another file")
+    assert thesis.read_text() == "mine"
 
 
-def test_a_read_only_gallery_answers_but_refuses_changes(gallery):
+def test_a_read_only_gallery_and_a_sparse_file_of_1_tib_answer(gallery):
     wanted = answers(gallery)
     gallery.folder.joinpath(store_lib.GALLERY_FILE).chmod(0o400)
     gallery.folder.chmod(0o500)
@@ -383,6 +398,8 @@ def test_a_read_only_gallery_answers_but_refuses_changes(gallery):
             refused(lambda: gallery.remove(clip=["clip 30"]), "cannot be changed", "copy it")
     finally:
         gallery.folder.chmod(0o700)
+    os.truncate(gallery.folder / store_lib.GALLERY_FILE, 1 << 40)
+    assert answers(Gallery(gallery.folder)) == wanted
 
 
 def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, monkeypatch):
@@ -427,12 +444,6 @@ def test_every_kind_of_damage_raises_an_error_that_names_the_folder(gallery, kin
         refused(gallery.refresh, str(gallery.folder))
 
 
-def test_a_sparse_file_of_1_tib_is_not_read_to_its_end(gallery):
-    wanted = answers(gallery)
-    os.truncate(gallery.folder / store_lib.GALLERY_FILE, 1 << 40)
-    assert answers(Gallery(gallery.folder)) == wanted
-
-
 @pytest.mark.slow
 def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
@@ -448,25 +459,6 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
             errors_seen += 1
             assert str(gallery.folder) in str(error)
     assert errors_seen > 40
-
-
-def test_a_forged_journal_deletes_no_other_file(gallery, tmp_path):
-    """A journal may name a file. SQLite deletes that file after it has applied the journal."""
-    thesis = tmp_path / "thesis.tex"
-    thesis.write_text("mine")
-    cut_off(gallery.folder)
-    journal, name = gallery.folder / (store_lib.GALLERY_FILE + "-journal"), str(thesis).encode()
-    total = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF
-    with journal.open("ab") as file:
-        file.write(b"\0\0\0\0" + name + len(name).to_bytes(4, "big") + total.to_bytes(4, "big"))
-        file.write(store_lib.SUPER_JOURNAL)
-    copy = shutil.copytree(gallery.folder, tmp_path / "copy") / store_lib.GALLERY_FILE
-    with contextlib.closing(sqlite3.connect(copy)) as connection:
-        connection.execute("SELECT * FROM gallery").fetchall()
-    assert not thesis.exists()  # what SQLite does by itself
-    thesis.write_text("mine")
-    refused(lambda: Gallery(gallery.folder), "names another file")
-    assert thesis.read_text() == "mine"
 
 
 def forged(folder, *sql, facts=None, digest=False):
@@ -555,13 +547,6 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
         pages.append(bytes(page))
     path.write_bytes(b"".join([*pages, leaf[100:108], leaf[108:110], leaf[10:]]))
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
-
-
-def test_a_gallery_file_with_hard_links_is_not_changed(gallery, tmp_path):
-    """The other link would still contain the removed person."""
-    os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
-    refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
-    refused(lambda: gallery.add(NEW), "hard links")
 
 
 def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):

@@ -1,15 +1,18 @@
-"""The layout of the package: what may import what, and what is installed."""
+"""The layout of the package, what is installed, and the words of its pages."""
 
 import ast
 import functools
 import graphlib
+import io
+import pkgutil
 import re
+import tokenize
 import tomllib
 from pathlib import Path
 
-import pytest
-
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
@@ -74,9 +77,8 @@ def test_folders_import_only_lower_folders_without_cycles():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which shows a circle
 
 
-@pytest.mark.parametrize("package", quick_first([*WITHOUT, "vidjax"], mark=pytest.mark.nightly))
+@first_by_day("package", [*WITHOUT, "vidjax"])
 def test_folders_import_without_their_forbidden_libraries(python, package):
-    """All folders except `data` work without TensorFlow."""
     modules = [name for name in MODULES if name.startswith(f"{package}.")]
     if package == "vidjax":
         modules = [name for name in modules if ".data." not in name]
@@ -125,3 +127,67 @@ def test_fault_tests_use_no_mocks():
     for path in (ROOT / "tests" / "faults").glob("test_*.py"):
         assert not re.search(r"mock|\.(set|del)(attr|item)\(|^(?!.*def ).*\(monkeypatch[,)]",
                              path.read_text(), re.M), path  # fmt: skip
+
+
+# Words of sentences that leave out a noun, or that are translated word by word.
+AVOIDED = re.compile(
+    r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b|[;,] else\b",
+    re.IGNORECASE,
+)
+
+
+def read_prose(path):
+    """Yields the comments and strings of a program, or the lines of a page without quotations."""
+    text = path.read_text()
+    if not AVOIDED.search(text):
+        return
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT or (
+                token.type == tokenize.STRING and " " in token.string
+            ):
+                yield token.string
+        return
+    # Rows of CONTRIBUTING show the habit; rows of benchmarks are written by scripts.
+    rows = path.match(".github/*") or path.match("benchmarks/*")
+    for line in text.splitlines():
+        if not (rows and line.startswith("| ")):
+            yield re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)
+
+
+def test_prose_avoids_vague_and_translated_words():
+    pages = [ROOT / name for name in ("README.md", "tests/README.md", "tests/benchmarks/README.md")]
+    for folder in ("vidjax", "configs", "colab", ".github"):
+        for kind in ("*.py", "*.md", "*.j2"):
+            pages += (ROOT / folder).rglob(kind)
+    prose = [(path, text) for path in pages for text in read_prose(path)]
+    assert not [(str(path), text) for path, text in prose if AVOIDED.search(text)]
+
+
+PAGE = (ROOT / "configs/fidelity.md").read_text()
+# The options of models and fusions are fields or arguments somewhere in vidjax/.
+OPTIONS = {
+    name
+    for part in ("models", "core")
+    for path in (ROOT / "vidjax" / part).glob("*.py")
+    for name in re.findall(r"(\w+): [\w\[\], .|\"]+ = ", path.read_text())
+}
+FIELDS = {f"config.{name}" for name, _ in config_lib.fields(config_lib.default())}
+
+
+def exists(name):
+    """Returns whether what a name in backticks stands for is there."""
+    if match := re.match(r"(?:--config=configs/)?(\w+\.py.*)", name):
+        return bool(config_io.load_file(f"{ROOT}/configs/{match[1]}"))
+    if match := re.match(r"(?:--)?(config\.[\w.]+)", name):
+        group, option = match[1].rsplit(".", 1)
+        own = re.match(r"config\.(model|fusion)", group) and option in OPTIONS
+        return match[1] in FIELDS or bool(own)
+    if "/" in name:
+        return (ROOT / name).exists()
+    return pkgutil.resolve_name(f"vidjax.{name}") is not None
+
+
+def test_fidelity_page_names_only_existing_fields_files_and_functions():
+    names = {name for name in re.findall(r"`([^`]+)`", PAGE) if re.search(r"[./]", name)}
+    assert names and not [name for name in sorted(names) if not exists(name)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
 from vidjax.core import losses
 from vidjax.runs import config as config_lib
 
@@ -22,7 +22,6 @@ LOSSES = {
 
 
 def oracle(name, logits, labels, gamma, class_mask):
-    """The losses in float64, over the columns that count."""
     z = np.where(class_mask, np.asarray(logits, np.float64), -np.inf)
     label = np.arange(z.shape[1]) == labels[:, None]
     if name == "binary":
@@ -68,7 +67,7 @@ def test_losses_match_their_equations_in_float64(name, gamma):
             np.testing.assert_allclose(exact, expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("name", quick_first(["multiclass", *LOSSES][:4], mark=pytest.mark.nightly))
+@first_by_day("name", ["multiclass", *LOSSES][:4])
 def test_gradients_of_losses_match_finite_differences(name):
     with jax.enable_x64(True):
         logits, labels = example(batch=3, columns=4, dtype="float64")
@@ -102,7 +101,7 @@ def cosines(count=400, columns=6, seed=2):
     return values, rng.integers(0, columns, count).astype(np.int32)
 
 
-@pytest.mark.parametrize("margin", quick_first([0.5, 1.5], mark=pytest.mark.nightly))
+@first_by_day("margin", [0.5, 1.5])
 def test_angular_margin_matches_the_equation(margin):
     """ArcFace is computed in float64 from the angle."""
     cosine, labels = cosines()
@@ -151,7 +150,6 @@ def test_margins_accept_one_scale_per_branch(margin_fn):
 
 
 def make_loss(spec, logit_scale=1.0):
-    """The loss of a spec of which the other fields are at their defaults."""
     whole = {**config_lib.default().loss.to_dict(), **spec}
     return losses.make_loss(whole, None, 10, logit_scale=logit_scale)
 
@@ -187,11 +185,10 @@ def test_impossible_loss_specifications_are_refused(spec, message):
         losses.make_objective(whole, None, 10, logit_scale=1.0)
 
 
-def test_a_loss_with_a_margin_parameter_gets_logits_without_margin(monkeypatch):
+def test_loss_functions_get_the_options_of_their_signature_and_plain_logits(monkeypatch):
     """The scale of the logits is fixed or learned by the model."""
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
-        """Adds its margin itself, as CosFace does."""
         label = np.arange(6) == labels[:, None]
         harder = logits - logit_scale * margin * label
         return losses.softmax_cross_entropy(harder, labels, class_mask)
@@ -212,8 +209,6 @@ def test_a_loss_with_a_margin_parameter_gets_logits_without_margin(monkeypatch):
         value = loss(logits, labels, np.int32(0), learned)
         np.testing.assert_allclose(value, wanted(scale), rtol=1e-5)
 
-
-def test_loss_functions_get_only_the_options_in_their_signature(monkeypatch):
     given = {}
 
     def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):

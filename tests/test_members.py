@@ -1,10 +1,11 @@
 """The axis E: who trains on what, members against separate runs, honest scores."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
+from tests.helpers.small_runs import Spoilt, run, shrunk, weights
 from vidjax.core import ensemble
 from vidjax.data.clips import EvalPlan, split_blocks
 from vidjax.evaluation import eval_step, scoring
@@ -14,6 +15,7 @@ from vidjax.runs import config_io
 from vidjax.training import plan as plan_lib
 
 SPEC = config_lib.default().ensemble.to_dict()
+add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
 
 
 def test_members_are_the_product_of_folds_seeds_views_and_qualities():
@@ -26,6 +28,11 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     pairs = {(member.view, member.min_quality) for member in views}
     assert pairs == {(0, -1e9), (0, 20), (1, -1e9), (1, 20)}
     assert ensemble.make_members(SPEC) == (ensemble.Member(),)
+    features = np.arange(2 * 512).reshape(2, 512)  # 16 chunks of 32
+    for view in (0, 1, 15):
+        kept = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
+        wanted = np.delete(features, np.s_[32 * view : 32 * (view + 1)], axis=1)
+        np.testing.assert_array_equal(kept, wanted)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +83,12 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
         ensemble.load(tmp_path)
 
 
-def test_each_view_drops_its_chunk_of_features():
-    features = np.arange(2 * 512).reshape(2, 512)  # 16 chunks of 32
-    for view in (0, 1, 15):
-        kept = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
-        wanted = np.delete(features, np.s_[32 * view : 32 * (view + 1)], axis=1)
-        np.testing.assert_array_equal(kept, wanted)
+def add_up(members, weights, *, logs):
+    """Returns the running total of scores [E, B, K] with weights [E, B]."""
+    total = eval_step.make_no_scores(jnp.zeros(np.shape(members)[1:]), logs=logs)
+    for member, weight in zip(members, weights, strict=True):
+        total = add_scores(total, np.float32(member), np.float32(weight))
+    return total
 
 
 @pytest.mark.parametrize("logs", [True, False])
@@ -91,10 +98,7 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     use = rng.random((4, 6)) < 0.6
     use[:, 0], use[:, 1] = False, True
     scores = np.minimum(scores, 0) if logs else scores
-    total = eval_step.make_no_scores(jnp.zeros((6, 5)), logs=logs)
-    for member, rows in zip(scores, use, strict=True):
-        total = eval_step.add_scores(total, jnp.asarray(member), jnp.asarray(rows, jnp.float32))
-    means = np.asarray(eval_step.mean_scores(total))
+    means = np.asarray(eval_step.mean_scores(add_up(scores, use, logs=logs)))
     assert (means[0] == -np.inf).all()
     for clip in range(1, 6):
         voted = scores[use[:, clip], clip]
@@ -102,13 +106,17 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
         np.testing.assert_allclose(means[clip], wanted, rtol=1e-5)
 
 
-def test_mean_log_probabilities_near_zero_keep_their_precision():
+def test_means_and_sums_of_log_probabilities_keep_their_precision():
     lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
-    total = eval_step.make_no_scores(jnp.zeros((2, 1)), logs=True)
-    for lack in lacks:  # log(1 - x) is -x
-        total = eval_step.add_scores(total, -jnp.asarray(lack, jnp.float32)[:, None], jnp.ones(2))
+    total = add_up(-lacks[..., None], np.ones((2, 2)), logs=True)  # log(1 - x) is -x
     means = eval_step.mean_scores(total)[:, 0]
     np.testing.assert_allclose(means, -lacks.mean(axis=0), rtol=1e-5)
+    # The weights of the two branches add up to more or less than 1.
+    p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
+    for weight in (1.0, 0.375):
+        total = add_up(np.log([p[:, None]] * 2), np.full((2, 6), weight), logs=True)
+        sums = np.asarray(eval_step.sum_scores(total), np.float64)[:, 0]
+        np.testing.assert_allclose(sums, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
 
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -117,18 +125,22 @@ FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=1", "--config.eval.re
 SPLITS = "--config.data.train_splits=train,val"
 
 
+def train(folder, data, *words):
+    """Trains three members that leave out a fold of train and val each; returns the metrics."""
+    return run(shrunk(SPLITS, *FOLDS, *words, spec=MLP), folder, data)
+
+
 @pytest.fixture(scope="module")
 def everyone(data, tmp_path_factory):
-    """The folder and the metrics of three members that leave out a fold of train and val each."""
     folder = tmp_path_factory.mktemp("members") / "all"
-    return folder, run(shrunk(SPLITS, *FOLDS, spec=MLP), folder, data)
+    return folder, train(folder, data)
 
 
 @pytest.mark.slow
 def test_a_member_equals_a_separate_run_bit_for_bit(data, everyone, tmp_path):
     """Weights are equal, and scores of clips that the member has not seen."""
     folder, together = everyone
-    only = run(shrunk(SPLITS, *FOLDS, "--config.ensemble.only=1", spec=MLP), tmp_path, data)
+    only = train(tmp_path, data, "--config.ensemble.only=1")
     everybody, own = weights(folder), weights(tmp_path)
     assert own.keys() == everybody.keys()
     for name, value in own.items():
@@ -166,7 +178,7 @@ def test_evaluation_blocks_group_clips_by_scoring_members():
 
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, everyone, tmp_path):
-    run(shrunk(SPLITS, *FOLDS, "--config.ensemble.mapping=vmap", spec=MLP), tmp_path, data)
+    train(tmp_path, data, "--config.ensemble.mapping=vmap")
     left, right = weights(everyone[0]), weights(tmp_path)
     for name in [name for name in left if "params" in name]:
         np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)
@@ -186,12 +198,11 @@ def test_members_do_not_depend_on_the_clips_they_leave_out(data, everyone, tmp_p
             fields = {**vars(split), "labels": labels.astype(np.int32), "positives": many}
             return split.__class__(**fields)
 
-    config = shrunk(SPLITS, *FOLDS, spec=MLP)
     # Folds of the labels as they were: they must not move with the labels that are spoilt.
     labels = np.concatenate([data.split(name).labels for name in rows])
-    folds = ensemble.assign_folds(labels, 3, config.seed)
+    folds = ensemble.assign_folds(labels, 3, config_lib.default().seed)
     monkeypatch.setattr(ensemble, "assign_folds", lambda *args: folds)
-    run(config, tmp_path, Relabelled(data, {name: left_out[at] for name, at in rows.items()}))
+    train(tmp_path, Relabelled(data, {name: left_out[at] for name, at in rows.items()}))
     left, right = weights(plain), weights(tmp_path)
     assert any(not np.array_equal(left[name][0], right[name][0]) for name in left)
     for name, value in left.items():
@@ -217,32 +228,20 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     np.testing.assert_array_equal(rows, every[:2])
 
 
-def test_sum_of_scores_is_the_log_of_weighted_probabilities():
-    """The weights of the two branches add up to more or less than 1."""
-    p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
-    for weight in (1.0, 0.375):
-        total = eval_step.make_no_scores(jnp.zeros((6, 1)), logs=True)
-        for _ in range(2):
-            logs = jnp.log(jnp.asarray(p[:, None]))
-            total = eval_step.add_scores(total, logs, jnp.full(6, weight))
-        sums = np.asarray(eval_step.sum_scores(total), np.float64)[:, 0]
-        np.testing.assert_allclose(sums, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
-
-
 def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
     """All three quality subsets of the residual net leave out the same tenth."""
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):
-        plan = plan_lib.make_plan(config_io.load_file(f"{ROOT}/configs/{spec},few"), data)
+        plan = plan_lib.make_plan(config_io.load_file(f"{spec},few"), data)
         assert plan.task.train_other
         return plan.training_sets.trained
 
-    thrice = trained("residual_dense.py:iqiyi_vid,trainval,face")
+    thrice = trained("residual_dense:iqiyi_vid,trainval,face")
     assert thrice.shape == (3, len(truth)) and (thrice == thrice[0]).all()
     for rows in (truth >= 0, truth == 0, truth > 0):
         assert abs((~thrice[0])[rows].sum() - rows.sum() / 10) <= 1.2
-    left_out = ~trained("quality_fusion.py:iqiyi_vid,trainval")  # [5, N]
+    left_out = ~trained("quality_fusion:iqiyi_vid,trainval")  # [5, N]
     np.testing.assert_array_equal(left_out.sum(axis=0), 1)
     for column in range(13):
         assert np.ptp(left_out[:, truth == column].sum(axis=1)) <= 1

@@ -1,5 +1,8 @@
-"""Parts of models against their equations, and what dropout may do."""
+"""Nets and their layers against float64 loops from their equations; what dropout may do."""
 
+import functools
+import math
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +12,18 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_models as made
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import first_by_day
+from tests.helpers.embeddings import unit
 from tests.helpers.made_frames import make_frames
+from vidjax.core import fusion, losses
 from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier, layers
-from vidjax.models.layers import Dropout, Linear, NetVLAD, drop_modalities
-from vidjax.models.multimodal import SigmoidGate
+from vidjax.models.deepmef import ChannelAttention
+from vidjax.models.dense import MLP, ResidualDenseNet
+from vidjax.models.layers import CosineClassifier, Dropout, Linear, NetVLAD, drop_modalities
+from vidjax.models.multimodal import MultimodalAttention, SigmoidGate
+from vidjax.runs import config as config_lib
+from vidjax.runs import config_io
 
 
 def netvlad_oracle(params, features, mask, reduce, norms):
@@ -36,13 +45,7 @@ def netvlad_oracle(params, features, mask, reduce, norms):
     return out
 
 
-@pytest.mark.parametrize(
-    ("reduce", "norms"),
-    quick_first(
-        [("sum", ("batch",)), ("mean", ("batch",)), ("sum", ("l2",))],
-        mark=pytest.mark.nightly,
-    ),
-)
+@first_by_day("reduce, norms", [("sum", ("batch",)), ("mean", ("batch",)), ("sum", ("l2",))])
 def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
     """Arandjelovic et al. use L2 norms. The iQIYI-VID paper uses BatchNorm."""
     with jax.enable_x64(True):
@@ -185,3 +188,487 @@ def test_dropout_is_independent_for_every_number():
         y = apply(Dropout(rate), {}, x, deterministic=deterministic)
         np.testing.assert_array_equal(y, x)
     assert not drop_out(1.0, (3, 4)).any()
+
+
+FLOAT64 = jnp.dtype("float64")
+ACTIVATIONS = {
+    "linear": lambda z, slope: z,
+    "relu": lambda z, slope: np.maximum(z, 0),
+    "sigmoid": lambda z, slope: 1 / (1 + np.exp(-z)),
+    "swish": lambda z, slope: z / (1 + np.exp(-z)),
+    "prelu": lambda z, slope: np.where(z > 0, z, slope * z),
+}
+
+
+def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
+    """Product, activation, BatchNorm by the real rows (or BatchNorm, activation), in float64."""
+
+    def norm(x):
+        real = x[np.asarray(mask)]
+        x = (x - real.mean(axis=0)) / np.sqrt(real.var(axis=0) + 1e-5)
+        return x * params["norm"]["scale"] + params["norm"]["bias"]
+
+    out = np.array(rows) @ params["dense"]["kernel"] + params["dense"]["bias"]
+    out = norm(out) if batch_norm and norm_first else out
+    out = ACTIVATIONS[activation](out, params.get("slope", 0))
+    return norm(out) if batch_norm and not norm_first else out
+
+
+def randomised(model, x, mask):
+    variables = made.init(model, x, mask, train=False)
+    return {**variables, "params": made.randomised(variables["params"])}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(model, variables, x, mask):
+    return model.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]
+
+
+def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
+    x = np.zeros((2, 5), np.float32)
+    x[1] = 1e18
+    model = CosineClassifier(num_classes=3, scale=64.0)
+    kernel = np.random.default_rng(5).standard_normal((5, 3)).astype(np.float32)
+    kernel[:, 0] = 0
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def gradient(kernel, x):
+        logits: Any = model.apply({"params": {"kernel": kernel}}, x)
+        return jnp.sum((1 + logits) ** 2), logits
+
+    (by_kernel, by_x), logits = gradient(kernel, x)
+    assert logits.dtype == np.float32
+    for nothing in (logits[0], logits[:, 0], by_x[0], by_kernel[:, 0]):
+        np.testing.assert_array_equal(nothing, 0)
+    assert 0 < np.abs(logits[1, 1:]).max() <= 64.001
+    assert np.isfinite(by_kernel).all() and np.isfinite(by_x).all()
+    with jax.enable_x64(True):
+        x = np.random.default_rng(3).standard_normal((4, 5))
+        model = CosineClassifier(num_classes=3, scale=30.0)
+        params = made.randomised(made.init(model, x)["params"])
+        kernel = np.asarray(params["kernel"])
+        lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+        logits: Any = model.apply({"params": params}, 1e3 * x)
+        np.testing.assert_allclose(logits, 30 * x @ kernel / lengths, atol=1e-6)
+
+
+def test_mlp_matches_its_equations():
+    layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
+    mask = np.array([True, True, False, True, True])
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).standard_normal((5, 3))
+        model = MLP(layers, FLOAT64)
+        variables, expected = randomised(model, x, mask), x
+        for i, (_, activation, batch_norm, _) in enumerate(layers):
+            layer = variables["params"][f"layer_{i}"]
+            expected = layer_oracle(layer, expected, mask, activation, batch_norm)
+        np.testing.assert_allclose(train(model, variables, x, mask), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+@first_by_day("shortcut", ["concat", "add", "none"])
+def test_residual_dense_net_matches_its_equations(shortcut):
+    """Layers are multiplied by a sigmoid gate. Shortcuts add or concatenate earlier layers."""
+    mask = np.arange(8) != 2
+    with jax.enable_x64(True):
+        x = np.random.default_rng(1).standard_normal((8, 3))
+        model = ResidualDenseNet(5, 4, "swish", 0.0, shortcut, gate=True, dtype=FLOAT64)
+        variables = randomised(model, x, mask)
+        params = variables["params"]
+
+        def layer(i, rows):
+            branch = params[f"gate_{i - 1}"]
+            y = layer_oracle(params[f"layer_{i - 1}"], rows, mask, "swish", True)
+            return y / (1 + np.exp(-(y @ branch["kernel"] + branch["bias"])))
+
+        h1 = layer(1, x)
+        if shortcut == "concat":
+            h2 = layer(2, np.hstack([x, h1]))
+            h3 = layer(3, np.hstack([x, h1, h2]))
+        else:
+            h2 = layer(2, h1) + h1 * (shortcut == "add")
+            h3 = layer(3, h2) + h2 * (shortcut == "add")
+        np.testing.assert_allclose(train(model, variables, x, mask), layer(4, h3), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_dense_net_input_is_the_scaled_mean_frame_or_zeros_if_missing():
+    frames, clips = made.make_batch()
+    model = made.make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
+    variables = made.init_identifier(model, frames, clips)
+    classifier = jax.tree.map(np.asarray, variables["params"]["classifier"]["logits"])
+    np.testing.assert_array_equal(classifier["bias"], 0)
+    limit = math.sqrt(6 / sum(classifier["kernel"].shape))  # Xavier's uniform
+    assert 0.8 * limit < np.abs(classifier["kernel"]).max() <= limit
+    logits = made.eval_logits(model, variables, frames, clips)
+    for b in range(8):
+        x = []
+        for name, dim in made.DIMS.items():
+            real = frames[name].mask[b] & clips.mask[b]
+            features = frames[name].features[b][real].astype(np.float64)
+            x.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))
+        np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)
+
+
+SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
+
+
+def softmax(values):
+    values = np.exp(values - np.max(values, axis=-1, keepdims=True))
+    return values / values.sum(axis=-1, keepdims=True)
+
+
+def linear(params, name, x):
+    return x @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])
+
+
+def frames_oracle(params, clip):
+    """Affinity between the real frames of one clip [n, D]."""
+    theta, phi, g = (linear(params, name, clip) for name in ("theta", "phi", "g"))
+    affinity = softmax(theta @ phi.T / np.sqrt(phi.shape[1]))
+    return clip + linear(params, "out", affinity @ g)
+
+
+def channels_oracle(params, clip):
+    """The published form: 1x1 maps over the frames of one clip [T, D], feature by feature."""
+    theta, phi, g = (linear(params, name, clip.T).T for name in ("theta", "phi", "g"))  # [T/2, D]
+    return clip + linear(params, "out", (softmax(theta @ phi.T) @ g).T).T
+
+
+def danet_oracle(params, clip):
+    """The channel attention of DANet's code, with the frames of one clip [n, D] for channels."""
+    energy = clip @ clip.T
+    affinity = softmax(energy.max(axis=1, keepdims=True) - energy)
+    return clip + params["gamma"] * affinity @ clip
+
+
+ORACLES = {
+    "features": frames_oracle,
+    "channels": channels_oracle,
+    "danet": danet_oracle,
+    "none": lambda params, clip: clip,
+}
+
+
+def weights_oracle(params, clip, scores, aggregation):
+    """Weights of the frames of one clip [n, D], whose scores are quality x detection [n]."""
+    if aggregation == "attention":
+        return softmax(clip @ params["aggregation"]["query"])
+    weights = scores if aggregation == "quality" else np.ones(len(clip))
+    return weights / weights.sum()
+
+
+def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
+    """The whole system, a modality at a time; BatchNorm by the clips that have it."""
+    num_clips = len(batch_mask)
+    parts, seen = [], np.zeros(num_clips, bool)
+    for name, (features, quality, detection, _, mask) in frames.items():
+        exists = mask.any(axis=1) & batch_mask
+        seen |= exists
+        if name == "face":
+            part = np.zeros((num_clips, features.shape[-1] + 2))
+            for b in np.flatnonzero(exists):
+                x = features[b, mask[b]]
+                if rms_norm:
+                    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
+                beside = np.stack([quality[b] / 100, detection[b]], axis=1)[mask[b]]
+                clip = ORACLES[form](params.get("channel_attention"), np.hstack([x, beside]))
+                scores = (quality[b] * detection[b])[mask[b]]
+                part[b] = weights_oracle(params, clip, scores, aggregation) @ clip
+        else:
+            count = np.maximum(mask.sum(axis=1), 1)[:, None]
+            part = (features * mask[..., None]).sum(axis=1) / count
+            for i in range(2):
+                part = layer_oracle(params[f"{name}_{i}"], part, exists, "prelu", True, published)
+            part = part * exists[:, None]
+        parts.append(part)
+    x = np.concatenate(parts, axis=1)
+    if published:  # Linear-BatchNorm-PReLU, twice
+        hidden = layer_oracle(params["block"]["hidden"], x, seen, "prelu", True, True)
+        x = x + layer_oracle(params["block"]["back"], hidden, seen, "prelu", True, True)
+    else:
+        hidden = layer_oracle(params["hidden"], x, seen, "prelu", True)
+        x = x + linear(params, "back", hidden)
+    kernel = np.asarray(params["classifier"]["kernel"])
+    lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+    return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)
+
+
+@first_by_day(
+    "form, rms_norm, published, aggregation",
+    [
+        ("channels", True, True, "attention"),
+        ("features", True, False, "attention"),
+        ("danet", False, False, "mean"),
+        ("none", True, False, "quality"),
+    ],
+)
+def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
+    with jax.enable_x64(True):
+        frames, clips = made.make_batch()
+        frames = {
+            name: value._replace(features=value.features.astype(np.float64))
+            for name, value in frames.items()
+        }
+        size = frames["face"].mask.shape[1]
+        if form == "channels":
+            # Whole clips, as after drawing: padded frames would count in the maps over frames.
+            lengths = size * frames["face"].mask.any(axis=1)
+            frames["face"] = make_frames(lengths, max_frames=size, dtype="float64")
+        options = {"channel_attention": form, "num_frames": size, "rms_norm": rms_norm}
+        options |= {"layer_form": "published" if published else "ours", "aggregation": aggregation}
+        model = made.make_model(SMALL, dtype="float64", **options)
+        variables = made.init_identifier(model, frames, clips)
+        params = made.randomised(variables["params"])
+        case = (form, rms_norm, published, aggregation)
+        expected = deepmef_oracle(params, frames, clips.mask, *case)
+        logits, _ = made.train_logits(model, {**variables, "params": params}, frames, clips)
+        np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+@first_by_day("form", ["features", "danet"])
+def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
+    """If theta and phi both started at 0, as published, neither would ever change."""
+    frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
+    model: Any = ChannelAttention(form, 4)
+    params = made.init(model, frames.features, frames.mask)["params"]
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, features):
+        out = model.apply({"params": params}, features, frames.mask)
+        return jnp.mean((out - jnp.cos(jnp.arange(out.size).reshape(out.shape))) ** 2)
+
+    params = jax.tree.map(np.subtract, params, gradient(params, frames.features))
+    second = jax.tree_util.tree_leaves_with_path(gradient(params, frames.features))
+    moved = {jax.tree_util.keystr(path): np.abs(leaf).max() > 1e-5 for path, leaf in second}
+    assert all(moves for path, moves in moved.items() if "bias" not in path), moved
+    for scale in (0, 1e4):
+        for leaf in jax.tree.leaves(gradient(made.randomised(params), scale * frames.features)):
+            assert np.isfinite(leaf).all()
+
+
+COSINE = {"name": "cosine", "embed_dim": 7}
+
+
+def cosine_oracle(params, stats, frames, clips, *, feature_scale):
+    """Z and the logits clip by clip; BatchNorm by the batch if there are no statistics."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    parts = [[] for _ in clips.mask]
+    for m, (name, part) in enumerate(frames.items()):
+        layer, mapped = params[f"{name}_map"], []
+        mask = part.mask & clips.mask[:, None]
+        for x, real in zip(np.asarray(part.features, np.float64), mask, strict=True):
+            x = feature_scale * x[real].mean(axis=0) if real.any() else None
+            dense = layer["dense"]
+            mapped.append(None if x is None else x @ dense["kernel"] + dense["bias"])
+        seen = np.stack([x for x in mapped if x is not None])
+        norm = stats[f"{name}_map"]["norm"] if stats else None
+        mean, var = (norm["mean"], norm["var"]) if norm else (seen.mean(axis=0), seen.var(axis=0))
+        for b, x in enumerate(mapped):
+            if x is None:
+                parts[b].append(np.zeros(COSINE["embed_dim"]))
+                continue
+            x = (x - mean) / np.sqrt(var + 1e-5) * layer["norm"]["scale"] + layer["norm"]["bias"]
+            parts[b].append(params["weights"][m] * unit(x))
+    kernel = params["classifier"]["kernel"]
+    z = np.stack([np.concatenate(p) for p in parts])
+    z = np.stack([unit(x) if x.any() else x for x in z])
+    return z, params["scale"] * z @ (kernel / np.linalg.norm(kernel, axis=0))
+
+
+@first_by_day("train, feature_scale", [(True, 0.3), (False, 0.1)])
+def test_cosine_net_matches_its_float64_equations(train, feature_scale):
+    with jax.enable_x64(True):
+        frames, clips = made.make_batch()
+        model = made.make_model(
+            COSINE, dtype="float64", feature_scale=feature_scale, logit_scale=9.0
+        )
+        variables = made.init_identifier(model, frames, clips)
+        np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
+        assert variables["params"]["scale"] == 9
+        params = made.randomised(variables["params"])
+        stats = jax.tree.map(np.abs, made.randomised(variables["batch_stats"]))
+        variables = {"params": params, "batch_stats": stats}
+        if train:
+            output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
+        else:
+            output = made.eval_output(model, variables, frames, clips)
+        stats = None if train else stats
+        z, logits = cosine_oracle(params, stats, frames, clips, feature_scale=feature_scale)
+        assert output.embedding.dtype == np.float64
+        np.testing.assert_allclose(output.embedding, z, atol=1e-6)
+        np.testing.assert_allclose(output.logits[:, 0], logits, atol=1e-5)
+        np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
+
+
+def test_margin_loss_and_its_gradient_use_the_learned_scale():
+    """The oracle is the loss of s (cosine - m at the label) and its derivative by s, in float64."""
+    rng, labels = np.random.default_rng(2), np.array([1, 3, 0, 2])
+    spec = config_lib.default().loss.to_dict() | {"margin": 0.15, "margin_type": "cosine"}
+    objective = losses.make_objective(spec, None, 10, logit_scale=16.0)
+    cosines = rng.uniform(-1, 1, (4, 1, 5))
+    shifted = cosines[:, 0] - 0.15 * (labels[:, None] == np.arange(5))
+
+    def by_hand(scale):
+        z = scale * shifted
+        return np.sum(np.log(np.exp(z).sum(axis=1)) - z[np.arange(4), labels])
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(scale):
+        output: Any = losses.ModelOutput(scale * cosines, cosines, logit_scale=scale[None])
+        return jnp.sum(objective(output, labels, np.ones(4, bool), jnp.int32(0)))
+
+    with jax.enable_x64(True):
+        value, gradient = loss(jnp.asarray(12.0))
+    np.testing.assert_allclose(value, by_hand(12), rtol=1e-9)
+    slope = (by_hand(12 + 1e-5) - by_hand(12 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(gradient, slope, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_fallback_keeps_the_learned_logit_scale_of_each_model():
+    frames, clips = made.make_batch()
+    dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
+    spec = {"name": "fallback", "main": dense, "other": COSINE, "other_modalities": ("head",)}
+    model: Any = made.make_model(spec)
+    variables = made.init_identifier(model, frames, clips)
+    variables["params"]["other"]["scale"] = np.float32(21)
+    output = made.eval_output(model, variables, frames, clips)
+    np.testing.assert_array_equal(output.logit_scale, [16, 21])
+
+
+ROOT = Path(__file__).parent.parent
+WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
+
+
+def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
+    """Equations 1-3 for one clip: X [D, M], W_F and W_G [D~, D]; W_G is W_F in the paper.
+
+    A vector that does not exist takes no part in the sum over i. With `fill`, its own column j is
+    computed like any other.
+    """
+    z = np.where(np.asarray(exists)[:, None], scale * (w_f @ x).T @ (w_g @ x), -np.inf)
+    y = np.exp(z - np.maximum(z.max(axis=0), -1e9))  # a common factor, against overflow
+    y = y / np.maximum(y.sum(axis=0), 1e-300) * (np.asarray(exists) | fill)
+    return x + gamma * x @ y, y
+
+
+@first_by_day("form", ["two", "gram"])
+def test_attention_matches_equations_1_to_3_with_both_masks(form):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
+        x = rng.standard_normal((3, 5, 8)) * exists[..., None]
+        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "dtype": jnp.dtype("float64")}
+        fields["train_gamma"] = True
+        models = [MultimodalAttention(**fields, fill_missing=fill) for fill in (False, True)]
+
+        @jax.jit
+        def run(x):
+            variables = models[0].init(jax.random.key(0), x, exists)
+            return variables["params"], [model.apply(variables, x, exists) for model in models]
+
+        params, outputs = run(x)
+        assert set(params) == {"gamma", "w_f", *(["w_g"] if form == "two" else [])}
+        w_f = np.asarray(params["w_f"]["kernel"]).T
+        w_g = np.asarray(params["w_g"]["kernel"]).T if form == "two" else w_f
+        for fill, (out, y) in zip((False, True), outputs, strict=True):
+            for b in range(3):
+                expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
+                np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
+                np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
+        assert not np.asarray(outputs[0][0])[1, 1].any()
+        # A missing vector has no correlations: it becomes the mean of those that exist.
+        np.testing.assert_allclose(outputs[1][0][1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
+
+
+def video_level(params, name, frames, clip, *, netvlad, unit):
+    """Section 5.2: NetVLAD with BatchNorm (at its initial statistics) and no L2 norm, or a mean."""
+    features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
+    if name == "face":  # the 32 frames of highest quality; a shorter clip repeats random frames
+        order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
+        draws = np.asarray(jax.random.uniform(jax.random.key(0), (1, 32)))[0]  # for all clips
+        again = (draws * len(order)).astype(int)
+        features = features[order[[t if t < len(order) else again[t] for t in range(32)]]]
+    if name == "face" and netvlad:
+        pool = jax.tree.map(lambda p: np.asarray(p, np.float64), params["face_netvlad"])
+        score = features @ pool["assignment"]["kernel"] / np.sqrt(1 + 1e-5)
+        share = np.exp(score * pool["norm"]["scale"] + pool["norm"]["bias"])
+        share /= share.sum(axis=1, keepdims=True)
+        return (share.T @ features - share.sum(axis=0)[:, None] * pool["centers"]).reshape(-1)
+    mean = features.mean(axis=0)
+    return mean / np.linalg.norm(mean) if unit else mean
+
+
+def logits_of_the_paper(
+    params, frames, clip, modalities, *, netvlad, attention, pooled=False, unit=False
+):
+    """Figure 3 from the frames of one clip to its logits."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    columns, exists = [], []
+    for name in modalities:
+        layer, count = params[f"{name}_map"], 3 if name == "face" else 1
+        mapped, real = np.zeros(layer["bias"].size), frames[name].mask[clip].any()
+        if real:
+            video = video_level(params, name, frames[name], clip, netvlad=netvlad, unit=unit)
+            mapped = video @ layer["kernel"] + layer["bias"]
+        columns += list(mapped.reshape(count, -1))
+        exists += [real] * count
+    x = np.stack(columns, axis=1)  # [D, M]
+    if attention:
+        w_f = params["attention_map"]["w_f"]["kernel"].T
+        x, _ = attention_oracle(x, exists, w_f, w_f, 0.05, fill=True)
+    vectors = x[:, exists].mean(axis=1) if pooled else x.T.reshape(-1)
+    classifier = params["classifier"]["logits"]
+    return vectors @ classifier["kernel"] + classifier["bias"]
+
+
+@first_by_day(
+    "words, parts",
+    [
+        ("published", {"netvlad": True, "attention": True}),
+        ("average,concat,unit", {"netvlad": False, "attention": False, "unit": True}),
+        ("pooled", {"netvlad": True, "attention": False, "pooled": True}),
+    ],
+)
+def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
+    """The cases are the paper's net and the simplest nets of its table 3."""
+    config = config_io.load_file(f"{ROOT}/configs/mma.py:published,{words}").to_dict()
+    assert config["data"]["crop"] == "quality"  # else the best of a window
+    sizes = {name: WIDTHS[name] for name in config["modalities"]}
+    spec = {**config["model"], "embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
+    model = identifier.make_identifier(spec, modalities=sizes, num_classes=7, num_clips=4)
+    # Clips of up to 40 faces; the second has no audio, the third no face.
+    lengths = {"face": [40, 3, 0], "head": [9, 2, 4], "body": [3, 1, 1], "audio": [1, 0, 1]}
+    frames = {
+        name: make_frames(lengths[name], max_frames=max(lengths[name]), dim=dim, seed=dim)
+        for name, dim in sizes.items()
+    }
+    clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, np.int32), np.ones(3, bool))
+
+    def fused():
+        specs = {name: config["fusion"].get(name, {}).get("evaluate") for name in sizes}
+        fuse = {name: fusion.make_fusion(specs[name] or {"name": "all"}) for name in sizes}
+        return {name: fuse[name](None, value) for name, value in frames.items()}
+
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), fused(), clips, train=False))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes["params"]
+    )
+    norm = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
+    stats = {"face_netvlad": {"norm": norm}} if parts["netvlad"] else {}
+
+    @jax.jit
+    def run(params):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, fused(), clips, train=False).logits[:, 0]
+
+    logits = run(params)
+    for clip in range(3):
+        expected = logits_of_the_paper(params, frames, clip, sizes, **parts)
+        np.testing.assert_allclose(logits[clip], expected, atol=1e-3, rtol=1e-4)

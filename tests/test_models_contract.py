@@ -1,4 +1,4 @@
-"""What every model promises: what padding, absence, dropout and options do, and its outputs."""
+"""What every model promises: padding, absence, dropout, options, outputs; and the fallback."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,12 +10,109 @@ import pytest
 from flax import linen as nn
 
 from tests.helpers import made_models as tiny
-from tests.helpers.cases import quick_first
+from tests.helpers.batches import real_frames
+from tests.helpers.cases import first_by_day
 from tests.helpers.made_frames import make_frames, pad
-from tests.test_models_fallback import SPEC as FALLBACK
+from tests.helpers.small_runs import shrunk
 from vidjax.core import fusion
 from vidjax.models import identifier
 from vidjax.models.layers import Classifier, CosineClassifier
+from vidjax.training import plan as plan_lib
+
+MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
+OTHER = {"name": "dense", "layers": ((6, "swish", True, 0.0),)}
+FALLBACK = {"name": "fallback", "main": MAIN, "other": OTHER, "other_modalities": ("head",)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("measure", "threshold"), [("norm", 2.4), ("quality", 50.0)])
+def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
+    """Each clip has weights (main, other) in training and in evaluation."""
+    frames, clips = tiny.make_batch()
+    face, head = frames["face"], frames["head"]
+    clips = clips._replace(measure=fusion.mean_measure(face, measure))
+    bare = {"name": "dense", "layers": ()}
+    model = tiny.make_model(FALLBACK, main=bare, other=bare, measure=measure, threshold=threshold)
+    out = tiny.eval_output(model, tiny.init_identifier(model, frames, clips), frames, clips)
+    assert out.logits.shape == (8, 2, 5)
+    train, evaluate = [], []
+    norms = np.linalg.norm(face.features.astype(float), axis=2)
+    for b, real in enumerate(clips.mask):
+        has_face, has_head = (real & part.mask[b].any() for part in (face, head))
+        train.append((has_face, has_head))
+        measures = norms[b] if measure == "norm" else face.quality[b]
+        if has_head and not has_face:
+            evaluate.append((0, 0.95))
+        elif has_head and measures[face.mask[b]].mean() < threshold:
+            evaluate.append((0.2, 0.8))
+        else:
+            evaluate.append((1, 0))
+    assert set(evaluate) == {(1, 0), (0, 0.95), (0.2, 0.8)}
+    np.testing.assert_array_equal(out.train_weight, train)
+    np.testing.assert_allclose(out.eval_weight, evaluate, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_each_branch_equals_a_separate_model_on_its_clips():
+    frames, clips = tiny.make_batch()
+    model = tiny.make_model(FALLBACK)
+    variables = tiny.init_identifier(model, frames, clips)
+    out, new = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
+    evaluated = tiny.eval_output(model, variables, frames, clips)
+    sizes: Any = {"modalities": {"head": tiny.DIMS["head"]}, "num_classes": 5, "num_clips": 6}
+    other = identifier.make_identifier(OTHER, **sizes)
+    alone = (("main", tiny.make_model(MAIN), "face"), ("other", other, "head"))
+    for branch, (name, part, modality) in enumerate(alone):
+        own = {collection: tree[name] for collection, tree in variables.items()}
+        seen = clips.mask & frames[modality].mask.any(axis=1)
+        logits, part_new = tiny.train_logits(part, own, frames, clips._replace(mask=seen), seed=5)
+        np.testing.assert_allclose(out.logits[:, branch][seen], logits[seen], atol=1e-6)
+        close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+        jax.tree.map(close, part_new["batch_stats"], new["batch_stats"][name])
+        logits = tiny.eval_logits(part, own, frames, clips)
+        np.testing.assert_allclose(evaluated.logits[:, branch], logits, atol=1e-6)
+
+
+def test_main_model_may_use_only_some_modalities():
+    frames, clips = tiny.make_batch()
+    model = tiny.make_model(FALLBACK, main_modalities=("face",), other_modalities=("audio", "head"))
+    params = jax.eval_shape(lambda: tiny.init_identifier(model, frames, clips))["params"]
+    shapes = {name: params[name]["backbone"]["layer_0"]["dense"]["kernel"].shape for name in params}
+    assert shapes == {"main": (6, 8), "other": (9, 6)}
+
+
+DEEPMEF_RUN = "configs/deepmef.py:iqiyi_vid,face,audio"
+
+
+def threshold(config, data):
+    return (plan_lib.make_plan(config, data).task.settings or {}).get("threshold")
+
+
+def test_fallback_threshold_is_a_quantile_of_the_training_clips(data):
+    """The measure uses all features, although each member of `views` sees only a part."""
+    words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
+    both = "--config.data.train_splits=train,val"
+    for splits, config in {
+        ("train",): shrunk(*words, spec=DEEPMEF_RUN),
+        ("train", "val"): shrunk(*words, both, spec=f"{DEEPMEF_RUN},trainval"),
+    }.items():
+        norms = [
+            np.linalg.norm(frames.features.astype(np.float64), axis=-1).mean()
+            for split in splits
+            for _, frames in real_frames(data, split)
+            if len(frames.features)
+        ]
+        wanted = np.sort(norms)[int(0.2 * len(norms))]
+        assert threshold(config, data) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_models_without_a_threshold_share_have_no_fitted_threshold(data):
+    absolute, share = "--config.model.threshold=2.5", "--config.model.threshold_share=0"
+    for config in (shrunk(), shrunk(absolute, share, spec=DEEPMEF_RUN)):
+        assert threshold(config, data) is None
+    with pytest.raises(ValueError, match="set one of them to 0"):
+        threshold(shrunk(absolute, spec=DEEPMEF_RUN), data)
+
 
 DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.0),)}
 COSINE = {"head": "cosine", "logit_scale": 64.0}
@@ -39,8 +136,6 @@ LEARNED = [net for net in NETS if net.values != ("knn",)]
 
 
 class Net(NamedTuple):
-    """A model with every parameter at random, and clips with float32 features."""
-
     model: Any
     variables: Any
     frames: Any
@@ -171,7 +266,7 @@ DROPOUT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick_first(DROPOUT, mark=pytest.mark.nightly))
+@first_by_day("name", DROPOUT)
 def test_dropout_is_used_only_in_training(name):
     plain, variables, frames, clips = made(name)
     model = tiny.make_model({**MODELS[name][0], **DROPOUT[name]})
@@ -240,7 +335,6 @@ def test_missing_or_wide_modalities_and_impossible_tasks_are_refused():
 
 
 def assert_embedded(output, given):
-    """Asserts that the embedding is what the classifiers are given."""
     assert output.embedding.dtype == output.logits.dtype == np.float32
     assert np.isfinite(output.embedding).all()
     if len(given) > 1:  # a fallback: unit vectors, 0 for a model that has no say on a clip

@@ -154,7 +154,7 @@ def test_plda_members_with_different_clips_are_solved_separately():
         np.testing.assert_array_equal(*outputs)
 
 
-def test_a_missing_modality_favours_no_identity():
+def test_missing_modalities_favour_nobody_and_identities_without_clips_get_zero():
     """Identities with equal face scores stay equal if a clip lacks the other modality."""
     ratios = np.zeros((2, 1, NUM_CLASSES), np.float32)
     ratios[0] = -20.0
@@ -165,6 +165,16 @@ def test_a_missing_modality_favours_no_identity():
     np.testing.assert_allclose(logits[0], [new, -2, -2, -2, -2], rtol=1e-6)
     logits = combine(ratios, known, np.array([[True], [True]]), SETTINGS)
     np.testing.assert_allclose(logits[0], [new, -9, -2.3, 2, -4], rtol=1e-6)
+    # Identities without clips do not change the probabilities of other identities.
+    rng = np.random.default_rng(0)
+    ratios = rng.normal(size=(2, 6, NUM_CLASSES)).astype(np.float32)
+    known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
+    present = np.ones((2, 6), bool)
+    every = jax.nn.softmax(combine(ratios, known, present, SETTINGS))
+    enrolled = [0, 1, 3]
+    alone = jax.nn.softmax(combine(ratios[..., enrolled], known[:, enrolled], present, SETTINGS))
+    np.testing.assert_allclose(every[:, enrolled], alone, rtol=1e-6)
+    assert not np.any(every[:, [2, 4]])
 
 
 @pytest.mark.slow
@@ -210,25 +220,6 @@ def test_settings_given_at_evaluation_replace_fitted_settings():
     assert model.settings() == SETTINGS._replace(scale=0.7)
 
 
-def test_settings_keep_their_defaults_if_clips_are_too_few():
-    vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
-    settings = plda_fit.fit_settings(vectors, labels, {}, 0)
-    assert settings == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
-
-
-def test_identities_without_clips_get_probability_zero():
-    """They do not change the probabilities of other identities."""
-    rng = np.random.default_rng(0)
-    ratios = rng.normal(size=(2, 6, NUM_CLASSES)).astype(np.float32)
-    known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
-    present = np.ones((2, 6), bool)
-    every = jax.nn.softmax(combine(ratios, known, present, SETTINGS))
-    enrolled = [0, 1, 3]
-    alone = jax.nn.softmax(combine(ratios[..., enrolled], known[:, enrolled], present, SETTINGS))
-    np.testing.assert_allclose(every[:, enrolled], alone, rtol=1e-6)
-    assert not np.any(every[:, [2, 4]])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_people", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_plda_probabilities_are_calibrated(num_people):
@@ -251,11 +242,14 @@ def test_people_enrolled_later_with_one_clip_keep_probabilities_calibrated():
     assert abs(np.mean([np.exp(answer.new) for answer in answers]) - 0.5) < 0.05
 
 
-def test_settings_are_fitted_on_whole_identities():
+def test_settings_are_fitted_on_whole_identities_if_clips_are_enough():
     labels = np.concatenate([np.zeros(50, int), np.random.default_rng(0).integers(1, 3001, 9000)])
     drawn = plda_fit.draw_identities(labels, 0)
     assert 0.95 * plda_fit.MAX_FITTED_CLIPS < drawn.sum() <= plda_fit.MAX_FITTED_CLIPS
     assert not {*labels[drawn]} & {0, *labels[~drawn]}
+    vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
+    settings = plda_fit.fit_settings(vectors, labels, {}, 0)
+    assert settings == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
 
 
 @pytest.mark.slow
@@ -282,7 +276,6 @@ def test_closed_form_models_refuse_settings_of_gradient_training(data, name, wor
 
 @pytest.mark.slow
 def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monkeypatch):
-    """The labels of the clips that the fold leaves out are changed."""
     config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
     config.modalities = ("face", "audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)

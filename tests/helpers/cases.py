@@ -20,3 +20,8 @@ def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.sl
 
 def _as_case(case: Any) -> Any:
     return pytest.param(*case) if isinstance(case, tuple) else pytest.param(case)
+
+
+def first_by_day(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:
+    """Parametrises a test; cases after the first `count` run at night only."""
+    return pytest.mark.parametrize(names, quick_first(cases, count, pytest.mark.nightly))
