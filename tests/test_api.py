@@ -49,13 +49,11 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, labels, made, cac
     assert results.to_dict() == json.loads(results.paths.metrics.read_text())
     assert "map=1.0, map_kind='val'" in repr(results)
     assert vidjax.train(config, folder, made, num_devices=1).map == results.map
-
     tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
     assert tested.map_kind == "in_sample" and tested.paths.ranking == folder / "ranking_train.txt"
     assert tested.paths.ranking.exists()
     with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
         tested.average_precisions()
-
     run = vidjax.restore(folder, num_devices=1)
     public: Any = vidjax  # wrong types are meant
     answers: Any = run
@@ -112,7 +110,7 @@ def test_errors_of_wrong_arguments_describe_the_expected_argument(
         (lambda: public.train(config, made, new), "train: workdir wants the path of a folder"),
         (
             lambda: public.train(config, new, str(new)),
-            "train: data must be the result of vidjax.load_data",
+            "data must be the result of vidjax.load_data",
         ),
         (lambda: public.train(misspelt, new, made), r"learn_rate=1: .*optim\.learning_rate"),
         (lambda: public.restore(config), "restore: workdir wants the path"),

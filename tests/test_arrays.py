@@ -22,6 +22,10 @@ from vidjax.utils import errors, files
 
 DIM = 6
 SCORES = ("quality", "detection", "number")
+LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None}
+TWO = {"features": np.zeros((2, DIM), np.float32)}
+ONE = {"f": [1.0]}
+LONG = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}  # not [3, 64]?
 
 
 def make_splits():
@@ -39,9 +43,6 @@ def shards(records):
         for split, facts in records.splits.items()
         for shard in facts.shards
     }
-
-
-LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None}
 
 
 @pytest.fixture
@@ -78,23 +79,21 @@ def official_arrays(official_dir):
     return splits
 
 
-def test_arrays_and_official_files_convert_to_the_same_records(cache, tmp_path):
-    rng, official, splits = np.random.default_rng(0), tmp_path / "official", {}
-    official.mkdir()
-    for split, count in (("train", 12), ("val", 8), ("test", 4)):
-        clips = {f"{split}_{i:02d}": clip_files.random_clip(rng, i % 4, DIM) for i in range(count)}
-        clip_files.write_pickle(official, "face", split, clips)
-        splits[split] = {name: {"face": clip._asdict()} for name, clip in reversed(clips.items())}
-    labels = {"train_01": "3", "train_02": "7", "val_03": "7"}
-    for split in ("train", "val"):
-        own = {name: identity for name, identity in labels.items() if split in name}
-        clip_files.write_truth(official, split, own)
-    records = prepare(official, cache)
-    assert shards(convert(arrays.FeatureDict(splits, labels), cache)) == shards(records)
-    data, wanted = sources.load(splits, labels, cache_dir=cache), labelled(records, official)
+def test_arrays_and_official_files_convert_to_the_same_records(
+    cache, official_dir, official_arrays
+):
+    records = prepare(official_dir, cache)
+    wanted, labels = labelled(records, official_dir), {}
+    for name in ("train", "val"):
+        split = wanted.split(name)
+        shown = zip(split.clips, split.labels, strict=True)
+        labels |= {clip: wanted.identities[label - 1] for clip, label in shown if label}
+    source = arrays.FeatureDict(official_arrays, labels)
+    assert shards(convert(source, cache)) == shards(records)
+    data = sources.load(official_arrays, labels, cache_dir=cache)
     assert (data.identities, data.modalities) == (wanted.identities, wanted.modalities)
     assert data.report["data"]["digest"] == wanted.report["data"]["digest"]
-    for split in splits:
+    for split in official_arrays:
         left, right = data.split(split), wanted.split(split)
         assert left.clips == right.clips and left.labelled == right.labelled
         np.testing.assert_array_equal(left.labels, right.labels)
@@ -206,9 +205,6 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, c
     assert not {*first} & {*folders()}
 
 
-TWO = {"features": np.zeros((2, DIM), np.float32)}
-ONE = {"f": [1.0]}
-LONG = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}  # not [3, 64]?
 BAD = (  # what val contains first, and words of the error
     (np.zeros((2, DIM + 1)), "features are 7 wide, in other clips 6: "),
     ([[1.0, 2.0], [3.0]], "rows of different lengths"),
@@ -301,7 +297,7 @@ def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, ref
     refused(tmp_path, "train-00001", "is not read", "train.parquet")
 
 
-def test_npz_files_that_do_not_fit_each_other_are_refused(tmp_path):
+def test_clips_of_npz_files_and_in_memory_that_do_not_fit_each_other_are_refused(tmp_path):
     path, features = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
@@ -320,6 +316,17 @@ def test_npz_files_that_do_not_fit_each_other_are_refused(tmp_path):
         (tmp_path / other).touch()
         seen.refused(load, "because the folder has CLIP.npz")
         (tmp_path / other).unlink()
+    good, wide = {"face": np.ones((1, 24), np.float32)}, {"a": {"face": np.zeros((2, 23))}}
+    for clips, words in (
+        ([good], "not list"),
+        ({"a": {"fcae": [1.0]}}, "clip a: it has fcae, wanted face, head"),
+        ({"b": good, "c": good, **wide}, "23 wide, in other clips 24"),
+        ({"a": good, "a.mp4": good}, "clip a comes twice"),
+    ):
+        given: Any = clips
+        seen.refused(
+            lambda x=given: memory.MemoryClips.from_dict(x, {"face": 24, "head": 8}, ()), words
+        )
 
 
 def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
@@ -345,20 +352,6 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     refused(tmp_path, str(path), "damaged")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(tmp_path, str(path), "vidjax[parquet]")
-
-
-def test_error_names_a_bad_clip_in_memory():
-    good, wide = {"face": np.ones((1, 24), np.float32)}, {"a": {"face": np.zeros((2, 23))}}
-    for clips, words in (
-        ([good], "not list"),
-        ({"a": {"fcae": [1.0]}}, "clip a: it has fcae, wanted face, head"),
-        ({"b": good, "c": good, **wide}, "23 wide, in other clips 24"),
-        ({"a": good, "a.mp4": good}, "clip a comes twice"),
-    ):
-        given: Any = clips
-        seen.refused(
-            lambda x=given: memory.MemoryClips.from_dict(x, {"face": 24, "head": 8}, ()), words
-        )
 
 
 def read_input(path):

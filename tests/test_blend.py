@@ -159,7 +159,6 @@ def test_blend_refuses_runs_with_different_identities_or_clips(
     others = train("configs/knn.py:iqiyi_vid", fewer)
     with pytest.raises(ValueError, match="different lists of identities"):
         blended((runs[0], others))
-
     # The folder of one run gains a clip after training.
     moved = shutil.copytree(folders["others"], tmp_path / "moved")
     rng = np.random.default_rng(0)

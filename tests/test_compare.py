@@ -133,7 +133,6 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert second["p"] is None and "seeds" in facts["method"]
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
-
     assert compared(runs=(runs[0], "b1")).refused("--runs=A1+A2+A3,B1+B2+B3")
     assert compared(runs=(runs[0], "a1+b2+b3")).refused("named twice")
     made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1")

@@ -18,6 +18,9 @@ from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+# Fields that nothing reads, one in each group whose fields are looked up by name.
+INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
+            "join.how")  # fmt: skip
 
 
 def load(spec="mma"):
@@ -64,7 +67,6 @@ def test_overrides_have_the_type_of_their_field_and_differences_omit_unread_fiel
         config = config_io.override(load(), [f"--config.{word}"])
         changed = dict(config_lib.fields(config))[word.partition("=")[0]]
         assert (changed, type(changed)) == (value, type(value)), word
-
     config, words = load(), ["modalities=face", "seed=1", "modalities=head,audio", "seed=2"]
     changed = config_io.override(config, [f"--config.{word}" for word in words])
     assert changed.modalities == ("head", "audio") and changed.seed == 2  # the last one counts
@@ -136,6 +138,11 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
     assert len(problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")) == 1
     for members in ("folds", "bootstraps"):  # they leave clips out, so train can be evaluated
         assert problems("eval.split=train", f"ensemble.{members}=5") == []
+    (problem,) = problems("data.train_splits=train,val")  # a score on training clips
+    assert "--config=FILE:everything" in problem
+    for remedy in ("ensemble.folds=5", "eval.split=test"):
+        assert f"--config.{remedy}" in problem
+        assert problems("data.train_splits=train,val", remedy) == []
 
 
 def test_values_outside_the_range_of_a_field_are_refused():
@@ -172,11 +179,6 @@ def test_page_of_configurations_equals_the_generated_documentation():
         )
 
 
-# Fields that nothing reads, one in each group whose fields are looked up by name.
-INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
-            "join.how")  # fmt: skip
-
-
 @pytest.mark.nightly
 def test_every_field_is_read_by_a_command(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
     reads, override = set(), config_io.override
@@ -203,7 +205,6 @@ def test_every_field_is_read_by_a_command(official_dir, cache_dir, tmp_path, mon
     for words in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
         spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in words]).optim
         optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
-
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
     # A run on official files reads no option of other datasets; test_sources has those.

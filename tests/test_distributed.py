@@ -26,6 +26,10 @@ WORDS = (
     LAYER, "--config.batch_size=32", "--config.num_epochs=6", "--config.eval.every_epochs=0",
     "--config.log_every_steps=4", "--config.eval.block_size=16",
 )  # fmt: skip
+# The rates of a run that goes on for more epochs are those of one that always had them.
+CONSTANT = ("decay=constant", "warmup=0", "warmup_scale=0", "total_decay=0")
+SGD = tuple(f"--config.optim.{word}" for word in ("name=sgd", "learning_rate=0.01", *CONSTANT))
+OFTEN = ("--config.log_every_steps=1", "--config.eval.report=False")
 
 
 def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices():
@@ -113,7 +117,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
             assert codes == [143, 143]
         else:
             assert codes[0] not in (0, 143)
-
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text() and (two / "report.html").exists() == report
@@ -130,13 +133,6 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
     output = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
     assert "configuration is not the same in all processes" in output
     assert not list((tmp_path / "two").glob("checkpoints/*"))
-
-
-# The rates of a run that goes on for more epochs are those of one that always had them.
-CONSTANT = ("decay=constant", "warmup=0", "warmup_scale=0", "total_decay=0")
-SGD = tuple(f"--config.optim.{word}" for word in ("name=sgd", "learning_rate=0.01", *CONSTANT))
-
-OFTEN = ("--config.log_every_steps=1", "--config.eval.report=False")
 
 
 @pytest.mark.slow

@@ -19,6 +19,12 @@ from vidjax.data.records.conversion import convert
 from vidjax.utils import machine
 from vidjax.utils.errors import DiskError, UserError
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+FILM = Path("film.mp4")
+GB = 1 << 30
+V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
+V2 = "0::/pod/one\n"
+
 
 def make_clips(seed, count):
     """Returns clip -> modality -> field -> frames, with gaps and values that are not finite."""
@@ -134,10 +140,6 @@ def test_failure_of_one_process_or_a_stop_ends_the_other_processes(tmp_path):
         run("time", cpu_seconds=60, children=children)
 
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-FILM = Path("film.mp4")
-
-
 def run(wanted, cpu_seconds=20, children=None, **more):
     return processes.run_limited(
         limited_job.__name__, FILM, {"wanted": wanted, **more},
@@ -169,37 +171,28 @@ def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
     assert len(str(caught.value).splitlines()) <= 3
 
 
-GB = 1 << 30
-V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
-V2 = "0::/pod/one\n"
-
-
 @pytest.mark.parametrize(
     ("groups", "files", "most", "free", "cores"),
     [
         (None, {}, None, None, None),  # no Linux
         (V2, {
-            "memory.max": "max\n",
-            "pod/one/memory.max": f"{GB >> 6}\n",
-            "pod/one/memory.current": f"{GB >> 7}\n",
-            "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
-            "pod/one/cpu.max": "max 100000\n",
-            "pod/cpu.max": "80000 100000\n",
+            "memory.max": "max", "pod/one/memory.max": GB >> 6, "pod/one/memory.current": GB >> 7,
+            "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}",
+            "pod/one/cpu.max": "max 100000", "pod/cpu.max": "80000 100000",
         }, GB >> 6, (GB >> 7) + (GB >> 8), 1),
-        (V2, {"memory.max": f"{GB >> 6}\n"}, GB >> 6, GB >> 6, None),  # seen as top
+        (V2, {"memory.max": GB >> 6}, GB >> 6, GB >> 6, None),  # seen as top
         (V1, {
-            "memory/pod/one/memory.limit_in_bytes": f"{1 << 63}\n",
-            "memory/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
-            "memory/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
-            "cpu/pod/one/cpu.cfs_quota_us": "50000\n",
-            "cpu/pod/one/cpu.cfs_period_us": "100000\n",
+            "memory/pod/one/memory.limit_in_bytes": 1 << 63,
+            "memory/pod/memory.limit_in_bytes": GB >> 6,
+            "memory/pod/memory.usage_in_bytes": GB >> 7,
+            "cpu/pod/one/cpu.cfs_quota_us": 50000, "cpu/pod/one/cpu.cfs_period_us": 100000,
         }, GB >> 6, GB >> 7, 1),
     ],
 )  # fmt: skip
 def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
     tmp_path, groups, files, most, free, cores
 ):
-    texts = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    texts = {f"sys/fs/cgroup/{name}": f"{value}\n" for name, value in files.items()}
     texts |= {"proc/self/cgroup": groups} if groups else {}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

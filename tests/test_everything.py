@@ -10,8 +10,7 @@ from tests.helpers import clip_files, made_runs
 from tests.helpers.pages import check_numbers, section
 from vidjax.core import ensemble
 from vidjax.evaluation import ranking
-from vidjax.runs import checkpoint, config_io
-from vidjax.runs import config as config_lib
+from vidjax.runs import checkpoint
 from vidjax.runs import results as results_lib
 
 ROOT = Path(__file__).parent.parent
@@ -74,18 +73,6 @@ def test_run_on_everything_reports_no_map(official_dir, tmp_path, say, command):
     assert metrics_of(joined)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
     assert "map" not in metrics_of(joined, "metrics_test.json")
-
-
-def test_evaluation_on_training_clips_is_refused_with_remedies(tmp_path, official_dir, command):
-    slip = "--config.data.train_splits=train,val"
-    for words in ([KNN, slip], [f"{KNN},everything", MEASURED]):
-        data = [f"--config.data.dir={official_dir}", f"--workdir={tmp_path}/w"]
-        done = command(*words, *data)
-        assert done.refused(FOLDS, "everything", "--config.eval.split=test")
-        assert not (tmp_path / "w").exists()
-    config = config_io.load_file(KNN.removeprefix("--config="))
-    for remedy in (FOLDS, "--config.eval.split=test"):
-        config_lib.check(config_io.override(config, [slip, remedy]))
 
 
 @pytest.mark.slow

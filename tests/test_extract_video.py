@@ -13,6 +13,11 @@ from tests.helpers.cases import first_by_day
 from vidjax.apps.video import decode
 from vidjax.utils.errors import UserError
 
+CODECS = {"mp4": "libx264", "mkv": "ffv1", "mov": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4",
+          "ts": "libx264", "mpg": "mpeg1video", "wmv": "wmv2", "flv": "flv1"}  # fmt: skip
+ORIENTATIONS = [("heic", 6), ("jpg", 6)] + [("jpg", n) for n in (1, 2, 3, 4, 5, 7, 8)]
+OTHERS = [(ending, 6) for ending in ("avif", "tiff", "png", "webp")]
+
 
 def corner():
     """Returns a picture of 120 x 160 pixels, grey with a red corner at its top left."""
@@ -46,10 +51,6 @@ def film(tmp_path):
     return tmp_path / "film.mkv"
 
 
-CODECS = {"mp4": "libx264", "mkv": "ffv1", "mov": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4",
-          "ts": "libx264", "mpg": "mpeg1video", "wmv": "wmv2", "flv": "flv1"}  # fmt: skip
-
-
 @first_by_day("ending, codec", CODECS.items(), 2)
 def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, codec):
     films.write(tmp_path / f"a.{ending}", [corner()] * 30, codec)
@@ -80,10 +81,6 @@ def test_rotated_film_is_decoded_upright(tmp_path, degrees, place):
     frame = read(tmp_path / "phone.mp4")[0][0]
     assert frame.rgb is not None and red(frame.rgb).index(True) == place
     assert frame.rgb.shape[0] == (160 if degrees % 180 else 120)
-
-
-ORIENTATIONS = [("heic", 6), ("jpg", 6)] + [("jpg", n) for n in (1, 2, 3, 4, 5, 7, 8)]
-OTHERS = [(ending, 6) for ending in ("avif", "tiff", "png", "webp")]
 
 
 @first_by_day("ending, orientation", [*ORIENTATIONS, *OTHERS], 2)
@@ -240,6 +237,7 @@ def test_pictures_beyond_the_limit_are_not_decoded_even_if_they_grow(tmp_path, f
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()
     (tmp_path / "huge.bmp").write_bytes(data)
     refused(tmp_path / "huge.bmp", "huge.bmp")
+    monkeypatch.undo()
     # Two MPEG streams of different sizes, one after the other, are one film.
     for name, size in (("a", 1), ("b", 4)):
         films.write(tmp_path / f"{name}.ts", [films.scene(0, 120 * size, 160 * size)] * 10)

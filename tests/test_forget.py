@@ -27,6 +27,7 @@ from vidjax.runs import config_io
 from vidjax.utils import files, tables
 
 GONE = "Ada Lovelace"
+ODD = ["Zoë O'Brien", 'a "b" $(id) `id` \\', "-e --x ;", "Zoe\u0308 & Co <x>", "x {} !"]
 
 
 @pytest.fixture
@@ -138,9 +139,6 @@ def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
     }  # fmt: skip
     assert {kind for kind, _ in listed.values()} == {"file"}
     assert places("--identity=Adb", tmp_path, code=0) == {}
-
-
-ODD = ["Zoë O'Brien", 'a "b" $(id) `id` \\', "-e --x ;", "Zoe\u0308 & Co <x>", "x {} !"]
 
 
 def write_tar(path, text):
@@ -271,7 +269,6 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, run, places):
         "--config.data.name=arrays", f"--config.data.dir={features}",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
     ])  # fmt: skip
-
     data = vidjax.load_data(config)
     (tmp_path / "run").mkdir()
     with files.lock(tmp_path / "run"):

@@ -254,14 +254,12 @@ def test_top_frames_are_the_best_frames_repeated_in_short_clips():
     assert (counts[best], counts[middle], counts[worst]) == (11, 11, 10)
     np.testing.assert_array_equal(turns.number[1], np.zeros(32))
     np.testing.assert_array_equal(turns.mask.sum(axis=1), [32, 32, 0, 32, 32])
-
     draw = jax.vmap(lambda rng: fusion.top_frames(rng, frames).number[0])
     drawn = jax.jit(draw)(jax.random.split(jax.random.key(8), 200))
     counts = np.stack([np.sum(np.asarray(drawn) == 10 * t, axis=1) for t in range(3)])
     assert counts.min() >= 1  # every frame is there once before any is drawn again
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
     assert counts.std() > 1
-
     # Without a key, random repeats do not depend on the other clips.
     fixed = fuse("top", None, frames, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
@@ -285,7 +283,6 @@ def test_samples_are_different_frames_in_time_order():
     assert (ones.min(), ones.max()) == (1, 4)  # both frames are always there
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
-
     even = fuse("sample", None, frames, num_frames=5)  # without a key
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)

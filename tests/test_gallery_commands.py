@@ -1,21 +1,34 @@
-"""`vidjax gallery`: what a user types and sees, mistakes, files of answers, tables."""
+"""`vidjax gallery`: what a user types and sees, and mistakes; commands on folders of tables."""
 
 import csv
 import functools
 import io
 import json
+import os
+import re
 import shutil
+import signal
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_galleries, made_runs
+from tests.helpers import clip_files, limits, made_galleries, made_runs
+from tests.helpers.cases import first_by_day
+from tests.helpers.clip_files import write_parquet
+from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.utils.errors import UserError
 
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 WIDTH = 24
 
 
@@ -30,8 +43,13 @@ def folder(made, tmp_path):
 
 
 @pytest.fixture
-def say(say):
+def tell(say):
     return functools.partial(say, "gallery")
+
+
+@pytest.fixture
+def ask(say):
+    return lambda *words, code=0: say(*words, "--json", code=code)
 
 
 def write_clips(folder, *people, seed=0):
@@ -46,63 +64,52 @@ def write_clips(folder, *people, seed=0):
     return folder
 
 
-def test_commands_enrol_rename_relabel_and_remove_a_person(say, folder, tmp_path):
+def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_path):
     before = made_galleries.contents(folder)
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
-    output = say(*ada, "--identity=Ada")
+    output = tell(*ada, "--identity=Ada")
     assert "enrolled    2 clips, 0 were there" in output and "people      13" in output
-    again = say(*ada, "--identity=Ada")
+    again = tell(*ada, "--identity=Ada")
     assert "enrolled    0 clips, 2 were there" in again and "version     2" in again
     other = write_clips(tmp_path / "other", "Ada", seed=2)  # the same names, other frames
-    output = say("enrol", folder, f"--input={other}", "--identity=Ada", code=2)
+    output = tell("enrol", folder, f"--input={other}", "--identity=Ada", code=2)
     assert "clip 'Ada 0' is already enrolled with another vector" in output
-    assert "identity ' Ada' has leading or trailing blanks" in say(*ada, "--identity= Ada", code=2)
-    output = say(*ada, "--identity=Eve", code=2)
+    assert "identity ' Ada' has leading or trailing blanks" in tell(*ada, "--identity= Ada", code=2)
+    output = tell(*ada, "--identity=Eve", code=2)
     assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in output
     assert "remove" not in output  # it would delete Ada, to enrol another person
-    assert "Ada 1" in say("list", folder, "--clips", "--identity=Ada").splitlines()[1]
-    assert say("list", folder, "--clips", "--json")["clips"]["Ada"] == ["Ada 0", "Ada 1"]
-    output = say("rename", folder, "--identity=Ada", "--to=Eve")
+    assert "Ada 1" in tell("list", folder, "--clips", "--identity=Ada").splitlines()[1]
+    assert tell("list", folder, "--clips", "--json")["clips"]["Ada"] == ["Ada 0", "Ada 1"]
+    output = tell("rename", folder, "--identity=Ada", "--to=Eve")
     assert "renamed     Ada is Eve, with 2 clips" in output
-    output = say("relabel", folder, "--clip=Ada 1", "--identity=Grace")
+    output = tell("relabel", folder, "--clip=Ada 1", "--identity=Grace")
     assert "Ada 1 showed Eve; it shows Grace, who is new" in output and "people      14" in output
     merge = ("rename", folder, "--identity=Grace", "--to=Eve")
-    output = say(*merge, code=2)
+    output = tell(*merge, code=2)
     assert "two people would become one" in output and "--merge" in output
-    say(*merge, "--merge")
-    output = say("relabel", folder, "--clip=Ada 1", "--strangers")
+    tell(*merge, "--merge")
+    output = tell("relabel", folder, "--clip=Ada 1", "--strangers")
     assert "Ada 1 showed Eve; it shows a stranger" in output
-    say("relabel", folder, "--clip=Ada 1", "--identity=Eve")
-    assert "removed     1 clip\n" in say("remove", folder, "--clip=Ada 0")
-    assert "people      12" in say("remove", folder, "--identity=Eve")
+    tell("relabel", folder, "--clip=Ada 1", "--identity=Eve")
+    assert "removed     1 clip\n" in tell("remove", folder, "--clip=Ada 0")
+    assert "people      12" in tell("remove", folder, "--identity=Eve")
     assert made_galleries.contents(folder) == before
 
 
-def test_clips_without_a_usable_frame_are_listed_by_name(say, folder, tmp_path):
-    words = (folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
-    np.savez(tmp_path / "ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
-    with pytest.warns(UserWarning, match="1 clip without a usable frame: .*: dead"):
-        assert "enrolled    2 clips" in say("enrol", *words, "--identity=Ada")
-    rows = [row.split() for row in say("identify", *words).splitlines()]
-    assert ["dead", "unknown", "no", "usable", "frame"] in rows
-
-
 @pytest.mark.slow
-def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, data):
+def test_identify_prints_a_table_and_writes_files(tell, folder, tmp_path, made, data):
     wanted = made.identify(data, k=3, fpir=0.1, split="val")
     words = ("identify", folder, "--split=val", "--fpir=0.1", "--k=3")
-    table, _, summary = say(*words[:-1]).partition("\nidentify\n")
+    table, _, summary = tell(*words[:-1]).partition("\nidentify\n")
     rows = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:]}
     assert rows == {clip: answer.identity or "unknown" for clip, answer in wanted.items()}
     named = sum(answer.identity is not None for answer in wanted.values())
     assert f"named       {named}" in summary and "people      12" in summary
-
-    say(*words, f"--out={tmp_path / 'a.csv'}")
+    tell(*words, f"--out={tmp_path / 'a.csv'}")
     for ending in (".jsonl", ".parquet"):
         answers_lib.write(tmp_path / f"a{ending}", wanted)
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     cells = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
-    parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     for line, cell, row, (clip, expected) in zip(lines, cells, table, wanted.items(), strict=True):
         assert line["clip"] == cell["clip"] == row["clip"] == clip
@@ -118,86 +125,92 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
         if expected.best:
             assert cell["best_2"] == row["best_2"] == expected.best[1][0]
             assert float(cell["probability_2"]) == row["probability_2"] == expected.best[1][1]
-    message = say(*words, f"--out={tmp_path / 'a.csv'}", code=2)
+    message = tell(*words, f"--out={tmp_path / 'a.csv'}", code=2)
     assert "exists and is not overwritten" in message
-    content = say(*words, "--json")
+    content = tell(*words, "--json")
     assert content["named"] == named and content["answers"] == lines
     assert content["rule"]["by"] == "fpir" and not content["rule"]["default"]
 
 
-def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(say, nearest_run, tmp_path):
+def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_run, tmp_path):
     words = ("identify", tmp_path / "g", f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     made_galleries.make(tmp_path / "g")
-    message = say(*words, code=2)
+    message = tell(*words, code=2)
     assert "no longer at 'somewhere'" in message and "--run=FOLDER" in message
-    message = say(*words, f"--run={nearest_run}", code=2)
+    message = tell(*words, f"--run={nearest_run}", code=2)
     assert "was made with the run" in message and "--run=FOLDER" in message
-    message = say("list", nearest_run, code=2)
+    message = tell("list", nearest_run, code=2)
     assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in message
 
 
-def test_enrol_reads_one_subfolder_per_person(say, folder, tmp_path):
+def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
     """Files with the same name in two subfolders are two clips."""
     photos, words = tmp_path / "photos", ("enrol", folder, f"--input={tmp_path / 'photos'}")
     for person in ("Ada", "Grace"):
         write_clips(photos / person, person)
         (photos / person / f"{person} 0.npz").rename(photos / person / "0.npz")
-    assert "people      14" in say(*words)
-    listed = say("list", folder, "--clips", "--json")["clips"]
-    assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"] and listed["Grace"] == [
-        "Grace/0",
-        "Grace/Grace 1",
+    assert "people      14" in tell(*words)
+    listed = tell("list", folder, "--clips", "--json")["clips"]
+    assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"]
+    assert listed["Grace"] == ["Grace/0", "Grace/Grace 1"]
+    # A clip without a usable frame is named.
+    np.savez(photos / "Ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
+    with pytest.warns(UserWarning, match="1 clip without a usable frame: .*: Ada/dead"):
+        assert "enrolled    0 clips" in tell(*words)
+    rows = [
+        row.split() for row in tell("identify", folder, f"--input={photos / 'Ada'}").splitlines()
     ]
+    assert ["dead", "unknown", "no", "usable", "frame"] in rows
     (photos / "Ada").rename(photos / "train")
     (photos / "Grace").rename(photos / "val")
-    assert "splits of a dataset, not people" in say(*words, code=2)
+    assert "splits of a dataset, not people" in tell(*words, code=2)
     write_clips(photos, "Eve")
-    message = say(*words, code=2)
+    message = tell(*words, code=2)
     assert "--identity=NAME" in message and "PATH/NAME/CLIP.npz" in message
 
 
 @pytest.mark.slow
-def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
+def test_rank_writes_a_submission(tell, folder, tmp_path, made, data):
     wanted = made.rank(data, split="val")
     passing = {n: [pair for pair in x if pair[1] >= np.log(0.2)] for n, x in wanted.items()}
     assert made.rank(data, split="val", threshold=0.2) == passing
     assert any(passing.values()) and passing != wanted
     words = ("rank", folder, "--split=val")
     for name, lists, more in (("a", wanted, ()), ("p", passing, ("--threshold=0.2",))):
-        say(*words, f"--out={tmp_path / name}.txt", *more)
+        tell(*words, f"--out={tmp_path / name}.txt", *more)
         written = made_runs.lists(tmp_path / f"{name}.txt")
         assert list(written) == list(lists)
         assert written == {n: [f"{clip}.mp4" for clip, _ in clips] for n, clips in lists.items()}
-    say(*words, f"--out={tmp_path / 'r.jsonl'}")
+    tell(*words, f"--out={tmp_path / 'r.jsonl'}")
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {line["identity"]: [entry["clip"] for entry in line["clips"]] for line in lines} == {
         name: [clip for clip, _ in clips] for name, clips in wanted.items()
     }
-    assert "exists" in say(*words, f"--out={tmp_path / 'a.txt'}", code=2)
+    assert "exists" in tell(*words, f"--out={tmp_path / 'a.txt'}", code=2)
 
 
 @pytest.mark.slow
-def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(say, folder, tmp_path):
+def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, tmp_path):
     own = write_clips(tmp_path / "own" / "train", "Ada", "Grace", "nobody").parent
     labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
     clip_files.write_labels(own / "labels.csv", labels)
     clips = ("--config.data.name=arrays", f"--config.data.dir={own}", "--split=train")
-    assert "people      14" in say("enrol", folder, *clips)
-    answers = {line.split()[0] for line in say("identify", folder, *clips).splitlines()}
+    assert "people      14" in tell("enrol", folder, *clips)
+    answers = {line.split()[0] for line in tell("identify", folder, *clips).splitlines()}
     assert answers >= {"Ada", "Grace", "nobody"}
     strangers = len(Gallery(folder).strangers)
-    assert f"strangers   {strangers + 2}" in say("enrol", folder, *clips, "--strangers")
+    assert f"strangers   {strangers + 2}" in tell("enrol", folder, *clips, "--strangers")
 
 
 @pytest.mark.slow
 def test_create_builds_a_gallery_and_identify_accepts_a_moved_run(
-    say, nearest_run, tmp_path, made, command
+    tell, nearest_run, tmp_path, made, command
 ):
     words = ("create", tmp_path / "g", f"--run={nearest_run}")
-    output = say(*words)
+    output = tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
     assert "people      12" in output and "version     1" in output
-    content = say("create", tmp_path / "e", words[2], "--empty", "--strangers=train", "--json")
+    content = tell("create", tmp_path / "e", words[2], "--empty", "--strangers=train", "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
     done = command("gallery", *("identify", tmp_path / "g", "--split=val", f"--run={moved}"))
@@ -205,12 +218,12 @@ def test_create_builds_a_gallery_and_identify_accepts_a_moved_run(
     assert "--threshold=P" in done.out  # by which rule, as nothing was chosen
 
 
-def test_threshold_command_equals_the_api_and_reports_too_few_strangers(say, folder, made):
-    content = say("threshold", folder, "--fpir=0.25", "--json")
+def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, folder, made):
+    content = tell("threshold", folder, "--fpir=0.25", "--json")
     assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
-    output = say("threshold", folder, "--fpir=0.25")
+    output = tell("threshold", folder, "--fpir=0.25")
     assert "people      12" in output and f"strangers   {content['num_strangers']}" in output
-    output = say("threshold", folder, "--fpir=0.001", code=2)
+    output = tell("threshold", folder, "--fpir=0.001", code=2)
     assert "needs 999 clips of strangers or more" in output and "enrol more strangers" in output
 
 
@@ -240,11 +253,11 @@ MISTAKES = {
 }
 
 
-def test_usage_errors_name_the_remedy_and_change_nothing(say, folder):
+def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder):
     before = made_galleries.contents(folder)
     for words, remedy in MISTAKES.items():
         given = [str(folder) if word == "G" else word for word in words.split()]
-        assert remedy in say(*given, code=2), words
+        assert remedy in tell(*given, code=2), words
     assert made_galleries.contents(folder) == before
 
 
@@ -255,12 +268,11 @@ def test_names_in_csv_files_are_guarded_against_formulas(tmp_path):
     assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"  # best_2
 
 
-def test_export_writes_a_table_of_the_enrolled_clips(say, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
     people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
     enrolled = {n: c for n, c in people.clips.items() if c.identity is not None}
     words = ("export", people.folder, f"--out={table}")
-    assert f"clips       {len(enrolled)}" in say(*words)
+    assert f"clips       {len(enrolled)}" in tell(*words)
     assert stat.S_IMODE(table.stat().st_mode) == 0o600
     rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
     assert {name: row["identity"] for name, row in rows.items()} == {
@@ -271,7 +283,7 @@ def test_export_writes_a_table_of_the_enrolled_clips(say, tmp_path):
         for part, (own,) in zip(people.backend.widths, z, strict=True):
             wanted = 0 * own if np.isnan(own[0]) else own / np.linalg.norm(own)
             np.testing.assert_allclose(rows[name][part], np.nan_to_num(wanted), atol=1e-6)
-    assert "exists and is not overwritten" in say(*words, code=2)
+    assert "exists and is not overwritten" in tell(*words, code=2)
 
 
 def test_check_mode_detects_a_damaged_gallery(folder, command):
@@ -282,3 +294,277 @@ def test_check_mode_detects_a_damaged_gallery(folder, command):
     (folder / "gallery.sqlite").write_bytes(content)
     done = command(*words)
     assert done.code == 2 and "FAULT" in done.out
+
+
+PAGE = Path(vidjax.__file__).parent / "data" / "README.md"
+RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
+
+
+def clips_of(number, count=6):
+    """Returns the clips of a table: 1 to 3 faces each."""
+    x = np.random.default_rng(number).normal(size=(count, 3, WIDTH)).astype(np.float32)
+    return {f"clip {number}-{i}": {"face": frames[: 1 + i % 3]} for i, frames in enumerate(x)}
+
+
+TABLES = [clips_of(n, count) for n, count in enumerate((6, 6, 0, 3))]
+CLIPS = {name: clip for clips in TABLES for name, clip in clips.items()}
+
+
+@pytest.fixture
+def day(tmp_path):
+    """A folder of 4 tables, of which one is empty; and files that are no data."""
+    folder = tmp_path / "day"
+    folder.mkdir()
+    for number, clips in enumerate(TABLES):
+        write_parquet(folder / f"part-{number}.parquet", clips)
+    for name in ("_SUCCESS", ".part-0.parquet.crc", "_hidden.parquet"):
+        (folder / name).touch()
+    return folder
+
+
+def tables_in(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("**/*.parquet"))}
+
+
+def rows_of(folder):
+    tables = [parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    assert len({str(part.schema.remove_metadata()) for part in tables}) == 1  # the empty one's, too
+    return [row for part in tables for row in part.to_pylist()]
+
+
+def lists_of(path):
+    lists = {}
+    for row in parquet.read_table(path).to_pylist():
+        ranked = lists.setdefault(row["identity"], [])
+        assert row["rank"] == len(ranked) + 1
+        ranked.append((row["clip"], row["score"]))
+    return lists
+
+
+def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made, day, tmp_path):
+    out = tmp_path / "out"
+    words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}", "--k=3")
+    assert ask(*words)["tables"] == 4
+    wanted, rows = made.identify(CLIPS, k=3), rows_of(out)
+    assert [row["clip"] for row in rows] == list(wanted)
+    for row in rows:
+        answer = wanted[row["clip"]]
+        assert row["identity"] == answer.identity
+        assert row["score"] == pytest.approx(answer.score, abs=1e-6)
+        assert (row["best_1"], row["best_3"]) == (answer.best[0][0], answer.best[2][0])
+        assert row["probability_1"] == pytest.approx(answer.best[0][1], abs=1e-6)
+    before = tables_in(out)
+    assert ask(*words)["skipped"] == 4 and tables_in(out) == before
+
+
+@pytest.mark.slow
+def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_run, day, tmp_path):
+    words = ("embed", f"--workdir={nearest_run}")
+    ask(*words, f"--input={day}", f"--out={tmp_path / 'vectors'}")
+    rows, wanted = rows_of(tmp_path / "vectors"), vidjax.restore(nearest_run).embed(CLIPS)
+    assert [row["clip"] for row in rows] == list(CLIPS)
+    assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
+    words += (f"--input={day}/part-3.parquet",)
+    done = ask(*words, f"--out={tmp_path / 'alone.parquet'}")
+    assert done["num_clips"] == 3 and done["width"] == wanted.shape[1]
+    assert ".parquet" in ask(*words, "--out=x.npy", code=2)
+
+
+@pytest.mark.slow
+def test_ranking_of_many_tables_equals_ranking_of_one_table(
+    ask, nearest_run, folder, made, day, tmp_path
+):
+    words = ("gallery", "rank", folder, f"--input={day}", "--threshold=0.3")
+    lists = lists_of(ask(*words, f"--out={tmp_path / 'people'}")["results"])
+    for name, expected in made.rank(CLIPS, threshold=0.3).items():
+        assert [clip for clip, _ in lists.get(name, [])] == [clip for clip, _ in expected]
+    same = CLIPS["clip 0-0"]
+    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]
+    for turn in range(2):
+        write_parquet(day / f"part-{4 + turn}.parquet", dict.fromkeys(twins[turn::2], same))
+    every, ranked = tmp_path / "all.parquet", tmp_path / "all_ranked.parquet"
+    tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
+    parquet.write_table(pyarrow.concat_tables(tables), every)
+    words = ("rank", f"--workdir={nearest_run}")
+    done = ask(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
+    ask(*words, f"--input={every}", f"--out={ranked}")
+    lists, expected = lists_of(done["results"]), lists_of(ranked)
+    assert list(lists) == list(expected) == list(vidjax.restore(nearest_run).identities)
+    for name, clips in expected.items():
+        assert [clip for clip, _ in lists[name]] == [clip for clip, _ in clips]
+        scores = [score for _, score in lists[name]]  # 100 at most
+        assert len(scores) == 100 and scores == pytest.approx([x for _, x in clips], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
+    """Names may differ by `.mp4`. The clip need not be among the 100 listed clips."""
+    names, same = [*(f"a{n:03}" for n in range(100)), "z.mp4"], CLIPS["clip 0-0"]
+    write_parquet(day / "part-4.parquet", dict.fromkeys(names, same))
+    write_parquet(day / "part-5.parquet", {"z": same})
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path / 'r'}")
+    error = ask(*words, code=2)
+    assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
+    assert not (tmp_path / "r" / "ranking.parquet").exists()
+    # No ranking is left of other tables; another work is refused, and all is kept.
+    (day / "part-5.parquet").unlink()
+    done = ask(*words)
+    assert done["skipped"] == 5
+    ranking = Path(done["results"])
+    before = ranking.read_bytes()
+    ask("gallery", "rank", folder, *words[2:], code=2)
+    assert ranking.read_bytes() == before
+    (day / "part-6.parquet").write_bytes(b"PAR1 no table")
+    ask(*words, code=2)
+    assert not ranking.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.optimized  # as commands compile
+def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
+    """Two calls process the same folder at once; one is killed after its first table."""
+    for number in range(4, 16):
+        write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
+    words = ["gallery", "identify", str(folder), f"--input={day}"]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vidjax", *words, f"--out={out}", "--quiet"]
+    quietly = {"stdout": subprocess.DEVNULL}
+    with limits.running(command, **quietly) as killed, limits.running(command, **quietly) as other:
+        until = time.monotonic() + 100
+        while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        _, errors = other.communicate(timeout=200)
+        assert other.returncode == 0, errors
+    assert ask(*words, f"--out={out}")["skipped"] == 16
+    ask(*words, f"--out={tmp_path / 'whole'}")
+    assert tables_in(out) == tables_in(tmp_path / "whole") and len(tables_in(out)) == 16
+
+
+@first_by_day("change", ["clips", "rule", "damage"])
+def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, tmp_path, change):
+    out = tmp_path / "out"
+    words = ["gallery", "identify", folder, f"--input={day}", f"--out={out}"]
+    ask(*words)
+    (out / "part-0.parquet").unlink()
+    if change == "clips":
+        write_parquet(day / "part-1.parquet", clips_of(7))
+    elif change == "rule":
+        words.append("--threshold=0.9")
+    else:
+        (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
+    before = tables_in(out)
+    error = ask(*words, code=2)
+    assert "part-1.parquet'" in error and "--out=FOLDER" in error and tables_in(out) == before
+    if change == "clips":
+        (out / "part-1.parquet").unlink()
+        assert ask(*words)["skipped"] == 2
+
+
+@pytest.mark.slow
+def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_path, monkeypatch):
+    load, out = vidjax.Gallery.load, tmp_path / "out"
+
+    def load_and_change(gallery, path):
+        if path.name == "part-1.parquet":
+            gallery.remove(identity=gallery.index.names[0])
+        return load(gallery, path)
+
+    monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
+    words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}")
+    assert "has changed" in ask(*words, code=2)
+    assert [*tables_in(out)] == ["part-0.parquet"]
+
+
+def test_bad_tables_and_splits_are_refused_and_the_other_tables_are_answered(
+    ask, folder, day, tmp_path
+):
+    words = ("gallery", "identify", folder, f"--input={day}")
+    for more in ([], [f"--out={tmp_path / 'answers.csv'}"]):
+        assert "--out=FOLDER" in ask(*words, *more, code=2)
+    assert "name another folder" in ask(*words, f"--out={day}", code=2)
+    (day / "part-0.parquet").write_bytes(b"PAR1 no table")
+    write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})
+    error = ask(*words, f"--out={tmp_path / 'out'}", code=2)
+    assert "part-0.parquet" in error and "2 of 4 tables failed, the others are done" in error
+    assert [*tables_in(tmp_path / "out")] == ["part-2.parquet", "part-3.parquet"]
+    words = ("embed", "--workdir=none", f"--input={day}", f"--out={tmp_path / 'out'}")
+    assert "leave it out" in ask(*words, "--config.eval.split=test", code=2)
+    (day / "one.npz").touch()
+    with pytest.raises(UserError, match=r"one\.npz: .*because the folder has tables"):
+        bulk.list_tables(day)
+    for split in ("train", "val"):
+        (day / f"{split}.parquet").touch()
+    assert bulk.list_tables(day) == []
+
+
+# ---- Ray Data
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from vidjax.apps import bulk
+
+class Embed(bulk.Embed):
+    done = 0
+
+    def __call__(self, batch):
+        mark = Path(os.environ["KILLED"])
+        if self.done == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.done += 1
+        return super().__call__(batch)
+"""  # Kills one worker, once, at its second table. A kill from outside may come after the work.
+
+
+@pytest.mark.nightly
+@pytest.mark.optimized  # as the workers compile
+def test_ray_results_equal_those_of_one_machine(ask, nearest_run, folder, day, tmp_path):
+    """Runs the recipes of the page. Their single worker is killed once and restarted."""
+    pytest.importorskip("ray")
+    (day / "part-2.parquet").unlink()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "own").symlink_to(nearest_run)
+    folder.rename(tmp_path / "people")
+    start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
+    assert set(RECIPES) == {"embed", "identify", "rank"}
+    recipes = "\n".join([start, "import killed", *RECIPES.values()])
+    for old, new in (("bulk.Embed", "killed.Embed"), ("size=2", "size=1"), ("ns=4", "ns=1")):
+        assert old in recipes
+        recipes = recipes.replace(old, new)
+    (tmp_path / "recipes.py").write_text(recipes)
+    (tmp_path / "killed.py").write_text(KILLED)
+    mark = tmp_path / "worker_killed"
+    env = {
+        **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "KILLED": str(mark),
+    }  # fmt: skip
+    with subprocess.Popen([sys.executable, "recipes.py"], cwd=tmp_path, env=env) as process:
+        try:
+            assert process.wait(800) == 0
+        finally:
+            process.terminate()
+    assert mark.exists()
+    for name, words in {
+        "vectors": ["embed", f"--workdir={nearest_run}"],
+        "answers": ["gallery", "identify", tmp_path / "people", "--threshold=0.5"],
+        "ranked": ["rank", f"--workdir={nearest_run}"],
+    }.items():
+        own = tmp_path / f"own_{name}"
+        ask(*words, f"--input={day}", f"--out={own}")
+        keys = [("identity", "ascending"), ("rank", "ascending")]
+        keys = keys if name == "ranked" else [("clip", "ascending")]
+        table, expected = (
+            pyarrow.concat_tables(map(parquet.read_table, sorted(folder.glob("*.parquet"))))
+            .sort_by(keys).to_pydict()
+            for folder in (tmp_path / name, own)
+        )  # fmt: skip
+        for column, values in expected.items():
+            if column in ("vector", "score", "probability_1"):
+                assert np.array(table[column]) == pytest.approx(np.array(values), abs=1e-6)
+            elif not column.startswith("probability"):
+                assert table[column] == values, (name, column)

@@ -6,30 +6,25 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import small_runs
 from vidjax.apps.gallery.answers import Answer
 from vidjax.core import metrics
 from vidjax.evaluation import predict, topk
-from vidjax.runs import config_io
 
 pytestmark = pytest.mark.slow  # trains
 
 
 @pytest.fixture(scope="module")
-def trained_plda(tmp_path_factory, data, official_dir):
+def trained_plda(trained, official_dir):
     """Trains PLDA on the official files, with one setting that is given."""
-
-    def train(*words):
-        spec = f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio"
-        config = config_io.override(config_io.load_file(spec), [
-            "--config.batch_size=32", "--config.eval.block_size=16",
-            f"--config.data.dir={official_dir}", "--config.model.within=0.5", *words,
-        ])  # fmt: skip
-        folder = tmp_path_factory.mktemp("runs") / "plda"
-        small_runs.run(config, folder, data)
-        return predict.restore(folder, num_devices=1)
-
-    return train
+    words = (
+        "num_epochs=2",
+        "modalities=face,audio",
+        "model.within=0.5",
+        f"data.dir={official_dir}",
+    )
+    given = [f"--config.{word}" for word in words]
+    spec = "configs/plda.py:iqiyi_vid,face,audio"
+    return lambda *more: predict.restore(trained(spec, *given, *more), num_devices=1)
 
 
 @pytest.fixture(scope="module")

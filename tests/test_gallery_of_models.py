@@ -2,14 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from tests.benchmarks import decision
-from tests.helpers import embeddings, made_nets
+from tests.helpers import made_nets
 from tests.helpers.cases import first_by_day
 from tests.helpers.embeddings import unit
 from tests.helpers.seen import refused
@@ -25,18 +24,53 @@ from vidjax.models import distance
 # Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH = 128
-PERSON, CLIP = slice(0, 36), slice(24, 41)  # independent directions of people, and of clips
-AXES = np.linalg.qr(np.random.default_rng(7).normal(size=(WIDTH, WIDTH)))[0]
 VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
+DLIB = distance.from_cosines(SAME, DIFFERENT)
+FITTED = {"same": SAME, "different": DIFFERENT, "pairs": (1, 1), "data": "made"}
+CARD = cards.BackEnd(centre=[0.0] * WIDTH, **FITTED)
+BACKEND = backend.make_card_backend({"face": CARD})
+
+
+class Population:
+    """Vectors with equal variances of people, and of clips, in some directions, a third shared."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        within, between, same, different = DLIB
+        # The spread of two people is the spread of B in n directions plus the spread of W.
+        square = (within + between) ** 2 / different - within**2 / same
+        n_within, n_between = round(2 * same), round(2 * between**2 / square)
+        self.within, self.between = np.zeros((2, WIDTH))
+        self.within[:n_within] = within / n_within
+        first = n_within * 2 // 3
+        self.between[first : first + n_between] = between / n_between
+        self.mean = np.sqrt(max(1 - within - between, 0)) * np.eye(WIDTH)[-1]
+
+    def people(self, count):
+        return self.mean + self.rng.normal(size=(count, WIDTH)) * np.sqrt(self.between)
+
+    def noise(self, *shape, share=1.0):
+        return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
+
+    def photos(self, people, count, shared=0.0):
+        """[N, count, D]: photos of people, of one day that they share a part of the noise of."""
+        day = self.noise(len(people), 1, share=shared)
+        return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
 
 def draw(rng, people, clips):
     """Draws unit vectors [people, clips, 128] whose cosines agree with the card."""
-    vectors = np.zeros((people, clips, WIDTH))
-    vectors[..., PERSON] += rng.normal(0, np.sqrt((SAME[0] - DIFFERENT[0]) / 36), (people, 1, 36))
-    vectors[..., CLIP] += rng.normal(0, np.sqrt((1 - SAME[0]) / 17), (people, clips, 17))
-    vectors[..., -1] = np.sqrt(DIFFERENT[0])  # the mean of all
-    return embeddings.unit(vectors @ AXES).astype(np.float32)
+    made = Population(rng)
+    return made.photos(made.people(people), clips).astype(np.float32)
+
+
+def log_probabilities(photos, clips):
+    """Returns log probabilities [Q, 1 + N]; photos are [N, k, D]."""
+    people, count = photos.shape[:2]
+    names, owner = [f"{n:05}" for n in range(people)], np.repeat(np.arange(people), count)
+    enrolled = BACKEND.enrol(names, photos.reshape(-1, WIDTH).astype(np.float32), owner)
+    index = backend.Index(BACKEND, [enrolled])
+    return np.array(list(index.search([clips.astype(np.float32)])))
 
 
 def test_mean_vectors_weight_frames_by_quality(monkeypatch):
@@ -66,17 +100,12 @@ def models(tmp_path):
 
 @pytest.mark.parametrize(("photos", "least"), [(1, 0.85), (3, 0.93)])
 def test_five_friends_are_named_and_strangers_are_not(photos, least):
-    pairs: Any = {"same": SAME, "different": DIFFERENT, "pairs": (134, 5119), "data": "made"}
-    card = cards.BackEnd(centre=[0.0] * WIDTH, **pairs)
     right, named, wrong = [], [], []
     for seed in range(30):
         rng = np.random.default_rng(seed)
         friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1)[:, 0]
-        back_end = backend.make_card_backend({"face": card})
-        names, owner = [f"friend {n}" for n in range(5)], np.repeat(np.arange(5), photos)
-        people = back_end.enrol(names, friends[:, :photos].reshape(-1, WIDTH), owner)
         asked = np.concatenate([friends[:, photos:].reshape(-1, WIDTH), strangers])
-        logs = np.array(list(backend.Index(back_end, [people]).search([asked])))[:, 1:]
+        logs = log_probabilities(friends[:, :photos], asked)[:, 1:]
         sure, hit = np.exp(logs.max(1)) > 0.5, logs[:30].argmax(1) == np.repeat(np.arange(5), 6)
         right.append(sure[:30] & hit)  # six clips of each friend, then strangers
         wrong.append(sure[:30] & ~hit)
@@ -328,49 +357,7 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
         assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
 
 
-DLIB = distance.from_cosines(SAME, DIFFERENT)
-FITTED = {"same": SAME, "different": DIFFERENT, "pairs": (1, 1), "data": "made"}
-CARD = cards.BackEnd(centre=[0.0] * WIDTH, **FITTED)
-BACKEND = backend.make_card_backend({"face": CARD})
-
-
-class Population:
-    """Vectors with equal variances of people, and of clips, in some directions, a third shared."""
-
-    def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
-        within, between, same, different = DLIB
-        # The spread of two people is the spread of B in n directions plus the spread of W.
-        square = (within + between) ** 2 / different - within**2 / same
-        n_within, n_between = round(2 * same), round(2 * between**2 / square)
-        self.within, self.between = np.zeros((2, WIDTH))
-        self.within[:n_within] = within / n_within
-        first = n_within * 2 // 3
-        self.between[first : first + n_between] = between / n_between
-        self.mean = np.sqrt(max(1 - within - between, 0)) * np.eye(WIDTH)[-1]
-
-    def people(self, count):
-        return self.mean + self.rng.normal(size=(count, WIDTH)) * np.sqrt(self.between)
-
-    def noise(self, *shape, share=1.0):
-        return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
-
-    def photos(self, people, count, shared=0.0):
-        """[N, count, D]: photos of people, of one day that they share a part of the noise of."""
-        day = self.noise(len(people), 1, share=shared)
-        return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
-
-
-def log_probabilities(photos, clips):
-    """Returns log probabilities [Q, 1 + N]; photos are [N, k, D]."""
-    people, count = photos.shape[:2]
-    names, owner = [f"{n:05}" for n in range(people)], np.repeat(np.arange(people), count)
-    enrolled = BACKEND.enrol(names, photos.reshape(-1, WIDTH).astype(np.float32), owner)
-    index = backend.Index(BACKEND, [enrolled])
-    return np.array(list(index.search([clips.astype(np.float32)])))
-
-
-def test_log_odds_of_one_person_are_a_ratio_of_gamma_densities():
+def test_log_odds_are_a_ratio_of_gamma_densities_and_photos_that_are_alike_count_less():
     rng, (within, between, same, different) = np.random.default_rng(0), DLIB
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
@@ -379,9 +366,7 @@ def test_log_odds_of_one_person_are_a_ratio_of_gamma_densities():
     same_person = stats.gamma.logpdf(square, same, scale=2 * within / same)
     other_person = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
     np.testing.assert_allclose(logs[:, 1] - logs[:, 0], same_person - other_person, atol=1e-4)
-
-
-def test_effective_number_of_photos_is_small_if_photos_are_alike():
+    # Photos that are alike count as fewer.
     count = np.array([1, 2, 10, 10])
     free = 1 - DLIB.within * 0.9  # as different as the card says
     counted = distance.effective_count(DLIB, count, np.array([1, 1, 1, free]))
@@ -397,7 +382,6 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     owner = np.repeat(np.arange(people), counts)
     photos, clip = rng.normal(size=(len(owner), width)), rng.normal(size=width)
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
-
     known = distance.population(card, [means], [counts.astype(float)], [counts])
     share, variance = distance.posterior(card, known, counts.astype(float))
     centres = known.mean + share[:, None] * (means - known.mean)
@@ -443,13 +427,13 @@ def groups(people, count):
 
 
 def test_grouping_makes_one_group_per_person_but_not_of_clips_of_one_time(monkeypatch):
-    count, purity = groups(20, 10)
-    assert count <= 22 and purity > 0.99
+    count, purity = groups(10, 10)
+    assert count <= 11 and purity > 0.99
     # More clips than are compared at once are grouped film by film.
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
-    count, purity = groups(12, 20)
-    assert count <= 14 and purity > 0.99
-    assert groups(120, 1)[0] >= 110  # nobody twice
+    count, purity = groups(8, 15)
+    assert count <= 9 and purity > 0.99
+    assert groups(60, 1)[0] >= 56  # nobody twice
     made = Population(2)
     clips = [made.photos(made.people(1), 4)[0].astype(np.float32)]
     assert grouping.group(BACKEND, [*"abcd"], clips).tolist() == [0, 0, 0, 0]

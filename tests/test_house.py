@@ -36,6 +36,13 @@ WITHOUT = {
     "vidjax.models": {*TENSORFLOW, "matplotlib", "orbax"},
     "vidjax.evaluation.report": {*JAX, *TENSORFLOW},
 }
+# Words of sentences that leave out a noun, or that are translated word by word.
+AVOIDED = re.compile(
+    r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b|[;,] else\b",
+    re.IGNORECASE,
+)
+PAGE = (ROOT / "configs/fidelity.md").read_text()
+FIELDS = {f"config.{name}" for name, _ in config_lib.fields(config_lib.default())}
 
 
 @functools.cache
@@ -129,13 +136,6 @@ def test_fault_tests_use_no_mocks():
                              path.read_text(), re.M), path  # fmt: skip
 
 
-# Words of sentences that leave out a noun, or that are translated word by word.
-AVOIDED = re.compile(
-    r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b|[;,] else\b",
-    re.IGNORECASE,
-)
-
-
 def read_prose(path):
     """Yields the comments and strings of a program, or the lines of a page without quotations."""
     text = path.read_text()
@@ -164,7 +164,6 @@ def test_prose_avoids_vague_and_translated_words():
     assert not [(str(path), text) for path, text in prose if AVOIDED.search(text)]
 
 
-PAGE = (ROOT / "configs/fidelity.md").read_text()
 # The options of models and fusions are fields or arguments somewhere in vidjax/.
 OPTIONS = {
     name
@@ -172,7 +171,6 @@ OPTIONS = {
     for path in (ROOT / "vidjax" / part).glob("*.py")
     for name in re.findall(r"(\w+): [\w\[\], .|\"]+ = ", path.read_text())
 }
-FIELDS = {f"config.{name}" for name, _ in config_lib.fields(config_lib.default())}
 
 
 def exists(name):

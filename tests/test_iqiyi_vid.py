@@ -48,7 +48,9 @@ def small(tmp_path):
     return folder
 
 
-def test_train_records_are_shuffled_and_other_splits_sorted_by_name(converted):
+def test_train_records_are_shuffled_and_a_second_conversion_reads_nothing(
+    converted, source, monkeypatch, say
+):
     assert {name: m.dim for name, m in converted.modalities.items()} == RAGGED
     assert "body" not in converted.splits["val"].lengths
     assert not list(converted.folder.glob("**/*.bin")), "staging is left"
@@ -58,9 +60,6 @@ def test_train_records_are_shuffled_and_other_splits_sorted_by_name(converted):
     assert converted.splits["val"].order.tolist() == list(range(21))
     steps = np.diff(converted.splits["train"].order)
     assert np.abs(steps).mean() > 40 / 5  # a random permutation steps N / 3 on average
-
-
-def test_second_conversion_reads_neither_pickles_nor_shards(source, converted, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
     cache = converted.folder.parent.parent

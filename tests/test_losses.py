@@ -208,7 +208,6 @@ def test_loss_functions_get_the_options_of_their_signature_and_plain_logits(monk
     for scale, learned in ((30.0, None), (20.0, np.full(1, 20, np.float32))):
         value = loss(logits, labels, np.int32(0), learned)
         np.testing.assert_allclose(value, wanted(scale), rtol=1e-5)
-
     given = {}
 
     def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):

@@ -16,6 +16,10 @@ from vidjax.training import plan as plan_lib
 
 SPEC = config_lib.default().ensemble.to_dict()
 add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
+MLP = "configs/quality_fusion.py:iqiyi_vid"
+SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
+FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=1", "--config.eval.report=False", *SGD)
+SPLITS = "--config.data.train_splits=train,val"
 
 
 def test_members_are_the_product_of_folds_seeds_views_and_qualities():
@@ -117,12 +121,6 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
         total = add_up(np.log([p[:, None]] * 2), np.full((2, 6), weight), logs=True)
         sums = np.asarray(eval_step.sum_scores(total), np.float64)[:, 0]
         np.testing.assert_allclose(sums, np.log(2 * weight * p), rtol=1e-6, atol=1e-6)
-
-
-MLP = "configs/quality_fusion.py:iqiyi_vid"
-SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
-FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=1", "--config.eval.report=False", *SGD)
-SPLITS = "--config.data.train_splits=train,val"
 
 
 def train(folder, data, *words):

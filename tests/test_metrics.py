@@ -51,6 +51,7 @@ REFUSED = [
     ("a.mp4 1\nb.mp4 1 2", "line 2"),
     ("", "gt"),
 ]
+SPEC = "configs/mma.py:iqiyi_vid"
 
 
 def score_files(gt, path):
@@ -85,7 +86,6 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     positives = np.bincount(labels, minlength=31)[1:]
     positives[5] += 2  # positives that no record holds
     score = metrics.mean_average_precision(index, labels, positives)
-
     names = {c: [f"c{i}.mp4" for i in np.flatnonzero(labels == c)] for c in range(1, 31)}
     names[6] += ["lost1.mp4", "lost2.mp4"]
     gt = "".join(f"{c} {' '.join(listed)}\n" for c, listed in names.items() if listed)
@@ -95,7 +95,6 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     ranking.write_ranking(path, [str(c) for c in range(1, 31)], clips, top)
     assert score_files(gt_path, path) == score
     assert abs(Fraction(score) - map_oracle.mean_average_precision(gt_path, path)) < 1e-12
-
     empty = np.zeros(0, int)
     nobody = metrics.mean_average_precision(np.full((2, 9), topk.NO_CLIP), empty, np.array([3, 0]))
     assert nobody == 0
@@ -181,9 +180,6 @@ def test_identification_errors_match_hand_computed_values():
             errors(wrong)
 
 
-SPEC = "configs/mma.py:iqiyi_vid"
-
-
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed") / "run"
@@ -199,7 +195,9 @@ def evaluate(folder, data, *overrides):
 
 
 @pytest.mark.slow
-def test_average_precisions_of_an_analysis_add_up_to_map(workdir, data, trained):
+def test_average_precisions_of_an_analysis_add_up_to_map_and_groups_contain_all_clips(
+    workdir, data, trained
+):
     assert_equal_weights(trained(SPEC), workdir)  # an analysis leaves the run as it is
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
@@ -220,11 +218,6 @@ def test_average_precisions_of_an_analysis_add_up_to_map(workdir, data, trained)
     assert row["fnir"] == results["fnir_at_fpir_0.1"]
     assert row["threshold"] == results["threshold_at_fpir_0.1"]
     assert row["fpir"] == 0.05  # 2 of 21 is less than .1, 3 of 21 more
-
-
-@pytest.mark.slow
-def test_groups_contain_all_clips_and_worst_identities_have_lowest_precision(workdir):
-    facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     assert len(facts["strata"]) == 4
     for table in facts["strata"]:
         assert sum(row["clips"] for row in table["rows"]) == 40, table["by"]

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,14 @@ from vidjax.models.layers import CosineClassifier, Dropout, Linear, NetVLAD, dro
 from vidjax.models.multimodal import MultimodalAttention, SigmoidGate
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
+
+DRAW = np.random.default_rng(0).normal
+# An input, a kernel, and weights of the output.
+OPERANDS = [DRAW(size=shape).astype("f4") for shape in ((40, 30), (30, 50), (40, 50))]
+FLOAT64 = jnp.dtype("float64")
+SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
+COSINE = {"name": "cosine", "embed_dim": 7}
+WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
 
 
 def netvlad_oracle(params, features, mask, reduce, norms):
@@ -67,7 +74,7 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
         np.testing.assert_array_equal(pooled[2], 0)
 
 
-def test_modality_dropout_always_keeps_a_modality():
+def test_dropout_keeps_a_modality_and_the_mean_and_drops_numbers_independently():
     present = np.random.default_rng(0).random((4000, 4)) < 0.7
     kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), 0.999))
     assert not np.any(kept & ~present)
@@ -75,6 +82,17 @@ def test_modality_dropout_always_keeps_a_modality():
     kept = np.asarray(drop_modalities(jax.random.key(2), jnp.ones((20_000, 3), bool), 0.3))
     # Lost with probability .3, save for one in three of the .027 where all would go.
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
+    for rate, width in ((0.1, 1), (0.5, 63)):  # 8 or 16 random bits for a number
+        y = drop_out(rate, (40_000 // width, width))
+        kept = y != 0
+        assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
+        np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
+    correlation = np.corrcoef((drop_out(0.5, (5000, 8)) != 0).T)
+    assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
+    x = jnp.arange(12.0).reshape(3, 4)
+    for rate, deterministic in ((0.0, False), (0.5, True)):
+        np.testing.assert_array_equal(apply(Dropout(rate), {}, x, deterministic=deterministic), x)
+    assert not drop_out(1.0, (3, 4)).any()
 
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
@@ -94,9 +112,9 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=vectors[10:, None])
     four = jax.tree.map(lambda x: x[:4], clips)
     scores = made.eval_logits(model, memory, {"face": queries}, four)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for query, row in zip(unit[10:13], scores[:3], strict=True):
-        cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, unit[:10] @ query)
+    x = unit(vectors)
+    for query, row in zip(x[10:13], scores[:3], strict=True):
+        cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, x[:10] @ query)
         best = [cosines[labels == column].max() for column in range(5)]
         np.testing.assert_allclose(row, 16 * np.array(best), atol=1e-5)
     np.testing.assert_array_equal(scores[3], 16 * -2)
@@ -118,18 +136,14 @@ def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
 
 # Linear layers: products in one dtype, sums in float32 in both directions, and their dropout.
 
-DRAW = np.random.default_rng(0).normal
-# An input, a kernel, and weights of the output.
-OPERANDS = [DRAW(size=shape).astype("f4") for shape in ((40, 30), (30, 50), (40, 50))]
-
 
 def apply(module, params, x, **kwargs) -> Any:
     return module.apply(params, x, **kwargs)
 
 
 def drop_out(rate, shape):
-    rngs = {"dropout": jax.random.key(0)}
-    return np.asarray(apply(Dropout(rate), {}, jnp.ones(shape), deterministic=False, rngs=rngs))
+    key, drop = jax.random.key(0), functools.partial(apply, Dropout(rate), {}, deterministic=False)
+    return np.asarray(jax.jit(lambda x: drop(x, rngs={"dropout": key}))(jnp.ones(shape)))
 
 
 def wide(x):
@@ -139,10 +153,14 @@ def wide(x):
 def test_linear_layer_equals_flax_dense_in_parameters_and_values():
     x, kernel, _ = OPERANDS
     ours, flax = Linear(50), nn.Dense(50)
-    params = ours.init(jax.random.key(1), x)
-    jax.tree.map(np.testing.assert_array_equal, params, flax.init(jax.random.key(1), x))
-    for inputs in (x, x.reshape(8, 5, 30), x[0]):
-        outputs, expected = apply(ours, params, inputs), apply(flax, params, inputs)
+    params, wanted = jax.jit(lambda key: (ours.init(key, x), flax.init(key, x)))(jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+    @jax.jit
+    def both(params, *inputs):
+        return [(apply(ours, params, x), apply(flax, params, x)) for x in inputs]
+
+    for outputs, expected in both(params, x, x.reshape(8, 5, 30), x[0]):
         np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
     y = apply(Linear(50, use_bias=False), {"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(y, wide(x) @ wide(kernel), rtol=1e-5, atol=1e-5)
@@ -171,26 +189,6 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])
-def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate, width):
-    """Dropout draws 8 or 16 random bits for a number."""
-    y = drop_out(rate, (40_000 // width, width))
-    kept = y != 0
-    assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
-    np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
-
-
-def test_dropout_is_independent_for_every_number():
-    correlation = np.corrcoef((drop_out(0.5, (5000, 8)) != 0).T)
-    assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
-    x = jnp.arange(12.0).reshape(3, 4)
-    for rate, deterministic in ((0.0, False), (0.5, True)):
-        y = apply(Dropout(rate), {}, x, deterministic=deterministic)
-        np.testing.assert_array_equal(y, x)
-    assert not drop_out(1.0, (3, 4)).any()
-
-
-FLOAT64 = jnp.dtype("float64")
 ACTIVATIONS = {
     "linear": lambda z, slope: z,
     "relu": lambda z, slope: np.maximum(z, 0),
@@ -249,7 +247,7 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
         params = made.randomised(made.init(model, x)["params"])
         kernel = np.asarray(params["kernel"])
         lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
-        logits: Any = model.apply({"params": params}, 1e3 * x)
+        logits: Any = jax.jit(model.apply)({"params": params}, 1e3 * x)
         np.testing.assert_allclose(logits, 30 * x @ kernel / lengths, atol=1e-6)
 
 
@@ -309,9 +307,6 @@ def test_dense_net_input_is_the_scaled_mean_frame_or_zeros_if_missing():
             features = frames[name].features[b][real].astype(np.float64)
             x.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))
         np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)
-
-
-SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
 
 
 def softmax(values):
@@ -406,11 +401,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
 )
 def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
     with jax.enable_x64(True):
-        frames, clips = made.make_batch()
-        frames = {
-            name: value._replace(features=value.features.astype(np.float64))
-            for name, value in frames.items()
-        }
+        frames, clips = made.make_batch(dtype="float64")
         size = frames["face"].mask.shape[1]
         if form == "channels":
             # Whole clips, as after drawing: padded frames would count in the maps over frames.
@@ -448,9 +439,6 @@ def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
     for scale in (0, 1e4):
         for leaf in jax.tree.leaves(gradient(made.randomised(params), scale * frames.features)):
             assert np.isfinite(leaf).all()
-
-
-COSINE = {"name": "cosine", "embed_dim": 7}
 
 
 def cosine_oracle(params, stats, frames, clips, *, feature_scale):
@@ -539,10 +527,6 @@ def test_fallback_keeps_the_learned_logit_scale_of_each_model():
     variables["params"]["other"]["scale"] = np.float32(21)
     output = made.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(output.logit_scale, [16, 21])
-
-
-ROOT = Path(__file__).parent.parent
-WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
 
 
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
@@ -637,7 +621,7 @@ def logits_of_the_paper(
 )
 def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
     """The cases are the paper's net and the simplest nets of its table 3."""
-    config = config_io.load_file(f"{ROOT}/configs/mma.py:published,{words}").to_dict()
+    config = config_io.load_file(f"mma:published,{words}").to_dict()
     assert config["data"]["crop"] == "quality"  # else the best of a window
     sizes = {name: WIDTHS[name] for name in config["modalities"]}
     spec = {**config["model"], "embed_dim": 8, "gram_dim": 4, "num_clusters": 2}

@@ -13,12 +13,12 @@ DIMS = {"face": 6, "head": 5, "audio": 4}
 SMALL = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 3}
 
 
-def make_batch(num_clips=8, seed=0):
+def make_batch(num_clips=8, seed=0, dtype="float16"):
     """Clips of three modalities; the last two rows are padding full of garbage."""
     lengths = {"face": [4, 0, 1, 2, 0, 3, 2, 2], "head": [1, 2, 0, 3, 0, 1, 1, 1]}
     lengths["audio"] = [1, 1, 1, 0, 0, 1, 1, 1]
     frames = {
-        name: make_frames(lengths[name][:num_clips], max_frames=4, dim=dim, seed=seed)
+        name: make_frames(lengths[name][:num_clips], max_frames=4, dim=dim, seed=seed, dtype=dtype)
         for name, dim in DIMS.items()
     }
     clips = ClipInfo(
