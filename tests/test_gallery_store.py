@@ -354,8 +354,7 @@ def cut_off(folder):
         "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
         "c.execute('PRAGMA cache_size=1')\nc.execute('BEGIN')\n"
         "for n in range(400):\n"
-        "    row = f'half {n}', str(n), os.urandom(3000)\n"
-        "    c.execute('INSERT INTO clip VALUES (?, ?, 0, ?)', row)\n"
+        "    c.execute('INSERT INTO clip VALUES (NULL, ?, ?)', (str(n), os.urandom(3000)))\n"
         "os._exit(1)\n"
     )
     subprocess.run([sys.executable, "-c", code, folder / store_lib.GALLERY_FILE], check=False)
@@ -411,7 +410,7 @@ def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, mon
     make(tmp_path / "g")
     refused(lambda: make(tmp_path / "g"), "holds a gallery")
     forged(tmp_path / "g", "PRAGMA user_version=2")
-    refused(lambda: Gallery(tmp_path / "g"), "the format 2, not 3", "create the gallery again")
+    refused(lambda: Gallery(tmp_path / "g"), "the format 2, not 4", "create the gallery again")
     (tmp_path / "e").mkdir()  # of a process that was killed as it made one
     (tmp_path / "e" / store_lib.GALLERY_FILE).touch()
     refused(lambda: Gallery(tmp_path / "e"), "holds no gallery")
@@ -478,24 +477,32 @@ def forged(folder, *sql, facts=None, digest=False):
         connection.commit()
 
 
+END = "UPDATE {} SET numbers = CAST(substr(numbers, 1, length(numbers) - {}) || x'{}' AS BLOB)"
 FORGED = (  # with a digest of other rows
     "CREATE TRIGGER mine AFTER INSERT ON clip BEGIN DELETE FROM clip; END",
     "DROP TABLE person",
-    "UPDATE clip SET vector = zeroblob(52) WHERE name = 'clip 30'",
-    "DELETE FROM clip WHERE person = 'person 7'",
+    "UPDATE clip SET numbers = zeroblob(length(numbers))",
+    "UPDATE clip SET words = replace(words, 'person 7', 'person 8')",
+    "UPDATE clip SET place = 1",
+    "DELETE FROM person",
     "UPDATE backend SET numbers = zeroblob(8)",
-    "INSERT INTO backend VALUES (1, zeroblob(8))",
+    "INSERT INTO backend VALUES (1, '', zeroblob(8))",
     "INSERT INTO gallery SELECT * FROM gallery",
-    "UPDATE clip SET name = zeroblob(900000) WHERE name = 'clip 30'",
+    "UPDATE clip SET words = zeroblob(900000)",
 )
 ILL_FORMED = (  # with the digest of these rows
-    f"UPDATE clip SET vector = x'{'0000c07f' * 13}'",  # noqa: S608
-    "UPDATE clip SET vector = zeroblob(48)",
-    "UPDATE clip SET fitted = 2",
-    "UPDATE clip SET name = 'a' || char(10) WHERE name = 'clip 30'",
-    "UPDATE clip SET person = 'nobody' WHERE name = 'clip 30'",
-    "UPDATE person SET coefficients = zeroblob(75)",
-    f"UPDATE person SET coefficients = x'{'ff' * 76}'",  # noqa: S608
+    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # NaN
+    END.format("clip", 4, "02000000"),  # of the field `fitted`
+    END.format("person", 76, "ff" * 76),
+    "UPDATE clip SET numbers = zeroblob(length(numbers) - 4)",
+    "UPDATE clip SET numbers = zeroblob(0)",
+    "UPDATE clip SET words = words || char(10)",
+    "UPDATE clip SET words = replace(words, 'clip 30', '')",
+    "UPDATE clip SET words = replace(words, 'clip 30', 'a' || char(7))",
+    "UPDATE clip SET words = replace(words, 'clip 30', '  ')",
+    "UPDATE clip SET words = replace(words, 'person 7', 'nobody')",
+    "UPDATE person SET words = replace(words, 'person 7', 'e' || char(769))",
+    "UPDATE person SET numbers = zeroblob(length(numbers) - 1)",
 )
 FACTS = (
     {"parts": [{"name": "x", "width": 2**31 - 1}]},

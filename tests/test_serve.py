@@ -337,7 +337,7 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
         people.remove(identity=list(people.identities))
         ask(409, *query)
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.execute("UPDATE clip SET name = 'Secret\n' WHERE name = 'stranger 1'")
+            connection.execute("UPDATE clip SET words = replace(words, 'stranger 1', 'Secret\n')")
             connection.execute("UPDATE gallery SET sha256 = x'00'")
             connection.commit()
         ask(503, *query)

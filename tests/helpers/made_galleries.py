@@ -1,9 +1,7 @@
 """Galleries of made-up vectors: two parts."""
 
-import contextlib
-import json
-import sqlite3
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,15 +81,13 @@ def answers(people: Gallery, count: int = 6) -> Answers:
     return Answers({(n, name): log for n, one in found for name, log in one.best})
 
 
-def contents(folder) -> dict[str, list]:
-    """Returns all rows but the version, the coefficients of people, and their digests."""
-    with contextlib.closing(sqlite3.connect(folder / store.GALLERY_FILE)) as connection:
-        found = {
-            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
-            for table in store.SCHEMA
-        }
-    facts = json.loads(found["gallery"][0][0]) | {"version": 0, "rows": ""}
-    return found | {"gallery": [facts], "person": [row[0] for row in found["person"]]}
+def contents(folder) -> dict[str, Any]:
+    """Returns what the file holds, but not its version and the coefficients of people."""
+    state = store.Store(folder).read()
+    clips = {n: (x.identity, x.vector.tobytes(), x.fitted) for n, x in state.clips.items()}
+    numbers, settings = state.index.backend.numbers().tobytes(), state.index.backend.settings
+    people = {*state.index.names}
+    return {"run": state.run, "backend": (numbers, settings), "person": people, "clip": clips}
 
 
 def identify(gallery: Gallery, parts: Sequence[np.ndarray], k: int = 1, **rule) -> list[Answer]:

@@ -3,10 +3,13 @@
     gallery.sqlite            the tables of SCHEMA
     gallery.sqlite-journal    exists during a change, and after an interrupted change
 
+A row holds many people or clips: a line of `words` for each name, and an entry of `numbers`. Such
+rows are read and checked at the speed of the memory.
+
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. New clips are inserted. Any other change deletes all rows and inserts the new content:
-`secure_delete` overwrites pages without rows, but other pages may contain copies of rows that
-SQLite has moved between pages.
+it. An enrolment adds entries at the end; they replace earlier entries of the same name. Any other
+change deletes all rows and inserts the new content: `secure_delete` overwrites pages without rows,
+but other pages may contain copies of rows that SQLite has moved between pages.
 
 The file is untrusted. It must be a regular file with exactly the tables of SCHEMA, and the lengths
 of its values are limited. A journal is checked before SQLite uses it, because it may name another
@@ -17,7 +20,6 @@ import contextlib
 import errno
 import gc
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -26,9 +28,12 @@ import re
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -51,28 +56,28 @@ from vidjax.utils.errors import InUseError, UserError
 GALLERY_FILE = "gallery.sqlite"
 JOURNAL_FILE = f"{GALLERY_FILE}-journal"
 PROBE = re.compile(r"\.write-test-[0-9a-f]{8}")  # of `files.make_folder`
-FORMAT = 3  # `user_version` of the file
+FORMAT = 4  # `user_version` of the file
 MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
 MAX_NAME_LETTERS = 1000
-MAX_VALUE_BYTES = 1 << 17  # of a text, a blob and a whole row
-BACKEND_ROW_BYTES = 1 << 16  # of the numbers of the back end in a row
+MAX_VALUE_BYTES = 1 << 26  # of a text, a blob and a whole row
+ROW_BYTES = 1 << 19  # of the numbers in a row, which has at most MAX_BLOCK_PEOPLE entries
+READ_AHEAD = 8  # rows that are read before the first of them is checked
 PAGE_BYTES = 1 << 16
-FLOAT = np.dtype("<f4")
-FETCHED_ROWS = 256  # rows that are read at a time; they fit into the cache of a processor
 SCHEMA_SECONDS = 10.0  # limit for reading the schema
 LOCK_SECONDS = 0.2  # how long a change waits for another change to end
 WAIT_SECONDS = 60.0  # how long a change waits for readers, and a reader for the end of a change
 STRANGER = ""  # the person of a stranger's clip; names of people are never empty
 REMEDY = "put back a copy of the gallery, or create it again"
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names another file
+ROWS = "(place INTEGER PRIMARY KEY, words TEXT NOT NULL, numbers BLOB NOT NULL)"
 SCHEMA = {
     "gallery": "(facts TEXT NOT NULL, sha256 BLOB NOT NULL)",
-    "backend": "(place INTEGER PRIMARY KEY, numbers BLOB NOT NULL)",
-    "person": "(name TEXT PRIMARY KEY NOT NULL, coefficients BLOB NOT NULL) WITHOUT ROWID",
-    "clip": "(name TEXT PRIMARY KEY NOT NULL, person TEXT NOT NULL, fitted INTEGER NOT NULL, "
-    "vector BLOB NOT NULL) WITHOUT ROWID",
+    "backend": ROWS,  # without words
+    "person": ROWS,  # the names
+    "clip": ROWS,  # the names, and then the people
 }
-CLIP_KINDS, PERSON_KINDS = (str, str, int, bytes), (str, bytes)
+ROW_KINDS = (int, str, bytes)
+BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
@@ -132,6 +137,7 @@ class State(NamedTuple):
     Attributes:
       groups: identity -> the sorted names of its clips; STRANGER -> the names of strangers.
       rows: the sum of the digests of all rows; 0 before the state is written.
+      entries: the number of people and clips in all rows, with those that were replaced.
       sha256: the digest of the facts, which include `rows`; empty before the state is written.
     """
 
@@ -141,6 +147,7 @@ class State(NamedTuple):
     clips: Mapping[str, StoredClip]
     groups: Mapping[str, tuple[str, ...]]
     rows: int = 0
+    entries: int = 0
     sha256: bytes = b""
 
     @property
@@ -150,12 +157,11 @@ class State(NamedTuple):
 
 
 def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> names of clips, both sorted. Strangers have the identity STRANGER."""
-    pairs = sorted((clip.identity or STRANGER, name) for name, clip in clips.items())
-    return {
-        identity: tuple(name for _, name in group_pairs)
-        for identity, group_pairs in itertools.groupby(pairs, lambda pair: pair[0])
-    }
+    """Returns identity -> sorted names of clips. Strangers have the identity STRANGER."""
+    groups: dict[str, list[str]] = {}
+    for name, clip in clips.items():
+        groups.setdefault(clip.identity or STRANGER, []).append(name)
+    return {identity: tuple(sorted(names)) for identity, names in groups.items()}
 
 
 class UnreadableError(UserError):
@@ -304,8 +310,9 @@ class Store:
         Args:
           connection: an open transaction.
           state: the new state. Its `sha256` is the digest of the state that it was made from.
-          new, people: the only clips and people that differ from the file. They are inserted, and
-            the other rows stay. If either is None or `state.rows` is 0, all rows are written.
+          new, people: the only clips and people that differ from the file. Entries of them are
+            added. If either is None, if `state.rows` is 0, or if more than half of the entries in
+            the file would be replaced ones, all rows are written.
 
         Raises:
           InUseError: the file has changed since the state was made.
@@ -314,22 +321,27 @@ class Store:
             changed = bool(state.sha256) and _read_facts_row(connection)[1] != state.sha256
         if changed:
             raise InUseError(f"gallery '{self.folder}' was changed meanwhile\ntry again")
+        index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
+        blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
         with _translate_errors(self.path, write=True):
-            if new is not None and people is not None and state.rows:
-                rows = state.rows - _take_out(connection, "clip", new)
-                rows -= _take_out(connection, "person", people.names)
-                rows += _insert(connection, "person", _make_person_rows(people))
-                rows += _insert(connection, "clip", _make_clip_rows(new))
+            if rows and new is not None and people is not None and entries + len(new) < most:
+                blocks, clips = [people] if people.names else [], new
             else:
+                rows = entries = 0
                 for table in SCHEMA:
                     connection.execute(f"DELETE FROM {table}")
-                numbers, size = state.index.backend.numbers().tobytes(), BACKEND_ROW_BYTES
-                pieces = (numbers[at : at + size] for at in range(0, len(numbers), size))
-                rows = _insert(connection, "backend", enumerate(pieces))
-                blocks = map(_make_person_rows, state.index.blocks)
-                rows += _insert(connection, "person", heapq.merge(*blocks))
-                rows += _insert(connection, "clip", _make_clip_rows(state.clips))
-            state = state._replace(rows=rows % (1 << 256))
+                numbers = index.backend.numbers().view(BACKEND_LAYOUT)
+                rows += _append(connection, "backend", [], numbers)
+            for block in blocks:
+                rows += _append(connection, "person", [block.names], _pack_people(block))
+            names = sorted(clips)
+            for at in range(0, len(names), MAX_BLOCK_PEOPLE):
+                some = names[at : at + MAX_BLOCK_PEOPLE]
+                packed = _pack_clips([clips[name] for name in some])
+                owners = [clips[name].identity or STRANGER for name in some]
+                rows += _append(connection, "clip", [some, owners], packed)
+            entries += len(names) + sum(len(block.names) for block in blocks)
+            state = state._replace(rows=rows % (1 << 256), entries=entries)
             text = _facts(state)
             sha256 = hashlib.sha256(text.encode()).digest()
             connection.execute("DELETE FROM gallery")
@@ -413,59 +425,63 @@ def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]
 # ---- rows
 
 
-def _digest(row: tuple[Any, ...]) -> int:
-    """Returns the digest of a row. Its last value is bytes; the others are texts and numbers."""
-    *words, content = row
-    # Joins the bytes, because a copy of a few kilobytes takes less time than another call.
-    text = "\n".join(map(str, words)).encode()
-    return int.from_bytes(hashlib.sha256(text + b"\n" + content).digest())
+def _digest(row: tuple[int, str, bytes]) -> int:
+    place, words, numbers = row
+    digest = hashlib.sha256(f"{place}\n{words}\n".encode())
+    digest.update(numbers)
+    return int.from_bytes(digest.digest())
 
 
-def _insert(connection: sqlite3.Connection, table: str, rows: Iterable[tuple[Any, ...]]) -> int:
-    """Inserts rows; returns the sum of their digests."""
-    total = 0
+def _append(
+    connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
+) -> int:
+    """Adds entries after the last row, which is filled first; returns the change of `State.rows`.
 
-    def add_digests() -> Iterator[tuple[Any, ...]]:
-        nonlocal total
-        for row in rows:
-            total += _digest(row)
-            yield row
-
-    places = ", ".join("?" * len(SCHEMA[table].split(",")))
-    connection.executemany(f"INSERT INTO {table} VALUES ({places})", add_digests())
+    `words` are lists of names, and `numbers` is [N] in the layout of the table.
+    """
+    place, total = 0, 0
+    step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
+    query = f"SELECT * FROM {table} ORDER BY place DESC LIMIT 1"
+    for row in connection.execute(query).fetchall():
+        place, last = row[0] + 1, np.frombuffer(row[2], numbers.dtype)
+        if len(last) < step:
+            place, total = row[0], -_digest(row)
+            connection.execute(f"DELETE FROM {table} WHERE place = ?", (place,))
+            lines, numbers = row[1].split("\n"), np.concatenate([last, numbers])
+            words = [
+                [*lines[n * len(last) : (n + 1) * len(last)], *more] for n, more in enumerate(words)
+            ]
+    for at in range(0, len(numbers), step):
+        lines = itertools.chain.from_iterable(column[at : at + step] for column in words)
+        row = (place, "\n".join(lines), numbers[at : at + step].tobytes())
+        connection.execute(f"INSERT INTO {table} VALUES (?, ?, ?)", row)
+        place, total = place + 1, total + _digest(row)
     return total
 
 
-def _take_out(connection: sqlite3.Connection, table: str, names: Iterable[str]) -> int:
-    """Deletes the rows with these names, if they exist; returns the sum of their digests."""
-    total = 0
-    for name in names:
-        rows = connection.execute(f"SELECT * FROM {table} WHERE name = ?", (name,)).fetchall()
-        connection.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
-        total += sum(map(_digest, rows))
-    return total
+def _clip_layout(width: int) -> np.dtype:
+    return np.dtype([("vector", "<f4", (width,)), ("fitted", "<u4")])
 
 
-def _make_clip_rows(clips: Mapping[str, StoredClip]) -> Iterator[tuple[str, str, int, bytes]]:
-    for name in sorted(clips):
-        clip = clips[name]
-        yield name, clip.identity or STRANGER, int(clip.fitted), clip.vector.tobytes()
+def _pack_clips(clips: Sequence[StoredClip]) -> np.ndarray:
+    numbers = np.zeros(len(clips), _clip_layout(len(clips[0].vector)))
+    numbers["vector"] = [clip.vector for clip in clips]
+    numbers["fitted"] = [clip.fitted for clip in clips]
+    return numbers
 
 
-def _layout(widths: Iterable[int]) -> np.dtype:
+def _person_layout(widths: Iterable[int]) -> np.dtype:
     linear = [(f"linear_{part}", "<f4", (width,)) for part, width in enumerate(widths)]
     parts = (len(linear),)
     return np.dtype([("constant", "<f8", parts), ("num_clips", "<i4", parts), *linear])
 
 
-def _make_person_rows(people: People) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, coefficients in the layout of `_layout`) of people, sorted by name."""
+def _pack_people(people: People) -> np.ndarray:
     _, linear, constant, count = people
-    rows = np.empty(len(people.names), _layout(x.shape[1] for x in linear))
-    for field, x in zip(rows.dtype.names or (), (constant.T, count.T, *linear), strict=True):
-        rows[field] = x.reshape(rows[field].shape)
-    for row in sorted(range(len(people.names)), key=people.names.__getitem__):
-        yield people.names[row], rows[row].tobytes()
+    numbers = np.zeros(len(people.names), _person_layout(x.shape[1] for x in linear))
+    for field, x in zip(numbers.dtype.names or (), (constant.T, count.T, *linear), strict=True):
+        numbers[field] = x
+    return numbers
 
 
 def _facts(state: State) -> str:
@@ -496,90 +512,99 @@ def _read(connection: sqlite3.Connection) -> State:
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
         raise UserError("its parts are too wide, or a name is repeated")
-    backend, rows = _read_backend(connection, facts)
-    clips, more = _read_clips(connection, 4 * width)
-    people, others = _read_people(connection, _layout(facts.widths.values()))
-    rows = (rows + more + others) % (1 << 256)
-    groups, index = group(clips), Index(backend, people)
+    _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
+    backend = _make_backend(numbers["number"], facts)
+    (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
+    if (numbers["fitted"] > 1).any():
+        raise UserError("a row of it is malformed")
+    owners, fitted = (person or None for person in people), map(bool, numbers["fitted"].tolist())
+    clips = dict(zip(names, map(StoredClip, owners, numbers["vector"], fitted), strict=True))
+    entries = len(names)
+    layout = _person_layout(facts.widths.values())
+    (names,), numbers, others = _read_table(connection, "person", layout, 1)
+    index = Index(backend, _make_blocks(names, numbers))
+    rows, entries = (rows + more + others) % (1 << 256), entries + len(names)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
         raise UserError("its rows do not match their digest")
+    groups = group(clips)
     sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
-    if groups.keys() - {STRANGER} != set(index.names) or (index.counts > sizes).any():
+    known = (len(groups) - (STRANGER in groups) == len(sizes)) and sizes.all()
+    if not known or (index.counts > sizes).any():
         raise UserError("its people do not match its clips")
-    return State(facts.version, facts.run, index, clips, groups, rows, sha256)
+    return State(facts.version, facts.run, index, clips, groups, rows, entries, sha256)
 
 
-def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> tuple[Backend, int]:
-    """Reads the back end; returns also the sum of the digests of its rows."""
+def _read_table(
+    connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
+) -> tuple[list[list[str]], np.ndarray, int]:
+    """Returns `num_words` lists of names, the numbers [N], and the sum of the digests of rows."""
+    (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
+    numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
+    words: list[list[str]] = [[] for _ in range(num_words)]
+    checks: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(2) as threads:
+        for row in connection.execute(f"SELECT * FROM {table} ORDER BY place"):
+            count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
+            lines = row[1].split("\n") if count and num_words else []
+            if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
+                raise UserError("a row of it is malformed")
+            _check_names(lines, lines[:count])
+            for n, column in enumerate(words):
+                column += lines[n * count : (n + 1) * count]
+            checks.append(threads.submit(_copy, row, numbers[at : at + count]))
+            if len(checks) > READ_AHEAD:
+                total += checks.popleft().result()
+            at += count
+        total += sum(check.result() for check in checks)
+    numbers.flags.writeable = False
+    return words, numbers, total
+
+
+def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
+    """Copies the numbers of a row, and returns the digest of the row."""
+    numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
+    if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
+        raise UserError("a number of it is NaN or infinite")
+    return _digest(row)
+
+
+def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
+    """Checks names of clips and of people; names of strangers' people are empty."""
+    text = "".join(names)  # a check of all names together takes less time
+    filled = "" not in clips and "" not in map(str.strip, filter(None, names))
+    if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
+        return
+    with contextlib.suppress(UserError):  # its message contains the name, which no log may contain
+        people = {*names[len(clips) :]} - {STRANGER}
+        if all(map(check_name, clips)) and all(normal_form(check_name(x)) == x for x in people):
+            return
+    raise UserError("the name of a clip or person is not valid")
+
+
+def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     kinds = [(part.name, part.width, part.by_card) for part in facts.parts]
-    size = 8 * sum(sum(sizes(width, by_card)) for _, width, by_card in kinds)
-    content, total = bytearray(), 0
-    for row in connection.execute("SELECT place, numbers FROM backend ORDER BY place"):
-        if not isinstance(row[1], bytes) or len(content) + len(row[1]) > size:
-            raise UserError("its back end has the wrong size")
-        content += row[1]
-        total += _digest(row)
-    if len(content) != size:
+    if len(numbers) != sum(sum(sizes(width, by_card)) for _, width, by_card in kinds):
         raise UserError("its back end has the wrong size")
-    numbers = np.frombuffer(bytes(content), "<f8")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
-    if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
+    if not all(map(math.isfinite, settings)):
         raise UserError("a parameter of its back end is NaN or infinite")
     backend = from_numbers(kinds, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("a variance is below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
         raise UserError("a number of a card is not positive")
-    return backend, total
+    return backend
 
 
-def _read_clips(connection: sqlite3.Connection, size: int) -> tuple[dict[str, StoredClip], int]:
-    """Reads the clips, whose vectors have `size` bytes; returns also the sum of their digests."""
-    cursor = connection.execute("SELECT name, person, fitted, vector FROM clip")
-    clips: dict[str, StoredClip] = {}
-    total = 0
-    while rows := cursor.fetchmany(FETCHED_ROWS):
-        for row in rows:
-            name, person, fitted, vector = row
-            if tuple(map(type, row)) != CLIP_KINDS or len(vector) != size or fitted not in (0, 1):
-                raise UserError("the row of a clip is malformed")
-            _check_names(name, person)
-            total += _digest(row)
-            x = np.frombuffer(vector, FLOAT)
-            clips[name] = StoredClip(None if person == STRANGER else person, x, bool(fitted))
-        vectors = np.frombuffer(b"".join(row[3] for row in rows), FLOAT).reshape(len(rows), -1)
-        if not np.isfinite(vectors).all():
-            raise UserError("the vector of a clip contains NaN or infinity")
-    return clips, total
-
-
-def _check_names(name: str, person: str) -> None:
-    try:
-        check_name(name)
-        valid = person == STRANGER or normal_form(check_name(person)) == person
-    except UserError:  # its message contains the name, which must not enter the log of a server
-        valid = False
-    if not valid:
-        raise UserError("the name of a clip or person is not valid")
-
-
-def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> tuple[list[People], int]:
-    """Reads blocks of people; returns also the sum of the digests of their rows."""
-    cursor = connection.execute("SELECT name, coefficients FROM person")
-    blocks, total = [], 0
-    while rows := cursor.fetchmany(MAX_BLOCK_PEOPLE):
-        for row in rows:
-            if tuple(map(type, row)) != PERSON_KINDS or len(row[1]) != layout.itemsize:
-                raise UserError("the row of a person is malformed")
-            total += _digest(row)
-        columns = np.frombuffer(b"".join(row[1] for row in rows), layout)
-        constant, count, *linear = (
-            np.ascontiguousarray(columns[name]).reshape(len(rows), -1)
-            for name in layout.names or ()
-        )
-        if not all(np.isfinite(x).all() for x in (*linear, constant)):
-            raise UserError("the coefficients of a person contain NaN or infinity")
-        if (count < 0).any():
-            raise UserError("a number of clips is below 0")
-        blocks.append(People(tuple(row[0] for row in rows), tuple(linear), constant.T, count.T))
-    return blocks, total
+def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
+    """Yields blocks of people. Of several entries of a person, the last one counts."""
+    if (numbers["num_clips"] < 0).any():
+        raise UserError("a number of clips is below 0")
+    last = {name: place for place, name in enumerate(names)}
+    kept = sorted(last.values())
+    for at in range(0, len(kept), MAX_BLOCK_PEOPLE):
+        places = kept[at : at + MAX_BLOCK_PEOPLE]
+        gaps = places[-1] - places[0] >= len(places)
+        block = numbers[places if gaps else slice(places[0], places[-1] + 1)]
+        constant, count, *linear = (block[field] for field in block.dtype.names or ())
+        yield People(tuple(names[n] for n in places), tuple(linear), constant.T, count.T)
