@@ -1,6 +1,7 @@
 """sandbox: what the child takes of the official layouts, what it refuses, and what it may cost."""
 
 import gc
+import io
 import pickle
 import unicodedata
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tests.helpers import python2
 from vidjax.data import packing
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.untrusted import sandbox
+from vidjax.data.untrusted import pieces, sandbox
 from vidjax.data.untrusted.names import clean_name
 from vidjax.utils.errors import UserError
 
@@ -111,7 +112,7 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
             assert read["features"].tolist() == numbers.tolist() * len(value)
 
 
-def test_block_boundaries_within_clips_change_no_value(tmp_path, monkeypatch):
+def test_blocks_and_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 40).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
@@ -125,6 +126,19 @@ def test_block_boundaries_within_clips_change_no_value(tmp_path, monkeypatch):
     owner = np.repeat(np.arange(40), lengths)
     assert whole["lengths"] == np.bincount(owner[kept], minlength=40).tolist()
     assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)
+    shared = {**value, b"39": value[b"20"]}  # of a piece that is gone
+    assert convert(tmp_path, shared)["lengths"][39] == whole["lengths"][20]
+    with monkeypatch.context() as only_pieces:
+        only_pieces.delattr(sandbox, "load")
+        for protocol in range(2, 6):
+            file = io.BytesIO()
+            python2.PYTHONS(file, protocol).dump(value)
+            np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
+        np.testing.assert_equal(convert(tmp_path, value), whole)
+        with pytest.raises(NameError):
+            convert(tmp_path, shared)
     bare = {b"rows": rows[kept], b"one": rows[1]}
     bare_whole = convert(tmp_path, bare, "audio")
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16

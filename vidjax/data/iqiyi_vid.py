@@ -109,7 +109,7 @@ class OfficialFiles:
 def _choose_num_readers(sizes: Collection[int]) -> int:
     """Returns the number of pickles of `sizes` bytes that fit into half of the memory at once."""
     largest = sorted(sizes, reverse=True)
-    # A reader needs about twice the size of its pickle.
+    # A reader that cannot read in pieces needs about twice the size of its pickle.
     fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
     return max(1, min(num_cores(), len(fitting)))
 

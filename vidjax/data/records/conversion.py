@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from vidjax.utils.machine import max_open_files, num_cores
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
+CLIPS_AT_ONCE = 256
 
 
 def convert(
@@ -220,6 +221,15 @@ def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
     """Writes the clips `order` [n] int32 of a split; returns the entry of the manifest."""
+    with path.open("wb") as file:
+        for at in range(0, len(order), CLIPS_AT_ONCE):
+            _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
+    return shard_files.describe_shard(path, len(order))
+
+
+def _write_clips(
+    file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
+) -> None:
     # Each call maps the files again, so that the memory of its pages is freed afterwards.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
     empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
@@ -233,12 +243,10 @@ def write_shard(
         start = int(split.starts[name][clip])
         return {field: mapped[name][field][start : start + length] for field in STORED}
 
-    with path.open("wb") as file:
-        for clip in order.tolist():
-            frames = {name: read_frames(name, clip) for name in modalities}
-            record = _encode_clip(split.clips[clip], clip, frames, modalities)
-            file.write(shard_files.make_record(record))
-    return shard_files.describe_shard(path, len(order))
+    for clip in order:
+        frames = {name: read_frames(name, clip) for name in modalities}
+        record = _encode_clip(split.clips[clip], clip, frames, modalities)
+        file.write(shard_files.make_record(record))
 
 
 def _encode_clip(

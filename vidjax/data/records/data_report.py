@@ -17,6 +17,7 @@ from vidjax.utils.errors import warn
 from vidjax.utils.files import sha256_json
 
 HISTOGRAM_BINS = 20
+FRAMES_PER_MAP = 1 << 16  # a look-up maps the file of features again, to free the memory of pages
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
@@ -35,6 +36,8 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
 
 
 def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict[str, Any]:
+    blocks = range(0, max(1, sum(lengths.tolist())), FRAMES_PER_MAP)
+    norms = (compute_feature_norms(flat.features[at : at + FRAMES_PER_MAP]) for at in blocks)
     return {
         "file": path.name,
         "clips_seen": len(flat.names),
@@ -52,7 +55,7 @@ def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict
             "max": int(lengths.max()),
         },
         "quality": _make_histogram(flat.frames["quality"]),
-        "norm": _make_histogram(compute_feature_norms(flat.features)),
+        "norm": _make_histogram(np.concatenate([*norms])),
     }
 
 

@@ -27,6 +27,7 @@ from vidjax.data import processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
+from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import Array, load
 from vidjax.utils.errors import DiskError, NoFileError, UserError, prefix_errors
 
@@ -49,12 +50,17 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
-            with prefix_errors(str(path)):
-                content = load(file, size)
-        with Packer(modality, out_dir, arguments["non_finite"]) as packer:
-            for clip in read_clips(content, modality, str(path), size):
-                packer.add(clip, clip.modalities[modality])
-            return packer.finish().summary()
+
+            def pack(pieces: Iterator[object]) -> dict[str, Any]:
+                with Packer(modality, out_dir, arguments["non_finite"]) as packer:
+                    for clip in read_clips(pieces, modality, str(path), size):
+                        packer.add(clip, clip.modalities[modality])
+                    return packer.finish().summary()
+
+            with contextlib.suppress(Exception):
+                return pack(load_pieces(file, size))
+            # The file is loaded as a whole if this is necessary, and for the message of an error.
+            return pack(load(file, size) for _ in range(1))
     except OSError as error:
         reason = error.strerror or str(error)
         raise DiskError(f"{path}: cannot be read, or written to {out_dir}: {reason}") from None
@@ -132,11 +138,11 @@ _NUM_FIELDS = {"face": 5, "head": 4, "body": 3, "scene": 2, "audio": 1}
 _FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 
 
-def read_clips(content: object, modality: str, place: str, size: int) -> Iterator[Clip]:
-    """Yields the clips of an unpickled file, and empties `content` to free memory.
+def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -> Iterator[Clip]:
+    """Yields the clips of an unpickled file, and empties its pieces to free memory.
 
     Args:
-      content: clip name -> list of entries, or clip name -> array [D] or [T, D].
+      pieces: dicts, clip name -> list of entries, or clip name -> array [D] or [T, D].
       modality: see `unpack`.
       place: the file, as the start of an error message.
       size: bytes of the file.
@@ -144,28 +150,33 @@ def read_clips(content: object, modality: str, place: str, size: int) -> Iterato
     Raises:
       UserError: the content has a different structure; the message names clip and field.
     """
+    names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
-        clips = _clean_names(content, size)
-        fields, budget = _choose_fields(clips, modality), _Budget(size)
-        for name in list(clips):
-            frames = _read_frames(clips.pop(name), fields, f"clip {show(name)}, {modality}", budget)
-            yield Clip(name, place, {modality: frames})
+        for piece in pieces:
+            clips = _clean_names(piece, names, budget)
+            fields = fields or _choose_fields(clips, modality)
+            for name in list(clips):
+                where = f"clip {show(name)}, {modality}"
+                frames = _read_frames(clips.pop(name), fields, where, budget)
+                yield Clip(name, place, {modality: frames})
 
 
-def _clean_names(content: object, size: int) -> dict[str, Any]:
-    """Returns clip name without `.mp4` -> value, and empties `content` to free memory."""
+def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
+    """Returns clip name without `.mp4` -> value, and empties `content` to free memory.
+
+    `known` are the names of all pieces so far.
+    """
     if type(content) is not dict:
         raise UserError(f"the pickle contains a {type(content).__name__}, not a dict of clips")
-    # An empty clip takes a few bytes of the pickle, but as much time as any other clip.
     empty = sum(_is_list(value) and not value for value in content.values())
-    if empty > MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP:
-        raise UserError(f"{empty} of {len(content)} clips are empty: refused")
+    budget.take_empty(empty, len(content))
     clips: dict[str, Any] = {}
     repeated = []
     for key in list(content):
         name = _clean_key(key)
-        if name in clips:
+        if name in known:
             repeated.append(show(name))
+        known.add(name)
         clips[name] = content.pop(key)
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
@@ -185,13 +196,21 @@ def _clean_key(key: object) -> str:
 
 
 class _Budget:
-    """The limit of frames and bytes of a pickle of `size` bytes.
+    """The limit of frames, bytes and empty clips of a pickle of `size` bytes.
 
     Entries may share objects, so a pickle may expand, but only up to this limit.
     """
 
     def __init__(self, size: int) -> None:
         self._frames, self._bytes = 100_000 + size // 8, 64 * MB + 4 * size
+        # An empty clip takes a few bytes of the pickle, but as much time as any other clip.
+        self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
+
+    def take_empty(self, num_clips: int, among: int) -> None:
+        """Counts empty clips among some clips; raises UserError if they exceed the limit."""
+        self._empty -= num_clips
+        if self._empty < 0:
+            raise UserError(f"{num_clips} of {among} clips are empty: refused")
 
     def take(self, num_frames: int, num_bytes: int) -> None:
         """Counts frames and bytes; raises UserError if they exceed the limit."""

@@ -185,10 +185,11 @@ _GLOBALS: dict[tuple[str, str], type] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """The C Unpickler, with only the globals of _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
+        """Returns the sealed class for a global of numpy; refuses all others."""
         sealed = _GLOBALS.get((module_name, global_name))
         if sealed is None:
             name = show(f"{module_name}.{global_name}")
@@ -196,6 +197,7 @@ class _Unpickler(pickle.Unpickler):
         return sealed
 
     def persistent_load(self, pid: object) -> object:
+        """Refuses every persistent object."""
         raise UserError("the pickle asks for a persistent object (PERSID): refused")
 
 
@@ -209,7 +211,7 @@ def load(file: BinaryIO, size: int) -> Any:
     if size == 0:
         raise UserError("the file is empty: not a pickle")
     try:
-        content = _Unpickler(file, encoding="bytes").load()
+        content = Unpickler(file, encoding="bytes").load()
     except (MemoryError, UserError):
         raise
     except Exception as error:

@@ -1,0 +1,135 @@
+"""Unpickles a large dict in pieces, in little memory.
+
+pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time, each time
+as a new dict. pickle also numbers most objects, to refer to them later, and an unpickler keeps all
+of them. Feature pickles refer only to objects of the same clip, and to the few objects that arrays
+share, which are in the first piece. So the numbered objects of later pieces are replaced by None.
+If a pickle refers to one of these, it has to be loaded as a whole: no value of a clip may be None.
+"""
+
+import io
+import mmap
+import pickletools
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vidjax.data.untrusted.unpickle import Unpickler
+from vidjax.utils.errors import UserError
+
+PIECE_BYTES = 16 << 20
+MAX_PATTERNS, MAX_RUN = 32, 200  # patterns that are tried, and their opcodes
+
+# Opcodes whose argument begins with its size -> format of the size.
+_SIZED = {
+    code: struct.Struct(size)
+    for size, codes in {"<B": b"UC\x8a\x8c", "<I": b"TXB", "<Q": b"\x8d\x8e\x96"}.items()
+    for code in codes
+}
+_FRAME = 0x95  # followed by 8 bytes: how many bytes a reader should fetch at once
+# All other opcodes with an argument of fixed size, except those of dicts and the end -> its size.
+_PLAIN = {
+    ord(x.code): x.arg.n if x.arg else 0
+    for x in pickletools.opcodes
+    if not (x.arg and x.arg.n < 0) and ord(x.code) not in b"\x95}dsu."
+}
+_NUMBERING = b"\x94qr"  # opcodes that number an object
+_OPCODE = re.compile(
+    b"|".join(
+        b"[%b].{%d}" % (re.escape(bytes(c for c, n in _PLAIN.items() if n == size)), size)
+        for size in sorted({*_PLAIN.values()})
+    ),
+    re.DOTALL,
+)
+_RUN = re.compile(b"(?:%b)*+" % _OPCODE.pattern, re.DOTALL)
+_GLOBAL = re.compile(rb"c[^\n]*\n[^\n]*\n")
+_START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.DOTALL)
+
+
+def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
+    """Yields the items of a pickle of `size` bytes that contains a dict, see `unpickle.load`.
+
+    Raises:
+      Exception: the pickle has to be loaded as a whole, or is damaged, or is refused.
+    """
+    pipe = io.BytesIO()
+    unpickler = Unpickler(pipe, encoding="bytes")
+    old = range(0)  # the numbers of the objects of the piece before
+    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
+        for parts, numbers in _cut(content):
+            puts = np.empty(len(old), [("opcode", "S1"), ("number", "<u4")])
+            puts["opcode"], puts["number"] = b"r", np.arange(old.start, old.stop)
+            parts = [b"N", puts.tobytes(), b"0", *parts, b"."]
+            pipe.seek(0)
+            pipe.write(b"\x95" + struct.pack("<Q", sum(map(len, parts))))
+            pipe.writelines(parts)
+            pipe.truncate()
+            pipe.seek(0)
+            del parts
+            items = unpickler.load()
+            if type(items) is not dict or pipe.read(1):
+                raise UserError("not a plain dict")
+            yield items
+            old = numbers if numbers.start else range(0)
+
+
+def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
+    """Yields pickles of some items, without their end, and the numbers of the objects in them."""
+    begin = _START.match(content)
+    if not begin:
+        raise UserError("not a plain dict")
+    start, at = begin.span(1)
+    parts, runs, left = list[bytes](), _Runs(content), PIECE_BYTES
+    first, done = 0, int(at > start + 1)  # the dict may be the first numbered object
+    while True:
+        end, numbered = runs.skip(at)
+        done += numbered
+        opcode, is_last = content[end], end + 1 == len(content)
+        if size := _SIZED.get(opcode):
+            at = end + 1 + size.size + size.unpack_from(content, end + 1)[0]
+        elif opcode == _FRAME:
+            parts.append(content[start:end])
+            at = start = end + 9
+        elif opcode in b"su" or (opcode == ord(".") and is_last):
+            at = end + (not is_last)
+            if is_last or at > left:
+                yield [*parts, content[start:at]], range(first, done)
+                parts, start, first, left = [b"}"], at, done, at + PIECE_BYTES
+                content.madvise(mmap.MADV_DONTNEED, 0, at)
+            if is_last:
+                return
+        elif found := _GLOBAL.match(content, end):
+            at = found.end()
+        else:
+            raise UserError("not a plain dict")
+
+
+class _Runs:
+    """Skips runs of _PLAIN opcodes, and counts the objects that they number.
+
+    Most runs differ only in the arguments of their opcodes, so they match a few patterns.
+    """
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+        self._patterns: list[tuple[re.Pattern[bytes], int]] = []
+
+    def skip(self, at: int) -> tuple[int, int]:
+        """Returns the end of a run that begins `at`, and the number of objects that it numbers."""
+        for place, (pattern, count) in enumerate(self._patterns):
+            found = pattern.match(self._content, at)
+            if found and self._content[found.end()] not in _PLAIN:
+                if place:
+                    self._patterns.insert(0, self._patterns.pop(place))
+                return found.end(), count
+        found = _RUN.match(self._content, at)
+        run = found[0] if found else b""
+        opcodes = _OPCODE.findall(run)
+        count = sum(code[0] in _NUMBERING for code in opcodes)
+        if len(self._patterns) < MAX_PATTERNS and len(opcodes) <= MAX_RUN:
+            parts = (re.escape(code[:1]) + b".{%d}" % (len(code) - 1) for code in opcodes)
+            self._patterns.insert(0, (re.compile(b"".join(parts), re.DOTALL), count))
+        return at + len(run), count
