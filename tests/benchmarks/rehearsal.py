@@ -3,19 +3,20 @@
     python -m tests.benchmarks.rehearsal FOLDER [--only=STEP,STEP] [--scale=F] [--collect]
 
 The official files are gone. So the step `files` writes files of their layout and size: 10,034
-identities, about 57,800 clips to train on and 73,000 to rank, of which 27,000 are distractors. Each
-other step runs commands of a user in child processes, and appends a row to `FOLDER/rows.json`.
-Steps with a row are skipped, so the script continues after an interruption. All steps take about a
-day on 2 cores, 25 GB of disk and 8 GB of memory. The steps of full size become the table
-`rehearsal` of the main README.
+identities, 57,620 clips to train on, and 72,730 to rank, of which 27,274 are distractors. The other
+steps run commands of a user in child processes, and add rows to `FOLDER/rows.json`. Steps with a
+row are skipped, and unfinished runs are resumed, so the script can be interrupted. All steps take
+more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
 
 - `--only` names the steps to run.
 - `--scale` is the share of the identities. Below 1, runs have two epochs at most, to test this
   script.
-- `--collect` runs nothing, and only writes the table.
+- `--collect` runs nothing. It writes the rows into the table `rehearsal` of the main README.
 """
 
 import argparse
+import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,22 +78,23 @@ class PickleFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._file.write(b"\x80\x04}\x94")  # protocol 4, a dict, and its place in the memo
-        self._known: dict[int, tuple[int, Any]] | None = None
+        self._file.write(b"\x80\x04}\x94")  # protocol 4; a dict, the first object of the memo
+        self._memo: dict[int, tuple[int, Any]] = {}
 
     def add(self, clips: Mapping[str, Any]) -> None:
-        """Writes clips. Only what numpy shares between arrays may be in two clips."""
-        content = io.BytesIO()
+        """Writes clips. Two clips may share only what numpy shares between arrays."""
+        content, at, frames = io.BytesIO(), 2, list[bytes]()
         pickler: Any = pickle.Pickler(content, 4)
-        if self._known is not None:
-            pickler.memo = self._known
+        if self._memo:
+            pickler.memo = self._memo
         pickler.dump(dict(clips))
-        if self._known is None:
-            own = (str, list, tuple, np.ndarray, dict)
-            memo = pickler.memo.copy().items()
-            shared = {k: v for k, v in memo if not isinstance(v[1], own)}
-            self._known = {k: v for k, v in shared.items() if len(repr(v[1])) < 100}
-        frames = [*_cut_frames(content.getvalue())]
+        shared = (type, type(len), np.dtype)
+        memo = pickler.memo.copy().items()
+        self._memo = {k: v for k, v in memo if isinstance(v[1], shared) or v[1] == b"b"}
+        while at < len(whole := content.getvalue()):
+            end = at + 9 + int.from_bytes(whole[at + 1 : at + 9], "little")
+            frames.append(whole[at + 9 : end])
+            at = end
         frames[0] = frames[0].removeprefix(b"}\x94")  # the clips belong to the dict of the file
         frames[-1] = frames[-1].removesuffix(b".")
         for frame in filter(None, frames):
@@ -101,15 +103,6 @@ class PickleFile:
     def close(self) -> None:
         self._file.write(b".")
         self._file.close()
-
-
-def _cut_frames(content: bytes) -> Iterator[bytes]:
-    """Yields the contents of the frames of a pickle of protocol 4."""
-    at = 2
-    while at < len(content):
-        size = int.from_bytes(content[at + 1 : at + 9], "little")
-        yield content[at + 9 : at + 9 + size]
-        at += 9 + size
 
 
 def write_split(folder: Path, split: str, scale: float) -> None:
@@ -146,51 +139,50 @@ def disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def tree_bytes(pid: int) -> int:
-    """Returns the memory of a process and its children, without pages of files."""
-    total, waiting = 0, [pid]
+def children_bytes() -> int:
+    """Returns the memory of all processes below this process, without the pages of files."""
+    total, waiting = 0, [Path("/proc/self")]
     while waiting:
-        place = Path(f"/proc/{waiting.pop()}")
-        try:
-            for line in (place / "status").read_text().splitlines():
-                if line.startswith(("RssAnon", "RssShmem")):
-                    total += 1024 * int(line.split()[1])
+        place = waiting.pop()
+        with contextlib.suppress(OSError):  # it has ended
+            lines = (place / "status").read_text().splitlines()
+            kilobytes = [x.split()[1] for x in lines if x.startswith(("RssAnon", "RssShmem"))]
+            total += 1024 * sum(map(int, kilobytes)) * (place.name != "self")
             for children in place.glob("task/*/children"):
-                waiting += map(int, children.read_text().split())
-        except OSError:
-            continue  # it has ended
+                waiting += [Path("/proc", pid) for pid in children.read_text().split()]
     return total
 
 
-def busy_seconds() -> float:
-    """Returns the seconds for which the cores of the machine have worked since its start."""
+def clocks() -> tuple[float, float, float]:
+    """Returns seconds: of the clock, of ended children, and of the working cores of the machine."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), common.children_seconds(), busy
 
 
-class Meter:
-    """Measures the block of a `with`: seconds, processor, memory, and work of other processes."""
+def measure(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the results of a function and what it took: time, memory, and work of others."""
+    before, peak, ended = clocks(), [0], threading.Event()
 
-    def __enter__(self) -> "Meter":
-        self._start = time.perf_counter(), common.children_seconds(), busy_seconds()
-        self._peak, self._ended = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        self._own = tree_bytes(os.getpid())
-        return self
+    def watch() -> None:
+        while not ended.wait(SECONDS):
+            peak[0] = max(peak[0], children_bytes())
 
-    def _watch(self) -> None:
-        while not self._ended.wait(SECONDS):
-            self._peak = max(self._peak, tree_bytes(os.getpid()))
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        now = time.perf_counter(), common.children_seconds(), busy_seconds()
-        seconds, used, busy = (b - a for a, b in zip(self._start, now, strict=True))
-        others = max(0.0, busy - used) / (seconds * (os.cpu_count() or 1))
-        self.row = {"seconds": seconds, "processor_seconds": used, "others": others}
-        self.row["memory"] = max(0, self._peak - self._own)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        row = function()
+    finally:
+        ended.set()
+        thread.join()
+    seconds, used, busy = (b - a for a, b in zip(before, clocks(), strict=True))
+    others = max(0.0, busy - used) / (seconds * (os.cpu_count() or 1))
+    return row | {
+        "seconds": seconds,
+        "processor_seconds": used,
+        "others": others,
+        "memory": peak[0],
+    }
 
 
 def call(words: Sequence[str], log: Path, kill: Callable[[], bool] | None = None) -> None:
@@ -212,62 +204,56 @@ def all_epochs(run: Run) -> int:
     return int(config_io.load_file(f"{common.CONFIGS / run.spec}").num_epochs)
 
 
-class Rehearsal:
-    """The files, the cache and the runs in a folder."""
+def words(folder: Path, run: Run, workdir: Path, scale: float) -> list[str]:
+    """Returns the command of a run."""
+    epochs = run.epochs or (0 if scale == 1 else min(2, all_epochs(run)))
+    fields = [*run.overrides, f"data.dir={folder / 'files'}", f"data.cache_dir={folder / 'cache'}"]
+    fields += [f"num_epochs={epochs}"] if epochs else []
+    config = f"--config={common.CONFIGS / run.spec}"
+    return ["vidjax.main", config, f"--workdir={workdir}", *(f"--config.{x}" for x in fields)]
 
-    def __init__(self, folder: Path, scale: float) -> None:
-        self.folder, self.scale = folder, scale
-        self.files, self.cache, self.logs = folder / "files", folder / "cache", folder / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
 
-    def words(self, run: Run, workdir: Path) -> list[str]:
-        """Returns the command of a run."""
-        overrides = [*run.overrides, f"data.dir={self.files}", f"data.cache_dir={self.cache}"]
-        epochs = run.epochs or (0 if self.scale == 1 else min(2, all_epochs(run)))
-        if epochs:
-            overrides.append(f"num_epochs={epochs}")
-        words = ["vidjax.main", f"--config={common.CONFIGS / run.spec}", f"--workdir={workdir}"]
-        return [*words, *(f"--config.{override}" for override in overrides)]
+def do(step: str, folder: Path, scale: float) -> dict[str, Any]:
+    """Runs a step, and returns the results that are not measured from outside."""
+    log, workdir = folder / f"{step}.log", folder / "runs" / step
+    if step == "files":
+        return make_files(folder / "files", scale)
+    if step == "convert":
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        flag = f"--cache_dir={folder / 'cache'}"
+        call(["vidjax.data.iqiyi_vid", str(folder / "files"), flag], log)
+        return {"disk": disk(folder / "cache")}
+    if step == "resume":
+        return resume(workdir, log, lambda name: words(folder, KILLED, workdir / name, scale))
+    row: dict[str, Any] = {"resumed": workdir.exists()}  # then the time is of the last process
+    call(words(folder, RUNS[step], workdir, scale), log)
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    for name in ("map", "mode", "num_params", "num_members", "train_clips_per_second"):
+        row[name] = metrics[name]
+    row["disk"] = disk(workdir)
+    shutil.rmtree(workdir / "checkpoints")  # gigabytes
+    return row
 
-    def do(self, step: str) -> dict[str, Any]:
-        """Runs a step, and returns the results that `Meter` does not measure."""
-        log, workdir = self.logs / f"{step}.log", self.folder / "runs" / step
-        shutil.rmtree(workdir, ignore_errors=True)
-        if step == "files":
-            return make_files(self.files, self.scale)
-        if step == "convert":
-            shutil.rmtree(self.cache, ignore_errors=True)
-            call(["vidjax.data.iqiyi_vid", f"{self.files}", f"--cache_dir={self.cache}"], log)
-            return {"disk": disk(self.cache)}
-        if step == "resume":
-            return self.resume(workdir, log)
-        run = RUNS[step]
-        call(self.words(run, workdir), log)
-        metrics = json.loads((workdir / "metrics.json").read_text())
-        wanted = ("map", "mode", "num_params", "num_members", "train_clips_per_second")
-        row = {"disk": disk(workdir)} | {name: metrics[name] for name in wanted}
-        shutil.rmtree(workdir / "checkpoints")  # gigabytes
-        return row
 
-    def resume(self, workdir: Path, log: Path) -> dict[str, Any]:
-        """Runs twice; the second run is killed after its first checkpoint, and resumed."""
-        whole, killed = (self.words(KILLED, workdir / name) for name in ("whole", "killed"))
-        call(whole, log)
-        saved = workdir / "killed" / "checkpoints"
-        call(killed, log, kill=lambda: any(saved.glob("[0-9]*/manifest.json")))
-        call(killed, log)
-        names = ("metrics.jsonl", "ranking.txt")
-        pairs = (
-            [(workdir / run / name).read_bytes() for run in ("whole", "killed")] for name in names
-        )
-        return {"equal": all(a == b for a, b in pairs), "disk": disk(workdir)}
+def resume(workdir: Path, log: Path, command: Callable[[str], list[str]]) -> dict[str, Any]:
+    """Runs twice; the second run is killed after its first checkpoint, and resumed."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    saved = workdir / "killed" / "checkpoints"
+    call(command("whole"), log)
+    call(command("killed"), log, kill=lambda: any(saved.glob("[0-9]*/manifest.json")))
+    call(command("killed"), log)
+    both = [
+        [(workdir / name / file).read_bytes() for file in ("metrics.jsonl", "ranking.txt")]
+        for name in ("whole", "killed")
+    ]
+    return {"equal": both[0] == both[1], "disk": disk(workdir)}
 
 
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the table of the README. Wall time is left out if other programs were busy."""
     lines = []
     for step, row in rows.items():
-        minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else ""
+        minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else "busy"
         used, name, epochs, hours, score = row["processor_seconds"], step, "", "", ""
         if step in RUNS:
             run, every = RUNS[step], all_epochs(RUNS[step])
@@ -277,6 +263,8 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
             score = f"{row['map']:.3f}" if not run.epochs else ""
         if step == "resume":
             score = "equal" if row["equal"] else "differs"
+        if row.get("resumed"):
+            minutes = hours = "interrupted"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
         lines.append([name, epochs, f"{used / 60:,.0f}", minutes, hours, *sizes, score])
     header = ["step", "epochs", "minutes of a core", "minutes", "all epochs, hours of a core"]
@@ -290,14 +278,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--collect", action="store_true")
     args = parser.parse_args(argv)
-    rehearsal, results = Rehearsal(args.folder.resolve(), args.scale), args.folder / "rows.json"
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "rows.json"
     rows = json.loads(results.read_text()) if results.exists() else {}
     for step in [] if args.collect else args.only.split(","):
         if step in rows:
             continue
-        with Meter() as meter:
-            found = rehearsal.do(step)
-        rows[step] = found | meter.row | {"machine": common.describe(), "scale": args.scale}
+        rows[step] = measure(functools.partial(do, step, folder, args.scale))
+        rows[step] |= {"machine": common.describe(), "scale": args.scale}
         results.write_text(json.dumps(rows, indent=1) + "\n")
         sys.stdout.write(f"{step} {json.dumps(rows[step])}\n")
         sys.stdout.flush()
