@@ -252,7 +252,8 @@ def resume(workdir: Path, log: Path, command: Callable[[str], list[str]]) -> dic
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the table of the README. Wall time is left out if other programs were busy."""
     lines = []
-    for step, row in rows.items():
+    for step in (step for step in STEPS if step in rows):
+        row = rows[step]
         minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else "busy"
         used, name, epochs, hours, score = row["processor_seconds"], step, "", "", ""
         if step in RUNS:
