@@ -30,7 +30,7 @@ _SIZED = {
     for code in codes
 }
 _FRAME = 0x95  # followed by 8 bytes: how many bytes a reader should fetch at once
-# All other opcodes with an argument of fixed size, except those of dicts and the end -> its size.
+# Opcodes with an argument of fixed size, without dicts and the end -> the size.
 _PLAIN = {
     ord(x.code): x.arg.n if x.arg else 0
     for x in pickletools.opcodes
