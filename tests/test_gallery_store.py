@@ -340,7 +340,7 @@ def test_a_change_is_refused_during_another_change_and_with_hard_links(
 def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, campaign):
     failed = 0
     for turn in range(100 if campaign else 1):
-        place = tmp_path / str(turn)
+        place = tmp_path / f"full {turn}"
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
     assert failed
     for turn in range(100 if campaign else 3):

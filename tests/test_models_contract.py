@@ -142,7 +142,11 @@ class Net(NamedTuple):
 
 @functools.cache
 def made(name):
-    frames, clips = tiny.make_batch(dtype="float32")
+    frames, clips = tiny.make_batch()
+    frames = {
+        key: part._replace(features=part.features.astype(np.float32))
+        for key, part in frames.items()
+    }
     model = tiny.make_model(MODELS[name][0])
     variables = dict(tiny.init_identifier(model, frames, clips))
     if "params" in variables:
