@@ -127,7 +127,6 @@ def compile_quickly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests marked `optimized` compile with optimisation."""
     if not request.node.get_closest_marker("optimized"):
         yield
         return
@@ -179,7 +178,6 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def official_data(official_dir: Path, cache_dir: Path) -> Any:
-    """The official files as a dataset."""
     from tests.helpers.datasets import load_dataset
 
     return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))

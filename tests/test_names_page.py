@@ -32,7 +32,6 @@ def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95,
 
 
 def text_of(html):
-    """Returns the words of a page as a reader sees them."""
     body = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", body).split()).replace(" ,", ",")
 

@@ -24,7 +24,6 @@ notebooks = pytest.mark.parametrize("name", PATHS)
 
 
 def read(name):
-    """Returns a notebook, which nbformat finds to be valid."""
     notebook: Any = nbformat.reads(PATHS[name].read_text(), as_version=4)
     nbformat.validate(notebook)
     return notebook

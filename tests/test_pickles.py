@@ -70,10 +70,9 @@ def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
     (out / "features.bin").symlink_to("/dev/full")
     for file, folder, message in (
         (tmp_path / "gone.pickle", out, "gone.pickle: no such file"),
-        (tmp_path / "pipe", out, "pipe: not a regular file"),
-        (path, out, "out: No space left"),
+        (tmp_path / "pipe", out, "pipe: not a regular file"), (path, out, "out: No space left"),
         (path, path, "face_val"),
-    ):
+    ):  # fmt: skip
         refused(functools.partial(sandbox.unpack, file, "face", folder), message)
     assert not list(out.iterdir())
 
@@ -86,11 +85,9 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     (tmp_path / "head.pickle").mkdir()
     stems = {key: path.stem for key, path in find_pickles(tmp_path).items()}
     assert stems == {
-        ("body_val", "val"): "body_val_val",
-        ("face", "train"): "face_train_v2",
-        ("face", "val"): "face_val_v2",
-        ("my-scene_2", "test"): "my-scene_2_test",
-    }
+        ("body_val", "val"): "body_val_val", ("face", "train"): "face_train_v2",
+        ("face", "val"): "face_val_v2", ("my-scene_2", "test"): "my-scene_2_test",
+    }  # fmt: skip
     assert list(stems) == sorted(stems)
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
     (tmp_path / "fa ce_train.pickle").touch()
@@ -106,13 +103,10 @@ def truth(folder, text, name="gt.txt", **kwargs):
 
 # What editors leave in the ground truth, and in the weights of clips.
 EDITORS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    lambda text: text.replace("\n", "\r"),
-    lambda text: "\ufeff" + text.replace("\n", "\r\n"),
-    lambda text: text.replace(" ", "  \t "),
-    lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"),
-    lambda text: text.replace(".mp4", "", 1),
-)
+    lambda text: text, lambda text: text.replace("\n", "\r"),
+    lambda text: "\ufeff" + text.replace("\n", "\r\n"), lambda text: text.replace(" ", "  \t "),
+    lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"), lambda text: text.replace(".mp4", "", 1),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", EDITORS)
@@ -175,13 +169,10 @@ WRONG_WEIGHTS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("read", "name", "text", "expected"),
-    [
-        *((truth, "gt.txt", *case) for case in WRONG_LABELS),
-        *((weights, "weights.txt", *case) for case in WRONG_WEIGHTS),
-    ],
-)
+@pytest.mark.parametrize(("read", "name", "text", "expected"), [
+    *((truth, "gt.txt", *case) for case in WRONG_LABELS),
+    *((weights, "weights.txt", *case) for case in WRONG_WEIGHTS),
+])  # fmt: skip
 def test_errors_in_label_and_weight_files_name_the_line(read, name, text, expected, tmp_path):
     message = refused(lambda: read(tmp_path, text), expected)
     assert message.startswith(f"{tmp_path / name}: ")

@@ -31,11 +31,9 @@ FOLDERS = (
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
-    "vidjax.main": program.main,
-    "vidjax.data.arrays": arrays.main,
-    "vidjax.data.iqiyi_vid": iqiyi_vid.main,
-    "vidjax.data.synthetic": synthetic.main,
-}
+    "vidjax.main": program.main, "vidjax.data.arrays": arrays.main,
+    "vidjax.data.iqiyi_vid": iqiyi_vid.main, "vidjax.data.synthetic": synthetic.main,
+}  # fmt: skip
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
@@ -49,7 +47,6 @@ SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of p
 
 
 def shell_commands(page):
-    """Yields the words of every command in the `sh` blocks of a page."""
     for block in re.findall(r"```sh\n(.*?)```", PAGES[page].read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
@@ -91,7 +88,6 @@ def prose(page):
 
 
 def test_every_link_of_the_pages_has_a_target():
-    """Every link of the READMEs and notebooks leads to a file, a heading or a known host."""
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
     for page in (*PAGES, *notebooks):
@@ -126,11 +122,9 @@ def test_readme_example_of_a_custom_system_runs(
         error = say(*words, "--workdir=run", code=code)
         return error if code else json.loads(Path("run/metrics.json").read_text())
 
-    results = command(
-        f"{own}:iqiyi_vid,face,head,audio", f"--config.data.dir={official_dir}", NO_REPORT,
-        "--config.batch_size=32", "--config.num_epochs=20", "--config.optim.learning_rate=0.01",
-        "--config.ensemble.folds=2",
-    )  # fmt: skip
+    small = ("batch_size=32", "num_epochs=20", "optim.learning_rate=0.01", "ensemble.folds=2")
+    words = [f"--config.{x}" for x in (*small, "eval.report=False", f"data.dir={official_dir}")]
+    results = command(f"{own}:iqiyi_vid,face,head,audio", *words)
     # Of each modality a norm, and a classifier of 13 columns with its bias; and three weights.
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
@@ -140,16 +134,6 @@ def test_readme_example_of_a_custom_system_runs(
     assert len(Path("a.tsv").read_text().splitlines()) > 100
     vidjax.load_config("configs/mine.py")
     assert len(vidjax.restore("run").identities) == 12
-
-
-def make_films():
-    """Writes the films, photos and nets of the READMEs into the current folder."""
-    drawn_people.write_models(Path("models"))
-    shots = (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)])
-    for film in ("holiday.mp4", "party.mkv"):
-        drawn_people.write_film(Path(film), *shots)
-    for folder in ("friends/Ada", "photos_of_ada"):
-        drawn_people.write_photo(Path(folder, "1.png"), ("Ada", 40, 40))
 
 
 @pytest.mark.slow
@@ -167,7 +151,12 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     runpy.run_path("titles.py")
     Path("ada").mkdir()
     shutil.copy("features/val/val_7.npz", "ada/clip.npz")
-    make_films()
+    drawn_people.write_models(Path("models"))
+    for film in ("holiday.mp4", "party.mkv"):
+        shots = (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)])
+        drawn_people.write_film(Path(film), *shots)
+    for folder in ("friends/Ada", "photos_of_ada"):
+        drawn_people.write_photo(Path(folder, "1.png"), ("Ada", 40, 40))
     ours = [words for words in commands() if words[0].startswith("vidjax.")]
     assert len(ours) > 15
     compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)
@@ -191,6 +180,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             if str(workdir) in compared:  # by what a report writes
                 words.remove(NO_REPORT)
             words += SMALL if "mma.py:iqiyi_vid" in text else ()
+            words += () if every or "mma.py" not in text else (*SMALL, "--config.modalities=face,audio")
             words += FEW if "ensemble" in text else FEW[:1] if "trainval" in text else ()
         elif words[0] == "evaluate":
             words.append(NO_REPORT)
@@ -228,7 +218,6 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 
 
 def test_every_readme_command_names_an_existing_program():
-    """Pages contain no command of an unknown program or an absent test file."""
     programs = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
     programs |= {"tests.campaigns.same_bytes"}
     setup = {
@@ -236,19 +225,18 @@ def test_every_readme_command_names_an_existing_program():
         "vidjax/apps/video/README.md": "pip",
     }
     for page in PAGES.keys() - {"vidjax/apps/serve/README.md"}:
-        for words in shell_commands(page):
-            if words[:2] == ["python", "-m"]:
-                assert words[2] in programs, (page, words)
-            elif words[0] == "vidjax":
-                assert words[1] in program.COMMANDS or words[1].startswith("--config"), words
-            elif words[0] == "pytest":
-                assert all((ROOT / word).exists() for word in words[1:] if "/" in word), words
+        for first, *words in shell_commands(page):
+            if (first, words[:1]) == ("python", ["-m"]):
+                assert words[1] in programs, (page, words)
+            elif first == "vidjax":
+                assert words[0] in program.COMMANDS or words[0].startswith("--config"), words
+            elif first == "pytest":
+                assert all((ROOT / word).exists() for word in words if "/" in word), words
             else:
-                assert words[0] in setup.get(page, ()), (page, words)
+                assert first in setup.get(page, ()), (page, words)
 
 
 def write(name):
-    """Writes a program of the section on own features and returns its path."""
     Path(name).write_text(example(f"own: {name}"))
     return name
 
@@ -256,7 +244,6 @@ def write(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["knn:face", pytest.param("mma:face", marks=pytest.mark.nightly)])
 def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, one_device, spec):
-    """The programs of the section write features, train on them and rank them."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
@@ -269,7 +256,6 @@ def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, on
 
 @pytest.mark.slow
 def test_readme_query_finds_films_that_show_two_people_together(drawn):
-    """SQLite runs the SQL of the page on the results of three files."""
     drawn.befriend("Ada", "Bob")
     film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"  # no UTF-8
     drawn_people.write_photo(drawn.folder / "both.png", ("Ada", 16, 40), ("Bob", 80, 40))

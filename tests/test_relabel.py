@@ -5,19 +5,10 @@ import signal
 import numpy as np
 import pytest
 
-from tests.helpers.batches import weighted_means
+from tests.helpers import small_runs as small
+from tests.helpers.batches import real_frames
 from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import (
-    Interrupting,
-    Spoilt,
-    assert_equal_weights,
-    assert_same_run,
-    interrupt_dispatch,
-    run,
-    saved,
-    shrunk,
-    weights,
-)
+from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import ensemble
 from vidjax.runs import checkpoint, signals
 from vidjax.training import feed, plan
@@ -40,7 +31,6 @@ def training_labels(data):
 
 
 def starting(data, config=None):
-    """The labels that training starts from, and the class columns."""
     config = config or shrunk(*WORDS, spec=SPEC)
     return plan.label_distractors(config, data, training_labels(data))
 
@@ -76,10 +66,10 @@ def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, mode, mo
         done = max(checkpoint.manifests(parts), default=0)
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
             patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
-            interrupt_dispatch(patch, number - 1 - done, signal.SIGINT)
-            run(config, parts, Interrupting(data, number - done, signal.SIGINT))
+            small.interrupt_dispatch(patch, number - 1 - done, signal.SIGINT)
+            run(config, parts, small.Interrupting(data, number - done, signal.SIGINT))
     run(config, parts, data)
-    assert_same_run(parts, whole)
+    small.assert_same_run(parts, whole)
     np.testing.assert_array_equal(saved(parts)["train"]["labels"], saved(whole)["train"]["labels"])
 
 
@@ -87,23 +77,18 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
     hidden = {"train": truth[:96] == 0, "val": truth[96:] == 0}  # 96 clips of train come first
     config = shrunk("--config.num_epochs=1", *WORDS[1:], spec=f"{SPEC},leave_out")
-    for name, clips in {"whole": data, "spoilt": Spoilt(data, hidden)}.items():
+    for name, clips in {"whole": data, "spoilt": small.Spoilt(data, hidden)}.items():
         run(config, tmp_path / name, clips)
-    assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
+    small.assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--config.data.train_splits=train",), "without distractors use the argument 'other'"),
-        (("--config.noise.modality=fac",), "config.noise.modality='fac' is not in the data"),
-        (
-            ("--config.noise.join=True", "--config.data.max_frames=40"),
-            "needs clips of up to 50 frames",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    ("data.train_splits=train", "without distractors use the argument 'other'"),
+    ("noise.modality=fac", "config.noise.modality='fac' is not in the data"),
+    ("noise.join=True data.max_frames=40", "needs clips of up to 50 frames"),
+])  # fmt: skip
 def test_invalid_noise_settings_are_refused_before_training(data, tmp_path, words, message):
+    words = [f"--config.{word}" for word in words.split()]
     with pytest.raises(ValueError, match=message):
         run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
     assert not (tmp_path / "config.json").exists()
@@ -130,8 +115,12 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
     (start, layout), labels = starting(data, config), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
-        for clip, mean in weighted_means(data, split).items():
-            vectors[offset + clip] = mean
+        for clip, frames in real_frames(data, split):
+            weight = np.maximum(np.float64(frames.quality * frames.detection), 0)
+            weight = weight if weight.any() else np.ones(len(weight))
+            if len(weight):
+                mean = weight @ np.float64(frames.features) / weight.sum()
+                vectors[offset + clip] = mean
     wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
@@ -143,7 +132,7 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
 
 def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
     run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
-    alone, everyone = weights(tmp_path), weights(whole)
+    alone, everyone = small.weights(tmp_path), small.weights(whole)
     for name, value in alone.items():
         np.testing.assert_array_equal(value[0], everyone[name][1], err_msg=name)
     labels = [np.asarray(saved(folder)["train"]["labels"]) for folder in (tmp_path, whole)]

@@ -3,7 +3,9 @@
 import gc
 import io
 import pickle
+import struct
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.campaigns import hostile
 from tests.helpers import python2
 from vidjax.data import packing
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.untrusted import pieces, sandbox
+from vidjax.data.untrusted import pieces, sandbox, unpickle
 from vidjax.data.untrusted.names import clean_name
 from vidjax.utils.errors import UserError
 
@@ -50,11 +53,9 @@ def convert(folder, value, modality="face"):
 def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_path):
     """The layout of a modality with an unknown name is inferred from its entries."""
     entry = {
-        "face": face(),
-        "head": [b"7", BOX, 0.5, feature()],
-        "body": [b"7", BOX, feature()],
+        "face": face(), "head": [b"7", BOX, 0.5, feature()], "body": [b"7", BOX, feature()],
         "scene": (7, feature()),
-    }[modality]
+    }[modality]  # fmt: skip
     value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
     for name in (modality, "my-own_modality2"):
         read = convert(tmp_path, value, name)
@@ -74,7 +75,7 @@ def test_bare_array_is_one_frame_or_one_frame_per_row(modality, tmp_path):
         b"rows": np.arange(6, dtype="<f2").reshape(2, 3),
         b"none": np.zeros((0, 3), "<f2"),
         b"list": [feature(), feature()],
-    }
+    }  # fmt: skip
     read = convert(tmp_path, value, modality)
     assert read["lengths"] == [1, 2, 0, 2] and read["number"].tolist() == [0, 0, 1, 0, 1]
     rows = [[1, 2, 3], [0, 1, 2], [3, 4, 5], [1, 2, 3], [1, 2, 3]]
@@ -174,31 +175,28 @@ def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
 WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
 
 
-@pytest.mark.parametrize(
-    ("value", "modality", "expected"),
-    [
-        ([1, 2], "face", "contains a list, not a dict"),
-        ({b"a": None}, "face", "clip a, face is of type NoneType"),
-        ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16, wanted list"),
-        ({b"a": [[face()]]}, "face", "entry 0, entry has 1 fields, wanted [frame, bbox,"),
-        ({b"a": [[1] * 6]}, "new", "entries have 6 fields, wanted 2 to 5"),
-        ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature is array [4] of"),
-        ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
-        ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),
-        ({b"a": [face(), face(feat=SINGLE)]}, "face", "is array [3] of float32, others array"),
-        ({b"a": [face(feat=feature(dtype="<i8"))]}, "face", "but must be float16"),
-        ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
-        ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
-        ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
-        ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
-        ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
-        ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
-        ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),
-        ({b"\xff\xfe": []}, "face", r"clip name '\xff\xfe' is not UTF-8"),
-        (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid unicode"),
-        ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("value", "modality", "expected"), [
+    ([1, 2], "face", "contains a list, not a dict"),
+    ({b"a": None}, "face", "clip a, face is of type NoneType"),
+    ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16, wanted list"),
+    ({b"a": [[face()]]}, "face", "entry 0, entry has 1 fields, wanted [frame, bbox,"),
+    ({b"a": [[1] * 6]}, "new", "entries have 6 fields, wanted 2 to 5"),
+    ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature is array [4] of"),
+    ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
+    ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),
+    ({b"a": [face(), face(feat=SINGLE)]}, "face", "is array [3] of float32, others array"),
+    ({b"a": [face(feat=feature(dtype="<i8"))]}, "face", "but must be float16"),
+    ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
+    ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
+    ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
+    ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
+    ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
+    ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
+    ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),
+    ({b"\xff\xfe": []}, "face", r"clip name '\xff\xfe' is not UTF-8"),
+    (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid unicode"),
+    ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
+])  # fmt: skip
 def test_layout_errors_name_the_clip_and_the_field(value, modality, expected, tmp_path):
     with pytest.raises(UserError) as caught:
         convert(tmp_path, value, modality)
@@ -222,3 +220,64 @@ def test_clean_name_is_idempotent_and_removes_the_suffix(name, times):
     assert len(clean.splitlines()) == 1
     if ".mp4" not in name:
         assert clean == name
+
+
+def load(data):
+    return unpickle.load(io.BytesIO(data), len(data))
+
+
+def refusal(data):
+    with pytest.raises(UserError) as caught:
+        load(data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_arrays_and_scalars_of_every_pickle_protocol_load_exactly():
+    rng = np.random.default_rng(0)
+    writers = [(python2.dumps, p) for p in range(3)] + [(pickle.dumps, p) for p in range(6)]
+    for code in ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"):
+        numbers = rng.integers(-100, 100, (6, 8)).astype(code)
+        kept = np.array(numbers[0])
+        kept.flags.writeable = False
+        arrays = (kept, numbers[1, ::2], numbers[2, ::-1], np.asfortranarray(numbers), numbers[:0])
+        for dumps, protocol in writers:
+            for array in arrays:
+                loaded = load(dumps({b"clip": [array, 1, 2.5, b"3"]}, protocol))[b"clip"]
+                assert loaded[1:] == [1, 2.5, b"3"]
+                values = np.frombuffer(loaded[0].data, loaded[0].code).reshape(loaded[0].shape)
+                assert values.dtype == array.dtype
+                np.testing.assert_array_equal(values, array)
+            scalar = numbers[3, 4]
+            assert load(dumps([scalar, scalar], protocol)) == [scalar, scalar]
+    big = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
+    assert load(hostile.SCALAR + big + b"R.") == 0.1
+    assert load(pickle.dumps([np.int64(-7), np.uint8(200), np.True_])) == [-7, 200, True]
+
+
+def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
+    before = {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
+    attacks = hostile.attacks(Path("/nowhere/mark")).values()
+    for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
+        assert refusal(data)
+        assert {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()} == before
+    assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
+
+
+def test_second_dtype_state_does_not_change_arrays_already_loaded():
+    array = np.array([1.5, 2.5], "<f2")
+    data = python2.dumps([array], 2)[:-1]
+    rebuild = b"j\x01\x00\x00\x00" + python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1] + b"b"
+    first, _ = load(data + rebuild + b"a.")
+    assert first.code == "<f2" and first.data == array.tobytes()
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_error_of_a_truncated_pickle_gives_the_size_of_the_file(protocol):
+    frame = [b"1", [1.0] * 4, 0.5, 80.0, np.arange(4, dtype="f2")]
+    data = python2.dumps({b"clip": [frame]}, protocol)
+    for end in range(1, len(data)):
+        message = refusal(data[:end])
+        assert f"at byte {end}" in message or f" {end} bytes: " in message
+    assert "is empty" in refusal(b"")
+    assert f"ends at byte {len(data)}, but 3 bytes follow" in refusal(data + b"abc")

@@ -43,7 +43,6 @@ def make(model=LINEAR, **fields) -> Any:
 
 
 def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1)):
-    """A batch of clips with so many frames of each modality."""
     frames = {
         "face": make_frames(face, max_frames=11, dim=DIMS["face"], seed=0),
         "audio": make_frames(audio, max_frames=1, dim=DIMS["audio"], seed=1),
@@ -192,8 +191,6 @@ def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
 
 
 class TwoBranches(Identifier):
-    """Two linear layers of the voice and the weights that a test wants."""
-
     train_weight: tuple
     eval_weight: tuple
     logit_scale: float = 1.0

@@ -43,14 +43,12 @@ def assert_exact(top: topk.TopK, expected: topk.TopK):
 
 
 STREAMS = {
-    "random": lambda s: s,
-    "descending": lambda s: -np.sort(-s, axis=0),
-    "all equal": np.zeros_like,
+    "random": lambda s: s, "descending": lambda s: -np.sort(-s, axis=0), "all equal": np.zeros_like,
     "few values": lambda s: np.round(2 * s),
     "silent clips": lambda s: np.where(np.arange(len(s))[:, None] % 10, -np.inf, s),
     "one part in a thousand apart": lambda s: np.round(s) * np.float32(1 + 1e-7),
     "infinite": lambda s: np.where(s > 1, np.inf, s),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -25,10 +25,9 @@ GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
 
 
 def test_results_list_who_appears_when_in_every_format(drawn):
-    drawn.befriend("Ada", "Bob")
-    content, _ = drawn.who(drawn.film(), flags=["--workers=1", "--padding=0.5"])
-    assert content["people"] == {"Ada": 1, "Bob": 1}
-    rows, out = drawn.rows(), drawn.out
+    film, out = drawn.meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"]), drawn.out
+    assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}
+    rows = drawn.rows()
     appearances = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
     assert appearances == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     assert rows[1]["probability"] is None and rows[0]["probability"] > 0.5
@@ -36,7 +35,7 @@ def test_results_list_who_appears_when_in_every_format(drawn):
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
     assert cells["box"] == " ".join(map(str, rows[1]["box"])) and cells["probability"] == ""
     assert 2 <= float(cells["box_at"]) == rows[1]["box_at"] < 4
-    assert cells["path"] == str(drawn.film().resolve()) and cells["date"] == rows[1]["date"]
+    assert cells["path"] == str(film.resolve()) and cells["date"] == rows[1]["date"]
     vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
     assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
     assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
@@ -161,8 +160,9 @@ def test_each_unreadable_film_is_reported_and_the_advice_printed_once(drawn, com
     bad, worse, film = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.film()
     bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
     worse.write_text("no film")
-    copy, words = shutil.copy(film, drawn.folder / "party.mov"), (f"--models={drawn.models}",)
-    done = command("extract", bad, worse, film, copy, f"--out={drawn.out}", *words)
+    copy = shutil.copy(film, drawn.folder / "party.mov")
+    words = (f"--out={drawn.out}", f"--models={drawn.models}")
+    done = command("extract", bad, worse, film, copy, *words)
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("give MP4, MKV") == 1
     assert f"{copy}: the same as {film}: left out" in done.err
@@ -225,9 +225,7 @@ def cut_off(*args, **options):
 
 @pytest.mark.slow
 def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, monkeypatch):
-    film, table = drawn.film(), drawn.out / "unknown.tsv"
-    drawn.befriend("Ada", "Bob")
-    drawn.who(film)
+    film, table = drawn.meet("Ada", "Bob"), drawn.out / "unknown.tsv"
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
     with monkeypatch.context() as patch:
@@ -279,9 +277,7 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
 @pytest.mark.slow
 def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch):
     """A moved film is not read again; `--check` finds films with changed bytes."""
-    film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
-    drawn.befriend("Ada", "Bob")
-    drawn.who(film)
+    film, other = drawn.meet("Ada", "Bob"), drawn.folder / "other" / "party.mkv"
     other.parent.mkdir()
     write_film(other, (2, 20, [("Bob", 20, 30)]))
 
@@ -345,7 +341,6 @@ def test_adding_voice_models_keeps_all_names(drawn):
 
 @pytest.mark.slow
 def test_photos_that_seem_to_show_another_person_are_reported(drawn):
-    """The cases are a wrong folder, a stranger, and a file under two names."""
     film, friends = drawn.film(), drawn.friends
     for name in ("Ada", "Bob"):
         for number in (1, 2, 3):
@@ -478,10 +473,9 @@ def test_changed_face_tag_moves_the_clip_to_the_new_person(drawn):
     "way", quick_first(["untagged", "deleted", "folder deleted"], mark=pytest.mark.nightly)
 )
 def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
-    film, photo = drawn.film(), drawn.friends / "Ada" / "2.png"
-    drawn.befriend("Ada", "Eve")
+    photo = drawn.friends / "Ada" / "2.png"
     write_photo(photo, *GROUP, tagged=GROUP)
-    drawn.who(film)
+    film = drawn.meet("Ada", "Eve")
     clip = f"--input={drawn.out / 'features' / 'party.npz'}"
     drawn.gallery("enrol", clip, "--clip=party.s002.t00", "--identity=Bob")
     drawn.who(film)
@@ -500,9 +494,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
 
 @pytest.mark.slow
 def test_last_person_without_photos_is_forgotten(drawn):
-    drawn.befriend("Ada")
-    film = drawn.film()
-    drawn.who(film)
+    film = drawn.meet("Ada")
     shutil.rmtree(drawn.friends / "Ada")
     assert "Ada has no photos any more: forgotten" in drawn.who(film, code=2)[1]
     assert not Gallery(drawn.out / "gallery").identities and not (drawn.out / "people/Ada").exists()
@@ -512,11 +504,9 @@ def test_last_person_without_photos_is_forgotten(drawn):
 
 @pytest.mark.slow
 def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
-    film, photo = drawn.film(), drawn.friends / "group.png"
+    photo = drawn.friends / "group.png"
     write_photo(photo, *GROUP, tagged=GROUP)
-    drawn.befriend("Eve")
-    drawn.who(film)
-    whole = photo.read_bytes()
+    film, whole = drawn.meet("Eve"), photo.read_bytes()
     photo.write_bytes(b"damaged")
     _, output = drawn.who(film, code=1)
     assert "forgotten" not in output and "Bob is not looked for" in output
@@ -538,13 +528,11 @@ def test_poor_faces_and_damaged_tags_are_reported_in_every_call(drawn):
 
 @pytest.mark.slow
 def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
-    film, out, page = drawn.film(), drawn.out, drawn.out / "names.html"
-    drawn.befriend("Ada", "Bob")
+    film, out, page = drawn.meet("Ada", "Bob"), drawn.out, drawn.out / "names.html"
 
     def pictures():
         return sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
 
-    drawn.who(film)
     assert not pictures() and "<img" not in page.read_text()
     features = (out / "features" / "party.npz").read_bytes()
     assert "as before" not in drawn.who(film, flags=["--thumbnails"])[1]
@@ -571,20 +559,16 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
 
 
 def test_film_without_thumbnails_stays_in_results_with_thumbnails(drawn):
-    drawn.befriend("Ada")
-    film, other = drawn.film(), drawn.folder / "other" / "party.mkv"
+    film, other = drawn.meet("Ada"), drawn.folder / "other" / "party.mkv"
     other.parent.mkdir()
     write_film(other, (1.5, 40, [("Ada", 30, 30)]))
-    drawn.who(film)
     _, output = drawn.who(other, flags=["--thumbnails", "--prune"])
     assert "no pictures of" in output and "in place of" not in output
     assert {row["path"] for row in drawn.rows()} == {str(film), str(other)}
 
 
 def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
-    drawn.befriend("Ada", "Bob")
-    film = drawn.film()
-    drawn.who(film)
+    film = drawn.meet("Ada", "Bob")
     for folder, hint in (("Ada", f"--people={drawn.friends}"), ("strangers", "an empty folder")):
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]
@@ -594,9 +578,7 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
 
 
 def test_pages_that_name_a_removed_person_are_deleted_if_the_call_fails(drawn):
-    film, out = drawn.film(), drawn.out
-    drawn.befriend("Ada", "Bob")
-    drawn.who(film, flags=["--thumbnails"])
+    film, out = drawn.meet("Ada", "Bob", flags=["--thumbnails"]), drawn.out
     shutil.rmtree(drawn.friends / "Ada")
     (out / "features" / "extract.json").write_text("damaged")
     drawn.who(film, code=2)
@@ -605,7 +587,6 @@ def test_pages_that_name_a_removed_person_are_deleted_if_the_call_fails(drawn):
 
 
 def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monkeypatch):
-    """The output contains a line per film, percentages and a hint to name people."""
     film, progress = drawn.film(), []
 
     class Bar:

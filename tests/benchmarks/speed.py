@@ -22,17 +22,14 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "speed.json"
 PAGE = FOLDER / "README.md"
 BENCHMARKS = {
-    "first_command": ["first_command"],
-    "training_step": ["training_step", "--peer"],
+    "first_command": ["first_command"], "training_step": ["training_step", "--peer"],
     "training_step_bfloat16": ["training_step", "--peer", "--bfloat16"],
     "evaluation": ["evaluation", "--peer"],
     "published_tests": ["evaluation", "--published", "--clips=256", "--block_size=32"],
     "streaming": ["time_to_map", "--streaming", "--epochs=5", "--rounds=2"],
-    "time_to_map": ["time_to_map"],
-    "gallery": ["gallery"],
-    "gallery_million": ["gallery", "--people=1000000"],
-    "gallery_start": ["gallery", "--start"],
-}
+    "time_to_map": ["time_to_map"], "gallery": ["gallery"],
+    "gallery_million": ["gallery", "--people=1000000"], "gallery_start": ["gallery", "--start"],
+}  # fmt: skip
 
 
 def read_tables(text: str) -> dict[str, str]:

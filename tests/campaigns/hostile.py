@@ -213,9 +213,8 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
         "metadata": (4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
         "item size": (3, b"<", None, None, None, 10**9, -1, 0),
         "flags": (3, b"<", None, None, None, -1, -1, 63),
-        "order": (3, b"!", None, None, None, -1, -1, 0),
-        "short": (3,),
-    }.items():
+        "order": (3, b"!", None, None, None, -1, -1, 0), "short": (3,),
+    }.items():  # fmt: skip
         yield f"dtype with {kind}", dtype_pickle(b"f2", *state)
     eight = np.dtype("<f8")
     yield "scalar too short", SCALAR + part((eight, b"7 bytes")) + b"R."

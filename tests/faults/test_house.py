@@ -3,16 +3,11 @@
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from tests.campaigns.same_bytes import digests
-from tests.helpers import clip_files, small_runs
-from vidjax.runs import config_io
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,46 +100,3 @@ def test_error_for_a_gpu_without_its_extra_names_the_extra():
     done = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
     assert done.returncode == 2
     assert "needs 'vidjax[cuda13]'" in done.stdout and "'vidjax[cuda12]'" in done.stdout
-
-
-# Modules of the standard library and of others, which a stranger's folder may hold, too.
-SHADOWS = ("json", "numpy", "typing", "argparse", "jax", "tensorflow", "yaml", "vidjax_config")
-ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMNS": "20"}
-
-
-@pytest.mark.slow
-def test_results_do_not_depend_on_the_environment_of_the_process(tmp_path):
-    """Row 57: a run trains and ranks a split, in a plain and in an odd environment."""
-    digests_of_runs = []
-    for place in ("plain", "odd"):
-        folder, odd = tmp_path / place, place == "odd"
-        for name in ("home", "tmp", "here", "made", "data"):
-            (folder / name).mkdir(parents=True)
-        clip_files.write_learnable(folder / "made", num_clips={"train": 48, "val": 24})
-        for path in sorted((folder / "made").iterdir(), reverse=odd):  # the order of a listing
-            path.rename(folder / "data" / path.name)
-        names = {"HOME": "home", "TMPDIR": "tmp", "MPLCONFIGDIR": "tmp", "VIDJAX_CACHE": "cache"}
-        env = small_runs.QUICK | {name: str(folder / value) for name, value in names.items()}
-        command = [sys.executable, *(("-W", "error") if odd else ()), "-m", "vidjax"]
-        if odd:
-            env |= ODD
-            for name in SHADOWS:
-                text = f"open({str(folder / 'home' / name)!r}, 'w')\n"
-                (folder / "here" / f"{name}.py").write_text(text)
-            one_core = ["taskset", "-c", "0"] if shutil.which("taskset") else []
-            offline = ["unshare", "-rn"]
-            can = shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode
-            command = [*(offline if can else ()), *one_core, *command]
-        config = small_runs.shrunk(
-            "--config.num_epochs=2", "--config.eval.report=False",
-            f"--config.data.dir={folder / 'data'}", spec="configs/quality_fusion.py:iqiyi_vid",
-        )  # fmt: skip
-        (folder / "config.json").write_text(config_io.to_json(config))
-        words = [f"--config={folder / 'config.json'}", f"--workdir={folder / 'run'}"]
-        done = run(*words, env=env, cwd=folder / "here", command=command)
-        assert done.returncode == 0, done.stderr
-        assert not [*(folder / "home").rglob("*")]
-        made = {path.stem for path in (folder / "here").iterdir()}
-        assert made == ({*SHADOWS} if odd else set())
-        digests_of_runs.append(digests(folder / "run"))
-    assert digests_of_runs[0] == digests_of_runs[1]

@@ -1,4 +1,4 @@
-"""The command is killed at any moment, or gets a signal, and then ends with the same bytes.
+"""The command is killed, gets a signal or runs in odd surroundings, and ends with the same bytes.
 
 A signal is sent some time after the folder shows that a moment began. Limits of time are of the
 CPU's: other tests may run beside.
@@ -50,25 +50,28 @@ class Run:
 
     def __init__(self, folder, official, case):
         self.folder, self.workdir = folder, folder / "run"
-        source = f"--config=configs/{case}.py:iqiyi_vid,face", f"--config.data.dir={official}"
+        source = (
+            f"--config={ROOT}/configs/{case}.py:iqiyi_vid,face",
+            f"--config.data.dir={official}",
+        )
         self.words = (f"--workdir={self.workdir}", *source, *SMALL, *CASES[case])
         (folder.parent / "programs").mkdir(exist_ok=True)
         (folder / "cache").mkdir(parents=True)
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
-    def start(self, *words, **env):
-        """Starts the command."""
+    def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
         self.before = {moment: self.signs(moment) for moment in MOMENTS}
         env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), **QUICK, **env}
-        command = [sys.executable, "-m", "vidjax.main", *(words or self.words)]
+        env["PYTHONPATH"] = str(ROOT)
+        command = [*program, *(words or self.words)]
         with (self.folder / "output").open("w") as file:
-            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+            return subprocess.Popen(command, cwd=cwd, env=env, stdout=file, stderr=file)
 
     def output(self):
         return (self.folder / "output").read_text()
 
-    def finish(self, *words):
-        assert self.start(*words).wait(600) == 0, self.output()
+    def finish(self, *words, **options):
+        assert self.start(*words, **options).wait(600) == 0, self.output()
 
     def signs(self, moment):
         times = set()
@@ -78,7 +81,6 @@ class Run:
         return times
 
     def wait_for(self, moment, process):
-        """Waits until a moment begins, or the process ends."""
         end = time.monotonic() + 300
         while process.poll() is None and not self.signs(moment) - self.before[moment]:
             assert time.monotonic() < end, self.output()
@@ -126,6 +128,34 @@ def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, c
     died = [run.kill(moment, rng) for moment in (20 * [*MOMENTS] if campaign else ["save"])]
     run.finish()
     assert any(died) and run.outcome() == like, died
+
+
+# Modules of the standard library and of others, which a stranger's folder may hold, too.
+SHADOWS = ("json", "numpy", "typing", "argparse", "jax", "tensorflow", "yaml", "vidjax_config")
+ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMNS": "20"}
+
+
+def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, official_dir, tmp_path):
+    """A run trains and ranks a split on one core, offline, with programs of its own."""
+    like, here, home = disturbed("quality_fusion")[1], tmp_path / "here", tmp_path / "home"
+    for folder in (here, home, tmp_path / "tmp", tmp_path / "data"):
+        folder.mkdir()
+    for path in sorted(official_dir.iterdir(), reverse=True):  # another order of a listing
+        shutil.copy(path, tmp_path / "data")
+    for name in SHADOWS:
+        (here / f"{name}.py").write_text(f"open({str(home / name)!r}, 'w')\n")
+    program = (sys.executable, "-W", "error", "-m", "vidjax")
+    if shutil.which("taskset"):
+        program = ("taskset", "-c", "0", *program)
+    offline = ["unshare", "-rn"]
+    if shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode:
+        program = (*offline, *program)
+    odd = Run(tmp_path / "odd" / "of", tmp_path / "data", "quality_fusion")
+    places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
+    odd.finish(program=program, cwd=here, **ODD, **places)
+    assert not [*home.rglob("*")] and {path.stem for path in here.iterdir()} == {*SHADOWS}
+    # The configuration names the folder of the data.
+    assert odd.outcome() | {"config.json": like["config.json"]} == like
 
 
 @pytest.mark.nightly

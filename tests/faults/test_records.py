@@ -19,24 +19,21 @@ import pytest
 
 from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
-from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle, write_truth
 from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.seen import refused
+from vidjax.data import arrays, iqiyi_vid
 from vidjax.data import cache as cache_lib
-from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
+from vidjax.data.records.conversion import convert
 from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.shard_files import check_shard
 
 NUM_CLIPS = 240  # 30 in each of 8 shards
 STREAM: dict[str, Any] = {
-    "splits": ("train",),
-    "modalities": ("face",),
-    "batch_size": NUM_CLIPS,
-    "max_frames": 8,
-    "crop": "quality",
-    "seed": 0,
-}
+    "splits": ("train",), "modalities": ("face",), "batch_size": NUM_CLIPS, "max_frames": 8,
+    "crop": "quality", "seed": 0,
+}  # fmt: skip
 
 
 def write_source(folder, seed):
@@ -85,14 +82,13 @@ def boundaries(path):
 
 
 def as_if_unchanged(records):
-    """Returns the records as they look to a program that opened the shards as they are now.
+    """Returns the records with the sizes and times that their shards have now.
 
-    Sizes and times tell nothing then: what remains are the numbers of records and their checksums.
+    What remains to tell of damage are the numbers of records and their checksums.
     """
-    stats = [shard.path.stat() for shard in shards_of(records)]
     shards = tuple(
-        shard._replace(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        for shard, stat in zip(shards_of(records), stats, strict=True)
+        shard._replace(size=shard.path.stat().st_size, mtime_ns=shard.path.stat().st_mtime_ns)
+        for shard in shards_of(records)
     )
     return records._replace(splits={"train": records.splits["train"]._replace(shards=shards)})
 
@@ -108,10 +104,10 @@ READERS: tuple[Reader, ...] = (
 
 def verify(records):
     """Returns the problems of the index and of each shard."""
-    problems, checks = [], [functools.partial(manifest_lib.load_index, records.folder)]
-    for check in [*checks, *(functools.partial(check_shard, x) for x in shards_of(records))]:
+    problems, checks = [], [(manifest_lib.load_index, records.folder)]
+    for check, what in [*checks, *((check_shard, shard) for shard in shards_of(records))]:
         try:
-            check()
+            check(what)
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -126,12 +122,10 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):
         damaged[places[17] + at] ^= 16  # in content, length, or checksum of the length
     cases = (
-        (whole[: places[8]], "found 8\n"),
+        (whole[: places[8]], "found 8\n"), (whole + whole[: places[1]], "found 31\n"),
         *((damaged, "found 17: record 18 is damaged\n") for damaged in flipped),
-        (whole[: places[8] + 5], "found 8: record 9 is damaged\n"),
-        (whole + whole[: places[1]], "found 31\n"),
-        (b"", "found 0\n"),
-    )
+        (whole[: places[8] + 5], "found 8: record 9 is damaged\n"), (b"", "found 0\n"),
+    )  # fmt: skip
     for number, (content, wanted) in enumerate(cases):
         shard.path.write_bytes(content)
         (problem,) = verify(copied)
@@ -196,12 +190,8 @@ def test_random_damage_of_manifest_index_or_report_is_found_at_load(copied, name
     rng, path = np.random.default_rng(3), copied.folder / name
     whole = path.read_bytes()
     for _ in range(40 if campaign else 1):
-        for content in (
-            flip(rng, whole, 1),
-            whole[: int(rng.integers(len(whole)))],
-            whole + b"x",
-            b"[" * 100_000,
-        ):
+        cut = whole[: int(rng.integers(len(whole)))]
+        for content in (flip(rng, whole, 1), cut, whole + b"x", b"[" * 100_000):
             keep_times(path, content)
             error = refused(lambda: manifest_lib.load_records(copied.folder))
             for message in (error, *verify(copied)):
@@ -226,7 +216,8 @@ def test_conversion_onto_damaged_records_is_one_short_error(source, tmp_path, co
 
 
 def convert_command(source, cache):
-    return [sys.executable, "-m", "vidjax.data.iqiyi_vid", str(source), f"--cache_dir={cache}"]
+    words = [str(source), f"--cache_dir={cache}", "--workers=2"]
+    return [sys.executable, "-m", "vidjax.data.iqiyi_vid", *words]
 
 
 def names(folder):
@@ -244,10 +235,10 @@ def kill_child(process, module):
     return False
 
 
-def write_much(folder):
+def write_much(folder, *modalities):
     folder.mkdir()
     clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 20, 128) for i in range(300)}
-    for modality in ("face", "head"):
+    for modality in modalities:
         write_pickle(folder, modality, "train", clips)
     return folder
 
@@ -255,9 +246,9 @@ def write_much(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a process by its words in /proc")
 def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_path):
-    source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
+    source, cache = write_much(tmp_path / "source", "face", "head"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
-    with limits.running([*convert_command(source, cache), "--workers=2"]) as process:
+    with limits.running(convert_command(source, cache)) as process:
         assert kill_child(process, "vidjax.data.untrusted.sandbox")
         out, err = process.communicate(timeout=300)
     assert process.returncode == 2 and not out
@@ -271,12 +262,11 @@ def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_pa
 @pytest.mark.slow
 def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fault_seed):
     rng = np.random.default_rng(fault_seed)
-    source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
+    source, cache = write_much(tmp_path / "source", "face", "head"), tmp_path / "cache"
     began = time.monotonic()
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
     seconds = time.monotonic() - began
-    words = [*convert_command(source, cache), "--workers=2"]
-    root, killed = cache / "iqiyi_vid", []
+    words, root, killed = convert_command(source, cache), cache / "iqiyi_vid", []
     for _ in range(30 if campaign else 2):
         with limits.running(words) as process:
             while process.poll() is None and not list(root.glob("*.partial")):
@@ -301,10 +291,7 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
 @pytest.mark.slow
 def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, command):
     """The file limit decides whether staged features, a shard or the index fails."""
-    source, cache = tmp_path / "source", tmp_path / "cache"
-    source.mkdir()
-    clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 10, 128) for i in range(400)}
-    write_pickle(source, "face", "train", clips)
+    source, cache = write_much(tmp_path / "source", "face"), tmp_path / "cache"
     records = prepare(source, tmp_path / "whole")
     size = sum(path.stat().st_size for path in records.folder.rglob("*") if path.is_file())
     for limit in np.geomspace(1 << 10, 0.1 * size, 40 if campaign else 2).astype(int).tolist():
@@ -321,3 +308,54 @@ def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, ca
 def test_unwritable_cache_is_one_error(source, command):
     done = command(source, "--cache_dir=/proc/cache", program=iqiyi_vid.main)
     assert done.refused("/proc/cache"), done.err
+
+
+def write_own(folder, splits, widths):
+    """Writes own features, split -> number of clips, and their labels: 20 people."""
+    rng = np.random.default_rng(0)
+    people = {name: rng.standard_normal((20, width)) for name, width in widths.items()}
+    clips = {
+        split: {
+            f"{split}{number}": {
+                name: (mean[number % 20] + rng.standard_normal((4, widths[name]))).astype("f2")
+                for name, mean in people.items()
+            }
+            for number in range(count)
+        }
+        for split, count in splits.items()
+    }
+    labels = {name: f"p{n % 20}" for names in clips.values() for n, name in enumerate(names)}
+    write_labels(write_npz(folder, clips) / "labels.csv", labels)
+
+
+@pytest.mark.slow
+def test_conversion_with_eight_workers_needs_few_open_files(tmp_path):
+    """The writers read 320 files, more than may be open."""
+    widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
+    write_own(tmp_path / "data", {"train": 40, "val": 10}, widths)
+    words = [sys.executable, "-m", "vidjax.data.arrays", tmp_path / "data"]
+    ended = limits.run([*words, "--workers=8", f"--cache_dir={tmp_path / 'some'}"], files=128)
+    assert ended.returncode == 0, ended.stderr
+    reference = convert(arrays.FeatureFolder(tmp_path / "data", workers=1), tmp_path / "one")
+    (manifest,) = tmp_path.glob("some/arrays/*/manifest.json")
+    shards = {path.name: path.read_bytes() for path in reference.folder.rglob("*.tfrecord*")}
+    assert shards == {path.name: path.read_bytes() for path in manifest.parent.rglob("*.tfrecord*")}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
+    """The limits are `ulimit -n 256` and 2 GB of memory; the features take 0.1 GB in shards."""
+    write_own(tmp_path / "data", {"train": 2500, "val": 500}, {"face": 2048, "body": 2048})
+    ended = limits.run(
+        [
+            sys.executable, "-m", "vidjax.main", "--config=quality_fusion:face,body",
+            "--config.num_epochs=1", "--config.data.name=arrays",
+            f"--config.data.dir={tmp_path / 'data'}", f"--config.data.mode={mode}",
+            f"--workdir={tmp_path / 'run'}",
+        ],
+        files=256, memory=2 * limits.GB, env={"VIDJAX_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert ended.returncode == 0, (ended.stderr[-1000:], ended.peak)
+    assert (tmp_path / "run" / "report.html").exists()

@@ -77,14 +77,3 @@ def real_frames(
     for clip, frames in rows_of(blocks).items():
         one = frames[modality]
         yield clip, Frames(*(x[one.mask] for x in one))
-
-
-def weighted_means(data: ClipSource, split: str) -> dict[int, np.ndarray]:
-    """Returns clip -> mean face by quality x detection, in float64, of clips that have a face."""
-    found = {}
-    for clip, frames in real_frames(data, split):
-        if len(frames.features):
-            weight = np.maximum(np.float64(frames.quality * frames.detection), 0)
-            weight = weight if weight.any() else np.ones(len(weight))
-            found[clip] = weight @ np.float64(frames.features) / weight.sum()
-    return found

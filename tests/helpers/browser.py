@@ -1,11 +1,10 @@
-"""Chromium without a window: `python -m tests.helpers.browser PAGE PICTURE`.
+"""Chromium without a window.
 
 The command makes the picture of the main README from the report of its first command:
 
     python -m tests.helpers.browser runs/mma/report.html colab/report.png
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ class Tab:
         self._session = {"sessionId": found["sessionId"]}
 
     def close(self) -> None:
-        """Closes the pipes."""
         self._read.close()
         with contextlib.suppress(BrokenPipeError):
             self._write.close()
@@ -101,29 +99,22 @@ def open_tab(profile: Path) -> Iterator[Tab]:
         process = subprocess.Popen(command, pass_fds=(theirs, answers), stderr=log)
     os.close(theirs)
     os.close(answers)
-    tab = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.wait)
+        stack.callback(process.kill)
         tab = Tab(read, write)
+        stack.callback(tab.close)
         yield tab
-    finally:
-        process.kill()
-        process.wait()
-        if tab:
-            tab.close()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(page: str, picture: str) -> None:
     """Writes the top of a page as PNG."""
-    parser = argparse.ArgumentParser(prog="python -m tests.helpers.browser")
-    parser.add_argument("page", type=Path, help="a report")
-    parser.add_argument("picture", type=Path, help="the PNG")
-    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as profile:
-        words = (f"--screenshot={args.picture.absolute()}", "--window-size=1280,1280")
-        browse(Path(profile), *words, "--hide-scrollbars", args.page.absolute().as_uri())
-    if not args.picture.is_file():
-        raise SystemExit(f"no picture of '{args.page}'")
+        words = (f"--screenshot={Path(picture).absolute()}", "--window-size=1280,1280")
+        browse(Path(profile), *words, "--hide-scrollbars", Path(page).absolute().as_uri())
+    if not Path(picture).is_file():
+        raise SystemExit(f"no picture of '{page}'")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

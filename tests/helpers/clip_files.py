@@ -24,7 +24,6 @@ class Clip(NamedTuple):
 def random_clip(
     rng: np.random.Generator, num_frames: int, dim: int, dtype: str = "float16"
 ) -> Clip:
-    """Returns a clip of made-up frames."""
     return Clip(
         features=rng.normal(0, 20, (num_frames, dim)).astype(dtype),
         quality=rng.normal(80, 20, num_frames).astype(np.float32),
@@ -93,7 +92,6 @@ def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]
 
 
 def write_labels(path: Path, labels: Mapping[str, object]) -> Path:
-    """Writes clips and identities as a table."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("clip", "identity"), *labels.items()])
     return path

@@ -28,7 +28,6 @@ def load_dataset(
 
 
 def prepare(directory: str | Path, cache_dir: str | Path | None = None, **options: Any) -> Records:
-    """Returns the records of a directory of official files."""
     return convert(OfficialFiles(directory, cache_dir=cache_dir), cache_dir, **options)
 
 

@@ -85,7 +85,6 @@ def write_party(path):
 
 
 def extract(path, out, models, **settings):
-    """Extracts a film or photo in this process; returns its description and its clips."""
     settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)
@@ -105,11 +104,9 @@ class Drawn:
         self.friends, self.out = folder / "friends", folder / "out"
 
     def film(self):
-        """Writes a film of three shots with four faces; returns its path."""
         return write_party(self.folder / "party.mkv")
 
     def befriend(self, *names):
-        """Writes a photo of each person."""
         for name in names:
             write_photo(self.friends / name / "1.png", (name, 40, 40))
 
@@ -123,30 +120,32 @@ class Drawn:
         return code, json.loads(said.out) if said.out else {}, said.err
 
     def who(self, *films, people=True, flags=(), code=0):
-        """Runs `vidjax who`, which ends with `code`; returns its result and what it said."""
         flags = [f"--models={self.models}", f"--out={self.out}", *flags]
         flags += [f"--people={self.friends}"] if people else []
         found, content, said = self.run("who", *films, *flags)
         assert found == code, said
         return content, said
 
+    def meet(self, *names, flags=()):
+        """Writes photos of people and the film, and runs `vidjax who`; returns the film's path."""
+        self.befriend(*names)
+        film = self.film()
+        self.who(film, flags=flags)
+        return film
+
     def extract(self, *paths, out=None, flags=(), code=0):
-        """Runs `vidjax extract`, which ends with `code`; returns its result and what it said."""
         flags = [f"--models={self.models}", f"--out={out or self.out}", *flags]
         found, content, said = self.run("extract", *paths, *flags)
         assert found == code, said
         return content, said
 
     def rows(self):
-        """Returns the rows of `names.jsonl`."""
         return [json.loads(line) for line in (self.out / "names.jsonl").read_text().splitlines()]
 
     def names(self):
-        """Returns clip -> whom it shows."""
         return {clip: row["identity"] for row in self.rows() for clip in row["clips"]}
 
     def gallery(self, command, *words, code=0):
-        """Runs a command on the gallery of `vidjax who`; returns what it said."""
         found, _, said = self.run("gallery", command, self.out / "gallery", *words)
         assert found == code, said
         return said

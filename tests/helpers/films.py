@@ -18,15 +18,12 @@ FORMATS = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}  # of pixels; ot
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
 # Name -> content of what is no film or photo; some lead to other files.
 NO_FILMS = {
-    "empty.mp4": b"",
-    "noise.mp4": np.random.default_rng(0).bytes(5000),
-    "zeros.mp4": b"\0" * 5000,
+    "empty.mp4": b"", "noise.mp4": np.random.default_rng(0).bytes(5000), "zeros.mp4": b"\0" * 5000,
     "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
-    "list.mp4": PLAYLIST.format("secret.mkv").encode(),
-    "text.txt": b"notes\n",
+    "list.mp4": PLAYLIST.format("secret.mkv").encode(), "text.txt": b"notes\n",
     "layers.psd": b"8BPS\0\1" + bytes(30),
     "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='secret.mkv'/></svg>",
-}
+}  # fmt: skip
 
 
 def scene(seed: int, height: int = 120, width: int = 160) -> np.ndarray:
@@ -154,7 +151,6 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
 
 
 def read_photo(path: Path) -> np.ndarray:
-    """Returns the picture of a photo, upright, uint8 [H, W, 3]."""
     with decode.open_video(path) as video:
         (frame,) = video.frames(1.0)
     assert video.info.photo and frame.rgb is not None

@@ -10,20 +10,15 @@ SIDE, WIDTH = 8, 5  # of the embedder's crops and vectors
 FACE = 16  # side in pixels of the squares that the detector finds
 POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
 IMAGE = {
-    "layout": "NCHW",
-    "colour": "rgb",
-    "size": None,
-    "mean": [0.0, 0.0, 0.0],
+    "layout": "NCHW", "colour": "rgb", "size": None, "mean": [0.0, 0.0, 0.0],
     "scale": [1.0, 1.0, 1.0],
-}
+}  # fmt: skip
 CARD = {
-    "format": 1,
-    "norm_is_quality": False,
+    "format": 1, "norm_is_quality": False,
     "licence": {"code": "none", "weights": "none", "training_data": "none"},
     "source": {"package": "none", "version": "0", "file": "none", "sha256": "0" * 64},
-    "conversion": "made by a test",
-    "notes": "",
-}
+    "conversion": "made by a test", "notes": "",
+}  # fmt: skip
 
 
 def embedder_weights():
@@ -145,17 +140,13 @@ def write(folder, name="face", role="face_embedder", content=None, **fields):
     content = content or make()
     (folder / f"{name}.onnx").write_bytes(content)
     card = {
-        **CARD,
-        "role": role,
-        "file": f"{name}.onnx",
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "decoder": decoder,
-        "input": {"name": "x", **input_, **fields.pop("input", {})},
+        **CARD, "role": role, "file": f"{name}.onnx", "sha256": hashlib.sha256(content).hexdigest(),
+        "decoder": decoder, "input": {"name": "x", **input_, **fields.pop("input", {})},
         "test": {"seed": 0, "output": [0, 0, 0, 0], "tolerance": 1e9},
         **({"width": WIDTH} if decoder == "vectors" else {}),
         **({"template": (POINTS * SIDE).tolist()} if role == "face_embedder" else {}),
         **fields,
-    }
+    }  # fmt: skip
     path = folder / f"{name}.json"
     path.write_text(json.dumps(card))
     return path

@@ -3,13 +3,11 @@
 `python -m tests.helpers.notebooks colab/*.ipynb` writes their outputs again.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +43,8 @@ def run(path: Path, folder: Path, cache_dir: Path) -> Any:
     shutil.copytree(ROOT / "configs", where / "configs")
     nbformat.write(notebook, given)
     env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    env |= {"IPYTHONDIR": f"{folder}/ipython"}
-    env |= {"JUPYTER_DATA_DIR": f"{folder}/jupyter"}  # no kernel of the user's own
+    # No kernel of the user's own.
+    env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"}
     command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     if ran.returncode:
@@ -54,17 +52,15 @@ def run(path: Path, folder: Path, cache_dir: Path) -> Any:
     return nbformat.read(done, as_version=4)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(*paths: str) -> None:
     """Runs notebooks and writes them with their outputs."""
-    parser = argparse.ArgumentParser(prog="python -m tests.helpers.notebooks")
-    parser.add_argument("notebooks", type=Path, nargs="+")
-    for path in parser.parse_args(argv).notebooks:
+    for path in paths:
         with tempfile.TemporaryDirectory() as folder:
-            done = run(path, Path(folder), Path(folder) / "cache")
+            done = run(Path(path), Path(folder), Path(folder) / "cache")
         for cell in done.cells:
             cell.metadata.pop("execution", None)
         nbformat.write(done, path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -45,7 +45,6 @@ class Page(html.parser.HTMLParser):
             self.data[-1] = (value, shown + data)
 
     def all(self, name):
-        """Returns the attributes of all elements of a kind."""
         return [attrs for tag, attrs, _ in self.tags if tag == name]
 
 
@@ -57,7 +56,6 @@ def section(text, name):
 
 
 def values(text):
-    """Returns the numbers of a part of a page with all their digits."""
     return [float(value) for value in re.findall(r'<data value="([^"]+)">', text)]
 
 

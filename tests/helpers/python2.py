@@ -13,10 +13,9 @@ PYTHONS: Any = vars(pickle)["_Pickler"]  # its pickler in Python, whose methods 
 # Where numpy 1.16 had what arrays are made by.
 NAMES = {
     np.zeros(0).__reduce__()[0]: "numpy.core.multiarray _reconstruct",
-    np.float64().__reduce__()[0]: "numpy.core.multiarray scalar",
-    np.ndarray: "numpy ndarray",
+    np.float64().__reduce__()[0]: "numpy.core.multiarray scalar", np.ndarray: "numpy ndarray",
     np.dtype: "numpy dtype",
-}
+}  # fmt: skip
 
 
 def dumps(value: Any, protocol: int = 2) -> bytes:

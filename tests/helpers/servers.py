@@ -38,7 +38,6 @@ def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarr
 
 
 def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """Returns clips as the JSON of a request."""
     return [
         {"clip": clip, **{name: x.tolist() for name, x in parts.items()}}
         for clip, parts in clips.items()
@@ -67,7 +66,6 @@ class Served:
             return answer.status, json.loads(content) if "json" in text else content
 
     def wait(self, seconds: float = 60) -> None:
-        """Waits until the server is ready."""
         end = time.monotonic() + seconds
         while self.ask("GET", "/v2/health/ready")[0] != 200:
             assert time.monotonic() < end

@@ -43,13 +43,9 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
     config = config_io.load_file(f"{ROOT / name}:{words}")
     stem = Path(name).stem
     small = [
-        "--config.batch_size=32",
-        "--config.num_epochs=8",
-        "--config.log_every_steps=5",
-        "--config.eval.every_epochs=0",
-        "--config.eval.block_size=16",
-        *SMALL[stem],
-    ]
+        "--config.batch_size=32", "--config.num_epochs=8", "--config.log_every_steps=5",
+        "--config.eval.every_epochs=0", "--config.eval.block_size=16", *SMALL[stem],
+    ]  # fmt: skip
     if config.data.distractors == "noise":
         small.append("--config.noise.eps=1.1")
     if config.ensemble.folds:
@@ -67,7 +63,6 @@ def evaluate(config, folder, data, **options):
 
 
 def run(config, folder, data, num_devices=1):
-    """Trains into a folder; returns the metrics."""
     folder.mkdir(exist_ok=True, parents=True)
     return loop.train(config, folder, data, num_devices=num_devices)
 
