@@ -19,6 +19,7 @@ import vidjax
 from tests.benchmarks import scores, speed
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
+from tests.helpers.small_runs import LAYER
 from vidjax.cli import program, run_commands
 from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.models import identifier
@@ -44,6 +45,7 @@ CLOSED_FORM = (
 )  # fmt: skip
 FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
+TINY = {"mma.py": (*SMALL, "--config.modalities=face,audio"), "quality_fusion.py": (LAYER,)}
 
 
 def shell_commands(page):
@@ -179,8 +181,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             words += CLOSED_FORM if "plda" in text else SHORT
             if str(workdir) in compared:  # by what a report writes
                 words.remove(NO_REPORT)
-            words += SMALL if "mma.py:iqiyi_vid" in text else ()
-            words += () if every or "mma.py" not in text else (*SMALL, "--config.modalities=face,audio")
+            small = {"mma.py:iqiyi_vid": SMALL} if every else TINY
+            words += [word for spec, more in small.items() if spec in text for word in more]
             words += FEW if "ensemble" in text else FEW[:1] if "trainval" in text else ()
         elif words[0] == "evaluate":
             words.append(NO_REPORT)

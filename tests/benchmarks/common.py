@@ -110,13 +110,9 @@ class Run(NamedTuple):
 
 
 def make_run(
-    spec: str,
-    overrides: Sequence[str] = (),
-    *,
-    batch_size: int,
-    num_identities: int,
+    spec: str, overrides: Sequence[str] = (), *, batch_size: int, num_identities: int,
     num_clips: int | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Returns the system of a configuration on as many clips as there are in four batches.
 
     `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE.

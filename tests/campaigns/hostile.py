@@ -294,22 +294,17 @@ def damage(sound: bytes) -> dict[str, bytes]:
     np.savez(npz, a=np.zeros(3))
     return {
         **{f"cut to {end} bytes": sound[:end] for end in (2, len(sound) // 2, len(sound) - 1)},
-        "empty": b"",
-        "zeros": bytes(10**5),
-        "ground truth": b"IQIYI_VID_TRAIN_0000001.mp4 195\n",
+        "empty": b"", "zeros": bytes(10**5), "ground truth": b"IQIYI_VID_TRAIN_0000001.mp4 195\n",
         "text in UTF-16": "clip 1\n".encode("utf-16"),
         "web page": b"<!DOCTYPE html>\n<html><title>404 Not Found</title></html>\n",
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "zip of PyTorch": archive.getvalue(),
         "old PyTorch": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
-        "npz": npz.getvalue(),
-        "gzip": gzip.compress(sound),
-        "tar": tar.getvalue(),
+        "npz": npz.getvalue(), "gzip": gzip.compress(sound), "tar": tar.getvalue(),
         "picture": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100),
         "line ends of Windows": sound.replace(b"\n", b"\r\n"),
-        "read as text": sound.decode("latin-1").encode(),
-        "twice": sound + sound,
-    }
+        "read as text": sound.decode("latin-1").encode(), "twice": sound + sound,
+    }  # fmt: skip
 
 
 def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> bytes:

@@ -29,13 +29,9 @@ def eval_batches(
 
 
 def train_batches(
-    data: TrainingData,
-    *,
-    splits: Sequence[str],
-    modalities: Sequence[str],
-    step: int = 0,
+    data: TrainingData, *, splits: Sequence[str], modalities: Sequence[str], step: int = 0,
     **options: Any,
-) -> Iterator[Batch]:
+) -> Iterator[Batch]:  # fmt: skip
     """Yields the batches of training; `options` go to `make_batch_plan`."""
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
     return data.train_batches(plan, step=step)

@@ -14,12 +14,9 @@ from vidjax.runs.config import default
 
 
 def load_dataset(
-    name: str,
-    *,
-    directory: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    name: str, *, directory: str | Path | None = None, cache_dir: str | Path | None = None,
     **fields: Any,
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """Returns the dataset of a configuration with these fields of `config.data`."""
     data = default().data
     data.update(name=name, dir=str(directory) if directory else None, **fields)

@@ -32,14 +32,12 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
         "model": identifier.MODELS,
         "fusion": {name: one.function for name, one in fusion.FUSIONS.items()},
         "transforms": {name: one.function for name, one in augment.TRANSFORMS.items()},
-        "loss.classification": losses.CLASSIFICATION,
-        "loss.focal": losses.CLASSIFICATION,
-        "loss.margin_type": losses.MARGINS,
-        "optim.name": optim.OPTIMIZERS,
+        "loss.classification": losses.CLASSIFICATION, "loss.focal": losses.CLASSIFICATION,
+        "loss.margin_type": losses.MARGINS, "optim.name": optim.OPTIMIZERS,
         "optim.decay": optim.DECAYS,
         "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
         "data.name": sources.DATASETS,
-    }
+    }  # fmt: skip
     return {
         field: {name: _summary(function) for name, function in table.items()}
         for field, table in tables.items()

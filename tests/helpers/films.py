@@ -35,20 +35,10 @@ def scene(seed: int, height: int = 120, width: int = 160) -> np.ndarray:
 
 
 def write(
-    path: Path,
-    frames: Iterable[np.ndarray],
-    codec: str = "libx264",
-    fps: float = 25,
-    *,
-    stamps: Sequence[int] | None = None,
-    rotation: int = 0,
-    aspect: float = 1.0,
-    held_ms: int = 0,
-    sound: np.ndarray | None = None,
-    rate: int = RATE,
-    start_s: float = 0.0,
-    broken: float = 0.0,
-) -> None:
+    path: Path, frames: Iterable[np.ndarray], codec: str = "libx264", fps: float = 25, *,
+    stamps: Sequence[int] | None = None, rotation: int = 0, aspect: float = 1.0, held_ms: int = 0,
+    sound: np.ndarray | None = None, rate: int = RATE, start_s: float = 0.0, broken: float = 0.0,
+) -> None:  # fmt: skip
     """Writes pictures uint8 [H, W, 3] as a film; without any it has sound only.
 
     `stamps` are times in milliseconds, `aspect` is the width of a pixel by its height. The last

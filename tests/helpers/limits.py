@@ -54,13 +54,9 @@ def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.
 
 
 def run(
-    words: Sequence[str | Path],
-    *,
-    files: int | None = None,
-    memory: int | None = None,
-    env: Mapping[str, str] | None = None,
-    timeout: float = 600,
-) -> Ended:
+    words: Sequence[str | Path], *, files: int | None = None, memory: int | None = None,
+    env: Mapping[str, str] | None = None, timeout: float = 600,
+) -> Ended:  # fmt: skip
     """Runs a command in the root of the repository, as under `ulimit -n` and a memory cgroup.
 
     `memory` is the bytes that all its processes may hold together: it is read fifty times a second,

@@ -17,17 +17,10 @@ from vidjax.runs import results as results_lib
 
 
 def write(
-    folder: Path,
-    averages: Mapping[str, float],
-    *overrides: str,
-    positives: int = 3,
-    num_clips: int = 50,
-    split: str = "val",
-    suffix: str = "",
-    truth: bool = True,
-    results: Mapping[str, Any] | None = None,
-    arrays: Mapping[str, np.ndarray] | None = None,
-) -> Path:
+    folder: Path, averages: Mapping[str, float], *overrides: str, positives: int = 3,
+    num_clips: int = 50, split: str = "val", suffix: str = "", truth: bool = True,
+    results: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None,
+) -> Path:  # fmt: skip
     """Writes configuration, identities, results and analysis of a run; returns its folder.
 
     `averages` are identity -> average precision, of `positives` clips each. The `suffix` is

@@ -32,19 +32,19 @@ NOISE = "noise_classes:iqiyi_vid,published"
 
 def test_deepmef_has_the_training_settings_of_its_code():
     """demo_train_face_scene_multi_view.py: the default arguments, optimiser and loss."""
-    config = config_of(DEEPMEF)
+    config, system = official(DEEPMEF)
+    optim, loss, main = config.optim, config.loss, system.model.main
     assert (config.batch_size, config.num_epochs) == (4096, 100)
-    assert (config.optim.name, config.optim.momentum, config.optim.clip_norm) == ("sgd", 0.9, 0)
-    assert (config.loss.margin, config.loss.gamma, config.data.distractors) == (0.5, 2, "leave_out")
+    assert (optim.name, optim.momentum, optim.clip_norm) == ("sgd", 0.9, 0)
+    assert (loss.margin, loss.gamma, config.data.distractors) == (0.5, 2, "leave_out")
     # demo_test_face_scene_multi_view.py: Softmax of the net's output, without the factor of 30.
-    assert config.eval.temperature == 30 == official(DEEPMEF)[1].model.logit_scale
+    assert config.eval.temperature == 30 == system.model.logit_scale
     assert (config.mixup, config.transforms, config.model.main.modality_dropout_rate) == (0, (), 0)
     assert config_of(f"{DEEPMEF},trainval").data.train_splits == ("train", "val")
-    main = official(DEEPMEF)[1].model.main
     # sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection.
     assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
-    assert (main.channel_attention, main.channel_norm) == ("channels", True)
-    assert main.layer_form == "published"
+    forms = (main.channel_attention, main.channel_norm, main.layer_form)
+    assert forms == ("channels", True, "published")
 
 
 def test_deepmef_learning_rate_falls_once_per_epoch_along_a_cosine():
@@ -135,19 +135,15 @@ def test_deepmef_channel_attention_equals_that_of_the_code():
     rows = np.swapaxes(frames.features[real], 1, 2).astype(np.float64)  # [B, D, T]
 
     def mapped(name, x):
-        y = x @ np.asarray(params[name]["kernel"], np.float64)
-        norm = params.get(f"{name}_norm")
-        if norm is None:
-            return y
+        y, norm = x @ np.asarray(params[name]["kernel"], np.float64), params[f"{name}_norm"]
         unit = (y - y.mean((0, 1))) / np.sqrt(y.var((0, 1)) + 1e-5)  # of each of the T channels
         return unit * norm["scale"] + norm["bias"]
 
-    theta, phi, g = (mapped(name, rows) for name in ("theta", "phi", "g"))
+    theta, phi, g = mapped("theta", rows), mapped("phi", rows), rows @ params["g"]["kernel"]
     affinity = special.softmax(np.einsum("bdi,bdj->bij", theta, phi), axis=-1)
     added = mapped("out", np.einsum("bij,bdj->bdi", affinity, g))
-    np.testing.assert_allclose(
-        out[real], frames.features[real] + np.swapaxes(added, 1, 2), atol=1e-4
-    )
+    wanted = frames.features[real] + np.swapaxes(added, 1, 2)
+    np.testing.assert_allclose(out[real], wanted, atol=1e-4)
     np.testing.assert_array_equal(out[2], 0)
     means = new["batch_stats"]["theta_norm"]["mean"]  # with torch's momentum, 0.1
     wanted = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
@@ -163,9 +159,8 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
     number = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10  # [400, 5, 40]
     assert all(len(set(row)) == 40 for row in number[:, 0].tolist())
-    np.testing.assert_allclose(
-        np.bincount(number[:, 0].ravel(), minlength=50) / 400, 0.8, atol=0.08
-    )
+    shares = np.bincount(number[:, 0].ravel(), minlength=50) / 400
+    np.testing.assert_allclose(shares, 0.8, atol=0.08)
     np.testing.assert_array_equal(np.sort(number[:, 1]), [np.arange(40)] * 400)
     assert 17 < np.argmax(number[:, 1] == 7, axis=1).mean() < 22  # the order is random, too
     counts = np.stack([np.sum(number[:, 2] == t, axis=1) for t in range(5)])
@@ -188,9 +183,8 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # [B, G]
     sees[2, 0] = 0
-    objective = losses.make_objective(
-        config_of(DEEPMEF).loss.to_dict(), None, 14.125, logit_scale=30.0
-    )
+    spec = config_of(DEEPMEF).loss.to_dict()
+    objective = losses.make_objective(spec, None, 14.125, logit_scale=30.0)
 
     def total(cosines):
         output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
