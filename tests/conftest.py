@@ -35,11 +35,8 @@ gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    for name, options in {
-        "--campaign": {"action": "store_true", "help": "random faults by the hundred"},
-        "--fault-seed": {"type": int, "metavar": "N", "help": "repeats faults of a failed test"},
-    }.items():
-        parser.addoption(name, **options)
+    parser.addoption("--campaign", action="store_true", help="random faults by the hundred")
+    parser.addoption("--fault-seed", type=int, help="repeats the faults of a failed test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -60,7 +57,7 @@ def campaign(pytestconfig: pytest.Config) -> bool:
 def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
     """A seed for random faults; in a campaign another one every time, which a failed test shows."""
     given = request.config.getoption("--fault-seed")
-    seed = int(given) if given is not None else time.time_ns() % 10**9 * campaign
+    seed = time.time_ns() % 10**9 * campaign if given is None else given
     sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
     return seed
 

@@ -124,7 +124,7 @@ def test_readme_example_of_a_custom_system_runs(
         error = say(*words, "--workdir=run", code=code)
         return error if code else json.loads(Path("run/metrics.json").read_text())
 
-    small = ("batch_size=32", "num_epochs=20", "optim.learning_rate=0.01", "ensemble.folds=2")
+    small = ("batch_size=32", "num_epochs=20", "optim.learning_rate=0.01")
     words = [f"--config.{x}" for x in (*small, "eval.report=False", f"data.dir={official_dir}")]
     results = command(f"{own}:iqiyi_vid,face,head,audio", *words)
     # Of each modality a norm, and a classifier of 13 columns with its bias; and three weights.

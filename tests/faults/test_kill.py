@@ -150,7 +150,7 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     offline = ["unshare", "-rn"]
     if shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode:
         program = (*offline, *program)
-    odd = Run(tmp_path / "odd" / "of", tmp_path / "data", "quality_fusion")
+    odd = Run(tmp_path / "odd", tmp_path / "data", "quality_fusion")
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
     odd.finish(program=program, cwd=here, **ODD, **places)
     assert not [*home.rglob("*")] and {path.stem for path in here.iterdir()} == {*SHADOWS}

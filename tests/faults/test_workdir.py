@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import limits
 from tests.helpers.limits import file_limit
+from tests.helpers.seen import contents
 from vidjax.runs.results import Logs, truncate_log
 from vidjax.utils import files
 
@@ -26,13 +27,11 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     here = f"on {socket.gethostname()}"
     with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
-        error = say(
-            "train", f"--workdir={tmp_path}", f"--config={limits.ROOT}/configs/knn.py", code=2
-        )
-        assert f"in use by process {child.pid} {here}" in error
-        (tmp_path / "config.json").write_text("{}")
-        error = say("evaluate", f"--workdir={tmp_path}", code=2)
-        assert f"in use by process {child.pid} {here}" in error
+        train = ("train", f"--config={limits.ROOT}/configs/knn.py")
+        for words in (train, ("evaluate",)):
+            error = say(*words, f"--workdir={tmp_path}", code=2)
+            assert f"in use by process {child.pid} {here}" in error
+            (tmp_path / "config.json").write_text("{}")
     assert str(child.pid) in (tmp_path / ".lock").read_text()  # the lock of a dead process is stale
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
         (tmp_path / ".lock").write_text(dead)
@@ -45,8 +44,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     files.write_text(path, "old")
     with file_limit(10), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
         files.write_text(path, 100 * "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["metrics.json"]
+    assert contents(tmp_path) == {"metrics.json": b"old"}
 
 
 def line_of(step, split=None):
@@ -57,15 +55,12 @@ def line_of(step, split=None):
 def test_log_cut_at_any_byte_is_repaired(tmp_path):
     """The log keeps exactly the whole lines up to the step."""
     path = tmp_path / "metrics.jsonl"
-    lines = [(5, line_of(5)), (9, line_of(9)), (9, line_of(9, "val")), (10, line_of(10))]
-    content = "".join(line for _, line in lines)
-    ends = np.cumsum([len(line) for _, line in lines]) - 1  # a line may lack its newline
-    for cut in range(len(content) + 1):
-        path.write_text(content[:cut])
+    lines = [line_of(5), line_of(9), line_of(9, "val"), line_of(10)]
+    ends = np.cumsum([len(line) for line in lines[:3]]) - 1  # a line may lack its newline
+    for cut in range(len("".join(lines)) + 1):
+        path.write_text("".join(lines)[:cut])
         truncate_log(path, 9)
-        whole = [line for (step, line), end in zip(lines, ends, strict=True)
-                 if cut >= end and step <= 9]  # fmt: skip
-        assert path.read_text() == "".join(whole), cut
+        assert path.read_text() == "".join(lines[: np.sum(ends <= cut)]), cut
 
 
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
@@ -88,11 +83,13 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
         finally:
             logs.close()
 
+    def steps():
+        return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
+
     with file_limit(1000), pytest.raises(OSError, match=f"cannot write '.*{name}': File too large"):
         write(1, 100)
-    text = (tmp_path / name).read_text()
-    steps = [json.loads(line)["step"] for line in text.splitlines()]
-    assert steps == list(range(1, len(steps) + 1)) and 4 < len(steps) < 12 and text[-1] == "\n"
-    write(len(steps), 20)
-    steps = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
-    assert steps == list(range(1, 20))
+    count = len(steps())
+    assert steps() == [*range(1, count + 1)] and 4 < count < 12
+    assert (tmp_path / name).read_text()[-1] == "\n"
+    write(count, 20)
+    assert steps() == [*range(1, 20)]

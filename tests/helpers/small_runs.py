@@ -143,13 +143,9 @@ class Spoilt:
     def packed(self, split, modalities):
         for clip_index, frames in self._data.packed(split, modalities):
             spoilt = self._hidden[split][clip_index]
-            yield (
-                clip_index,
-                {
-                    name: self._spoil(one, np.repeat(spoilt, one.length)[:, None])
-                    for name, one in frames.items()
-                },
-            )
+            for name, one in frames.items():
+                frames[name] = self._spoil(one, np.repeat(spoilt, one.length)[:, None])
+            yield clip_index, frames
 
     def _spoil(self, one, where):
         features = np.where(where, self._value, one.features)

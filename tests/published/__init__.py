@@ -1,1 +1,0 @@
-"""Compares `CONFIG:published` with the numbers of its publication and code."""
