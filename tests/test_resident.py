@@ -73,18 +73,12 @@ def ragged(tmp_path_factory):
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
-def clips_of(data, *, devices=1, max_frames=7, crop="window"):
-    """Returns the train and val splits as Resident, their plan for batches of 8, and the layout."""
-    mesh = devices_lib.make_mesh(devices)
-    options: Any = {"batch_size": 8, "max_frames": max_frames, "crop": crop, "seed": 3}
-    plan = make_batch_plan([data.split("train")], MODALITIES, **options)
+def clips_of(data, modalities=MODALITIES, devices=1):
+    """Returns the train and val splits as Resident, and their layout."""
+    options: Any = {"batch_size": 8, "max_frames": 7, "crop": "window", "seed": 3}
+    plan = make_batch_plan([data.split("train")], modalities, **options)
     layout = resident.make_resident_plan(data, plan, "val")
-    return resident.Resident(data, layout, mesh), plan, layout
-
-
-@pytest.fixture(scope="module")
-def resident_clips(ragged):
-    return clips_of(ragged)
+    return resident.Resident(data, layout, devices_lib.make_mesh(devices)), layout
 
 
 @pytest.mark.slow
@@ -223,8 +217,8 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged, resident_clips):
-    clips, _, layout = resident_clips
+def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged):
+    clips, layout = clips_of(ragged)
     frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in FIELDS[:-1]]
     assert sum(taken) == layout.nbytes + frame
@@ -235,13 +229,13 @@ def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged, resident_cli
         assert count == sum(lengths) + extra[name]
 
 
-def test_auto_mode_is_resident_if_the_clips_fit_in_memory(resident_clips, monkeypatch):
+def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
     total = machine.free_bytes()  # which the emulated devices of a host share
     free_on_one, free_on_eight = (
         resident.find_least_free_bytes(devices_lib.make_mesh(number)) for number in (1, 8)
     )
     assert total > 1e6 and free_on_eight == pytest.approx(free_on_one / 8, rel=0.5)
-    layout, mesh = resident_clips[2], devices_lib.make_mesh(1)
+    layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
     for free, taken, wanted in (  # the step takes some
         (twice, 0, "resident"), (0.995 * twice, 0, "streaming"),
@@ -259,8 +253,9 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(resident_clips, monkey
             resident.choose_mode("resident", frames, mesh, drawn)
 
 
-def test_uploading_clips_in_chunks_changes_no_value(ragged, resident_clips, monkeypatch):
-    """A piece holds 40 face frames, so a longer clip is cut between two pieces."""
-    monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)  # 12 bytes a frame
-    chunked, _, _ = clips_of(ragged)
-    jax.tree.map(np.testing.assert_array_equal, chunked.train, resident_clips[0].train)
+def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):
+    """A piece holds 4 face frames, so a longer clip is cut between two pieces."""
+    whole, _ = clips_of(data, ("face", "audio"))
+    monkeypatch.setattr(resident, "CHUNK_BYTES", 4 * 48)  # 48 bytes a frame
+    chunked, _ = clips_of(data, ("face", "audio"))
+    jax.tree.map(np.testing.assert_array_equal, chunked.train, whole.train)

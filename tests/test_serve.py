@@ -502,13 +502,11 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
 def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)
     address = "127.0.0.1", inside.port
-    opened = [socket.create_connection(address) for _ in range(SMALL.connections)]
-    try:
+    with contextlib.ExitStack() as stack:
+        for _ in range(SMALL.connections):
+            stack.enter_context(socket.create_connection(address))
         time.sleep(0.05)
         assert inside.ask("GET", "/v2/health/live")[0] == 503
-    finally:
-        for connection in opened:
-            connection.close()
     time.sleep(0.05)
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
@@ -519,8 +517,7 @@ def test_full_queue_refuses_with_retry_after():
 
     def answer(questions):
         sizes.append(len(questions))
-        go.wait(5)
-        return [question * 2 for question in questions]
+        return [question * 2 for question in questions if go.wait(5)]
 
     async def run():
         batcher, changes = Batcher(answer, limits, ServerMetrics()), Changes(limits)
@@ -546,16 +543,13 @@ def test_full_queue_refuses_with_retry_after():
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     go = threading.Event()
     monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
-    server = Inside(people)
-    server.thread.start()
-    try:
+    monkeypatch.setattr(Inside, "wait", lambda server: None)
+    with Inside(people) as server:
         assert server.ask("GET", "/v2/health/live")[0] == 200
         for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
             status, answer = server.ask("GET", path)
             assert status == 503 and "compiling" in answer["error"]
-    finally:
         go.set()
-        server.__exit__()
 
 
 def test_removal_is_answered_after_earlier_reads_have_ended():
@@ -589,15 +583,12 @@ def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
     monkeypatch.setattr(Gallery, "embed", slow)
     limits, other = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
     with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
-        try:
-            first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
-            assert begun.wait(10)
-            assert b"vidjax_waiting_clips 3" in server.ask("GET", "/metrics")[1]
-            assert server.ask(*other)[0] == 429
-            go.set()
-            assert first.result(60)[0] == server.ask(*other)[0] == 200
-        finally:
-            go.set()
+        first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
+        assert begun.wait(10)
+        assert b"vidjax_waiting_clips 3" in server.ask("GET", "/metrics")[1]
+        assert server.ask(*other)[0] == 429
+        go.set()
+        assert first.result(60)[0] == server.ask(*other)[0] == 200
 
 
 def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
@@ -611,14 +602,12 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
     monkeypatch.setattr(app_lib.files, "npz_bytes", slow)
     limits = SMALL._replace(answer_seconds=0.3, request_seconds=20)
     with Inside(people, limits=limits) as server, ThreadPoolExecutor(2) as pool:
-        try:
-            sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
-            began = time.monotonic()
-            answers = [*pool.map(lambda _: server.ask(*sent), range(2))]  # one waits for a thread
-            assert answers == [(503, {"error": "no answer in time"})] * 2
-            assert begun.is_set() and time.monotonic() - began < 5
-        finally:
-            go.set()
+        sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
+        began = time.monotonic()
+        answers = [*pool.map(lambda _: server.ask(*sent), range(2))]  # one waits for a thread
+        assert answers == [(503, {"error": "no answer in time"})] * 2
+        assert begun.is_set() and time.monotonic() - began < 5
+        go.set()
 
 
 @pytest.mark.slow

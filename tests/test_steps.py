@@ -122,6 +122,7 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
         np.testing.assert_allclose(scored[clip], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip():
     batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
     weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])  # of the one without a frame, too

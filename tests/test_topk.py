@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from vidjax.core import devices
 from vidjax.evaluation import topk
 
@@ -93,7 +94,8 @@ def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
             assert topk.rank(stream, 1, 3, rows=rows).index.tolist() == [[7, 8, 2]]
 
 
-@pytest.mark.parametrize("chunk", [3, topk.CHUNK])  # 7 identities: the last chunk overlaps
+# Of 7 identities, the last chunk of 3 overlaps.
+@pytest.mark.parametrize("chunk", quick_first([3, topk.CHUNK]))
 def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     monkeypatch.setattr(topk, "CHUNK", chunk)
     topk._make_update.cache_clear()

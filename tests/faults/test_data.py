@@ -114,6 +114,7 @@ def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_pa
     assert refused_by(strict) == wanted
 
 
+@pytest.mark.slow
 def test_error_for_features_of_another_width_names_clip_or_modality(official, refused):
     path = official / "face_val.pickle"
     content = pickle.loads(path.read_bytes())
@@ -124,6 +125,7 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
     refused(official, "face: features are 4 wide in", "face_train.pickle", "6 wide in", str(path))
 
 
+@pytest.mark.slow
 def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
     path = official / "face_train.pickle"
     content = pickle.loads(path.read_bytes())
@@ -134,6 +136,7 @@ def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refuse
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 
 
+@pytest.mark.slow
 def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, refused):
     path = official / "train_gt.txt"
     text = path.read_text()
@@ -143,6 +146,7 @@ def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, r
     refused(official, "none of its 18 clips is in a feature file", "files name train000")
 
 
+@pytest.mark.slow
 def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     clips = clips_of("val", 150)
     write_pickle(tmp_path, "face", "val", clips)

@@ -275,15 +275,11 @@ def test_extract_reads_60_photos_once_with_few_open_files(drawn):
     place = drawn.folder / "in"
     for number in range(60):
         write_photo(place / f"{number}.png", ("Ada", 20 + number % 60, 20))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (50, hard))
-    try:
+    with file_limit(50, resource.RLIMIT_NOFILE):
         assert drawn.extract(place)[0]["clips"] == 60
         began = time.process_time()
         drawn.extract(place)
         assert time.process_time() - began < 3 * slowness()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):

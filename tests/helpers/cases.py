@@ -13,13 +13,10 @@ def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.sl
 
     A tuple holds the values of several arguments.
     """
-    rows = [case if isinstance(case, CASE) else _as_case(case) for case in cases]
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    rows = [row if isinstance(row, CASE) else pytest.param(*row) for row in values]
     later = [pytest.param(*row.values, id=row.id, marks=(*row.marks, mark)) for row in rows[count:]]
     return rows[:count] + later
-
-
-def _as_case(case: Any) -> Any:
-    return pytest.param(*case) if isinstance(case, tuple) else pytest.param(case)
 
 
 def first_by_day(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:

@@ -85,14 +85,14 @@ def run(
 
 
 @contextlib.contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+def file_limit(size: int, kind: int = resource.RLIMIT_FSIZE) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes; `kind` is another limit."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(kind, before)
 
 
 @contextlib.contextmanager
