@@ -1,4 +1,4 @@
-"""The page `vidjax/apps/gallery/NIGHTLY.md`: its commands, in a shell, over two days."""
+"""The pages NIGHTLY.md and RECIPES.md of galleries: their commands and their program run."""
 
 import json
 import os
@@ -7,17 +7,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files
+from tests.helpers import clip_files, made_nets
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.cli.program import main
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "vidjax/apps/gallery/NIGHTLY.md"
-BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", PAGE.read_text(), re.S))
+NIGHTLY, RECIPES = (ROOT / "vidjax/apps/gallery" / f"{x}.md" for x in ("NIGHTLY", "RECIPES"))
+BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.read_text(), re.S))
 DAYS = ("2026-01-01", "2026-01-02")
 KNOWN = [str(number) for number in range(12)]  # people of the training
 PEOPLE = (*KNOWN, "Ada Lovelace", "Eve")
@@ -79,3 +81,34 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         run(name, DAYS[1])
     assert "Eve" not in Gallery(tmp_path / f"people-{DAYS[1]}")  # nobody took a photo of her
     assert "12" in Gallery(tmp_path / f"people-{DAYS[1]}")
+
+
+WIDTH = 16
+
+
+@pytest.mark.slow
+def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
+    pytest.importorskip("qdrant_client")
+    back_end = made_nets.back_end((0.958, 0.0146), (0.2, 0.2), WIDTH)
+    (tmp_path / "models").mkdir()
+    made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=back_end)
+    gallery = Gallery.of_models(tmp_path / "g", tmp_path / "models")
+    faces = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
+    for name, face in zip(("Ada", "Grace"), faces, strict=True):
+        gallery.enrol({name: {"face": face}}, name)
+    assert main(["gallery", "export", str(gallery.folder), f"--out={tmp_path}/people.parquet"]) == 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QDRANT", ":memory:")
+    program = re.search(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
+    assert program
+    names: dict[str, Any] = {}
+    exec(compile(program[1], str(RECIPES), "exec"), names)  # noqa: S102
+    client = names["client"]
+    assert client.count("people").count == 2
+    near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)
+    for name, x in zip(("Ada", "Grace"), near, strict=True):
+        assert gallery.identify({"x": {"face": x}})["x"].identity == name
+        (z,) = gallery.backend.whiten([x[None]])
+        (best,) = client.query_points("people", z[0].tolist(), using="face", limit=1).points
+        assert best.payload["identity"] == name
