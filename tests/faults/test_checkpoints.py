@@ -21,7 +21,8 @@ from vidjax.runs import checkpoint, config_io, signals
 from vidjax.utils import files, messages
 
 # After a failed save, threads of Orbax call an event loop that is already closed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ignored = "ignore::pytest.PytestUnraisableExceptionWarning"
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(ignored)]
 
 SPEC = "configs/quality_fusion.py:iqiyi_vid,face"
 WORDS = (
@@ -41,7 +42,6 @@ def content_of(items):
     return {name: x.tobytes() for name, x in small_runs.flat(items).items()}
 
 
-@pytest.mark.slow
 def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
     """An undamaged step is restored with a warning, if there is one; no file is deleted."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
@@ -163,7 +163,6 @@ def largest(workdir, step):
     return max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.slow
 def test_evaluate_refuses_a_run_whose_checkpoints_are_all_damaged(evaluate, finished):
     for step in checkpoint.manifests(finished):
         flip(largest(finished, step), random.Random(step))
@@ -173,7 +172,6 @@ def test_evaluate_refuses_a_run_whose_checkpoints_are_all_damaged(evaluate, fini
     assert contents(finished) == before
 
 
-@pytest.mark.slow
 def test_evaluate_refuses_changed_identities_members_config_or_manifest(evaluate, finished):
     ranking = (finished / "ranking.txt").read_bytes()
     for name, old, new in (
@@ -197,7 +195,6 @@ def test_evaluate_refuses_changed_identities_members_config_or_manifest(evaluate
         assert f"has no entry '{name}'" in evaluate(finished)
 
 
-@pytest.mark.slow
 def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, data, finished, whole):
     """The run trains the damaged step again, to the same bits."""
     for name in ("identities.json", "members.npz", "metrics.json", "ranking.txt"):
@@ -210,7 +207,6 @@ def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, dat
     assert (finished / "members.npz").read_bytes() == (whole / "members.npz").read_bytes()
 
 
-@pytest.mark.slow
 def test_resuming_with_another_configuration_is_refused_with_the_difference(say, words, parts):
     """This holds even if config.json is missing, because the checkpoint contains its digest."""
     before = contents(parts / "checkpoints")
@@ -225,7 +221,6 @@ def test_resuming_with_another_configuration_is_refused_with_the_difference(say,
     assert contents(parts / "checkpoints") == before
 
 
-@pytest.mark.slow
 def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, finished, say):
     more = ("--config.num_epochs=6", "--config.checkpoint_every_seconds=77")
     with pytest.raises(signals.Interrupted):
@@ -237,7 +232,6 @@ def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, f
     assert json.loads((finished / "metrics.json").read_text())["step"] == 18
 
 
-@pytest.mark.slow
 def test_resuming_with_another_list_of_identities_is_refused(config, data, parts):
     with pytest.warns(UserWarning, match="without a class"):
         data = data.with_identities(("999", *data.identities[1:]))
@@ -245,7 +239,6 @@ def test_resuming_with_another_list_of_identities_is_refused(config, data, parts
         run(config, parts, data)
 
 
-@pytest.mark.slow
 def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
     say, monkeypatch, config, data, parts, whole, tmp_path
 ):
@@ -287,7 +280,6 @@ def assert_nothing_lost(folder, before):
         json.loads((folder / name).read_text())
 
 
-@pytest.mark.slow
 def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, parts, whole):
     step = max(checkpoint.manifests(parts))
     before = contents(parts / "checkpoints")
@@ -302,7 +294,6 @@ def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, 
     assert_same_run(parts, whole, RUN_FILES)
 
 
-@pytest.mark.slow
 def test_full_disk_stops_training_and_loses_no_checkpoint(
     config, data, stopped, whole, mounted, campaign
 ):

@@ -18,6 +18,7 @@ from tests.helpers.seen import refused as refused_by
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import count_cropped, select_modalities
 
+pytestmark = pytest.mark.slow
 DIM = 4
 
 
@@ -103,7 +104,6 @@ def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
     assert_adds_up(data.report)
 
 
-@pytest.mark.slow
 def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_path):
     path, cache = spoilt(official), tmp_path / "cache"
     wanted = f"{path}: clip train005, face: the feature of frame 1 is not finite"
@@ -114,7 +114,6 @@ def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_pa
     assert refused_by(strict) == wanted
 
 
-@pytest.mark.slow
 def test_error_for_features_of_another_width_names_clip_or_modality(official, refused):
     path = official / "face_val.pickle"
     content = pickle.loads(path.read_bytes())
@@ -125,7 +124,6 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
     refused(official, "face: features are 4 wide in", "face_train.pickle", "6 wide in", str(path))
 
 
-@pytest.mark.slow
 def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
     path = official / "face_train.pickle"
     content = pickle.loads(path.read_bytes())
@@ -136,7 +134,6 @@ def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refuse
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 
 
-@pytest.mark.slow
 def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, refused):
     path = official / "train_gt.txt"
     text = path.read_text()
@@ -146,7 +143,6 @@ def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, r
     refused(official, "none of its 18 clips is in a feature file", "files name train000")
 
 
-@pytest.mark.slow
 def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     clips = clips_of("val", 150)
     write_pickle(tmp_path, "face", "val", clips)
@@ -162,7 +158,6 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     assert_adds_up(data.report)
 
 
-@pytest.mark.slow
 def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
     rng, silent = np.random.default_rng(0), [f"val{i:02d}" for i in range(0, 30, 5)]
     for split, count in (("train", 32), ("val", 30)):
@@ -197,7 +192,6 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
         assert ranked[-len(silent) :] == silent  # after all other clips, by name
 
 
-@pytest.mark.slow
 def test_requested_modality_without_a_feature_file_is_refused(official, refused):
     write_pickle(official, "head", "train", clips_of("train", 12))
     with pytest.warns(UserWarning, match="val: no file of head"):
@@ -213,7 +207,6 @@ def test_requested_modality_without_a_feature_file_is_refused(official, refused)
     assert_adds_up(data.report)
 
 
-@pytest.mark.slow
 def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
     clips = clips_of("train", 20)
     clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
@@ -239,7 +232,6 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
 NAMES = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-rf", "a:b*c?", "$(x)")
 
 
-@pytest.mark.slow
 def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
     folder = tmp_path / "deep" / "down" / "official"
     folder.mkdir(parents=True)
@@ -256,7 +248,6 @@ def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
     assert not made & {"passwd", "absolute", "-rf", *NAMES[:2]}
 
 
-@pytest.mark.slow
 def test_ascii_locale_gets_a_hint_if_a_file_name_is_not_ascii(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "\u00fc.npz", face=np.ones((1, DIM)))
@@ -282,7 +273,6 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
     refused(official / "gone", "gone: no such directory")
 
 
-@pytest.mark.slow
 def test_declared_identities_without_clips_keep_their_columns(official):
     declared = tuple(str(i) for i in range(1, 9))  # 4 of them are in the ground truth
     data = load(official).with_identities(declared)
