@@ -23,7 +23,7 @@ def rates(count, *, total_steps, steps_per_epoch=1.0, **spec):
     return np.asarray(jax.jit(optim.make_schedule({**DEFAULTS, **spec}, **sizes))(np.arange(count)))
 
 
-def make_optimizer(spec, *, total_steps):
+def make_optimizer(spec, *, total_steps) -> Any:
     whole = {**DEFAULTS, **spec}
     tx, _ = optim.make_optimizer(whole, total_steps=total_steps, steps_per_epoch=1.0)
     return tx._replace(update=jax.jit(tx.update))

@@ -156,7 +156,7 @@ def test_log_cut_at_any_byte_is_repaired(tmp_path):
     for cut in range(len("".join(lines)) + 1):
         path.write_text("".join(lines)[:cut])
         truncate_log(path, 9)
-        assert path.read_text() == "".join(lines[: np.sum(ends <= cut)]), cut
+        assert path.read_text() == "".join(lines[: int(np.sum(ends <= cut))]), cut
 
 
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
