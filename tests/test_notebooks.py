@@ -1,9 +1,15 @@
-"""The notebooks of colab/: calls of vidjax and no logic, run from top to bottom, with outputs."""
+"""The notebooks of colab/: calls of vidjax and no logic, run from top to bottom, with outputs.
+
+`python -m tests.test_notebooks quickstart` writes the outputs of a notebook again.
+"""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import types
 from importlib import metadata
@@ -12,8 +18,6 @@ from typing import Any
 
 import nbformat
 import pytest
-
-from tests.helpers import notebooks as notebooks_lib
 
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
@@ -103,6 +107,43 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(asked, caps
     assert "['jax'] upgraded: choose Runtime, Restart session" in capsys.readouterr().out
 
 
+# In a separate process, with its own event loop and sockets.
+EXECUTE = """
+import sys, nbformat
+from nbclient import NotebookClient
+given, done, where = sys.argv[1:]
+notebook = nbformat.read(given, as_version=4)
+client = NotebookClient(notebook, kernel_name="python3", timeout=600, allow_errors=True)
+client.record_timing = False
+try:
+    client.execute(cwd=where)
+finally:
+    nbformat.write(notebook, done)
+"""
+
+
+def run(notebook, folder, cache_dir):
+    """Returns a notebook with the outputs of a run from top to bottom, in an empty folder.
+
+    An error in a cell is in its outputs. If no kernel ran, raises RuntimeError.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    where, given, done = folder / "at", folder / "given.ipynb", folder / "done.ipynb"
+    where.mkdir()
+    shutil.copytree(ROOT / "configs", where / "configs")
+    nbformat.write(notebook, given)
+    env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    # No kernel of the user's own.
+    env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"}
+    command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    if ran.returncode:
+        raise RuntimeError(ran.stderr)
+    return nbformat.read(done, as_version=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -118,8 +159,7 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         cell.source = cell.source.replace('main(["--config=configs/mma.py"])', f"main({words})")
         cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
     assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")
-    nbformat.write(shorter, tmp_path / "shorter.ipynb")
-    executed = notebooks_lib.run(tmp_path / "shorter.ipynb", tmp_path, cache_dir)
+    executed = run(shorter, tmp_path, cache_dir)
     for cell, before in zip(executed.cells, read(name).cells, strict=True):
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
@@ -131,3 +171,12 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
             assert kinds == wanted, cell.id
             assert "main([" not in cell.source or "0" in output_texts(cell), cell.id
             assert "Warning" not in "".join(output_texts(cell)), "".join(output_texts(cell))
+
+
+if __name__ == "__main__":
+    for stem in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as place:
+            made = run(read(stem), Path(place), Path(place) / "cache")
+        for cell in made.cells:
+            cell.metadata.pop("execution", None)
+        nbformat.write(made, PATHS[stem])
