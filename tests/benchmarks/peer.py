@@ -90,9 +90,13 @@ def frame_weights(frames: Frames, weighting: str) -> Tensor:
 
 
 def random_fusion(
-    frames: Frames, *, num_draws: int = 1, probs: Sequence[float] = (0.2, 0.2, 0.2, 0.2, 0.2),
-    replacement: bool = True, weighting: str = "uniform",
-) -> Fused:  # fmt: skip
+    frames: Frames,
+    *,
+    num_draws: int = 1,
+    probs: Sequence[float] = (0.2, 0.2, 0.2, 0.2, 0.2),
+    replacement: bool = True,
+    weighting: str = "uniform",
+) -> Fused:
     """Returns `num_draws` vectors a clip, each the weighted mean of 1 to S frames at random.
 
     `probs` are S probabilities of fusing 1, 2, ... frames. Without `replacement` no frame comes
@@ -330,9 +334,13 @@ class Step:
     """
 
     def __init__(
-        self, recipe: Recipe, *, compile: bool, dtype: torch.dtype = torch.float32,
+        self,
+        recipe: Recipe,
+        *,
+        compile: bool,
+        dtype: torch.dtype = torch.float32,
         learning_rate: float = 1e-3,
-    ):  # fmt: skip
+    ):
         self.net = recipe.net.train()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
 
