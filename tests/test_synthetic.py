@@ -1,5 +1,6 @@
 """The synthetic set, read from the files it writes: layout, statistics, and what options change."""
 
+import functools
 import itertools
 import pickle
 from typing import Any
@@ -15,13 +16,13 @@ MODALITIES = ("face", "head", "body", "audio", "scene")
 TINY = synthetic.Size(30, 8.0, dict.fromkeys(MODALITIES, 64), synthetic.SIZES["small"].spread)
 
 
-def _pickle_path(folder, modality, split):
+def _name(modality, split):
     v2 = "_v2" if modality == "face" and split != "test" else ""
-    return folder / f"{modality}_{split}{v2}.pickle"
+    return f"{modality}_{split}{v2}.pickle"
 
 
 def _clips(folder, modality, split):
-    return pickle.loads(_pickle_path(folder, modality, split).read_bytes())
+    return pickle.loads((folder / _name(modality, split)).read_bytes())
 
 
 def _lines(path):
@@ -30,23 +31,17 @@ def _lines(path):
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Returns a function that writes a set with options, each set once."""
-    made = {}
+    """Returns a function that writes a set with options, each set once; `again` is another one."""
 
-    def write(**options):
-        key = tuple(sorted(options.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("set") / "made"
-            write_tiny(made[key], **options)
-        return made[key]
+    @functools.cache
+    def write(seed=3, again=False, **options):
+        folder = tmp_path_factory.mktemp("set") / "made"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(synthetic.SIZES, "tiny", TINY)
+            synthetic.write(folder, size="tiny", seed=seed, options=SyntheticOptions(**options))
+        return folder
 
     return write
-
-
-def write_tiny(folder, seed=3, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(synthetic.SIZES, "tiny", TINY)
-        synthetic.write(folder, size="tiny", seed=seed, options=SyntheticOptions(**options))
 
 
 def changed_files(left, other):
@@ -56,9 +51,8 @@ def changed_files(left, other):
 @pytest.mark.slow
 def test_synthetic_set_has_the_specified_statistics(make):
     folder = make()
-    clips: dict[tuple[str, str], Any] = {
-        p: _clips(folder, *p) for p in itertools.product(MODALITIES, SPLITS)
-    }
+    pairs = itertools.product(MODALITIES, SPLITS)
+    clips: dict[tuple[str, str], Any] = {pair: _clips(folder, *pair) for pair in pairs}
     labels = {"train": {name[:-4]: int(c) for name, c in _lines(folder / "train_gt.txt")}}
     for split in ("val", "test"):
         lines = _lines(folder / f"{split}_gt.txt")
@@ -77,9 +71,8 @@ def test_synthetic_set_has_the_specified_statistics(make):
     assert lengths[lengths > 0].mean() == pytest.approx(8, rel=0.12)
 
 
-def test_equal_seeds_write_equal_bytes(make, tmp_path):
-    write_tiny(tmp_path / "again")
-    assert not changed_files(make(), tmp_path / "again")
+def test_equal_seeds_write_equal_bytes(make):
+    assert not changed_files(make(), make(again=True))
     assert len(changed_files(make(), make(seed=4))) == 18  # all files
 
 
@@ -107,14 +100,14 @@ def test_label_noise_and_distractors_change_only_train_files(make):
     names = {f"{name}.mp4" for name in _clips(strange, "scene", "train")}
     nobody = names - dict(_lines(strange / "train_gt.txt")).keys()  # clips without a line
     assert len(nobody) / len(names) == pytest.approx(0.375, abs=0.01)
-    train = {_pickle_path(plain, modality, "train").name for modality in MODALITIES}
+    train = {_name(modality, "train") for modality in MODALITIES}
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
 
 
 @pytest.mark.slow
 def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     plain, false = make(), make(false_modality=1.0)
-    files = {_pickle_path(plain, m, split).name for m in ("face", "audio") for split in SPLITS}
+    files = {_name(modality, split) for modality in ("face", "audio") for split in SPLITS}
     assert changed_files(plain, false) == files
     faces, now = (_clips(made, "face", "val") for made in (plain, false))
     voices, other = (_clips(made, "audio", "val") for made in (plain, false))

@@ -21,6 +21,12 @@ from vidjax.training.plan import make_plan, make_schedule
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGINT)
+SPECS = (  # besides those that other tests train
+    "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
+    "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
+    "deepmef:face,audio,published", "deepmef:face,head,audio,views",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -32,19 +38,16 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < 0.3 * losses[0]
-    assert json.loads((tmp_path / "metrics.json").read_text())["map"] == results["map"]
-    assert loop.read_finished_metrics(RunFolder(tmp_path), config) == json.loads(
-        json.dumps(results)
-    )
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["map"] == results["map"]
+    finished = loop.read_finished_metrics(RunFolder(tmp_path), config)
+    assert finished == json.loads(json.dumps(results))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "spec"),
-    quick_first(
-        [(signal.SIGTERM, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, MMA)],
-        mark=pytest.mark.nightly,
-    ),
+    quick_first(zip(SIGNALS, (MLP, COSINE, MMA), strict=True), mark=pytest.mark.nightly),
 )
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """The run keeps streaming, and an evaluation between its parts does not finish it."""
@@ -83,18 +86,7 @@ def test_short_runs_log_often_and_act_at_most_once_per_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "spec",
-    quick_first(
-        [  # besides those that other tests train
-            "residual_dense:face,one,single", "noise_classes:head", "mma:published",
-            "mma:average,concat", "quality_fusion:mlp2,voting,face,audio",
-            "residual_dense:face,fused,folds", "deepmef:face,audio,published",
-            "deepmef:face,head,audio,views",
-        ],
-        mark=pytest.mark.nightly,
-    ),
-)  # fmt: skip
+@pytest.mark.parametrize("spec", quick_first(SPECS, mark=pytest.mark.nightly))
 def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []
