@@ -38,23 +38,17 @@ class Case(NamedTuple):
 
 
 WORDS = [
-    Case("", "--config=configs/mma.py"),
-    Case("--config=", "--config= is empty"),
+    Case("", "--config=configs/mma.py"), Case("--config=", "--config= is empty"),
     Case(f"{TRAIN} --learning-rate=0.1", "--config.optim.learning_rate"),
-    Case(f"{TRAIN} --epochs=3", "--config.num_epochs"),
-    Case(f"{TRAIN} --quite", "--quiet"),
+    Case(f"{TRAIN} --epochs=3", "--config.num_epochs"), Case(f"{TRAIN} --quite", "--quiet"),
     Case(f"{TRAIN} --gpus=1", "CUDA_VISIBLE_DEVICES=0"),
-    Case(f"{TRAIN} --device=cpu", "JAX_PLATFORMS=cpu"),
-    Case(f"{TRAIN} --verbose", "--debug"),
-    Case(f"{TRAIN} --xyzzy=1", "example: vidjax train"),
-    Case(f"{TRAIN} stray", "--workdir=stray"),
+    Case(f"{TRAIN} --device=cpu", "JAX_PLATFORMS=cpu"), Case(f"{TRAIN} --verbose", "--debug"),
+    Case(f"{TRAIN} --xyzzy=1", "example: vidjax train"), Case(f"{TRAIN} stray", "--workdir=stray"),
     Case("mma", "--config=FILE"),
     Case("evaluate runs/mma", "example: vidjax evaluate --workdir=runs/mma"),
     Case("compare A B", "--workdir=runs/two --runs=runs/mma,runs/deepmef"),
-    Case("compare --workdir=out --runs=A, B", "--runs=A,B"),
-    Case("predict", "vidjax rank"),
-    Case("infer", "vidjax rank"),
-    Case("evalaute --workdir=run", "evaluate, which ranks a split"),
+    Case("compare --workdir=out --runs=A, B", "--runs=A,B"), Case("predict", "vidjax rank"),
+    Case("infer", "vidjax rank"), Case("evalaute --workdir=run", "evaluate, which ranks a split"),
     Case("check --workdir=run evaluate", "a command comes first"),
     Case("train --mode=evaluate", "name one command"),
     Case("evaluate --workdir=run --out=o.tsv", "no flag --out"),
@@ -62,8 +56,7 @@ WORDS = [
     Case("--mode=evaluate --workdir=w --config.optim.learning_rate=0.1", "no effect"),
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is config.data.dir"),
-    Case("gallery", "vidjax gallery --help"),
-    Case("gallery creat", "create"),
+    Case("gallery", "vidjax gallery --help"), Case("gallery creat", "create"),
     Case("gallery nonsense", "choose from create"),
     Case("gallery enrol G --input=x --config.seed=1", "--config.data.FIELD"),
     Case("--mode=compare --workdir=new --runs=run,run --config.seed=1", "--config.eval.split"),
@@ -71,13 +64,10 @@ WORDS = [
     Case("--mode=check --workdir=nowhere", "--config=mma --workdir=nowhere"),
     Case("--config=knn --workdir=", "--workdir= is empty"),
     Case("serve --gallery=g --port=99999", "from 0 to 65,535"),
-    Case("export run --to=x --format=onxn", "'onnx'"),
-    Case("export --run=run", "without a flag"),
-    Case("score gt.txt", "needs RANKING"),
-    Case("who film.mp4", "needs --out, --models"),
+    Case("export run --to=x --format=onxn", "'onnx'"), Case("export --run=run", "without a flag"),
+    Case("score gt.txt", "needs RANKING"), Case("who film.mp4", "needs --out, --models"),
     Case("extract none.mp4 --out=x --models=m --size=1", "32 to 8,192"),
-    Case("convert dlib", "needs FILE, --out"),
-    Case("forget", "--identity=NAME"),
+    Case("convert dlib", "needs FILE, --out"), Case("forget", "--identity=NAME"),
 ]  # fmt: skip
 FIELDS = [
     Case(f"{TRAIN} --config.optimizer.learning_rate=1", "--config.optim.learning_rate"),
@@ -165,14 +155,13 @@ FILES = [
     Case("--mode=check --config=knn", "unset JAX_PLATFORMS", env=NO_GPU),
 ]
 WORKS = [
-    Case("--version", "vidjax 0.", 0),
-    Case("--mode=config --workdir=run", "run/config.json", 0),
+    Case("--version", "vidjax 0.", 0), Case("--mode=config --workdir=run", "run/config.json", 0),
     Case("--config=knn --workdir=run --config.eval.report=false --json", '"map":', 0),
     Case("--mode=report --workdir=run --json", '"report":', 0),
     Case("--mode=check --workdir=run --json", '"verdict": "all good"', 0),
     Case("--mode=evaluate --workdir=run --config.eval.split=test --quiet", "MAP@100", 0),
     Case("--config=knn --config.seed=1 --config.eval.report=0", "runs/knn_seed=1", 0),
-]
+]  # fmt: skip
 
 
 class Outcome(NamedTuple):

@@ -50,11 +50,10 @@ class Run:
 
     def __init__(self, folder, official, case):
         self.folder, self.workdir = folder, folder / "run"
-        source = (
-            f"--config={ROOT}/configs/{case}.py:iqiyi_vid,face",
-            f"--config.data.dir={official}",
-        )
-        self.words = (f"--workdir={self.workdir}", *source, *SMALL, *CASES[case])
+        self.words = (
+            f"--config={ROOT}/configs/{case}.py:iqiyi_vid,face", f"--config.data.dir={official}",
+            f"--workdir={self.workdir}", *SMALL, *CASES[case],
+        )  # fmt: skip
         (folder.parent / "programs").mkdir(exist_ok=True)
         (folder / "cache").mkdir(parents=True)
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
