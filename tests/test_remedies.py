@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_galleries, made_runs
+from tests.helpers import clip_files, made_galleries, made_runs, servers
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.data import sources
@@ -85,7 +85,8 @@ def test_wrong_flags_are_refused_before_work_begins(typed, words, place, say, mo
 def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(place):
     words = "is a run: Gallery.create(", str(place / "run")
     refused(lambda: Gallery.create(place / "run", "new"), *words)
-    gallery, clips = Gallery(place / "g"), {"c": {"face": np.ones((1, 24), np.float32)}}
+    gallery = servers.make_gallery(place / "people")
+    clips = {"c": {"face": np.ones((1, 8), np.float32)}}
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'; a clip is 'c'")
 
 
