@@ -95,17 +95,13 @@ ROWS = {
 }
 # Made once, where a test needs it, by the commands themselves.
 MADE = {
-    "features": ROWS["extract"].words,
-    "who": f"{ROWS['who'].words} --thumbnails",
-    "gallery": ROWS["gallery create"].words,
-    "ranked": ROWS["rank"].words,
-    "embedded": ROWS["embed"].words,
-    "answered": ROWS["gallery identify"].words,
-    "lists": ROWS["gallery rank"].words,
-    "compared": ROWS["compare"].words,
+    "features": ROWS["extract"].words, "who": f"{ROWS['who'].words} --thumbnails",
+    "gallery": ROWS["gallery create"].words, "ranked": ROWS["rank"].words,
+    "embedded": ROWS["embed"].words, "answered": ROWS["gallery identify"].words,
+    "lists": ROWS["gallery rank"].words, "compared": ROWS["compare"].words,
     "exported": "export {world}/run --to={at} --format=safetensors",
     "cache": ROWS["vidjax.data.arrays"].words,
-}
+}  # fmt: skip
 PROGRAMS = {f"vidjax.data.{module.__name__.rpartition('.')[2]}": module.main
             for module in (arrays, iqiyi_vid, synthetic)}  # fmt: skip
 

@@ -27,14 +27,11 @@ STREAMED = "--config.data.mode=streaming"
 LAYER = "--config.model.layers=((8,'swish',True,0.5),)"  # BatchNorm and dropout
 SMALL = {
     "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
-    "cosine": ("--config.model.embed_dim=16", MODALITIES),
-    "knn": (),
-    "plda": (MODALITIES,),
-    "quality_fusion": (LAYER,),
-    "residual_dense": ("--config.model.{main}width=8",),
+    "cosine": ("--config.model.embed_dim=16", MODALITIES), "knn": (), "plda": (MODALITIES,),
+    "quality_fusion": (LAYER,), "residual_dense": ("--config.model.{main}width=8",),
     "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)",),
     "deepmef": ("--config.model.{main}branch_dims=(6,4)", "--config.model.{main}hidden_dim=8"),
-}
+}  # fmt: skip
 
 
 def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
