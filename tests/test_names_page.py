@@ -22,9 +22,8 @@ def render(appearances, answers=None, people=("Ada", "Bob"), forms=None, **field
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
     people, film = {name: [] for name in people}, msgspec.structs.replace(FILM, **fields)
-    return names_page.render(
-        appearances, [film], people, "{}.png".format, answers or {}, address, forms
-    )
+    words = (people, "{}.png".format, answers or {}, address, forms)
+    return names_page.render(appearances, [film], *words)
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):

@@ -143,9 +143,8 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
 def test_count_cropped_counts_clips_and_lost_frames(dataset):
     splits = [dataset.split(name) for name in ("train", "val")]
     counts = clips_lib.count_cropped(splits, ("face", "audio"), MAX_FRAMES)
-    lost = [
-        len(x.features) - MAX_FRAMES for clips in CLIPS.values() for x in clips["face"].values()
-    ]
+    faces = [clip for clips in CLIPS.values() for clip in clips["face"].values()]
+    lost = [len(clip.features) - MAX_FRAMES for clip in faces]
     cropped = {"clips": sum(n > 0 for n in lost), "frames": sum(n for n in lost if n > 0)}
     assert counts == {"face": cropped, "audio": {"clips": 0, "frames": 0}}
 

@@ -64,9 +64,8 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     labels, rngs = jnp.zeros((1, CLIPS), jnp.int32), ensemble.make_rngs((ensemble.Member(),), 0)
     params = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels)).params
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x.shape[1:] for path, x in leaves
-    }
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): x.shape[1:] for path, x in leaves}
 
 
 def published(name, words=""):

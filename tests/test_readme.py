@@ -111,9 +111,7 @@ def test_every_link_of_the_pages_has_a_target():
 
 
 @pytest.mark.slow
-def test_readme_example_of_a_custom_system_runs(
-    official_dir, say, one_device, tmp_path, monkeypatch
-):
+def test_readme_example_of_a_system_runs(official_dir, say, one_device, tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     code = example("example: configs/mine.py", "configs/README.md")
     (tmp_path / "configs" / "mine.py").write_text(code)
@@ -222,10 +220,8 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 def test_every_readme_command_names_an_existing_program():
     programs = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
     programs |= {"tests.campaigns.same_bytes"}
-    setup = {
-        "README.md": ("python3", ".", "pip", "git", "cd"),
-        "vidjax/apps/video/README.md": "pip",
-    }
+    setup = {"README.md": ["python3", ".", "pip", "git", "cd"]}
+    setup["vidjax/apps/video/README.md"] = ["pip"]
     for page in PAGES.keys() - {"vidjax/apps/serve/README.md"}:
         for first, *words in shell_commands(page):
             if (first, words[:1]) == ("python", ["-m"]):

@@ -96,9 +96,7 @@ def net(trained):
     return served_models.RunModel(run)
 
 
-CLIPS = {
-    f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", frames=3) for n in range(6)
-}
+CLIPS = {f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", 3) for n in range(6)}
 
 
 def clips_of(run, *lengths):

@@ -110,10 +110,8 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
     assert f"{name}: named in unknown.tsv, 1 clip" in output and "gone.s000.t00" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
-    for wrong, message in {
-        "party.s001.t00\n": "line 1",
-        "party.s002.t01\tEve\n": f"'{name}'",
-    }.items():
+    told = {"party.s001.t00\n": "line 1", "party.s002.t01\tEve\n": f"'{name}'"}
+    for wrong, message in told.items():
         table.write_text(wrong)
         _, output = drawn.who(film, people=False, code=2)
         assert "unknown.tsv" in output and message in output and table.read_text() == wrong

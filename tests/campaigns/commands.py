@@ -190,9 +190,8 @@ def prepare_places(folder: Path) -> None:
     for name, (content, _) in MINE.items():
         (folder / "mine" / name).write_text(content)
     clip = {"face": np.arange(16.0).reshape(2, 8)}
-    clip_files.write_npz(
-        folder / "own", {x: {f"{x}_{i}": clip for i in "1234"} for x in ("train", "val")}
-    )
+    own = {split: {f"{split}_{i}": clip for i in "1234"} for split in ("train", "val")}
+    clip_files.write_npz(folder / "own", own)
     clip_files.write_npz(folder / "alone", {"train": {"clip": clip}})
 
 

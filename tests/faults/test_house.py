@@ -66,9 +66,8 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
     # A run imports these packages later. Converted data and compiled steps would be in the cache.
     env = without("tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
-    errors, _ = complaints(
-        *(["--config=configs/knn.py", f"--workdir={x}"] for x in places), env=env
-    )
+    commands = (["--config=configs/knn.py", f"--workdir={place}"] for place in places)
+    errors, _ = complaints(*commands, env=env)
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
     assert (tmp_path / "file").read_text() == "mine"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

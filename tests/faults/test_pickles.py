@@ -101,9 +101,8 @@ def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
 def test_sandbox_limits_memory_and_cpu_time_of_hostile_pickles(tmp_path, campaign):
     files = collection(tmp_path / "canary" / "mark")
     if not campaign:
-        files = {
-            n: data for i, (n, data) in enumerate(files.items()) if "greed" in n or i % 20 == 0
-        }
+        some = [name for i, name in enumerate(files) if "greed" in name or i % 20 == 0]
+        files = {name: files[name] for name in some}
     check_refused(read_all(files, tmp_path, "unpack"), strict=campaign)
 
 

@@ -41,9 +41,7 @@ def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
     """Returns clip -> its frames by modality, read; each clip comes once, and padding is empty."""
     found: dict[int, Any] = {}
     for batch in batches:
-        frames = {
-            name: Frames(fusion.read(one.features), *one[1:]) for name, one in batch.frames.items()
-        }
+        frames = {k: Frames(fusion.read(x.features), *x[1:]) for k, x in batch.frames.items()}
         frames, mask = jax.device_get((frames, batch.batch_mask))
         for row, clip in enumerate(np.asarray(batch.clip_index).tolist()):
             one = jax.tree.map(lambda x, row=row: x[row], frames)
@@ -65,9 +63,7 @@ def assert_equal(left: Any, right: Any) -> None:
     jax.tree.map(check, left, right)
 
 
-def real_frames(
-    data: ClipSource, split: str, modality: str = "face"
-) -> Iterator[tuple[int, Frames]]:
+def real_frames(data: ClipSource, split: str, modality="face") -> Iterator[tuple[int, Frames]]:
     """Yields the number of every clip of a split, and its real frames [T, ...]."""
     blocks = eval_batches(data, split=split, modalities=(modality,), rows=7)
     for clip, frames in rows_of(blocks).items():

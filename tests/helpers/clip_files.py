@@ -21,9 +21,7 @@ class Clip(NamedTuple):
     box: np.ndarray  # [T, 4]
 
 
-def random_clip(
-    rng: np.random.Generator, num_frames: int, dim: int, dtype: str = "float16"
-) -> Clip:
+def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="float16") -> Clip:
     return Clip(
         features=rng.normal(0, 20, (num_frames, dim)).astype(dtype),
         quality=rng.normal(80, 20, num_frames).astype(np.float32),
@@ -148,9 +146,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
     return clips
 
 
-def write_ragged(
-    folder: Path, counts: Mapping[str, int], lacks: Collection[tuple[str, str]] = ()
-) -> Path:
+def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
     """Writes splits of `ragged_clips` with ground truth; `lacks` are (modality, split)."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)

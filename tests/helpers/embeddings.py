@@ -1,5 +1,7 @@
 """Made-up vectors of photos: as dlib makes them, or exactly of the two-covariance model."""
 
+from typing import Any
+
 import numpy as np
 
 WIDTH = 128  # of dlib
@@ -51,9 +53,7 @@ def _variances(total: float, directions: float) -> np.ndarray:
     return values / values.sum() * total
 
 
-def exact(
-    rng: np.random.Generator, people: int, clips: int, width: int, within: float
-) -> np.ndarray:
+def exact(rng: Any, people: int, clips: int, width: int, within: float) -> np.ndarray:
     """Returns vectors of length 1 of people of the two-covariance model, [people, clips, width].
 
     `within` is the share of the variance that is not the person's.

@@ -28,10 +28,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "missing":
             os.stat("nowhere")
     os.write(1, b"a library prints this")
-    opened = {
-        "socket": socket.socket,
-        "program": lambda: subprocess.run([sys.executable, "-V"], check=True),
-    }
+    start = [sys.executable, "-V"]
+    opened = {"socket": socket.socket, "program": lambda: subprocess.run(start, check=True)}
     refused = []
     for name, call in opened.items():
         try:

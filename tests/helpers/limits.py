@@ -67,9 +67,8 @@ def run(
         command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files), *command]
     env, pipe = {**os.environ, "XLA_FLAGS": "", **(env or {})}, subprocess.PIPE
     more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, start_new_session=True, **more
-    ) as child:
+    more |= {"cwd": ROOT, "env": env, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **more) as child:
         peak, done = [0], threading.Event()
         watch = threading.Thread(target=_watch, args=(child, memory, peak, done))
         watch.start()
@@ -117,9 +116,7 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-def _watch(
-    child: subprocess.Popen[str], limit: int | None, peak: list[int], done: threading.Event
-) -> None:
+def _watch(child: Any, limit: int | None, peak: list[int], done: threading.Event) -> None:
     """Keeps the most memory of a session of processes, and kills it where that is too much."""
     while not done.is_set():
         peak[0] = max(peak[0], _held(child.pid))

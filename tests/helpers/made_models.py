@@ -59,9 +59,8 @@ def eval_logits(model, variables, frames, clips):
 def randomised(params, seed=3):
     """Every parameter at random, so that none hides at 0 or 1."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: np.asarray(p) + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params
-    )
+    params = jax.tree.map(np.asarray, params)
+    return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params)
 
 
 # Compiled: operation by operation it takes seconds.

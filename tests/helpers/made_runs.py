@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,7 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return json.loads(file["facts"].tobytes()), arrays
 
 
-def example(
-    kind: Any, texts: Mapping[str, str], key: str = "", counter: Iterator[int] | None = None
-) -> Any:
+def example(kind: Any, texts: Mapping[str, str], key="", counter: Any = None) -> Any:
     """Returns JSON of a type of `vidjax.runs.schemas`, with another value at every key.
 
     `texts` are key -> text, with {} for a number.

@@ -77,9 +77,8 @@ def saved(workdir, step=None):
     step = step or max(checkpoint.manifests(workdir))
     state = workdir / "checkpoints" / str(step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = {
-        name: tree for name, tree in ocp.checkpointables_metadata(state).metadata.items() if tree
-    }
+    metadata = ocp.checkpointables_metadata(state).metadata
+    found = {name: tree for name, tree in metadata.items() if tree}
 
     def abstract(x):  # which other processes and devices may have saved
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
