@@ -221,10 +221,8 @@ def run(trained):
 
 def faces(count):
     rng = np.random.default_rng(0)
-    return {
-        f"clip_{i}": {"face": rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32)}
-        for i in range(count)
-    }
+    arrays = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(count)]
+    return {f"clip_{i}": {"face": array} for i, array in enumerate(arrays)}
 
 
 @pytest.mark.parametrize(("features", "message"), [

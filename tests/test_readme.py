@@ -171,10 +171,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             _, workdir = run_commands.read_train_settings(program.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
             if not every and Path("runs/mma").exists():
-                words = [
-                    re.sub("deepmef.py|mma.py", "knn.py", word).replace("face,title", "title")
-                    for word in words
-                ]
+                words = [re.sub("deepmef.py|mma.py", "knn.py", word) for word in words]
+                words = [word.replace("face,title", "title") for word in words]
                 text = " ".join(words)
             words += CLOSED_FORM if "plda" in text else SHORT
             if str(workdir) in compared:  # by what a report writes
@@ -209,10 +207,8 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
             speed.main([*words, "--collect"])
         elif module == "tests.campaigns.same_bytes" and only != "nothing":
             assert same_bytes.main([*words, f"--only={only}", f"--cache={cache_dir}"]) in (0, None)
-    before, after = (
-        json.loads(path.read_text())
-        for path in (ROOT / "tests/benchmarks/scores.json", scores.RESULTS)
-    )
+    kept = ROOT / "tests/benchmarks/scores.json"
+    before, after = (json.loads(path.read_text()) for path in (kept, scores.RESULTS))
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == (ROOT / "tests/benchmarks/README.md").read_text()
 

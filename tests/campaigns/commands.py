@@ -102,10 +102,8 @@ FIELDS = [
          "reduce its sizes"),
 ]  # fmt: skip
 # Configuration files of a user: content, and words of the message.
-BEGIN = (
-    "from ml_collections import ConfigDict\n"
-    "from vidjax.runs import config\n\ndef get_config(args=''):\n"
-)
+BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
+BEGIN += "\ndef get_config(args=''):\n"
 MINE = {
     "empty.py": ("", "get_config"),
     "syntax.py": ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError"),

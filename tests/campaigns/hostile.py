@@ -414,10 +414,8 @@ def set_canary(folder: Path) -> None:
 
 def listing(folder: Path) -> dict[str, bytes | None]:
     """Returns the content of every file in a folder, by path; None for a folder."""
-    return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
-        for path in folder.rglob("*")
-    }
+    content = {path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+    return {str(path.relative_to(folder)): data for path, data in content.items()}
 
 
 def fire(folder: Path, canary: Path) -> Iterator[str]:

@@ -50,10 +50,8 @@ class Row(NamedTuple):
 READS = Row("it writes no file, or only a new one")
 CHILD = Row("a process of another command, which gives it a new folder")
 ON_RUN = "--workdir={at}"
-TRAIN = (
-    f"train {ON_RUN} --config=knn:iqiyi_vid,face --config.data.dir={{official}} "
-    "--config.eval.block_size=16"
-)
+TRAIN = f"train {ON_RUN} --config=knn:iqiyi_vid,face --config.data.dir={{official}}"
+TRAIN += " --config.eval.block_size=16"
 NETS = "--models={world}/models"
 TABLES = "--input={world}/tables --out={at}"
 ROWS = {

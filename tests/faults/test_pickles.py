@@ -54,11 +54,8 @@ def collection(mark):
         "greed": hostile.GREED,
         "damage": hostile.damage(python2.real()["python2-numpy1.16 protocol 2"]),
     }
-    return {
-        f"{group} {name}".replace("/", "|"): data
-        for group, files in groups.items()
-        for name, data in files.items()
-    }
+    every = [(group, *one) for group, files in groups.items() for one in files.items()]
+    return {f"{group} {name}".replace("/", "|"): data for group, name, data in every}
 
 
 @pytest.mark.slow

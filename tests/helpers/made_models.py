@@ -17,10 +17,8 @@ def make_batch(num_clips=8, seed=0, dtype="float16"):
     """Clips of three modalities; the last two rows are padding full of garbage."""
     lengths = {"face": [4, 0, 1, 2, 0, 3, 2, 2], "head": [1, 2, 0, 3, 0, 1, 1, 1]}
     lengths["audio"] = [1, 1, 1, 0, 0, 1, 1, 1]
-    frames = {
-        name: make_frames(lengths[name][:num_clips], max_frames=4, dim=dim, seed=seed, dtype=dtype)
-        for name, dim in DIMS.items()
-    }
+    make = functools.partial(make_frames, max_frames=4, seed=seed, dtype=dtype)
+    frames = {name: make(lengths[name][:num_clips], dim=dim) for name, dim in DIMS.items()}
     clips = ClipInfo(
         index=np.array([3, 1, 2, 0, 4, 5, 0, 0], np.int32)[:num_clips],
         labels=np.array([1, 2, 1, 4, 3, 0, 4, 4], np.int32)[:num_clips],

@@ -37,10 +37,8 @@ def embedder(layout="NCHW", weights=None):
     if layout == "NCHW":
         weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
         shape = [3, SIDE, SIDE]
-    nodes = [
-        helper.make_node("Flatten", ["x"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "w"], ["vector"]),
-    ]
+    flat = helper.make_node("Flatten", ["x"], ["flat"])
+    nodes = [flat, helper.make_node("MatMul", ["flat", "w"], ["vector"])]
     return model(nodes, {"w": np.ascontiguousarray(weights)}, shape, ["vector"])
 
 

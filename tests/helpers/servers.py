@@ -38,10 +38,8 @@ def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarr
 
 
 def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
-    return [
-        {"clip": clip, **{name: x.tolist() for name, x in parts.items()}}
-        for clip, parts in clips.items()
-    ]
+    lists = {clip: {k: x.tolist() for k, x in parts.items()} for clip, parts in clips.items()}
+    return [{"clip": clip, **parts} for clip, parts in lists.items()]
 
 
 class Served:
