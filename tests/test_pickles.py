@@ -20,13 +20,11 @@ from vidjax.data.untrusted import sandbox
 def clips(rng, lengths, width=8):
     """Returns faces of clips c0, c1, ... with these lengths."""
     scores = ((500 * rng.uniform(size=4)).tolist(), float(rng.uniform()), float(rng.normal()))
-    return {
-        b"c%d" % clip: [
-            [b"%d" % number, *scores, rng.normal(size=width).astype(np.float16)]
-            for number in range(length)
-        ]
-        for clip, length in enumerate(lengths)
-    }
+
+    def frame(number):
+        return [b"%d" % number, *scores, rng.normal(size=width).astype(np.float16)]
+
+    return {b"c%d" % clip: [*map(frame, range(count))] for clip, count in enumerate(lengths)}
 
 
 def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):

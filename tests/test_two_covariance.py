@@ -40,11 +40,8 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     fit = two_covariance.covariances(sums)
     space = two_covariance.make_space(fit, within=within, between=between)
     enrolled = two_covariance.enrol(space, sums.count, sums.total)
-    normal = (
-        fit.mean,
-        shrunk(fit.axes @ np.diag(fit.within) @ fit.axes.T, within),
-        shrunk(fit.axes @ fit.between @ fit.axes.T, between),
-    )
+    noise, people = (fit.axes @ x @ fit.axes.T for x in (np.diag(fit.within), fit.between))
+    normal = (fit.mean, shrunk(noise, within), shrunk(people, between))
     new = np.random.default_rng(1).normal(size=(4, WIDTH))
     with jax.enable_x64(True):
         ratios = np.asarray(plda_fit.log_ratios(space, enrolled, jnp.asarray(new)))
