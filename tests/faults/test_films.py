@@ -356,7 +356,7 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
     )
     for name, content in write_originals(tmp_path).items():
         path, became = tmp_path / name, Counter()
-        for number in range(1000 if campaign else 12):
+        for number in range(1000 if campaign else 25):
             rng, began = random.Random(f"{fault_seed} {name} {number}"), time.process_time()
             path.write_bytes(content)
             rng.choice((flip, cut, insert, repeat))(path, rng)
