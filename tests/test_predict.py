@@ -214,9 +214,8 @@ WIDTH = 24  # of the faces
 
 
 @pytest.fixture(scope="module")
-def run(trained):
-    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    return vidjax.restore(folder, num_devices=1)
+def run(restored):
+    return restored("ensemble")
 
 
 def faces(count):
