@@ -214,8 +214,9 @@ WIDTH = 24  # of the faces
 
 
 @pytest.fixture(scope="module")
-def run(restored):
-    return restored("ensemble")
+def run(trained):
+    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
+    return vidjax.restore(folder, num_devices=1)
 
 
 def faces(count):
