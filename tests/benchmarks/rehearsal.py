@@ -88,9 +88,9 @@ class PickleFile:
         if self._memo:
             pickler.memo = self._memo
         pickler.dump(dict(clips))
-        shared = (type, type(len), np.dtype)
+        kept = (type, type(len), np.dtype, bytes)
         memo = pickler.memo.copy().items()
-        self._memo = {k: v for k, v in memo if isinstance(v[1], shared) or v[1] == b"b"}
+        self._memo = {k: v for k, v in memo if isinstance(v[1], kept) and len(repr(v[1])) < 99}
         while at < len(whole := content.getvalue()):
             end = at + 9 + int.from_bytes(whole[at + 1 : at + 9], "little")
             frames.append(whole[at + 9 : end])
