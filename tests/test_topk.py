@@ -1,5 +1,7 @@
 """The streaming top k against a full sort, over every order of blocks and ties."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from tests.helpers.cases import quick_first
 from vidjax.core import devices
-from vidjax.evaluation import topk
+from vidjax.evaluation import device_topk, topk
 
 C, K = 7, 20
 
@@ -43,6 +45,13 @@ def assert_exact(top: topk.TopK, expected: topk.TopK):
     np.testing.assert_array_equal(top.scores, expected.scores)
 
 
+def rank_on_device(blocks, num_identities, k, rows, mesh=None):
+    top = device_topk.DeviceTopK(num_identities, k, rows, mesh or devices.make_mesh(1))
+    for block in blocks:
+        top.add(block)
+    return top.finish()
+
+
 STREAMS = {
     "random": lambda s: s, "descending": lambda s: -np.sort(-s, axis=0), "all equal": np.zeros_like,
     "few values": lambda s: np.round(2 * s),
@@ -53,22 +62,26 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_top_k_equals_a_full_sort(name):
+def test_top_k_equals_a_full_sort(monkeypatch, name):
     rng = np.random.default_rng(0)
     for num_clips in (1, 19, 150):
         scores = STREAMS[name](rng.standard_normal((num_clips, C), np.float32)).astype(np.float32)
         clip_index = np.sort(rng.choice(10**6, num_clips, replace=False)).astype(np.int32)
         expected = full_sort(scores, clip_index, K)
         order = rng.permutation(num_clips)
+        blocks = list(blocks_of(scores[order], clip_index[order], 16, rng))
+        for chunk, candidates in ((C, 0), (3, 10), (3, 10**6)):
+            monkeypatch.setattr(topk, "CHUNK", chunk)
+            monkeypatch.setattr(topk, "MAX_CANDIDATES", candidates)
+            assert_exact(topk.rank(blocks, C, K), expected)
         for rows in (16, 48):
-            stream = blocks_of(scores[order], clip_index[order], 16, rng)
-            assert_exact(topk.rank(stream, C, K, rows=rows), expected)
+            assert_exact(rank_on_device(blocks, C, K, rows), expected)
 
 
-def test_top_k_equals_a_full_sort_if_it_skips_rows(monkeypatch):
-    monkeypatch.setattr(topk, "GROUP", 4)
-    monkeypatch.setattr(topk, "MOST_GROUPS", (1, 3))
-    update = jax.jit(lambda top, block: topk.update_top(top, [block]))
+def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch):
+    monkeypatch.setattr(device_topk, "GROUP", 4)
+    monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))
+    update = jax.jit(lambda top, block: device_topk.update_top(top, [block]))
     for name in ("random", "descending", "all equal"):
         rng = np.random.default_rng(1)
         scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
@@ -79,7 +92,7 @@ def test_top_k_equals_a_full_sort_if_it_skips_rows(monkeypatch):
             rows = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
             most.append(np.max(np.sum(rows >= np.min(top.scores, axis=1), axis=0)))
             top = update(top, block)
-        assert_exact(topk.finish_top(top), full_sort(scores, clip_index, K))
+        assert_exact(device_topk.finish_top(top), full_sort(scores, clip_index, K))
         assert most[0] > 3, name
         if name != "all equal":
             assert min(most) <= 1, f"rows of {name} were never left out"
@@ -90,44 +103,56 @@ def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
     clips = np.array([7, 8, 6, 2, 0], np.int32)
     for order in ([0, 1, 2, 3, 4], [3, 4, 0, 1, 2], [2, 1, 4, 0, 3]):
         stream = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in order]
+        assert topk.rank(stream, 1, 3).index.tolist() == [[7, 8, 2]]
         for rows in (1, 3, 5):
-            assert topk.rank(stream, 1, 3, rows=rows).index.tolist() == [[7, 8, 2]]
+            assert rank_on_device(stream, 1, 3, rows).index.tolist() == [[7, 8, 2]]
 
 
 # Of 7 identities, the last chunk of 3 overlaps.
-@pytest.mark.parametrize("chunk", quick_first([3, topk.CHUNK]))
+@pytest.mark.parametrize("chunk", quick_first([3, device_topk.CHUNK]))
 def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
-    monkeypatch.setattr(topk, "CHUNK", chunk)
-    topk._make_update.cache_clear()
+    monkeypatch.setattr(device_topk, "CHUNK", chunk)
+    device_topk._make_update.cache_clear()
     mesh = devices.make_mesh(8)
     rng = np.random.default_rng(0)
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
     clip_index = rng.permutation(256).astype(np.int32)
     blocks = list(blocks_of(scores, clip_index, 32, rng))
     split = [jax.device_put(block, devices.row_layout(mesh)) for block in blocks]
-    for stream in (blocks, split):
-        top = topk.rank(stream, C, K, rows=64, mesh=mesh)
+    host = device_topk.start_top_k(C, K, mesh=mesh)
+    for block in split:
+        host.add(block)
+    tops = [host.finish(), *(rank_on_device(x, C, K, 64, mesh) for x in (blocks, split))]
+    parts = [topk.rank(blocks[start::3], C, K) for start in range(3)]
+    for top in (*tops, topk.join_tops(parts)):
         assert_exact(top, full_sort(scores, clip_index, K))
-    topk._make_update.cache_clear()
+    device_topk._make_update.cache_clear()
 
 
-def test_top_k_orders_nan_zeros_and_infinities():
+RANKERS = [topk.rank, functools.partial(rank_on_device, rows=7)]
+
+
+@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
+def test_top_k_orders_nan_zeros_and_infinities(rank):
     tiny = np.float32(1e-40)  # flushed to 0 on some backends and not on others
     scores = np.array([[np.nan], [0.0], [-0.0], [tiny], [-tiny], [-np.inf], [-1.0]], np.float32)
     clips = np.array([0, 6, 5, 4, 3, 2, 1], np.int32)
-    top = topk.rank([(scores, clips, np.ones(7, bool))], 1, 7, rows=7)
+    top = rank([(scores, clips, np.ones(7, bool))], 1, 7)
     assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
-    assert (topk.rank([], 3, 5).index == topk.NO_CLIP).all()
+    one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
+    assert topk.rank(one_by_one, 1, 3).index.tolist() == [[3, 4, 5]]
+    assert (rank([], 3, 5).index == topk.NO_CLIP).all()
     halves = (jnp.arange(7, dtype=jnp.bfloat16)[:, None], clips, np.ones(7, bool))
-    assert topk.rank([halves], 1, 3, rows=7).index.tolist() == [[1, 2, 3]]
+    assert rank([halves], 1, 3).index.tolist() == [[1, 2, 3]]
 
 
-def test_top_k_keeps_clip_indices_beyond_float32_precision():
+@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
+def test_top_k_keeps_clip_indices_beyond_float32_precision(rank):
     clips = np.array([2**24 + 1, 2**24, 2**30 + 1, 2**30, 2**31 - 2**25 - 1], np.int32)
     blocks = [(np.zeros((1, 3), np.float32), clip[None], np.ones(1, bool)) for clip in clips]
     for k, stream in ((1, blocks), (4, blocks[::-1])):
-        top = topk.rank(stream, 3, k, rows=1)
+        top = rank(stream, 3, k)
         np.testing.assert_array_equal(top.index, np.tile(np.sort(clips)[:k], (3, 1)))
 
 

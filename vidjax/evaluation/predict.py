@@ -27,6 +27,7 @@ from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
+from vidjax.evaluation.device_topk import start_top_k
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, select_sets
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups
 from vidjax.models.system import System, make_system
@@ -234,13 +235,13 @@ class Predictor(NamedTuple):
         request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
-        running = topk.RunningTopK(len(self.identities), k, rows=rows, mesh=self.mesh)
+        running = start_top_k(len(self.identities), k, rows=rows, mesh=self.mesh)
         for block in self._score_blocks(request):
             running.add(block)
             advance(len(block[1]))  # counting the mask would wait for the device
         top = running.finish()
         names = {int(place): n for place, n in zip(request.clip_index, request.names, strict=True)}
-        return convert_to_lists(self.identities, names, top)
+        return topk.convert_to_lists(self.identities, names, top)
 
     def embed(
         self,
@@ -405,21 +406,3 @@ def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
         warn(f"{error}\nno score threshold is known: give `threshold`")
         return {}
     return results if results.get("step") == step else {}
-
-
-def convert_to_lists(
-    identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
-) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first.
-
-    `names` maps clip indices to names.
-    """
-    rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
-    return {
-        identity: [
-            (names[clip], score)
-            for clip, score in zip(indices, scores, strict=True)
-            if clip != topk.NO_CLIP
-        ]
-        for identity, (indices, scores) in zip(identities, rows, strict=True)
-    }

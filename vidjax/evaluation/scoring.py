@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, mak
 from vidjax.data.resident import find_least_free_bytes
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
+from vidjax.evaluation.device_topk import DeviceTopK, RunningTopK, start_top_k
 from vidjax.evaluation.eval_step import MeanScores, add_scores, make_no_scores, mean_scores
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import System
@@ -28,7 +29,9 @@ from vidjax.utils.errors import UserError, warn
 # scores in memory. A smaller window slices the parameters of each member more often.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
+JOINED_FRAMES = 1 << 17  # padded frames of a modality in the joined blocks of an accelerator
 WAITING_BYTES = 1 << 30  # most scores that wait to be merged into the ranking
+Ranking = DeviceTopK | RunningTopK
 
 
 class TrainedModel(NamedTuple):
@@ -74,9 +77,7 @@ class ModelScorer:
     def _weights(self, member: int) -> tuple[Params, ModelState]:
         return ensemble.take((self.model.params, self.model.model_state), member)
 
-    def score(
-        self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK] = ()
-    ) -> list[Array]:
+    def score(self, blocks: Sequence[Batch], rankings: Sequence[Ranking] = ()) -> list[Array]:
         """Returns the scores [B, C] of every block, averaged over the members that score a clip.
 
         A member skips a block if it may score none of the clips. `rankings` has a ranking for each
@@ -84,16 +85,14 @@ class ModelScorer:
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
-            hidden_chunk = jnp.int32(model.training_sets.members[0].view)
+            hidden_chunk = np.int32(model.training_sets.members[0].view)
             scores = [model.eval_step(*self._single, hidden_chunk, block) for block in blocks]
         else:
             scores = self._mean_scores(blocks, rankings)
         few = 0 < count < scores[0].shape[1]
         return [keep_best(x, count) for x in scores] if few else scores
 
-    def _mean_scores(
-        self, blocks: Sequence[Batch], rankings: Sequence[topk.RunningTopK]
-    ) -> list[Array]:
+    def _mean_scores(self, blocks: Sequence[Batch], rankings: Sequence[Ranking]) -> list[Array]:
         model, totals = self.model, list[Any]([None] * len(blocks))
         may_score = np.stack([self._find_members(block) for block in blocks], axis=1)
         for number, member in enumerate(model.training_sets.members):
@@ -102,7 +101,7 @@ class ModelScorer:
             own = self._weights(number)
             for i in np.flatnonzero(may_score[number]).tolist():
                 block = blocks[i]
-                scores = model.eval_step(*own, jnp.int32(member.view), block)
+                scores = model.eval_step(*own, np.int32(member.view), block)
                 used = _find_used(self._use, number, block.clip_index, block.batch_mask)
                 if rankings:
                     rankings[number].add((scores, block.clip_index, used))
@@ -174,10 +173,13 @@ def iterate_block_groups(
 ) -> Iterator[list[list[Batch]]]:
     """Yields the blocks of a split in groups. A group has a list of blocks for each model.
 
-    A block has `block_size` clips per device and is on the devices. All members score a group
-    before the next group is read. With a single member, a group is a single block. With several
-    members, a group ends at WINDOW_ROWS clips, WAITING_BYTES of scores or WINDOW_BYTES of features.
-    A dataset that models share is read only once. Different datasets must have the same clips.
+    A block has `block_size` clips per device and is on the devices. On accelerators, several blocks
+    of short clips are joined, because a program takes longer to start than to score few clips.
+
+    All members score a group before the next group is read. With a single member, a group is a
+    single block. With several members, a group ends at WINDOW_ROWS clips, WAITING_BYTES of scores
+    or WINDOW_BYTES of features. A dataset that models share is read only once. Different datasets
+    must have the same clips.
 
     `use` is [E, N] bool, True where a member of any model scores a clip. Clips with the same
     members share blocks, and clips without a member are left out. If `use` is None, the groups
@@ -194,9 +196,15 @@ def iterate_block_groups(
     lengths = np.max([longest(splits[key], names[key]) for key in sharing], axis=0)
     join = not any(model.system.frame_is_example for model in models)
     only = None if use is None else np.any(use, axis=0)
+    plans = {
+        key: make_eval_plan(splits[key], names[key], lengths=lengths, only=only, join=join)
+        for key in sharing
+    }
+    if mesh.devices.flat[0].platform != "cpu":
+        block_size *= _count_joined_blocks(plans.values(), block_size)
     rows, streams = block_size * mesh.size, []
     for key, group in sharing.items():
-        plan = make_eval_plan(splits[key], names[key], lengths=lengths, only=only, join=join)
+        plan = plans[key]
         if use is not None and len(use) > 1:
             plan = split_by_members(plan, use, rows)
         for model in group:
@@ -218,6 +226,14 @@ def iterate_block_groups(
             window, size = [], 0
     if window:
         yield [[batches[id(model.data)] for batches in window] for model in models]
+
+
+def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
+    """Returns 1 to 8, the number of blocks to join so that a block has at most JOINED_FRAMES."""
+    longest = max(
+        lengths[plan.bucket.max()] for plan in plans for lengths in plan.padded_lengths.values()
+    )
+    return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
 
 def choose_window_rows(num_identities: int) -> int:
@@ -375,7 +391,7 @@ class _Ranker:
     ):
         num_identities = models[0].system.task.num_identities
         rows = min(choose_window_rows(num_identities), len(pool))
-        new_ranking = functools.partial(topk.RunningTopK, num_identities, rows=rows, mesh=mesh)
+        new_ranking = functools.partial(start_top_k, num_identities, rows=rows, mesh=mesh)
         self._models, self._scorers = models, scorers
         self.ranking = new_ranking()
         self._by_model = [new_ranking() for _ in models if len(models) > 1]

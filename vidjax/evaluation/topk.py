@@ -1,84 +1,159 @@
-"""Computes the exact top k clips of every identity from a stream of score blocks, on the device.
+"""Computes the exact top k clips of every identity from a stream of score blocks, with numpy.
 
-All functions order clips by descending score, then by ascending clip index. The clip index is the
-order of the clip names.
+Clips are ordered by descending score, then by ascending clip index. The clip index is the order of
+the clip names.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
-
-from vidjax.core import devices
-from vidjax.core.batch import Array
 
 NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty entry; sorts after every real clip
 MAX_NAMES = 100  # largest number of clips per identity in a submission
-CHUNK = 256  # identities per merge, so that their scores stay in the cache of a CPU
-GROUP = 8  # rows per group; a group is sorted only if its best score can enter the top k
-# Numbers of groups that are sorted per identity. The smallest number that is enough for all
-# candidates is used. If no number is enough, all rows are sorted.
-MOST_GROUPS = (32, 128)
+CHUNK = 1 << 14  # identities that are ranked together; numpy sorts uint16 in linear time
+MAX_CANDIDATES = 1 << 19  # candidates of a chunk that wait to be merged into its top k
+TINY = np.finfo(np.float32).tiny
+EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_CLIP
 
 
 class TopK(NamedTuple):
     """The best clips of every identity: scores [C, k] float32 and clip indices [C, k] int32.
 
-    An empty entry has the score -inf and the index NO_CLIP.
+    An empty entry has the score -inf and the index NO_CLIP. The arrays are numpy or jax arrays.
     """
 
-    scores: Array
-    index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
+    scores: Any
+    index: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
-ScoreBlock = tuple[Array, Array, Array]  # scores [B, C], clip_index [B], batch_mask [B]
+ScoreBlock = tuple[Any, Any, Any]  # scores [B, C], clip_index [B], batch_mask [B]
 
 
-def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
-    """Merges blocks of scores into a top k. The result is exact but unsorted, see `finish_top`.
+class HostTopK:
+    """The top k of a stream of score blocks.
 
-    The result does not depend on the order, size and padding of the blocks. A few calls with many
-    clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
-    magnitudes below the smallest normal float32 count as 0.
-
-    Args:
-      top: the best clips so far.
-      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
-        occurs only once in the stream and is below 2**31 - 2**25. Rows outside the mask are
-        ignored.
+    A score that is lower than the k-th best score of its identity is dropped at once. The other
+    scores are candidates. Many candidates are merged into the top k together.
     """
-    num_identities = len(top.scores)
-    size = min(CHUNK, num_identities)
-    clips = jnp.concatenate([jnp.where(mask, index, NO_CLIP) for _, index, mask in blocks])
 
-    def update_chunk(chunk: Array, updated: TopK) -> TopK:
-        # XLA clamps slices, so the last chunk may overlap the chunk before it. Both chunks read
-        # `top`, so overlapping rows get equal values.
-        start = chunk * size
-        old = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, start, size), top)
-        rows = [
-            _clean(lax.dynamic_slice_in_dim(scores, start, size, axis=1), mask)
-            for scores, _, mask in blocks
+    def __init__(self, num_identities: int, k: int = MAX_NAMES):
+        """Starts an empty top k of C identities."""
+        self._k = k
+        self._chunks = [
+            _Chunk(min(CHUNK, num_identities - first), k)
+            for first in range(0, num_identities, CHUNK)
         ]
-        new = _merge(old, jnp.concatenate(rows), clips)
-        return jax.tree.map(
-            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
-            updated,
-            new,
-        )
 
-    return lax.fori_loop(0, -(-num_identities // size), update_chunk, top)
+    def add(self, scores: np.ndarray, clip_index: np.ndarray, batch_mask: np.ndarray) -> None:
+        """Adds a block of scores. Only a part of the candidates is copied.
+
+        The result does not depend on the order, size and padding of the blocks. NaN counts as -inf,
+        and magnitudes below the smallest normal float32 count as 0.
+
+        Args:
+          scores: [B, C] float.
+          clip_index: [B] int32. Every clip occurs only once in the stream.
+          batch_mask: [B] bool. Rows outside the mask are ignored.
+        """
+        if not batch_mask.all():
+            scores, clip_index = scores[batch_mask], clip_index[batch_mask]
+        scores = scores.astype(np.float32, copy=False)
+        for number, chunk in enumerate(self._chunks):
+            chunk.add(scores[:, number * CHUNK : (number + 1) * CHUNK], clip_index)
+
+    def finish(self) -> TopK:
+        """Returns the sorted top k of every identity."""
+        for chunk in self._chunks:
+            chunk.merge()
+        keys = [chunk.keys for chunk in self._chunks] or [np.empty((0, self._k), np.uint64)]
+        return _read_sorted(np.concatenate(keys))
 
 
-def finish_top(top: TopK) -> TopK:
-    """Sorts a top k by descending score, then by ascending clip index. Empty entries come last."""
-    descending, index = lax.sort((-jnp.asarray(top.scores), jnp.asarray(top.index)), num_keys=2)
-    return TopK(scores=-descending, index=index)
+class _Chunk:
+    """The top k of at most CHUNK identities.
+
+    Attributes:
+      keys: [C, k] uint64, see `_make_keys`, unsorted.
+    """
+
+    def __init__(self, num_identities: int, k: int):
+        self.keys = np.full((num_identities, k), EMPTY)
+        self._least = np.full(num_identities, -np.inf, np.float32)
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # identities and keys
+        self._num_waiting = 0
+
+    def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
+        """Collects the candidates of scores [B, C] float32, also NaN."""
+        places = np.flatnonzero(~(scores < self._least))
+        rows, identities = np.divmod(places.astype(np.uint32), np.uint32(len(self.keys)))
+        keys = _make_keys(scores[rows, identities], clip_index[rows])
+        self._waiting.append((identities.astype(np.uint16), keys))
+        self._num_waiting += len(keys)
+        if self._num_waiting > MAX_CANDIDATES:
+            self.merge()
+
+    def merge(self) -> None:
+        """Merges the waiting candidates into the top k."""
+        if not self._num_waiting:
+            return
+        identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
+        order = np.argsort(identities, kind="stable")
+        (num_identities, k), counts = self.keys.shape, np.bincount(identities)
+        ends = np.cumsum(counts)
+        place = np.arange(len(keys)) - np.repeat(ends - counts, counts)  # of an identity
+        most = int(counts.max())
+        table = np.full((num_identities, k + most), EMPTY)
+        table[:, :k] = self.keys
+        table[identities[order], k + place] = keys[order]
+        table.partition(most, axis=1)
+        self.keys = table[:, most:].copy()
+        least = _read_keys(self.keys.min(axis=1)).scores
+        # Scores whose magnitude is below TINY equal a least score of 0.
+        self._least = np.where(least == 0, -TINY, least)
+        self._waiting, self._num_waiting = [], 0
+
+
+def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
+    """Returns uint64 keys. A better entry has a larger key, and different clips differ.
+
+    The upper 32 bits order like the float32 scores: all bits of negative numbers are flipped, and
+    the sign bit of other numbers. The lower bits are NO_CLIP - clip_index.
+    """
+    scores = np.where(np.isnan(scores), -np.inf, np.where(np.abs(scores) < TINY, 0, scores))
+    bits = scores.astype(np.float32).view(np.uint32)
+    upper = bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+    lower = NO_CLIP - clip_index.astype(np.int32)
+    return upper.astype(np.uint64) << np.uint64(32) | lower.astype(np.uint64)
+
+
+def _read_keys(keys: np.ndarray) -> TopK:
+    """Returns the scores and the clip indices of keys."""
+    upper = (keys >> np.uint64(32)).astype(np.uint32)
+    bits = upper ^ np.where(upper >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
+    index = NO_CLIP - (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    return TopK(bits.view(np.float32), index)
+
+
+def _read_sorted(keys: np.ndarray) -> TopK:
+    """Returns the sorted top k of keys [C, k]."""
+    return _read_keys(np.sort(keys, axis=1)[:, ::-1])
+
+
+def join_tops(tops: Sequence[TopK]) -> TopK:
+    """Joins several top k of different clips into a sorted top k."""
+    k = tops[0].scores.shape[1]
+    keys = np.concatenate([_make_keys(top.scores, top.index) for top in tops], axis=1)
+    keys.partition(keys.shape[1] - k, axis=1)
+    return _read_sorted(keys[:, -k:])
+
+
+def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
+    """Returns the sorted top k of a stream of blocks, see `HostTopK.add`."""
+    top = HostTopK(num_identities, k)
+    for block in blocks:
+        top.add(*map(np.asarray, block))
+    return top.finish()
 
 
 def count_ties(top: TopK) -> int:
@@ -90,170 +165,19 @@ def count_ties(top: TopK) -> int:
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 
 
-class RunningTopK:
-    """The top k of a stream of score blocks. A merge takes a few thousand clips at a time.
+def convert_to_lists(
+    identities: Sequence[str], names: Mapping[int, str], top: TopK
+) -> dict[str, list[tuple[str, float]]]:
+    """Returns identity -> its clips as (name, score), best first.
 
-    Every device keeps the top k of its rows, so no scores of blocks move between devices. `finish`
-    joins the top k of the devices.
+    `names` maps clip indices to names.
     """
-
-    def __init__(
-        self,
-        num_identities: int,
-        k: int = MAX_NAMES,
-        *,
-        rows: int = 2048,
-        mesh: Mesh | None = None,
-    ):
-        """Starts an empty top k of C identities.
-
-        Blocks are merged after `rows` clips, which takes O(C x rows) memory. The results do not
-        depend on `rows`.
-        """
-        mesh = mesh or devices.make_mesh(1)
-        self._layout = devices.row_layout(mesh)
-        shape = (mesh.size, num_identities, k)
-        empty = TopK(np.full(shape, -np.inf, np.float32), np.full(shape, NO_CLIP, np.int32))
-        self._top = devices.put(empty, self._layout)
-        self._update, self._rows = _make_update(mesh), rows
-        self._waiting: list[ScoreBlock] = []
-
-    def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `update_top`. All blocks must have the same shape."""
-        self._waiting.append(devices.put(block, self._layout))
-        if len(self._waiting) * len(block[0]) >= self._rows:
-            self.flush()
-
-    def flush(self) -> None:
-        """Merges the waiting blocks, so that their scores can be freed."""
-        if not self._waiting:
-            return
-        # Empty blocks fill the list to its usual length, so that the program compiles only once.
-        scores, clip_index, batch_mask = self._waiting[-1]
-        missing = -(-self._rows // len(scores)) - len(self._waiting)
-        empty = (scores, clip_index, batch_mask & False)
-        jax.block_until_ready(self._top)  # so that the scores of pending merges do not pile up
-        self._top = self._update(self._top, [*self._waiting, *[empty] * missing])
-        self._waiting = []
-
-    def finish(self) -> TopK:
-        """Returns the sorted top k of every identity as numpy arrays."""
-        self.flush()
-        return devices.fetch(_join(self._top))
-
-
-@functools.cache
-def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
-    """Compiles `update_top` so that every device applies it to its part of the rows."""
-
-    def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
-        blocks = list(zip(*columns, strict=True))
-        new = update_top(TopK(*(part[0] for part in top)), blocks)
-        return TopK(*(part[None] for part in new))
-
-    rows = PartitionSpec("data")
-    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    return jax.jit(lambda top, blocks: mapped(top, *zip(*blocks, strict=True)))
-
-
-@jax.jit
-def _join(tops: TopK) -> TopK:
-    """Joins the top k of all devices, [devices, C, k], into a single sorted top k, [C, k]."""
-    k = tops.scores.shape[2]
-    joined = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in tops)
-    return TopK(*(part[:, :k] for part in finish_top(TopK(*joined))))
-
-
-def rank(
-    blocks: Iterable[ScoreBlock],
-    num_identities: int,
-    k: int = MAX_NAMES,
-    *,
-    rows: int = 2048,
-    mesh: Mesh | None = None,
-) -> TopK:
-    """Returns the sorted top k of a stream of blocks. For `rows` see `RunningTopK`."""
-    running = RunningTopK(num_identities, k, rows=rows, mesh=mesh)
-    for block in blocks:
-        running.add(block)
-    return running.finish()
-
-
-def _clean(scores: Array, batch_mask: Array) -> Array:
-    """Returns scores [B, C] as float32 without NaN, -0 and denormals. Padded rows get -inf."""
-    scores = scores.astype(jnp.float32)
-    scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)
-    return jnp.where(batch_mask[:, None] & ~jnp.isnan(scores), scores, -jnp.inf)
-
-
-def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
-    """Merges the scores `rows` [B, C] of `clips` [B] into a top k.
-
-    After many clips, only a few rows can still enter the top k of an identity. The best score of
-    each group of 8 rows shows whether the group contains a candidate. Only groups with candidates
-    are sorted. If an identity has too many candidates, all rows are sorted.
-    """
-    num_groups = len(rows) // GROUP
-    sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]
-
-    def select_all() -> TopK:
-        return _select(old, jnp.concatenate([old.scores.T, rows]).T, clips[None])
-
-    if len(rows) % GROUP or not sizes:
-        return select_all()
-    best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
-    # An equal score can enter, too, if its clip has a lower index.
-    num_seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
-    counts = num_seen[:, -1]
-
-    def select_few(size: int) -> TopK:
-        number = jnp.arange(1, size + 1)
-        # The n-th group with a candidate is at the position where the running count reaches n.
-        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(
-            num_seen
-        )
-        groups = jnp.minimum(groups, num_groups - 1)
-        chosen = (groups[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(len(groups), -1)
-        real = jnp.repeat(number <= counts[:, None], GROUP, axis=1)
-        scores = jnp.where(real, rows[chosen, jnp.arange(len(chosen))[:, None]], -jnp.inf)
-        chosen_clips = jnp.where(real, clips[chosen], NO_CLIP)
-        return _select(old, jnp.concatenate([old.scores, scores], axis=1), chosen_clips)
-
-    enough = jnp.searchsorted(jnp.array(sizes), jnp.max(counts))
-    return lax.switch(enough, [*(functools.partial(select_few, n) for n in sizes), select_all])
-
-
-def _select(old: TopK, scores: Array, clips: Array) -> TopK:
-    """Selects the best k of k + B candidates per identity by their scores [C, k + B].
-
-    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B] or, if
-    all identities have the same, [1, B].
-    """
-    k = old.scores.shape[1]
-    # If the scores k and k + 1 are equal, top_k prefers the earlier column, but the earlier column
-    # may be the later clip. The extra score k + 1 detects these ties. If the barriers are removed,
-    # XLA merges the slices below into the top_k and falls back to a full sort, 10 times slower on
-    # CPU. If a single barrier encloses both outputs, the partitioner of XLA aborts.
-    values, columns = map(lax.optimization_barrier, lax.top_k(scores, k + 1))
-
-    def clips_of(columns: Array) -> Array:
-        kept = jnp.take_along_axis(old.index, jnp.minimum(columns, k - 1), axis=1)
-        new = jnp.take_along_axis(clips, jnp.maximum(columns - k, 0), axis=1)
-        return jnp.where(columns < k, kept, new)
-
-    def keep_order() -> TopK:
-        return TopK(values[:, :k], clips_of(columns[:, :k]))
-
-    def settle_ties() -> TopK:
-        last = values[:, k - 1 : k]
-        index = jnp.broadcast_to(clips, (len(old.index), clips.shape[1]))
-        index = jnp.concatenate([old.index, index], axis=1)
-        # Positive float32 numbers sort like the integers with the same bits. So a clip index
-        # becomes an exact float key for top_k. NO_CLIP gets the lowest key.
-        bits = lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) - index
-        key = lax.bitcast_convert_type(bits, jnp.float32)
-        key = jnp.where(scores > last, jnp.inf, jnp.where(scores == last, key, -jnp.inf))
-        _, chosen = lax.top_k(key, k)
-        return TopK(jnp.take_along_axis(scores, chosen, axis=1), clips_of(chosen))
-
-    return lax.cond(jnp.any(values[:, k - 1] == values[:, k]), settle_ties, keep_order)
+    rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
+    return {
+        identity: [
+            (names[clip], score)
+            for clip, score in zip(indices, scores, strict=True)
+            if clip != NO_CLIP
+        ]
+        for identity, (indices, scores) in zip(identities, rows, strict=True)
+    }

@@ -66,6 +66,7 @@ from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, T
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import MemoryClips, load_clips
 from vidjax.data.untrusted.names import find_similar_names, normal_form, show
+from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from vidjax.data.frame_fields import Quality
     from vidjax.data.packing import Clips
     from vidjax.evaluation.predict import Predictor
-    from vidjax.evaluation.topk import ScoreBlock
 
 FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
@@ -739,8 +739,6 @@ class Gallery:
         `fpir` or `threshold`, only clips that pass are listed; see `identify` for the arguments.
         `advance` is called with the number of clips of each finished block.
         """
-        from vidjax.evaluation import predict, topk  # imports JAX
-
         self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
         vectors, state = self.embed(clips, split), self._require_people()
         chosen = fpir is not None or threshold is not None
@@ -752,29 +750,27 @@ class Gallery:
         parts = [x[order] for x in vectors.parts.values()]
         logs, clip_has = searched.search(parts), np.array([x.any(axis=1) for x in parts])
         person_has = searched.counts[:, columns - 1] > 0
-        size = min(RANK_ROWS, len(order))
 
-        def blocks() -> "Iterator[ScoreBlock]":
+        def blocks() -> Iterator[topk.ScoreBlock]:
             for at in range(0, len(order), RANK_ROWS):
-                index = np.arange(at, at + size, dtype=np.int32)
-                scores = np.full((size, len(columns)), -np.inf, np.float32)
-                for place, clip_logs in enumerate(itertools.islice(logs, size)):
+                index = np.arange(at, min(at + RANK_ROWS, len(order)), dtype=np.int32)
+                scores = np.full((len(index), len(columns)), -np.inf, np.float32)
+                for place, clip_logs in enumerate(itertools.islice(logs, len(index))):
                     row, best = scores[place], clip_logs[columns]
                     # Compares float64, because a threshold lies just above a stranger's score.
                     passes = True if rule is None else rule.names(best)
                     if rule is not None and state.run.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, at + place] @ person_has
                     np.copyto(row, best, where=passes, casting="same_kind")
-                exists = index < len(order)
-                yield scores, index, exists
-                advance(int(exists.sum()))
+                yield scores, index, np.ones(len(index), bool)
+                advance(len(index))
 
-        top = topk.rank(blocks(), len(columns), rows=size)
+        top = topk.rank(blocks(), len(columns))
         names = {place: vectors.names[row] for place, row in enumerate(order.tolist())}
         if rule is not None:
             scores, index = np.asarray(top.scores), np.asarray(top.index)
             top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
-        return predict.convert_to_lists(identities, names, top)
+        return topk.convert_to_lists(identities, names, top)
 
 
 def check_new(folder: Path) -> None:
