@@ -85,7 +85,7 @@ class ModelScorer:
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
-            hidden_chunk = np.int32(model.training_sets.members[0].view)
+            hidden_chunk = np.array(model.training_sets.members[0].view, np.int32)
             scores = [model.eval_step(*self._single, hidden_chunk, block) for block in blocks]
         else:
             scores = self._mean_scores(blocks, rankings)
@@ -101,7 +101,7 @@ class ModelScorer:
             own = self._weights(number)
             for i in np.flatnonzero(may_score[number]).tolist():
                 block = blocks[i]
-                scores = model.eval_step(*own, np.int32(member.view), block)
+                scores = model.eval_step(*own, np.array(member.view, np.int32), block)
                 used = _find_used(self._use, number, block.clip_index, block.batch_mask)
                 if rankings:
                     rankings[number].add((scores, block.clip_index, used))
