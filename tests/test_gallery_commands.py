@@ -520,7 +520,7 @@ class Embed(bulk.Embed):
 """  # Kills one worker, once, at its second table. A kill from outside may come after the work.
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
 def test_ray_results_equal_those_of_one_machine(ask, nearest_run, folder, day, tmp_path):
     """Runs the recipes of the page. Their single worker is killed once and restarted."""
