@@ -1,11 +1,13 @@
-"""Speed and memory of `vidjax extract`, on made films of moving patches.
+"""Speed and memory of `vidjax extract`, on made films.
 
     VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--seconds=60] [--people=DIR]
 
-A film of 25 frames a second and shots of 4 s, in H.264, is extracted in one process with one
-thread, at each size: minutes of film per minute of a core. Then the most memory of the command, for
-films of 3 and 30 minutes. With `--people`, a folder of photos for each person, only the fast preset
-is compared with the default: names, times and CPU time of `vidjax who` for a film of these photos.
+A film of 25 frames a second, in H.264, is extracted in one process with one thread, at each size,
+with the default settings and with the fast preset: seconds of film per second of a core. With
+`--people`, a folder of photos for each person, the film shows these photos in shots of 7 s, and
+both settings are compared: names, times and CPU time of `vidjax who`. Without it, the film shows
+moving patches in shots of 4 s. Then the most memory of the command is measured, for films of 3 and
+30 minutes.
 """
 
 import argparse
@@ -26,7 +28,10 @@ from vidjax.apps.video import cards, features_folder, film, who
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25
-FAST = features_folder.ExtractionSettings(fps=2, size=448)
+PRESETS = {
+    "default": features_folder.ExtractionSettings(),
+    "fast": features_folder.ExtractionSettings(fps=2, size=448),
+}
 SHOT_S = 7
 
 
@@ -68,7 +73,7 @@ def peak(path: Path, out: Path, models: Path) -> int:
     return done.peak
 
 
-def panned(photo: Path, height: int = 720, width: int = 1280) -> Iterator[np.ndarray]:
+def panned(photo: Path, height: int, width: int) -> Iterator[np.ndarray]:
     """Yields the frames of a shot: a photo that moves by a tenth of the picture."""
     from PIL import Image
 
@@ -82,22 +87,42 @@ def panned(photo: Path, height: int = 720, width: int = 1280) -> Iterator[np.nda
         yield np.array(frame)
 
 
+def measure_speed(path: Path, models: Path) -> dict[str, float]:
+    """Returns for each of PRESETS how many seconds of a film a core extracts per second."""
+    speeds, stamp = {}, features_folder.FileStamp.of(path)
+    for name, settings in PRESETS.items():
+        nets, began = film.load_nets(cards.load(models), settings.size), time.process_time()
+        found = film.extract(path, path.parent, path.stem, nets, settings, stamp, "0" * 64)
+        speeds[name] = round(found.seconds / (time.process_time() - began), 2)
+    return speeds
+
+
+def list_photos(people: Path) -> list[list[Path]]:
+    """Returns the photos of each person."""
+    return [sorted(one.iterdir()) for one in sorted(people.iterdir())]
+
+
+def show_photos(people: Path, height: int, width: int) -> Iterator[np.ndarray]:
+    """Yields the frames of a film that shows all photos in turn."""
+    photos = list_photos(people)
+    for turn in range(max(map(len, photos))):
+        for own in photos:
+            yield from panned(own[turn % len(own)], height, width)
+
+
 def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[str, object]]:
-    """Yields the figures of the default, and of the fast preset against them.
+    """Yields the figures of each of PRESETS, and their difference.
 
     Every person is enrolled by the first photo of a folder, and the film shows all photos in turn.
     """
-    photos = [sorted(one.iterdir()) for one in sorted(people.iterdir())]
     first = place / "first"
-    for own in photos:
+    for own in list_photos(people):
         (first / own[0].parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(own[0], first / own[0].parent.name)
-    turns = range(max(map(len, photos)))
-    shown = [own[turn % len(own)] for turn in turns for own in photos]
     path = place / "photos.mp4"
-    films.write(path, (frame for photo in shown for frame in panned(photo)))
+    films.write(path, show_photos(people, 720, 1280))
     found = []
-    for settings in (features_folder.ExtractionSettings(), FAST):
+    for settings in PRESETS.values():
         began, out = common.children_seconds(), place / f"who{settings.size}"
         found.append(who.name_people([path], first, out, models, settings).decision.appearances)
         cpu = round(common.children_seconds() - began, 1)
@@ -119,19 +144,19 @@ def main() -> None:
     args = parser.parse_args()
     models = Path(os.environ["VIDJAX_MODELS"])
     args.folder.mkdir(parents=True, exist_ok=True)
+    for name, (height, width) in SIZES.items():
+        path = args.folder / f"{name}.mp4"
+        frames = (
+            show_photos(args.people, height, width) if args.people
+            else pictures(height, width, args.seconds)
+        )  # fmt: skip
+        films.write(path, frames)
+        sys.stdout.write(json.dumps({name: measure_speed(path, models)}) + "\n")
+        sys.stdout.flush()
     if args.people:
         for facts in compare_presets(args.folder, args.people, models):
             sys.stdout.write(json.dumps(facts) + "\n")
         return
-    nets, settings = film.load_nets(cards.load(models), 640), features_folder.ExtractionSettings()
-    for name, (height, width) in SIZES.items():
-        path = args.folder / f"{name}.mp4"
-        films.write(path, pictures(height, width, args.seconds))
-        stamp, began = features_folder.FileStamp.of(path), time.process_time()
-        film.extract(path, args.folder, path.stem, nets, settings, stamp, "0" * 64)
-        speed = args.seconds / (time.process_time() - began)
-        sys.stdout.write(json.dumps({name: round(speed, 2)}) + "\n")
-        sys.stdout.flush()
     minute = args.folder / "minute.mp4"
     films.write(minute, pictures(180, 320, 60))
     for minutes in (3, 30):

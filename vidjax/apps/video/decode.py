@@ -211,7 +211,7 @@ class Video:
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
         """Returns the time at which a frame ends: after 1 / rate, or its declared duration."""
         end_s = time_s + 1.0 / self.info.rate
-        duration_s = float((frame.duration or 0) * (frame.time_base or 0))
+        duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
 
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:

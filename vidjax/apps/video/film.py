@@ -24,7 +24,8 @@ import numpy as np
 
 from vidjax.apps.video import align, cards, decode, features_folder, regions
 from vidjax.apps.video.features_folder import ExtractionSettings, FileStamp, Film, FilmTrack
-from vidjax.apps.video.nets import Detector, Embedder, resize
+from vidjax.apps.video.nets import Detector, Embedder, Faces, resize
+from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import (
     MainFigures,
@@ -102,13 +103,16 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     return Nets(detect, embed, listen)
 
 
-def find_people(nets: Nets, rgb: np.ndarray) -> Figures:
-    """Returns the people in a picture uint8 [H, W, 3]: faces by falling score, then other heads."""
-    faces = nets.detect["face"](rgb)
+def find_people(nets: Nets, rgb: np.ndarray, found: Mapping[str, Faces]) -> Figures:
+    """Returns the people in a picture uint8 [H, W, 3]: faces by falling score, then other heads.
+
+    `found` has the detections of each detector.
+    """
+    faces = found["face"]
     boxes, scores, points = faces
     parts = {"face": boxes}
-    if "head" in nets.detect:
-        heads = nets.detect["head"](rgb)
+    if "head" in found:
+        heads = found["head"]
         head = _pair_boxes(faces.boxes, heads.boxes)
         more = np.setdiff1d(np.arange(len(heads.boxes)), head)  # heads without a face
         face = np.append(np.arange(len(head)), np.full(len(more), -1))
@@ -119,8 +123,8 @@ def find_people(nets: Nets, rgb: np.ndarray) -> Figures:
     for part, net in nets.embed.items():
         if part == "scene":
             parts[part] = np.tile([0.0, 0.0, rgb.shape[1], rgb.shape[0]], (len(boxes), 1))
-        elif part == "body" and part in nets.detect:
-            bodies = nets.detect[part](rgb).boxes
+        elif part == "body" and part in found:
+            bodies = found[part].boxes
             parts[part] = _take(bodies, _pair_boxes(boxes, bodies))
         elif part not in parts:
             corner, sides = parts["face"][:, :2], parts["face"][:, 2:] - parts["face"][:, :2]
@@ -398,7 +402,7 @@ def _make_clips(
 
     Returns the shots (begin and end in seconds), and all tracks, to which voices are assigned.
     """
-    fps, cuts = settings.fps, ShotDetector()
+    fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
     main = MainFigures() if settings.unit == "shot" else None
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
@@ -420,17 +424,23 @@ def _make_clips(
             main.cut(time_s)
         end_clips()
 
-    for number, frame in enumerate(video.frames(fps)):
-        if cuts.update(frame.time_s, frame.small) and number:
-            end_shot(cuts.starts[-1])
-        if frame.rgb is not None:
-            (out / features_folder.PROGRESS).write_text(str(video.tell()))
-            people = find_people(nets, frame.rgb)
+    def take(frames: Iterable[SearchedFrame]) -> None:
+        for frame in frames:
+            people = find_people(nets, frame.rgb, frame.found)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
                 owners = main.update(frame.time_s, people.boxes)
-            clips.add(frame.time_s, number, owners, people, frame.rgb)
+            clips.add(frame.time_s, frame.number, owners, people, frame.rgb)
             end_clips()
+
+    for number, frame in enumerate(video.frames(fps)):
+        if cuts.update(frame.time_s, frame.small) and number:
+            take(search.end_shot())
+            end_shot(cuts.starts[-1])
+        if frame.rgb is not None:
+            (out / features_folder.PROGRESS).write_text(str(video.tell()))
+            take(search.add(number, frame.time_s, frame.rgb))
+    take(search.end_shot())
     end_shot(video.counts.seconds)
     return cuts.shots(video.counts.seconds), seen if main else clips.tracks
 
@@ -441,7 +451,9 @@ def _find_in_photo(
     """Makes a clip of each face in a photo; its tag names it. Returns the tags without a face."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
-    people = find_people(nets, frame.rgb)
+    people = find_people(
+        nets, frame.rgb, {name: detect(frame.rgb) for name, detect in nets.detect.items()}
+    )
     people = people.take(~np.isnan(people.parts["face"][:, 0]))
     count = len(people.boxes)
     clips.add(0.0, 0, np.arange(count), people, frame.rgb)

@@ -38,6 +38,18 @@ MOST_SHIFT = (5, 8)  # pixels down and across
 MIXED_REST = 0.35  # largest rest of a sum of two pictures, in standard deviations
 
 
+class _Picture:
+    """A small picture uint8 [h, w, 3]; its grey levels float32 [h, w].
+
+    `centred` are the grey levels minus their mean, [h w]; `deviation` is their standard deviation.
+    """
+
+    def __init__(self, small: np.ndarray):
+        self.small, self.grey = small, small.astype(np.float32) @ GREY
+        self.centred = _centre(self.grey)
+        self.deviation = float(np.sqrt(self.centred @ self.centred / self.centred.size))
+
+
 class ShotDetector:
     """Finds the cuts of a film in a single pass. Only the starts of shots need memory.
 
@@ -48,13 +60,12 @@ class ShotDetector:
 
     def __init__(self) -> None:
         self.starts: list[float] = []
-        self._before_blank: np.ndarray | None = None
+        self._before_blank: _Picture | None = None
         # The difference and the unlikeness (1 - likeness) of the last two frames.
         self._last = np.zeros(2)
         self._time_s = np.inf
         self._changes: collections.deque[np.ndarray] = collections.deque(maxlen=RECENT_CHANGES)
-        self._pictures: collections.deque[np.ndarray] = collections.deque(maxlen=COMPARED_PICTURES)
-        self._colours: np.ndarray | None = None
+        self._pictures: collections.deque[_Picture] = collections.deque(maxlen=COMPARED_PICTURES)
         self._dissolve = _Dissolve()
 
     def update(self, time_s: float, small: np.ndarray) -> bool:
@@ -63,11 +74,9 @@ class ShotDetector:
         The first frame of a film begins shot 0. `starts` are the begins of all shots. After a
         dissolve, the begin is earlier than the frame.
         """
-        grey, colours = small.astype(np.float32) @ GREY, _count_colours(small)
-        first = not self._pictures
-        cut = first or self._is_cut(time_s, grey, colours)
-        self._colours = colours
-        self._pictures.append(grey)
+        picture = _Picture(small)
+        cut = not self._pictures or self._is_cut(time_s, picture)
+        self._pictures.append(picture)
         if cut:
             self.starts.append(min(time_s, self._dissolve.middle_s))
             self._dissolve = _Dissolve()
@@ -77,47 +86,47 @@ class ShotDetector:
         """Returns begin and end in seconds of the shots so far; the last shot ends at `end_s`."""
         return [*itertools.pairwise([*self.starts, end_s])]
 
-    def _is_cut(self, time_s: float, grey: np.ndarray, colours: np.ndarray) -> bool:
-        difference = _measure_difference(grey, self._pictures[-1])
-        change = np.array([difference, self._measure_unlikeness(grey, 1)])
+    def _is_cut(self, time_s: float, picture: _Picture) -> bool:
+        difference = _measure_difference(picture, self._pictures[-1])
+        change = np.array([difference, self._measure_unlikeness(picture, 1)])
         slow, self._time_s = time_s - self._time_s > SLOW_SECONDS, time_s
         if slow:
             sudden = change[0] >= LEAST_DIFFERENCE and change[1] > 1 - UNLIKE
         else:
-            sudden = self._is_sudden(change, grey, colours)
+            sudden = self._is_sudden(change, picture)
         self._last = change
         if not sudden:
             self._changes.append(change)
-        deviation, before = float(grey.std()), self._before_blank
+        deviation, before = picture.deviation, self._before_blank
         if before is not None:
             if deviation < NOT_BLANK:
                 return False
             self._before_blank = None
-            return _measure_likeness(grey, before) < UNLIKE
+            return _measure_likeness(picture, before) < UNLIKE
         if deviation < BLANK:
             self._before_blank = self._pictures[-1]
             return False  # the cut comes where the blank pictures end
-        return sudden or self._dissolve.detect_end(time_s, grey, change[0])
+        return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
-    def _is_sudden(self, change: np.ndarray, grey: np.ndarray, colours: np.ndarray) -> bool:
+    def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
         """Returns whether a picture differs from each of the last pictures."""
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
-        unlikeness = self._measure_unlikeness(grey, COMPARED_PICTURES)
+        unlikeness = self._measure_unlikeness(picture, COMPARED_PICTURES)
         if unlikeness > 1 - UNLIKE:
             return True
         # With fewer changes, a motion may have begun just now.
         known = len(self._changes) >= COMPARED_PICTURES
         if unlikeness < 1 - LIKE or not known or not self._stands_out(change, *LIKELY)[0]:
             return False
-        assert self._colours is not None
-        recoloured = float(np.abs(colours - self._colours).sum()) / 2
+        colours = [_count_colours(x.small) for x in (picture, self._pictures[-1])]
+        recoloured = float(np.abs(colours[0] - colours[1]).sum()) / 2
         return change[0] > LARGE_DIFFERENCE or recoloured > RECOLOURED_SHARE
 
-    def _measure_unlikeness(self, grey: np.ndarray, count: int) -> float:
+    def _measure_unlikeness(self, picture: _Picture, count: int) -> float:
         """Returns 1 minus the largest likeness to any of the last `count` pictures."""
         last = list(self._pictures)[-count:]
-        return 1.0 - max(_measure_likeness(grey, picture) for picture in last)
+        return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns for the difference and the unlikeness whether each stands out: bool [2]."""
@@ -129,46 +138,46 @@ class _Dissolve:
     """Detects pictures that are sums of a still picture before and a still picture after them."""
 
     def __init__(self) -> None:
-        self._kept: collections.deque[tuple[float, np.ndarray, float]] = collections.deque()
+        self._kept: collections.deque[tuple[float, _Picture, float]] = collections.deque()
         self.middle_s = np.inf
 
-    def detect_end(self, time_s: float, grey: np.ndarray, difference: float) -> bool:
-        """Adds the next picture [h, w]; returns True for the first still picture after a dissolve.
+    def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
+        """Adds the next picture; returns True for the first still picture after a dissolve.
 
         Then `middle_s` is the time at which both pictures had the same share.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
             return False
-        kept.append((time_s, grey, difference))
+        kept.append((time_s, picture, difference))
         while time_s - kept[0][0] > DISSOLVE_SECONDS:
             kept.popleft()
         if difference > STILL_DIFFERENCE or kept[0][2] > STILL_DIFFERENCE or len(kept) < 4:
             return False
         _, start, _ = kept[0]
-        middle = _find_middle(start, grey, [picture for _, picture, _ in kept])
+        middle = _find_middle(start, picture, [x for _, x, _ in kept])
         if middle is not None:
             self.middle_s = kept[middle][0]
         return middle is not None
 
 
-def _find_middle(start: np.ndarray, end: np.ndarray, between: list[np.ndarray]) -> int | None:
+def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int | None:
     """Returns the index of the first picture in which `end` has a larger share than `start`.
 
     Returns None if start and end are alike, also after a shift, or if the pictures between them are
     not sums of both.
     """
-    if min(start.std(), end.std()) < BLANK or _measure_likeness(start, end) > UNLIKE:
+    if min(start.deviation, end.deviation) < BLANK or _measure_likeness(start, end) > UNLIKE:
         return None
     if _measure_difference(start, end) < LEAST_DIFFERENCE:
         return None
-    ends = np.stack([_centre(start), _centre(end)], 1)
-    middle = np.stack([_centre(picture) for picture in between], 1)
+    ends = np.stack([start.centred, end.centred], 1)
+    middle = np.stack([picture.centred for picture in between], 1)
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # never singular: the ends are unlike
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
     mixed = (parts.min(0) > 0.15) & (rest < MIXED_REST)
     # Pictures that are alike after a shift show a camera that moves slowly.
-    if mixed.sum() < 2 or _measure_shifted_likeness(start, end) > MOVED_LIKENESS:
+    if mixed.sum() < 2 or _measure_shifted_likeness(start.grey, end.grey) > MOVED_LIKENESS:
         return None
     return int((parts[1] > parts[0]).argmax())
 
@@ -177,15 +186,15 @@ def _centre(picture: np.ndarray) -> np.ndarray:
     return (picture - picture.mean()).ravel()
 
 
-def _measure_difference(first: np.ndarray, second: np.ndarray) -> float:
-    return float(np.abs(first - second).mean())
+def _measure_difference(first: _Picture, second: _Picture) -> float:
+    return float(np.abs(first.grey - second.grey).mean())
 
 
-def _measure_likeness(first: np.ndarray, second: np.ndarray) -> float:
+def _measure_likeness(first: _Picture, second: _Picture) -> float:
     """Returns the correlation of two pictures; 0 if either has almost no contrast."""
-    first, second = _centre(first), _centre(second)
-    lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(first @ second) / lengths if lengths > first.size else 0.0
+    product = first.deviation * second.deviation
+    size = first.centred.size
+    return float(first.centred @ second.centred) / (product * size) if product > 1.0 else 0.0
 
 
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:

@@ -1,0 +1,54 @@
+"""search: who is found although most frames are searched only where people are near in time."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+from tests.helpers import drawn_people, made_nets
+from vidjax.apps.video import cards, nets
+from vidjax.apps.video.search import FilmSearch
+
+ROOM = 64  # the sides of the squares of a picture in which people move
+
+
+class CountingDetector(nets.Detector):
+    """A detector that counts the pictures that it searches as a whole."""
+
+    whole = 0
+
+    def search(self, image, near=None):
+        self.whole += near is None
+        return super().search(image, near)
+
+
+def draw_shot(rng, frames, slow):
+    """Returns pictures of people, each visible for five frames or more; in all if not `slow`."""
+    shown = [[] for _ in range(frames)]
+    for room in rng.choice(12, rng.integers(1, 7), replace=False):
+        begin = rng.integers(0, max(1, frames - 4)) if slow else 0
+        end = rng.integers(min(begin + 5, frames), frames + 1) if slow else frames
+        place, step = rng.uniform(8, 40, 2), rng.uniform(-3, 3, 2)
+        for number in range(begin, end):
+            place = np.clip(place + step, 4, 44) if slow else rng.uniform(4, 44, 2)
+            left, top = place.astype(int)
+            shown[number].append(("Ada", left + room % 4 * ROOM, top + room // 4 * ROOM))
+    return [drawn_people.picture(faces, size=(3 * ROOM, 4 * ROOM)) for faces in shown]
+
+
+@pytest.mark.parametrize(("slow", "step_s"), [(True, 0.2), (False, 0.2), (False, 1.0)])
+def test_people_who_are_visible_for_a_second_are_found_in_all_frames(tmp_path, slow, step_s):
+    """They move slowly, or jump as in a fast pan, or each picture is another slide."""
+    made_nets.write(tmp_path, "find", "face_detector")
+    detector = CountingDetector(cards.load(tmp_path)["face_detector"])
+    rng, wanted, searched = np.random.default_rng(0), [], []
+    search = FilmSearch({"face": detector})
+    for length in (1, 2, 4, 6, 30, 40):
+        for rgb in draw_shot(rng, length, slow):
+            searched += search.add(len(wanted), len(wanted) * step_s, rgb)
+            wanted.append(sorted(detector(rgb).boxes.tolist()))
+        searched += search.end_shot()
+    assert [x.number for x in searched] == [*range(len(wanted))]
+    assert [sorted(x.found["face"].boxes.tolist()) for x in searched] == wanted
+    assert sum(map(len, wanted)) > len(wanted)
+    assert not slow or detector.whole < 1.6 * len(wanted)  # the test searches each as a whole

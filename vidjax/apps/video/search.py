@@ -1,0 +1,81 @@
+"""Searches the frames of a film for people; most frames only where people are near in time.
+
+The frames of a shot form groups of at most five frames and less than a second. The last frame of a
+group is searched as a whole. The others are then searched only around the people of the frame
+after, and of the last frame of the group before. If one of these two has more people than are
+found, the whole frame is searched. So a person who is visible for a second is found in all frames.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax.apps.video.nets import LEAST_SCORE, NO_FACES, Detector, Faces
+from vidjax.apps.video.tracks import LEAST_OVERLAP, measure_overlaps
+
+MOST_FRAMES, LEAST_SECONDS = 5, 1.0  # of a group, and from its begin to the next group
+
+
+class SearchedFrame(NamedTuple):
+    """A frame uint8 [H, W, 3] at a time in seconds; `found` are detector -> detections."""
+
+    number: int
+    time_s: float
+    rgb: np.ndarray
+    found: Mapping[str, Faces]
+
+
+class FilmSearch:
+    """Searches frames that are added one by one, and yields them in the same order."""
+
+    def __init__(self, detectors: Mapping[str, Detector]):
+        self._detectors = detectors
+        self._group: list[SearchedFrame] = []
+        self._before: Mapping[str, Faces] = {}  # detections of the last frame of the group before
+
+    def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
+        """Adds a frame; yields the frames of a group that is complete."""
+        begin_s = self._group[0].time_s if self._group else time_s
+        if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
+            yield from self._search()
+        self._group.append(SearchedFrame(number, time_s, rgb, {}))
+
+    def end_shot(self) -> Iterator[SearchedFrame]:
+        """Yields the remaining frames of a shot. The next frame is part of another shot."""
+        if self._group and not self._before:  # the last frame may be part of a fade
+            first, *self._group = self._group
+            self._before = self._search_whole(first.rgb)
+            yield _make(first, self._before)
+        if self._group:
+            yield from self._search()
+        self._before = {}
+
+    def _search(self) -> list[SearchedFrame]:
+        """Returns the frames of the group with their detections, and begins another group."""
+        last = found = self._search_whole(self._group[-1].rgb)
+        searched = [_make(self._group[-1], found)]
+        for frame in self._group[-2::-1]:
+            found = {
+                name: _search_between(net, frame.rgb, self._before.get(name, NO_FACES), found[name])
+                for name, net in self._detectors.items()
+            }
+            searched.append(_make(frame, found))
+        self._group, self._before = [], last
+        return searched[::-1]
+
+    def _search_whole(self, rgb: np.ndarray) -> dict[str, Faces]:
+        return {name: net.search(rgb) for name, net in self._detectors.items()}
+
+
+def _make(frame: SearchedFrame, found: Mapping[str, Faces]) -> SearchedFrame:
+    strong = {name: faces.take_above(LEAST_SCORE) for name, faces in found.items()}
+    return frame._replace(found=strong)
+
+
+def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
+    """Returns the detections of a frame between two frames with known detections."""
+    moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
+    found = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
+    counts = [(faces.scores > LEAST_SCORE).sum() for faces in (found, before, after)]
+    return found if counts[0] >= max(counts) else net.search(rgb)
