@@ -5,8 +5,8 @@
 The official files are gone. So the step `files` writes files of their layout and size: 10,034
 identities, 57,620 clips to train on, and 72,730 to rank, of which 27,274 are distractors. The other
 steps run commands of a user in child processes, and add rows to `FOLDER/rows.json`. Steps with a
-row are skipped, and unfinished runs are resumed, so the script can be interrupted. All steps take
-more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
+row are skipped, and unfinished runs are resumed, so the script can be interrupted. Delete a row to
+repeat its step. All steps take more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
 
 - `--only` names the steps to run.
 - `--scale` is the share of the identities. Below 1, runs have two epochs at most, to test this
@@ -225,6 +225,8 @@ def do(step: str, folder: Path, scale: float) -> dict[str, Any]:
         return {"disk": disk(folder / "cache")}
     if step == "resume":
         return resume(workdir, log, lambda name: words(folder, KILLED, workdir / name, scale))
+    if (workdir / "metrics.json").exists():
+        shutil.rmtree(workdir)  # finished: the step is repeated
     row: dict[str, Any] = {"resumed": workdir.exists()}  # then the time is of the last process
     call(words(folder, RUNS[step], workdir, scale), log)
     metrics = json.loads((workdir / "metrics.json").read_text())
@@ -268,7 +270,8 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
             minutes = hours = "interrupted"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
         lines.append([name, epochs, f"{used / 60:,.0f}", minutes, hours, *sizes, score])
-    header = ["step", "epochs", "minutes of a core", "minutes", "all epochs, hours of a core"]
+    machine = next(iter(rows.values()))["machine"]
+    header = [machine, "epochs", "minutes of a core", "minutes", "all epochs, hours of a core"]
     return common.markdown([*header, "memory, GB", "disk, GB", "MAP"], lines)
 
 
