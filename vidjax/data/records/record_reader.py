@@ -23,6 +23,7 @@ from vidjax.data.records.shard_files import (
     count_frame_bytes,
     count_varint_bytes,
     locate_values,
+    make_record,
 )
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -91,8 +92,11 @@ class Reader:
                 sizes[f"frames/{name}/{field}"] = length * size
         return locate_values(sizes)
 
-    def read(self, places: np.ndarray) -> list[bytes]:
-        """Returns the messages at `places`. The sha256 of a file is checked at its first use.
+    def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
+        """Returns the messages at `places`.
+
+        If `whole`, the sha256 of a file is checked at its first use, which reads the whole file. If
+        not, the checksums of the records are checked.
 
         Raises:
           UserError: a file is damaged, or it changed between two reads.
@@ -102,30 +106,36 @@ class Reader:
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             starts, sizes = self.start[places[rows]], self._size[places[rows]]
-            with self._open(number) as file:
+            with self._open(number, whole=whole) as file:
                 for row, start, size in zip(
                     rows.tolist(), starts.tolist(), sizes.tolist(), strict=True
                 ):
-                    messages[row] = os.pread(file.fileno(), size, start + HEADER)
-                    if len(messages[row]) != size:
+                    record = os.pread(file.fileno(), size + FRAMING, start)
+                    messages[row] = message = record[HEADER : HEADER + size]
+                    if len(message) != size or not (whole or record == make_record(message)):
                         raise self._damaged(number)
         return messages
 
     @contextlib.contextmanager
-    def _open(self, number: int) -> Iterator[io.FileIO]:
+    def _open(self, number: int, *, whole: bool = True) -> Iterator[io.FileIO]:
+        """Opens a shard. If `whole`, its sha256 is checked at the first use."""
         shard = self.shards[number]
         if not files.exists(shard.path):
             check_shard(shard)
         with files.open_regular(shard.path) as file:
-            stat = os.fstat(file.fileno())
-            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if number not in self._states:
-                if files.hash_opened(file) != shard.sha256:
-                    raise self._damaged(number)
-                self._states[number] = state
-            if self._states[number] != state:
-                raise self._damaged(number)
+            if whole:
+                self._check_opened(number, file)
             yield file
+
+    def _check_opened(self, number: int, file: io.FileIO) -> None:
+        stat = os.fstat(file.fileno())
+        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if number not in self._states:
+            if files.hash_opened(file) != self.shards[number].sha256:
+                raise self._damaged(number)
+            self._states[number] = state
+        if self._states[number] != state:
+            raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
         """Returns the error for a changed file, or raises an error that names a damaged record."""

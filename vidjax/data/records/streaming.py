@@ -1,17 +1,20 @@
 """Streams training batches from records, and reads ahead while earlier batches are in use.
 
-The order comes from `vidjax.data.order`. A tf.data pipeline of TensorFlow operations reads the
-records and makes the batches. Its threads run no Python code, because a process that ends during a
-Python call of TensorFlow hangs or aborts. Records are batched before they are parsed, because
-parsing each record separately takes three times as long.
+The order comes from `vidjax.data.order`. Threads of Python read the records: TensorFlow would take
+four times as long to read single records of a file. A tf.data pipeline of TensorFlow operations
+makes the batches. Its threads run no Python code, because a process that ends during a Python call
+of TensorFlow hangs or aborts. Records are batched before they are parsed, because parsing each
+record separately takes three times as long.
 
 TensorFlow is imported and set up here, also for TFDS and SavedModel.
 """
 
+import collections
 import itertools
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -47,8 +50,8 @@ tf: Any = tensorflow
 # The accelerator belongs to JAX: TensorFlow would take all of its memory.
 tf.config.set_visible_devices([], "GPU")
 
-NUM_AHEAD = 4  # batches whose places are in the queue of tf.data
-NUM_READERS = 16  # records of a batch that are read at once; most reads wait for the disk
+NUM_AHEAD = 2  # batches that are being read, and batches in the queue of tf.data
+NUM_READERS = 16  # records that are read at once; most reads wait for the disk
 # `decode_raw` cannot pad float16, so the bits are decoded as an integer of the same size.
 CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
@@ -57,17 +60,17 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
     """Yields an endless stream of batches, see `TrainingData.train_batches`."""
     reader = Reader(records, plan.splits)
     rows = plan.batch_size
-    shapes = [[rows], [rows], [rows], [rows], [len(plan.windowed), rows]]
-    kinds = [tf.int32, tf.int64, tf.int32, tf.bool, tf.int32]
+    shapes = [[rows], [rows], [rows], [len(plan.windowed), rows]]
+    kinds = [tf.string, tf.int32, tf.bool, tf.int32]
     queue = tf.queue.FIFOQueue(NUM_AHEAD, kinds, shapes)
-    batches = _make_pipeline(records, plan, reader, queue).as_numpy_iterator()
-    places = _locate_clips(records, plan, reader, step)
+    batches = _make_pipeline(records, plan, queue).as_numpy_iterator()
+    read = _read_records(records, plan, reader, step)
     # TensorFlow crashes if a queue is freed while a thread waits for it. So the queue is closed
     # when the reader is freed, or at the end of the process.
-    weakref.finalize(reader, queue.close)
+    weakref.finalize(reader, _close, queue)
     for added in itertools.chain([NUM_AHEAD], itertools.repeat(1)):
         try:
-            for values in itertools.islice(places, added):
+            for values in itertools.islice(read, added):
                 queue.enqueue(values)
             batch = next(batches)
         except tf.errors.OpError as error:
@@ -78,15 +81,44 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
         yield batch  # outside `try`, because TensorFlow may be unloaded when the process ends
 
 
+def _close(queue: Any) -> None:
+    """Closes a queue now, even if the garbage collector calls this while TensorFlow traces."""
+    with tf.init_scope():
+        queue.close()
+
+
+def _read_records(
+    records: Records, plan: BatchPlan, reader: Reader, step: int
+) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields the messages of the clips of each step, from `step` on, and see `_locate_clips`."""
+    located = _locate_clips(records, plan, reader, step)
+    waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
+        collections.deque()
+    )
+    with ThreadPoolExecutor(NUM_READERS) as threads:
+        while True:
+            while len(waiting) < NUM_AHEAD:
+                places, *others = next(located)
+                in_order = np.argsort(places)  # so that a thread opens few files
+                parts = np.array_split(places[in_order], NUM_READERS)
+                futures = [threads.submit(reader.read, part, whole=False) for part in parts]
+                waiting.append((futures, in_order, others))
+            futures, in_order, others = waiting.popleft()
+            messages = [b""] * len(in_order)
+            read = itertools.chain.from_iterable(future.result() for future in futures)
+            for row, message in zip(in_order.tolist(), read, strict=True):
+                messages[row] = message
+            yield (messages, *others)
+
+
 def _locate_clips(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields the places of the clips of each step, from `step` on, for tf.data.
+    """Yields the clips of each step, from `step` on.
 
     Yields:
-      The number of the shard [B] int32, the first byte of the record [B] int64, clip_index [B]
-      int32, batch_mask [B] bool, and the first frame of the window in each of the M windowed
-      modalities [M, B] int32.
+      The place of the record in `reader` [B] int64, clip_index [B] int32, batch_mask [B] bool, and
+      the first frame of the window in each of the M windowed modalities [M, B] int32.
     """
     place_of_clip = np.argsort(reader.clip_index)
     with jax.default_device(_get_host_device()):
@@ -116,9 +148,8 @@ def _locate_clips(
         with jax.default_device(_get_host_device()):
             drawn = draw(np.int32(number), epoch, place)
             clip_index, batch_mask, first = jax.device_get(drawn)
-        places = place_of_clip[clip_index]
         first = np.array(first, np.int32).reshape(-1, len(place))
-        yield reader.shard[places], reader.start[places], clip_index, batch_mask, first
+        yield place_of_clip[clip_index], clip_index, batch_mask, first
 
 
 def _get_host_device() -> Any:
@@ -129,27 +160,13 @@ def _get_host_device() -> Any:
         return jax.local_devices()[0]
 
 
-def _make_pipeline(records: Records, plan: BatchPlan, reader: Reader, queue: Any) -> Any:
-    """Returns a tf.data dataset of the batches of the clips in `queue`."""
-    paths = tf.constant([str(shard.path) for shard in reader.shards])
+def _make_pipeline(records: Records, plan: BatchPlan, queue: Any) -> Any:
+    """Returns a tf.data dataset of the batches of the messages in `queue`."""
     keys = [f"frames/{name}/{field}" for name in plan.modalities for field in BATCHED]
     strings = {key: tf.io.FixedLenFeature([], tf.string) for key in keys}
 
-    def read(shard: Any, start: Any) -> Any:
-        variant = tf.raw_ops.TFRecordDatasetV2(
-            filenames=paths[shard][None],
-            compression_type="",
-            buffer_size=0,
-            byte_offsets=start[None],
-        )
-        record = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
-        return record.take(1).get_single_element()
-
-    def make(shard: Any, start: Any, clip_index: Any, batch_mask: Any, first: Any) -> Batch:
-        places = tf.data.Dataset.from_tensor_slices((shard, start))
-        messages = places.map(read, num_parallel_calls=NUM_READERS, deterministic=True)
-        serialized = messages.batch(plan.batch_size, drop_remainder=True).get_single_element()
-        examples = tf.io.parse_example(serialized, strings)
+    def make(messages: Any, clip_index: Any, batch_mask: Any, first: Any) -> Batch:
+        examples = tf.io.parse_example(messages, strings)
         firsts = dict(zip(plan.windowed, tf.unstack(first), strict=True))
         frames = {}
         for name, size in plan.padded_lengths.items():
