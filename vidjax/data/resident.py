@@ -305,8 +305,12 @@ class _Filler:
         scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in BATCHED[1:]]
         fields = [((modality.dim,), dtype), *scalars]
         rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
-        self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
         self._waiting = self._done = 0  # frames in the chunk, and on the devices
+        self._arrays: list[Array] = []
+        if num_frames < rows:  # the chunk becomes the arrays, so no program is compiled
+            self._chunk = [np.zeros((num_frames + 1, *shape), dtype) for shape, dtype in fields]
+            return
+        self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
         zeros = jax.jit(
             lambda: [
                 jnp.zeros((num_frames + 1, *shape), jax.dtypes.canonicalize_dtype(dtype))
@@ -341,6 +345,8 @@ class _Filler:
 
     def finish(self) -> Packed:
         """Returns Packed of all frames, with empty `start` and `length`."""
+        if not self._arrays:
+            return _make_flat_arrays(devices.replicate(self._mesh, self._chunk))
         if self._waiting:
             self._flush()
         return _make_flat_arrays(self._arrays)

@@ -220,6 +220,11 @@ def make_embed_step(system: System) -> EvalStep:
     return jax.jit(functools.partial(embed_step, system))
 
 
+def make_attention_step(system: System) -> EvalStep:
+    """Compiles `attention_step`."""
+    return jax.jit(functools.partial(attention_step, system))
+
+
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     """Compiles a step so that every device runs it on a part of the rows."""
     whole = PartitionSpec()

@@ -1,6 +1,8 @@
 """Scores the clips of a split with trained models, ranks them and computes the metrics."""
 
+import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -42,6 +44,7 @@ class TrainedModel(NamedTuple):
       params, model_state: parameters and other collections, trees of arrays [E, ...].
       data: clips, labelled with the class columns of this model.
       weight: weight of this model in a blend.
+      attention_step: compiled `attention_step`; None to compile it when it is used.
     """
 
     name: str
@@ -52,6 +55,7 @@ class TrainedModel(NamedTuple):
     training_sets: ensemble.TrainingSets
     data: ClipSource
     weight: float = 1.0
+    attention_step: eval_step_lib.EvalStep | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -85,12 +89,17 @@ class ModelScorer:
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
-            hidden_chunk = np.array(model.training_sets.members[0].view, np.int32)
-            scores = [model.eval_step(*self._single, hidden_chunk, block) for block in blocks]
+            scores = [self.compute(model.eval_step, block) for block in blocks]
         else:
             scores = self._mean_scores(blocks, rankings)
         few = 0 < count < scores[0].shape[1]
         return [keep_best(x, count) for x in scores] if few else scores
+
+    def compute(self, step: eval_step_lib.EvalStep, block: Batch) -> Array:
+        """Returns the result of a step for a block, with the weights of the only member."""
+        assert self._single
+        hidden_chunk = np.array(self.model.training_sets.members[0].view, np.int32)
+        return step(*self._single, hidden_chunk, block)
 
     def _mean_scores(self, blocks: Sequence[Batch], rankings: Sequence[Ranking]) -> list[Array]:
         model, totals = self.model, list[Any]([None] * len(blocks))
@@ -369,6 +378,33 @@ def score(
         **ranker.compute_maps(split, pool),
     }
     return Evaluation(split, top, clips, results)
+
+
+def start_compiling(
+    model: TrainedModel, split_name: str, mesh: Mesh, *, block_size: int
+) -> threading.Thread:
+    """Compiles the programs of `score` in a thread, which scores and ranks a block of clips.
+
+    An `attention_step` of the model is compiled, too. Afterwards the arrays of the model may be
+    donated. The model must have a single member, and the mesh a single device: several members need
+    much memory, and several devices must start all programs in the same order.
+    """
+    split = model.data.split(split_name)
+    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights
+    pool = np.ones(len(split.clips), bool)
+    ranker = _Ranker([model], [scorer], split, pool, mesh, each_member=False)
+
+    def score_block() -> None:
+        with contextlib.suppress(Exception):  # `score` raises the error again
+            window = next(iterate_block_groups([model], split.name, block_size, mesh))
+            ranker.add(window)
+            ranker.ranking.finish()
+            if model.attention_step:
+                scorer.compute(model.attention_step, window[0][0])
+
+    thread = threading.Thread(target=score_block)
+    thread.start()
+    return thread
 
 
 class _Ranker:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import eval_step, restore
 from vidjax.evaluation.analysis import analysis
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import make_system
 from vidjax.runs import checkpoint, config_io, signals
@@ -106,7 +107,7 @@ def train(
     schedule = make_schedule(config, plan)
     if note := describe_repeated_clips(config, plan):
         say(note)
-    run = TrainingRun(config, workdir, data, plan, mesh, began=began)
+    run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
     write_description(workdir, config, data, plan.training_sets)
     evaluated = _take_steps(run, plan, schedule, RunFolder(workdir), config.eval.split, analyse)
     # An earlier process may have stopped between the last evaluation and its results.
@@ -166,10 +167,11 @@ def _take_steps(
         if is_pending:
             evaluated = evaluate()
         interruption.at_once = True  # before the first step there is no state to save
+        run.start_compiling_evaluation()
         while run.step < total_steps:
             num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
-            analysis.import_report(wanted=analyse)
+            analysis.import_slow_libraries(report=analyse)
             progress.advance(num_clips, f"loss {loss:.3f}")
             if run.step in schedule.log:
                 run.log(logs)
@@ -225,12 +227,17 @@ class TrainingRun:
         mesh: Mesh,
         *,
         began: float,
+        analyse: bool = False,
     ):
         """Restores the newest checkpoint, or starts at step 0; `began` is a `time.monotonic()`."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)
         self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
+        has_vectors = self._system.model.vector_names and not self._system.frame_is_example
+        self._attention_step = (
+            eval_step.make_attention_step(self._system) if analyse and has_vectors else None
+        )
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
@@ -260,6 +267,7 @@ class TrainingRun:
         self._rates: list[float] = []  # clips per second of every dispatch so far
         self._train_seconds = 0.0  # sum over dispatches, including compilation
         self._num_logged = 0  # number of rates that are in the log
+        self._compiling: threading.Thread | None = None  # of the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
         """Restores the newest checkpoint and its manifest. A new run gets step 0 and {}.
@@ -347,7 +355,7 @@ class TrainingRun:
         self._train_seconds += seconds
         self._rates.append(num_clips / seconds)
         if done.bad_step is not None:
-            rate = float(jnp.asarray(self._system.lr_schedule(done.bad_step)))
+            rate = float(np.asarray(self._system.lr_schedule(done.bad_step)))
             steps = checkpoint.manifests(self._workdir)
             saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
             raise UserError(
@@ -361,7 +369,7 @@ class TrainingRun:
     def log(self, logs: Logs) -> None:
         """Logs mean loss and accuracy since the last line of the log, and resets the sums."""
         sums = {
-            name: sum(float(np.sum(state.sums[name])) for state in self._states)
+            name: sum(float(np.sum(devices.fetch(state.sums[name]))) for state in self._states)
             for name in self._states[0].sums
         }
         if sums["bad_steps"]:
@@ -371,7 +379,7 @@ class TrainingRun:
             )
         values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
         if not self._system.model.is_closed_form:
-            values["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
+            values["learning_rate"] = float(np.asarray(self._system.lr_schedule(self.step - 1)))
         weight = max(sums["weight"], 1e-6)
         values |= {
             "train_loss": sums["loss"] / weight,
@@ -380,10 +388,8 @@ class TrainingRun:
         }
         logs.metrics(self.step, values)
         # Every state gets new arrays, because the next step donates them.
-        self._states = [
-            state.replace(sums=self._replicate(train_step.make_zero_sums(self._group_size)))
-            for state in self._states
-        ]
+        zeros = {name: np.zeros(self._group_size, np.float32) for name in sums}
+        self._states = [state.replace(sums=self._replicate(zeros)) for state in self._states]
         rate = statistics.median(self._rates[self._num_logged :])
         self._num_logged = len(self._rates)
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
@@ -439,9 +445,19 @@ class TrainingRun:
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
         """Ranks `config.eval.split` with the weights of this step; `check`: see `scoring.score`."""
+        if self._compiling:
+            self._compiling.join()
         spec = self._config.eval
         options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
         return score([self.trained_model()], spec.split, self._mesh, **options)
+
+    def start_compiling_evaluation(self) -> None:
+        """Compiles the evaluation in a thread, while this thread compiles the training step."""
+        if self._num_members == 1 and self._mesh.size == 1:
+            spec = self._config.eval
+            self._compiling = start_compiling(
+                self.trained_model(), spec.split, self._mesh, block_size=spec.block_size
+            )
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the weights of this step."""
@@ -454,6 +470,7 @@ class TrainingRun:
             self._replicate(self._system.model.finalise_state(state.params, state.model_state)),
             self._plan.training_sets,
             self._clips,
+            attention_step=self._attention_step,
         )
 
     def results(self) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -106,8 +104,8 @@ def measure_quality_and_attention(
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
-    hidden_chunk = jnp.int32(model.training_sets.members[0].view)
-    step = jax.jit(functools.partial(eval_step_lib.attention_step, model.system))
+    hidden_chunk = np.array(model.training_sets.members[0].view, np.int32)
+    step = model.attention_step or eval_step_lib.make_attention_step(model.system)
     attention = attention and not model.system.frame_is_example
     total = None
     blocks = (
@@ -133,15 +131,17 @@ def measure_quality_and_attention(
 
 
 @functools.cache
-def import_report(*, wanted: bool) -> None:
-    """If `wanted`, imports the report in a thread: the import takes nearly a second."""
+def import_slow_libraries(*, report: bool) -> None:
+    """Imports Orbax and, if `report`, the report in a thread: each takes over half a second."""
 
     def load() -> None:
-        with contextlib.suppress(ImportError):  # `write_results` reports it
-            from vidjax.evaluation.report import run_page  # noqa: F401
+        with contextlib.suppress(ImportError):  # the code that needs them reports it
+            from orbax.checkpoint import v1  # noqa: F401
 
-    if wanted:
-        threading.Thread(target=load, daemon=True).start()
+            if report:
+                from vidjax.evaluation.report import run_page  # noqa: F401
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 def write_results(
