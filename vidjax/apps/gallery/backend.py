@@ -573,10 +573,13 @@ class Index:
 
         def score(place: int) -> None:
             rows = slice(self._ends[place], self._ends[place + 1])
-            linear = self.blocks[place].linear
-            first = np.matmul(narrow[0], linear[0].T, out=logits[:, rows])
-            others = [x @ people.T for x, people in zip(narrow[1:], linear[1:], strict=True)]
-            self._add_up([first, *others], rows, owner, queries)
+            # BLAS multiplies few clips faster if the people are the first factor.
+            first, *others = (
+                (people @ x.T).T
+                for x, people in zip(narrow, self.blocks[place].linear, strict=True)
+            )
+            logits[:, rows] = first
+            self._add_up([logits[:, rows], *others], rows, owner, queries)
 
         with _one_thread():
             list(_threads().map(score, range(len(self.blocks))))

@@ -707,7 +707,8 @@ class Gallery:
             raise UserError(f"k={k}: name 1 identity or more")
         if groups is not None and not self.origin.cards:
             raise UserError("groups: clips vote only in a gallery of models\nleave out the groups")
-        self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
+        if not isinstance(clips, Vectors):
+            self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
         vectors, state = self.embed(clips, split), self._require_people()
         rule, parts = self._rule(state, fpir, threshold), list(vectors.parts.values())
         owner = None

@@ -7,6 +7,7 @@ which the server needs for TLS anyway.
 """
 
 import asyncio
+import functools
 import hmac
 import ipaddress
 import logging
@@ -152,6 +153,7 @@ def read_token(path: Path) -> bytes:
     return token
 
 
+@functools.lru_cache(16)
 def is_loopback(host: str) -> bool:
     """Returns True if only programs on this machine can reach the address."""
     if host == "localhost":

@@ -6,6 +6,7 @@ an error.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -219,8 +220,8 @@ class GalleryModel:
             self.answer_batch([_make_question(self, 1)])
 
 
-def _log(probability: float) -> np.float32:
-    return np.float32(np.log(probability)) if probability > 0 else np.float32(-np.inf)
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf
 
 
 class RunModel:
