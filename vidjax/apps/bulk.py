@@ -56,7 +56,7 @@ class TableTask:
         raise NotImplementedError
 
     def made_by(self) -> dict[str, object]:
-        """Returns the parameters of the results, except for the clips, as JSON values."""
+        """Returns everything that determines the results, apart from the clips, as JSON values."""
         return {
             "work": type(self).__name__, "by": self.trained.digest, "options": self.options
         }  # fmt: skip
@@ -84,9 +84,10 @@ class Embed(TableTask):
 
 
 class Rank(TableTask):
-    """Ranks clips with a run or a gallery: the best 100 clips of each identity.
+    """Ranks the clips of a table with a run or a gallery: the best 100 clips of each identity.
 
-    The columns are identity, rank, clip and score. `best` joins the results of several tables.
+    The columns are identity, rank, clip and score. If there are several tables, `best` joins their
+    rankings.
     """
 
     joined = True

@@ -343,7 +343,7 @@ def _search_files(
     patterns = "\n".join(_list_spellings(names)).encode()
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
-    rows = _make_grep_command("-zniawF", patterns, text=b"\0".join(words))
+    rows = _run_grep("-zniawF", patterns, text=b"\0".join(words))
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     own = "it is yours: delete it"
@@ -361,8 +361,8 @@ def _search_files(
     for some in (read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)):
         try:
             small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
-            held |= {*_make_grep_command("-liZwF", patterns, some)}
-            held |= {*_make_grep_command("-liaZP", _encode_name(given), small, locale="C")}
+            held |= {*_run_grep("-liZwF", patterns, some)}
+            held |= {*_run_grep("-liaZP", _encode_name(given), small, locale="C")}
         except OSError as error:
             places.append(_list_unread(some[0].parent, error))
     inside = "it is yours: delete it, or take the name out"
@@ -373,7 +373,7 @@ def _search_files(
     return places + [Place("unread", path, *about) for path in packed]
 
 
-def _make_grep_command(
+def _run_grep(
     flags: str,
     patterns: bytes,
     paths: Sequence[Path] = (),
@@ -381,7 +381,14 @@ def _make_grep_command(
     text: bytes = b"",
     locale: str = "C.UTF-8",
 ) -> list[bytes]:
-    """Returns the output of grep for files or a text. It reads the patterns from memory."""
+    """Runs grep on files, or on a text if `paths` is empty. Returns its output, split at NUL.
+
+    The patterns stay in memory, so that no searched name is written to disk or to the list of
+    processes.
+
+    Raises:
+      OSError: grep failed.
+    """
     memory = os.memfd_create("names")
     try:
         os.write(memory, patterns)

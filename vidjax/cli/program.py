@@ -284,7 +284,7 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
 
 
 def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
-    """Returns a hint for a word that is no flag, or None."""
+    """Returns a hint about what the user may have meant by a word without a flag, or None."""
     if word in COMMANDS:
         return f"a command comes first: vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):

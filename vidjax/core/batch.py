@@ -60,13 +60,13 @@ class NoiseClassLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] as rows of a large array, which `fusion.read` gathers.
+    """Features [B, T, D] that are not yet gathered from a large array. `fusion.read` gathers them.
 
-    To select frames, only `index` changes.
+    A fusion that selects frames changes only `index`.
 
     Attributes:
       values: [F, D], features of all frames of the dataset, in the stored dtype.
-      index: [B, T] int32, row of `values` for each frame; any valid row on padding.
+      index: [B, T] int32, the row of `values` for each frame. In padding it may be any valid row.
     """
 
     values: Array

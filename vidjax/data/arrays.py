@@ -87,7 +87,7 @@ class FeatureDict:
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads and checks all clips; their arrays are in raw files below `scratch`."""
+        """Reads and checks all clips. Their arrays are written to raw files below `scratch`."""
         return {
             split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
@@ -148,7 +148,7 @@ class FeatureFolder:
         return path if path.suffix == ".parquet" else path.parent
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads and checks all clips; their arrays are in raw files below `scratch`."""
+        """Reads and checks all clips. Their arrays are written to raw files below `scratch`."""
         options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:

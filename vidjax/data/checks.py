@@ -12,7 +12,11 @@ from vidjax.utils.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the sorted paths in a directory, without hidden files; NoFileError without files."""
+    """Returns the sorted paths in a directory, without hidden files.
+
+    Raises:
+      NoFileError: there is no such directory.
+    """
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"{directory}: no such directory; is the path (config.data.dir) right?")
@@ -32,12 +36,12 @@ def check_file(path: Path) -> None:
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
-    """Raises UserError if a path contains a misspelt split, such as `valid`.
+    """Raises UserError if the name of a path contains a misspelt split, such as `valid`.
 
     Args:
-      path: the path.
-      word: the part of its name that should be a split.
-      present: the splits that have files. Words that resemble them are not refused.
+      path: a file or folder that would be ignored.
+      word: the part of its name that is in the place of a split.
+      present: the splits that already have files. A word that resembles one of them is no mistake.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]

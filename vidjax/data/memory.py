@@ -182,7 +182,7 @@ class MemoryClips:
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
-        """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
+        """Returns the frames of up to B clips, padded with empty frames to `shape` = [B, T]."""
         frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
         flat, dtype = self._packed.get(modality), "float32"
         if flat is not None and len(flat.features):  # without frames, features have no width

@@ -230,13 +230,21 @@ def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
 
 
 class _Compact:
-    """Reads a struct of Thrift's compact protocol; IndexError if the bytes are incomplete."""
+    """Reads a struct of Thrift's compact protocol from bytes.
+
+    Raises:
+      IndexError: the bytes are incomplete.
+    """
 
     def __init__(self, content: bytes):
         self._content, self.at = content, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Returns field number -> value: an int, a dict for a struct, or None for other types."""
+        """Reads the next struct. Returns field number -> value.
+
+        The value of an integer is an int, and the value of a nested struct is a dict. Values of
+        other types are skipped: they are None.
+        """
         if depth > MAX_HEADER_DEPTH:
             raise ValueError("too many nested structs")
         fields: dict[int, Any] = {}

@@ -201,10 +201,11 @@ def find_least_free_bytes(mesh: Mesh) -> float:
 
 
 class Resident:
-    """Splits of a dataset on the devices: a `ClipSource`.
+    """A `ClipSource` that keeps the clips of some splits on the devices.
 
     Attributes:
-      train: modality -> Packed of the training clips, by `clip_index`. The last frame is zeros.
+      train: modality -> Packed of the training clips in the order of `clip_index`. The last frame
+        is zeros, and is used as padding.
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):

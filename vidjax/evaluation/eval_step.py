@@ -323,7 +323,7 @@ def sum_scores(mean: MeanScores) -> Array:
 def log_complement(logs: Array) -> Array:
     """Computes log(1 - p) from `logs` = log(p), where p are probabilities.
 
-    NaN stays NaN. A logarithm above 0, a rounding error, counts as 0.
+    NaN stays NaN. Rounding errors can make a logarithm larger than 0. It then counts as 0.
 
     Source: Mächler 2012, Accurately computing log(1 - exp(-|a|)).
     """

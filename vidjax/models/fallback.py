@@ -106,11 +106,11 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Computes the `threshold`, below which `threshold_share` of the training clips lie.
+        """Computes the `threshold` from the measures of the training clips.
 
-        It is computed from data, because the scale of measures differs between face networks. All
-        clips with the modality count, whatever their identity and fold. If measures are equal,
-        fewer clips may lie below it.
+        A share of `threshold_share` of the clips is below the threshold, or less if some measures
+        are equal. All clips with the modality count, in all folds, with or without an identity. The
+        threshold is computed, because the scale of measures differs between face networks.
         """
         if not self.threshold_share:
             return {}

@@ -479,7 +479,7 @@ def _find_untrainable(values: Values) -> Iterator[str]:
 
 
 def _find_unread(values: Values) -> Iterator[str]:
-    """Yields a message for every unknown field, and every changed field that is not read."""
+    """Yields a message for each unknown field, and for each non-default value that is not read."""
     for name, value in values.items():
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"config.{name}={value}: there is no such field; {suggest_field(name, FIELDS)}"

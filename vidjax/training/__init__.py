@@ -1,4 +1,4 @@
-"""Training, from data to weights: the plan of a run, its loop, step, feeds and noise classes.
+"""Trains models. `plan` prepares a run, `loop` repeats training steps, and `feed` gives them clips.
 
-`api` has the functions of `import vidjax`.
+`api` contains the public functions, which `import vidjax` offers, too.
 """

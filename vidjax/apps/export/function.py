@@ -184,13 +184,14 @@ class RandomClips(NamedTuple):
 
 
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
-    """Makes random clips of LENGTHS frames. The second clip has only the last modality.
+    """Makes four random clips and the outputs of a run for them.
 
-    If frames are examples and there are several modalities, another clip has a single frame of the
-    last modality. The run predicts this clip separately.
+    The clips have LENGTHS frames. The second clip has only the last modality. A fifth clip is added
+    if the run classifies single frames (`System.frame_is_example`) and has several modalities. Its
+    last modality has a single frame, and the run predicts this clip apart from the other clips.
 
     Args:
-      run: the run that predicts the expected outputs.
+      run: the run that computes the expected outputs.
       seed: the seed of the random numbers.
       padding: number of padded frames after the longest clip.
     """

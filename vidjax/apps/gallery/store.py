@@ -81,13 +81,13 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """The origin of the vectors of clips: a run, or models with cards.
+    """What computed the vectors of the clips: a run, or models that are described by cards.
 
     Attributes:
-      workdir: the folder of the run, or of the models.
-      digest: sha256 of the run's weights, or of all cards.
+      workdir: the folder of the run or of the models.
+      digest: sha256 of the weights of the run, or of the cards of all models.
       centred: True if the run centres its vectors.
-      cards: part -> `Card.digest` of the model that computes its vectors; empty for a run.
+      cards: part of the vectors -> `Card.digest` of its model. It is empty if a run computed them.
     """
 
     workdir: schemas.Text

@@ -212,9 +212,9 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
 
-    The brightest fifth of the pixels around a bare eye are skin or the white of the eye, which are
-    about as bright as the cheek below. Each eye is compared with the cheek on the same side,
-    because light often comes from a side.
+    The 80th percentile of the pixels around an eye is compared with the median of the cheek below.
+    The brightest pixels around a bare eye are skin or the white of the eye, and are about as bright
+    as the cheek. Light often comes from a side, so each eye has the cheek of its side.
 
     Args:
       crops: [N, S, S, 3] uint8, see `warp_faces`.

@@ -120,10 +120,10 @@ class DecodeCounts:
 
 
 class Clock:
-    """Makes strictly increasing times of time stamps that may be missing, equal, or decreasing.
+    """Turns time stamps, which may be missing or not increase, into strictly increasing times.
 
-    A bad time stamp is replaced by the last time plus the average duration of a frame. Later time
-    stamps are shifted by the same amount.
+    A bad time stamp is replaced by the time of the last frame plus the average duration of a frame.
+    Later time stamps are shifted by the same amount.
     """
 
     def __init__(self, step_s: float, latest_s: float | None):

@@ -398,9 +398,10 @@ def _make_clips(
     out: Path,
     settings: ExtractionSettings,
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
-    """Makes a clip of each track; with `--unit=shot`, a clip of the main person of each shot.
+    """Makes a clip of each track. With `--unit=shot`, makes a clip of each shot's main person.
 
-    Returns the shots (begin and end in seconds), and all tracks, to which voices are assigned.
+    Returns the begin and end of each shot in seconds, and all tracks. Voices are later assigned to
+    these tracks.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))

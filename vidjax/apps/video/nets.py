@@ -171,10 +171,12 @@ def _make_error(card: Card, error: Exception) -> UserError:
 
 
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Compares a net's output for the formula image with the test vector of its card.
+    """Compares the output of a net with the test vector of its card.
+
+    The input of the net is computed by `make_formula_image`.
 
     Raises:
-      UserError: they differ by more than the card's tolerance.
+      UserError: the output and the test vector differ by more than the tolerance of the card.
     """
     output = answer_formula(card, session, card.test.seed)
     gap = float(np.abs(output - np.array(card.test.output)).max())

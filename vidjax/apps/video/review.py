@@ -119,7 +119,11 @@ class Review:
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of a film, of a person, or of all; shows the last message only once."""
+        """Returns the page of all names, or only of a film or a person.
+
+        If `problem` is given, the page shows its message. If not, it shows the message of the last
+        change, but only in the first call after the change.
+        """
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
             last=self._steps[-1].words if self._steps else "",
@@ -281,7 +285,12 @@ class _Pages:
     """The requests that the web application answers, below `/TOKEN/`."""
 
     def __init__(self, review: Review, token: str, port: int):
-        """`port` is the port of the server, which requests must name as their host."""
+        """Makes pages of `review`.
+
+        Args:
+          token: the secret word in the address. Requests without it are refused.
+          port: the port of the server. Requests are refused unless their `Host` header names it.
+        """
         self._review, self._token = review, token
         self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
         self._lock = threading.Lock()

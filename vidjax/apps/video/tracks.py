@@ -268,10 +268,10 @@ def choose_gap_seconds(rate: float) -> float:
 
 
 def find_least_cosine(back_end: BackEnd, odds: float) -> float:
-    """Returns the cosine at which the same person is `odds` times as likely as two people.
+    """Returns the cosine at which one person is `odds` times as likely as two different people.
 
-    `same` and `different` of the card are treated as normal distributions. The cosine lies between
-    their means.
+    The cosine of two faces is assumed to be normally distributed. Its mean and standard deviation
+    are `same` for one person, and `different` for two. The result lies between the two means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
     same, different = (

@@ -155,7 +155,7 @@ def digest_data(records: Records, truth: Truth) -> str:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Returns the part of the report of a split that depends on `truth`, clip -> identity."""
+    """Counts the labels of a split for its report. `truth` is clip -> identity, or None."""
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))

@@ -219,7 +219,7 @@ class Plot:
           key: an identifier that is unique on the page.
           title: the title.
           description: a text for a reader who cannot see the figure.
-          caption: the text below the figure; "" for the title.
+          caption: the text below the figure. If it is empty, `title` is used.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)
