@@ -205,7 +205,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes new results. It is no error if another process has written the same results."""
+    """Writes new results. If another process has written the same results, no error is raised."""
     try:
         tables.write_new(results, content)
     except UserError:

@@ -24,7 +24,7 @@ def count_workers(args: argparse.Namespace) -> int:
 
 
 def read_settings(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
-    """Returns the settings of the flags, None if no flag sets any."""
+    """Returns the settings of the flags. If no flag sets any, returns None."""
     names = ("fps", "size", "unit")
     values = {name: x for name in names if (x := getattr(args, name, None)) is not None}
     return features_folder.ExtractionSettings(**values) if values else None  # pyright: ignore[reportArgumentType]

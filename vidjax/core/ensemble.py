@@ -197,7 +197,7 @@ def check_size(training_sets: TrainingSets) -> None:
 
 
 def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` from the folder of a run; UserError if it is missing or damaged."""
+    """Reads `members.npz` of a run's folder. Raises UserError if it is missing or damaged."""
     path = folder / FILE
     try:
         arrays = files.read_npz(path, MAX_FILE_BYTES)

@@ -171,7 +171,7 @@ NPY_HINT = "\nan .npy file has no modality; write a clip by numpy.savez('CLIP.np
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> its parquet table or its `.npz` files; UserError for unread files."""
+    """Returns split -> its parquet table or `.npz` files. Raises UserError if a file is ignored."""
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
         raise NoFileError(f"{folder}: {problem}")

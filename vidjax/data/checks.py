@@ -41,7 +41,7 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     Args:
       path: a file or folder that would be ignored.
       word: the part of its name that is in the place of a split.
-      present: the splits that already have files. A word that resembles one of them is no mistake.
+      present: the splits that already have files. A word that resembles one of them is accepted.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]

@@ -145,7 +145,7 @@ class ClipSource(Protocol):
         ...
 
     def split(self, name: str) -> Split:
-        """Returns a split; UserError if there is no split of this name."""
+        """Returns a split. Raises UserError if no split has this name."""
         ...
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:

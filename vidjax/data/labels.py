@@ -271,7 +271,7 @@ def _parse_clip(text: str, known: Collection[str], where: str) -> str:
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns (line number, fields) of each line that is not blank; UserError for an empty file."""
+    """Returns (line number, fields) of each non-blank line. Raises UserError if there is none."""
     if not path.exists():
         raise NoFileError(f"{path}: no such file")
     with files.open_input(path) as file:

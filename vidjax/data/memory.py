@@ -223,7 +223,7 @@ def _select(
 
 
 def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
-    """Yields clips; raises UserError if they take more than a third of the memory."""
+    """Yields clips. Raises UserError if they take more than a third of the memory."""
     left = limit = memory_bytes() // 3  # joining the clips copies them once
     for clip in clips:
         for value in clip.modalities.values():
@@ -383,7 +383,7 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns the split to read; UserError if `split` is None and there are several splits."""
+    """Returns the split to read. Raises UserError if there are several and `split` is None."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:

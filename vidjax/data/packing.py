@@ -113,7 +113,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
 def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
-    """Returns a field of T frames in its dtype; UserError for another shape."""
+    """Returns a field of T frames in its dtype. Raises UserError if its shape is wrong."""
     column, shape = _to_real_array(values, place), field.shape(num_frames)
     if column.size == 1 and shape == (1,):
         column = column.reshape(1)  # a single frame may come as a scalar, like its feature as [D]

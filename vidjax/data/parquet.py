@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a table; UserError if it is damaged or needs too much memory."""
+    """Reads all rows of a table. Raises UserError if it is damaged or needs too much memory."""
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
         names = _check_names(path, file.schema_arrow.names)
@@ -115,7 +115,7 @@ def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of the columns to read; UserError for a missing or misspelt column."""
+    """Returns the columns to read. Raises UserError if a column is missing or misspelt."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -339,7 +339,7 @@ def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # no
 
 
 def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (pyarrow)
-    """Returns a column of text, dictionary-encoded; UserError for another type."""
+    """Returns a dictionary-encoded column. Raises UserError if the column is not text."""
     import pyarrow
 
     try:

@@ -209,7 +209,7 @@ class Resident:
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Copies every clip of the layout to the devices; UserError for damaged records."""
+        """Copies the clips of the layout to the devices. Raises UserError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = jax.jit(

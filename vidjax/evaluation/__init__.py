@@ -1,1 +1,1 @@
-"""Evaluation, from trained weights to results: scores, rankings, comparisons and reports."""
+"""Evaluates trained weights: computes scores, rankings, comparisons and reports."""

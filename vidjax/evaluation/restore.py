@@ -212,7 +212,7 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Reads a file that a checkpoint depends on; raises CheckpointError if its digest differs."""
+    """Reads a file that a checkpoint depends on. Raises CheckpointError if its digest differs."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:

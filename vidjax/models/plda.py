@@ -60,7 +60,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of a member; UserError if any is neither given nor fitted."""
+        """Returns the settings of a member. Raises UserError if any is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(

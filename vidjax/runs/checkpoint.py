@@ -277,7 +277,7 @@ def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of `checkpoints/<step>`; DamagedError if its sha256 differs."""
+    """Returns the manifest of `checkpoints/<step>`. Raises DamagedError if its sha256 differs."""
     path = folder / MANIFEST
     with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])

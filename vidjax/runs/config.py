@@ -579,7 +579,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`, or the default; UserError if there are several."""
+    """Returns the word in `names`, or the default. Raises UserError if there are several."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
@@ -588,7 +588,7 @@ def choose_name(words: Collection[str], names: Collection[str], default: str) ->
 
 
 def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns a tuple of the only modality, or of the default; UserError if there are several."""
+    """Returns the only modality, or the default, in a tuple. Raises UserError for several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: modalities {', '.join(modalities)}: this experiment uses only one\n"

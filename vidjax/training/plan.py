@@ -506,7 +506,7 @@ def relabel(
       labels: [...] int, class columns of unclustered distractors: mirror columns at first.
       predicted: [...] int, best class column according to the model.
       keep: the new column if the best column is a cluster or a mirror: `label` keeps the label, and
-        `prediction` takes the best column. With `label`, a clip in a column that is no mirror never
+        `prediction` takes the best column. With `label`, a clip outside the mirror columns never
         moves.
 
     Returns:

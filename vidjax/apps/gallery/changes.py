@@ -102,7 +102,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Gives a clip another identity, or None for a stranger; returns the old identity."""
+        """Changes the identity of a clip and returns the old identity. None is a stranger."""
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)

@@ -548,7 +548,7 @@ class Gallery:
             return draft.rename(identity, to, merge=merge)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Gives a clip another identity, or None for a stranger; returns the old identity."""
+        """Changes the identity of a clip and returns the old identity. None is a stranger."""
         with self.change() as draft:
             return draft.relabel(clip, identity)
 

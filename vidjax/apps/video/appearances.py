@@ -40,7 +40,7 @@ class Appearance(NamedTuple):
     """A person in a video, from `start_s` to `end_s` seconds.
 
     Attributes:
-      identity: the person; `unknown N` for an unknown person; None if there is no group either.
+      identity: the person, or `unknown N` for an unknown person. If there is neither, None.
       probability: the lowest of all tracks; None for an unknown person.
       clips: the tracks that are joined.
       evidence: the parts, such as face and voice, that named a known person.

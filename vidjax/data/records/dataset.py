@@ -72,7 +72,7 @@ class Dataset:
         return f"<data '{place}': {clips}; {widths}; {len(self.identities):,} identities>"
 
     def split(self, name: str) -> Split:
-        """Returns a split; UserError if there is no split of this name."""
+        """Returns a split. Raises UserError if no split has this name."""
         if name not in self._splits:
             raise UserError(
                 f"no split {name!r} in the data, only {', '.join(self._splits)}\n"

@@ -141,7 +141,7 @@ def load_index(folder: Path) -> Records:
 
 @contextlib.contextmanager
 def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
-    """Opens a file whose sha256 is in the manifest; UserError if the sha256 differs."""
+    """Opens a file whose sha256 is in the manifest. Raises UserError if the sha256 differs."""
     with files.open_regular(path, below=path.parents[2]) as file:
         if hash_opened(file) != manifest["files"][path.name]:
             raise UserError(f"{path.name} does not match its sha256")
@@ -158,7 +158,7 @@ def _parse_modality(dim: int, dtype: str) -> Modality:
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
-    """Returns a split; UserError if manifest and index contradict each other."""
+    """Returns a split. Raises UserError if manifest and index contradict each other."""
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
     split = SplitRecords(

@@ -44,7 +44,7 @@ class Reader:
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
-        """Computes all places; UserError if the files have other sizes."""
+        """Computes the place of each record. Raises UserError if a file has another size."""
         self._modalities = records.modalities
         parts = [records.splits[name] for name in splits]
         before = np.cumsum([0, *(len(split.clips) for split in parts)])

@@ -64,7 +64,7 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Compares a shard with its sha256; UserError that names the first damaged record."""
+    """Compares a shard with its sha256. The UserError names the first damaged record."""
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     expected = f"{shard.path}: expected {shard.records} records, found"
     if not files.exists(shard.path):

@@ -144,7 +144,7 @@ def _cut(text: str, max_bytes: int) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Returns a clip name without `.mp4` at its end; UserError as in `check_name`."""
+    """Removes `.mp4` at the end of a clip name. Raises the errors of `check_name`."""
     end = len(name)
     while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
         end -= 4

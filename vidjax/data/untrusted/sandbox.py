@@ -207,13 +207,13 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts empty clips among some clips; raises UserError if they exceed the limit."""
+        """Counts empty clips among some clips. Raises UserError if they exceed the limit."""
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(f"{num_clips} of {among} clips are empty: refused")
 
     def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes; raises UserError if they exceed the limit."""
+        """Counts frames and bytes. Raises UserError if they exceed the limit."""
         self._frames -= num_frames
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
@@ -277,7 +277,7 @@ def _read_frames(
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Returns the features [T, D] of T entries; UserError if they differ in dtype or width."""
+    """Returns the features [T, D] of T entries. Raises UserError if dtypes or widths differ."""
     features: list[Array] = []
     for number, entry in enumerate(entries):
         if not _is_list(entry) or len(entry) != len(fields):

@@ -100,7 +100,7 @@ class Array(metaclass=_Sealed):
         self.fill(dtype, shape, bool(fortran), data)
 
     def fill(self, dtype: object, shape: object, fortran: bool, data: object) -> None:
-        """Sets dtype, shape and bytes; UserError if they contradict each other."""
+        """Sets dtype, shape and bytes. Raises UserError if they contradict each other."""
         if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
             raise UserError("the pickle contains a damaged array")
         if len(shape) > 2:

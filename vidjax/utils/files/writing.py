@@ -153,7 +153,7 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Returns the entries of a file of `write_manifest`; UserError if their digest differs."""
+    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest differs."""
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged (its sha256 differs)")
