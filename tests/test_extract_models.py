@@ -77,7 +77,7 @@ def test_yunet_decoder_follows_opencv(stride):
     parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
     sides = {side: cells if side == stride else 0 for side in nets.STRIDES}
     outputs = {f"{kind}_{s}": x[None, :n] for kind, x in parts.items() for s, n in sides.items()}
-    assert_faces(nets.DECODERS["yunet"](outputs, width * stride), wanted)
+    assert_faces(nets.decode_yunet(outputs, width * stride), wanted)
 
 
 @pytest.mark.parametrize("stride", nets.STRIDES)
@@ -98,7 +98,7 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
     sides = {side: anchors if side == stride else 0 for side in nets.STRIDES}
     # Taken in their order, whatever their names.
     outputs = {f"{kind}_{side}": x[:n] for kind, x in parts for side, n in sides.items()}
-    assert_faces(nets.DECODERS["scrfd"](outputs, width * stride), wanted)
+    assert_faces(nets.decode_scrfd(outputs, width * stride), wanted)
 
 
 def test_suppression_keeps_the_better_of_two_overlapping_faces():
