@@ -112,7 +112,7 @@ class SyntheticOptions(NamedTuple):
     values stay equal to the bit, so two sets that differ in an option are directly comparable.
 
     Attributes:
-      wrong_clips: share of clips in which a third of the frames, consecutive, show another person,
+      wrong_clips: share of clips in which a third of the frames, in a row, shows another person,
         with a quality that is lower by 20. No rate is published. The iQIYI-VID paper keeps clips in
         which more than 30 % of the frames show a single head, or a head that is much larger than
         all others (section 3.2); so up to 70 % may show several people.
@@ -356,7 +356,7 @@ class _Clips:
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-        # In wrong clips a third of the frames, consecutive, show another person. In other clips, a
+        # In wrong clips, a third of the frames, in a row, shows another person. In other clips, a
         # few frames do.
         run = np.rint(lengths / 3).astype(np.int64)
         first = rng.integers(0, lengths - run + 1)[clip]

@@ -35,7 +35,7 @@ class System(NamedTuple):
       tx, lr_schedule: the optax optimiser, and its schedule: step -> learning rate.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       column_weight: (labels [B], step) -> weight [B] of each clip, by its class column.
-      score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
+      score_fn: (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
       scores_are_logs: True if scores are logarithms; then their exponentials are averaged.
       class_mask: [K] bool, False for columns without training clips.
     """

@@ -183,7 +183,7 @@ class Settings(NamedTuple):
       within: share of the within-class covariance that is replaced by a multiple of the identity.
       between: the same share of the between-class covariance.
       scale: factor on the log-likelihood ratios, which are too confident without it.
-      unenrolled: value in place of scale x ratio for a modality in which an identity has no clip.
+      unenrolled: replaces scale x ratio if an identity has no clip with the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.
       centred: share of the mean of all vectors that is subtracted from each vector.
     """

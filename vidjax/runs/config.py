@@ -39,7 +39,7 @@ class Field(NamedTuple):
 
     Attributes:
       name: the dotted name.
-      default: the default value, whose type is the type of the field; None: an optional text.
+      default: the default value. Its type is the type of the field. None is an optional text.
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: value >= low, <= high, > above, < below. Without `high`
         the value must be finite.

@@ -183,7 +183,7 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 def convert(text: str, kind: type, example: Any) -> Any:
     """Converts the text of an override to `kind`, the type of its field.
 
-    `example` is the present value of the field. If the text does not fit, raises a UserError whose
+    `example` is the present value of the field. If the text does not fit, raises a UserError. Its
     message only describes a valid value, such as `true or false`.
     """
     if kind is str:

@@ -176,7 +176,7 @@ class Gallery:
           folder: a new or empty folder.
           run: the run, or its folder.
           data: the dataset of the run. By default, it is loaded.
-          strangers: the split whose clips without a label become strangers. By default, the
+          strangers: a split. Its clips without a label become strangers. The default is the
             evaluated split, if it has labels.
           empty: True to enrol nobody and keep only the back end and the strangers.
 

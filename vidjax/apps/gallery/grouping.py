@@ -132,8 +132,8 @@ def group(
       names: [N] names of clips, which contain the film; see `features_folder.cut_film_name`.
       parts: the vectors of the clips, M arrays [N, D] float32, 0 if a clip lacks the part.
       apart: pairs of clips that show different people.
-      begin: [N] names of groups, from which grouping continues. By default, each clip starts as a
-        group.
+      begin: [N], the name of the group in which each clip starts. By default, each clip starts in
+        a group of its own.
       absorb: True to give small groups to larger ones.
     """
     place = {name: number for number, name in enumerate(names)}

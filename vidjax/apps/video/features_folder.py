@@ -49,7 +49,7 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
 
     Attributes:
       fps: the number of frames per second in which faces are detected.
-      size: the longer side in pixels to which frames are shrunk for the detection.
+      size: for the detection, frames are shrunk until their longer side has `size` pixels.
       unit: the meaning of a clip: a "track" is a person in a shot; a "shot" is a shot with a single
         main figure, as in iQIYI-VID, see `tracks.MainFigures`.
     """
@@ -98,7 +98,7 @@ class FilmTrack(Struct, kw_only=True):
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The file of a film, with the properties by which a change of the file is detected.
+    """The file of a film, and the properties that change when the file is changed.
 
     If no property has changed, the file is not read again.
 

@@ -159,8 +159,8 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Assigns a large box of [N, 4] to each small box of [M, 4]: int [M], -1 if there is none.
 
     The large box contains the centre of the small box. The smallest large box chooses first. It
-    takes the small box whose centre is nearest to the middle of its top side. Each box is in at
-    most a single pair.
+    takes the small box whose centre is nearest to the middle of its top side. Each box belongs
+    to at most one pair.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2

@@ -81,7 +81,7 @@ class Forms(NamedTuple):
         overview.
       message: the last change or the last error in words; may be empty.
       last: the change that can be undone, in words; may be empty.
-      at: the person, or the key of the appearance, next to which the message is shown.
+      at: the message is shown next to this person, or to the appearance with this key.
       next: where the next message is shown after a change.
       typed: the name that was typed and not accepted.
       similar: the person with a name similar to `typed`.

@@ -119,8 +119,8 @@ def extract_folders(
       models: the folder of nets with cards. Voices need the two nets of `cards.VOICE_ROLES`.
       settings: if None, the settings of the folder, or the defaults for a new folder.
       workers: the number of processes.
-      drop: whose features are removed from the folder: "nothing", files that are "missing" now, or
-        all "others" than `paths`.
+      drop: the files whose features are removed from the folder: "nothing", files that are
+        "missing" now, or all "others", which are not in `paths`.
       thumbnails: keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: removes all features of the folder if `models` has nets that are new to it. If False,
         the call refuses the folder.

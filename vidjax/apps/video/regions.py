@@ -216,9 +216,9 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Assigns to each box [n, 4] a face of [N, 4] whose centre it contains: int [n], -1 for none.
+    """Assigns to each box [n, 4] a face of [N, 4] with its centre in the box: int [n], or -1.
 
-    The pair with the largest intersection over union comes first.
+    The pair with the largest intersection over union is assigned first.
     """
     owner, box = np.full(len(boxes), -1), boxes[:, None]
     centres = (faces[:, :2] + faces[:, 2:]) / 2

@@ -124,7 +124,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns numbers in which all groups are the person with the lowest of their numbers."""
+        """Returns numbers in which all groups are one person, with the lowest of their numbers."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])

@@ -211,8 +211,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities with the lowest average precision, worst first.
 
     `lost_to` and `mixed_with` are up to three pairs of an identity and a count of clips:
-    - `lost_to`: other identities in whose lists the identity's clips score highest; -1 for clips in
-      no list.
+    - `lost_to`: the other identities whose lists contain the highest score of a clip of the
+      identity. It is -1 for clips in no list.
     - `mixed_with`: other identities with clips among the first n places of the identity's list,
       where n is the number of the identity's clips; -1 for distractors.
     """

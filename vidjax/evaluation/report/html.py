@@ -53,7 +53,7 @@ def name(value: object) -> Markup:
 
 
 def paragraph(words: str, *values: object) -> Markup:
-    """Returns a paragraph in which each {} is replaced by a value; "" if `words` is empty."""
+    """Returns a paragraph with a value in place of each {}. Empty `words` give no paragraph."""
     content = Markup.escape(words).format(*values)
     return Markup("<p>{}</p>").format(content) if words else Markup()
 
