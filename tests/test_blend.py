@@ -114,7 +114,7 @@ def test_blend_of_a_run_and_its_copy_ranks_as_the_run(
     assert results["map"] == pytest.approx(wanted)
     assert config_io.load_workdir(tmp_path).join.weights == (1.0, 3.0)
     for weights in ("(1,)", "(1,-1)", "(0,0)"):
-        with pytest.raises(ValueError, match="want 2 numbers"):
+        with pytest.raises(ValueError, match="must be 2 numbers"):
             blended(runs, f"--config.join.weights={weights}", load=lambda _: data)
 
 

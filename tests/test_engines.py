@@ -136,7 +136,7 @@ def test_failure_of_one_process_or_a_stop_ends_the_other_processes(tmp_path):
     assert time.monotonic() - began < 10
     children = Children()
     threading.Timer(0.3, children.stop).start()
-    with pytest.raises(UserError, match="killed its reader"):
+    with pytest.raises(UserError, match="that reads it was killed"):
         run("time", cpu_seconds=60, children=children)
 
 

@@ -208,7 +208,7 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     films = {f"film.s00{n}.t00": make_clip(900 + n, "Ada") for n in range(3)}
     more = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
     people.enrol(vectors_of(people, films | more))
-    assert "all clips of Ada are of the same film, so they are alike" in capsys.readouterr().err
+    assert "all clips of Ada are of the same film and look alike" in capsys.readouterr().err
     people.remove(clip="film.s000.t00")
     left = [clip.vector for clip in [*films.values()][1:]]
     mean = np.mean(left, axis=0, dtype=float).astype(np.float32)

@@ -287,7 +287,7 @@ def test_dropout_is_used_only_in_training(name):
         (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),
         (DENSE, {"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from"),
         (DENSE, {"layers": ((8, "relu"),)}, "a layer is"),
-        (DENSE, {"layers": ((0, "relu", False, 0.0),)}, "width is 0, must be a whole number"),
+        (DENSE, {"layers": ((0, "relu", False, 0.0),)}, "width is 0, but must be a whole number"),
         (RESIDUAL, {"shortcut": "mul"}, "unknown shortcut"),
         (RESIDUAL, {"width": 0}, "width=0: .*whole numbers, 1 or more"),
         (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),

@@ -325,13 +325,16 @@ def test_adding_voice_models_keeps_all_names(drawn):
     assert before["film.s001.t00"] == ("Bob", ["told"])
     write_voices(drawn.models)
     after, output = run_who()
-    assert after == before and output.count("new nets: audio: films and photos are read again") == 1
+    assert (
+        after == before
+        and output.count("nets were added (audio): films and photos are read again") == 1
+    )
     clips = Gallery(drawn.out / "gallery").clips
     assert clips["people/Ada/2"].identity is None and clips["film.s001.t00"].identity == "Bob"
     assert clips["film.s001.t00"].vector[made_nets.WIDTH :].any()  # its voice has come
     assert not clips["people/Ada/1"].vector[made_nets.WIDTH :].any()
     again, output = run_who()
-    assert again == before and "new nets" not in output and "as before" in output
+    assert again == before and "nets were added" not in output and "as before" in output
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
     assert "other models of audio" in drawn.who(film, code=2)[1]
@@ -485,7 +488,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
         photo.unlink()
     else:
         shutil.rmtree(photo.parent)
-    assert "Bob has no photos any more: forgotten" in drawn.who(film)[1]
+    assert "Bob has no photos any more and is forgotten" in drawn.who(film)[1]
     assert "Bob" not in Gallery(drawn.out / "gallery").identities
     assert drawn.run(*where)[1]["places"] == []
 
@@ -494,7 +497,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
 def test_last_person_without_photos_is_forgotten(drawn):
     film = drawn.meet("Ada")
     shutil.rmtree(drawn.friends / "Ada")
-    assert "Ada has no photos any more: forgotten" in drawn.who(film, code=2)[1]
+    assert "Ada has no photos any more and is forgotten" in drawn.who(film, code=2)[1]
     assert not Gallery(drawn.out / "gallery").identities and not (drawn.out / "people/Ada").exists()
     shutil.rmtree(drawn.out)
     assert "has no photos" in drawn.who(film, code=2)[1] and not drawn.out.exists()

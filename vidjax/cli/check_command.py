@@ -56,7 +56,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     if args.workdir and args.config:
         raise UserError("check takes --workdir=FOLDER or --config=FILE, not both")
     if args.overrides and not (args.workdir or args.config):
-        raise UserError("check with fields needs --workdir=FOLDER or --config=FILE")
+        raise UserError(f"{args.overrides[0]}: check also needs --workdir=FOLDER or --config=FILE")
     # The run may still be training, and then its accelerator has no memory to spare.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.apps.gallery import store

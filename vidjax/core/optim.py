@@ -240,7 +240,7 @@ def make_optimizer(
         if not 0 < rates < math.inf:
             raise UserError(
                 f"config.optim.total_decay={spec['total_decay']}: the learning rates sum to "
-                f"{rates}, must be above 0 and finite\n"
+                f"{rates}, but must be above 0 and finite\n"
                 "change config.optim.learning_rate, or --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates

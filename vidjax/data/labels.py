@@ -118,7 +118,10 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 )
             for row in table:
                 if row["clip"] is None or row["identity"] is None:
-                    raise UserError(f"{path}: line {table.line_num}: fewer fields than columns")
+                    raise UserError(
+                        f"{path}: line {table.line_num}: fewer fields than columns\n"
+                        "complete the line"
+                    )
                 if any(row.get(None) or ()):  # pyright: ignore[reportArgumentType]
                     raise UserError(
                         f"{path}: line {table.line_num}: more fields than columns\n"
@@ -126,7 +129,9 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                     )
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a table of UTF-8 text: {error}") from None
+        raise UserError(
+            f"{path}: not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
+        ) from None
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
@@ -157,7 +162,7 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
                 f"{place}: identity {text} is negative: leave out clips that show no identity"
             )
         if pairs.setdefault(name, text) != text:
-            raise UserError(f"{place} is labelled {show(pairs[name])} and {show(text)}")
+            raise UserError(f"{place} is labelled {show(pairs[name])} and {show(text)}: keep one")
     if empty:
         warn(
             f"{empty[0]}: {len(empty)} clips have an empty identity and count as distractors\n"
@@ -227,9 +232,13 @@ def load_ground_truth(
         with prefix_errors(where.removesuffix(":")):
             identity = clean_identity(unescape(identity))
         if inverted and not names:
-            raise UserError(f"{where} identity {show(identity)} has no clips")
+            raise UserError(
+                f"{where} identity {show(identity)} has no clips: add a clip or delete the line"
+            )
         if not inverted and len(fields) != 2:
-            raise UserError(f"{where} {len(fields)} fields, wanted a clip and its identity")
+            raise UserError(
+                f"{where} {len(fields)} fields, wanted a clip and its identity: NAME.mp4 ID"
+            )
         if inverted and line_of_identity.setdefault(identity, number) != number:
             raise UserError(
                 f"{where} identity {show(identity)} is already in line "
@@ -280,7 +289,9 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: line {line}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(
+            f"{path}: line {line}: not UTF-8 text (byte {error.start}): save the file as UTF-8"
+        ) from None
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]
     if not lines:
@@ -305,9 +316,14 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
     for name, identity in labels.items():
         where = f"{path}: line {lines[name]}: label {show(identity)}"
         if not _is_integer(identity):
-            raise UserError(f"{where} is not a whole number, unlike most labels")
+            raise UserError(
+                f"{where} is not a whole number, unlike most labels\n"
+                "correct it, or give all identities names that are not numbers"
+            )
         if int(identity) < 1:
-            raise UserError(f"{where} is out of range: identities are numbered from 1")
+            raise UserError(
+                f"{where} is below 1: number identities from 1, and leave out clips without one"
+            )
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
@@ -331,7 +347,9 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     for number, fields in lines:
         where = f"{path}: line {number}:"
         if len(fields) != 2:
-            raise UserError(f"{where} {len(fields)} fields, wanted a clip and its weight")
+            raise UserError(
+                f"{where} {len(fields)} fields, wanted a clip and its weight: NAME.mp4 1"
+            )
         name = _parse_clip(fields[0], known, where)
         if line_of_clip.setdefault(name, number) != number:
             raise UserError(
@@ -341,9 +359,13 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         try:
             weights[name] = float(fields[1])
         except ValueError:
-            raise UserError(f"{where} weight {show(fields[1])} is not a number") from None
+            raise UserError(
+                f"{where} weight {show(fields[1])} is not a number: write one, 0 or more"
+            ) from None
         if not 0 <= weights[name] <= float(np.finfo(np.float32).max):
-            raise UserError(f"{where} weight {show(fields[1])} is negative or not finite")
+            raise UserError(
+                f"{where} weight {show(fields[1])} is negative or not finite: write 0 or more"
+            )
     check_known(path, weights, clips)
     return np.array([weights.get(name, 1.0) for name in clips], np.float32)
 

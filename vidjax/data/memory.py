@@ -59,7 +59,7 @@ class MemoryClips:
           UserError: there are no clips, or features have a different width.
         """
         if not names:
-            raise UserError("no clips to score")
+            raise UserError("there are no clips: give one or more")
         self.identities, self.names = tuple(identities), tuple(names.values())
         self._packed, self._widths = packed, dict(modalities)
         for name, flat in packed.items():

@@ -88,7 +88,10 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
-        raise UserError(f"{place}: features have shape {list(features.shape)}, wanted [T, D]")
+        raise UserError(
+            f"{place}: features have shape {list(features.shape)}\n"
+            "give an array [T, D]: D numbers for each of T frames"
+        )
     if features.dtype not in DTYPES:
         kinds = "float16, float32, float64 and int8"
         raise UserError(
@@ -124,7 +127,7 @@ def _read_column(
         if column.dtype.kind == "f":
             whole &= column % 1 == 0
         if not whole.all():
-            raise UserError(f"{place} {column[~whole][0]} is not a whole number from 0 up")
+            raise UserError(f"{place} {column[~whole][0]} is not a whole number of 0 or more")
     with np.errstate(over="ignore"):
         return column.astype(field.dtype)
 

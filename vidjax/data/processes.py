@@ -290,18 +290,27 @@ def run_limited_each(
         input_ = json.dumps(jobs).encode()
         child = (children or Children()).run(module, given=input_, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{path}: refused: reading it needs more than {seconds} s") from None
+        raise UserError(
+            f"{path}: refused: reading it needs more than {seconds} s: split it into smaller files"
+        ) from None
     if child.returncode == -signal.SIGXCPU:
-        raise UserError(f"{path}: refused: reading it needs more than {cpu_seconds} s of CPU time")
+        raise UserError(
+            f"{path}: refused: reading it needs more than {cpu_seconds} s of CPU time\n"
+            "split it into smaller files"
+        )
     if child.returncode == -signal.SIGKILL:
         raise UserError(
-            f"{path}: the system or another program killed its reader: is the memory too small?"
+            f"{path}: the process that reads it was killed, perhaps for lack of memory\n"
+            "close other programs, and run the command again"
         )
     if child.returncode < 0:
         name = f"signal {-child.returncode}"
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
-        raise UserError(f"{path}: damaged or hostile: its reader ended with {name}")
+        raise UserError(
+            f"{path}: damaged or hostile: the process that reads it ended with {name}\n"
+            "write the file again, or leave it out"
+        )
     if child.returncode:
         last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise UserError(

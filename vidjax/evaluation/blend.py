@@ -85,7 +85,7 @@ def _parse_weights(config: Config) -> tuple[float, ...]:
         return (1.0,) * len(runs)
     if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
         raise UserError(
-            f"config.join.weights={weights}: want {len(runs)} numbers of 0 or more, not all 0"
+            f"config.join.weights={weights}: must be {len(runs)} numbers of 0 or more, not all 0"
         )
     return tuple(map(float, weights))
 

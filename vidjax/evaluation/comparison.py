@@ -154,8 +154,8 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
         raise UserError(f"--runs={','.join(map('+'.join, groups))}: a run is named twice")
     if len(sizes := {len(group) for group in groups}) > 1:
         raise UserError(
-            f"groups of {' and '.join(map(str, sorted(sizes)))} runs: they are compared seed by "
-            "seed\nname as many of each: --runs=A1+A2+A3,B1+B2+B3"
+            f"groups of {' and '.join(map(str, sorted(sizes)))} runs: runs are compared seed by "
+            "seed\nname the same number in each: --runs=A1+A2+A3,B1+B2+B3"
         )
     runs = [read(name, split) for name in named]
     runs = [runs[0], *(align(runs[0], run) for run in runs[1:])]
@@ -184,7 +184,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
                 f"{', '.join(others[:3])}\ncompare them as separate runs: {names[0]},{name}"
             )
     if None not in seeds and len({*seeds}) < len(seeds):
-        raise UserError(f"--runs={'+'.join(names)}: two of them have the same seed")
+        raise UserError(f"--runs={'+'.join(names)}: two of them have the same seed: keep one")
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
@@ -258,8 +258,9 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
         example = (missing or extra)[0]
         raise UserError(
             f"{both} ranked different identities: {len(first.identities)} and "
-            f"{len(run.identities)}\n{len(missing) + len(extra)} are in a single run, such as "
-            f"'{example}', which is missing in '{run.name if missing else first.name}'"
+            f"{len(run.identities)}\n"
+            f"'{example}' is missing in '{run.name if missing else first.name}'\n"
+            "compare runs that were trained on the same ground truth"
         )
     order = np.array([places[name] for name in first.identities], int)
     positives = run.positives[order]

@@ -162,7 +162,7 @@ class Predictor(NamedTuple):
         if threshold is not None:
             check_argument("identify: threshold", threshold, numbers.Real, "a score, or None")
             if math.isnan(threshold):
-                raise UserError("threshold=nan: wants a score, or None")
+                raise UserError("threshold=nan: must be a score, or None")
             if threshold > 0 and self.config.eval.scores.startswith("log_"):
                 raise UserError(
                     f"threshold={threshold:g}: the scores of this run are logarithms, 0 at most: "
@@ -171,13 +171,14 @@ class Predictor(NamedTuple):
         elif not self.results:
             raise UserError(
                 f"'{self.workdir}' has no results of this step and these settings: no threshold is "
-                "known\ngive it, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
+                "known\ngive one, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
             )
         elif self._of_few_distractors:
             count = self.results["num_distractors"]
             raise UserError(
-                f"{self.workdir}: {count} distractors cannot show what 1 % of strangers reach, "
-                "which takes 99 or more\ngive a threshold of your own, or float('-inf') for none"
+                f"{self.workdir}: {count} distractors are too few for the score that 1 % of "
+                "strangers reach: 99 are needed\n"
+                "give a threshold of your own, or float('-inf') for none"
             )
         elif self._of_few_members and self.results.get(THRESHOLD) is not None:
             raise UserError(

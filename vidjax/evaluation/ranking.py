@@ -118,12 +118,12 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     for place, line in lines:
         fields = line.split()
         if not fields:
-            note("empty line", f"{place}: the line is empty")
+            note("empty line", f"{place}: the line is empty: delete it")
             continue
         if line != " ".join(fields):
             note("separators", f"{place}: fields are not separated by single spaces")
         if not _is_text(line):
-            note("encoding", f"{place}: not UTF-8 text")
+            note("encoding", f"{place}: not UTF-8 text: save the file as UTF-8")
         identity, given = normal_form(fields[0]), fields[1:]
         names = list(dict.fromkeys(given))
         if len(names) < len(given):
@@ -132,7 +132,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         if len(names) > MAX_NAMES:
             note("too many", f"{place}: {len(names)} names, at most {MAX_NAMES} are allowed")
         if identity in ranking:
-            note("second line", f"{place}: identity {identity!r} has a line already")
+            note("second line", f"{place}: identity {identity!r} has a line already: join the two")
         if identities is not None and identity not in identities:
             note("unknown identity", f"{place}: identity {identity!r} is unknown")
         ranking[identity] = names[:MAX_NAMES]
@@ -175,9 +175,9 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     rows = [(place, line.split()) for place, line in lines]
     for (place, fields), (_, line) in zip(rows, lines, strict=True):
         if not fields:
-            raise UserError(f"{place}: the line is empty")
+            raise UserError(f"{place}: the line is empty: delete it")
         if not _is_text(line):
-            raise UserError(f"{place}: not UTF-8 text")
+            raise UserError(f"{place}: not UTF-8 text: save the file as UTF-8")
         if len(fields) < 2:
             raise UserError(
                 f"{place}: identity {fields[0]!r} has no clip\n"
@@ -188,14 +188,16 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     seen: dict[str, str] = {}
     for place, fields in rows:
         if direct and len(fields) > 2:
-            raise UserError(f"{place}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
+            raise UserError(f"{place}: {len(fields)} fields: write 'NAME.mp4 ID'")
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
         identity = normal_form(identity)
         if identity in positives and not direct:
-            raise UserError(f"{place}: identity {identity!r} has a line already")
+            raise UserError(f"{place}: identity {identity!r} has a line already: join the two")
         for clip in clips:
             if clip in seen:
-                raise UserError(f"{place}: clip {clip!r} is already listed in {seen[clip]}")
+                raise UserError(
+                    f"{place}: clip {clip!r} is already listed in {seen[clip]}: delete either"
+                )
             seen[clip] = place
         positives.setdefault(identity, []).extend(clips)
     return positives

@@ -148,8 +148,8 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     data = data.with_identities(run.identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise UserError(
-            f"config.eval.split={split}: its ground truth names no identity that the run knows\n"
-            "check that --config.data.dir is the dataset of the run"
+            f"config.eval.split={split}: its ground truth names no identity of the training data\n"
+            "name the dataset on which the run was trained: --config.data.dir=FOLDER"
         )
     return data
 
@@ -159,7 +159,10 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:
-            raise UserError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
+            raise UserError(
+                f"modality '{name}': the run was trained on features {width} wide, but these are "
+                f"{widths[name]} wide\nname the dataset of the run: --config.data.dir=FOLDER"
+            )
 
 
 def load_weights(

@@ -566,6 +566,6 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
     for model in (first, other):
         if not model.system.scores_are_logs:
             raise UserError(
-                f"--runs: {model.name} ranks by scores that are no logarithms of probabilities\n"
+                f"--runs: {model.name} ranks by scores that are not logarithms of probabilities\n"
                 "train it with --config.eval.scores=log_softmax to blend it with others"
             )

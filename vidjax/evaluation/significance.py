@@ -130,7 +130,9 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
 
     first, results = groups[0], []
     if len(first[0]) < 2:
-        raise UserError("one identity has no interval: compare runs on two or more")
+        raise UserError(
+            "a confidence interval needs two identities or more: compare runs on more identities"
+        )
     for own in groups[1:]:
         gaps = [new - old for new, old in zip(own, first, strict=True)]
         squared = squared_errors(gaps)

@@ -144,7 +144,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     for word in overrides:
         if not isinstance(word, str) or not word.startswith("--config."):
             hint = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
-            raise UserError(f"{word!r} is no override: write '--config.FIELD=VALUE'{hint}")
+            raise UserError(f"{word!r} is not an override: write '--config.FIELD=VALUE'{hint}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
             raise UserError(f"there is no field config.{name}: {suggest_field(name, known)}")

@@ -194,10 +194,10 @@ def label_distractors(
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
-            f"config.data.distractors=noise: no clip of {', '.join(config.data.train_splits)} is a "
-            "distractor\nwithout distractors use the argument 'other', as in "
-            "--config=configs/noise_classes.py:other,\nor another system, such as "
-            "--config=configs/mma.py"
+            "config.data.distractors=noise needs clips without a label, but "
+            f"{', '.join(config.data.train_splits)} has none\n"
+            "choose --config=configs/noise_classes.py:other,\n"
+            "or a system without noise classes, such as --config=configs/mma.py"
         )
     modality = config.noise.modality
     if modality not in data.modalities:
@@ -457,7 +457,7 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise UserError(
             f"cannot cluster the distractors: the mean feature of distractor number {row} is not "
-            "finite"
+            "finite: leave out this clip"
         )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)

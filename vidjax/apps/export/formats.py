@@ -208,12 +208,13 @@ def make_run_arrays(run: Predictor) -> Arrays:
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(
-            f"--format=numpy {NUMPY_SCOPE}, not '{config.model.name}'\nchoose safetensors"
+            f"--format=numpy {NUMPY_SCOPE}, not '{config.model.name}'\nchoose --format=safetensors"
         )
     if config.eval.scores != "log_softmax" or config.eval.top_classes or config.ensemble.views:
         raise UserError(
-            "--format=numpy needs eval.scores=log_softmax, all identities, and no views\n"
-            "choose safetensors"
+            "--format=numpy needs a run with config.eval.scores=log_softmax, "
+            "config.eval.top_classes=0 and config.ensemble.views=0\n"
+            "choose --format=safetensors"
         )
     solved = jax.device_get(run.model_state["solved"])
     columns = slice(1, 1 + len(run.identities))

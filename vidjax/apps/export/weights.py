@@ -129,10 +129,15 @@ def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
         value = arrays.pop(name, None)
         if value is None or (value.dtype, value.shape) != (like.dtype, like.shape):
             actual = "missing" if value is None else f"{value.dtype}{list(value.shape)}"
-            raise UserError(f"'{path}' is of another model: {name}\nis {actual}, not {expected}")
+            raise UserError(
+                f"'{path}' is of another model\n{name} is {actual}, not {expected}\n"
+                "export the run again"
+            )
         return value
 
     items = jax.tree_util.tree_map_with_path(take, dict(shapes))
     if arrays:
-        raise UserError(f"'{path}' is of another model: it also has {min(arrays)}")
+        raise UserError(
+            f"'{path}' is of another model: it also has {min(arrays)}\nexport the run again"
+        )
     return jax.tree.map(jax.numpy.asarray, items)

@@ -144,8 +144,9 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
-            "fpir and threshold: choose one\n"
-            "fpir is a share of strangers, threshold is a probability"
+            "fpir and threshold exclude each other: choose one\n"
+            "fpir is the share of strangers who get a name; threshold is the least probability of "
+            "a name"
         )
     if threshold is not None and not 0 < threshold <= 1:
         raise UserError(
@@ -223,12 +224,12 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
         if cells[:2] == [*GROUP_COLUMNS]:
             continue
         if len(cells) < 2 or not all(map(str.strip, cells[:2])):
-            raise UserError(f"{path}: line {number}: wanted CLIP, a tab, and a name")
+            raise UserError(f"{path}: line {number}: the line must be CLIP, a tab, and a name")
         with prefix_errors(f"{path}: line {number}"):
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
         if names.setdefault(clip, identity) != identity:
             raise UserError(
-                f"{path}: line {number}: clip '{show(clip)}' has two names: delete either"
+                f"{path}: line {number}: clip '{show(clip)}' has two names: delete one line"
             )
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 

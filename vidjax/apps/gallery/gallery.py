@@ -936,7 +936,7 @@ def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
     ]  # fmt: skip
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
-        say(f"all clips of {named} are of the same film, so they are alike: add other clips")
+        say(f"all clips of {named} are of the same film and look alike: add clips of other films")
 
 
 def fit_backend(

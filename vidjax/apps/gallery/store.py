@@ -280,7 +280,7 @@ class Store:
         """Reads the file and checks it."""
         with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-                raise UserError("its pages are inconsistent")
+                raise UserError("quick_check of SQLite finds damaged pages")
             return _read(connection)
 
     # ---- writing
@@ -418,7 +418,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("its journal mode is not the mode of a gallery")
+        raise UserError("its journal_mode of SQLite is not 'delete'")
     return version, sorted(tables)
 
 
@@ -505,18 +505,18 @@ def _read_facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
 def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _read_facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
-        raise UserError("its header does not match its sha256")
+        raise UserError("the facts in its table 'gallery' do not match their sha256")
     facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError("its parts are too wide, or a name is repeated")
+        raise UserError("its vectors are too wide, or two of its parts have the same name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
     if (numbers["fitted"] > 1).any():
-        raise UserError("a row of it is malformed")
+        raise UserError("a value of 'fitted' in its table 'clip' is not 0 or 1")
     owners, fitted = (person or None for person in people), map(bool, numbers["fitted"].tolist())
     clips = dict(zip(names, map(StoredClip, owners, numbers["vector"], fitted), strict=True))
     entries = len(names)
@@ -525,12 +525,12 @@ def _read(connection: sqlite3.Connection) -> State:
     index = Index(backend, _make_blocks(names, numbers))
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
-        raise UserError("its rows do not match their digest")
+        raise UserError("its rows do not match the digest in its table 'gallery'")
     groups = group(clips)
     sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
     known = (len(groups) - (STRANGER in groups) == len(sizes)) and sizes.all()
     if not known or (index.counts > sizes).any():
-        raise UserError("its people do not match its clips")
+        raise UserError("its tables 'clip' and 'person' contradict each other")
     return State(facts.version, facts.run, index, clips, groups, rows, entries, sha256)
 
 
@@ -547,7 +547,7 @@ def _read_table(
             count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
             lines = row[1].split("\n") if count and num_words else []
             if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
-                raise UserError("a row of it is malformed")
+                raise UserError(f"a row of its table '{table}' has the wrong types or length")
             _check_names(lines, lines[:count])
             for n, column in enumerate(words):
                 column += lines[n * count : (n + 1) * count]
@@ -564,7 +564,7 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
     """Copies the numbers of a row, and returns the digest of the row."""
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
-        raise UserError("a number of it is NaN or infinite")
+        raise UserError("one of its rows contains NaN or infinity")
     return _digest(row)
 
 
@@ -578,28 +578,28 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
         people = {*names[len(clips) :]} - {STRANGER}
         if all(map(check_name, clips)) and all(normal_form(check_name(x)) == x for x in people):
             return
-    raise UserError("the name of a clip or person is not valid")
+    raise UserError("the name of a clip or person is empty, too long, or has invalid letters")
 
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     kinds = [(part.name, part.width, part.by_card) for part in facts.parts]
     if len(numbers) != sum(sum(sizes(width, by_card)) for _, width, by_card in kinds):
-        raise UserError("its back end has the wrong size")
+        raise UserError("its table 'backend' has the wrong number of values")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not all(map(math.isfinite, settings)):
-        raise UserError("a parameter of its back end is NaN or infinite")
+        raise UserError("one of its settings is NaN or infinite")
     backend = from_numbers(kinds, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
-        raise UserError("a variance is below 0")
+        raise UserError("its table 'backend' contains a variance below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
-        raise UserError("a number of a card is not positive")
+        raise UserError("its table 'backend' contains a parameter of a card that is 0 or less")
     return backend
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
     """Yields blocks of people. Of several entries of a person, the last one counts."""
     if (numbers["num_clips"] < 0).any():
-        raise UserError("a number of clips is below 0")
+        raise UserError("its table 'person' contains a number of clips below 0")
     last = {name: place for place, name in enumerate(names)}
     kept = sorted(last.values())
     for at in range(0, len(kept), MAX_BLOCK_PEOPLE):

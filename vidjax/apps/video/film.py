@@ -95,9 +95,9 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     for part in [part for part in ("head", "body") if part in embed and part not in detect]:
         if embed[part].card.around is None:
             raise UserError(
-                f"'{embed[part].card.path}' does not define the box of a {part}\n"
-                f'give it "around": [LEFT, TOP, RIGHT, BOTTOM] in sides of a face, '
-                f"or add a {part}_detector"
+                f"'{embed[part].card.path}' does not give the box of a {part}, and there is no "
+                f"{part}_detector\nadd such a detector to the folder, or to the card: "
+                f'"around": [LEFT, TOP, RIGHT, BOTTOM], where the face is [0, 0, 1, 1]'
             )
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
     return Nets(detect, embed, listen)

@@ -355,7 +355,9 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     except store.NoGalleryError:  # also if an earlier call was killed before it wrote the tables
         return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
     if roles := gallery.widen(models):
-        say(f"new nets: {', '.join(roles)}: films and photos are read again, names are kept")
+        say(
+            f"nets were added ({', '.join(roles)}): films and photos are read again, names are kept"
+        )
     return gallery
 
 
@@ -370,7 +372,10 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))
-        say(f"{path}: {len(names) - len(known):,} clips no longer exist, such as {example}")
+        say(
+            f"{path}: {len(names) - len(known):,} clips no longer exist, such as {example}: "
+            "their names are ignored"
+        )
     if not known:
         return
     vectors = _embed(gallery, features, known)
@@ -686,7 +691,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     kept = {label[clip] for clip in photos.keys() - gone}
     people = {label[clip] for clip in forgotten} - kept - {None}
     for name in sorted(map(str, people)):
-        say(f"{show(name)} has no photos any more: forgotten")
+        say(f"{show(name)} has no photos any more and is forgotten")
     labelled = {
         clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity in people
     }

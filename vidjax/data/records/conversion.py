@@ -177,8 +177,13 @@ def _join_modalities(
             dtype = np.result_type(known.dtype, modality.dtype)
             modalities[name] = Modality(known.dim, dtype.name)
     if not modalities:
-        reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
-        raise UserError(f"{source.place}: no clip has a usable frame{reason}")
+        reason = "all are empty"
+        if dropped:
+            reason = f"all {dropped} frames have a NaN, an Inf or a value beyond float32"
+        raise UserError(
+            f"{source.place}: no clip has a usable frame: {reason}\n"
+            "compute the features again, or name another dataset"
+        )
     return dict(sorted(modalities.items()))
 
 

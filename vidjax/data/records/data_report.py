@@ -115,7 +115,7 @@ def label_records(
         if positives[0]:
             warn(
                 f"{positives[0]} clips of {name} show identities without a class in the training "
-                "data: they count as distractors, and MAP counts each of these identities as 0"
+                "data\nthese clips count as distractors, and these identities count as 0 in MAP"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
         report["splits"][name]["sha256"] = _digest_split(records, truth, name)

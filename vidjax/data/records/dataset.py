@@ -152,10 +152,10 @@ def _warn_of_gaps(
     """Warns if a split lacks modalities, or frames were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
-        warn(f"{name}: no file of {', '.join(absent)}")
+        warn(f"{name}: no file of {', '.join(absent)}: these features are missing")
     for modality, counts in report.items():
         if dropped := counts["frames_skipped"].get("non_finite"):
             warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN, an Inf or a value beyond float32: left out"
+                "feature with a NaN, an Inf or a value beyond float32: they are left out"
             )

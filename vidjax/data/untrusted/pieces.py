@@ -71,7 +71,7 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
             del parts
             items = unpickler.load()
             if type(items) is not dict or pipe.read(1):
-                raise UserError("not a plain dict")
+                raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
             yield items
             old = numbers if numbers.start else range(0)
 
@@ -80,7 +80,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Yields pickles of some items, without their end, and the numbers of the objects in them."""
     begin = _START.match(content)
     if not begin:
-        raise UserError("not a plain dict")
+        raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
     start, at = begin.span(1)
     parts, runs, left = list[bytes](), _Runs(content), PIECE_BYTES
     first, done = 0, int(at > start + 1)  # the dict may be the first numbered object
@@ -104,7 +104,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
         elif found := _GLOBAL.match(content, end):
             at = found.end()
         else:
-            raise UserError("not a plain dict")
+            raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
 
 
 class _Runs:

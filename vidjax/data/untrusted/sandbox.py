@@ -180,7 +180,7 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
         clips[name] = content.pop(key)
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise UserError(f"duplicate clips: {', '.join(repeated[:5])}{more}")
+        raise UserError(f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each")
     return clips
 
 
@@ -210,7 +210,9 @@ class _Budget:
         """Counts empty clips among some clips. Raises UserError if they exceed the limit."""
         self._empty -= num_clips
         if self._empty < 0:
-            raise UserError(f"{num_clips} of {among} clips are empty: refused")
+            raise UserError(
+                f"{num_clips} of {among} clips are empty: refused\nleave out the empty clips"
+            )
 
     def take(self, num_frames: int, num_bytes: int) -> None:
         """Counts frames and bytes. Raises UserError if they exceed the limit."""
@@ -296,7 +298,10 @@ def _join_features(
         if kind != common:
             got = _describe_type(features[number])
             others = _describe_type(features[kinds.index(common)])
-            raise UserError(f"{where} entry {number}, feature is {got}, others {others}")
+            raise UserError(
+                f"{where} entry {number}, feature is {got}, but most are {others}\n"
+                "all features of a clip need the same length and dtype"
+            )
     budget.take(0, len(features) * len(features[0].data))
     joined = b"".join([feature.data for feature in features])
     return np.frombuffer(joined, common[0]).reshape(len(features), common[1])
@@ -328,7 +333,7 @@ def _parse_number(value: Any) -> int:
     if type(value) in (bytes, str) and value.isdigit() and value.isascii():
         return int(value)
     if type(value) is not int or value < 0:
-        raise TypeError("must be digits or a whole number from 0 up")
+        raise TypeError("must be digits, or a whole number of 0 or more")
     return value
 
 

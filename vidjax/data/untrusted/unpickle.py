@@ -33,6 +33,7 @@ _OTHER_FILES = {
     b"<!doctype html": "a web page",
     b"<html": "a web page",
 }
+REMEDY = "write it again with pickle.dump, as a dict {clip name: numpy array [T, D]}"
 
 
 # The globals of a pickle resolve to the classes below, never to functions. The opcode BUILD sets
@@ -48,7 +49,7 @@ class _NdArray(metaclass=_Sealed):
     """Replaces numpy.ndarray: valid only as the first argument of _reconstruct."""
 
     def __new__(cls, *args: object) -> "_NdArray":
-        raise UserError("the pickle builds a numpy.ndarray outside _reconstruct: refused")
+        raise UserError("the pickle calls numpy.ndarray, which a pickled array never does: refused")
 
 
 class _DType(metaclass=_Sealed):
@@ -212,18 +213,24 @@ def load(file: BinaryIO, size: int) -> Any:
         raise UserError("the file is empty: not a pickle")
     try:
         content = Unpickler(file, encoding="bytes").load()
-    except (MemoryError, UserError):
+    except MemoryError:
         raise
+    except UserError as error:
+        raise UserError(f"{error}\n{REMEDY}") from None
     except Exception as error:
         file.seek(0)
         refuse_others(file)
         if isinstance(error, EOFError) or "truncated" in str(error):
-            raise UserError(f"the pickle is truncated: the file ends at byte {size}") from None
+            raise UserError(
+                f"the pickle is truncated: the file ends at byte {size}\ncopy the file again"
+            ) from None
         reason = f"{type(error).__name__}: {show(str(error))}"
-        raise UserError(f"not a readable pickle of {size:,} bytes: {reason}") from None
+        raise UserError(f"not a readable pickle of {size:,} bytes: {reason}\n{REMEDY}") from None
     end = file.tell()
     if end != size:
-        raise UserError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
+        raise UserError(
+            f"the pickle ends at byte {end}, but {size - end} bytes follow it\n{REMEDY}"
+        )
     return content
 
 
