@@ -408,16 +408,17 @@ def test_face_tags_of_a_rotated_photo_enrol_both_people(converted, tmp_path, com
     """Tags refer to the stored picture; its EXIF orientation 6 rotates it by 90 degrees."""
     image = pytest.importorskip("PIL.Image")
     detector, tags = nets.Detector(cards.load(converted)["face_detector"]), []
-    pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]
+    pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]  # side by side, 1800 wide
     for name, left, person in zip(("Barack", "Joe"), (0, 900), pair, strict=True):
         (box,) = detector(person).boxes
         x, y = (box[:2] + box[2:]) / 2 + (left, 0)
-        width, height = (box[2:] - box[:2]) * 1.3
-        tags.append((name, y, 1800 - x, height, width))
+        width, height = (box[2:] - box[:2]) * 1.3  # a tag is larger than the face
+        tags.append((name, y, 1800 - x, height, width))  # the place in the rotated picture
     stored = np.rot90(np.concatenate(pair, 1))
     size = stored.shape[1::-1]
     parts = [(name, *(np.array(box) / (size * 2)).tolist()) for name, *box in tags]
-    packet = xmp.packet(xmp.attributes([*parts, ("Rex", 0.1, 0.1, 0.1, 0.1)], size))
+    no_face = ("Rex", 0.1, 0.1, 0.1, 0.1)
+    packet = xmp.packet(xmp.attributes([*parts, no_face], size))
     people, out = tmp_path / "people", tmp_path / "out"
     people.mkdir()
     exif = image.Exif()

@@ -111,8 +111,9 @@ def test_face_tags_are_read_from_both_ends_of_photos_and_sidecars(tags_of, tmp_p
 
 def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
     """Tags need a name and a box inside the picture. Names are returned in NFC."""
-    bad = [
-        ("", *EVE[1:]), (" ", *EVE[1:]), ("Unknown", *EVE[1:]), ("a" * 401, *EVE[1:]),
+    box = EVE[1:]
+    bad = [  # (name, x and y of the middle, width, height), as shares of the picture
+        ("", *box), (" ", *box), ("Unknown", *box), ("a" * 401, *box),
         ("nan", "NaN", 0.5, 0.1, 0.1), ("inf", 0.5, 0.5, "inf", 0.1), ("word", "x", 0.5, 0.1, 0.1),
         ("none", "", "", "", ""), ("negative", 0.5, 0.5, -0.1, -0.1), ("zero", 0.5, 0.5, 0, 0),
         ("pixels", 200, 150, 40, 30), ("outside", 1.2, 0.5, 0.1, 0.1), ("left", -0.1, 0.5, 0.5, 1),
@@ -122,7 +123,7 @@ def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
         xmp.attributes([EVE], unit=' stArea:unit="pixel"'),
     ):  # fmt: skip
         assert tags_of(xmp.packet(body)).tags == []
-    parsed = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *EVE[1:]), ("A\u200eda", *EVE[1:])])))
+    parsed = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *box), ("A\u200eda", *box)])))
     assert [tag.name for tag in parsed.tags] == ["Zo\u00eb"]
     assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in parsed.problem
 

@@ -98,37 +98,37 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
 
 @pytest.mark.slow
 def test_identify_prints_a_table_and_writes_files(tell, folder, tmp_path, made, data):
+    """The screen, --json, CSV, JSON lines and Parquet contain the same answers."""
     wanted = made.identify(data, k=3, fpir=0.1, split="val")
-    words = ("identify", folder, "--split=val", "--fpir=0.1", "--k=3")
-    table, _, summary = tell(*words[:-1]).partition("\nidentify\n")
-    rows = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:]}
-    assert rows == {clip: answer.identity or "unknown" for clip, answer in wanted.items()}
     named = sum(answer.identity is not None for answer in wanted.values())
+    words = ("identify", folder, "--split=val", "--fpir=0.1")
+    table, _, summary = tell(*words).partition("\nidentify\n")
+    printed = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:]}
+    assert printed == {clip: answer.identity or "unknown" for clip, answer in wanted.items()}
     assert f"named       {named}" in summary and "people      12" in summary
-    tell(*words, f"--out={tmp_path / 'a.csv'}")
-    for ending in (".jsonl", ".parquet"):
-        answers_lib.write(tmp_path / f"a{ending}", wanted)
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    cells = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
-    table = parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    for line, cell, row, (clip, expected) in zip(lines, cells, table, wanted.items(), strict=True):
-        assert line["clip"] == cell["clip"] == row["clip"] == clip
-        assert (
-            line["identity"] == (cell["identity"] or None) == row["identity"] == expected.identity
-        )
-        assert line["probability"] == expected.probability
-        assert [(best["identity"], best["probability"]) for best in line["best"]] == [
-            *expected.best
-        ]
-        assert float(cell["score"]) == row["score"] == expected.score
-        assert line["score"] == (expected.score if expected.best else None)
-        if expected.best:
-            assert cell["best_2"] == row["best_2"] == expected.best[1][0]
-            assert float(cell["probability_2"]) == row["probability_2"] == expected.best[1][1]
-    message = tell(*words, f"--out={tmp_path / 'a.csv'}", code=2)
-    assert "exists and is not overwritten" in message
-    content = tell(*words, "--json")
-    assert content["named"] == named and content["answers"] == lines
+    paths = {ending: tmp_path / f"a.{ending}" for ending in ("csv", "jsonl", "parquet")}
+    tell(*words, "--k=3", f"--out={paths['csv']}")
+    assert "exists and is not overwritten" in tell(*words, f"--out={paths['csv']}", code=2)
+    answers_lib.write(paths["jsonl"], wanted)
+    answers_lib.write(paths["parquet"], wanted)
+    csv_rows = csv.DictReader(io.StringIO(paths["csv"].read_text()))
+    json_rows = [json.loads(line) for line in paths["jsonl"].read_text().splitlines()]
+    parquet_rows = parquet.read_table(paths["parquet"]).to_pylist()
+    rows = zip(wanted.items(), csv_rows, json_rows, parquet_rows, strict=True)
+    for (clip, answer), in_csv, in_json, in_parquet in rows:
+        name = answer.identity
+        assert in_csv["clip"] == in_json["clip"] == in_parquet["clip"] == clip
+        assert (in_csv["identity"] or None) == in_json["identity"] == in_parquet["identity"] == name
+        assert float(in_csv["score"]) == in_parquet["score"] == answer.score
+        assert in_json["score"] == (answer.score if answer.best else None)
+        assert in_json["probability"] == answer.probability
+        assert [(x["identity"], x["probability"]) for x in in_json["best"]] == [*answer.best]
+        if answer.best:
+            name, probability = answer.best[1]  # of the second most probable person
+            assert in_csv["best_2"] == in_parquet["best_2"] == name
+            assert float(in_csv["probability_2"]) == in_parquet["probability_2"] == probability
+    content = tell(*words, "--k=3", "--json")
+    assert content["named"] == named and content["answers"] == json_rows
     assert content["rule"]["by"] == "fpir" and not content["rule"]["default"]
 
 
@@ -195,10 +195,10 @@ def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, 
     labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
     clip_files.write_labels(own / "labels.csv", labels)
     clips = ("--config.data.name=arrays", f"--config.data.dir={own}", "--split=train")
-    assert "people      14" in tell("enrol", folder, *clips)
+    assert "people      14" in tell("enrol", folder, *clips)  # 12 of the run, Ada and Grace
     answers = {line.split()[0] for line in tell("identify", folder, *clips).splitlines()}
     assert answers >= {"Ada", "Grace", "nobody"}
-    strangers = len(Gallery(folder).strangers)
+    strangers = len(Gallery(folder).strangers)  # the two clips of nobody are added below
     assert f"strangers   {strangers + 2}" in tell("enrol", folder, *clips, "--strangers")
 
 
@@ -420,10 +420,10 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, 
 
 
 @pytest.mark.slow
-@pytest.mark.optimized  # as commands compile
+@pytest.mark.optimized  # with the same compiler options as the commands below
 def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
     """Two calls process the same folder at once; one is killed after its first table."""
-    for number in range(4, 16):
+    for number in range(4, 16):  # the folder `day` has 4 tables already
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
     words = ["gallery", "identify", str(folder), f"--input={day}"]
     out = tmp_path / "out"

@@ -97,16 +97,17 @@ def add_up(members, weights, *, logs):
 
 @pytest.mark.parametrize("logs", [True, False])
 def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
+    """A mean is taken over the members that score a clip. Without such a member it is -inf."""
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(4, 6, 5)) * 30 - 40
-    use = rng.random((4, 6)) < 0.6
-    use[:, 0], use[:, 1] = False, True
+    scores = rng.normal(size=(4, 6, 5)) * 30 - 40  # [members, clips, identities]
+    has_score = rng.random((4, 6)) < 0.6  # [members, clips]
+    has_score[:, 0], has_score[:, 1] = False, True
     scores = np.minimum(scores, 0) if logs else scores
-    means = np.asarray(eval_step.mean_scores(add_up(scores, use, logs=logs)))
+    means = np.asarray(eval_step.mean_scores(add_up(scores, has_score, logs=logs)))
     assert (means[0] == -np.inf).all()
     for clip in range(1, 6):
-        voted = scores[use[:, clip], clip]
-        wanted = np.log(np.exp(voted).mean(axis=0)) if logs else voted.mean(axis=0)
+        given = scores[has_score[:, clip], clip]
+        wanted = np.log(np.exp(given).mean(axis=0)) if logs else given.mean(axis=0)
         np.testing.assert_allclose(means[clip], wanted, rtol=1e-5)
 
 

@@ -296,17 +296,17 @@ def test_dense_net_input_is_the_scaled_mean_frame_or_zeros_if_missing():
     model = made.make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
     variables = made.init_identifier(model, frames, clips)
     classifier = jax.tree.map(np.asarray, variables["params"]["classifier"]["logits"])
-    np.testing.assert_array_equal(classifier["bias"], 0)
+    np.testing.assert_array_equal(classifier["bias"], 0)  # so the logits are input @ kernel
     limit = math.sqrt(6 / sum(classifier["kernel"].shape))  # Xavier's uniform
     assert 0.8 * limit < np.abs(classifier["kernel"]).max() <= limit
     logits = made.eval_logits(model, variables, frames, clips)
     for b in range(8):
-        x = []
+        inputs = []  # of all modalities, one after the other
         for name, dim in made.DIMS.items():
             real = frames[name].mask[b] & clips.mask[b]
             features = frames[name].features[b][real].astype(np.float64)
-            x.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))
-        np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)
+            inputs.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))
+        np.testing.assert_allclose(logits[b], inputs @ classifier["kernel"], atol=1e-5)
 
 
 def softmax(values):

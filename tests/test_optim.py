@@ -69,15 +69,16 @@ def test_short_runs_have_positive_learning_rates(decay):
         assert ((found > 0) & (found <= np.float32(0.1))).all(), found
 
 
-@pytest.mark.parametrize(("options", "params", "grads", "wanted"), [
-    ({"clip_norm": 1.0}, [0.0, 0.0], [3.0, 4.0], [-0.06, -0.08]),
-    # The decay of weights is not clipped.
-    ({"clip_norm": 1.0, "weight_decay": 0.5}, [[2.0, 2.0]], [[3.0, 4.0]], [[-0.16, -0.18]]),
+@pytest.mark.parametrize(("weight_decay", "weights", "gradient", "wanted"), [
+    # The gradient has the norm 5 and is clipped to the norm 1: -0.1 * (3, 4) / 5.
+    (0.0, [0.0, 0.0], [3.0, 4.0], [-0.06, -0.08]),
+    # The decay 0.5 * 2 is not clipped: -0.1 * ((3, 4) / 5 + (1, 1)).
+    (0.5, [[2.0, 2.0]], [[3.0, 4.0]], [[-0.16, -0.18]]),
 ])  # fmt: skip
-def test_sgd_step_matches_hand_computed_updates(options, params, grads, wanted):
-    spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0, **options}
-    tx = make_optimizer(spec, total_steps=10)
-    params, grads = ({"w": jnp.asarray(x)} for x in (params, grads))
+def test_sgd_step_matches_hand_computed_updates(weight_decay, weights, gradient, wanted):
+    spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0}
+    tx = make_optimizer({**spec, "clip_norm": 1.0, "weight_decay": weight_decay}, total_steps=10)
+    params, grads = ({"w": jnp.asarray(x)} for x in (weights, gradient))
     updates: Any = tx.update(grads, tx.init(params), params)[0]
     np.testing.assert_allclose(updates["w"], wanted, rtol=1e-6)
 

@@ -217,7 +217,7 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     assert {*Gallery(drawn.out / "gallery").identities} == {"Bob"}, "with the clip that was told"
 
 
-def cut_off(*args, **options):
+def interrupt(*args, **options):
     raise KeyboardInterrupt
 
 
@@ -227,7 +227,7 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
     with monkeypatch.context() as patch:
-        patch.setattr(who, "decide", cut_off)
+        patch.setattr(who, "decide", interrupt)
         drawn.who(film, code=130)
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
     table.write_text(named)  # as it was before the call
@@ -237,18 +237,18 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
 
 @pytest.mark.slow
 def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
-    """The unknown table still describes the earlier film if a call was interrupted."""
+    """After an interrupted call, the unknown table still lists the clip of the earlier film."""
     film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
-    write_film(film, (2, 20, [("Bob", 20, 30)]))
+    write_film(film, (2, 20, [("Bob", 20, 30)]))  # a shot of 2 s that shows only Bob
     drawn.who(film, people=False)
     write_film(film, (2, 20, [("Eve", 20, 30)]))
     with monkeypatch.context() as patch:
-        patch.setattr(who, "decide", cut_off)
+        patch.setattr(who, "decide", interrupt)  # before the table is written again
         drawn.who(film, people=False, code=130)
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     content, output = drawn.who(film, people=False)
     assert content["people"] == {} and "no longer exist" in output
-    # A clip of the new film has the name of an enrolled one of the old film.
+    # With a new table, the same clip name gets the name of the new person, not of the enrolled one.
     for name in ("Eve", "Ada"):
         write_film(film, (2, 20, [(name, 20, 30)]))
         drawn.who(film, people=False)
@@ -421,6 +421,7 @@ def pictures_of(path):
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
     """Tags in a photo, a sidecar or another person's folder take precedence over names of files."""
     film, friends = drawn.film(), drawn.friends
+    # A photo of three people. Only Ada and Bob (GROUP) have tags, so Eve is not enrolled.
     write_photo(friends / "group.png", *GROUP, ("Eve", 40, 70), tagged=GROUP)
     content, output = drawn.who(film, flags=["--thumbnails"])
     assert content["people"] == {"Ada": 1, "Bob": 1} and "group" not in output, output
@@ -428,14 +429,13 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     clips = {*Gallery(drawn.out / "gallery").clips}
     assert clips == {"people/group/group.f01/Ada", "people/group/group.f02/Bob"}
     pictures = pictures_of(drawn.out / "names.html")
-    assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]
+    assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]  # words -> faces beside them
 
-    # Bob's own photo, one of a stranger to the folder, and a tag without a face.
     bob = friends / "Bob"
     write_photo(bob / "1.png", ("Bob", 40, 40))
-    write_photo(bob / "2.png", ("Eve", 30, 30))
+    write_photo(bob / "2.png", ("Eve", 30, 30))  # the sidecar counts, not the folder
     (bob / "2.png.xmp").write_bytes(tags(("Eve", 30, 30)))
-    write_photo(bob / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])
+    write_photo(bob / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])  # no face is there
     content, output = drawn.who(film, code=1)
     assert content["people"] == {"Ada": 1, "Bob": 2, "Eve": 1}
     assert content["failed"] == [str(bob / "3.png")]

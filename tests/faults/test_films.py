@@ -230,26 +230,27 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
 
 
 def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_here):
-    """Clip names that lead outside are repaired by the same call; links are refused."""
+    """A file with a clip name that leads outside is written again; links are refused."""
     film, out, mine = drawn.film(), drawn.out, drawn.folder / "mine"
     mine.mkdir()
     (mine / "party.json").write_text("mine")
     (mine / "x.npz").write_bytes(b"mine")
     drawn.extract(film)
-    like = contents(out)
+    undamaged = contents(out)
     film_path = out / "videos" / "party.json"
     film_json = json.loads(film_path.read_text())
     film_json["tracks"][0]["clip"] = "../mine/x"
     for damage in (json.dumps(film_json), "[" * 1000):
         film_path.write_text(damage)
         drawn.extract(film)
-        assert contents(out) == like
-    for path, leads in ((film_path, mine / "party.json"), (out / "party.npz", mine / "x.npz")):
-        kept = path.rename(drawn.folder / "kept")
-        path.symlink_to(leads)
+        assert contents(out) == undamaged
+    # Links in the place of files, and then of a folder.
+    for path, target in ((film_path, mine / "party.json"), (out / "party.npz", mine / "x.npz")):
+        original = path.rename(drawn.folder / "original")
+        path.symlink_to(target)
         assert "is a link" in drawn.extract(film, code=2)[1]
-        kept.replace(path)
-    assert contents(out) == like
+        original.replace(path)
+    assert contents(out) == undamaged
     shutil.rmtree(out / "videos")
     (out / "videos").symlink_to(mine)
     assert "is a link" in drawn.extract(film, code=2)[1]

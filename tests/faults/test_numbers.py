@@ -189,8 +189,8 @@ def test_synthetic_data_with_a_data_folder_is_refused(tmp_path):
 def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
     write_pickle(tmp_path, "face", "train", {"a": random_clip(np.random.default_rng(0), 2, DIM)})
     path = tmp_path / "face_val.pickle"
-    for kind in ("nothing", "pipe", "folder"):
-        mutations.put(path, kind, tmp_path / "x")
+    for kind in ("nothing", "pipe", "folder"):  # "nothing" is a link to a file that is missing
+        mutations.put(path, kind, target=tmp_path / "x")
         with pytest.raises(ValueError, match=f"{path.name}: (a folder|a link|not a regular file)"):
             iqiyi_vid.find_pickles(tmp_path)
 

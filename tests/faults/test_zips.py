@@ -168,8 +168,8 @@ def write(path, count, **more):
     return path
 
 
-def change(path, place, before, after):
-    """Changes a number of the footer, or of the pages in front of it, in as many bytes."""
+def forge_count(path, place, before, after):
+    """Changes a number in the footer, or in the pages before it. The file keeps its length."""
     content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     pages, footer, old = content[:at], content[at:], varint(2 * before)
@@ -195,9 +195,9 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
     refuse_table(path, "80,0", "bytes of almost equal values")
-    change(path, "footer", ZEROS, 1)
+    forge_count(path, "footer", ZEROS, 1)
     refuse_table(path, "20,000,000 values of features, but 1 in the footer")
-    change(path, "pages", ZEROS, 1)  # both: the page is cut short
+    forge_count(path, "pages", ZEROS, 1)  # both: the page is cut short
     try:
         (clip,) = clip_files.read_parquet(path)
         assert clip.modalities["face"]["features"].size <= 1
@@ -207,12 +207,13 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
 def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, version, dictionary):
-    path = tmp_path / "a.parquet"
-    options = {"data_page_version": version, "use_dictionary": dictionary}
-    for place, after in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):
-        write(path, 7001, **options)
-        assert [len(x.modalities["face"]["features"]) for x in clip_files.read_parquet(path)] == [1]
-        change(path, place, 7001, after)
+    """Memory is planned from the count in the footer, so another count in the pages is hostile."""
+    path, width = tmp_path / "a.parquet", 7001  # numbers in the only frame of the only clip
+    for place, forged in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):
+        write(path, width, data_page_version=version, use_dictionary=dictionary)
+        (clip,) = clip_files.read_parquet(path)
+        assert clip.modalities["face"]["features"].shape == (1, width)
+        forge_count(path, place, width, forged)
         refuse_table(path, "values of features")
 
 
