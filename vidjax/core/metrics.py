@@ -60,7 +60,8 @@ def mean_average_precision(
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
         raise UserError(
-            "MAP is undefined: no identity has a clip in the ground truth of this split"
+            "MAP is undefined: no identity has a clip in the ground truth of this split\n"
+            "add labels of its clips, or choose another split: config.eval.split"
         )
     filled = (index >= 0) & (index < len(labels))
     if len(labels):

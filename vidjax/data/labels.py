@@ -305,7 +305,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most labels are whole numbers from 1 up, but a label is not.
+    """Raises UserError if most labels are whole numbers of 1 or more, but a label is not.
 
     Args:
       labels: clip -> identity.

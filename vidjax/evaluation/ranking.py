@@ -46,7 +46,10 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
     """Returns the text of a submission. For the arguments and errors see `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
-        raise UserError(f"{path}: {len(identities)} identities, {len(index)} ranked lists")
+        raise UserError(
+            f"{path}: there are {len(identities)} identities, but {len(index)} ranked lists: "
+            "give a list for each identity"
+        )
     names = [clip.removesuffix(".mp4") + ".mp4" for clip in clips]
     _check_names(path, "clip", names)
     _check_names(path, "identity", identities)
@@ -66,7 +69,7 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
             raise UserError(f"{path}: {error}") from None
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
-        raise UserError(f"{path}: {kind} {repeated!r} is repeated")
+        raise UserError(f"{path}: {kind} {repeated!r} is repeated: name each only once")
 
 
 class Submission(NamedTuple):

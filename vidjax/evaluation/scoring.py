@@ -226,7 +226,10 @@ def iterate_block_groups(
     for host in zip(*streams, strict=True):
         for other in host[1:]:
             if not np.array_equal(*map(devices.fetch, (host[0].clip_index, other.clip_index))):
-                raise UserError("--runs: the datasets of the runs have different orders of clips")
+                raise UserError(
+                    "--runs: the datasets of the runs have different orders of clips\n"
+                    "blend runs of the same dataset"
+                )
         batches = [devices.shard_batch(mesh, batch) for batch in host]
         window.append(dict(zip(sharing, batches, strict=True)))
         size += sum(x.nbytes for x in jax.tree.leaves(batches))

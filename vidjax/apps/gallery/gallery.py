@@ -201,7 +201,10 @@ class Gallery:
                 if clip.identity is not None:
                     clips[name] = clip._replace(fitted=True)
         if not labelled:
-            raise UserError("no training clip has a label, so nobody can be enrolled")
+            raise UserError(
+                "no training clip has a label, so nobody can be enrolled\n"
+                "name a run that was trained on clips with labels: --run=FOLDER"
+            )
         if not clips:
             raise UserError(
                 f"the vectors of all {labelled:,} labelled training clips are 0: this run cannot "

@@ -262,7 +262,8 @@ def name_people(
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(
-                f"no photo in '{people}' shows exactly one face: there is nobody to look for"
+                f"no photo in '{people}' shows exactly one face: there is nobody to look for\n"
+                "add a photo of each person alone"
             )
         if gallery.identities:
             # This reports a mistake in the flags before films are read, which takes long.
@@ -425,7 +426,10 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         if path.is_dir():
             photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
         if not photos:
-            say(f"{show(path.name)}: there is no photo in '{show(str(path))}': not looked for")
+            say(
+                f"{show(path.name)}: there is no photo in '{show(str(path))}': this person is not "
+                "looked for"
+            )
         else:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)

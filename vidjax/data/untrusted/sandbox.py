@@ -220,7 +220,8 @@ class _Budget:
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
             raise UserError(
-                "the pickle expands to more data than a file of this size may contain: refused"
+                "the pickle expands to more data than a file of this size may contain: refused\n"
+                "write each array only once"
             )
 
 
