@@ -26,7 +26,7 @@ def test_write_ranking_round_trips_and_refuses_repeated_names(tmp_path):
     for identities, names, rows, message in (
         (["1"], ["a", "a.mp4"], [[0]], r"clip 'a\.mp4' is repeated"),
         (["1", "1"], ["a"], [[0], [0]], "identity '1' is repeated"),
-        (["1", "2"], ["a"], [[0]], "2 identities, 1 ranked"),
+        (["1", "2"], ["a"], [[0]], "2 identities, but 1 ranked"),
     ):
         with pytest.raises(ValueError, match=message):
             ranking.write_ranking(path, identities, names, top_of(*rows))

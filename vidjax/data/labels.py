@@ -322,7 +322,7 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
             )
         if int(identity) < 1:
             raise UserError(
-                f"{where} is below 1: number identities from 1, and leave out clips without one"
+                f"{where} is out of range: number them from 1, and leave out clips without one"
             )
 
 

@@ -89,7 +89,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
         raise UserError(
-            f"{place}: features have shape {list(features.shape)}\n"
+            f"{place}: features have shape {list(features.shape)}: "
             "give an array [T, D]: D numbers for each of T frames"
         )
     if features.dtype not in DTYPES:

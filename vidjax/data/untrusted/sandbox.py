@@ -211,7 +211,7 @@ class _Budget:
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
-                f"{num_clips} of {among} clips are empty: refused\nleave out the empty clips"
+                f"{num_clips} of {among} clips are empty: refused; leave out the empty clips"
             )
 
     def take(self, num_frames: int, num_bytes: int) -> None:
@@ -220,7 +220,7 @@ class _Budget:
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
             raise UserError(
-                "the pickle expands to more data than a file of this size may contain: refused\n"
+                "the pickle expands to more data than a file of this size may contain: refused; "
                 "write each array only once"
             )
 
@@ -300,7 +300,7 @@ def _join_features(
             got = _describe_type(features[number])
             others = _describe_type(features[kinds.index(common)])
             raise UserError(
-                f"{where} entry {number}, feature is {got}, but most are {others}\n"
+                f"{where} entry {number}, feature is {got}, but most are {others}; "
                 "all features of a clip need the same length and dtype"
             )
     budget.take(0, len(features) * len(features[0].data))

@@ -216,20 +216,20 @@ def load(file: BinaryIO, size: int) -> Any:
     except MemoryError:
         raise
     except UserError as error:
-        raise UserError(f"{error}\n{REMEDY}") from None
+        raise UserError(f"{error}; {REMEDY}") from None
     except Exception as error:
         file.seek(0)
         refuse_others(file)
         if isinstance(error, EOFError) or "truncated" in str(error):
             raise UserError(
-                f"the pickle is truncated: the file ends at byte {size}\ncopy the file again"
+                f"the pickle is truncated: the file ends at byte {size}: copy the file again"
             ) from None
         reason = f"{type(error).__name__}: {show(str(error))}"
-        raise UserError(f"not a readable pickle of {size:,} bytes: {reason}\n{REMEDY}") from None
+        raise UserError(f"not a readable pickle of {size:,} bytes: {reason}; {REMEDY}") from None
     end = file.tell()
     if end != size:
         raise UserError(
-            f"the pickle ends at byte {end}, but {size - end} bytes follow it\n{REMEDY}"
+            f"the pickle ends at byte {end}, but {size - end} bytes follow it; {REMEDY}"
         )
     return content
 
