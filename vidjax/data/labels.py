@@ -321,9 +321,7 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
                 "correct it, or give all identities names that are not numbers"
             )
         if int(identity) < 1:
-            raise UserError(
-                f"{where} is out of range: number them from 1, and leave out clips without one"
-            )
+            raise UserError(f"{where} is out of range: number identities from 1, not from 0")
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
