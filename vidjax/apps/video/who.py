@@ -263,7 +263,7 @@ def name_people(
         if people is not None and not gallery.identities:
             raise UserError(
                 f"no photo in '{people}' shows exactly one face: there is nobody to look for\n"
-                "add a photo of each person alone"
+                "add photos that each show only one person"
             )
         if gallery.identities:
             # This reports a mistake in the flags before films are read, which takes long.
