@@ -65,7 +65,7 @@ def draw(rng, people, clips):
 
 
 def log_probabilities(photos, clips):
-    """Returns [Q, 1 + N]: that a clip shows a stranger, or each of N people; photos [N, k, D]."""
+    """Returns log probabilities [Q, 1 + N] of a stranger and N people; photos are [N, k, D]."""
     people, count = photos.shape[:2]
     names, owner = [f"{n:05}" for n in range(people)], np.repeat(np.arange(people), count)
     enrolled = BACKEND.enrol(names, photos.reshape(-1, WIDTH).astype(np.float32), owner)
