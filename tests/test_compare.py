@@ -187,7 +187,7 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, co
     values = averages(3)
     made_runs.write(tmp_path / "a", values)
     made_runs.write(tmp_path / "more", values | {"nobody": 0.5})
-    assert compared(runs=("a", "more")).refused("such as 'nobody'")
+    assert compared(runs=("a", "more")).refused("'nobody' is missing in")
     cases: list[tuple[Any, str]] = [
         ({"split": "test"}, "--config.eval.split=val"),
         ({"positives": 4}, "3 and 4 of 'person_0'"),
