@@ -83,7 +83,7 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("data.train_splits=train", "without distractors use the argument 'other'"),
+    ("data.train_splits=train", r"choose --config=configs/noise_classes\.py:other"),
     ("noise.modality=fac", "config.noise.modality='fac' is not in the data"),
     ("noise.join=True data.max_frames=40", "needs clips of up to 50 frames"),
 ])  # fmt: skip
