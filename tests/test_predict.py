@@ -183,7 +183,7 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
-    with pytest.raises(ValueError, match=r"98 distractors cannot show .*\ngive a threshold"):
+    with pytest.raises(ValueError, match=r"98 distractors are too few .*\ngive a threshold"):
         few.identify(three)
     assert few.identify(three, threshold=-1.0) == many.identify(three)
     assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
