@@ -149,7 +149,7 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
     weights.write(nearest_run, file.parent, "latest")
     good, name = load_file(file), "model_state/memory/vectors"
     for spoil, words in (
-        (lambda: save_file({**good, name: good[name][:, :-1].copy()}, file), "another model: "),
+        (lambda: save_file({**good, name: good[name][:, :-1].copy()}, file), "is of another model"),
         (lambda: save_file({n: x for n, x in good.items() if n != name}, file), "is missing, not"),
         (lambda: save_file({**good, "more": good[name]}, file), "it also has more"),
         (lambda: file.write_bytes(b"\xff" * 100), "is damaged"),
