@@ -49,6 +49,6 @@ def test_people_who_are_visible_for_a_second_are_found_in_all_frames(tmp_path, s
             wanted.append(sorted(detector(rgb).boxes.tolist()))
         searched += search.end_shot()
     assert [x.number for x in searched] == [*range(len(wanted))]
-    assert [sorted(x.found["face"].boxes.tolist()) for x in searched] == wanted
+    assert [sorted(x.detections["face"].boxes.tolist()) for x in searched] == wanted
     assert sum(map(len, wanted)) > len(wanted)
     assert not slow or detector.whole < 1.6 * len(wanted)  # the test searches each as a whole

@@ -103,16 +103,16 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     return Nets(detect, embed, listen)
 
 
-def find_people(nets: Nets, rgb: np.ndarray, found: Mapping[str, Faces]) -> Figures:
+def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) -> Figures:
     """Returns the people in a picture uint8 [H, W, 3]: faces by falling score, then other heads.
 
-    `found` has the detections of each detector.
+    `detections` has the faces, heads or bodies of each detector.
     """
-    faces = found["face"]
+    faces = detections["face"]
     boxes, scores, points = faces
     parts = {"face": boxes}
-    if "head" in found:
-        heads = found["head"]
+    if "head" in detections:
+        heads = detections["head"]
         head = _pair_boxes(faces.boxes, heads.boxes)
         more = np.setdiff1d(np.arange(len(heads.boxes)), head)  # heads without a face
         face = np.append(np.arange(len(head)), np.full(len(more), -1))
@@ -123,8 +123,8 @@ def find_people(nets: Nets, rgb: np.ndarray, found: Mapping[str, Faces]) -> Figu
     for part, net in nets.embed.items():
         if part == "scene":
             parts[part] = np.tile([0.0, 0.0, rgb.shape[1], rgb.shape[0]], (len(boxes), 1))
-        elif part == "body" and part in found:
-            bodies = found[part].boxes
+        elif part == "body" and part in detections:
+            bodies = detections[part].boxes
             parts[part] = _take(bodies, _pair_boxes(boxes, bodies))
         elif part not in parts:
             corner, sides = parts["face"][:, :2], parts["face"][:, 2:] - parts["face"][:, :2]
@@ -427,7 +427,7 @@ def _make_clips(
 
     def take(frames: Iterable[SearchedFrame]) -> None:
         for frame in frames:
-            people = find_people(nets, frame.rgb, frame.found)
+            people = find_people(nets, frame.rgb, frame.detections)
             owners = tracker.update(frame.time_s, people.boxes)
             if main:
                 owners = main.update(frame.time_s, people.boxes)

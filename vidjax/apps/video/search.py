@@ -2,8 +2,9 @@
 
 The frames of a shot form groups of at most five frames and less than a second. The last frame of a
 group is searched as a whole. The others are then searched only around the people of the frame
-after, and of the last frame of the group before. If one of these two has more people than are
-found, the whole frame is searched. So a person who is visible for a second is found in all frames.
+after, and of the last frame of the group before. If this search detects fewer people than either of
+these two frames has, the whole frame is searched. So a person who is visible for a second is
+detected in all frames.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,12 @@ MOST_FRAMES, LEAST_SECONDS = 5, 1.0  # of a group, and from its begin to the nex
 
 
 class SearchedFrame(NamedTuple):
-    """A frame uint8 [H, W, 3] at a time in seconds; `found` are detector -> detections."""
+    """A frame uint8 [H, W, 3] at a time in seconds, with detector -> detections."""
 
     number: int
     time_s: float
     rgb: np.ndarray
-    found: Mapping[str, Faces]
+    detections: Mapping[str, Faces]
 
 
 class FilmSearch:
@@ -53,14 +54,16 @@ class FilmSearch:
 
     def _search(self) -> list[SearchedFrame]:
         """Returns the frames of the group with their detections, and begins another group."""
-        last = found = self._search_whole(self._group[-1].rgb)
-        searched = [_make(self._group[-1], found)]
+        last = detections = self._search_whole(self._group[-1].rgb)
+        searched = [_make(self._group[-1], detections)]
         for frame in self._group[-2::-1]:
-            found = {
-                name: _search_between(net, frame.rgb, self._before.get(name, NO_FACES), found[name])
+            detections = {
+                name: _search_between(
+                    net, frame.rgb, self._before.get(name, NO_FACES), detections[name]
+                )
                 for name, net in self._detectors.items()
             }
-            searched.append(_make(frame, found))
+            searched.append(_make(frame, detections))
         self._group, self._before = [], last
         return searched[::-1]
 
@@ -68,14 +71,14 @@ class FilmSearch:
         return {name: net.search(rgb) for name, net in self._detectors.items()}
 
 
-def _make(frame: SearchedFrame, found: Mapping[str, Faces]) -> SearchedFrame:
-    strong = {name: faces.take_above(LEAST_SCORE) for name, faces in found.items()}
-    return frame._replace(found=strong)
+def _make(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
+    strong = {name: faces.take_above(LEAST_SCORE) for name, faces in detections.items()}
+    return frame._replace(detections=strong)
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
     """Returns the detections of a frame between two frames with known detections."""
     moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
-    found = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
-    counts = [(faces.scores > LEAST_SCORE).sum() for faces in (found, before, after)]
-    return found if counts[0] >= max(counts) else net.search(rgb)
+    detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
+    counts = [(faces.scores > LEAST_SCORE).sum() for faces in (detections, before, after)]
+    return detections if counts[0] >= max(counts) else net.search(rgb)
