@@ -129,7 +129,7 @@ def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refuse
     content = pickle.loads(path.read_bytes())
     again = {name + b".mp4": frames for name, frames in content.items()}
     path.write_bytes(pickle.dumps(content | again, 2))
-    refused(official, f"{path}: duplicate clips: ", " and 15 more")
+    refused(official, f"{path}: clips are repeated: ", " and 15 more")
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 

@@ -295,12 +295,12 @@ def run_limited_each(
         ) from None
     if child.returncode == -signal.SIGXCPU:
         raise UserError(
-            f"{path}: refused: reading it needs more than {cpu_seconds} s of CPU time\n"
+            f"{path}: refused: reading it needs more than {cpu_seconds} s of CPU time: "
             "split it into smaller files"
         )
     if child.returncode == -signal.SIGKILL:
         raise UserError(
-            f"{path}: the process that reads it was killed, perhaps for lack of memory\n"
+            f"{path}: the process that reads it was killed, perhaps for lack of memory: "
             "close other programs, and run the command again"
         )
     if child.returncode < 0:
@@ -308,7 +308,7 @@ def run_limited_each(
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
         raise UserError(
-            f"{path}: damaged or hostile: the process that reads it ended with {name}\n"
+            f"{path}: damaged or hostile: the process that reads it ended with {name}: "
             "write the file again, or leave it out"
         )
     if child.returncode:
