@@ -1,7 +1,7 @@
 """Computes the exact top k clips of every identity from score blocks that are on the devices.
 
-On CPU devices, the host ranks, see `topk`. On accelerators the devices rank, because the scores
-would take longer to the host than to a ranking.
+On CPU devices, the host ranks with `topk`. Accelerators rank themselves, because copying their
+scores to the host would take longer than ranking them.
 """
 
 import functools
@@ -68,8 +68,7 @@ class RunningTopK:
         top = self._top.finish()
         if jax.process_count() == 1:
             return top
-        tops = multihost_utils.process_allgather(top)  # of arrays [processes, C, k]
-        return join_tops([TopK(*parts) for parts in zip(*tops, strict=True)])
+        return join_tops(multihost_utils.process_allgather(top))
 
 
 def _read_rows(x: jax.Array) -> np.ndarray:
@@ -78,7 +77,7 @@ def _read_rows(x: jax.Array) -> np.ndarray:
 
 
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
-    """Merges blocks of scores into a top k. The result is exact but unsorted, see `finish_top`.
+    """Merges blocks of scores into a top k. The result is exact but unsorted, see `join_tops`.
 
     The result does not depend on the order, size and padding of the blocks. A few calls with many
     clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
@@ -111,12 +110,6 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
         )
 
     return lax.fori_loop(0, -(-num_identities // size), update_chunk, top)
-
-
-def finish_top(top: TopK) -> TopK:
-    """Sorts a top k by descending score, then by ascending clip index. Empty entries come last."""
-    descending, index = lax.sort((-jnp.asarray(top.scores), jnp.asarray(top.index)), num_keys=2)
-    return TopK(scores=-descending, index=index)
 
 
 class DeviceTopK:
@@ -156,7 +149,7 @@ class DeviceTopK:
     def finish(self) -> TopK:
         """Returns the sorted top k of every identity as numpy arrays."""
         self.flush()
-        return devices.fetch(_join(self._top))
+        return join_tops(devices.fetch(self._top))
 
 
 @functools.cache
@@ -171,14 +164,6 @@ def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
     rows = PartitionSpec("data")
     mapped = jax.shard_map(on_each, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     return jax.jit(lambda top, blocks: mapped(top, *zip(*blocks, strict=True)))
-
-
-@jax.jit
-def _join(tops: TopK) -> TopK:
-    """Joins the top k of all devices, [devices, C, k], into a single sorted top k, [C, k]."""
-    k = tops.scores.shape[2]
-    joined = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in tops)
-    return TopK(*(part[:, :k] for part in finish_top(TopK(*joined))))
 
 
 def _clean(scores: Array, batch_mask: Array) -> Array:

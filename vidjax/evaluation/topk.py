@@ -46,7 +46,7 @@ class HostTopK:
         ]
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray, batch_mask: np.ndarray) -> None:
-        """Adds a block of scores. Only a part of the candidates is copied.
+        """Adds a block of scores, and copies its candidates.
 
         The result does not depend on the order, size and padding of the blocks. NaN counts as -inf,
         and magnitudes below the smallest normal float32 count as 0.
@@ -67,7 +67,7 @@ class HostTopK:
         for chunk in self._chunks:
             chunk.merge()
         keys = [chunk.keys for chunk in self._chunks] or [np.empty((0, self._k), np.uint64)]
-        return _read_sorted(np.concatenate(keys))
+        return _read_sorted(np.concatenate(keys), self._k)
 
 
 class _Chunk:
@@ -135,17 +135,15 @@ def _read_keys(keys: np.ndarray) -> TopK:
     return TopK(bits.view(np.float32), index)
 
 
-def _read_sorted(keys: np.ndarray) -> TopK:
-    """Returns the sorted top k of keys [C, k]."""
-    return _read_keys(np.sort(keys, axis=1)[:, ::-1])
+def _read_sorted(keys: np.ndarray, k: int) -> TopK:
+    """Returns the sorted top k of keys [C, k or more]."""
+    return _read_keys(np.sort(keys, axis=1)[:, ::-1][:, :k])
 
 
-def join_tops(tops: Sequence[TopK]) -> TopK:
-    """Joins several top k of different clips into a sorted top k."""
-    k = tops[0].scores.shape[1]
-    keys = np.concatenate([_make_keys(top.scores, top.index) for top in tops], axis=1)
-    keys.partition(keys.shape[1] - k, axis=1)
-    return _read_sorted(keys[:, -k:])
+def join_tops(tops: TopK) -> TopK:
+    """Joins n top k of different clips, arrays [n, C, k], into a sorted top k."""
+    keys = np.concatenate(_make_keys(*tops), axis=1)
+    return _read_sorted(keys, tops.index.shape[2])
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
