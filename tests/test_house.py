@@ -4,15 +4,12 @@ import ast
 import functools
 import graphlib
 import io
-import pkgutil
 import re
 import tokenize
 import tomllib
 from pathlib import Path
 
 from tests.helpers.cases import first_by_day
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
@@ -41,8 +38,6 @@ AVOIDED = re.compile(
     r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b|[;,] else\b",
     re.IGNORECASE,
 )
-PAGE = (ROOT / "configs/fidelity.md").read_text()
-FIELDS = {f"config.{name}" for name, _ in config_lib.fields(config_lib.default())}
 
 
 @functools.cache
@@ -162,30 +157,3 @@ def test_prose_avoids_vague_and_translated_words():
             pages += (ROOT / folder).rglob(kind)
     prose = [(path, text) for path in pages for text in read_prose(path)]
     assert not [(str(path), text) for path, text in prose if AVOIDED.search(text)]
-
-
-# The options of models and fusions are fields or arguments somewhere in vidjax/.
-OPTIONS = {
-    name
-    for part in ("models", "core")
-    for path in (ROOT / "vidjax" / part).glob("*.py")
-    for name in re.findall(r"(\w+): [\w\[\], .|\"]+ = ", path.read_text())
-}
-
-
-def exists(name):
-    """Returns whether what a name in backticks stands for is there."""
-    if match := re.match(r"(?:--config=configs/)?(\w+\.py.*)", name):
-        return bool(config_io.load_file(f"{ROOT}/configs/{match[1]}"))
-    if match := re.match(r"(?:--)?(config\.[\w.]+)", name):
-        group, option = match[1].rsplit(".", 1)
-        own = re.match(r"config\.(model|fusion)", group) and option in OPTIONS
-        return match[1] in FIELDS or bool(own)
-    if "/" in name:
-        return (ROOT / name).exists()
-    return pkgutil.resolve_name(f"vidjax.{name}") is not None
-
-
-def test_fidelity_page_names_only_existing_fields_files_and_functions():
-    names = {name for name in re.findall(r"`([^`]+)`", PAGE) if re.search(r"[./]", name)}
-    assert names and not [name for name in sorted(names) if not exists(name)]

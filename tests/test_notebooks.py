@@ -56,13 +56,6 @@ def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     assert PATHS[name].stat().st_size < 1 << 20
 
 
-@notebooks
-def test_notebook_imports_exist(name):
-    source = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
-    for line in re.findall(r"^from vidjax.*$", source, re.MULTILINE):
-        exec(line, {})
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """Runs the setup cell where some distributions are installed; returns what pip is asked for."""

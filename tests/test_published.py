@@ -18,7 +18,6 @@ from scipy import special
 
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from tests.helpers.made_models import init, randomised
-from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import augment, ensemble, fusion, losses, optim
 from vidjax.core.augment import MemberClips
 from vidjax.core.batch import Frames, ModelOutput
@@ -525,16 +524,3 @@ def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     assert first.mean() == pytest.approx(29.5, abs=1.2)
     late = (last - first)[first == 50]  # 10 frames are left: 1 to 10 of them
     assert set(late.tolist()) <= set(range(10)) and len(set(late.tolist())) > 6
-
-
-@pytest.mark.nightly
-def test_relabelling_noise_by_training_or_evaluation_vectors_differs(data, tmp_path):
-    """run_val predicts from train_X_noise after each epoch."""
-    seen = {}
-    for phase in ("train", "evaluate"):
-        words = ("--config.num_epochs=3", "--config.eval.members=false")
-        words += (f"--config.noise.relabel_by={phase}",)
-        spec = "configs/noise_classes.py:iqiyi_vid,published"
-        run(shrunk(*words, spec=spec), tmp_path / phase, data)
-        seen[phase] = np.asarray(saved(tmp_path / phase)["train"]["labels"])
-    assert (seen["train"] != seen["evaluate"]).any()
