@@ -163,49 +163,53 @@ def test_gallery_of_models_works_without_jax_scipy_and_other_libraries(
 def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
     """A new modality changes no answer until enrolled clips get a vector of it."""
     ada, bob = draw(np.random.default_rng(4), 2, 3)
-    gallery.enrol({"a": {"face": ada[:1]}}, "Ada")
-    gallery.enrol({"b": {"face": bob[:1]}}, "Bob")
-    asked = {"q": {"face": ada[1:2]}}
-    before = gallery.identify(asked)["q"]
-    assert gallery.widen(models) == ()
-    back_end = made_nets.back_end()
-    made_nets.write(models, "voice", "voice_embedder", back_end=back_end)
+    gallery.enrol({"ada 1": {"face": ada[:1]}}, "Ada")
+    gallery.enrol({"bob 1": {"face": bob[:1]}}, "Bob")
+    asked = {"query": {"face": ada[1:2]}}
+    before = gallery.identify(asked)["query"]
+    made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     assert gallery.widen(models) == ("audio",)
-    after = Gallery(gallery.folder).identify(asked)["q"]
+    after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
-    full = gallery.embed({
-        "a": {"face": ada[:1], "audio": VOICE}, "b": {"face": ada[:1]}, "c": {"face": ada[2:]},
+    vectors = gallery.embed({
+        "ada 1": {"face": ada[:1], "audio": VOICE},
+        "bob 1": {"face": ada[:1]},  # another face than the enrolled one
+        "new": {"face": ada[2:]},
     })  # fmt: skip
-    version = gallery.version
-    assert gallery.complete(full) == {"a"}  # b is another vector, and c not enrolled
-    assert gallery.complete(full) == {"a"} and gallery.version == version + 1
-    assert gallery.clips["a"].vector[WIDTH:].tolist() == VOICE[0].tolist()
-    made_nets.write(models, "embed", width=WIDTH, notes="another", back_end=back_end | {
-        "centre": [0.0] * WIDTH})  # fmt: skip
-    with pytest.raises(ValueError, match="other models of face"):
-        gallery.widen(models)
+    assert gallery.complete(vectors) == {"ada 1"}
+    assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
+
+
+def test_other_models_of_a_known_modality_are_refused(gallery, models):
+    assert gallery.widen(models) == ()  # the same models
+    back_end = made_nets.back_end() | {"centre": [0.0] * WIDTH}
+    made_nets.write(models, "embed", width=WIDTH, notes="another", back_end=back_end)
+    refused(lambda: gallery.widen(models), "other models of face")
 
 
 def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
+    """Clips are named p0_0 to p5_4: person, clip. Person p0 is Ada, who is enrolled."""
     people = draw(np.random.default_rng(2), 6, 5)
     folder, groups = tmp_path / "features", tmp_path / "groups.tsv"
     folder.mkdir()
-    for number, n in np.ndindex(6, 5):
-        np.savez(folder / f"p{number}_{n}.npz", face=people[number, n][None])
+    for person, clip in np.ndindex(6, 5):
+        np.savez(folder / f"p{person}_{clip}.npz", face=people[person, clip][None])
     gallery.enrol({"photo": {"face": people[0, :2]}}, "Ada")
     words = (gallery.folder, f"--input={folder}")
     say("gallery", "group", *words, f"--out={groups}")
-    rows = {tuple(line.split("\t")) for line in groups.read_text().splitlines()[1:]}
-    pairs = {(clip[:2], name) for clip, name in rows}
-    assert len(pairs) == len({name for _, name in pairs}) <= 6  # no group of two people
-    assert {clip for clip, _ in pairs} >= {f"p{n}" for n in range(1, 6)}
-    assert ("p0", "unknown 1") not in pairs
+    rows = [line.split("\t") for line in groups.read_text().splitlines()[1:]]
+    grouped = {(clip.partition("_")[0], name) for clip, name in rows}  # (person, group)
+    names = {name for _, name in grouped}
+    assert len(grouped) == len(names)  # no group has two people
+    assert {person for person, _ in grouped} >= {f"p{n}" for n in range(1, 6)}
+    assert ("p0", "unknown 1") not in grouped
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
     say("gallery", "enrol", *words, f"--labels={groups}")
     assert Gallery(gallery.folder).identities.keys() == {"Ada", "Bob"}
 
 
 def film(**tracks):
+    """Returns a film with tracks, clip=(first second, last second)."""
     made = [
         FilmTrack(clip=clip, shot=0, start_s=start, end_s=end, seen=2)
         for clip, (start, end) in tracks.items()
@@ -220,42 +224,38 @@ def answer(identity, probability=0.9):
 
 
 def test_tracks_of_one_person_are_joined_over_short_gaps():
-    video = film(a=(0, 3), b=(4.5, 6), c=(8.5, 9), d=(1, 2), e=(30, 31))
-    answers = {"a": answer("Ada", 0.8), "d": answer(None), "e": answer("B<o>b")}
-    answers |= dict.fromkeys("bc", answer("Ada"))
-    seen = appearances.find_appearances(answers, [video], {"d": "unknown 1"})
-    assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in seen] == [
-        ("Ada", 0, 6, 0.8, ("a", "b")),
-        ("unknown 1", 1, 2, None, ("d",)),
-        ("Ada", 8.5, 9, 0.9, ("c",)),
-        ("B<o>b", 30, 31, 0.9, ("e",)),
+    """A gap of 1.5 s is short, and a gap of 2.5 s is not."""
+    tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
+    answers = {"ada_1": answer("Ada", 0.8), "nobody": answer(None)}
+    answers |= dict.fromkeys(("ada_2", "ada_3"), answer("Ada", 0.9))
+    found = appearances.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
+    assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
+        ("Ada", 0, 6, 0.8, ("ada_1", "ada_2")),
+        ("unknown 1", 1, 2, None, ("nobody",)),
+        ("Ada", 8.5, 9, 0.9, ("ada_3",)),
     ]
-    vtt = appearances.to_subtitles(seen, ".vtt")
-    assert "00:00:00.000 --> 00:00:06.000\nAda\n" in vtt and "B&lt;o>b" in vtt
-    assert "unknown" not in vtt
-    rttm = appearances.to_rttm(seen).splitlines()
-    assert rttm[1] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
-    # Names that differ in a blank stay apart.
-    names = (seen[0]._replace(video="a b.mp4", identity=name) for name in ("Ada O", "Ada_O"))
-    rows = [line.split() for line in appearances.to_rttm([*names]).splitlines()]
-    assert [(row[1], row[7]) for row in rows] == [("a_b.mp4", "Ada%20O"), ("a_b.mp4", "Ada_O")]
-    with pytest.raises(ValueError, match="subtitles need one video"):
-        appearances.to_subtitles([*seen, seen[0]._replace(video="b.mp4")], ".srt")
+
+
+def appearance(name, start_s, end_s, video="a.mp4"):
+    return appearances.Appearance(video, start_s, end_s, name, 0.9, ())
+
+
+def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
+    found = [appearance("unknown 1", 1, 2), appearance("Ada O", 3, 4), appearance("Ada_O", 5, 6)]
+    first, *rows = appearances.to_rttm(found).splitlines()
+    assert first == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
+    assert [row.split()[7] for row in rows] == ["Ada%20O", "Ada_O"]
 
 
 def test_simultaneous_tracks_never_get_the_same_name():
     """If two tracks at the same time get the same name, the less probable track stays unknown."""
     films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
-    answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
-    answers["d"] = answer("Bob", 0.7)
     pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
+    answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
+    answers["d"] = answer("Bob", 0.7)
     settled = appearances.settle_answers(answers, films)
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
-    seen = appearances.find_appearances(settled, films, {"a": "unknown 1"})
-    assert [(x.identity, x.start_s, x.probability) for x in seen] == [
-        ("unknown 1", 0, None), ("Ada", 4, 0.9), ("Bob", 5, 0.7), ("Ada", 10, 0.95),
-    ]  # fmt: skip
 
 
 def test_a_name_needs_a_probability_above_one_half(gallery):
@@ -283,60 +283,67 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, model
 
 def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
     (ada,) = draw(np.random.default_rng(4), 1, 2)
-    odds = []
-    for name, expected in (("1", 1.0), ("2", 3.0)):
-        Gallery.of_models(tmp_path / name, models, stranger_odds=expected).enrol(
-            {"photo": {"face": ada[:1]}}, "Ada"
-        )
-        (best,) = Gallery(tmp_path / name).identify({"q": {"face": ada[1:]}}).values()
-        odds.append(np.log(-np.expm1(best.score)) - best.score)
-    assert odds[1] - odds[0] == pytest.approx(np.log(3))
+    log_odds = []
+    for stranger_odds in (1.0, 3.0):
+        folder = tmp_path / f"{stranger_odds}"
+        gallery = Gallery.of_models(folder, models, stranger_odds=stranger_odds)
+        gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
+        (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
+        log_odds.append(np.log(-np.expm1(best.score)) - best.score)  # log((1 - p) / p)
+    assert log_odds[1] - log_odds[0] == pytest.approx(np.log(3))
 
 
-def test_all_clips_of_a_group_get_one_answer_and_given_groups_stay_together(gallery):
+def test_all_clips_of_a_group_get_one_answer(gallery):
     ada, eve = draw(np.random.default_rng(5), 2, 8)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
-    vectors = gallery.embed(faces("a", ada[1:]) | faces("e", eve[1:]))
+    vectors = gallery.embed(faces("a", ada[1:]) | faces("e", eve[1:]))  # a0 to a6, e0 to e6
     groups = gallery.group(vectors)
     assert len(groups) == 14 and len({*groups.values()}) == 2
     answers = gallery.identify(vectors, groups=groups)
     assert [answers[clip].identity for clip in groups] == ["Ada"] * 7 + [None] * 7
     assert len({answers[f"a{n}"].probability for n in range(7)}) == 1
-    assert answers["a0"].evidence == ("face",)
-    assert gallery.identify(vectors.only([]), groups={}) == {}
     # The group is called e0, like a clip. The clip e0 has no group, so it does not vote in it.
     answers = gallery.identify(vectors, groups={f"a{n}": "e0" for n in range(7)})
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
+
+
+def test_clips_that_a_user_grouped_stay_together(gallery):
     ada, eve = draw(np.random.default_rng(6), 2, 6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}
+    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # pairs
     names = {"a": "unknown 1", "e": "unknown 2"}
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}
     begin["e0"] = begin["a0"]
     groups = gallery.group(vectors, begin=begin)
-    assert groups["e0"] == groups["a0"] == groups["a1"], "clips that a user grouped stay together"
-    groups = gallery.group(vectors, [("a2", "a4")], begin=begin)
+    assert groups["e0"] == groups["a0"] == groups["a1"]
+    groups = gallery.group(vectors, [("a2", "a4")], begin=begin)  # seen at the same time
     assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
 
-def test_subtitles_list_all_visible_people_and_do_not_overlap(tmp_path):
-    """Many players show one subtitle at a time."""
-    times = {"Eve": (0, 9.5), "Bob {x}": (3.25, 4), "<i>Ada": (4, 9.5), "A": (5, 5)}
-    seen = [appearances.Appearance("a.mp4", start, end, name, 0.9, ())
-             for name, (start, end) in times.items()]  # fmt: skip
-    assert appearances.to_subtitles(seen, ".srt") == (
+def test_subtitles_list_all_visible_people_and_do_not_overlap():
+    """Many players show one subtitle at a time. Letters of their markup are replaced."""
+    found = [appearance("Eve", 0, 9.5), appearance("Bob {x}", 3.25, 4)]
+    found += [appearance("<i>Ada", 4, 9.5), appearance("nobody sees me", 5, 5)]
+    assert appearances.to_subtitles(found, ".srt") == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aAda\nEve\n\n"
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
-    appearances.write(tmp_path / "a.vtt", seen, [])
-    vtt = (tmp_path / "a.vtt").read_text()
+    unknown = appearance("unknown 1", 0, 9)._replace(probability=None)
+    vtt = appearances.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
-    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt
+    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
-    for seconds, short in ((192.4996, "3:12"), (3725.0, "1:02:05"), (59.9996, "1:00")):
-        assert appearances.format_time(seconds, short=True) == short
+    two_films = [appearance("Ada", 0, 1), appearance("Ada", 0, 1, video="b.mp4")]
+    refused(lambda: appearances.to_subtitles(two_films, ".srt"), "subtitles need one video")
+
+
+@pytest.mark.parametrize(("seconds", "short"), [
+    (192.4996, "3:12"), (3725.0, "1:02:05"), (59.9996, "1:00"),
+])  # fmt: skip
+def test_times_are_rounded_before_they_are_split_into_minutes(seconds, short):
+    assert appearances.format_time(seconds, short=True) == short
 
 
 def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
@@ -347,20 +354,31 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
-    path.unlink()
+
+
+def test_names_in_tables_are_guarded_against_formulas_and_may_be_quoted(tmp_path):
+    path = tmp_path / "unknown.tsv"
     answers_lib.write_groups(path, {"-x": "unknown 1"})
     text = path.read_text()
-    assert "'-x\tunknown 1" in text  # guarded against formulas
+    assert "'-x\tunknown 1" in text  # the apostrophe makes it a text
     path.write_text(text.replace("unknown 1", '"Zo\u00eb ""Z"" K"'))
     assert answers_lib.read_groups(path) == {"-x": 'Zo\u00eb "Z" K'}
+
+
+@pytest.mark.parametrize("content", [b"one cell\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"])
+def test_tables_with_missing_enormous_or_contradicting_names_get_a_short_error(tmp_path, content):
+    path = tmp_path / "unknown.tsv"
+    path.write_bytes(content)
+    assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
+
+
+def test_a_pipe_in_place_of_a_table_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     refused(lambda: answers_lib.read_groups(tmp_path / "pipe"), "pipe")
-    for wrong in (b"a\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"):
-        path.write_bytes(wrong)
-        assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
 
 
-def test_log_odds_are_a_ratio_of_gamma_densities_and_photos_that_are_alike_count_less():
+def test_log_odds_are_a_ratio_of_gamma_densities():
+    """A card gives squared distances of one person, and of two, as gamma distributions."""
     rng, (within, between, same, different) = np.random.default_rng(0), DLIB
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
@@ -369,11 +387,16 @@ def test_log_odds_are_a_ratio_of_gamma_densities_and_photos_that_are_alike_count
     same_person = stats.gamma.logpdf(square, same, scale=2 * within / same)
     other_person = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
     np.testing.assert_allclose(logs[:, 1] - logs[:, 0], same_person - other_person, atol=1e-4)
-    # Photos that are alike count as fewer.
-    count = np.array([1, 2, 10, 10])
-    free = 1 - DLIB.within * 0.9  # as different as the card says
-    counted = distance.effective_count(DLIB, count, np.array([1, 1, 1, free]))
-    np.testing.assert_allclose(counted, [1, 4 / 3, 1.1, 10], atol=0.02)
+
+
+def test_photos_that_are_alike_count_less():
+    independent = 1 - DLIB.within * 0.9  # the mean cosine of photos as different as in the card
+    cases = {  # number of photos, their mean cosine -> as how many they count
+        (1, 1): 1, (2, 1): 4 / 3, (10, 1): 1.1, (10, independent): 10,
+    }  # fmt: skip
+    count, cosine = np.array([*cases]).T
+    counted = distance.effective_count(DLIB, count, cosine)
+    np.testing.assert_allclose(counted, [*cases.values()], atol=0.02)
 
 
 @pytest.mark.parametrize("people", [1, 7])
@@ -419,33 +442,40 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
         assert abs(np.mean(probabilities) - 0.5) < most
 
 
-def groups(people, count):
-    """Returns the number of groups of clips of people, and the share of their main people."""
+def measure_groups(num_people, clips_of_each):
+    """Groups clips of people. Returns the number of groups, and the share of their main people."""
     made = Population(0)
-    clips, truth = made.photos(made.people(people), count), np.repeat(np.arange(people), count)
-    names = [f"film{n % 7}.s{n:03}.t00" for n in range(people * count)]
-    labels = grouping.group(BACKEND, names, [clips.reshape(-1, WIDTH).astype(np.float32)])
-    parts = [np.bincount(truth[labels == n]).max() for n in {*labels.tolist()}]
-    return len(parts), sum(parts) / len(truth)
+    clips = made.photos(made.people(num_people), clips_of_each).reshape(-1, WIDTH)
+    truth = np.repeat(np.arange(num_people), clips_of_each)
+    names = [f"film{n % 7}.s{n:03}.t00" for n in range(len(clips))]
+    labels = grouping.group(BACKEND, names, [clips.astype(np.float32)])
+    main_people = [np.bincount(truth[labels == n]).max() for n in {*labels.tolist()}]
+    return len(main_people), sum(main_people) / len(truth)
 
 
-def test_grouping_makes_one_group_per_person_but_not_of_clips_of_one_time(monkeypatch):
-    count, purity = groups(10, 10)
+def test_grouping_makes_one_group_per_person(monkeypatch):
+    count, purity = measure_groups(10, 10)
     assert count <= 11 and purity > 0.99
+    count, _ = measure_groups(60, 1)  # nobody appears twice
+    assert count >= 56
     # More clips than are compared at once are grouped film by film.
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
-    count, purity = groups(8, 15)
+    count, purity = measure_groups(8, 15)
     assert count <= 9 and purity > 0.99
-    assert groups(60, 1)[0] >= 56  # nobody twice
+
+
+def test_clips_seen_at_one_time_are_in_different_groups():
     made = Population(2)
     clips = [made.photos(made.people(1), 4)[0].astype(np.float32)]
     assert grouping.group(BACKEND, [*"abcd"], clips).tolist() == [0, 0, 0, 0]
     labels = grouping.group(BACKEND, [*"abcd"], clips, [("a", "c")])
     assert labels[0] != labels[2]
     assert grouping.group(BACKEND, [], [clips[0][:0]]).shape == (0,)
-    assert answers_lib.name_groups(["b", "a", "c"], np.array([4, 2, 4])) == {
-        "b": "unknown 1", "a": "unknown 2", "c": "unknown 1",
-    }  # fmt: skip
+
+
+def test_groups_are_numbered_in_the_order_of_their_clips():
+    names = answers_lib.name_groups(["b", "a", "c"], np.array([4, 2, 4]))
+    assert names == {"b": "unknown 1", "a": "unknown 2", "c": "unknown 1"}
 
 
 def test_real_people_are_identified_and_strangers_are_grouped():
