@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cases import first_by_day
-from tests.helpers.small_runs import LAYER, ROOT, run, saved, shrunk, weights
+from tests.helpers.small_runs import LAYER, QUICK, ROOT, run, saved, shrunk, weights
 from vidjax.cli import program
 from vidjax.core import devices, distributed
 from vidjax.utils.errors import UserError, VidjaxWarning
@@ -24,7 +24,7 @@ SECONDS = 300
 SPEC = "configs/quality_fusion.py:iqiyi_vid"
 WORDS = (
     LAYER, "--config.batch_size=32", "--config.num_epochs=6", "--config.eval.every_epochs=0",
-    "--config.log_every_steps=4", "--config.eval.block_size=16",
+    "--config.log_every_steps=1", "--config.eval.block_size=16",
 )  # fmt: skip
 # The rates of a run that goes on for more epochs are those of one that always had them.
 CONSTANT = ("decay=constant", "warmup=0", "warmup_scale=0", "total_decay=0")
@@ -53,7 +53,7 @@ def start(official_dir, cache_dir, tmp_path):
             place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
         env = os.environ | {
             "VIDJAX_CACHE": str(cache_dir), "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PLATFORMS": "cpu", **QUICK,
         }  # fmt: skip
         words = [*words, f"--workdir={tmp_path}/two", f"--config.data.dir={official_dir}", place]
         for number in (0, 1):

@@ -514,7 +514,7 @@ import os, signal
 from pathlib import Path
 from vidjax.apps import bulk
 
-class Embed(bulk.Embed):
+class Rank(bulk.Rank):
     done = 0
 
     def __call__(self, batch):
@@ -525,53 +525,55 @@ class Embed(bulk.Embed):
         self.done += 1
         return super().__call__(batch)
 """  # Kills one worker, once, at its second table. A kill from outside may come after the work.
+RAY_COMMANDS = {
+    "rank": ("ranked", ("rank", "--workdir=runs/own")),
+    "embed": ("vectors", ("embed", "--workdir=runs/own")),
+    "identify": ("answers", ("gallery", "identify", "people", "--threshold=0.5")),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
-def test_ray_results_equal_those_of_one_machine(ask, nearest_run, folder, day, tmp_path):
-    """Runs the recipes of the page. Their single worker is killed once and restarted."""
+@first_by_day("names", [["rank"], [*RAY_COMMANDS]])
+def test_ray_results_equal_those_of_one_machine(
+    ask, nearest_run, folder, day, tmp_path, monkeypatch, names
+):
+    """Runs the recipes of the page. The single worker that ranks is killed once and restarted."""
     pytest.importorskip("ray")
     (day / "part-2.parquet").unlink()
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "own").symlink_to(nearest_run)
     folder.rename(tmp_path / "people")
+    monkeypatch.chdir(tmp_path)
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
-    assert set(RECIPES) == {"embed", "identify", "rank"}
-    recipes = "\n".join([start, "import killed", *RECIPES.values()])
-    for old, new in (("bulk.Embed", "killed.Embed"), ("size=2", "size=1"), ("ns=4", "ns=1")):
+    assert set(RECIPES) == {*RAY_COMMANDS}
+    recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
+    for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
         assert old in recipes
         recipes = recipes.replace(old, new)
-    (tmp_path / "recipes.py").write_text(recipes)
-    (tmp_path / "killed.py").write_text(KILLED)
-    mark = tmp_path / "worker_killed"
+    Path("recipes.py").write_text(recipes)
+    Path("killed.py").write_text(KILLED)
     env = {
         **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "KILLED": str(mark),
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "KILLED": str(tmp_path / "worker_killed"),
     }  # fmt: skip
-    with subprocess.Popen([sys.executable, "recipes.py"], cwd=tmp_path, env=env) as process:
+    with subprocess.Popen([sys.executable, "recipes.py"], env=env) as process:
         try:
             assert process.wait(800) == 0
         finally:
             process.terminate()
-    assert mark.exists()
-    for name, words in {
-        "vectors": ["embed", f"--workdir={nearest_run}"],
-        "answers": ["gallery", "identify", tmp_path / "people", "--threshold=0.5"],
-        "ranked": ["rank", f"--workdir={nearest_run}"],
-    }.items():
-        own = tmp_path / f"own_{name}"
-        ask(*words, f"--input={day}", f"--out={own}")
-        keys = [("identity", "ascending"), ("rank", "ascending")]
-        keys = keys if name == "ranked" else [("clip", "ascending")]
+    assert Path("worker_killed").exists()
+    for results, words in (RAY_COMMANDS[name] for name in names):
+        ask(*words, f"--input={day}", f"--out=own_{results}")
+        keys = ["identity", "rank"] if results == "ranked" else ["clip"]
         table, expected = (
-            pyarrow.concat_tables(map(parquet.read_table, sorted(folder.glob("*.parquet"))))
-            .sort_by(keys).to_pydict()
-            for folder in (tmp_path / name, own)
+            pyarrow.concat_tables(map(parquet.read_table, sorted(Path(path).glob("*.parquet"))))
+            .sort_by([(key, "ascending") for key in keys]).to_pydict()
+            for path in (results, f"own_{results}")
         )  # fmt: skip
         for column, values in expected.items():
             if column in ("vector", "score", "probability_1"):
                 assert np.array(table[column]) == pytest.approx(np.array(values), abs=1e-6)
             elif not column.startswith("probability"):
-                assert table[column] == values, (name, column)
+                assert table[column] == values, (results, column)
