@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +40,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-seed", type=int, help="repeats the faults of a failed test")
 
 
+# Files of few tests that take long. Started last, one would leave the other processes idle.
+LONG_FILES = {
+    "test_adding.py", "test_blend.py", "test_distributed.py", "test_everything.py",
+    "test_export.py", "test_gallery_commands.py", "test_kill.py", "test_notebooks.py",
+    "test_readme.py", "test_train.py",
+}  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests of `.ci/nightly`, unless `-m` names them."""
+    """Leaves out the tests of `.ci/nightly`, unless `-m` names them; long files come first."""
     if "nightly" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=left_out)
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG_FILES, -counts[item.path]))
 
 
 @pytest.fixture(scope="session")
