@@ -114,7 +114,7 @@ def test_blend_of_a_run_and_its_copy_ranks_as_the_run(
     assert results["map"] == pytest.approx(wanted)
     assert config_io.load_workdir(tmp_path).join.weights == (1.0, 3.0)
     for weights in ("(1,)", "(1,-1)", "(0,0)"):
-        with pytest.raises(ValueError, match="must be 2 numbers"):
+        with pytest.raises(ValueError, match="give 2 numbers"):
             blended(runs, f"--config.join.weights={weights}", load=lambda _: data)
 
 
@@ -205,7 +205,7 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
         (runs[0], runs, "use another folder"),
         (out, runs[::-1], "use another folder"),
         (tmp_path / "x", runs[:1], "name two runs"),
-        (tmp_path / "x", (runs[0], out), "is itself a joined run"),
+        (tmp_path / "x", (runs[0], out), "is a blend of runs"),
         (tmp_path / "x", (runs[0], "nowhere"), "no run in"),
     ]:
         bad = f"--runs={','.join(map(str, bad))}"

@@ -113,6 +113,6 @@ def test_check_of_a_blend_names_its_runs_and_check_needs_no_folder(tmp_path, com
     config = api.load_config("knn")
     config.join.runs = ("a", "b")
     RunFolder(tmp_path).write_config(config)
-    assert command("check", f"--workdir={tmp_path}").refused("joins other runs: check a and b")
+    assert command("check", f"--workdir={tmp_path}").refused("check each of them: a, b")
     code, lines = check()
     assert (code, lines[-1]) == (0, "all good") and len(lines) == 2

@@ -212,4 +212,6 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, co
     for other in ("b", "old"):
         assert compared(runs=("a", other)).code == 0
     for other in ("names", "labels"):
-        assert compared(runs=("a", other)).refused(f"50 and 50 clips, with other {other}\n")
+        assert compared(runs=("a", other)).refused(
+            f"50 and 50 clips; the {other} of the clips differ\n"
+        )

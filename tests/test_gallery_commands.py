@@ -69,9 +69,9 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     before = made_galleries.contents(folder)
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     output = tell(*ada, "--identity=Ada")
-    assert "enrolled    2 clips, 0 were there" in output and "people      13" in output
+    assert "enrolled    2 clips, 0 enrolled before" in output and "people      13" in output
     again = tell(*ada, "--identity=Ada")
-    assert "enrolled    0 clips, 2 were there" in again and "version     2" in again
+    assert "enrolled    0 clips, 2 enrolled before" in again and "version     2" in again
     output = tell("rename", folder, "--identity=Ada", "--to=Eve")
     assert "renamed     Ada is Eve, with 2 clips" in output
     output = tell("relabel", folder, "--clip=Ada 1", "--identity=Grace")
@@ -160,7 +160,7 @@ def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
 def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tmp_path):
     photos = write_clips(tmp_path / "photos" / "Ada", "Ada").parent
     np.savez(photos / "Ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
-    with pytest.warns(UserWarning, match="1 clip without a usable frame: .*: Ada/dead"):
+    with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/dead"):
         assert "enrolled    2 clips" in tell("enrol", folder, f"--input={photos}")
     rows = tell("identify", folder, f"--input={photos / 'Ada'}").splitlines()
     assert ["dead", "unknown", "no", "usable", "frame"] in [row.split() for row in rows]
@@ -242,7 +242,7 @@ MISTAKES = {
     "identify G --split=val --threshold=-3": "a probability above 0 and at most 1",
     "identify G new": "example: vidjax gallery identify G --input=PATH",
     "add G": "did you mean vidjax gallery enrol",
-    "identify G --split=val --config.model.name=x": "it takes --config.data.FIELD=VALUE",
+    "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
     "identify G --split=vla": "vla",
     "identify G --split=val --k=nan": "wants a whole number from 1",
     "identify G --split=val --run=/absent": "/absent",

@@ -169,7 +169,7 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
     assert run.threshold is None
     with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
         run.identify(five)
-    with pytest.raises(ValueError, match=r"\nfor a probability p give threshold=math\.log"):
+    with pytest.raises(ValueError, match=r"\nfor a probability p, give threshold=math\.log"):
         run.identify(five, threshold=0.5)
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
     val = run._replace(results={**run.results, "map_kind": "val"})

@@ -185,4 +185,4 @@ def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     assert missed / len(NAMES) == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
     three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]
     assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
-    refused(lambda: run.identify(new, k=0), "name 1 identity or more")
+    refused(lambda: run.identify(new, k=0), "k=0: give 1 or more")

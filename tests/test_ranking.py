@@ -76,12 +76,13 @@ def test_score_of_0_without_any_match_prints_a_hint(files, command):
 # (submission, score against "1 a.mp4", what the warning names)
 BORNE = [
     ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
-    (f"1 a.mp4 {MANY}\n", "1", "line 1: 102 names"),
-    (f"1 {MANY} a.mp4\n", "0", "line 1: 102 names"),
+    (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
+    (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
     ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
     ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"), ("\n1 a.mp4\n", "1", "line 1"),
     ("1\ta.mp4\n", "1", "line 1: fields"), ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
-    ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: not UTF-8"), ("", "0", "the file is empty"),
+    ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
+    ("", "0", "the file is empty"),
 ]  # fmt: skip
 
 

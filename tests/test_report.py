@@ -139,7 +139,10 @@ def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     assert table.count("<tr>") == 2  # the head and one rate
     for name in ("threshold", "fpir", "fnir", "fnir_low", "fnir_high", "fpir_low", "fpir_high"):
         assert getattr(enough, name) in values(table), name
-    sentence = text[text.index("cannot show") - 80 : text.index("cannot show") + 160]
+    sentence = text[
+        text.index("are too few for a threshold") - 80 : text.index("are too few for a threshold")
+        + 160
+    ]
     assert values(sentence)[-3:] == [open_set.num_strange, few.rate, few.fewest]
 
     # A run that optimises nothing, whose split has no distractor.

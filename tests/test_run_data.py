@@ -79,7 +79,7 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
 OTHERS = {
     "train has other labels": {"shift": 1},
     "other features": {"seed": 1},
-    "train has other clips: 5, before 6": {"num_clips": CLIPS - 1},
+    "train has other clips (5, before 6)": {"num_clips": CLIPS - 1},
 }
 
 

@@ -299,7 +299,7 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     other.write_bytes(content)
     os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert "as before" in drawn.who(other)[1]
-    assert "in place of another" in drawn.who(other, flags=["--check"])[1]
+    assert "replaces another" in drawn.who(other, flags=["--check"])[1]
     moved.unlink()
     assert "missing: 1 film, such as the party.mkv; --prune" in drawn.who(other)[1]
     assert f"{moved}: the file is missing" in drawn.who(other, flags=["--prune"])[1]
@@ -603,7 +603,7 @@ def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monke
     lines = done.err.splitlines()
     assert lines[-2:] == ["1 of 1: party.mkv ...", "party.mkv: 6.0 s, 3 shots, 4 faces"]
     assert "over 99 %" in done.out and "100%" not in done.out
-    assert "1 person without a name: to name them, call again with --review --th" in done.out
+    assert "1 person without a name: to name them, add --review --th" in done.out
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):

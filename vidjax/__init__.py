@@ -10,15 +10,15 @@
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)
 
-`import vidjax` is instant: each function imports JAX or TensorFlow at its first use, and a gallery
-of models neither.
+`import vidjax` is fast: a function imports JAX or TensorFlow when it is first called. A gallery
+that `Gallery.of_models` makes needs neither of them.
 """
 
 import sys
 
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
-    # `python -m vidjax` looks for every module in the present folder first, which may be a
-    # stranger's: a `json.py` there would be run. Now it comes last.
+    # `python -m vidjax` looks for modules in the current folder first. This folder may contain
+    # files of a stranger: a `json.py` there would be run. So the folder is searched last.
     sys.path.append(sys.path.pop(0))
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The command `python -m vidjax`, which is the same as `vidjax`."""
+"""Runs the command line. `python -m vidjax` is the same as `vidjax`."""
 
 from vidjax.cli.program import run
 

@@ -1,4 +1,4 @@
-"""The command `python -m vidjax.main --config=FILE [--mode=COMMAND]`. `vidjax` is the same."""
+"""Runs the command line. `python -m vidjax.main` is the same as `vidjax`."""
 
 from vidjax.cli.program import main, run
 

@@ -27,9 +27,9 @@ def add_flags(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> Result:
-    """Runs all checks. Prints each result immediately, because reading data takes time.
+    """Runs all checks. Prints each result at once, because reading data takes time.
 
-    The exit code is 0 if all is well, 3 if a checkpoint is damaged, and 2 for other faults.
+    The exit code is 0 if no check fails, 3 if a checkpoint is damaged, and 2 for other faults.
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():
@@ -52,12 +52,19 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns subject -> check. A check returns a summary, or raises an error if it fails."""
+    """Returns subject -> function that checks it.
+
+    The flags decide whether data, a run or a gallery is checked. The function returns a summary. If
+    the check fails, it raises an error.
+    """
     if args.workdir and args.config:
-        raise UserError("check takes --workdir=FOLDER or --config=FILE, not both")
+        raise UserError("--workdir and --config cannot be checked together: leave one of them out")
     if args.overrides and not (args.workdir or args.config):
-        raise UserError(f"{args.overrides[0]}: check also needs --workdir=FOLDER or --config=FILE")
-    # The run may still be training, and then its accelerator has no memory to spare.
+        raise UserError(
+            f"{args.overrides[0]} changes a configuration, and none is given\n"
+            "add --workdir=FOLDER or --config=FILE"
+        )
+    # If the run is still training, its accelerator has little free memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.apps.gallery import store
     from vidjax.runs import checkpoint
@@ -73,7 +80,10 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         return checks | {"gallery": partial(_check_gallery, workdir)}
     config = config_io.override(api.open_run(workdir).config, args.overrides)
     if config.join.runs:
-        raise UserError(f"'{workdir}' joins other runs: check {' and '.join(config.join.runs)}")
+        raise UserError(
+            f"'{workdir}' joins other runs: it has no checkpoint\n"
+            f"check each of them: {', '.join(config.join.runs)}"
+        )
     for step in checkpoint.list_folders(workdir):
         checks[f"checkpoint {step}"] = partial(
             _check_checkpoint, workdir / "checkpoints" / str(step)
@@ -108,7 +118,7 @@ def _check_run(config: Config, workdir: Path) -> str:
     from vidjax.evaluation import restore
     from vidjax.runs.run_folder import RunFolder
 
-    with warnings.catch_warnings(action="ignore"):  # about damaged checkpoints
+    with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
         checkpoint = restore.find_run(config, RunFolder(workdir))
     data = api.load_data(config)
     restore.check_data(workdir, checkpoint.manifest["data"], config, data, trains=False)

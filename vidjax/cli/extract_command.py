@@ -19,19 +19,19 @@ MIN_RATE = 2  # pictures per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
-    """Returns the number of processes: at most four per core, since each loads all nets."""
+    """Returns the number of processes: at most four per core, because each loads all nets."""
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
 def read_settings(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
-    """Returns the settings of the flags. If no flag sets any, returns None."""
+    """Returns the settings that the flags give. If no such flag is given, returns None."""
     names = ("fps", "size", "unit")
     values = {name: x for name in names if (x := getattr(args, name, None)) is not None}
     return features_folder.ExtractionSettings(**values) if values else None  # pyright: ignore[reportArgumentType]
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
-    """Prints a line about a finished file, and a line for each problem."""
+    """Prints a line about a file that was read, and a line for each problem with it."""
     film = outcome.film
     if film is None:
         say(outcome.error)
@@ -42,19 +42,19 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     note = ", as before" if outcome.kept else ""
     if outcome.replaced:
-        note = ", in place of another file of this name"
+        note = ", replaces another file of this name"
     voices = f", {film.voices:,} with a voice" if film.voices else ""
     say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}")
     if not film.photo and film.frames < MIN_RATE * film.seconds:
-        say(f"  it has fewer than {MIN_RATE} pictures per second: people in between are missed")
+        say(f"  it has fewer than {MIN_RATE} pictures per second, so people may be missed")
     if film.others:
         path = shlex.quote(str(outcome.path))
         say(
-            f"  only the first of {film.others + 1} video streams is used; to extract the second: "
-            f"ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
+            f"  only the first of its {film.others + 1} video streams is used; to use the second, "
+            f"copy it: ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
     problems = {
-        "frames were damaged, and are left out": film.corrupt,
+        "frames were damaged, and were left out": film.corrupt,
         "packets could not be decoded": film.refused,
         "time stamps were wrong, and were estimated": film.repaired,
         "pieces of sound could not be decoded": film.lost_sound,
@@ -63,17 +63,19 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
         if count:
             say(f"  {count:,} {problem}")
     if film.damaged:
-        say(f"  it ends at {film.seconds:.1f} s, before its declared end: is the file complete?")
+        say(
+            f"  it ends at {film.seconds:.1f} s, before its declared end: check that it is complete"
+        )
 
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
-    """Returns a row with the different remedies for files that failed, at most three."""
+    """Returns a row of the printed result with up to three different remedies for failed files."""
     different = [*dict.fromkeys(filter(None, remedies))]
     return {"to mend": "; ".join(different[:3])} if different else {}
 
 
 def run_extract(args: argparse.Namespace) -> Result:
-    """Extracts files. The exit code is 1 if a file could not be read."""
+    """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
     began = time.monotonic()
     workers = count_workers(args)
     outcomes = pipeline.extract(
@@ -107,26 +109,26 @@ def add_shared_flags(parser: Parser) -> None:
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=about)
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
-    about = "the folder of nets and their cards"
+    about = "the folder of nets, each with its card (a JSON file)"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
-    about = "frames per second in which faces are searched for (default: 5)"
+    about = "number of frames per second that are searched for faces (default: 5)"
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
-    about = "shrinks frames to this longer side, in pixels (default: 640)"
+    about = "longer side of frames after shrinking, in pixels (default: 640)"
     parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
     about = "number of processes (default: the number of cores)"
     parser.add_argument(
         "--workers", metavar="N", type=messages.whole_number(1, MAX_WORKERS), help=about
     )
-    about = "compares the contents of all files, instead of size, time and inode"
+    about = "finds changed files by their contents, not by size, time and inode"
     parser.add_argument("--check", action="store_true", help=about)
-    about = "removes the results of films that no longer exist; deletes no film"
+    about = "deletes the results (not the files) of films that no longer exist"
     parser.add_argument("--prune", action="store_true", help=about)
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
-    about = "makes a clip of each track, or of each shot and its main person"
+    about = "makes a clip of each track (default), or of the main person of each shot"
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 
@@ -135,4 +137,6 @@ def _parse_rate(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1000:
             return float(text)
-    raise argparse.ArgumentTypeError(f"wants a number above 0, at most 1000, not '{text[:20]}'")
+    raise argparse.ArgumentTypeError(
+        f"must be a number above 0 and at most 1000, not '{text[:20]}'"
+    )

@@ -1,4 +1,4 @@
-"""`vidjax forget`: lists every place that holds a name, and deletes what vidjax may delete."""
+"""`vidjax forget`: lists all places that contain a name, and deletes the name from some of them."""
 
 import argparse
 import itertools
@@ -12,7 +12,7 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
 HELP = """\
-Lists the places that hold the names of people or clips: galleries, caches,
+Lists the places that contain names of people or clips: galleries, caches,
 runs, results of `vidjax who`, and the names and contents of all other files.
 
 A PLACE is a folder. It is searched with all folders below it. The default is
@@ -22,15 +22,15 @@ With --delete, clips are deleted from galleries, and the back ends of these
 galleries are fitted again. Conversions that contain a clip are deleted from the
 cache: the next run converts the remaining files again.
 
-Runs are only listed, because their weights remember the training clips. Other
-files are only listed, because they are yours. Compressed files are not
-searched: the last lines are commands that search them. In lists of names, only
-whole names match.
+Runs are only listed: their weights depend on the training clips, so a run must
+be trained again. Other files are only listed, because they are yours.
+Compressed files are not searched: the last lines of the output are commands
+that search them. In lists of names, only whole names match.
 
-The exit code is 0 if no place is left. It is 1 if a place still holds a name,
-or could not be searched.
+The exit code is 0 if no place is left. It is 1 if a place still contains a
+name, or could not be searched.
 """
-MAX_PRINTED_NAMES = MAX_PRINTED_PLACES = 20  # names in a printed command, and places of a kind
+MAX_PRINTED_NAMES = MAX_PRINTED_PLACES = 20  # names in a command, and places of each kind
 
 
 def add_flags(parser: Parser) -> None:
@@ -41,14 +41,15 @@ def add_flags(parser: Parser) -> None:
         parser.add_argument(
             f"--{flag}", metavar="NAME", action="append", default=[], help="may be repeated"
         )
-    parser.add_argument("--delete", action="store_true", help="deletes what vidjax may delete")
+    about = "deletes the names from galleries, caches and results of `vidjax who`"
+    parser.add_argument("--delete", action="store_true", help=about)
     parser.command(forget_names, "--identity=Ada", "--identity=Ada --delete")
 
 
 def forget_names(args: argparse.Namespace) -> Result:
-    """Lists the places that hold a name. The exit code is 1 if a place is left."""
+    """Lists the places that contain a name. If a place is left, the exit code is 1."""
     if not args.identity and not args.clip:
-        raise UserError("which person, which clip? add --identity=NAME or --clip=NAME")
+        raise UserError("no name is given: add --identity=NAME or --clip=NAME")
     cache = files.cache_root()
     roots = args.places or [Path(), *([cache] if cache.exists() else [])]
     places, names, similar = forget(args.identity, args.clip, roots, delete=args.delete)
@@ -67,11 +68,11 @@ def forget_names(args: argparse.Namespace) -> Result:
     lines = [*_describe_places(places)]
     printed = sorted(names, key=lambda name: (name not in given, name))[:MAX_PRINTED_NAMES]
     if searches := commands(printed, places, roots):
-        note = f" (by {MAX_PRINTED_NAMES} of {len(names):,} names; --json has all)"
+        note = f" (for {MAX_PRINTED_NAMES} of {len(names):,} names; --json lists all)"
         lines.append(f"to search compressed files{note if len(names) > MAX_PRINTED_NAMES else ''}:")
         lines += [f"  {search}" for search in searches]
     lines += [
-        f"'{show(other)}' is not '{show(name)}', but looks similar: it stays"
+        f"'{show(other)}' looks similar to '{show(name)}', but is another name: it is not deleted"
         for name, other in similar.items()
     ]
     deleted = f", {content['deleted']:,} of them deleted" if args.delete else ""
@@ -80,10 +81,10 @@ def forget_names(args: argparse.Namespace) -> Result:
 
 
 def _describe_places(places: Iterable[Place]) -> Iterator[str]:
-    """Yields lines with path, content and remedy of each place."""
+    """Yields lines of text with the kind, the path, the content and the remedy of each place."""
     for kind, group in itertools.groupby(places, lambda place: place.kind):
         group = [*group]
         for place in group[:MAX_PRINTED_PLACES]:
             yield f"  {kind:8} {show(str(place.path))}: {place.about}\n           {place.remedy}"
         if len(group) > MAX_PRINTED_PLACES:
-            yield f"  {kind:8} and {len(group) - MAX_PRINTED_PLACES:,} more; --json has all"
+            yield f"  {kind:8} and {len(group) - MAX_PRINTED_PLACES:,} more; --json lists all"

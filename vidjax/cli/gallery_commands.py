@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 HELP = """\
 A gallery stores people. Enrolling, identifying and deleting need no training.
 
-Clips are given by --input=PATH, a folder, a table or a .npz file without
-labels; or by --split=S, a split of the dataset of the run or of the dataset
---config.data.name=N --config.data.dir=D. A clip shows a single person. Without
-a name, `enrol G --input=PATH` expects a folder per person: PATH/NAME/CLIP.npz.
-A command ends when its changes are on the disk.
+--input=PATH reads clips without labels from a folder, a table or a .npz file.
+--split=S reads clips from a split of the dataset of the run, or of the dataset
+that --config.data.name=N and --config.data.dir=D name. A clip shows a single
+person. If `enrol G --input=PATH` gets no name, it expects a folder for each
+person: PATH/NAME/CLIP.npz.
 
 vidjax gallery COMMAND --help prints the flags of a command, with an example.
 The guide is vidjax/apps/gallery/README.md.
@@ -58,11 +58,11 @@ def add_flags(parser: Parser) -> None:
 def _add_create(parser: Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", metavar="W", help="the folder of a run")
-    about = "instead: a folder of nets and their cards, see vidjax extract"
+    about = "the folder of the nets of vidjax extract, for features that it makes"
     model.add_argument("--models", metavar="DIR", help=about)
-    about = "enrols no person: keeps only the coordinates and the strangers"
+    about = "makes a gallery without people"
     parser.add_argument("--empty", action="store_true", help=about)
-    about = "the split whose unlabelled clips show strangers"
+    about = "a split whose unlabelled clips show strangers"
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
@@ -70,9 +70,9 @@ def _add_create(parser: Parser) -> None:
 
 def _add_clips(parser: Parser) -> None:
     clips = parser.add_mutually_exclusive_group(required=True)
-    about = "unlabelled clips: a folder, a .parquet table or a .npz file"
+    about = "clips without labels: a folder, a .parquet table or a .npz file"
     clips.add_argument("--input", metavar="PATH", help=about)
-    about = "instead: a split of the dataset"
+    about = "a split of the dataset, instead of --input"
     clips.add_argument("--split", metavar="S", help=about)
     about = "the folder of the run (default: the run of the gallery)"
     parser.add_argument("--run", metavar="W", help=about)
@@ -80,11 +80,11 @@ def _add_clips(parser: Parser) -> None:
 
 
 def add_rule(parser: Parser) -> None:
-    """Adds the flags of the decision: when does a clip get a name?"""
+    """Adds `--fpir` and `--threshold`, which decide when a clip gets a name."""
     rule = parser.add_mutually_exclusive_group()
-    about = "the share of strangers who may get a name, e.g. 0.01"
+    about = "the share of strangers who may wrongly get a name, e.g. 0.01"
     rule.add_argument("--fpir", metavar="R", type=_number, help=about)
-    about = "instead: the lowest probability of a name, e.g. 0.5"
+    about = "the lowest probability of a name, e.g. 0.5, instead of --fpir"
     rule.add_argument("--threshold", metavar="P", type=_number, help=about)
 
 
@@ -102,9 +102,9 @@ def _add_enrol(parser: Parser) -> None:
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person")
     parser.add_argument("--clip", metavar="CLIP", help="enrols only this clip")
-    about = "instead: a table of clips and identities, as `group` writes it"
+    about = "a table of clips and people, as `group` writes it"
     who.add_argument("--labels", metavar="FILE", help=about)
-    about = "instead: the clips show strangers"
+    about = "enrols the clips as strangers, who get no name"
     who.add_argument("--strangers", action="store_true", help=about)
     parser.command(
         _enrol, "G --input=PATH --identity=Ada", "G --input=PATH --clip=CLIP --identity=Ada"
@@ -119,8 +119,8 @@ def _add_identify(parser: Parser) -> None:
         "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
     about = (
-        "the new file: .jsonl, .csv, .tsv, .parquet; with times, .vtt, .srt, .rttm; for a folder "
-        "of parquet tables, a folder"
+        "the new file: .jsonl, .csv, .tsv or .parquet; with times: .vtt, .srt or .rttm; if the "
+        "input is a folder of tables: a folder"
     )
     parser.add_argument("--out", metavar="FILE", help=about)
     examples = ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv")
@@ -136,7 +136,10 @@ def _add_group(parser: Parser) -> None:
 def _add_rank(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = "the new file: .txt, .jsonl, .csv, .tsv, .parquet; for a folder of tables, a folder"
+    about = (
+        "the new file: .txt, .jsonl, .csv, .tsv or .parquet; if the input is a folder of tables: "
+        "a folder"
+    )
     parser.add_argument("--out", metavar="FILE", required=True, help=about)
     parser.command(_rank, "G --split=val --out=ranking.txt")
 
@@ -150,7 +153,7 @@ def _add_list(parser: Parser) -> None:
 def _add_rename(parser: Parser) -> None:
     parser.add_argument("--identity", metavar="NAME", required=True, help="the person")
     parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
-    about = "merges the person with an enrolled person of the new name"
+    about = "if a person has the new name already, merges the two"
     parser.add_argument("--merge", action="store_true", help=about)
     parser.command(_rename, "G --identity=Adda --to=Ada")
 
@@ -159,7 +162,7 @@ def _add_relabel(parser: Parser) -> None:
     parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--identity", metavar="NAME", help="the person")
-    about = "instead: the clip shows a stranger"
+    about = "the clip shows a stranger"
     who.add_argument("--strangers", action="store_true", help=about)
     parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
@@ -167,12 +170,12 @@ def _add_relabel(parser: Parser) -> None:
 def _add_remove(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--identity", metavar="NAME", help="the person")
-    what.add_argument("--clip", metavar="NAME", help="instead: the clip")
+    what.add_argument("--clip", metavar="NAME", help="the clip")
     parser.command(_remove, "G --identity=Ada")
 
 
 def _add_threshold(parser: Parser) -> None:
-    about = "the share of strangers who may get a name (default: %(default)s)"
+    about = "the share of strangers who may wrongly get a name (default: %(default)s)"
     default = answers_lib.DEFAULT_FPIR
     parser.add_argument("--fpir", metavar="R", type=_number, default=default, help=about)
     parser.command(_threshold, "G --fpir=0.01")
@@ -186,7 +189,7 @@ def _add_export(parser: Parser) -> None:
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "create": (
-        "makes a gallery from a run's training clips, or for nets",
+        "makes a gallery from a run's training clips, or for features of vidjax extract",
         _add_create,
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
@@ -221,7 +224,7 @@ def check_command(words: Sequence[str]) -> None:
         hint = f"did you mean vidjax gallery {shlex.join([match, *rest])}?"
     else:
         hint = f"choose from {', '.join(COMMANDS)}"
-    raise UserError(f"no command 'gallery {word}': {hint}")
+    raise UserError(f"vidjax gallery has no command '{word}': {hint}")
 
 
 def _count(count: int, noun: str) -> str:
@@ -264,10 +267,11 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _open(args: argparse.Namespace) -> "Gallery":
-    """Opens the gallery.
+    """Opens the gallery of a command.
 
     Raises:
-      UserError: the clips do not exist, or were extracted with other nets than the gallery's.
+      UserError: the clips of the command do not exist, or their features were made with other nets
+        than the features of the gallery.
     """
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
@@ -298,12 +302,12 @@ def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | 
 
 
 def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
-    """Returns a context with a progress bar over `total` clips."""
+    """Returns a context manager that shows a progress bar over `total` clips."""
     return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
 
 
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
-    """Embeds the clips; returns the start time of the embedding, in seconds, and the vectors."""
+    """Computes the embeddings of the clips. Returns the start time in seconds, and embeddings."""
     clips = _load_clips(args, gallery)
     began = time.monotonic()
     split = getattr(args, "split", None)
@@ -324,8 +328,8 @@ def _enrol(args: argparse.Namespace) -> Result:
         path = Path(args.input).expanduser()
         if path.is_file() or any(path.glob("*.npz")):
             raise UserError(
-                "enrol --input=PATH needs --identity=NAME: the person whom all these clips show\n"
-                "or name a folder with a folder per person: PATH/NAME/CLIP.npz"
+                f"--input={path}: the clips are not in folders of people, PATH/NAME/CLIP.npz\n"
+                "if all clips show the same person, add --identity=NAME"
             )
         widths, quality = gallery.reads
         clips, identity = load_people(path, widths, quality=quality)
@@ -334,24 +338,24 @@ def _enrol(args: argparse.Namespace) -> Result:
     if args.clip:
         clips, split = gallery.embed(clips, split).only({args.clip}), None
         if not clips.names:
-            raise UserError(f"--clip={args.clip}: no clip has this name")
+            raise UserError(f"--clip={args.clip}: no clip has this name: name a clip of the input")
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
     with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
         names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warn(f"{_count(len(refused), 'clip')} without a usable frame: not enrolled: {names}")
-    text = f"{_count(done.enrolled, 'clip')}, {done.unchanged:,} were there"
+        warn(f"not enrolled: {_count(len(refused), 'clip')} without a usable frame, {names}")
+    text = f"{_count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
     return _summarise(gallery, {"enrolled": text}, done._asdict())
 
 
 def _drop_group_photos(
     path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns clip -> person without photos of several people, and warns of unusable photos.
+    """Returns clip -> person, without photos of several people. Warns of photos that are not used.
 
-    Only features of `vidjax extract` mark which clips are photos. All other clips are kept.
+    Photos are recognised only in features of `vidjax extract`. All other clips are kept.
     """
     from vidjax.apps.video import features_folder
 
@@ -370,15 +374,15 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Returns clip -> person of a table of `vidjax gallery group` in which a user wrote names.
+    """Reads clip -> person from a table of `vidjax gallery group`, in which a user wrote names.
 
-    Raises:
-      UserError: the table contains no name.
+    If the table contains no name, raises UserError.
     """
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(
-        f"{path} contains no name: replace '{answers_lib.UNKNOWN}1' and so on by names of people"
+        f"{path} contains no name\n"
+        f"replace '{answers_lib.UNKNOWN}1' and so on by the names of people"
     )
 
 
@@ -408,8 +412,8 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
     films = features_folder.read_films(Path(args.input).expanduser()) if args.input else []
     if not films:
         raise UserError(
-            f"--out={args.out} needs times, and only features of vidjax extract have times\n"
-            "for a table of clips without times: --out=answers.tsv"
+            f"--out={args.out} is a file with times, and only features of vidjax extract have "
+            "times\nto write a table without times: --out=answers.tsv"
         )
     return films
 
@@ -455,7 +459,7 @@ def _identify(args: argparse.Namespace) -> Result:
 def _process_tables(
     args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.TableTask], **options: int
 ) -> Result:
-    """Writes the results of every table of a folder into another folder."""
+    """Computes results for every table of a folder, and writes them into another folder."""
     bulk.check_out(args.out, inputs, work)
     gallery, rule = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     gallery.rule(**rule)  # a mistake is reported before tables are read
@@ -552,10 +556,11 @@ def _threshold(args: argparse.Namespace) -> Result:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Writes a table of the enrolled clips: clip, identity, and a unit vector of each part.
+    """Writes a table of the enrolled clips, with the columns clip, identity, and vectors.
 
-    The vectors are in the coordinates of the gallery, so a dot product is a cosine. If a clip lacks
-    a part, the vector is 0.
+    A gallery compares clips by one or more vectors, such as one of the face and one of the voice.
+    Each has a column of unit vectors, whose dot products are cosines. If a clip lacks a vector, it
+    is 0.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))
@@ -569,7 +574,10 @@ def _export(args: argparse.Namespace) -> Result:
     whitened = gallery.backend.whiten(gallery.backend.split(vectors))
     for part, z in zip(gallery.backend.widths, whitened, strict=True):
         if part in columns:
-            raise UserError(f"the gallery has a part named '{part}', like a column of the table")
+            raise UserError(
+                f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"
+                "export the gallery in another format: vidjax export G --format=numpy --to=DIR"
+            )
         unit = z / np.linalg.norm(z, axis=1, keepdims=True)
         columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
     with files.atomic_file(out) as file:

@@ -1,6 +1,7 @@
-"""The command line: `vidjax COMMAND`, and `python -m vidjax.main --config=FILE [--mode=COMMAND]`.
+"""Parses and runs the command line `vidjax COMMAND`.
 
-COMMANDS lists the commands with a description. `load` finds the module of a command.
+The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too. The
+dict `COMMANDS` lists all commands, and `load` imports the module of a command.
 """
 
 import argparse
@@ -23,22 +24,22 @@ from vidjax.utils.messages import Parser
 # Command -> description.
 COMMANDS = {
     "train": "trains a system, evaluates it, writes a report",
-    "evaluate": "ranks a split with a trained run, or with several runs joined",
+    "evaluate": "ranks a split with a trained run, or with a blend of several runs",
     "rank": "ranks new clips with a trained run, and writes a file with scores",
     "embed": "computes an embedding of each new clip with a trained run",
-    "compare": "measures how much runs differ, with confidence intervals",
+    "compare": "measures how much the MAP of runs differs, with confidence intervals",
     "report": "writes report.html again, from the files of a run",
-    "check": "checks the installation, and data, a run or a gallery",
+    "check": "checks the installation, and optionally data, a run or a gallery",
     "config": "lists all fields with values, defaults, and the origin of each value",
     "score": "prints the MAP of a submission, like the organisers' script",
     "gallery": "enrols, identifies and deletes people without training",
     "extract": "extracts features of faces and voices from videos and photos",
-    "convert": "makes a net and its card from a package, for extract and who",
+    "convert": "makes a net for extract and who from a downloaded package",
     "who": "finds who appears when in videos, from a few photos of each person",
     "serve": "identifies the people of clips for other programs, over HTTP",
     "export": "writes a run or a gallery in the format of another runtime",
     "import": "makes a run from the weights of an exported folder",
-    "forget": "lists all places that hold a person, and deletes what it may",
+    "forget": "lists all places that contain a name, and deletes it from some of them",
 }
 # Words that users try as a command -> the command that they may mean.
 SLIPS = {
@@ -55,7 +56,7 @@ NO_FLAGS = {
     "device": "put JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda before the command",
     "verbose": "leave it out: all messages are printed; --debug prints tracebacks, too",
 }
-SWITCHES = ("--quiet", "--json", "--debug")  # these may stand before the command
+SWITCHES = ("--quiet", "--json", "--debug")  # flags that may stand before the command
 DESCRIPTION = """\
 Identify people in video: train a system on features of frames, and rank the
 clips of every identity. The default command is train. --mode=COMMAND is the
@@ -75,13 +76,16 @@ Configurations, their arguments and all fields: configs/README.md.
 
 
 def run() -> NoReturn:
-    """Runs the command line of this process and ends the process with its exit code."""
+    """Runs the command line of this process, and ends the process with the exit code."""
     machine.keep_freed_memory()
     messages.run_main(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default the arguments of the process; returns its exit code."""
+    """Runs a command line and returns the exit code.
+
+    If `argv` is None, the arguments of the process are used.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -109,9 +113,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line.
 
     Returns:
-      The flags, and five attributes: `command`, the name of the command; `execute`, its function;
-      `parser`, its parser; `overrides`, the words `--config.FIELD=VALUE`; and `line`, the whole
-      command line as text.
+      An object with the value of each flag, and five attributes more. `command` is the name of the
+      command, `execute` its function, and `parser` its parser. `overrides` are the words
+      `--config.FIELD=VALUE`. `line` is the command line as text.
 
     Raises:
       UserError: a command, a flag or a value is wrong.
@@ -141,12 +145,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     strays += [word for word in overrides if group is None or not word[9:].startswith(group)]
     for word in strays:
         flag = word.partition("=")[0]
-        text = f"no flag {flag}" if word.startswith("-") else f"stray word '{word}'"
+        text = f"there is no flag {flag}" if word.startswith("-") else f"'{word}' has no flag"
         hint = _suggest_flag(flag, args) if word.startswith("-") else _explain(word, strays, args)
         args.parser.error(f"{text}: {hint}" if hint else text)
     for flag, value in vars(args).items():
         if value == "":
-            raise UserError(f"--{flag}= is empty: give it a value, or leave it out")
+            raise UserError(f"--{flag}= has no value: give a value, or leave out the flag")
     args.overrides = tuple(overrides)
     args.line = shlex.join(["vidjax", *words])
     return args
@@ -155,10 +159,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _parse_known(
     parser: Parser, subparser: Parser | None, words: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags, and the unknown words.
+    """Parses the words, and returns the values of flags, and the unknown words.
 
-    If a required flag is missing, unknown words are returned first: a misspelt flag is more likely
-    than a forgotten command.
+    If a required flag is missing and a word is unknown, the unknown word is returned: the required
+    flag is probably misspelt. If no word is unknown, raises UserError.
     """
     try:
         return parser.parse_known_args(words)
@@ -175,7 +179,10 @@ def _parse_known(
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
-    """Returns the words with the command first. Without a command, it is `train`."""
+    """Moves the command to the first place of a command line. If there is none, adds `train`.
+
+    The command may be written as `--mode=COMMAND`, or after switches such as `--quiet`.
+    """
     count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
     rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):
@@ -186,7 +193,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
             names.append(word.partition("=")[2] or "".join(rest[at + 1 : at + 2]))
             del rest[at : at + 1 + (word == "--mode")]
     if len({*names}) > 1:
-        raise UserError(f"{' and '.join(names)}: name one command")
+        raise UserError(f"{' and '.join(names)} are two commands: name only one")
     if names and names[0] not in COMMANDS:
         match = closest(names[0].lower(), COMMANDS, cutoff=0.7)
         # The hint contains the description, because some commands delete data.
@@ -196,16 +203,19 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
         if names[0] in gallery_commands.COMMANDS:
             hint = f"vidjax gallery {names[0]}"
         hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"
-        raise UserError(f"no command '{names[0]}': {hint}\nto name a configuration: --config=FILE")
+        raise UserError(
+            f"vidjax has no command '{names[0]}': {hint}\nto name a configuration: --config=FILE"
+        )
     if not names and rest and rest[0] in ("-h", "--help", "--version"):
         return rest
     return [*(names[:1] or ["train"]), *rest]
 
 
 def load(name: str) -> Callable[[Parser], None]:
-    """Returns the function that adds the flags of a command.
+    """Imports the module of a command, and returns the function that adds its flags.
 
-    Galleries and films work without the packages that the commands for runs import.
+    The commands for galleries and films must work without packages that only runs need, so no
+    other module is imported.
     """
     match name:
         case "gallery":
@@ -261,10 +271,10 @@ def load(name: str) -> Callable[[Parser], None]:
 
 
 def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
-    """Returns a hint for an unknown flag, or None if no flag or field has a similar name."""
+    """Returns a hint for an unknown flag. If no flag or field has a similar name, returns None."""
     word = flag.lstrip("-").replace("-", "_")
     if word.startswith("config.") and args.parser.group:
-        return f"it takes --config.{args.parser.group}FIELD=VALUE"
+        return f"this command takes only --config.{args.parser.group}FIELD=VALUE"
     if word in NO_FLAGS:
         return NO_FLAGS[word]
     usage = args.parser.format_usage()
@@ -277,16 +287,19 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
         return None
     from vidjax.runs import config
 
-    # Fields of a model have no defaults; these two are common.
+    # Fields of models have no defaults, so they are not listed. These two are common.
     fields = [*config.DEFAULTS, "model.name", "model.dropout_rate"]
     field = config.find_closest_field(word.removeprefix("config."), fields)
     return f"did you mean --config.{field}?" if field else None
 
 
 def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
-    """Returns a hint about what the user may have meant by a word without a flag, or None."""
+    """Returns a hint about what the user may have meant by a word that no flag precedes.
+
+    If there is no likely meaning, returns None.
+    """
     if word in COMMANDS:
-        return f"a command comes first: vidjax {word} --FLAG=VALUE"
+        return f"write the command first: vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):
         return f"write no spaces between runs: --runs={args.runs.rstrip(',')},{word}"
     if args.command == "compare":

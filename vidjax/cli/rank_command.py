@@ -1,4 +1,4 @@
-"""`vidjax rank` and `vidjax embed`: rank or embed new clips with a trained run, into files."""
+"""`vidjax rank` and `vidjax embed`: rank or embed new clips with a trained run, and write files."""
 
 import argparse
 import time
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.evaluation.predict import Predictor
 
-    # (file, run, clips, function that counts finished clips) -> numbers for --json.
+    # (file, run, clips, function that counts finished clips) -> numbers for the printed result.
     Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
@@ -49,7 +49,7 @@ def _add_flags(parser: Parser, out: str) -> None:
     shared_flags.add_definitions(parser)
     about = "the clips: a folder, a .parquet table, or a folder of such tables"
     parser.add_argument("--input", metavar="PATH", required=True, help=about)
-    about = f"{out}; for a folder of tables, a folder"
+    about = f"{out}; if the input is a folder of tables: a folder"
     parser.add_argument("--out", metavar="PATH", required=True, help=about)
     parser.fields()
 
@@ -68,22 +68,26 @@ def _process(
     args: argparse.Namespace, kind: str, endings: Sequence[str], work: type[bulk.TableTask],
     write: "Writer",
 ) -> Result:  # fmt: skip
-    """Writes results for clips into a file, or for every table of a folder into another folder.
+    """Runs `vidjax rank` or `vidjax embed`.
+
+    If the input is a folder of tables, the results of every table are written into another folder.
+    All other results are written into a file.
 
     Args:
       args: the flags. They are checked before the run is restored.
-      kind: the name of the results in the output.
+      kind: the name of the results in the printed output.
       endings: the allowed endings of the file.
-      work: makes the results of a folder of tables.
-      write: makes and writes the results of other clips.
+      work: class that makes the results of a folder of tables.
+      write: function that makes and writes the results of other clips.
     """
     if not Path(args.input).expanduser().exists():
-        raise UserError(f"--input={args.input}: no such file or folder")
+        raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)
     inputs, out = bulk.list_tables(args.input), Path(args.out).expanduser()
     if "eval.split" in overridden and (inputs or Path(args.input).suffix == ".parquet"):
         raise UserError(
-            "--config.eval.split: a table, or a folder of tables, has no splits: leave it out"
+            f"--config.eval.split has no effect, because tables such as {args.input} have no "
+            "splits\nleave it out"
         )
     if inputs:
         bulk.check_out(args.out, inputs, work)

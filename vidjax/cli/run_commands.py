@@ -1,8 +1,8 @@
 """`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-`train` trains or resumes a run, and evaluates it. `evaluate` ranks a split with a run or several
-trained runs. `report` writes the page of a run again. Libraries that take seconds to load are
-imported inside the functions, after the flags were checked.
+`train` trains or resumes a run, and evaluates it. `evaluate` ranks a split with a trained run, or
+with a blend of several. `report` writes the HTML report of a run again. Libraries that take seconds
+to load are imported inside the functions, after the flags were checked.
 """
 
 import argparse
@@ -49,22 +49,23 @@ def add_train_flags(parser: Parser) -> None:
 
 
 def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration and the folder of the run to train."""
+    """Returns the configuration of the run to train, and its folder."""
     config = config_io.override(api.load_config(args.config), args.overrides)
     workdir = Path(args.workdir or Path("runs", _make_default_name(args, config))).expanduser()
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
-            f"--workdir: '{workdir}' is config.data.dir: name another folder for the run"
+            f"--workdir={workdir} is the folder of the data, config.data.dir\n"
+            "name another folder for the run"
         )
     config_lib.check(config)
     return config, workdir
 
 
 def _make_default_name(args: argparse.Namespace, config: Config) -> str:
-    """Returns a folder name from the file, its arguments, and the overrides.
+    """Returns the default name of a run's folder, made of the configuration file and the overrides.
 
-    The name contains only the last part of `data.dir`. If another dataset has the same last part,
-    the run refuses its data.
+    The name contains only the last part of `data.dir`. If a dataset in another folder has the same
+    last part, the run refuses to train on it.
     """
     name, _, words = args.config.partition(":")
     file = Path(name)
@@ -78,7 +79,7 @@ def _make_default_name(args: argparse.Namespace, config: Config) -> str:
 
 
 def train(args: argparse.Namespace) -> Result:
-    """Trains or resumes a run. If the run was finished before, its results are printed again."""
+    """Trains or resumes a run. If the run is finished already, prints its results again."""
     began = time.monotonic()
     config, path = read_train_settings(args)
     from vidjax.training import plan
@@ -99,7 +100,7 @@ def add_evaluate_flags(parser: Parser) -> None:
     shared_flags.add_workdir(parser)
     shared_flags.add_definitions(parser)
     parser.fields()
-    about = "folders of runs to join; then --workdir is the folder for the results"
+    about = "folders of runs to blend; --workdir is then a new folder for the results"
     parser.add_argument("--runs", metavar="A,B", help=about)
     shared_flags.add_processes(parser)
     parser.command(
@@ -118,15 +119,19 @@ def add_report_flags(parser: Parser) -> None:
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """Returns the configuration and the folder of the run to evaluate.
 
-    With `--runs`, the configuration lists the runs, and the folder is for the joined results.
+    If `--runs` is given, the configuration lists the runs of a blend, and the folder is for the
+    results of the blend.
     """
     for name in config_io.override_names(args.overrides):
         if config_lib.is_in_groups(name, TRAINING_FIELDS):
-            raise UserError(f"evaluate does not train: config.{name} has no effect\nleave it out")
+            raise UserError(
+                f"config.{name} has no effect, because evaluate does not train\n"
+                f"leave out --config.{name}"
+            )
     shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
         raise UserError(
-            "--coordinator with --runs: several processes can evaluate only a single run\n"
+            "--coordinator has no effect with --runs: a single process evaluates a blend of runs\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
     folder = RunFolder(args.workdir) if args.runs else api.open_run(args.workdir)
@@ -139,20 +144,20 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns a configuration that joins the runs of `--runs`.
+    """Returns the configuration of a blend of the runs of `--runs`.
 
-    If all runs have the same `eval.split`, it is kept.
+    If all runs have the same `eval.split`, the blend has it, too.
     """
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )
     if not runs:
-        raise UserError("--runs= is empty: name two or more runs, --runs=A,B")
+        raise UserError("--runs= names no run: name two or more runs, --runs=A,B")
     if folder.has(CONFIG):
         earlier = tuple(folder.config.join.runs)
         if earlier != runs:
             content = "a blend of other runs" if earlier else "a trained run"
-            raise UserError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
+            raise UserError(f"--workdir={args.workdir} contains {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
     splits = {api.open_run(name).config.eval.split for name in runs}
@@ -162,7 +167,7 @@ def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    """Ranks a split with a run, or with several runs joined."""
+    """Ranks a split with a run, or with a blend of several runs."""
     began = time.monotonic()
     config, folder = read_evaluate_settings(args)
     from vidjax.training import plan
@@ -181,7 +186,7 @@ def evaluate(args: argparse.Namespace) -> Result:
 
 
 def write_report(args: argparse.Namespace) -> Result:
-    """Writes `report.html` from the files of a run."""
+    """Writes `report.html` again, from the files of a run."""
     folder = api.open_run(args.workdir)
     from vidjax.evaluation.report import run_page
 
@@ -190,7 +195,7 @@ def write_report(args: argparse.Namespace) -> Result:
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Makes the folder of a run and locks it. From then on, signals also end a compilation."""
+    """Makes the folder of a run and locks it. Signals such as Ctrl-C then stop the run safely."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
     return make_and_lock(path)
@@ -199,13 +204,13 @@ def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
 def summarise(
     config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> Result:
-    """Summarises a run: its scores, and the paths of its ranking and report.
+    """Returns the printed result of a command: the scores of a run, and the paths of its files.
 
     Args:
       config: the configuration of the run.
       folder: the folder of the run.
       results: the content of `metrics.json`.
-      seconds: the duration of this call, None if the run was finished before.
+      seconds: the duration of the command. If the run was finished before, it is None.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})

@@ -10,19 +10,19 @@ from vidjax.utils.messages import Parser, Result
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax score`."""
-    about = "lines 'NAME.mp4 ID', or 'ID NAME.mp4 ...'"
+    about = "the ground truth, with lines 'NAME.mp4 ID' or 'ID NAME.mp4 ...'"
     parser.add_argument("gt", metavar="GT", type=Path, help=about)
-    about = "lines 'ID NAME.mp4 NAME.mp4 ...'"
+    about = "the submission, with lines 'ID NAME.mp4 NAME.mp4 ...'"
     parser.add_argument("ranking", metavar="RANKING", type=Path, help=about)
-    about = "refuses a submission with faults"
+    about = "does not score a submission with faults"
     parser.add_argument("--strict", action="store_true", help=about)
     parser.command(score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
 
 
 def score_files(args: argparse.Namespace) -> Result:
-    """Scores a submission against a ground truth. Prints its MAP@100 on the last line.
+    """Scores a submission file against a ground truth file. Prints the MAP@100 on the last line.
 
-    Faults of the submission are warnings; with `--strict` they are errors.
+    Faults of the submission are printed as warnings. If `--strict` is given, they are errors.
     """
     from vidjax.evaluation import ranking
 
@@ -47,14 +47,16 @@ def score_files(args: argparse.Namespace) -> Result:
 def _warn_if_nothing_matches(
     path: Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> None:
-    """Warns on stderr if the score is 0 because the files share no identity or no clip name."""
+    """Prints a warning if two files have no identity or no clip in common, so the score is 0."""
     if positives.keys().isdisjoint(ranking):
-        messages.print_problem(f"warning: {path}: no identity of the ground truth is ranked")
+        messages.print_problem(
+            f"warning: {path} lists no identity of the ground truth: compare their identities"
+        )
     true_clips = {clip for clips in positives.values() for clip in clips}
     ranked_clips = {clip for clips in ranking.values() for clip in clips}
     if true_clips.isdisjoint(ranked_clips):
         messages.print_problem(
-            f"warning: {path}: no clip of the ground truth is ranked: do the suffixes differ? "
-            f"the ground truth has {min(true_clips)!r}, the submission "
+            f"warning: {path} lists no clip of the ground truth: compare their suffixes. The "
+            f"ground truth has {min(true_clips)!r}, the submission "
             f"{min(ranked_clips, default='no clip')!r}"
         )

@@ -1,4 +1,4 @@
-"""`vidjax serve`: answers requests over HTTP, with a gallery and optionally the net of a run."""
+"""`vidjax serve`: identifies people over HTTP with a gallery, and optionally serves a run."""
 
 import argparse
 import os
@@ -14,20 +14,20 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax serve`."""
     about = "the folder of the gallery"
     parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of a run: its net is served, too"
+    about = "the folder of a run, to score and embed clips, too"
     parser.add_argument("--run", metavar="W", help=about)
-    about = "the address to listen at (default: %(default)s)"
+    about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
     about = "the port; 0: any free port (default: %(default)s)"
     port = messages.whole_number(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
-    about = "clients must send the token of this file; needed for another --host"
+    about = "a file with a token that clients must send; needed if --host is given"
     parser.add_argument("--token-file", metavar="F", help=about)
     parser.command(serve, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
 
 
 def serve(args: argparse.Namespace) -> Result:
-    """Serves until a signal arrives. Prints the address on the first line."""
+    """Serves requests until a signal arrives. Prints the address of the server first."""
     require_packages(
         "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
     )
@@ -36,8 +36,8 @@ def serve(args: argparse.Namespace) -> Result:
     token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
     if token is None and not limits_lib.is_loopback(args.host):
         raise UserError(
-            f"--host={args.host} can be reached from other machines: add --token-file=F\n"
-            "make a token: (umask 077; openssl rand -hex 32 > F)"
+            f"--host={args.host} can be reached from other machines, so clients need a token: add "
+            "--token-file=F\nto make a token: (umask 077; openssl rand -hex 32 > F)"
         )
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.serve import app as app_lib

@@ -8,7 +8,7 @@ from vidjax.utils.messages import Parser
 
 
 def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> None:
-    """Adds `--workdir`, a required flag."""
+    """Adds the required flag `--workdir`. `about` is the help text."""
     parser.add_argument("--workdir", metavar="FOLDER", required=True, help=about)
 
 
@@ -19,23 +19,23 @@ def add_config(parser: Parser, *, required: bool = False) -> None:
 
 
 def add_definitions(parser: Parser) -> None:
-    """Adds `--config`, a file that defines models or losses of a trained run."""
-    about = "a file that adds models or losses, if the run needs any"
+    """Adds `--config`, a file that defines additional models or losses."""
+    about = "a file that defines models or losses, if the run has its own"
     parser.add_argument("--config", metavar="FILE", help=about)
 
 
 def load_definitions(args: argparse.Namespace) -> None:
-    """Runs the file of `--config`, so that it can add models and losses to the tables of vidjax.
+    """Runs the Python file of `--config`, which may define models and losses that a run uses.
 
-    The run keeps its configuration. Only files named on the command line are run: a path in the
-    folder of a run is not trusted.
+    The configuration in the file is not used. A file is run only if the command line names it: a
+    path in the folder of a run may come from a stranger.
     """
     if args.config:
         config_io.load_file(args.config)
 
 
 def add_processes(parser: Parser) -> None:
-    """Adds the flags of a run on several processes."""
+    """Adds the flags that join several processes to a single run."""
     about = "address of the first of several processes, see configs/README.md"
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=about)
     parser.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
@@ -43,20 +43,20 @@ def add_processes(parser: Parser) -> None:
 
 
 def split_runs(runs: str | None) -> list[str]:
-    """Splits the value of `--runs=A,B` into folders."""
+    """Splits the value of `--runs=A,B` into the folders of runs."""
     return [name.strip() for name in (runs or "").split(",") if name.strip()]
 
 
 def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:
-    """Returns the overridden fields.
+    """Returns the fields that the command line overrides by `--config.FIELD=VALUE`.
 
     Raises:
-      UserError: the command does not read a field.
+      UserError: a field is not in `readable`, so the command would ignore it.
     """
     overridden = set(config_io.override_names(args.overrides))
     if unread := sorted(overridden - set(readable)):
         raise UserError(
-            f"{args.command} does not read config.{unread[0]}\n"
+            f"config.{unread[0]} has no effect, because {args.command} does not read it\n"
             f"choose from {', '.join(f'--config.{name}' for name in readable)}"
         )
     return overridden

@@ -1,4 +1,4 @@
-"""`vidjax who`: finds who appears when in videos, from a few photos of each person."""
+"""`vidjax who`: finds who appears in videos, and when, from a few photos of each person."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from vidjax.utils.messages import Parser, Result
 
 
 def name_people(args: argparse.Namespace) -> Result:
-    """Names the people of films. The exit code is 1 if a file could not be read."""
+    """Names the people in films. If a file cannot be read, the exit code is 1."""
     if args.review:
         require_packages("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
@@ -53,7 +53,7 @@ def name_people(args: argparse.Namespace) -> Result:
     if num_unknown:
         people = "person" if num_unknown == 1 else "people"
         count = f"{num_unknown:,} {people} without a name"
-        rows["unknown"] = f"{count}: to name them, call again with --review --thumbnails"
+        rows["unknown"] = f"{count}: to name them, add --review --thumbnails to the command"
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
     return Result(content, rows, text, code=1 if done.failed else 0)
@@ -62,16 +62,16 @@ def name_people(args: argparse.Namespace) -> Result:
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
     extract_command.add_shared_flags(parser)
-    about = "photos of people: a folder per person, named after the person"
+    about = "the folder of photos, in a folder for each person with the person's name"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
-    about = "shows faces on the page, also in later calls; --no-thumbnails deletes the faces"
+    about = "shows faces on the page of names, also in later calls, or deletes them"
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
-    about = "seconds before and after each appearance in cut lists (default: 1)"
+    about = "seconds added before and after each appearance in cut lists (default: 1)"
     parser.add_argument(
         "--padding", metavar="SECONDS", type=float, default=who.PADDING_SECONDS, help=about
     )
-    about = "afterwards prints the address of a page on which you can name people"
+    about = "when the films are read, serves a page on which you can name people"
     parser.add_argument("--review", action="store_true", help=about)
     example = "holiday.mp4 --people=friends --models=models --out=names"
     parser.command(name_people, example, f"{example} --review")

@@ -1,4 +1,4 @@
-"""Blends runs (`evaluate --runs`): ranks by the weighted mean of their probabilities."""
+"""Blends trained runs (`vidjax evaluate --runs`), by the weighted mean of their probabilities."""
 
 import copy
 import functools
@@ -33,10 +33,10 @@ def blend_runs(
 
     Args:
       config: configuration of the blend; `config.join.runs` lists the folders of the runs.
-      folder: folder of the results.
-      load: function that maps the configuration of a run to the dataset.
+      folder: folder for the results.
+      load: function that loads the dataset of a run, given the configuration of the run.
       num_devices: number of devices, see `devices.make_mesh`.
-      command: command line that `metrics.json` records.
+      command: command line, which is written to `metrics.json`.
 
     Raises:
       ValueError: `config.join` has fewer than two runs or unusable weights, or the runs cannot be
@@ -77,24 +77,35 @@ def blend_runs(
 
 
 def _parse_weights(config: Config) -> tuple[float, ...]:
-    """Checks the weights of the runs and returns them. If no weights are given, all are 1."""
+    """Returns the weight of each run of a blend. If `config.join.weights` is empty, all are 1."""
     runs, weights = config.join.runs, config.join.weights
     if len(runs) < 2:
-        raise UserError(f"--runs={','.join(runs)}: name two runs or more")
+        raise UserError(
+            f"--runs={','.join(runs)} is a single run, and a blend needs two or more\n"
+            "name two runs: --runs=A,B"
+        )
     if not weights:
         return (1.0,) * len(runs)
     if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
         raise UserError(
-            f"config.join.weights={weights}: must be {len(runs)} numbers of 0 or more, not all 0"
+            f"config.join.weights={weights}: give {len(runs)} numbers, one for each run\n"
+            "each must be 0 or more, and at least one above 0"
         )
     return tuple(map(float, weights))
 
 
 def run_config(config: Config, name: str) -> Config:
-    """Reads the configuration of a run, and sets the split, block size and data of the blend."""
+    """Reads the configuration of the run in the folder `name`, and adapts it to a blend.
+
+    The split and the block size are set to the values of `config`, the configuration of the blend.
+    The folder of the data is replaced only if the blend has one.
+    """
     own = RunFolder(name).config
     if own.join.runs:
-        raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
+        raise UserError(
+            f"--runs: '{name}' is a blend of runs, not a trained run\n"
+            f"name the runs that it blends: {','.join(own.join.runs)}"
+        )
     if own.eval.scores == "logits":  # only probabilities can be averaged
         own.eval.scores = "log_softmax"
     for field in ("split", "block_size"):
@@ -106,9 +117,9 @@ def run_config(config: Config, name: str) -> Config:
 
 
 def _keep_config(config: Config, folder: RunFolder, weights: tuple[float, ...]) -> None:
-    """Writes the configuration of the blend with its weights.
+    """Writes the configuration of a blend, with its weights, to the folder of the blend.
 
-    If the folder was evaluated before, `eval.split` remains the split of the first evaluation.
+    If the blend was evaluated before, `eval.split` remains the split of the first evaluation.
     """
     config = copy.deepcopy(config)
     if folder.has(CONFIG):

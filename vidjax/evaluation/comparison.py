@@ -1,7 +1,9 @@
-"""Compares runs, or groups of seeds, on the same clips, with intervals of differences in MAP.
+"""Compares runs on the same clips, with confidence intervals of their differences in MAP.
 
-The average precisions come from `analysis.npz`, so no model is applied and no data is read. A
-comparison is written as text for the terminal, JSON, LaTeX and an HTML page.
+A group of seeds, which is a list of runs that differ only in their seeds, is compared like a single
+run. The average precisions are read from the file `analysis.npz` of each run, so no model is
+applied and no data are read. A comparison is written as text for the terminal, JSON, LaTeX and an
+HTML page.
 """
 
 import itertools
@@ -27,21 +29,22 @@ from vidjax.utils.errors import UserError
 
 # Fields in which the runs of a group of seeds may differ.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
-MAX_MISMATCH = 1e-9  # of MAP in metrics.json from the mean of the average precisions
+MAX_MISMATCH = 1e-9  # largest difference of MAP in metrics.json from the mean in analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
 HOLM = "p (Holm)"
 
 
 class RankedRun(NamedTuple):
-    """The results of a run on a split.
+    """The results of a run on a split, or the mean results of several runs.
 
     Attributes:
-      name: the folder, as the user gave it.
-      identities: [C] names of the identities that are both in the ground truth and in the run.
+      name: the folder of the run, as the user typed it.
+      identities: [C] names of the identities of the ground truth that the run was trained on.
       ap, positives: [C] average precision and number of clips of each identity.
       num_others: number of identities of the ground truth that the run was not trained on.
       metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
-      seeds: name and MAP of each run, if this is the mean of a group of seeds.
+      seeds: if these are the mean results of runs that differ only in their seeds, the name and
+        the MAP of each of these runs.
     """
 
     name: str
@@ -56,17 +59,20 @@ class RankedRun(NamedTuple):
 
     @property
     def data(self) -> str:
-        """Name, size and seed of a generated dataset, or `files` for any other dataset."""
+        """A text that identifies a generated dataset: its name, size and seed.
+
+        If the dataset was not generated, the text is `files`.
+        """
         data = self.metrics.get("data") or {}
         return describe(data) if is_generated(data.get("name", "")) else "files"
 
 
 class Comparison(NamedTuple):
-    """Runs on the same clips and their differences to the first run.
+    """The results of runs on the same clips, and their differences in MAP from the first run.
 
     Attributes:
-      runs: results of the runs. A group of seeds is a single run with mean average precisions.
-      differences: the difference of every run except the first.
+      runs: the results of each run. If groups of runs are compared, the mean results of each group.
+      differences: the difference between the first run and each of the other runs.
     """
 
     runs: list[RankedRun]
@@ -85,9 +91,13 @@ class Comparison(NamedTuple):
         ]
         first = self.runs[0]
         clips = f"{first.metrics['num_clips']:,} clips of {first.split}"
-        others = f" ({first.num_others:,} that no run knows left out)" if first.num_others else ""
+        others = ""
+        if first.num_others:
+            others = f" ({first.num_others:,} that no run was trained on are left out)"
         title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
-        return "\n".join([title, *(f"  {line}" for line in [*lines, *is_in_sample(self.runs)])])
+        return "\n".join(
+            [title, *(f"  {line}" for line in [*lines, *describe_in_sample(self.runs)])]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -113,7 +123,7 @@ class Comparison(NamedTuple):
         }
 
     def to_latex(self) -> str:
-        """Returns the table in LaTeX for a paper. It needs the package booktabs."""
+        """Returns the comparison as a LaTeX table, which needs the LaTeX package booktabs."""
         names = shorten_names(self.runs)
         named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
         head, rows = make_difference_table(named, self.differences)
@@ -138,11 +148,12 @@ class Comparison(NamedTuple):
 
 
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
-    """Compares runs with the first run, or groups of seeds with the first group.
+    """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
     Args:
-      groups: a list of folders for each group. To compare runs, every group has a single folder.
-        To compare systems, every group has the same number of runs that differ only in their seeds.
+      groups: lists of the folders of runs. To compare runs, every list has a single folder. To
+        compare systems by their mean MAP, every list has the same number of runs, which differ only
+        in their seeds.
       split: the split to compare on. If it is None, each run is compared on its `eval.split`.
 
     Raises:
@@ -151,11 +162,13 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
-        raise UserError(f"--runs={','.join(map('+'.join, groups))}: a run is named twice")
+        raise UserError(
+            f"--runs={','.join(map('+'.join, groups))}: a run is named twice\nname each run once"
+        )
     if len(sizes := {len(group) for group in groups}) > 1:
         raise UserError(
-            f"groups of {' and '.join(map(str, sorted(sizes)))} runs: runs are compared seed by "
-            "seed\nname the same number in each: --runs=A1+A2+A3,B1+B2+B3"
+            f"--runs has groups of {' and '.join(map(str, sorted(sizes)))} runs\n"
+            "name the same number of runs in every group: --runs=A1+A2+A3,B1+B2+B3"
         )
     runs = [read(name, split) for name in named]
     runs = [runs[0], *(align(runs[0], run) for run in runs[1:])]
@@ -172,7 +185,7 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
-    """Raises ValueError if runs of a group differ in more than their seeds, or seeds are equal."""
+    """Raises ValueError if runs differ in more than their seeds, or if two have the same seed."""
     fields = [list_fields(run) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
@@ -184,13 +197,15 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
                 f"{', '.join(others[:3])}\ncompare them as separate runs: {names[0]},{name}"
             )
     if None not in seeds and len({*seeds}) < len(seeds):
-        raise UserError(f"--runs={'+'.join(names)}: two of them have the same seed: keep one")
+        raise UserError(
+            f"--runs={'+'.join(names)}: two of these runs have the same seed\nname only one of them"
+        )
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
-    """Reads the results of a run on a split.
+    """Reads the results of the run in the folder `name` on a split.
 
-    If `split` is None, the `eval.split` of the run is read.
+    If `split` is None, the results on the `eval.split` of the run are read.
 
     Raises:
       ValueError: the folder contains no run, or the results are missing, damaged or have no MAP.
@@ -198,7 +213,8 @@ def read(name: str, split: str | None = None) -> RankedRun:
     folder = RunFolder(name)
     if not folder.has(CONFIG):
         raise UserError(
-            f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
+            f"--runs: '{name}' is not a run, because it has no config.json\n"
+            "name folders of trained runs"
         )
     config = folder.config
     split = split or str(config.eval.split)
@@ -208,19 +224,23 @@ def read(name: str, split: str | None = None) -> RankedRun:
     if metrics and metrics.get("map") is None:
         reason = results_lib.explain_unmeasured(config.to_dict(), folder.path)
         raise UserError(
-            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
-            f"{reason or 'compare on another: --config.eval.split=val'}"
+            f"'{name}' has no MAP on split '{split}', because the split has no ground truth\n"
+            f"{reason or 'compare on another split: --config.eval.split=val'}"
         )
     if not metrics or analysed is None:
         missing = (paths.analysis if metrics else paths.metrics).name
-        raise UserError(f"'{name}' has no results on split '{split}' ({missing})\n{remedy}")
+        raise UserError(
+            f"'{name}' has no results on split '{split}': {missing} is missing\n{remedy}"
+        )
     for key in ("map_kind", "num_clips"):
         if metrics.get(key) is None:
-            raise UserError(f"'{paths.metrics}' is damaged: no {key}\n{remedy}")
+            raise UserError(f"'{paths.metrics}' is damaged: it has no {key}\n{remedy}")
     (analysis, arrays), identities = analysed, folder.identities
     if len(identities) != len(arrays.get("ap", ())):
-        counts = f"lists {len(identities)} identities, {paths.analysis.name} has others"
-        raise UserError(f"'{name}': identities.json {counts}\n{remedy}")
+        raise UserError(
+            f"'{name}': identities.json and {paths.analysis.name} list different identities\n"
+            f"{remedy}"
+        )
     ap, positives, num_others = arrays["ap"], arrays["positives"], analysis.num_others or 0
     known = positives > 0
     value = ap[known].sum() / (known.sum() + num_others)
@@ -272,7 +292,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     for i in different[:1]:
         text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
     if names := [name for name in ("names", "labels") if _has_other_digest(first, run, name)]:
-        text += f", with other {' and '.join(names)}"
+        text += f"; the {' and '.join(names)} of the clips differ"
     if names or len(different) or run.data != first.data or counts[0] != counts[1]:
         raise UserError(
             f"{both} ranked different clips: {text}\n"
@@ -282,18 +302,19 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 
 
 def _has_other_digest(first: RankedRun, run: RankedRun, name: str) -> bool:
-    """Returns True if both runs have a digest of the split and the digests differ.
+    """Returns True if two runs are known to have read different clips of the split.
 
-    `name` is `names` or `labels`. The digests of features are not compared, because two runs may
-    read different features of the same clips.
+    Compares the sha256 of the `names` or `labels` of the clips, which `metrics.json` contains. The
+    sha256 of the features is not compared, because two runs may read different features of the same
+    clips.
     """
     known = ((side.metrics.get("trained_on") or {}).get("splits", {}) for side in (first, run))
-    mine, others = (splits.get(first.split, {}).get(name) for splits in known)
-    return bool(mine and others) and mine != others
+    digest, other = (splits.get(first.split, {}).get(name) for splits in known)
+    return bool(digest and other) and digest != other
 
 
 def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
-    """Merges a group of seeds into a single run with the means of all metrics."""
+    """Merges the results of runs that differ only in their seeds, by the means of all metrics."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
     metrics = {key: value for key, value in first.metrics.items() if not _is_number(value)}
     for key in first.metrics.keys() - metrics.keys():
@@ -319,7 +340,7 @@ Rows = list[list[str]]
 def make_difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of MAP and the differences in MAP, as plain text."""
+    """Returns a table of MAP and the differences in MAP, as titles of columns and rows of text."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
         head.append(HOLM if len(differences) > 1 else "p")
@@ -343,9 +364,9 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of CLIP_METRICS, as plain text.
+    """Returns a table of all metrics but MAP, as titles of columns and rows of text.
 
-    The table includes metrics that a user's file adds to CLIP_METRICS.
+    The metrics are the entries of `metrics.CLIP_METRICS`, to which a user's file may add some.
     """
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
@@ -357,7 +378,10 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns head and rows of the fields in which the configurations differ, as plain text."""
+    """Returns a table of the configuration fields in which runs differ.
+
+    The table consists of titles of columns and rows of text.
+    """
     every = [list_fields(run) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = [[name, *(values.get(name, "") for values in every)] for name in names]
@@ -365,13 +389,16 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def list_fields(run: RankedRun) -> dict[str, str]:
-    """Returns field -> value as text. Overrides of the evaluation replace the values of the run."""
+    """Returns the configuration of a run as field -> value as text.
+
+    If the evaluation changed a field, the value is the value of the evaluation.
+    """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     return {name: config_io.value_text(value) for name, value in values.items()}
 
 
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns sentences, as plain text, that describe the data and the method of a comparison."""
+    """Returns sentences that describe the data and the method of a comparison."""
     first, method = runs[0], f"Interval and p: {significance.METHOD}"
     if first.seeds:
         method = f"Interval: {significance.METHOD_OF_SEEDS}"
@@ -393,15 +420,16 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
         )
     if len(first.identities) < significance.FEWEST_IDENTITIES:
         text.append(
-            f"With fewer than {significance.FEWEST_IDENTITIES} identities nothing is known of how "
-            "often the interval holds the true difference."
+            f"With fewer than {significance.FEWEST_IDENTITIES} identities, it is unknown how often "
+            "the interval contains the true difference."
         )
     if first.num_others:
         text.append(
-            f"{first.num_others:,} identities of the ground truth that no run knows are left out."
+            f"The comparison leaves out {first.num_others:,} identities of the ground truth, "
+            "because no run was trained on them."
         )
     folds = [run.name for run in runs if run.metrics["map_kind"] == "out_of_fold"]
-    known = is_in_sample(runs)
+    known = describe_in_sample(runs)
     if folds:
         score = f"{', '.join(folds)} {'scores' if len(folds) == 1 else 'score'}"
         text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
@@ -410,8 +438,11 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     return text + known
 
 
-def is_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a warning in a list that names the runs trained on these clips, or an empty list."""
+def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns a list with a warning that names the runs trained on the clips of the comparison.
+
+    If there is no such run, the list is empty.
+    """
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
@@ -424,31 +455,30 @@ LATEX = str.maketrans(
 
 
 def _format_latex_cell(text: str) -> str:
-    """Escapes text for LaTeX. Signed numbers are set in math mode, which has a real minus sign."""
+    """Escapes text for LaTeX. Numbers with a sign get math mode, because it has a minus sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")
 
 
 def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns the last part of every run's path, or the whole paths if two last parts are equal."""
+    """Returns the last part of each run's path. If two are equal, returns the whole paths."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
 
 def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
-    """Returns the comparison as an HTML page."""
     first, names = runs[0], shorten_names(runs)
     caption = f"MAP and its difference to {first.name}"
     summary = [
         _make_table(caption, *make_difference_table(runs, differences)),
         *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
-        html.beside("figures", [_compute_intervals(names, differences)]),
+        html.beside("figures", [_draw_intervals(names, differences)]),
         _make_table("Other metrics", *make_metric_table(runs)),
     ]
     changed = html.table("Fields in which the configurations differ", *make_config_table(runs))
     others = zip(runs[1:], names[1:], strict=True)
-    gaps = [_find_largest_gaps(first, run, names[0], name) for run, name in others]
+    gaps = [_make_gap_table(first, run, names[0], name) for run, name in others]
     return html.page(
         f"Comparison of {', '.join(names[:-1])} and {names[-1]}",
         [
@@ -467,7 +497,7 @@ def _make_table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
     return html.table(caption, head, cells)
 
 
-def _compute_intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
+def _draw_intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
     plot = html.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(differences))
     lows, highs = [gap.low for gap in differences], [gap.high for gap in differences]
@@ -483,7 +513,7 @@ def _compute_intervals(names: Sequence[str], differences: Sequence[Difference]) 
     return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
 
 
-def _find_largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
+def _make_gap_table(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
     gaps = run.ap - first.ap
     order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
     rows = [

@@ -1,7 +1,7 @@
-"""Computes the exact top k clips of every identity from score blocks that are on the devices.
+"""Finds the k best clips of every identity, exactly, from blocks of scores on the devices.
 
-On CPU devices, the host ranks with `topk`. Accelerators rank themselves, because copying their
-scores to the host would take longer than ranking them.
+If the devices are CPUs, the host ranks the clips with `topk`. Accelerators rank the clips
+themselves, because copying the scores to the host would take longer than ranking them.
 """
 
 import functools
@@ -20,18 +20,19 @@ from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, HostTopK, ScoreBlock, Top
 
 CHUNK = 1 << 14  # identities per merge, which limits the memory of a merge
 GROUP = 8  # rows per group; a group is sorted only if its best score can enter the top k
-# Numbers of groups that are sorted per identity. The smallest number that is enough for all
-# candidates is used. If no number is enough, all rows are sorted.
+# Numbers of groups that may be sorted per identity. The smallest number that is enough for all
+# candidates is used. If neither is enough, all rows are sorted.
 MOST_GROUPS = (32, 128)
 
 
 def start_top_k(
     num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048, mesh: Mesh
 ) -> "DeviceTopK | RunningTopK":
-    """Starts an empty top k of C identities for score blocks on the devices of a mesh.
+    """Returns an object that finds the k best clips of C identities from blocks of scores.
 
-    Accelerators merge blocks after `rows` clips, which takes O(C x rows) memory. The results do not
-    depend on `rows`.
+    The blocks are on the devices of `mesh`. Accelerators collect `rows` clips before they merge
+    them into the k best clips, so they need O(C x rows) memory. The results do not depend on
+    `rows`.
     """
     if mesh.devices.flat[0].platform == "cpu":
         return RunningTopK(num_identities, k, mesh)
@@ -39,9 +40,9 @@ def start_top_k(
 
 
 class RunningTopK:
-    """The top k of a stream of score blocks on CPU devices, ranked by the host.
+    """Finds the k best clips of every identity from blocks of scores on CPU devices.
 
-    Every process ranks the rows of its devices. `finish` joins the top k of the processes.
+    Every process ranks the rows of its devices. `finish` joins the best clips of the processes.
     """
 
     def __init__(self, num_identities: int, k: int, mesh: Mesh):
@@ -50,12 +51,15 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `HostTopK.add`. Ranks the block before, while the devices compute."""
+        """Adds a block, see `HostTopK.add`.
+
+        The block is ranked at the next call, because the devices may still compute its scores.
+        """
         self.flush()
         self._waiting.append(block)
 
     def flush(self) -> None:
-        """Ranks the waiting block, so that its scores can be freed."""
+        """Ranks the block that was added last, so that the memory of its scores can be freed."""
         for block in self._waiting:
             if jax.process_count() > 1:
                 block = map(_read_rows, devices.put(block, self._layout))
@@ -77,14 +81,14 @@ def _read_rows(x: jax.Array) -> np.ndarray:
 
 
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
-    """Merges blocks of scores into a top k. The result is exact but unsorted, see `join_tops`.
+    """Merges blocks of scores into the k best clips so far. The k clips are exact but unsorted.
 
     The result does not depend on the order, size and padding of the blocks. A few calls with many
     clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
     magnitudes below the smallest normal float32 count as 0.
 
     Args:
-      top: the best clips so far.
+      top: the k best clips of each identity so far.
       blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
         occurs only once in the stream and is below 2**31 - 2**25. Rows outside the mask are
         ignored.
@@ -113,14 +117,14 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 
 
 class DeviceTopK:
-    """The top k of a stream of score blocks. A merge takes a few thousand clips at a time.
+    """Finds the k best clips of every identity from blocks of scores on accelerators.
 
-    Every device keeps the top k of its rows, so no scores of blocks move between devices. `finish`
-    joins the top k of the devices.
+    Every device keeps the k best clips of its rows, so no scores of blocks move between devices.
+    `finish` joins the best clips of the devices.
     """
 
     def __init__(self, num_identities: int, k: int, rows: int, mesh: Mesh):
-        """Starts an empty top k, see `start_top_k`."""
+        """For the arguments see `start_top_k`."""
         self._layout = devices.row_layout(mesh)
         shape = (mesh.size, num_identities, k)
         empty = TopK(np.full(shape, -np.inf, np.float32), np.full(shape, NO_CLIP, np.int32))
@@ -129,20 +133,20 @@ class DeviceTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `update_top`. All blocks must have the same shape."""
+        """Adds a block of scores, see `update_top`. All blocks must have the same shape."""
         self._waiting.append(devices.put(block, self._layout))
         if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
 
     def flush(self) -> None:
-        """Merges the waiting blocks, so that their scores can be freed."""
+        """Merges the blocks that were added since the last merge, so that they can be freed."""
         if not self._waiting:
             return
         # Empty blocks fill the list to its usual length, so that the program compiles only once.
         scores, clip_index, batch_mask = self._waiting[-1]
         missing = -(-self._rows // len(scores)) - len(self._waiting)
         empty = (scores, clip_index, batch_mask & False)
-        jax.block_until_ready(self._top)  # so that the scores of pending merges do not pile up
+        jax.block_until_ready(self._top)  # so that the scores of unfinished merges do not pile up
         self._top = self._update(self._top, [*self._waiting, *[empty] * missing])
         self._waiting = []
 
@@ -154,7 +158,7 @@ class DeviceTopK:
 
 @functools.cache
 def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
-    """Compiles `update_top` so that every device applies it to its part of the rows."""
+    """Returns a compiled `update_top` that every device applies to its part of the rows."""
 
     def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
         blocks = list(zip(*columns, strict=True))
@@ -174,7 +178,7 @@ def _clean(scores: Array, batch_mask: Array) -> Array:
 
 
 def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
-    """Merges the scores `rows` [B, C] of `clips` [B] into a top k.
+    """Merges the scores `rows` [B, C] of `clips` [B] into `old`, the k best clips so far.
 
     After many clips, only a few rows can still enter the top k of an identity. The best score of
     each group of 8 rows shows whether the group contains a candidate. Only groups with candidates

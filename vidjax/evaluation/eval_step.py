@@ -1,7 +1,8 @@
-"""Evaluation steps: scores, embeddings and attention of a member, and means of scores.
+"""Computes scores, embeddings and attention of a member, which is one net of an ensemble.
 
-Every step maps (params, model_state, hidden_chunk, batch) to an array with a row for each of B
-clips. `hidden_chunk`, [] int32, is the chunk of the features that is hidden from the member, or -1.
+Every evaluation step maps (params, model_state, hidden_chunk, batch) to an array with a row for
+each of B clips. A part of every feature vector may be hidden from a member: `hidden_chunk`,
+[] int32, is the number of this part. If it is -1, no part is hidden.
 """
 
 import functools
@@ -29,7 +30,7 @@ ROWS_AT_ONCE = 256  # most examples of all clips together that an exported funct
 def eval_step(
     system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array:
-    """Computes the scores of a member for all class columns, [B, K].
+    """Computes the scores of B clips for all K classes with one net of an ensemble, [B, K].
 
     A clip without a usable frame scores -inf.
     """
@@ -57,11 +58,12 @@ def eval_step(
 def embed_step(
     system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array:
-    """Computes the embeddings of a member, [B, D] float32, averaged over the examples of a clip.
+    """Computes the embeddings of B clips with one net of an ensemble, [B, D] float32.
 
-    The embedding of an example has length 1. If the model has several branches, every branch that
-    scores the example contributes a part of length 1. The embedding of a clip without a usable
-    frame is 0.
+    If the model takes each frame as an example, the embedding of a clip is the mean over its
+    frames. The embedding of an example has length 1. If the model has several branches, every
+    branch that scores the example contributes a part of length 1. The embedding of a clip without a
+    usable frame is 0.
     """
     forward = _make_forward(system, params, model_state, batch)
 
@@ -78,10 +80,10 @@ def embed_step(
 def attention_step(
     system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array | None:
-    """Computes `ModelOutput.attention` of a member, [B, M, M] float32.
+    """Computes the weight of input vector i in the attention of vector j, [B, M, M] float32.
 
-    Returns None if the model has no attention. The model must take all fused frames of a clip as a
-    single example.
+    If the model has no attention, returns None. The model must take all frames of a clip together
+    as a single example.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
@@ -92,7 +94,10 @@ def attention_step(
 def _make_forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns a function that applies the model to G examples per clip: frames and mask [B, G]."""
+    """Returns a function that applies the model to G examples of each of the B clips of `batch`.
+
+    Its arguments are the frames, [B G, T, ...], and the mask of real examples, [B, G] bool.
+    """
     measure = system.model.measure_clips(batch.frames)
 
     def apply(frames: Mapping[str, Frames], mask: Array) -> ModelOutput:
@@ -123,7 +128,7 @@ def _reduce_examples(
     logs: bool,
     reduce: str,
 ) -> Array:
-    """Reduces the values of the T' examples of every clip to a row per clip, [B, K].
+    """Reduces the values of the examples (frames) of every clip to one row per clip, [B, K].
 
     `values_of` maps the frames [B G, 1, ...] and the mask [B, G] of G examples per clip to values
     [B G, K]. `reduce` is `mean` or `max`. If `logs` is True, the values are logarithms, and their
@@ -138,7 +143,7 @@ def _reduce_examples(
         count, size = exists.shape[1], _choose_num_examples(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
-            """Returns the G examples of x [B, T', ...] from `first` on, [B, G, ...]."""
+            """Returns G examples of x [B, T', ...], starting at example `first`, [B, G, ...]."""
             if x.shape[1] != count:  # a modality with a single frame repeats it
                 return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
             if size == 1:
@@ -179,11 +184,11 @@ def _reduce_examples(
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
-    """Returns the number of examples of each clip that are computed together.
+    """Returns how many examples of each clip a model computes together.
 
-    Blocks of many clips compute a single example at a time, to save memory. An exported function
-    has unknown sizes and may get a single clip. It computes several examples at a time, because
-    the iterations of a loop are slow in other runtimes.
+    To save memory, the number is 1. An exported function has sizes that are unknown when it is
+    compiled, and it may get a single clip. It computes several examples together, because the
+    iterations of a loop are slow in other runtimes.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1
@@ -191,7 +196,7 @@ def _choose_num_examples(clips: int, examples: int) -> int:
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles `eval_step` for the columns of the identities only, [B, C].
+    """Returns a compiled `eval_step` that computes scores of identities only, [B, C].
 
     Every device runs the same program on a part of the rows. So the scores are bit-equal on any
     number of devices if the number of rows per device is the same.
@@ -206,7 +211,7 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles a step that returns the best class column of every clip, [B] int32."""
+    """Returns a compiled step that computes the best class of every clip, [B] int32."""
 
     def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
         scores = eval_step(system, params, model_state, hidden_chunk, batch)
@@ -216,17 +221,17 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 
 def make_embed_step(system: System) -> EvalStep:
-    """Compiles `embed_step`, [B, D] float32."""
+    """Returns a compiled `embed_step`, which computes embeddings [B, D] float32."""
     return jax.jit(functools.partial(embed_step, system))
 
 
 def make_attention_step(system: System) -> EvalStep:
-    """Compiles `attention_step`."""
+    """Returns a compiled `attention_step`."""
     return jax.jit(functools.partial(attention_step, system))
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
-    """Compiles a step so that every device runs it on a part of the rows."""
+    """Returns a compiled step that every device runs on a part of the rows."""
     whole = PartitionSpec()
 
     def on_each(
@@ -249,22 +254,22 @@ LOG_2 = math.log(2.0)
 
 
 class MeanScores(NamedTuple):
-    """A running weighted mean of scores.
+    """Sums from which `mean_scores` computes a weighted mean of scores.
 
-    If the scores are logarithms, the mean is the logarithm of the mean exponential.
-    Log-probabilities near 0 lose their digits when their exponentials are added. So the
-    complements, 1 minus each probability, are averaged, too.
+    If the scores are log-probabilities, the mean is the logarithm of the mean probability. A
+    log-probability near 0 loses its digits when probabilities are added. So the complements,
+    1 minus each probability, are added, too.
     """
 
-    total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of exponentials
-    rest: Array | None  # [B, K] log of the weighted sum of complements; None unless logarithms
+    total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
+    rest: Array | None  # [B, K] log of the weighted sum of complements. None if scores are no logs
     weight: Array  # [B] sum of the weights
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns an empty mean for scores of the shape of `like`, [B, K].
+    """Returns the mean of no scores, to which `add_scores` adds scores of the shape of `like`.
 
-    `logs` is True if the scores are logarithms.
+    The shape is [B, K]. `logs` is True if the scores are logarithms.
     """
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
@@ -272,9 +277,9 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] with weights [B] to a running mean.
+    """Adds scores [B, K] with weights [B] to a mean.
 
-    The scores of G examples per clip are [B, G, K], with weights [B, G]. Scores of weight 0 are
+    To add G examples per clip, give scores [B, G, K] with weights [B, G]. Scores of weight 0 are
     ignored, even if they are NaN or infinite.
     """
     if weight.ndim > 1 and weight.shape[1] == 1:
@@ -297,7 +302,7 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
 
 
 def mean_scores(mean: MeanScores) -> Array:
-    """Returns the mean [B, K], see `MeanScores`. The mean of a clip of weight 0 is -inf."""
+    """Returns the mean of the added scores, [B, K]. If a clip has weight 0, its mean is -inf."""
     column = mean.weight[:, None]
     safe = jnp.where(column > 0, column, 1.0)
     if mean.rest is None:
@@ -308,7 +313,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum [B, K], which is `mean_scores` without the division by the weight.
+    """Returns the weighted sum of the added scores, [B, K].
 
     The weights of a clip may add up to more or less than 1.
     """

@@ -1,13 +1,13 @@
-"""Uses a trained run from Python: scores, ranks and embeds clips in memory or in a dataset.
+"""Scores, ranks and embeds clips with a trained run, from Python.
 
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
 Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
 program runs on the same blocks. A request of at most SMALL_REQUEST clips in memory is scored in a
-small block, in milliseconds. The program of a small block rounds in a different order. So the
-scores of a small and of a large request differ in the last bits (below 1e-4 in a logarithm). The
-scores of small requests agree to the bit. Clips in memory need no TensorFlow.
+small block, in milliseconds. The program of a small block rounds in a different order, so the same
+clip gets slightly different scores in a small and in a large request: logarithms differ by less
+than 1e-4. The scores of small requests agree to the bit. Clips in memory need no TensorFlow.
 """
 
 import math
@@ -43,7 +43,10 @@ THRESHOLD = "threshold_at_fpir_0.01"  # key in `metrics.json`
 
 
 class Request(NamedTuple):
-    """The N clips of a call. Row n of the answer is clip `clip_index[n]` of a split of `data`."""
+    """The N clips that a method of `Predictor` scores, ranks or embeds.
+
+    Row n of the answer is for clip `clip_index[n]` of the split `split` of `data`.
+    """
 
     data: ClipSource
     split: str
@@ -71,10 +74,10 @@ class Predictor(NamedTuple):
 
     Attributes:
       workdir: the run's folder.
-      step: number of optimiser steps of the checkpoint.
-      manifest: manifest of the checkpoint, with the sha256 that every file has matched.
-      results: content of the run's `metrics.json`. It is empty if the file has results of another
-        step, or of settings that differ from `config`.
+      step: number of optimiser steps before the checkpoint was saved.
+      manifest: manifest of the checkpoint, with the checked sha256 of every file.
+      results: content of the run's `metrics.json`. If the file has results of another step, it is
+        empty.
       config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
@@ -111,12 +114,12 @@ class Predictor(NamedTuple):
 
     @property
     def threshold(self) -> float | None:
-        """The score that at most 1 % of new distractors reach on average, or None if unknown.
+        """The score that on average at most 1 % of new strangers reach, or None if it is unknown.
 
-        The threshold is unknown if fewer than 99 distractors were evaluated. It is also unknown if
-        folds or bootstrap samples left out the evaluated clips. Only a few members scored each of
-        these clips, but all members score a new clip, and fewer strangers reach the threshold with
-        a mean over all members.
+        The threshold is unknown if fewer than 99 clips of strangers were evaluated. It is also
+        unknown if the evaluated clips were training clips, each scored by the few members that were
+        not trained on it. A new clip is scored by all members, and fewer strangers reach the
+        threshold with a mean over all members.
         """
         unknown = self._of_few_members or self._of_few_distractors
         value = None if unknown else self.results.get(THRESHOLD)
@@ -124,13 +127,13 @@ class Predictor(NamedTuple):
 
     @property
     def _of_few_distractors(self) -> bool:
-        """True if the evaluated distractors are too few for a rate of 1 %."""
+        """True if too few clips of strangers were evaluated to measure a rate of 1 %."""
         count = self.results.get("num_distractors") or 0
         return count > 0 and metrics.count_allowed(count, 0.01) < 0
 
     @property
     def _of_few_members(self) -> bool:
-        """True if more members score new clips than scored the evaluated clips (out of fold)."""
+        """True if the evaluated clips were scored by fewer members than new clips will be."""
         return self.results.get("map_kind") == "out_of_fold" and len(self.training_sets.members) > 1
 
     def identify(
@@ -146,10 +149,10 @@ class Predictor(NamedTuple):
         The list of a clip is empty if no score reaches the threshold: the clip shows a stranger.
 
         Args:
-          clips, split: N clips, see the class.
+          clips, split: N clips, see `Predictor`.
           k: largest number of identities per clip.
-          threshold: lowest score of an answer. If it is None, `self.threshold` is used, or no limit
-            if the run evaluated no distractors. `float("-inf")` sets no limit.
+          threshold: lowest score of an answer. `float("-inf")` sets no limit. If it is None, the
+            property `threshold` is used. If the run evaluated no strangers, there is no limit then.
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
@@ -158,33 +161,35 @@ class Predictor(NamedTuple):
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
-            raise UserError(f"k={k}: name 1 identity or more")
+            raise UserError(f"k={k}: give 1 or more, the number of identities per clip")
         if threshold is not None:
             check_argument("identify: threshold", threshold, numbers.Real, "a score, or None")
             if math.isnan(threshold):
-                raise UserError("threshold=nan: must be a score, or None")
+                raise UserError("threshold=nan is not a score: give a number, or None")
             if threshold > 0 and self.config.eval.scores.startswith("log_"):
                 raise UserError(
-                    f"threshold={threshold:g}: the scores of this run are logarithms, 0 at most: "
-                    "no clip would get a name\nfor a probability p give threshold=math.log(p)"
+                    f"threshold={threshold:g}: no clip would get a name, because the scores of "
+                    "this run are logarithms, at most 0\n"
+                    "for a probability p, give threshold=math.log(p)"
                 )
         elif not self.results:
             raise UserError(
-                f"'{self.workdir}' has no results of this step and these settings: no threshold is "
-                "known\ngive one, or float('-inf') for none; or vidjax evaluate --workdir=FOLDER"
+                f"'{self.workdir}': the threshold is unknown, because the checkpoint was not "
+                "evaluated\ngive a threshold, or float('-inf') for none, or run: "
+                f"vidjax evaluate --workdir={self.workdir}"
             )
         elif self._of_few_distractors:
             count = self.results["num_distractors"]
             raise UserError(
-                f"{self.workdir}: {count} distractors are too few for the score that 1 % of "
-                "strangers reach: 99 are needed\n"
-                "give a threshold of your own, or float('-inf') for none"
+                f"'{self.workdir}': the threshold is unknown, because {count} evaluated clips of "
+                "strangers are too few for a rate of 1 %: 99 are needed\n"
+                "give a threshold, or float('-inf') for none"
             )
         elif self._of_few_members and self.results.get(THRESHOLD) is not None:
             raise UserError(
-                f"{self.workdir}: {THRESHOLD} was measured out of fold, where few members score a "
-                "clip. It is too strict for new clips, which all members score\n"
-                "give a threshold of your own, or float('-inf') for none"
+                f"'{self.workdir}': {THRESHOLD} is too strict for new clips: all members score "
+                "a new clip, but only a few members scored each evaluated clip\n"
+                "give a threshold, or float('-inf') for none"
             )
         request = self.request(clips, split)
         limit = self.threshold if threshold is None else threshold
@@ -201,13 +206,13 @@ class Predictor(NamedTuple):
     def scores(
         self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
     ) -> np.ndarray:
-        """Returns the scores that clips are ranked by, [N, C] float32.
+        """Returns the score of each clip for each identity, [N, C] float32.
 
         Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
 
         Args:
-          clips, split: N clips, see the class.
+          clips, split: N clips, see `Predictor`.
         """
         return self._scores(self.request(clips, split))
 
@@ -230,7 +235,7 @@ class Predictor(NamedTuple):
         Clips with equal scores are in the order of their names.
 
         Args:
-          clips, split: N clips, see the class.
+          clips, split: N clips, see `Predictor`.
           advance: called with the number of rows of each finished block, including padding.
         """
         request = self.request(clips, split)
@@ -253,17 +258,17 @@ class Predictor(NamedTuple):
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
-        The vector of a member is the input of the model's classifier, scaled to length 1. For `knn`
-        it is the mean frame. For `plda` it consists of the centred unit vectors of all modalities.
-        If the model takes each frame as an example, it is the mean over the frames.
+        The vector of a model is the input of its classifier, scaled to length 1. For the model
+        `knn`, it is the mean frame. For `plda`, it consists of the centred unit vectors of all
+        modalities. If the model takes each frame as an example, it is the mean over the frames.
 
         An ensemble concatenates the vectors of all members, including members that were trained on
-        the clip. A fallback model concatenates the vectors of both classifiers, with zeros for the
-        classifier that does not score the clip. A clip without a usable frame gets a zero vector.
-        Rows are in the order of the dict, or of the split's clip names.
+        the clip. A model with a fallback concatenates the vectors of both classifiers, with zeros
+        for the classifier that does not score the clip. A clip without a usable frame gets a zero
+        vector. Rows are in the order of the dict, or of the split's clip names.
 
         Args:
-          clips, split: N clips, see the class.
+          clips, split: N clips, see `Predictor`.
           advance: called with the number of rows of each finished block, including padding.
 
         Raises:
@@ -288,7 +293,7 @@ class Predictor(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The hexadecimal sha256 of all that determines scores and embeddings, except the clips."""
+        """The sha256 (hexadecimal) of the weights, settings and lists that determine the scores."""
         names = ("files", "identities_sha256", "members_sha256")
         digests = {name: self.manifest[name] for name in names}
         return files.sha256_json([digests, config_io.to_json(self.config)])
@@ -299,7 +304,7 @@ class Predictor(NamedTuple):
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
-        """Turns the clips of a call, see the class, into a request. Few clips get small blocks."""
+        """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
@@ -318,31 +323,37 @@ class Predictor(NamedTuple):
         return Request(clips, "clips", clips.places, clips.names, size)
 
     def model_of(self, data: ClipSource) -> TrainedModel:
-        """Returns the weights of the run together with the clips `data`."""
+        """Returns the model of the run, with its weights, together with the clips to evaluate."""
         weights = (self.params, self.model_state)
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model for a request. The training sets decide which members score a clip."""
+        """Returns the model and the clips of a request.
+
+        The `training_sets` of the model decide which members of an ensemble score a clip.
+        """
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
-        """Yields scores [B, C], clip_index [B] and the mask [B] of clips that have a score."""
+        """Yields scores [B, C], clip indices [B] and a mask [B], False for rows of padding."""
         model, size = self.model_for(request), request.block_size
         scorer = ModelScorer(model, request.data.split(request.split).clips, self.mesh)
         if not scorer.use.any():
             raise UserError(
-                f"{self.workdir}: all members were trained on all of these clips\n"
-                "score clips that were not in the training"
+                f"'{self.workdir}': all members were trained on all of these clips, so none of "
+                "them can score the clips\nscore other clips"
             )
         for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh, scorer.use):
             for block, scores in zip(blocks, scorer.score(blocks), strict=True):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns the embeddings [B, D] of every block, concatenated over the members."""
+        """Returns the embeddings [B, D] of every block, concatenated over the members.
+
+        The embeddings are not scaled to length 1.
+        """
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
@@ -360,9 +371,9 @@ def restore(
 ) -> Predictor:
     """Restores a trained run and checks its weights against their sha256.
 
-    If the requested step is damaged, the next intact step is used, with a warning. The folder of
-    the run is not changed. Compiled programs are cached on the disk, as by `vidjax` commands. For
-    the arguments and errors see `vidjax.restore`.
+    If the checkpoint of the requested step is damaged, an intact checkpoint is used, with a
+    warning. The folder of the run is not changed. Compiled programs are cached on the disk. For the
+    arguments and errors see `vidjax.restore`.
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
@@ -370,7 +381,8 @@ def restore(
     workdir, config = folder.path, folder.config
     if config.join.runs:
         raise UserError(
-            f"'{workdir}' joins other runs; restore a member:\n{', '.join(config.join.runs)}"
+            f"'{workdir}' joins other runs: it has no weights\n"
+            f"name one of these runs: {', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
     devices.cache_programs(files.cache_root())
@@ -397,13 +409,14 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if the file has results of another step.
+    """Reads `metrics.json`, the results of a run.
 
-    If the file is damaged, the function warns and returns {}.
+    If the file has results of another step than `step`, returns {}. If the file is damaged, warns
+    and returns {}.
     """
     try:
         results = folder.metrics()
     except ValueError as error:
-        warn(f"{error}\nno score threshold is known: give `threshold`")
+        warn(f"{error}\nthe score threshold of the run is unknown: pass `threshold`")
         return {}
     return results if results.get("step") == step else {}

@@ -1,8 +1,8 @@
-"""Writes, reads and scores the submission file, which lists the best 100 clips of each identity.
+"""Writes, reads and scores submission files, which list the best 100 clips of each identity.
 
-In the official format, white space separates names. So white space within a name is escaped as in a
-URL: `First%20Last`. A `%` before two hexadecimal digits is escaped, too. All other characters are
-written as they are.
+The format is defined by the organisers of the iQIYI-VID challenge. White space separates names. So
+white space within a name is escaped as in a URL: `First%20Last`. A `%` before two hexadecimal
+digits is escaped, too. All other characters are written as they are.
 """
 
 import codecs
@@ -23,7 +23,7 @@ from vidjax.utils.errors import UserError
 def write_ranking(
     path: str | Path, identities: Sequence[str], clips: Sequence[str], top: TopK
 ) -> None:
-    """Writes the submission file atomically.
+    """Writes a ranking as a submission file, atomically.
 
     Each identity has a line `{identity} {clip}.mp4 {clip}.mp4 ...` with at most 100 clips, best
     first. `.mp4` is added to the names of clips that lack it.
@@ -31,8 +31,8 @@ def write_ranking(
     Args:
       path: the file to write or replace.
       identities: [C] names, in the order of the rows of `top`.
-      clips: [N] names, in the order of the clip indices.
-      top: the finished ranking. Empty entries are left out.
+      clips: [N] names, in the order of the clip indices in `top`.
+      top: the ranking. Empty entries are left out.
 
     Raises:
       ValueError: a name is empty, is repeated or contains a control character, or `top` does not
@@ -43,11 +43,11 @@ def write_ranking(
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
-    """Returns the text of a submission. For the arguments and errors see `write_ranking`."""
+    """Returns the text of a submission file. For the arguments and errors see `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise UserError(
-            f"{path}: there are {len(identities)} identities, but {len(index)} ranked lists: "
+            f"{path}: there are {len(identities)} identities, but {len(index)} ranked lists\n"
             "give a list for each identity"
         )
     names = [clip.removesuffix(".mp4") + ".mp4" for clip in clips]
@@ -73,11 +73,11 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """A submission as the organisers' script reads it.
+    """The content of a submission file, as the scoring script of the challenge reads it.
 
     Attributes:
       ranking: identity -> at most 100 different clip names, best first.
-      faults: kind of fault -> a sentence with the line number for every line with this fault.
+      faults: kind of fault -> sentences, one with the line number for every line with this fault.
     """
 
     ranking: dict[str, list[str]]
@@ -92,9 +92,9 @@ class Submission(NamedTuple):
 
 
 def read_submission(path: str | Path, *, identities: Collection[str] | None = None) -> Submission:
-    """Reads a submission as the organisers' script does, and lists its faults.
+    """Reads a submission file as the scoring script of the challenge does, and lists its faults.
 
-    | fault | reading |
+    | fault | how the script reads it |
     |---|---|
     | empty file or line | the line is skipped |
     | fields are not separated by a single space | the line is split at white space |
@@ -104,7 +104,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     | an identity is not in `identities` | it is not scored |
     | bytes are not UTF-8 text | a name with these bytes equals no other name |
 
-    If `identities` is None, all identities are known.
+    If `identities` is None, no identity has the last but one fault.
 
     Source: the description of the script defines that the first of repeated names counts, that
     repeated names are removed before names are counted, and that unknown identities are ignored.
@@ -126,18 +126,18 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         if line != " ".join(fields):
             note("separators", f"{place}: fields are not separated by single spaces")
         if not _is_text(line):
-            note("encoding", f"{place}: not UTF-8 text: save the file as UTF-8")
+            note("encoding", f"{place}: the line is not UTF-8 text: save the file as UTF-8")
         identity, given = normal_form(fields[0]), fields[1:]
         names = list(dict.fromkeys(given))
         if len(names) < len(given):
             repeated = next(name for name, count in Counter(given).items() if count > 1)
-            note("repeated name", f"{place}: {repeated!r} is repeated")
+            note("repeated name", f"{place}: {repeated!r} is repeated: name each clip only once")
         if len(names) > MAX_NAMES:
-            note("too many", f"{place}: {len(names)} names, at most {MAX_NAMES} are allowed")
+            note("too many", f"{place}: the line has {len(names)} clips: name at most {MAX_NAMES}")
         if identity in ranking:
             note("second line", f"{place}: identity {identity!r} has a line already: join the two")
         if identities is not None and identity not in identities:
-            note("unknown identity", f"{place}: identity {identity!r} is unknown")
+            note("unknown identity", f"{place}: identity {identity!r} is not in the ground truth")
         ranking[identity] = names[:MAX_NAMES]
     if not lines:
         note("empty file", f"{path}: the file is empty")
@@ -145,11 +145,12 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
 
 
 def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]) -> float:
-    """Returns MAP@100 of a ranking, as the organisers' script computes it.
+    """Returns MAP@100 of a ranking, as the scoring script of the challenge computes it.
 
-    `positives`, the ground truth, and `ranking` map identities to clips. An identity that the
-    ranking lacks counts 0. An identity that the ground truth lacks is ignored. Names are compared
-    as exact strings, because both files escape names in the same way.
+    `positives` maps each identity to the clips that show the identity. `ranking` maps each identity
+    to its ranked clips, best first. An identity that is missing in `ranking` has an average
+    precision of 0. An identity that is missing in `positives` is ignored. Names are compared as
+    exact strings, because both files escape names in the same way.
     """
     columns = [column for column, clips in enumerate(positives.values(), 1) for _ in clips]
     clips = [clip for clips in positives.values() for clip in clips]
@@ -169,18 +170,18 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
     Raises:
       ValueError: the file is empty, a line is empty or has neither form, an identity has no clip
-        or a second `ID NAME ...` line, or a clip is listed twice. The message has the line number.
+        or a second line `ID NAME ...`, or a clip is listed twice.
     """
     path = Path(path)
     lines = _read_lines(path)
     if not lines:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: the file is empty: name a file with lines NAME.mp4 ID")
     rows = [(place, line.split()) for place, line in lines]
     for (place, fields), (_, line) in zip(rows, lines, strict=True):
         if not fields:
             raise UserError(f"{place}: the line is empty: delete it")
         if not _is_text(line):
-            raise UserError(f"{place}: not UTF-8 text: save the file as UTF-8")
+            raise UserError(f"{place}: the line is not UTF-8 text: save the file as UTF-8")
         if len(fields) < 2:
             raise UserError(
                 f"{place}: identity {fields[0]!r} has no clip\n"
@@ -191,7 +192,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     seen: dict[str, str] = {}
     for place, fields in rows:
         if direct and len(fields) > 2:
-            raise UserError(f"{place}: {len(fields)} fields: write 'NAME.mp4 ID'")
+            raise UserError(f"{place}: the line has {len(fields)} fields: write 'NAME.mp4 ID'")
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
         identity = normal_form(identity)
         if identity in positives and not direct:
@@ -199,7 +200,8 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
         for clip in clips:
             if clip in seen:
                 raise UserError(
-                    f"{place}: clip {clip!r} is already listed in {seen[clip]}: delete either"
+                    f"{place}: clip {clip!r} is already listed in {seen[clip]}\n"
+                    "delete one of the two"
                 )
             seen[clip] = place
         positives.setdefault(identity, []).extend(clips)
@@ -207,7 +209,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
 
 def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True if the lines have the form `NAME ID`, False for `ID NAME NAME ...`."""
+    """Returns True for lines `NAME ID`, False for lines `ID NAME NAME ...`."""
     first = [fields[0] for fields in lines]
     others = [name for fields in lines for name in fields[1:]]
     for is_name in (lambda field: field.endswith(".mp4"), lambda field: not field.isdecimal()):
@@ -217,7 +219,10 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
         return False
     if len(set(others)) < len(others):
         return True
-    raise UserError(f"{path}: clips and identities look alike; end the names of clips in .mp4")
+    raise UserError(
+        f"{path}: names of clips cannot be distinguished from identities\n"
+        "add .mp4 to the names of clips"
+    )
 
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:

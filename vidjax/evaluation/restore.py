@@ -1,9 +1,9 @@
-"""Restores a trained run from its folder: the checkpoint, its companion files and the weights.
+"""Restores a trained run: checks the files in its folder and loads the weights.
 
 The manifest of a checkpoint contains the configuration and the sha256 of `identities.json` and
-`members.npz`, so that a file of another run is noticed. Its entry `data` contains digests of the
-data that the run read. Every command that runs on data again compares these digests. The
-`metrics.json` of a finished run contains the same digests as `trained_on`:
+`members.npz`, so that files of another run are detected. The entry `data` of the manifest contains
+digests of the data that the run has read. If a command reads the data again, it compares the
+digests. The `metrics.json` of a finished run contains the same digests in the entry `trained_on`:
 
     splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
               split that the run reads; labels are null if the split has no ground truth
@@ -37,10 +37,10 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 
 
 class FoundRun(NamedTuple):
-    """A run in a folder, whose files are checked to belong together. The weights are not yet read.
+    """The content of a run's folder, except for the weights. Its files belong to the same run.
 
     Attributes:
-      checkpoint: a checkpoint whose files all matched their sha256.
+      checkpoint: a checkpoint. The sha256 of its files have been checked.
       identities: [C] names of the class columns 1..C.
     """
 
@@ -59,7 +59,7 @@ class FoundRun(NamedTuple):
 def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
     """Builds the model of a run, loads its weights and adds a dataset to evaluate.
 
-    In this module, `config` is the configuration of the run with the overrides of this evaluation.
+    `config` is the configuration of the run with the changes of this evaluation.
     """
     data = fit_data(data, config, run)
     system = make_system(config.to_dict(), run.task)
@@ -73,7 +73,8 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    If the requested step is damaged, the next intact step is used, with a warning.
+    `config.eval.checkpoint` selects the checkpoint. If the checkpoint is damaged, an intact one is
+    used, with a warning.
 
     Raises:
       CheckpointError: the folder has no checkpoint, a file is damaged, or files of different runs
@@ -83,14 +84,14 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
     if saved is None:
-        raise CheckpointError(f"no checkpoint in '{workdir}'; train first")
+        raise CheckpointError(f"'{workdir}' has no checkpoint: train the run first")
     manifest = saved.manifest
     check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
     if spoilt := describe_changes(old, folder.config):
         raise CheckpointError(
-            f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
-            f"{spoilt}"
+            f"'{workdir / CONFIG}' is not the configuration that the run was trained with\n"
+            f"undo these changes: {spoilt}"
         )
     task = read_task(manifest)
     if tuple(config.modalities) != tuple(task.modalities):
@@ -101,15 +102,17 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     identities = tuple(load_identities(folder, manifest))
     if task.num_identities != len(identities):
         raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint counts {task.num_identities:,} people, "
-            f"identities.json {len(identities):,}\nthe run was changed: take another copy of it"
+            f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people, but "
+            f"identities.json has {len(identities):,}\n"
+            "the run was changed: use another copy of it"
         )
     training_sets = load_training_sets(workdir, manifest)
     columns, clips = task.num_columns, len(training_sets.clips)
-    if columns > 1 + 2 * len(identities) + clips:  # they take memory before any check
+    if columns > 1 + 2 * len(identities) + clips:  # building a model takes memory per column
         raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
-            f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"
+            f"'{workdir}': the manifest of the checkpoint has {columns:,} classes, which are too "
+            f"many for {len(identities):,} people and {clips:,} clips\n"
+            "the run was changed: use another copy of it"
         )
     return FoundRun(folder, saved, task, identities, training_sets)
 
@@ -121,12 +124,12 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
         if name not in manifest:
             raise CheckpointError(
                 f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
-                "another version of vidjax trained it: go on with that version"
+                "another version of vidjax trained this run: use that version"
             )
 
 
 def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
-    """Reads the task of a run from the manifest of a checkpoint."""
+    """Reads the sizes of a run's inputs and outputs from the manifest of a checkpoint."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
     fields = (task.settings or {}).items()
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in fields}
@@ -134,7 +137,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
-    """Checks that data can be evaluated by a run, and labels them with the run's class columns.
+    """Checks that a run can evaluate `data`, and labels the clips with the run's class columns.
 
     Raises:
       ValueError: the data have other modalities or widths, are not the data of the run (see
@@ -148,7 +151,7 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     data = data.with_identities(run.identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise UserError(
-            f"config.eval.split={split}: its ground truth names no identity of the training data\n"
+            f"config.eval.split={split}: its ground truth has no identity of the training data\n"
             "name the dataset on which the run was trained: --config.data.dir=FOLDER"
         )
     return data
@@ -160,15 +163,15 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
     for name, width in modalities.items():
         if widths[name] != width:
             raise UserError(
-                f"modality '{name}': the run was trained on features {width} wide, but these are "
-                f"{widths[name]} wide\nname the dataset of the run: --config.data.dir=FOLDER"
+                f"modality '{name}': the run was trained on features of width {width}, but these "
+                f"have width {widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
             )
 
 
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters and computes the other collections of a run; arrays are [E, ...]."""
+    """Loads the parameters and the other variables of the E nets of a run, arrays [E, ...]."""
     params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
@@ -181,7 +184,7 @@ def load_weights(
 def hash_companions(
     identities: Sequence[str], training_sets: ensemble.TrainingSets
 ) -> dict[str, str]:
-    """Returns the sha256 of each file that a checkpoint depends on, as entries of its manifest."""
+    """Returns the sha256 of the lists that a checkpoint depends on, as entries of its manifest."""
     return {
         "identities_sha256": _digest(identities),
         "members_sha256": ensemble.digest(training_sets),
@@ -189,14 +192,18 @@ def hash_companions(
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a run to resume had other identities, training clips or members."""
+    """Raises CheckpointError if a run cannot be resumed, because `digests` differ from its own.
+
+    The digests are sha256 of the identities, and of the members with their training clips.
+    """
     for name, noun in {
         "identities_sha256": "another list of identities",
         "members_sha256": "other clips or members",
     }.items():
         if manifest[name] != digests[name]:
             raise CheckpointError(
-                f"'{workdir}' was trained on {noun}\nuse another workdir, or the data of that run"
+                f"'{workdir}' was trained on {noun}\n"
+                "use another folder, --workdir=FOLDER, or the data of that run"
             )
 
 
@@ -215,7 +222,10 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Reads a file that a checkpoint depends on. Raises CheckpointError if its digest differs."""
+    """Reads a file that a checkpoint depends on.
+
+    `wanted` is the digest in the checkpoint. If the digest differs, raises CheckpointError.
+    """
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -223,7 +233,7 @@ def _read_companion(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(error).splitlines()[0]}\n{REMEDY}") from error
     if digest(data) != wanted:
-        raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
+        raise CheckpointError(f"'{path}' is not the file that the run was trained with\n{REMEDY}")
     return data
 
 
@@ -235,7 +245,7 @@ def _digest(identities: Sequence[str]) -> str:
 
 
 def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
-    """Returns the digests of the data that a configuration trains on and evaluates."""
+    """Returns the digests of the data that a run reads, see the module docstring of `restore`."""
     of_splits = data.report["splits"]
     weights = config.data.weights
     return {
@@ -251,20 +261,21 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how a split differs from the split that a run has read.
+    """Describes how a split differs from the split that a run has read before.
 
-    Returns an empty text if the digests are equal. `now` is None if the split is absent.
+    `before` and `now` are the digests of both. If the split is missing now, `now` is None. If the
+    digests are equal, returns an empty text.
     """
     if now is None:
-        return f"{split} is absent"
+        return f"{split} is missing"
     if now["names"] != before["names"]:
-        return f"{split} has other clips: {now['clips']:,}, before {before['clips']:,}"
+        return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
     kinds = ["features", "labels"]
     if now.get("modalities") != before.get("modalities"):  # the digest covers all modalities
         kinds.remove("features")
         warn(
-            f"{split}: the data have other modalities than before, so vidjax cannot check "
-            "whether the features of the run are unchanged"
+            f"{split}: the data have other modalities than before\n"
+            "so vidjax cannot check whether the features of the run are unchanged"
         )
     others = [kind for kind in kinds if now[kind] != before[kind]]
     return f"{split} has other {' and '.join(others)}" if others else ""
@@ -273,11 +284,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training sets that decide which members score the clips of a split of `data`.
+    """Returns the training clips of each member that count for a split of `data`.
 
-    In the data that the run was trained on, a clip is scored by the members that were not trained
-    on it. The digests `own` identify these data. In other data, a different clip may have the name
-    of a training clip. So all members score all clips of other data, with a warning.
+    A member does not score clips that it was trained on. The digests `own` identify the data that
+    the run was trained on. In other data, a different clip may have the name of a training clip.
+    So all members score all clips of other data, with a warning.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -288,15 +299,15 @@ def select_sets(
     ):
         return sets
     warn(
-        "some clips have names of training clips, but other data: all members score them, as new "
-        "clips\nif they are training clips, use vidjax evaluate, which leaves out the members that "
+        "some clips have names of training clips, but are of other data: they are scored as new "
+        "clips\nif they are training clips, use vidjax evaluate: it leaves out the members that "
         "were trained on a clip"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))
 
 
 def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if the digests of a split show the same clips as before."""
+    """Returns True if two digests of a split have the same names and features of clips."""
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")
@@ -312,19 +323,19 @@ def check_data(
     trains: bool = True,
     named: bool = True,
 ) -> None:
-    """Raises ValueError if data differ from the data of a run, by its digests `own`.
+    """Raises ValueError if `data` differ from the data of a run, which have the digests `own`.
 
-    Training (`trains`) continues only if everything that the run reads is unchanged. An evaluation
-    compares only `eval.split`. If the run has not read this split, its data may be new. But if the
-    user has not `named` the folder of the data, the path comes from `config.json`, and a stranger
-    may have written that file. In this case at least a split of the run must be unchanged.
+    To continue a training (`trains`), all data must be unchanged. To evaluate, only `eval.split`
+    must be unchanged. If the run has not read this split before, the split is accepted. But if the
+    user has not `named` the folder of the data, the path is from `config.json`, and a stranger may
+    have written that file. In this case, at least one split of the run must be unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
     here = {name: counts.get("sha256") for name, counts in data.report["splits"].items()}
     different = [describe_difference(name, own["splits"][name], here.get(name)) for name in names]
     if trains and own.get("weights") != hash_data(config, data)["weights"]:
-        different.append("config.data.weights are others")
+        different.append("config.data.weights is another file")
     if not trains and split not in names and (named or not all(different)):
         return
     if any(different):
@@ -332,6 +343,6 @@ def check_data(
         if not trains:
             other = "rank these clips: vidjax rank --input=FOLDER --out=FILE"
         raise UserError(
-            f"'{workdir}' holds a run on other data: now {', '.join(filter(None, different))}\n"
+            f"'{workdir}' contains a run on other data: now {', '.join(filter(None, different))}\n"
             f"name the data of the run: --config.data.dir=FOLDER\nor {other}"
         )

@@ -31,20 +31,23 @@ from vidjax.utils.errors import UserError, warn
 # scores in memory. A smaller window slices the parameters of each member more often.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
-JOINED_FRAMES = 1 << 17  # padded frames of a modality in the joined blocks of an accelerator
+JOINED_FRAMES = 1 << 17  # most frames of a modality, with padding, in joined blocks
 WAITING_BYTES = 1 << 30  # most scores that wait to be merged into the ranking
 Ranking = DeviceTopK | RunningTopK
 
 
 class TrainedModel(NamedTuple):
-    """A system with its weights, and the clips to evaluate.
+    """A model with its weights, and the clips to evaluate.
 
     Attributes:
-      eval_step: compiled evaluation step. It works with any weights of the same system.
-      params, model_state: parameters and other collections, trees of arrays [E, ...].
+      eval_step: compiled `eval_step.eval_step` of the system. It takes weights as arguments.
+      params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
+        members (nets) of an ensemble.
+      training_sets: the clips that each member was trained on.
       data: clips, labelled with the class columns of this model.
-      weight: weight of this model in a blend.
-      attention_step: compiled `attention_step`; None to compile it when it is used.
+      weight: weight of this model in a blend of models.
+      attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when it is
+        used.
     """
 
     name: str
@@ -64,7 +67,9 @@ class TrainedModel(NamedTuple):
 
 
 class ModelScorer:
-    """Scores blocks of clips with the members that `ensemble.choose_scoring_members` chooses.
+    """Scores blocks of clips with a model. A member of an ensemble skips its training clips.
+
+    If all members were trained on all training clips, they score these clips.
 
     Attributes:
       use: [E, N] bool, True where a member scores a clip.
@@ -72,7 +77,7 @@ class ModelScorer:
     """
 
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
-        """Chooses the members for `clips`, [N] names in the order of clip_index."""
+        """Chooses the members that score each clip. `clips` are N names, sorted by clip index."""
         self.model = model
         self.use, self.in_sample = ensemble.choose_scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use))
@@ -84,8 +89,8 @@ class ModelScorer:
     def score(self, blocks: Sequence[Batch], rankings: Sequence[Ranking] = ()) -> list[Array]:
         """Returns the scores [B, C] of every block, averaged over the members that score a clip.
 
-        A member skips a block if it may score none of the clips. `rankings` has a ranking for each
-        member, which receives the scores of this member only.
+        `rankings` is empty or has a ranking for each member. The scores of a member are also added
+        to the ranking of this member.
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
@@ -96,7 +101,7 @@ class ModelScorer:
         return [keep_best(x, count) for x in scores] if few else scores
 
     def compute(self, step: eval_step_lib.EvalStep, block: Batch) -> Array:
-        """Returns the result of a step for a block, with the weights of the only member."""
+        """Applies an evaluation step to a block. The model must have a single member."""
         assert self._single
         hidden_chunk = np.array(self.model.training_sets.members[0].view, np.int32)
         return step(*self._single, hidden_chunk, block)
@@ -120,10 +125,9 @@ class ModelScorer:
         return [_mean(total) for total in totals]
 
     def _find_members(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, True for the members that may score a clip of the block.
+        """Returns [E] bool, True for the members that score a clip of the block.
 
-        A member does not score clips that it was trained on. If no member may score a clip, member
-        0 is True.
+        If no member scores a clip of the block, member 0 is True, so that the block has scores.
         """
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
@@ -132,7 +136,7 @@ class ModelScorer:
 
 @functools.partial(jax.jit, static_argnums=1)
 def keep_best(scores: Array, count: int) -> Array:
-    """Keeps the `count` highest scores of every clip and sets the rest of scores [B, C] to -inf.
+    """Keeps the `count` highest of the scores [B, C] of every clip, and sets the rest to -inf.
 
     Identities that tie with the last kept identity are kept, too.
 
@@ -180,15 +184,15 @@ def iterate_block_groups(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Yields the blocks of a split in groups. A group has a list of blocks for each model.
+    """Reads a split and yields groups of blocks of clips. A group has a list of blocks per model.
 
     A block has `block_size` clips per device and is on the devices. On accelerators, several blocks
     of short clips are joined, because a program takes longer to start than to score few clips.
 
-    All members score a group before the next group is read. With a single member, a group is a
-    single block. With several members, a group ends at WINDOW_ROWS clips, WAITING_BYTES of scores
-    or WINDOW_BYTES of features. A dataset that models share is read only once. Different datasets
-    must have the same clips.
+    All members of an ensemble score a group before the next group is read. If there is a single
+    member, a group is a single block. Otherwise the size of a group is limited by the memory for
+    its features and scores. A dataset that models share is read only once. Different datasets must
+    have the same clips.
 
     `use` is [E, N] bool, True where a member of any model scores a clip. Clips with the same
     members share blocks, and clips without a member are left out. If `use` is None, the groups
@@ -227,7 +231,7 @@ def iterate_block_groups(
         for other in host[1:]:
             if not np.array_equal(*map(devices.fetch, (host[0].clip_index, other.clip_index))):
                 raise UserError(
-                    "--runs: the datasets of the runs have different orders of clips\n"
+                    "--runs: the datasets of the runs list their clips in different orders\n"
                     "blend runs of the same dataset"
                 )
         batches = [devices.shard_batch(mesh, batch) for batch in host]
@@ -241,7 +245,10 @@ def iterate_block_groups(
 
 
 def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
-    """Returns 1 to 8, the number of blocks to join so that a block has at most JOINED_FRAMES."""
+    """Returns how many blocks are joined into a larger block of at most JOINED_FRAMES frames.
+
+    The number is 1 to 8.
+    """
     longest = max(
         lengths[plan.bucket.max()] for plan in plans for lengths in plan.padded_lengths.values()
     )
@@ -249,15 +256,16 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
 
 
 def choose_window_rows(num_identities: int) -> int:
-    """Returns the number of clips in a window, limited so that their scores fit WAITING_BYTES."""
+    """Returns how many clips a member scores before the next member starts, limited by memory."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Splits the buckets of a plan by the members that score each clip, `use` [E, N] bool.
 
-    A block has `rows` clips. If a set of members has fewer clips of a length than a block, these
-    clips stay in a common bucket, because separate blocks would be mostly padding.
+    A bucket is a set of clips that are padded to the same length. It is read in blocks of `rows`
+    clips. If the clips of a set of members would not fill a block, they stay in a common bucket,
+    because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket
@@ -284,8 +292,8 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
     if 0 < free < size:
         raise UserError(
             f"config.eval.block_size={block_size}: a block of clips takes {size / 1e9:,.1f} GB of "
-            f"memory, and {free / 1e9:,.1f} GB are free\n"
-            f"--config.eval.block_size={max(1, int(block_size * free / size) // 4)}"
+            f"memory, but only {free / 1e9:,.1f} GB are free\n"
+            f"add --config.eval.block_size={max(1, int(block_size * free / size) // 4)}"
         )
 
 
@@ -294,9 +302,9 @@ class Evaluation(NamedTuple):
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
-      clips: the best score of every clip; -inf if any score of the clip is NaN.
-      results: counts, `eval_clips_per_second`, and the MAP of single models and members. If the
-        split has a ground truth, also `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS`.
+      clips: the best score of every clip. It is -inf if a score of the clip is NaN.
+      results: entries of `metrics.json`: counts of clips, the speed, and the MAP of each model and
+        member. If the split has a ground truth, the dict also has the MAP and the other metrics.
     """
 
     split: Split
@@ -306,13 +314,16 @@ class Evaluation(NamedTuple):
 
 
 def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns [C] int, the number of ground-truth clips of each identity in `pool`, [N] bool."""
+    """Counts the clips that show each identity, [C] int, among the clips in `pool`, [N] bool."""
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of a top k over a pool [N] bool, or None if the pool has no positive clip."""
+    """Returns the MAP of a ranking `top` of the clips in `pool`, [N] bool.
+
+    If no clip in the pool is known to show an identity, returns None.
+    """
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -331,14 +342,17 @@ def score(
 ) -> Evaluation:
     """Scores and ranks the clips of a split with a model or a blend of models.
 
-    Clips that no member may score are left out, see `ModelScorer`. Clips with NaN scores are ranked
-    last, with a warning.
+    Clips are left out if all members of a model were trained on them, unless all members were
+    trained on all training clips. Clips with NaN scores are ranked last, with a warning.
 
     Args:
       models: the models, with the same clips. The scores of a blend must be logarithms.
+      split_name: the split.
+      mesh: the devices.
       block_size: number of clips that a device scores at a time.
-      each_member: True to rank also by each member of an ensemble.
-      check: function to call after every window; an exception of it ends the evaluation.
+      each_member: if True, the MAP of each member of an ensemble is computed, too.
+      check: function that is called every few thousand clips. It may raise an exception to end the
+        evaluation.
 
     Raises:
       ValueError: the models differ in clips or identities, the scores of a blend are not
@@ -354,8 +368,8 @@ def score(
     pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)  # [N]
     if not pool.any():
         raise UserError(
-            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
-            "choose another split with --config.eval.split"
+            f"config.eval.split={split_name}: all members of the run were trained on all clips of "
+            "this split\nchoose another split with --config.eval.split"
         )
     use = np.concatenate([scorer.use for scorer in scorers]) & pool
     ranker = _Ranker(models, scorers, split, pool, mesh, each_member=each_member)
@@ -367,7 +381,7 @@ def score(
             ranker.add(window)
             masks = devices.fetch([block.batch_mask for block in window[0]])
             progress.advance(sum(int(np.sum(mask)) for mask in masks))
-            jax.block_until_ready(before)  # lags a window behind, so that the devices never wait
+            jax.block_until_ready(before)  # a window behind, so that the devices never wait
             check()
         progress.close()
         top = ranker.ranking.finish()
@@ -386,14 +400,15 @@ def score(
 def start_compiling(
     model: TrainedModel, split_name: str, mesh: Mesh, *, block_size: int
 ) -> threading.Thread:
-    """Compiles the programs of `score` in a thread, which scores and ranks a block of clips.
+    """Starts a thread that compiles the programs of `score`, and returns the thread.
 
-    An `attention_step` of the model is compiled, too. Afterwards the arrays of the model may be
-    donated. The model must have a single member, and the mesh a single device: several members need
-    much memory, and several devices must start all programs in the same order.
+    The thread scores and ranks a block of clips with a copy of the weights. If the model has an
+    `attention_step`, it is compiled, too. The model must have a single member, because a copy of
+    several members needs much memory. The mesh must have a single device, because several devices
+    must start all programs in the same order.
     """
     split = model.data.split(split_name)
-    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights
+    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights: training donates them
     pool = np.ones(len(split.clips), bool)
     ranker = _Ranker([model], [scorer], split, pool, mesh, each_member=False)
 
@@ -411,10 +426,10 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores windows of clips, and ranks them by the blend, by each model and by each member.
+    """Scores clips with one or more models, and ranks them by their blend, each model and member.
 
     Attributes:
-      ranking: the ranking by the blend, or by the only model.
+      ranking: the ranking by the blend of all models, or by the only model.
       best: the best scores of the clips, on the devices.
     """
 
@@ -442,7 +457,7 @@ class _Ranker:
         self.best, self._labels = devices.replicate(mesh, (best, split.labels))
 
     def add(self, window: Sequence[Sequence[Batch]]) -> None:
-        """Scores a window, the blocks of every model, and adds the scores to the rankings."""
+        """Scores a list of blocks for each model, and adds the scores to the rankings."""
         scores = []
         for number, (scorer, blocks) in enumerate(zip(self._scorers, window, strict=True)):
             scores.append(scorer.score(blocks, self._by_member[number]))
@@ -459,7 +474,10 @@ class _Ranker:
             )
 
     def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-        """Returns `runs` and `members`, a row with the MAP of each, if there are several."""
+        """Returns `runs` with the MAP of each model, and `members` with the MAP of each member.
+
+        If there is only one model or one member, its entry is left out.
+        """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):
             run: dict[str, Any] = {}
@@ -479,7 +497,7 @@ class _Ranker:
 def _compute_metrics(
     top: topk.TopK, clips: ClipScores, split: Split, scorers: Sequence[ModelScorer]
 ) -> dict[str, Any]:
-    """Returns the metrics of a ranking, if the split has a ground truth, and its counts."""
+    """Returns counts of clips and identities. If the split has a ground truth, adds metrics."""
     pool = clips.pool
     results: dict[str, Any] = {}
     value = compute_map(top, split, pool)
@@ -503,7 +521,7 @@ def _compute_metrics(
 def _add_best(
     clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> ClipScores:
-    """Writes the best score of each clip of a block [B, C] to `clips`; `labels` are [N] int32."""
+    """Updates the best scores `clips` of N clips with the scores [B, C] of a block."""
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)
@@ -516,7 +534,8 @@ def _add_best(
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
     """Sets the best score of clips with NaN scores to -inf, with a warning, so they rank last.
 
-    Returns the changed clips and a dict with `num_nan_clips`, empty if no score is NaN.
+    Returns the changed clips, and a dict with the entry `num_nan_clips`. If no score is NaN, the
+    dict is empty.
     """
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
@@ -525,8 +544,8 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     first = [split.clips[clip] for clip in np.flatnonzero(nan)[:3]]
     message = (
         f"{count} of {total} clips of {split.name} have scores of NaN, such as {', '.join(first)}\n"
-        "their features or the features of training clips are too large for float32: divide them "
-        "by a constant"
+        "features of these clips or of training clips are too large for float32: divide all "
+        "features by a constant"
     )
     if count == total:
         raise UserError(message)
@@ -536,10 +555,11 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns how the scored clips relate to the training clips.
+    """Returns `in_sample`, `out_of_fold` or the name of the split, for `map_kind` in the results.
 
-    The kind is `in_sample` if a member scores clips that it was trained on. It is the name of the
-    split if all members score all clips. In all other cases it is `out_of_fold`.
+    If a member scores clips that it was trained on, returns `in_sample`. If all members score all
+    clips, returns the name of the split. Otherwise, each clip is scored by the members that were
+    not trained on it: returns `out_of_fold`.
     """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
@@ -547,7 +567,7 @@ def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
 
 
 def _describe(member: ensemble.Member) -> dict[str, Any]:
-    """Returns the number of a member and the fields that differ from their defaults."""
+    """Returns the number of a member, and its fields that differ from their defaults."""
     fields, defaults = member._asdict(), ensemble.Member._field_defaults
     number = {"member": fields.pop("number")}
     return number | {name: value for name, value in fields.items() if value != defaults[name]}
@@ -558,8 +578,8 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
     if clips != other_clips:
         examples = sorted({*clips} ^ {*other_clips})[:3]
         raise UserError(
-            f"--runs: {first.name} and {other.name} have different clips in {split_name}\n"
-            f"such as {', '.join(examples)}"
+            f"--runs: {first.name} and {other.name} have different clips in {split_name}, "
+            f"such as {', '.join(examples)}\nblend runs of the same dataset"
         )
     if tuple(first.data.identities) != tuple(other.data.identities):
         raise UserError(
@@ -569,6 +589,6 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
     for model in (first, other):
         if not model.system.scores_are_logs:
             raise UserError(
-                f"--runs: {model.name} ranks by scores that are not logarithms of probabilities\n"
-                "train it with --config.eval.scores=log_softmax to blend it with others"
+                f"--runs: {model.name} cannot be blended, because its scores are not logarithms of "
+                "probabilities\ntrain it with --config.eval.scores=log_softmax"
             )

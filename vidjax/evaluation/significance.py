@@ -1,15 +1,15 @@
-"""Computes intervals of MAP, and intervals and p-values of the difference between two runs.
+"""Computes confidence intervals of MAP and of differences in MAP, and p-values of differences.
 
-The intervals of runs come from a Bayesian bootstrap over the identities and an unseen identity. The
-intervals of groups of seeds are t intervals. The
-average precisions of the unseen identity in two runs are (0, 0), (0, 1), (1, 0) or (1, 1), each
-with a quarter of the weight of an identity. So MAP gets half an identity at 0 and half at 1. A
-difference gets a quarter at -1, half at 0 and a quarter at 1.
+The interval of a single run, or of the difference between two runs, comes from a Bayesian bootstrap
+over the identities. An unseen identity is added to the identities. Its average precisions in two
+runs are (0, 0), (0, 1), (1, 0) or (1, 1), each with a quarter of the weight of an identity. So MAP
+gets half an identity at 0 and half at 1. A difference gets a quarter at -1, half at 0 and a quarter
+at 1. The interval of the difference between two groups of runs is a t interval.
 
-If all values are 0 or 1, the interval of MAP equals the Jeffreys interval of a proportion. If the
-values vary, it is hardly wider than the t interval. If most values are equal and a few lie far
-away, the t interval is far too narrow. `tests.benchmarks.intervals` measures how often the
-bootstrap interval and the t interval contain the true value.
+If all values are 0 or 1, the bootstrap interval of MAP equals the Jeffreys interval of a
+proportion. If the values vary, it is hardly wider than a t interval. If most values are equal and a
+few lie far away, a t interval is far too narrow. `tests.benchmarks.intervals` measures how often
+both intervals contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.
@@ -26,11 +26,12 @@ from vidjax.utils.errors import UserError
 
 DRAWS = 10_000
 DRAWS_AT_ONCE = 2**22  # most weights in memory at a time
-FEWEST_IDENTITIES = 20  # fewest in the simulations of the intervals
+FEWEST_IDENTITIES = 20  # with fewer identities, the intervals were not tested
 EQUAL = 1e-9  # average precisions count as equal below this difference
 METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"
 METHOD_OF_SEEDS = "t interval over identities and seeds, degrees of freedom by Welch-Satterthwaite"
-UNSEEN = {0.0: 0.5, 1.0: 0.5}  # average precision -> weight in identities
+# The unseen identity: average precision, or difference of two, -> weight (1 for an identity).
+UNSEEN = {0.0: 0.5, 1.0: 0.5}
 UNSEEN_GAP = {-1.0: 0.25, 0.0: 0.5, 1.0: 0.25}
 
 
@@ -41,9 +42,9 @@ class Difference(NamedTuple):
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
       p, p_holm: two-sided p-value of a difference of 0, without and with Holm's correction for the
-        number of runs. Both are None if groups of seeds are compared.
+        number of compared runs. If groups of runs are compared, both are None.
       better, worse, equal: numbers of identities whose average precision is higher, lower or equal.
-      error: standard error of `mean` if groups of seeds are compared, or None.
+      error: standard error of `mean`. It is None if single runs are compared.
     """
 
     mean: float
@@ -58,12 +59,12 @@ class Difference(NamedTuple):
 
 
 def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float]:
-    """Returns the bounds of the 95 % interval of MAP from average precisions [C] in 0..1."""
+    """Returns the bounds of the 95 % interval of MAP, given average precisions [C] in 0..1."""
     return _compute_bounds(_draw_means(averages, UNSEEN, draws), averages)
 
 
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Returns the bounds of the 95 % interval of the mean of [C] differences, and a p-value.
+    """Returns the bounds of the 95 % interval of the mean of `gaps` [C], and a p-value.
 
     The two-sided p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0.
     """
@@ -73,10 +74,10 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
-    """Returns [draws] means of values [C] with random weights (Bayesian bootstrap).
+    """Draws random weights, and returns the weighted means of `values` [C] (Bayesian bootstrap).
 
-    `unseen` maps further values to their weights, where each of the C values has weight 1. The
-    result does not depend on the order of the values.
+    Each of the C values has an expected weight of 1. `unseen` maps additional values to their
+    expected weights. The result, [draws], does not depend on the order of the values.
     """
     points, weights = np.unique(np.asarray(values, np.float64), return_counts=True)
     points, weights = np.append(points, list(unseen)), np.append(weights, list(unseen.values()))
@@ -92,7 +93,7 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 
 
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns the range of the middle 95 % of `means`, widened to include the mean of `values`."""
+    """Returns bounds that contain 95 % of `means`, and in addition the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low, high = (
         np.quantile(means, tail, method="lower"),
@@ -102,7 +103,7 @@ def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Compares every run with the first run, from average precisions [C] per run."""
+    """Compares every run with the first run. `averages` has average precisions [C] per run."""
     first, results, ps = averages[0], [], []
     for own in averages[1:]:
         gaps = _compute_gaps(own, first)
@@ -114,12 +115,12 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
 
 
 def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Difference]:
-    """Compares the mean of every group of seeds with the mean of the first group.
+    """Compares every group of runs with the first group, by their mean MAP.
 
-    A group contains average precisions [C] for each of two or more seeds. All seeds have the same
-    identities, and the seeds of two groups are paired in their order. The interval is a t interval
-    from `squared_errors`. An interval of two standard errors would be far too narrow if two or
-    three seeds vary more than the identities.
+    The runs of a group differ only in their seeds. A group has average precisions [C] for each of
+    two or more runs. Runs of two groups are paired in their order. The interval is a t interval, in
+    which both identities and seeds vary. An interval of two standard errors would be far too narrow
+    if two or three seeds vary more than the identities.
 
     Raises:
       ValueError: there are fewer than two identities.
@@ -131,7 +132,8 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     first, results = groups[0], []
     if len(first[0]) < 2:
         raise UserError(
-            "a confidence interval needs two identities or more: compare runs on more identities"
+            "the runs were evaluated on a single identity, but a confidence interval needs two\n"
+            "compare runs on a split with more identities"
         )
     for own in groups[1:]:
         gaps = [new - old for new, old in zip(own, first, strict=True)]
@@ -159,10 +161,10 @@ def _count_signs(gaps: np.ndarray) -> tuple[int, int, int]:
 
 
 def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Returns the squared standard errors of a mean difference over identities and over seeds.
+    """Returns the squared standard errors of a mean difference, over identities and over seeds.
 
-    The sum of both is large enough even if the nets of two seeds differ more than the identities.
-    `gaps` has the differences in average precision [C] of the same identities for each seed.
+    `gaps` has the differences in average precision [C] for each seed. The sum of the two results is
+    large enough even if the seeds differ more than the identities.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))

@@ -1,7 +1,7 @@
-"""Computes the exact top k clips of every identity from a stream of score blocks, with numpy.
+"""Finds the k best clips of every identity, exactly, from a stream of blocks of scores, with numpy.
 
-Clips are ordered by descending score, then by ascending clip index. The clip index is the order of
-the clip names.
+Clips are ordered by descending score. Clips with equal scores are ordered by ascending clip index,
+which is the order of their names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty entry; sorts after every real clip
 MAX_NAMES = 100  # largest number of clips per identity in a submission
 CHUNK = 1 << 14  # identities that are ranked together; numpy sorts uint16 in linear time
-MAX_CANDIDATES = 1 << 19  # candidates of a chunk that wait to be merged into its top k
+MAX_CANDIDATES = 1 << 19  # most candidates of a chunk that wait to be merged into its best clips
 TINY = np.finfo(np.float32).tiny
 EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_CLIP
 
@@ -31,14 +31,14 @@ ScoreBlock = tuple[Any, Any, Any]  # scores [B, C], clip_index [B], batch_mask [
 
 
 class HostTopK:
-    """The top k of a stream of score blocks.
+    """Finds the k best clips of every identity from blocks of scores in memory.
 
     A score that is lower than the k-th best score of its identity is dropped at once. The other
-    scores are candidates. Many candidates are merged into the top k together.
+    scores are candidates. Many candidates are merged into the k best clips together.
     """
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
-        """Starts an empty top k of C identities."""
+        """Starts with no clips for each of C identities."""
         self._k = k
         self._chunks = [
             _Chunk(min(CHUNK, num_identities - first), k)
@@ -46,7 +46,7 @@ class HostTopK:
         ]
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray, batch_mask: np.ndarray) -> None:
-        """Adds a block of scores, and copies its candidates.
+        """Adds a block of scores.
 
         The result does not depend on the order, size and padding of the blocks. NaN counts as -inf,
         and magnitudes below the smallest normal float32 count as 0.
@@ -54,7 +54,7 @@ class HostTopK:
         Args:
           scores: [B, C] float.
           clip_index: [B] int32. Every clip occurs only once in the stream.
-          batch_mask: [B] bool. Rows outside the mask are ignored.
+          batch_mask: [B] bool. Rows that are False are ignored.
         """
         if not batch_mask.all():
             scores, clip_index = scores[batch_mask], clip_index[batch_mask]
@@ -63,7 +63,7 @@ class HostTopK:
             chunk.add(scores[:, number * CHUNK : (number + 1) * CHUNK], clip_index)
 
     def finish(self) -> TopK:
-        """Returns the sorted top k of every identity."""
+        """Returns the k best clips of every identity, best first."""
         for chunk in self._chunks:
             chunk.merge()
         keys = [chunk.keys for chunk in self._chunks] or [np.empty((0, self._k), np.uint64)]
@@ -71,10 +71,10 @@ class HostTopK:
 
 
 class _Chunk:
-    """The top k of at most CHUNK identities.
+    """Finds the k best clips of up to CHUNK identities.
 
     Attributes:
-      keys: [C, k] uint64, see `_make_keys`, unsorted.
+      keys: [C, k] uint64, the best clips, unsorted, as keys of `_make_keys`.
     """
 
     def __init__(self, num_identities: int, k: int):
@@ -84,7 +84,7 @@ class _Chunk:
         self._num_waiting = 0
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
-        """Collects the candidates of scores [B, C] float32, also NaN."""
+        """Collects the candidates among scores [B, C] float32, which may be NaN."""
         places = np.flatnonzero(~(scores < self._least))
         rows, identities = np.divmod(places.astype(np.uint32), np.uint32(len(self.keys)))
         keys = _make_keys(scores[rows, identities], clip_index[rows])
@@ -94,7 +94,7 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
-        """Merges the waiting candidates into the top k."""
+        """Merges the waiting candidates into the k best clips."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
@@ -115,10 +115,10 @@ class _Chunk:
 
 
 def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
-    """Returns uint64 keys. A better entry has a larger key, and different clips differ.
+    """Returns an uint64 key for each score of a clip. A better clip has a larger key.
 
-    The upper 32 bits order like the float32 scores: all bits of negative numbers are flipped, and
-    the sign bit of other numbers. The lower bits are NO_CLIP - clip_index.
+    The upper 32 bits sort like the float32 scores: all bits of negative numbers are flipped, and
+    only the sign bit of other numbers. The lower 32 bits are NO_CLIP - clip_index.
     """
     scores = np.where(np.isnan(scores), -np.inf, np.where(np.abs(scores) < TINY, 0, scores))
     bits = scores.astype(np.float32).view(np.uint32)
@@ -128,7 +128,7 @@ def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
 
 
 def _read_keys(keys: np.ndarray) -> TopK:
-    """Returns the scores and the clip indices of keys."""
+    """Returns the scores and the clip indices of keys of `_make_keys`."""
     upper = (keys >> np.uint64(32)).astype(np.uint32)
     bits = upper ^ np.where(upper >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
     index = NO_CLIP - (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
@@ -136,18 +136,18 @@ def _read_keys(keys: np.ndarray) -> TopK:
 
 
 def _read_sorted(keys: np.ndarray, k: int) -> TopK:
-    """Returns the sorted top k of keys [C, k or more]."""
+    """Returns the k largest keys of each row as scores and clip indices, best first."""
     return _read_keys(np.sort(keys, axis=1)[:, ::-1][:, :k])
 
 
 def join_tops(tops: TopK) -> TopK:
-    """Joins n top k of different clips, arrays [n, C, k], into a sorted top k."""
+    """Joins the k best clips of n separate sets of clips, [n, C, k], into the k best of all."""
     keys = np.concatenate(_make_keys(*tops), axis=1)
     return _read_sorted(keys, tops.index.shape[2])
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the sorted top k of a stream of blocks, see `HostTopK.add`."""
+    """Returns the k best clips of every identity, given blocks of scores, see `HostTopK.add`."""
     top = HostTopK(num_identities, k)
     for block in blocks:
         top.add(*map(np.asarray, block))
@@ -155,9 +155,9 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
 
 
 def count_ties(top: TopK) -> int:
-    """Counts the entries of a sorted top k that have the same score as the entry before them.
+    """Counts the ranked clips that have the same score as the clip before them in the list.
 
-    Tied clips are in the order of their names. Clips with a score of -inf do not count.
+    Clips with a score of -inf do not count.
     """
     scores = np.asarray(top.scores)
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))

@@ -1,1 +1,1 @@
-"""Measures more than MAP, for `analysis.npz`, and writes the result files of an evaluation."""
+"""Analyses an evaluation in more detail than MAP, and writes its result files."""

@@ -1,4 +1,4 @@
-"""Makes the analysis of an evaluation, `analysis.npz`, and writes all result files."""
+"""Makes `analysis.npz`, the detailed analysis of an evaluation, and writes all result files."""
 
 import contextlib
 import functools
@@ -42,12 +42,11 @@ def analyse(
 ) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
-    Reads the frames of the split again, to compute their qualities and the attention between
-    vectors.
+    Reads the frames of the split again, to compute their quality, and the attention of the model.
 
     Args:
-      models: the models that made the evaluation. If there are several, the analysis has the
-        modalities of the first model and no attention.
+      models: the models that made the evaluation. If there are several, the analysis describes the
+        modalities of the first model, and no attention.
       evaluation: the scores of the split.
       mesh: the devices.
       config: the configuration of the evaluation. If the data contain `data.train_splits`, the
@@ -93,14 +92,15 @@ def analyse(
 def measure_quality_and_attention(
     model: TrainedModel, split_name: str, mesh: Mesh, block_size: int, *, attention: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the mean quality of each clip and, if `attention`, the mean attention of a model.
+    """Returns the mean quality of each clip and the mean attention between the model's inputs.
 
     Returns:
-      The qualities [N] float64: the mean over the clip's frames of the primary modality, 0 for a
-      clip without frames.
-      The attention [V, V] float64 of the first member. Column j contains the weight of each vector
-        in the attention of vector j: the mean over the clips that have vector j, or over all clips
-        with `fill_missing`. If the model has no attention, or each frame is an example, it is None.
+      The quality [N] float64 of each clip: the mean over its frames of the primary modality. If a
+        clip has no such frame, its quality is 0.
+      The attention [V, V] float64 between the V input vectors of the first member. Column j
+        contains the weight of each vector in the attention of vector j: the mean over the clips
+        that have vector j, or over all clips if the model fills missing vectors. If `attention` is
+        False, the model has no attention, or each frame is an example, the result is None.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
@@ -132,7 +132,10 @@ def measure_quality_and_attention(
 
 @functools.cache
 def import_slow_libraries(*, report: bool) -> None:
-    """Imports Orbax and, if `report`, the report in a thread: each takes over half a second."""
+    """Starts a thread that imports Orbax and, if `report` is True, the module of the report.
+
+    Each import takes over half a second.
+    """
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # the code that needs them reports it
@@ -158,8 +161,9 @@ def write_results(
 
     Deletes the analysis and the report of an earlier evaluation of the split. All processes call
     `analysed`, and the first process writes the files. The ranking and the metrics are written
-    first, so an error in the analysis or the report does not change them. `finished` is set after
-    the report is written: if a process is killed before, the same command writes the report.
+    first, so an error in the analysis or the report does not change them. The metrics of a training
+    are marked as `finished` after the report is written. If a process is killed before, the same
+    command writes the report.
 
     Args:
       folder: the folder of the run.
@@ -191,7 +195,7 @@ def write_results(
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes the report of a run. An error becomes a warning."""
+    """Writes the report of a run. If an error is raised, warns instead."""
     # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
@@ -201,10 +205,10 @@ def write_report(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception into a warning, because the results are already written.
+    """Turns an exception into a warning, because the results in `workdir` are already written.
 
-    Raises an exception of a failed write or a signal. If there are several processes, raises every
-    exception.
+    Exceptions of failed writes and of signals are raised. If there are several processes, every
+    exception is raised, because the other processes would wait for this one.
     """
     try:
         yield
@@ -213,8 +217,9 @@ def describe_faults(workdir: Path) -> Iterator[None]:
             raise
         reason = (str(error) or "no reason given").splitlines()[0][:200]
         warn(
-            f"analysis or report are not written: {type(error).__name__}: {reason}\n"
-            f"the results are in '{workdir}'; to try again: vidjax evaluate --workdir={workdir}"
+            f"the analysis and the report were not written: {type(error).__name__}: {reason}\n"
+            f"all other results are in '{workdir}'\n"
+            f"to write the report: vidjax evaluate --workdir={workdir}"
         )
 
 
@@ -226,17 +231,19 @@ def evaluate(
     num_devices: int | None = None,
     report: bool = False,
 ) -> dict[str, Any]:
-    """Ranks a split with the weights of a run; writes the results into its folder and returns them.
+    """Ranks a split with a trained run, writes the results into the run's folder and returns them.
 
-    `data` may contain other clips than the training data, with or without a ground truth.
-    `metrics.json` keeps the metrics of the training. If the split is not the split of the run, or a
-    changed setting changes scores, the results are written to `metrics_<split>.json` and so on.
+    `data` may contain other clips than the training data, with or without a ground truth. The
+    results of the training stay in `metrics.json`. If the split is not the `eval.split` of the run,
+    or if a changed setting changes scores, the results are written to separate files such as
+    `metrics_<split>.json`.
 
     Args:
       config: the settings of the evaluation.
       run: the trained run.
       data: the clips.
-      num_devices: the number of devices; None: all. The scores do not depend on it.
+      num_devices: the number of devices. If it is None, all are used. The scores do not depend on
+        it.
       report: if True, the analysis and the report are written, too.
     """
     began = time.monotonic()
@@ -262,7 +269,7 @@ def evaluate(
     return values
 
 
-# Fields that change the scores of clips only by rounding, or that select the result files.
+# Fields that do not change the scores of a clip, except for rounding.
 _FREE = (
     *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
     "eval.split",
@@ -270,6 +277,6 @@ _FREE = (
 
 
 def list_overrides(trained: Config, config: Config) -> dict[str, Any]:
-    """Returns field -> value in `config` for the fields that differ and that change scores."""
+    """Returns field -> value in `config` of fields that change scores and differ in `trained`."""
     changed = config_lib.differences(trained, config)
     return {name: value for name, (_, value) in changed.items() if name not in _FREE}

@@ -1,4 +1,7 @@
-"""Measures MAP by kinds of identities and clips, mistakes, and errors with distractors."""
+"""Measures MAP of groups of identities and clips, lists mistakes, and measures error rates.
+
+A distractor is a clip of a stranger: it shows none of the identities.
+"""
 
 import dataclasses
 import itertools
@@ -17,15 +20,15 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.evaluation.topk import TopK
 
-MOST_GROUPS = 8  # the most frequent sets of modalities; the remaining sets form the last group
-DRAWS = 1000  # of the interval of a group of at least FEWEST_IDENTITIES
-QUANTILES = 5  # groups of clips by quality
-COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
+MOST_GROUPS = 8  # number of sets of modalities that form a group; the other sets form a last group
+DRAWS = 1000  # for the interval of a group
+QUANTILES = 5  # number of groups of clips by quality
+COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of groups by the number of clips or frames
 NUM_WORST = 20  # identities
 NUM_WRONG = 15  # clips of each kind of mistake
 SCORE_BINS, CONFIDENCE_BINS = 40, 10
 RATES = (0.01, 0.1)  # FPIR of the thresholds in the report
-RESAMPLES = 1000  # of the bootstrap
+RESAMPLES = 1000  # number of bootstrap samples
 
 Groups = list[tuple[str, np.ndarray]]  # label, and [N] or [C] bool: the members of the group
 Row = dict[str, Any]  # of a table in `schemas.Analysis`
@@ -35,13 +38,13 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class ScoredSplit:
-    """The ranking of a split, and values that several parts of its analysis use.
+    """The ranking of N clips for C identities, and values that are computed from it.
 
     Attributes:
-      top: the best clips of every identity as numpy arrays, best first.
-      labels: [N] int, class columns.
+      top: the best k clips of every identity as numpy arrays, best first.
+      labels: [N] int, the class column of each clip: 1..C, or 0 for a distractor.
       names: N names of clips.
-      pool: [N] bool, the clips that are ranked.
+      pool: [N] bool, True for clips that are ranked.
       positives: [C] int, the number of clips of every identity.
     """
 
@@ -53,7 +56,7 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """The class column of every ranked clip, [C, k] int; -1 at an empty place."""
+        """The class column of every ranked clip, [C, k] int. It is -1 at an empty place."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
@@ -69,10 +72,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns average precisions [n] of chosen clips, and the number of chosen clips.
+        """Returns the average precision of each identity with a chosen clip, and a count of clips.
 
-        `chosen` [N] bool selects labelled clips. The n identities have a chosen clip. In the list
-        of an identity, its clips that are not chosen are skipped.
+        `chosen`, [N] bool, selects clips of identities. If a clip of an identity is not chosen, it
+        is removed from the list of the identity. The count is the number of chosen clips.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -83,9 +86,10 @@ class ScoredSplit:
 
     @cached_property
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """The identity [N] in whose list each clip scores highest, and the score [N].
+        """For each clip, the identity [N] in whose list it scores highest, and this score [N].
 
-        If scores are equal, the first identity is taken. A clip in no list has -1 and -inf.
+        If scores are equal, the first identity is taken. If a clip is in no list, its identity is
+        -1 and its score is -inf.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         index, scores, identity = self.top.index[real], self.top.scores[real], np.nonzero(real)[0]
@@ -103,14 +107,14 @@ def measure_strata(
     quality: np.ndarray,
     train_clips: np.ndarray | None,
 ) -> list[Row]:
-    """Returns tables of MAP over groups of identities, and over groups of clips.
+    """Returns tables of the MAP of groups of identities, and of groups of clips.
 
     Args:
       scored: the ranking of the split.
       split: the split.
       modalities: the inputs of the model, the primary modality first.
       quality: [N] float, the mean quality of each clip's frames of the primary modality.
-      train_clips: [C] int, the training clips per identity; None if they are not known.
+      train_clips: [C] int, the number of training clips of each identity. If it is unknown, None.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
@@ -153,7 +157,7 @@ def _make_row(label: str, averages: np.ndarray, clips: int) -> Row:
 
 
 def group_by_count(counts: np.ndarray) -> Groups:
-    """Divides clips or identities by `counts` into groups whose ranges end at COUNTS."""
+    """Groups clips or identities by ranges of their `counts`, such as 3 to 4 and 5 to 8."""
     groups, low = [], 0
     for high in COUNTS:
         label = str(high) if low == high else f"{low} to {high}"
@@ -163,9 +167,9 @@ def group_by_count(counts: np.ndarray) -> Groups:
 
 
 def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Divides the chosen clips by value into groups of equal size.
+    """Groups the chosen clips by ranges of their `values`. The groups are about equally large.
 
-    If all values are equal, there is no group.
+    If all values are equal, returns no group.
     """
     if not chosen.any():
         return []
@@ -178,7 +182,7 @@ def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 
 
 def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
-    """Groups clips by the set of their modalities. Rare sets form the group `others`."""
+    """Groups clips by the set of modalities that they have. Rare sets form the group `others`."""
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
     common = [value for value, _ in Counter(code[pool].tolist()).most_common(MOST_GROUPS)]
@@ -210,11 +214,11 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
 def find_worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities with the lowest average precision, worst first.
 
-    `lost_to` and `mixed_with` are up to three pairs of an identity and a count of clips:
-    - `lost_to`: the other identities whose lists contain the highest score of a clip of the
-      identity. It is -1 for clips in no list.
-    - `mixed_with`: other identities with clips among the first n places of the identity's list,
-      where n is the number of the identity's clips; -1 for distractors.
+    `lost_to` and `mixed_with` are up to three pairs of another identity and a number of clips:
+    - `lost_to`: in the list of the other identity, this number of clips of the identity score
+      higher than in any other list. -1 stands for clips that are in no list.
+    - `mixed_with`: this number of clips of the other identity are among the first n places of the
+      identity's list, where n is the number of clips of the identity. -1 stands for distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -239,10 +243,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
 
 
 def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
-    """Lists the clips whose best identity is wrong, highest scores first.
+    """Lists clips that score highest for a wrong identity, highest scores first.
 
-    `shows` is the identity in the clip, -1 for a distractor. The clip scores highest in the list of
-    `identity`. Clips in no list are left out.
+    `shows` is the identity in the clip, or -1 for a distractor. `identity` is the wrong identity.
+    Clips that are in no list are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -267,13 +271,16 @@ def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
 def measure_open_set(
     clips: ClipScores, labels: np.ndarray, num_identities: int, *, logs: bool
 ) -> tuple[Values, Arrays]:
-    """Returns values and arrays of the analysis.
+    """Measures histograms of scores, error rates with distractors, and the calibration.
 
     Args:
       clips: the scores of N clips.
-      labels: [N] int, class columns.
+      labels: [N] int, class columns. 0 stands for a distractor.
       num_identities: the number of identities that each clip is compared with.
-      logs: True if scores are logarithms of probabilities. Only then is calibration measured.
+      logs: True if scores are logarithms of probabilities. If not, calibration is not measured.
+
+    Returns:
+      Values and arrays for `analysis.npz`.
     """
     arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -283,9 +290,9 @@ def measure_open_set(
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of best scores.
+    """Returns histograms of the best scores of known clips and of distractors (`labels` 0).
 
-    The first bin starts at the 0.5 % quantile, and includes all lower scores.
+    The first bin starts at the 0.5 % quantile of the scores, and includes all lower scores.
     """
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
@@ -302,9 +309,9 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns `fpir` and `fnir` [n] at n thresholds.
+    """Returns the error rates `fpir` and `fnir`, [n] each, at n thresholds.
 
-    If there is no distractor or no known clip, returns an empty dict.
+    If there is no distractor (`labels` 0) or no known clip, returns an empty dict.
     """
     best, right, known = (part[clips.pool] for part in (clips.best, clips.right, labels > 0))
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
@@ -316,10 +323,10 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict[str, Any] | None:
-    """Returns thresholds at RATES and their errors.
+    """Returns thresholds that 1 % and 10 % of distractors reach, and their FPIR and FNIR.
 
-    If there is no distractor or no known clip, returns None. With S distractors, a rate below
-    1 / (S + 1) has no threshold and no errors.
+    If there is no distractor (`labels` 0) or no known clip, returns None. With S distractors, a
+    rate below 1 / (S + 1) has no threshold and no errors.
 
     The interval of FNIR is from a bootstrap over people, with all their clips, and over
     distractors. Each resample sets a new threshold. In a simulation, the interval contains the true
@@ -356,7 +363,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
 def resample_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
 ) -> np.ndarray:
-    """Resamples people and distractors; returns the FNIR of each sample, [RESAMPLES] float64.
+    """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
     Args:
       strange: [S] float64, the scores of distractors.
@@ -378,12 +385,12 @@ def resample_fnir(
 
 
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % interval of `top1` and, if there are distractors, of `auroc`.
+    """Returns the 95 % intervals of the metrics `top1` and `auroc`.
 
-    Both intervals are from a Bayesian bootstrap over people, with all their clips, and over an
-    unseen person, like the interval of MAP. Half of the unseen person's clips are right and score
-    above all distractors; half are wrong and score below. The bootstrap of `auroc` is also over
-    distractors and an unseen distractor.
+    If there are no distractors, `auroc` is left out. Both intervals are from a Bayesian bootstrap
+    over people, with all their clips, and over an unseen person. Half of the unseen person's clips
+    are right and score above all distractors. The other half are wrong and score below all
+    distractors. The bootstrap of `auroc` is also over distractors and an unseen distractor.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)
@@ -411,12 +418,14 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
 
 
 def measure_calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
-    """Compares the probabilities of the best identities with the share that is right.
+    """Compares the probabilities of the best identities with the share of them that is right.
+
+    If no clip has a score, returns None.
 
     Returns:
-      [bins, 3] float: the number of clips, their mean probability, and the share that is right, per
-        bin of probability.
-      The expected calibration error, 0..1. If no clip has a score, returns None.
+      [bins, 3] float: for each range of probabilities, the number of clips, their mean probability,
+        and the share that is right.
+      The expected calibration error, 0..1.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """

@@ -1,1 +1,1 @@
-"""Makes pages from the files of runs. Imports neither JAX nor TensorFlow."""
+"""Makes HTML pages from the files of runs. Imports neither JAX nor TensorFlow."""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 LONGEST_WORD = 16  # letters; a longer word in a table may be broken
-STACKED = 5  # columns; in a table of at least so many, a phone stacks the cells of a row
+STACKED = 5  # fewest columns of a table whose cells a phone stacks
 NONE = "none"  # text for an unknown number
 
 
@@ -35,12 +35,12 @@ class Bar(Number):
 
 
 def plain(value: object) -> str:
-    """Returns a value as text. Lone surrogates become question marks, so it can be encoded."""
+    """Returns a value as text that can be encoded: lone surrogates become question marks."""
     return str(value).encode(errors="replace").decode()
 
 
 def name(value: object) -> Markup:
-    """Returns a name for a table. Words of more than `LONGEST_WORD` letters may be broken.
+    """Returns a name as HTML, in which a line may be broken within long words.
 
     A name in a right-to-left script does not reorder the text next to it.
     """
@@ -59,9 +59,10 @@ def paragraph(words: str, *values: object) -> Markup:
 
 
 def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = False) -> Markup:
-    """Returns a number as HTML: the rounded number, and all digits in an attribute for programs.
+    """Returns a number as HTML. The text is rounded, and an attribute contains all digits.
 
-    `sign` is `+` for a difference. With `percent`, a share in 0..1 becomes a text such as 95 %.
+    If `sign` is `+`, positive numbers get a sign. If `percent` is True, a share in 0..1 becomes a
+    text such as 95 %.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Number(NONE) if value is None else Markup.escape(plain(value))
@@ -76,7 +77,7 @@ def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = Fa
 
 
 def bar(value: float | None) -> Number:
-    """Returns a number in 0..1 with a bar of this length."""
+    """Returns a number in 0..1 as HTML, with a bar whose length shows the number."""
     if value is None:
         return Number(NONE)
     share = 100 * min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
@@ -85,22 +86,22 @@ def bar(value: float | None) -> Number:
 
 
 def between(low: float, high: float, digits: int, *, percent: bool = False) -> Number:
-    """Returns the text of an interval, `low to high`."""
+    """Returns an interval as HTML, with the text `low to high`."""
     ends = (number(end, digits, percent=percent) for end in (low, high))
     return Number(Markup("{} to {}").format(*ends))
 
 
 def cell(value: object) -> Markup:
-    """Converts a number or None by `number`, and a text by `name`. HTML stays unchanged."""
+    """Converts a value to HTML with `number` or `name`. HTML stays unchanged."""
     if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
         return name(value)
     return number(value)
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """Returns a table of values that `cell` converts. The first value of a row is its header.
+    """Returns a table as HTML. `head` has the titles of the columns.
 
-    If there are no rows, returns empty HTML.
+    The first value of a row is its header. If there are no rows, returns empty HTML.
     """
     cells = [[cell(value) for value in row] for row in rows]
     if not cells:
@@ -128,17 +129,24 @@ ENVIRONMENT.globals |= {"LONGEST_WORD": LONGEST_WORD, "STACKED": STACKED}
 
 
 def parts() -> Any:  # noqa: ANN401
-    """Returns a module of the macros of `parts.html.j2`, which are functions that return HTML."""
+    """Returns a module with the macros of `parts.html.j2`: functions that return HTML."""
     return ENVIRONMENT.get_template("parts.html.j2").module
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML side by side, as far as the width allows. `kind` is `figures` or `tables`."""
+    """Returns HTML in which `blocks` stand in a row if the page is wide enough.
+
+    `kind` is `figures` or `tables`.
+    """
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:
-    """Returns a page. A section is (identifier, heading, content)."""
+    """Returns a whole page as HTML.
+
+    A section is (identifier, heading, content). `lead` is a line below the title, and `footer` is
+    a line at the end.
+    """
     template = ENVIRONMENT.get_template("page.html.j2")
     return plain(template.render(title=title, sections=sections, lead=lead, footer=footer))
 
@@ -146,10 +154,10 @@ def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, 
 # ---- figures: matplotlib drawings as inline SVG, each with a description in words
 
 MAX_POINTS = 300  # points per curve
-FEW_POINTS = 20  # a curve of at most so many points has a marker at each point
+FEW_POINTS = 20  # most points of a curve with a marker at each point
 MAX_LETTERS = 20  # letters of a name in a figure
 WIDTH = 4.8  # inches; the text of a figure is readable on a phone
-# Placeholders in the drawing. `THEME` replaces them by the colours of the light or dark theme.
+# Placeholders in a drawing. `THEME` maps them to colours of the light or dark theme.
 INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 THEME = {
     INK: "currentColor",
@@ -182,7 +190,7 @@ STYLE: dict[Any, Any] = {
 
 
 def short(value: object) -> str:
-    """Returns a value as text, cut to `MAX_LETTERS` letters."""
+    """Returns a value as text. A long text is cut, and ends with `...`."""
     text = plain(value)
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."
 
@@ -199,16 +207,16 @@ class Plot:
             self.axes.set_ylabel(y)
 
     def curve(self, x: np.ndarray, y: np.ndarray, label: str | None = None) -> None:
-        """Draws a curve of at most MAX_POINTS points, with markers if they are FEW_POINTS or fewer.
+        """Draws a curve. A curve of few points has markers.
 
-        If there are more points, evenly spaced points are drawn.
+        Of more than 300 points, 300 evenly spaced points are drawn.
         """
         shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
         marker = "o" if len(shown) <= FEW_POINTS else ""
         self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
 
     def legend(self) -> None:
-        """Adds the names of the lines above the axes, where they hide no line."""
+        """Writes the labels of the curves above the axes, where they cover no curve."""
         with matplotlib.rc_context(STYLE):
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
@@ -225,7 +233,7 @@ class Plot:
         return parts().figure(key, title, description, caption or title, head, rest)
 
     def _svg(self, key: str) -> str:
-        """Returns the drawing as SVG. matplotlib escapes the texts."""
+        """Returns the drawing as SVG with colours of the theme. `key` becomes part of all ids."""
         content = io.BytesIO()
         for patch in (self.figure.patch, *(axes.patch for axes in self.figure.axes)):
             patch.set(facecolor="none", edgecolor="none")

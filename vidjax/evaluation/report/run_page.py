@@ -1,7 +1,8 @@
 """Makes the report of a run from its files: `report.html`, and a page for each other split.
 
-A page needs no other file, no network and no script. The report reads no data and uses no model. A
-section is a function of `RunFiles` that returns HTML. If it returns None, the section is left out.
+A page needs no other file, no network and no script. The report needs no clips and no model. A
+section is made by a function of `RunFiles` that returns HTML. If it returns None, the page lacks
+the section.
 """
 
 import functools
@@ -50,11 +51,11 @@ class RunFiles(NamedTuple):
     """The content of a run's folder. If a file is absent, its field is empty.
 
     Attributes:
-      folder: the folder.
+      folder: the folder of the run.
       config: the configuration of the run.
-      lines: the lines of `metrics.jsonl`.
+      lines: the lines of `metrics.jsonl`, the metrics during training.
       identities: the names of class columns 1..C.
-      other_metrics: split -> `metrics_<split>.json`, for other splits or other settings.
+      other_metrics: split -> content of `metrics_<split>.json`, for each other evaluated split.
       split: the evaluated split.
       analysed: the other splits that have an `analysis_<split>.npz`.
       metrics: `metrics.json` as a struct.
@@ -76,20 +77,20 @@ class RunFiles(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
     def identity(self, column: int) -> str:
-        """Returns the name at an index of `identities`."""
+        """Returns the name of the identity with this index."""
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
         """Returns the average precision of each identity of the ground truth.
 
-        It is 0 for an identity that the run does not know.
+        It is 0 for an identity that the run was not trained on.
         """
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
 
 def title(run: RunFiles) -> str:
-    """Returns the model, the modalities and the data of a run as a title."""
+    """Returns a title: the model, the modalities and the data of a run."""
     data = _data_of(run) or "unknown data"
     if joined := run.config["join"]["runs"]:
         return f"{len(joined)} runs joined on {data}"
@@ -100,13 +101,13 @@ def title(run: RunFiles) -> str:
 
 
 def describe_run(run: RunFiles) -> str:
-    """Returns the folder, the evaluated split and the date of a run as a line."""
+    """Returns a line with the folder, the evaluated split and the date of a run."""
     date = f"; {run.metrics.date}" if run.metrics.date else ""
     return f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}"
 
 
 def summary(run: RunFiles) -> Markup:
-    """Returns the MAP with its interval, tables of results and settings, and the command."""
+    """Returns the MAP with its interval, tables of results and settings, and the command line."""
     parts = [_score(run)]
     if run.values and run.analysis.split is None:
         parts.append(html.paragraph("The evaluation was made without an analysis."))
@@ -130,7 +131,7 @@ def _score(run: RunFiles) -> Markup:
         return html.paragraph("The run has no results yet: there is no metrics.json.")
     if run.metrics.map is None:
         reason = results_lib.explain_unmeasured(run.config, run.folder)
-        words = "The split has no ground truth. Its clips are ranked, and there is no MAP."
+        words = "The split has no ground truth. So its clips are ranked, and there is no MAP."
         return html.paragraph(words + " Nothing is measured: {}." * bool(reason), reason)
     kind = run.metrics.map_kind or ""
     kind = f"{run.split} ({KINDS[kind]})" if kind in KINDS else kind
@@ -147,7 +148,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of another evaluated split. If it has a page, a cell is a link to it."""
+    """Returns a row of the table of other splits. If the split has a page, a cell links to it."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
@@ -160,7 +161,7 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 
 
 def result_rows(run: RunFiles) -> Rows:
-    """Returns the names and values of the results in `metrics.json`, with known intervals."""
+    """Returns the rows of a table of the results in `metrics.json`, with their intervals."""
     labels = [
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
@@ -183,7 +184,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row for each label (key, label, digits) whose value is known."""
+    """Returns rows (label, number) for the `labels` (key, label, digits) whose key has a value."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -192,7 +193,7 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 
 def run_rows(run: RunFiles) -> Rows:
-    """Returns the names and values of the settings of a run."""
+    """Returns the rows of a table of the settings of a run."""
     own, config = run.metrics, run.config
     settings = {
         "data": _data_of(run),
@@ -224,7 +225,7 @@ def _join(values: Iterable[object] | None) -> str:
 
 
 def _data_of(run: RunFiles) -> str:
-    """Returns the title of a dataset. If it has none, returns its name and folder."""
+    """Returns the title of a run's dataset. If it has none, returns its name and its folder."""
     values = run.config["data"] | run.values.get("data", {})
     if values.get("title"):
         return str(values["title"])
@@ -234,7 +235,7 @@ def _data_of(run: RunFiles) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns an explanation of the terms. If there is no ground truth, returns None."""
+    """Returns definitions of the terms of a report. If the run has no MAP, returns None."""
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -244,7 +245,7 @@ def reading(run: RunFiles) -> Markup | None:
 
 
 def learning(run: RunFiles) -> Markup | None:
-    """Returns curves over the epochs. If the model needs no optimiser, returns None."""
+    """Returns curves of losses and scores over the epochs. If there are none, returns None."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
@@ -259,7 +260,7 @@ def learning(run: RunFiles) -> Markup | None:
 
 
 def _draw_curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
-    """Returns the curve of a field of `metrics.jsonl` over the epochs."""
+    """Draws a field of the lines of `metrics.jsonl` over the epochs."""
     x, y = _column(train, "epoch"), _column(train, field)
     plot = html.Plot(x="epoch", y=title.lower())
     plot.curve(x, y)
@@ -294,7 +295,10 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of average precision, and a table of the worst identities."""
+    """Returns quantiles of average precision, and a table of the worst identities.
+
+    If the evaluation has no analysis, returns None.
+    """
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -333,15 +337,15 @@ def _worst_identities(run: RunFiles) -> Markup:
         return Markup()
     caption = f"The {len(rows)} identities with the lowest average precision"
     return html.table(caption, head, rows) + html.paragraph(
-        "Clips lost to: the other identities whose lists rank the clips of this identity highest; "
-        "'no list' if no list of 100 has the clip. Mixed with: the identities whose clips take the "
-        "first places of the list, as many places as the identity has clips. The number of clips "
-        "is in brackets."
+        "Clips lost to: clips of the identity that score highest in the list of another identity. "
+        "'No list' means that no list contains the clip. Mixed with: clips of other identities "
+        "among the first n places of the list, where n is the number of clips of the identity. "
+        "The numbers in brackets are numbers of clips."
     )
 
 
 def mistakes(run: RunFiles) -> Markup | None:
-    """Returns the mistakes with the highest scores."""
+    """Returns tables of the mistakes with the highest scores. If there are none, returns None."""
     wrong = run.analysis.wrong_clips or schemas.WrongClips()
     alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
     others = [
@@ -376,16 +380,19 @@ def strata(run: RunFiles) -> Markup | None:
         head = (table.by, "MAP@100", "95 % interval", "identities", "clips")
         tables.append(html.table(f"By {table.by}", head, rows))
     words = html.paragraph(
-        "MAP of some identities, or of some clips. For a kind of clips, the other clips of an "
-        "identity are removed from its list; distractors and clips of other identities stay. The "
-        "interval is from a bootstrap over the identities; fewer than {} are too few.",
+        "MAP of groups of identities, and of groups of clips. For a group of clips, the other "
+        "clips of an identity are removed from its list. Distractors and clips of other identities "
+        "stay. The interval is from a bootstrap over the identities. Fewer than {} are too few.",
         html.number(run.analysis.fewest_identities),
     )
     return words + html.beside("tables", tables)
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, curves and a table of errors, and the calibration."""
+    """Returns histograms of scores, a curve and a table of error rates, and the calibration.
+
+    If no clip has a score, returns None.
+    """
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -406,7 +413,7 @@ def open_set(run: RunFiles) -> Markup | None:
 def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
     share = functools.partial(html.number, percent=True)
     rows, notes = [], []
-    words = "{} distractors cannot show a rate of {}, which takes {} or more: it has no threshold."
+    words = "{} distractors are too few for a threshold at an FPIR of {}: {} or more are needed."
     for row in open_set.rates:
         if row.threshold is None:
             counts = html.number(open_set.num_strange), share(row.rate, 1), html.number(row.fewest)
@@ -433,14 +440,14 @@ def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
     parts.append(html.table("Thresholds from which a clip is named", head, rows))
     if run.metrics.map_kind == "out_of_fold" and run.metrics.num_members != 1:
         words = (
-            "These thresholds are of scores out of fold, of few members each. They are too strict "
-            "for a new clip, which has the mean of all members."
+            "Each of these clips was scored only by the members that were not trained on it. A new "
+            "clip is scored by all members. The thresholds are too strict for a new clip."
         )
         parts.append(html.paragraph(words))
     words = (
         "The interval of FPIR is exact, from the beta distribution of the order statistic. The "
-        "interval of FNIR is from a bootstrap of {} resamples of the people, with all their clips, "
-        "and of the distractors. Each resample sets its threshold. If fewer than four distractors "
+        "interval of FNIR is from {} bootstrap samples of the people, with all their clips, "
+        "and of the distractors. Each sample has its own threshold. If fewer than four distractors "
         "pass, the interval is too narrow."
     )
     return Markup().join([*parts, html.paragraph(words, html.number(open_set.resamples))])
@@ -505,7 +512,7 @@ def _calibration(run: RunFiles) -> Markup:
     return plot.html("trust", "Calibration of the probabilities", description, caption)
 
 
-# Function of a section -> its heading.
+# Function that makes a section -> heading of the section.
 SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
     summary: "Summary",
     reading: "How to read it",
@@ -518,7 +525,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes a page for every analysed split, and returns the path of `report.html`.
+    """Writes a page for every split that has an analysis, and returns the path of `report.html`.
 
     A page is written completely or not at all.
 
@@ -535,7 +542,7 @@ def write(folder: RunFolder) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """Returns the page as HTML.
+    """Returns the report of a run as HTML.
 
     Raises:
       UserError: the files are valid, but come from different evaluations.
@@ -552,13 +559,16 @@ def render(run: RunFiles) -> str:
     except MISFITS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"'{run.folder}': its results do not fit each other ({reason})\n"
-            f"to write them again: vidjax evaluate --workdir={run.folder}"
+            f"'{run.folder}' contains results of different evaluations ({reason})\n"
+            f"write them again: vidjax evaluate --workdir={run.folder}"
         ) from error
 
 
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
-    """Reads the files of a run with the results of the split `other`, or of its own."""
+    """Reads the files of a run, with its results on the split `other`.
+
+    If `other` is None, the results are on the `eval.split` of the run.
+    """
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
     analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})
