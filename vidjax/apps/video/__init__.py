@@ -1,6 +1,7 @@
-"""From films and photos to features, and to the people who appear in them; no training is needed.
+"""Extracts features from films and photos, and names the people who appear in them.
 
-`who` names people. `pipeline` extracts the features of many files, each in a child process with
-limits. In this process, `film` uses `decode`, `shots`, `tracks`, `align` and `nets`. `cards`
-describes nets, and `net_packages` converts them. `features_folder` reads and writes features.
+No training is needed. `who` names people. `pipeline` extracts the features of many files in child
+processes with limits. In such a process, `film` calls `decode`, `shots`, `tracks`, `align` and
+`nets`. `net_packages` converts published nets, and `cards` reads the descriptions of nets.
+`features_folder` defines the files that contain features.
 """

@@ -1,7 +1,8 @@
-"""Crops of faces that are aligned with a template, and the quality of faces.
+"""Cuts aligned crops of faces out of pictures, and measures the quality of faces.
 
-Coordinates are (x, y) in pixels, and (0, 0) is the middle of the top left pixel. The five points of
-a face are its right eye (left in the picture), left eye, nose, and both corners of the mouth.
+Coordinates are (x, y) in pixels, and (0, 0) is the centre of the top left pixel. A face has five
+points: the right eye, which is on the left of the picture, the left eye, the nose, the right corner
+of the mouth, and the left corner.
 """
 
 import struct
@@ -9,28 +10,30 @@ import zlib
 
 import numpy as np
 
-MOST_SHRINK = 2.0  # source pixels per crop pixel, above which squares are averaged first
-FULL_SIZE = 80.0  # pixels: twice the distance between the eyes of a face with the best size
-SQUARES = 37  # squares per side of a crop for sharpness: of 4 pixels in 150, of 3 pixels in 112
-HALF_SHARP = 1200.0  # variance of the Laplacian, for grey levels 0 to 255, with sharpness 0.5
-# The next two are in units of the distance between the eyes.
-PROFILE_OFFSET = 0.5  # the distance of the nose from the middle line in a profile
-EYE_RADIUS = 0.22  # of the discs around the eyes and on the cheeks
+MOST_SHRINK = 2.0  # if a crop is shrunk more than this, squares of pixels are averaged first
+FULL_SIZE = 80.0  # a face has the best size if its eyes are half as many pixels apart
+SQUARES = 37  # sharpness is measured on squares, about as many on each side of the crop
+HALF_SHARP = 1200.0  # the variance of the Laplacian, for grey levels 0 to 255, at sharpness 0.5
+# The next two lengths are in units of the distance between the eyes.
+PROFILE_OFFSET = 0.5  # in a profile, the nose is this far from the middle line of the face
+EYE_RADIUS = 0.22  # the radius of the discs in which the brightness of eyes and cheeks is measured
 THUMBNAIL_SIDE = 80  # largest side of a thumbnail in pixels
-DARK_EYES_RATIO = 0.6  # largest brightness of eyes over cheeks with sunglasses; bare: 0.8 to 1.2
+DARK_EYES_RATIO = 0.6  # eyes darker than this share of the cheek are covered; bare: 0.8 to 1.2
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
 def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
-    """Returns the rotation, scale and shift that fit points to a template by least squares.
+    """Fits the rotation, scale and shift that map the points of each face to a template.
+
+    The fit minimises the sum of squared distances.
 
     Args:
-      points: [N, P, 2], (x, y) in the picture.
-      template: [P, 2], (x, y) in the crop.
+      points: [N, P, 2], the points (x, y) of N faces in the picture.
+      template: [P, 2], the places (x, y) of these points in a crop.
 
     Returns:
-      [N, 2, 3] float64: matrices M that map a picture to its crop, (x', y') = M (x, y, 1). If all
-      points of a face coincide, M only shifts them.
+      [N, 2, 3] float64, a matrix M for each face. The point (x, y) of the picture is the point
+      M (x, y, 1) of the crop. If all points of a face coincide, M only shifts them.
 
     Source: Umeyama 1991, "Least-squares estimation of transformation parameters between two point
     patterns", equations 40 to 42. In two dimensions without mirroring, no singular value
@@ -52,16 +55,18 @@ def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
 
 
 def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
-    """Returns crops of a picture, interpolated linearly; black outside the picture.
+    """Cuts N crops out of a picture with linear interpolation.
+
+    The part of a crop that lies outside the picture is black. If a crop is much smaller than its
+    part of the picture, squares of pixels are averaged first to avoid aliasing.
 
     Args:
-      rgb: [H, W, 3] uint8.
-      matrices: [N, 2, 3], from the picture to the crop, see `fit_similarity`.
-      size: side of the crop in pixels.
+      rgb: [H, W, 3] uint8, the picture.
+      matrices: [N, 2, 3], the maps from the picture to the crops, see `fit_similarity`.
+      size: the side of a crop in pixels.
 
     Returns:
-      [N, size, size, 3] uint8. If a crop shrinks by more than MOST_SHRINK, squares of pixels are
-      averaged first to avoid aliasing.
+      [N, size, size, 3] uint8.
     """
     crops = np.zeros((len(matrices), size, size, 3), np.uint8)
     for crop, matrix in zip(crops, np.asarray(matrices, np.float64), strict=True):
@@ -78,7 +83,7 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 
 
 def _map_to_picture(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns x and y in the picture, each [size, size], of every pixel of a crop."""
+    """Returns the place of each pixel of a crop in the picture: x and y, each [size, size]."""
     inverse = np.linalg.inv(matrix[:, :2])
     across = np.arange(size)
     u, v = across - matrix[0, 2], (across - matrix[1, 2])[:, None]
@@ -88,12 +93,13 @@ def _map_to_picture(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarr
 def _cut_region(
     rgb: np.ndarray, x: np.ndarray, y: np.ndarray, factor: int
 ) -> tuple[np.ndarray, int, int]:
-    """Returns the part of a picture around some pixels, shrunk by `factor`, and its left and top.
+    """Cuts out the part of a picture that contains the places (x, y), and shrinks it by `factor`.
 
-    Squares that reach beyond the border are padded with black.
+    Returns the part, and the x and y of its top left pixel in the picture. Each pixel of the part
+    is the mean of a square of pixels. Squares that reach beyond the border are padded with black.
     """
     height, width = rgb.shape[:2]
-    # Squares are counted from the corner of the picture, so that they do not depend on the crop.
+    # Squares are counted from the corner of the picture, so that all crops have the same squares.
     left, right = _find_squares(x, width, factor)
     top, bottom = _find_squares(y, height, factor)
     part = rgb[top * factor : bottom * factor, left * factor : right * factor]
@@ -110,7 +116,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the first square and the end of the squares that pixels at these positions touch."""
+    """Returns the range (first, end) of the squares that interpolation at `positions` reads.
+
+    A row of `length` pixels is divided into squares with sides of `factor` pixels.
+    """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
     high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)
@@ -118,9 +127,12 @@ def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int,
 
 
 def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns a picture [H, W, 3] at positions [S, S]: uint8 [S, S, 3], black outside of it."""
+    """Returns the colours, uint8 [S, S, 3], of a picture [H, W, 3] at the places x, y [S, S].
+
+    Outside of the picture, the colour is black.
+    """
     height, width = source.shape[:2]
-    # A black border on each side; all positions outside the picture are moved into it.
+    # The picture gets a black border. All places outside of the picture are moved into the border.
     framed = np.zeros((height + 3, width + 3, 3), np.float32)
     framed[1:-2, 1:-2] = source
     x, y = np.clip(x, -1, width) + 1, np.clip(y, -1, height) + 1
@@ -151,31 +163,35 @@ def encode_thumbnail(crop: np.ndarray) -> bytes:
 
 
 def measure_quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -> np.ndarray:
-    """Returns how useful each face is for recognition, float32 [N], 0 to 1.
+    """Returns the quality of each face for recognition, float32 [N], 0 to 1.
 
-    The quality is the product of score, size, sharpness and frontality. This choice was not
-    compared with errors of recognition.
+    The quality is the product of score, size, sharpness and frontality. We have not measured how
+    well this product predicts errors of recognition.
 
     Args:
-      scores: [N], of the detector, 0 to 1.
-      points: [N, 5, 2] in the picture.
-      crops: [N, S, S, 3] uint8, see `warp_faces`.
+      scores: [N], the scores of the detector, 0 to 1.
+      points: [N, 5, 2], the five points of each face in the picture.
+      crops: [N, S, S, 3] uint8, the crops of `warp_faces`.
     """
     quality = np.clip(scores, 0, 1) * measure_size(points) * measure_sharpness(crops)
     return (quality * measure_frontality(points)).astype(np.float32)
 
 
 def measure_size(points: np.ndarray) -> np.ndarray:
-    """Returns twice the distance between the eyes divided by FULL_SIZE, at most 1: [N]."""
+    """Returns the size of each face, [N], 0 to 1.
+
+    The size is twice the distance between the eyes divided by 80 pixels, but at most 1.
+    """
     return np.minimum(1.0, 2.0 * _measure_eye_distance(points) / FULL_SIZE)
 
 
 def measure_sharpness(crops: np.ndarray) -> np.ndarray:
-    """Returns the sharpness v / (v + HALF_SHARP) of each crop, where v is its detail: [N], 0 to 1.
+    """Returns the sharpness v / (v + 1200) of each crop, [N], 0 to 1.
 
-    v is the variance of the Laplacian of the means of squares, minus the contribution of noise.
-    Pixel noise falls with the number of pixels in a square, and a face has little detail in small
-    squares. So small squares show the noise.
+    The crop is first divided into squares, and each square is replaced by its mean. v is the
+    variance of the Laplacian of these means, minus the contribution of noise. The noise is measured
+    with smaller squares, because a face has little detail in them. In larger squares, the noise is
+    smaller by the ratio of the numbers of pixels.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)
@@ -186,7 +202,10 @@ def measure_sharpness(crops: np.ndarray) -> np.ndarray:
 
 
 def _measure_detail(grey: np.ndarray, step: int) -> np.ndarray:
-    """Returns the variance of the Laplacian of means of step x step pixels of [N, S, S]: [N]."""
+    """Returns the variance, [N], of the Laplacian of pictures [N, S, S].
+
+    Before that, squares of step x step pixels are replaced by their means.
+    """
     side = grey.shape[1] // step
     squares = grey[:, : side * step, : side * step].reshape(-1, side, step, side, step)
     means = squares.mean((2, 4))
@@ -195,10 +214,11 @@ def _measure_detail(grey: np.ndarray, step: int) -> np.ndarray:
 
 
 def measure_frontality(points: np.ndarray) -> np.ndarray:
-    """Returns the frontality of each face: [N], 0 to 1.
+    """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
-    It is 1 if the nose is on the middle line of eyes and mouth, and 0 if it is PROFILE_OFFSET or
-    more away. A head that turns to the side moves the nose. A tilt in the picture does not matter.
+    The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
+    mouth. It falls with the distance of the nose from this line, and is 0 from half the distance
+    between the eyes on. If the head is only tilted, the result stays the same.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)
@@ -212,13 +232,14 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
 
-    The 80th percentile of the pixels around an eye is compared with the median of the cheek below.
-    The brightest pixels around a bare eye are skin or the white of the eye, and are about as bright
-    as the cheek. Light often comes from a side, so each eye has the cheek of its side.
+    The 80th percentile of the pixels around an eye is compared with the median of the cheek below
+    this eye. The brightest pixels around a bare eye are skin or the white of the eye, so they are
+    about as bright as the cheek. The two sides are compared separately, because light often comes
+    from one side.
 
     Args:
-      crops: [N, S, S, 3] uint8, see `warp_faces`.
-      template: [5, 2], the places of the five points in a crop.
+      crops: [N, S, S, 3] uint8, the crops of `warp_faces`.
+      template: [5, 2], the places (x, y) of the five points of a face in a crop.
     """
     grey, template = crops.astype(np.float32) @ GREY, np.asarray(template, np.float64)
     eyes, mouth = template[:2], template[3:]
@@ -237,5 +258,5 @@ def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
 
 
 def _measure_eye_distance(points: np.ndarray) -> np.ndarray:
-    """Returns the distance between the eyes in pixels: [N]."""
+    """Returns the distance between the eyes of each face in pixels, [N]."""
     return np.hypot(*(points[:, 1] - points[:, 0]).astype(np.float64).T)

@@ -1,8 +1,9 @@
-"""Cut lists: the stretches of films that show a person, for programs that edit films.
+"""Writes cut lists (edit decision lists) of people, for programs that edit films.
 
-A list is a .edl file in the format CMX 3600, with an event for each stretch of a film, picture and
-sound. A list has a single frame rate and at most MOST_EVENTS events, so that a person may have
-several lists. Frames are counted from the begin of the film, without drop frames.
+A cut list is a .edl file in the format CMX 3600. Each event of the list is a stretch of a film that
+shows the person, with picture and sound. A person may have several lists, because a list has a
+single frame rate and at most 999 events. Frames are counted from the start of the film, and the
+time codes drop no frame numbers.
 """
 
 import re
@@ -19,8 +20,9 @@ from vidjax.utils import files
 MOST_EVENTS = 999
 RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0)
 USUAL_RATE = 25.0  # if the frame rate of a film is unknown
-FORBIDDEN_LETTERS = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$')  # in names of files on some systems
-TITLE_LETTERS = 60  # letters of the person's name in a title
+# Some systems do not allow these letters in names of files.
+FORBIDDEN_LETTERS = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$')
+TITLE_LETTERS = 60  # a title contains at most as many letters of the person's name
 
 
 class Cut(NamedTuple):
@@ -34,11 +36,11 @@ class Cut(NamedTuple):
 def find_cuts(
     appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> dict[tuple[str, float], list[Cut]]:
-    """Returns (person, frames per second) -> the stretches of films that show the person.
+    """Returns the stretches of films that show each person, by person and frame rate.
 
-    Each stretch is extended by `padding_s` seconds at both ends, within the film. Stretches of a
-    film that would touch are joined. The rate is the nearest rate of RATES. Photos have no
-    stretches.
+    Each stretch is extended by `padding_s` seconds at both ends, but not beyond the film. Stretches
+    that then touch are joined. Frame rates are rounded to the nearest usual rate, such as 25 or
+    29.97. Photos are skipped.
     """
     cuts: dict[tuple[str, float], list[Cut]] = {}
     of_video = group_by_video(appearances)
@@ -61,10 +63,11 @@ def find_cuts(
 def write(
     folder: Path, appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> None:
-    """Writes the lists of all people into a folder: NAME.edl.
+    """Writes the cut lists of all people into a folder, as NAME.edl.
 
-    Titles contain the frame rate. If a person has films with several rates, names of files contain
-    it, too.
+    Each appearance is extended by `padding_s` seconds at both ends. The title of a list contains
+    the frame rate. If the films of a person have several rates, the names of the files also contain
+    the rate.
     """
     lists = find_cuts(appearances, films, padding_s)
     rates = Counter(person for person, _ in lists)
@@ -81,7 +84,10 @@ def write(
 
 
 def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
-    """Returns the text of a list, in which the cuts follow each other without gaps."""
+    """Returns the text of a cut list. In the edited film, the cuts follow each other without gaps.
+
+    `rate` is the number of frames per second.
+    """
     lines, at = [f"TITLE: {title}", "FCM: NON-DROP FRAME"], 0
     for number, (film, begin, end) in enumerate(cuts, 1):
         frames = (begin, end, at, at + end - begin)
@@ -94,7 +100,7 @@ def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
 
 
 def _format_timecode(frame: int, base: int) -> str:
-    """Returns the hours, minutes, seconds and frames of a frame at `base` frames per second."""
+    """Returns the time code HH:MM:SS:FF of a frame number at `base` frames per second."""
     seconds, frames = divmod(frame, base)
     minutes, second = divmod(seconds, 60)
     hours, minute = divmod(minutes, 60)

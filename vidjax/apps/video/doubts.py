@@ -1,10 +1,11 @@
-"""Finds photos that may show a person other than the person of their folder.
+"""Finds photos that may show a person other than the person under whose name they are enrolled.
 
-A photo is compared with the other photos of its person, and with all other people. It is doubtful
-if another person is more probable than its own by LEAST_ODDS, with equal priors for all other
-people. If its person has at least FEWEST_OTHERS other photos, it is also doubtful if these odds
-show that it is of a different person. The most doubtful photo of each person is then set aside, and
-the rest is compared again, because a wrong photo makes the right photos doubtful.
+Each photo is compared with the other photos of the named person, and with the photos of all other
+people. A photo is doubtful if the odds are at least 200 to 1 that it shows one of the other people.
+The prior probabilities of all other people are equal. If the named person has at least two other
+photos, a photo is also doubtful if the odds are 200 to 1 that these show a different person. The
+most doubtful photo of each person is then set aside, and the remaining photos are compared again,
+because a wrong photo makes the right photos doubtful.
 """
 
 from collections.abc import Mapping
@@ -17,14 +18,22 @@ from vidjax.models import distance
 from vidjax.models.distance import Distances
 
 LEAST_ODDS = 200.0
-FEWEST_OTHERS = 2  # other photos of a person, from which a photo can differ
+FEWEST_OTHERS = 2  # a photo is only compared with at least as many other photos of the person
 
 
 def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
-    """Returns doubtful clip -> the person whom it resembles, or None if it resembles nobody.
+    """Finds the photos of a gallery that may show another person than their label.
 
-    `person_of` is clip -> person. Faces are compared by the distances of the net's card. If the
-    gallery has none, no photo is doubtful.
+    The card of the net, a JSON file that describes the net, contains the usual distances between
+    faces. If the card contains no distances, no photo is doubtful.
+
+    Args:
+      gallery: the gallery that contains the photos.
+      person_of: the photos to check, as a dict from the name of a clip to the person's name.
+
+    Returns:
+      A dict from doubtful clips to the person whom the photo resembles. The person is None if the
+      photo resembles no other person.
     """
     doubtful: dict[str, str | None] = {}
     clips = np.array(sorted(person_of))
@@ -43,12 +52,16 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict
 def compare_photos(
     distances: Distances, units: np.ndarray, owner: np.ndarray
 ) -> dict[int, int | None]:
-    """Returns doubtful photo -> the person whom it resembles, or None if it resembles nobody.
+    """Finds photos whose embeddings resemble another person more than their own person.
 
     Args:
-      distances: the distances of the net's card.
-      units: [N, D] float64, the unit vectors of photos.
-      owner: [N] int, the person of each photo, from 0.
+      distances: the distributions of distances between faces of one person and of two people.
+      units: [N, D] float64, the embeddings of N photos, scaled to unit length.
+      owner: [N] int, the number of the person of each photo, counted from 0.
+
+    Returns:
+      A dict from the row of a doubtful photo to the number of the person whom it resembles. The
+      person is None if the photo resembles no other person.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
@@ -77,12 +90,15 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Returns log(p(photo, clips | same person) / p(... | two people)); 0 for people without clips.
+    """Returns the log-likelihood ratios of the hypotheses "same person" and "two people".
+
+    A photo is compared with the other photos of a person. If a person has no other photo, the ratio
+    is 0.
 
     Args:
-      count: the number of clips of each person.
-      mean: the mean of the unit vectors of these clips.
-      product: the inner product of `mean` and the unit vector of the photo.
+      count: the number of other photos of each person.
+      mean: the mean of the unit embeddings of these photos.
+      product: the inner product of `mean` and the unit embedding of the photo.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

@@ -1,10 +1,10 @@
-"""Searches the frames of a film for people; most frames only where people are near in time.
+"""Searches the frames of a film for people, and saves time by searching most frames only in part.
 
-The frames of a shot form groups of at most five frames and less than a second. The last frame of a
-group is searched as a whole. The others are then searched only around the people of the frame
-after, and of the last frame of the group before. If this search detects fewer people than either of
-these two frames has, the whole frame is searched. So a person who is visible for a second is
-detected in all frames.
+The frames of a shot are divided into groups of at most five frames and less than a second. The last
+frame of a group is searched as a whole. The other frames are then searched from last to first. Each
+is searched only near the people in the following frame and near the people in the last frame of the
+previous group. If this search finds fewer people than one of these two frames contains, the whole
+frame is searched. So a person who is visible for a second is detected in all frames.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,19 @@ import numpy as np
 from vidjax.apps.video.nets import LEAST_SCORE, NO_FACES, Detector, Faces
 from vidjax.apps.video.tracks import LEAST_OVERLAP, measure_overlaps
 
-MOST_FRAMES, LEAST_SECONDS = 5, 1.0  # of a group, and from its begin to the next group
+MOST_FRAMES = 5  # frames of a group
+LEAST_SECONDS = 1.0  # a frame that is so much later than the first of a group begins a new group
 
 
 class SearchedFrame(NamedTuple):
-    """A frame uint8 [H, W, 3] at a time in seconds, with detector -> detections."""
+    """A frame and the people that were detected in it.
+
+    Attributes:
+      number: the number of the frame in the film.
+      time_s: its time in seconds.
+      rgb: uint8 [H, W, 3].
+      detections: the detections of each detector, by the part that it detects, such as "face".
+    """
 
     number: int
     time_s: float
@@ -28,7 +36,10 @@ class SearchedFrame(NamedTuple):
 
 
 class FilmSearch:
-    """Searches frames that are added one by one, and yields them in the same order."""
+    """Detects people in frames that are added one by one.
+
+    Frames are returned in the same order, but later, because a group is searched from its end.
+    """
 
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors
@@ -36,15 +47,16 @@ class FilmSearch:
         self._before: Mapping[str, Faces] = {}  # detections of the last frame of the group before
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame; yields the frames of a group that is complete."""
+        """Adds a frame. If it begins a new group, yields the searched frames of the last group."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()
         self._group.append(SearchedFrame(number, time_s, rgb, {}))
 
     def end_shot(self) -> Iterator[SearchedFrame]:
-        """Yields the remaining frames of a shot. The next frame is part of another shot."""
-        if self._group and not self._before:  # the last frame may be part of a fade
+        """Yields the remaining frames of a shot. The next frame begins another shot."""
+        # The last frame of a short shot may be part of a fade, so the first is also searched whole.
+        if self._group and not self._before:
             first, *self._group = self._group
             self._before = self._search_whole(first.rgb)
             yield _make(first, self._before)
@@ -53,7 +65,7 @@ class FilmSearch:
         self._before = {}
 
     def _search(self) -> list[SearchedFrame]:
-        """Returns the frames of the group with their detections, and begins another group."""
+        """Returns the frames of the group with their detections, and empties the group."""
         last = detections = self._search_whole(self._group[-1].rgb)
         searched = [_make(self._group[-1], detections)]
         for frame in self._group[-2::-1]:
@@ -77,7 +89,7 @@ def _make(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFram
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Returns the detections of a frame between two frames with known detections."""
+    """Returns the detections of a frame, given the detections of an earlier and a later frame."""
     moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
     detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
     counts = [(faces.scores > LEAST_SCORE).sum() for faces in (detections, before, after)]
