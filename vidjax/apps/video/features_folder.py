@@ -1,15 +1,17 @@
-"""The folder of features that `vidjax extract` writes, and its files.
+"""Defines the files that `vidjax extract` writes into a folder of features.
 
-    OUT/STEM.npz            the clips of a video or photo
-    OUT/videos/STEM.json    the video or photo with the times of its tracks; written last
-    OUT/extract.json        the nets and settings of all files
+    OUT/STEM.npz            the features of the clips of a video or photo
+    OUT/videos/STEM.json    the shots and tracks of the video or photo, with their times
+    OUT/extract.json        the nets and settings, which are the same for all files
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
-A clip is the track of a person in a shot, `STEM.s003.t01`. With --unit=shot it is a whole shot,
-`STEM.s003`. A photo with a single face is the clip `STEM`; a photo with several faces has the
-clips `STEM.f01` and so on. `vidjax.data.arrays` reads the clips. If the extraction of a video was
-interrupted, its `.json` file is missing, and the next call extracts it again. STEM is the name of
-the file without its ending and without dots.
+STEM is the name of the video without its ending and without dots. A clip is the track of a person
+in a shot, such as `STEM.s003.t01`. With --unit=shot, a clip is a whole shot, such as `STEM.s003`. A
+photo with a single face is the clip `STEM`. A photo with several faces has the clips `STEM.f01`,
+`STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
+
+`videos/STEM.json` is written last. If it is missing, the extraction of the video was interrupted,
+and the next call extracts the video again.
 """
 
 import os
@@ -35,23 +37,23 @@ VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
 PROGRESS = "progress"  # contains the number of bytes read so far while a film is extracted
 FILE_BYTES = 256 * files.MB
-POOR_QUALITY = 0.01  # worse faces are often not recognised
+POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-# Left, top, right, bottom as fractions of the sides of the upright picture.
+# Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
 
 
 class ExtractionSettings(Struct, kw_only=True, frozen=True):
-    """The settings of an extraction.
+    """The settings with which features are extracted from films.
 
     Attributes:
       fps: the number of frames per second in which faces are detected.
-      size: for the detection, frames are shrunk until their longer side has `size` pixels.
-      unit: the meaning of a clip: a "track" is a person in a shot; a "shot" is a shot with a single
-        main figure, as in iQIYI-VID, see `tracks.MainFigures`.
+      size: frames are shrunk for the detection until their longer side has `size` pixels.
+      unit: what becomes a clip. If it is "track", each person in a shot becomes a clip. If it is
+        "shot", each shot with one main person becomes a clip, as in iQIYI-VID.
     """
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
@@ -60,7 +62,10 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
 
 
 class Extraction(Struct, kw_only=True):
-    """`extract.json`: the digests of the nets' cards by role, and the settings."""
+    """The contents of `extract.json`: the settings and the nets of a folder of features.
+
+    `models` contains the sha256 of the JSON file that describes each net, by role.
+    """
 
     format: Literal[3] = 3
     models: Annotated[dict[str, Sha256], Meta(max_length=100)]
@@ -71,13 +76,15 @@ class FilmTrack(Struct, kw_only=True):
     """A person in a shot.
 
     Attributes:
-      clip: the name of the clip.
-      start_s, end_s: begin and end in seconds.
+      clip: the name of the clip with the features of this track.
+      shot: the number of the shot in the film.
+      start_s, end_s: the start and end in seconds.
       seen: the number of frames in which the person was detected.
-      quality: the quality of the best face.
-      dark_eyes: whether this face seems to wear sunglasses, see `align.has_dark_eyes`.
-      box: the face, or the head if there is no face, in the picture at `box_at_s` seconds.
-      name: the name from a face tag in a photo, see `regions`.
+      quality: the quality of the best face, see `align.measure_quality`.
+      dark_eyes: whether the best face seems to wear sunglasses.
+      box: the box of the best face in the picture at `box_at_s` seconds. If there is no face, it is
+        the box of the head.
+      name: the name that a photo program stored for this face, see `regions`.
     """
 
     clip: Text
@@ -94,17 +101,19 @@ class FilmTrack(Struct, kw_only=True):
     def __post_init__(self) -> None:
         _check_file_name(self.clip)
         if self.end_s < self.start_s:
-            raise ValueError(f"the end, {self.end_s} s, is before the begin, {self.start_s} s")
+            raise ValueError(f"the end, {self.end_s} s, is before the start, {self.start_s} s")
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The file of a film, and the properties that change when the file is changed.
+    """The path of a file, and properties that show whether the file has changed.
 
-    If no property has changed, the file is not read again.
+    If all properties are unchanged, the file is not read again.
 
     Attributes:
-      address: the absolute path; bytes other than plain letters are `%` and two hexadecimal digits.
-      sidecars: size and time of the files with face tags next to a photo, if tags are read.
+      address: the absolute path, with special characters quoted as in a URL (`%20`).
+      size, mtime_ns, inode: the size in bytes, the time of the last change, and the inode.
+      sidecars: the size and time of each file next to a photo that contains face tags. If face tags
+        are not read, it is empty.
     """
 
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
@@ -115,7 +124,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
     @classmethod
     def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
-        """Returns the current stamp of a file and its sidecars."""
+        """Returns the present properties of the file `path` and of its sidecar files."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
         stats = [sidecar.stat() for sidecar in sidecars]
         return cls(
@@ -128,23 +137,27 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
     @property
     def path(self) -> Path:
-        """The absolute path."""
+        """The absolute path of the file."""
         return Path(os.fsdecode(urllib.parse.unquote_to_bytes(self.address)))
 
 
 class Film(Struct, kw_only=True):
-    """The content of `videos/STEM.json`, which describes a video or a photo.
+    """The contents of `videos/STEM.json`, which describes a video or a photo.
 
     Attributes:
-      video: the name of the file. `read_films` adds folders if two files have the same name.
-      shots: begin and end of each shot in seconds.
-      corrupt, refused, repaired, damaged: see `decode.DecodeCounts`.
-      rate: frames per second; None for a photo.
-      others: the number of video streams that were not read.
+      video: the name of the file. If two files have the same name, `read_films` adds their folders.
+      source: the path and the properties of the file.
+      photo: whether the file is a photo.
+      seconds: the length of the video.
+      shots: the start and end of each shot in seconds.
+      frames, corrupt, refused, repaired, damaged: the result of decoding, see
+        `decode.DecodeCounts`.
+      rate: the frames per second. For a photo, it is None.
+      others: the number of further video streams, which were not read.
       voices: the number of tracks with a voice.
       lost_sound: the number of frames and packets of sound that could not be decoded.
-      lost_tags: names of face tags without a detected face.
-      bad_tags: the problem with the face tags, or "".
+      lost_tags: the names of face tags at which no face was detected.
+      bad_tags: why face tags could not be read. If there is no problem, it is empty.
     """
 
     format: Literal[3] = 3
@@ -172,7 +185,7 @@ class Film(Struct, kw_only=True):
 
     @property
     def tags(self) -> set[str]:
-        """The people whom face tags name."""
+        """The names in the face tags of a photo."""
         return {track.name for track in self.tracks if track.name}.union(self.lost_tags)
 
 
@@ -183,47 +196,53 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Returns the first part of the names of a file's clips: letters, digits, `_` and `-`."""
+    """Makes the first part of the names of a file's clips from the name of the file.
+
+    The result contains only letters, digits, `_` and `-`.
+    """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 
 
 def locate_features(folder: Path, clip: str) -> Path:
-    """Returns the path of the file that contains a clip."""
+    """Returns the path of the .npz file that contains a clip."""
     return folder / f"{clip.partition('.')[0]}.npz"
 
 
 def cut_film_name(clip: str) -> str:
-    """Returns the name of a clip without shot and track: it is equal for all clips of a film."""
+    """Removes the shot and the track from the name of a clip, as in `STEM.s003.t01` -> `STEM`.
+
+    The result is the same for all clips of a film.
+    """
     return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
 def make_printable(name: str) -> str:
-    """Returns a name in which `_` replaces unprintable characters."""
+    """Replaces the unprintable characters of a name by `_`."""
     return "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
 def locate_thumbnail(folder: Path, clip: str) -> Path:
-    """Returns the path of a clip's thumbnail; the file exists only if thumbnails were requested."""
+    """Returns the path of a clip's thumbnail. Without --thumbnails, the file does not exist."""
     return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
 
 
 def read_extraction(folder: Path) -> Extraction | None:
-    """Returns the contents of a folder's `extract.json`; None if the file does not exist."""
+    """Reads `extract.json` of a folder. Returns None if the file does not exist."""
     path = folder / NAME
     return schemas.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
 def read_film(path: Path) -> Film:
-    """Returns the contents of a file of `videos/`."""
+    """Reads a file `videos/STEM.json`."""
     return schemas.read(path, Film, REMEDY, FILE_BYTES)
 
 
 def read_films(folder: Path) -> list[Film]:
-    """Returns the finished films of a folder.
+    """Reads all films and photos whose features in a folder are complete.
 
-    If several files have the same name, `video` begins with as many of their folders as are needed
-    to distinguish them.
+    If several films have the same file name, their field `video` also contains as many folders of
+    the path as are needed to distinguish them.
     """
     films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
     by_name: dict[str, list[Film]] = {}
@@ -240,34 +259,38 @@ def read_films(folder: Path) -> list[Film]:
 
 
 def check_photo(film: Film) -> tuple[str | None, str]:
-    """Returns (clip, problem) of a photo.
+    """Returns the clip with which a photo can enrol a person, and the problem of the photo.
 
-    `clip` is None unless the photo shows exactly one face. `problem` is "" for a good face. A poor
-    face has both a clip and a problem, because it can be used.
+    If the photo does not show exactly one face, the clip is None. If the face is good, the problem
+    is empty. A poor face has a clip and a problem, because it can be used.
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"
-        return None, f"{count} in the photo: give a photo of only one person"
+        return None, f"the photo shows {count}: give a photo of only one person"
     return film.tracks[0].clip, check_face(film.tracks[0])
 
 
 def check_face(track: FilmTrack) -> str:
-    """Returns the problem of a face that can still be used; "" if there is none."""
+    """Returns why a face is poor, with a remedy. If the face is good, returns ""."""
     if track.quality < POOR_QUALITY:
         remedy = "add a larger, sharper photo from the front"
-        return f"a poor face, quality {track.quality:.3f} of 1: {remedy}"
-    return "sunglasses, or a shadow over the eyes: add a photo with visible eyes" * track.dark_eyes
+        return f"the face is poor, with quality {track.quality:.3f} of 1: {remedy}"
+    return "sunglasses or a shadow hide the eyes: add a photo with visible eyes" * track.dark_eyes
 
 
 def write(path: Path, value: Struct) -> None:
-    """Writes a file of the folder atomically."""
+    """Writes a JSON file of a folder of features, atomically."""
     files.write_json(path, msgspec.to_builtins(value))
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
-    """Refuses features of other models than a gallery's; `cards` are part -> digest.
+    """Raises UserError if features were computed by other models than a gallery uses.
 
     Features of other programs are accepted, because their models are unknown.
+
+    Args:
+      path: a file or a folder of features.
+      cards: the sha256 of the JSON file that describes the gallery's model, for each modality.
     """
     folder = path if path.is_dir() else path.parent
     extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
@@ -275,6 +298,7 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
         other = extraction and extraction.models.get(EMBEDDER_ROLES.get(part, part))
         if other and other != digest:
             raise UserError(
-                f"{path}: its {part} vectors and the gallery's are of different models\n"
-                "extract with the gallery's models, or create a gallery with these: --models=DIR"
+                f"the {part} vectors in '{path}' are not from the model of the gallery\n"
+                "extract them with the gallery's models, or create a gallery with these models: "
+                "--models=DIR"
             )
