@@ -39,7 +39,7 @@ def test_page_shows_times_probabilities_and_links_as_text():
     html = render([seen(12.34, 75.0, probability=0.97)])
     assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
-    assert "Bob In no film." in text_of(html)
+    assert "Bob This person is in no film." in text_of(html)
     html = render([seen(0, 0, probability=0.9)], photo=True)
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 
@@ -55,9 +55,9 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     }  # fmt: skip
     answers = {clip: Answer(None, names[0][1], 0.0, names) for clip, names in best.items()}
     words = text_of(render(appearances, answers))
-    doubtful = words[words.index("or perhaps") : words.index("a.mp4 Length 1:40")]
+    doubtful = words[words.index("other likely people") : words.index("a.mp4 Length 1:40")]
     assert doubtful == (
-        "or perhaps unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
+        "other likely people unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
         "Ada a.mp4 0:00\u20130:01 70 % Bob 20 % "
     )
     people = words[words.rindex("People") :]

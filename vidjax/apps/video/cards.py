@@ -222,7 +222,9 @@ def read(path: Path) -> Card:
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
     """Returns the card of a role. If it is missing, the error explains how to get such a net."""
     if role not in cards:
-        raise UserError(f"'{folder}' contains no {role}\n{describe_download(role)}")
+        raise UserError(
+            f"'{folder}' contains no net for the role {role}\n{describe_download(role)}"
+        )
     return cards[role]
 
 

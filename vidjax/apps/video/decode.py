@@ -1,8 +1,8 @@
-"""Decodes a video or photo that may be malicious. Call it only in a process with limits.
+"""Decodes a video or photo, which may be malicious.
 
-`vidjax.data.processes` starts these processes. FFmpeg reads the bytes of an open regular file, and
-cannot open playlists, other files, or network connections. Times are in seconds since the first
-picture or sound of the file, as players show them.
+Call this module only in a child process with limits, see `vidjax.data.processes`. FFmpeg reads the
+bytes of an open regular file, and cannot open playlists, other files, or network connections. Times
+are in seconds since the first picture or sound of the file, as players show them.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", 
 HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_PIXELS = 50_000_000  # in a picture; 8K video has 33 million
 SMALL_SHAPE = (36, 64)  # rows and columns of the small pictures in which cuts are detected
-LEAST_ASPECT = 0.25  # a declared width of a pixel by its height below it, or above 1 / it, is wrong
+LEAST_ASPECT = 0.25  # a declared pixel aspect ratio below this number, or above 1 / 0.25, is wrong
 SOUND_RATE = 16_000  # samples per second
-USUAL_RATE = 25.0  # frames per second if a file declares no rate
+USUAL_RATE = 25.0  # frames per second, if a file declares no rate
 READ_BYTES = 1 << 18
 ROUNDING_SECONDS = 0.02  # the largest rounding error of time stamps of sound
 BACK_SECONDS = 1.0  # the longest step back of time stamps of sound
-# A video is damaged if more than this is missing before its declared end. Both must be exceeded.
+# A video is damaged if more than both of these are missing before its declared end.
 MISSING_SECONDS = 0.5
 MISSING_FRACTION = 0.05
 
 Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y).
 Turn = tuple[int, int, int, int]
-# Degrees counter-clockwise -> turn.
+# The turn for each rotation in degrees, counter-clockwise.
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
-MIRRORED = (2, 4, 5, 7)  # EXIF orientations
+MIRRORED = (2, 4, 5, 7)  # the EXIF orientations of mirrored photos
 TIFF = re.compile(rb"MM\0\*|II\*\0")  # the EXIF header in both byte orders
 # The EXIF tag 0x0112, a 16-bit number, in both byte orders.
 ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
@@ -58,17 +58,17 @@ EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """The properties that a file declares; each may be wrong.
+    """The properties that a video or photo declares. Any of them may be wrong.
 
     Attributes:
-      width, height: size of the stored picture in pixels, before it is turned upright.
-      aspect: width of a pixel divided by its height; 1 for photos.
-      seconds: declared duration; None if unknown.
-      rate: average number of frames per second.
-      start_s: time stamp of the first picture or sound. It is subtracted from all times.
+      width, height: the size of the stored picture in pixels, before it is turned upright.
+      aspect: the width of a pixel divided by its height. For photos, it is 1.
+      seconds: the duration. If the file declares none, it is None.
+      rate: the average number of frames per second.
+      start_s: the time stamp of the first picture or sound. It is subtracted from all times.
       photo: whether the file contains a single picture.
       sound: whether the file contains sound that can be decoded.
-      others: number of further video streams, such as other programmes, which are not read.
+      others: the number of further video streams, such as other programmes. They are not read.
     """
 
     width: int
@@ -87,9 +87,9 @@ class Frame:
     """A picture of a video.
 
     Attributes:
-      time_s: its time in seconds.
-      small: uint8 [36, 64, 3], the stored picture, shrunk without its aspect ratio.
-      rgb: uint8 [H, W, 3], the upright picture; None if the frame is not sampled.
+      time_s: the time in seconds.
+      small: uint8 [36, 64, 3], the stored picture, shrunk to this size whatever its aspect ratio.
+      rgb: uint8 [H, W, 3], the upright picture. If the frame is not sampled, it is None.
     """
 
     time_s: float
@@ -99,13 +99,13 @@ class Frame:
 
 @dataclasses.dataclass
 class DecodeCounts:
-    """The result of decoding so far.
+    """Counts of what was decoded so far.
 
     Attributes:
-      frames: decoded frames.
-      corrupt: frames that the decoder marked as corrupt; they are skipped.
-      refused: packets that the decoder refused.
-      repaired: time stamps that were missing, equal, or decreasing.
+      frames: the number of decoded frames.
+      corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
+      refused: the number of packets that the decoder refused.
+      repaired: the number of time stamps that were missing, or not later than the last one.
       seconds: the end of the last frame.
       damaged: whether the video ended long before its declared end, or could not be read to its
         end.
@@ -120,9 +120,10 @@ class DecodeCounts:
 
 
 class Clock:
-    """Turns time stamps, which may be missing or not increase, into strictly increasing times.
+    """Turns time stamps into strictly increasing times.
 
-    A bad time stamp is replaced by the time of the last frame plus the average duration of a frame.
+    A time stamp is bad if it is missing, if it does not increase, or if it is far beyond the
+    declared end. It is replaced by the time of the last frame plus the average duration of a frame.
     Later time stamps are shifted by the same amount.
     """
 
@@ -134,7 +135,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time of the next frame in seconds; `stamp_s` is None if it is missing."""
+        """Returns the time of the next frame in seconds. `stamp_s` is None if it is missing."""
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
@@ -147,13 +148,14 @@ class Clock:
 
 
 class Video:
-    """An open video or photo, see `open_video`.
+    """An open video or photo. Call `open_video` to open it.
 
-    It can be read only once, by `frames` or `sound`. After that, `counts` is complete.
+    Call either `frames` or `sound`, and only once.
 
     Attributes:
       info: the properties that the file declares.
-      tell: returns the number of bytes that were read.
+      counts: the counts of decoded frames. They are complete when the iteration ends.
+      tell: a function that returns the number of bytes that were read so far.
     """
 
     def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):
@@ -166,10 +168,10 @@ class Video:
         self.counts = DecodeCounts()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """Yields every frame that is not corrupt; `fps` frames per second have `rgb`.
+        """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
 
-        The first frame at or after each multiple of 1 / `fps` seconds is sampled. If a video has
-        fewer frames per second, all its frames are sampled.
+        Only sampled frames have `Frame.rgb`. The first frame at or after each multiple of 1 / `fps`
+        seconds is sampled. If a video has fewer frames per second, all frames are sampled.
 
         Raises:
           UserError: no frame can be decoded.
@@ -204,22 +206,26 @@ class Video:
             if self.info.photo:  # only the first picture of an animated GIF counts
                 break
         if not self.counts.frames:
-            problem = f"'{self._path}' is damaged: no frame can be decoded"
+            problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy it again, or leave it out")
         self.counts.damaged |= ends_early(self.counts.seconds, self.info)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the time at which a frame ends: after 1 / rate, or its declared duration."""
+        """Returns the time in seconds at which a frame that begins at `time_s` ends.
+
+        A frame lasts 1 / rate, or longer if it declares a longer duration.
+        """
         end_s = time_s + 1.0 / self.info.rate
         duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
 
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Yields (seconds, samples) of the first sound track; nothing if there is no sound.
+        """Yields blocks (seconds, samples) of the first sound track.
 
-        The samples are float32 [n] from -1 to 1, the mean of all channels, at 16 kHz. Seconds are
-        the time of the first sample, on the same clock as frames. There may be gaps between blocks.
-        If time stamps go back, the sound ends there, because the rest cannot be assigned to frames.
+        The seconds are the time of the first sample, on the same clock as the frames. The samples
+        are float32 [n] from -1 to 1, the mean of all channels, at 16 kHz. There may be gaps between
+        blocks. If time stamps go back, the sound ends there, because it is unknown to which frames
+        the rest belongs.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
@@ -239,7 +245,7 @@ class Video:
                     self.counts.refused += 1
                     continue
                 for block in resampled:
-                    # Some formats round time stamps. Blocks without a real gap must stay adjacent.
+                    # Some formats round time stamps, which must not cause gaps between blocks.
                     if block.time is not None:
                         stamp_s = block.time - self.info.start_s
                         if stamp_s < time_s - BACK_SECONDS:
@@ -251,7 +257,7 @@ class Video:
                     time_s += len(samples) / SOUND_RATE
 
     def _decode(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
-        """Yields the frames of a stream that the decoder does not mark as corrupt."""
+        """Yields the frames of a stream. Frames that the decoder marks as corrupt are skipped."""
         from av.error import FFmpegError
 
         packets = self._container.demux(stream)
@@ -277,13 +283,13 @@ class Video:
                     yield frame
 
     def _turn_upright(self, rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
-        """Returns a picture turned as players show it."""
+        """Turns or mirrors a picture as the file demands, so that it is upright as in players."""
         a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
         if self.info.photo:  # PyAV crashes when it reads the colour profile of a PNG
             if read_orientation(self._file) in MIRRORED:
                 c, d = -c, -d
         else:
-            # PyAV raises ValueError if it does not know the type of another entry, such as EXIF.
+            # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
             with contextlib.suppress(ValueError):
                 if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
                     return rgb
@@ -293,15 +299,16 @@ class Video:
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[Video]:
-    """Opens a video, or a photo as a video of a single frame, in a `with` block.
+    """Opens a video or a photo in a `with` block. A photo is a video with a single frame.
 
     Args:
-      path: a regular file: MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV, FLV; PNG, JPEG, WebP,
-        BMP, TIFF, JPEG 2000, GIF (its first picture), HEIC or AVIF.
+      path: a regular file. Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV.
+        Photos may be PNG, JPEG, WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. If a GIF is
+        animated, only its first picture is read.
 
     Raises:
-      UserError: the file does not exist, has an unknown format, contains no picture or a too large
-        one, or a needed package is missing.
+      UserError: the file does not exist, has an unknown format, contains no picture, or contains
+        a picture that is too large; or a package is not installed.
     """
     with files.open_input(path) as opened:
         head = opened.read(12)
@@ -312,7 +319,7 @@ def open_video(path: Path) -> Iterator[Video]:
 
 
 def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
-    """Returns a HEIC or AVIF photo as an upright BMP file."""
+    """Converts a HEIC or AVIF photo to an upright BMP file in memory."""
     require_packages(f"'{path}', a photo in HEIC or AVIF,", "pillow_heif", extra="heif")
     import pillow_heif
     from PIL import Image, ImageOps
@@ -334,7 +341,11 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 
 
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
-    """Returns a picture [H, W, 3] turned to the nearest multiple of 90 degrees, or mirrored."""
+    """Turns a picture [H, W, 3] by a multiple of 90 degrees, and mirrors it if `turn` does.
+
+    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). Other angles are
+    rounded to the nearest multiple of 90 degrees.
+    """
     a, b, c, d = turn
     across, down = a, d
     if abs(b) > abs(a):
@@ -344,7 +355,7 @@ def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 
 def read_orientation(file: io.FileIO | io.BytesIO) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8; 1 if the photo contains none."""
+    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, it is 1 (upright)."""
     place = file.tell()
     file.seek(0)
     content = file.read(PHOTO_BYTES)
@@ -357,7 +368,7 @@ def read_orientation(file: io.FileIO | io.BytesIO) -> int:
 
 
 def ends_early(seconds: float, info: Info) -> bool:
-    """Returns whether a video of this length ends long before its declared end."""
+    """Returns whether a video whose frames last `seconds` ends long before its declared end."""
     declared = 0.0 if info.seconds is None or info.photo else info.seconds
     return declared - seconds > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
@@ -381,10 +392,10 @@ def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer
         raise
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
-            raise UserError(f"'{path}' is an empty file") from error
+            raise UserError(f"'{path}' is an empty file\ncopy it again") from error
         raise UserError(
-            f"'{path}' is damaged, or has an unknown format: {_describe_error(error)}\n"
-            "give MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "
+            f"'{path}' is damaged or has an unknown format: {_describe_error(error)}\n"
+            "use MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "
             "or AVIF\nconvert other formats to MP4: ffmpeg -i FILE FILE.mp4"
         ) from error
 
@@ -397,15 +408,15 @@ def _find_video_stream(path: Path, container: "InputContainer") -> "VideoStream"
     """Returns the first video stream."""
     stream = next(iter(_list_video_streams(container)), None)
     if stream is None:
-        raise UserError(f"'{path}' contains no video: give a video or a photo")
+        raise UserError(f"'{path}' contains no pictures\ngive a video or a photo")
     if stream.codec_context is None:
-        raise UserError(f"'{path}': its video has an unknown encoding: convert it to H.264")
+        raise UserError(f"the video in '{path}' has an unknown encoding\nconvert it to H.264")
     stream.codec_context.thread_count = 1  # the cores are used by parallel processes
     return stream
 
 
 def _list_video_streams(container: "InputContainer") -> "list[VideoStream]":
-    """Returns the video streams that are not covers."""
+    """Returns the video streams, without streams that contain cover art or thumbnails."""
     from av.stream import Disposition
 
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -443,16 +454,19 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
 
 
 def _parse_duration(text: str) -> float | None:
-    """Returns the seconds of `00:01:02.500000000`, the format of Matroska's tag for durations."""
+    """Returns the seconds of a duration in Matroska's format, such as `00:01:02.500000000`.
+
+    Returns None if the text has another format.
+    """
     match = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,9})?)", text)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
 
 def _check_size(path: Path, info: Info) -> None:
     if info.width < 1 or info.height < 1:
-        # FFmpeg reports no size if it is above the limit.
+        # FFmpeg reports no size if the size is above the limit.
         raise UserError(
-            f"'{path}' has pictures of unknown size, or of more than {MOST_PIXELS:,} pixels\n"
+            f"'{path}' has pictures of unknown size, or with more than {MOST_PIXELS:,} pixels\n"
             "convert it to a smaller size"
         )
     _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
@@ -469,7 +483,7 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
 def _resize(
     reformatter: "VideoReformatter", frame: "VideoFrame", width: int, height: int
 ) -> np.ndarray:
-    """Returns a frame in another size, as RGB uint8 [height, width, 3]."""
+    """Shrinks or enlarges a frame; returns it as RGB uint8 [height, width, 3]."""
     from av.video.reformatter import Interpolation
 
     area = Interpolation.AREA

@@ -1,14 +1,14 @@
-"""Finds the people of a video or photo, tracks them within shots, and computes their embeddings.
+"""Finds the people in a video or photo, tracks them within shots, and computes their embeddings.
 
 `work` runs in a child process with limits, because FFmpeg is large and the file may be malicious.
 
-Speech counts as the voice of a clip while the clip shows the only person in the picture. The
-speaker may still be off screen. With `--unit=shot`, the voice belongs to the main figure of the
-shot.
+A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
+a shot. Speech counts as the person's voice while the person is the only one in the picture, but the
+speaker may still be off screen.
 
-A head or body is the box that a detector of its role finds around the face. Without a detector, it
-is a box relative to the face: `around` in the net's card contains left, top, right and bottom in
-units of the face's sides, where the face is 0, 0, 1, 1. Boxes are in pixels of the picture.
+Boxes are in pixels of the picture. The box of a head or body comes from a detector of heads or
+bodies. If there is no such detector, the box is computed from the face. The field `around` in the
+card of the net, a JSON file, is the box in coordinates in which the face is 0, 0, 1, 1.
 """
 
 import functools
@@ -41,17 +41,20 @@ from vidjax.data.clip_files import write_npz
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-MOST_FRAMES = 32  # most faces of a clip, spread over its time; most windows of its voice, the best
-MOST_KEPT, KEPT_SECONDS = 96, 0.2  # a track keeps its best picture of each span of time
+# A clip contains at most so many faces, spread over its time, and so many windows of its voice.
+MOST_FRAMES = 32
+# A track keeps its best picture of each span of so many seconds. If it has more pictures than
+# allowed, the spans are doubled.
+MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 
 class Nets(NamedTuple):
-    """The nets of a folder.
+    """The nets with which a film is read.
 
     Attributes:
-      detect: part -> its detector.
-      embed: part -> the net that computes its embeddings.
-      listen: finds and embeds speech; None if there are no nets for voices.
+      detect: the detectors of "face", and if available, of "head" and "body".
+      embed: the nets that compute embeddings of "face", "head", "body" or "scene".
+      listen: detects speech and computes embeddings of voices. Without nets for voices, it is None.
     """
 
     detect: dict[str, Detector]
@@ -60,13 +63,13 @@ class Nets(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """The people in a picture. Boxes and points that were not found are NaN.
+    """The N people in a picture. Boxes and points that were not detected are NaN.
 
     Attributes:
-      boxes: [N, 4], the heads that a net finds; without a head, the faces.
-      scores: [N], of the faces; without a face, of the heads.
-      points: [N, 5, 2], of the faces.
-      parts: part -> boxes [N, 4].
+      boxes: [N, 4], the boxes that are tracked: the heads, or the faces where no head was detected.
+      scores: [N], the scores of the faces, or of the heads where no face was detected.
+      points: [N, 5, 2], the five points of the faces.
+      parts: the boxes [N, 4] of each part, such as "face" or "body".
     """
 
     boxes: np.ndarray
@@ -75,16 +78,21 @@ class Figures(NamedTuple):
     parts: dict[str, np.ndarray]
 
     def take(self, index: np.ndarray) -> "Figures":
-        """Returns the people with the indices `index`."""
+        """Returns the people with these indices, or the people at which a mask is True."""
         parts = {part: boxes[index] for part, boxes in self.parts.items()}
         return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 
 
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Loads the nets of cards; pictures are shrunk to `size` pixels on their longer side.
+    """Loads the nets that cards describe.
+
+    Args:
+      cards_of: the card, which describes the net, of each role.
+      size: detectors shrink pictures until their longer side has this number of pixels.
 
     Raises:
-      UserError: there is a net for heads or bodies, but nothing gives their boxes.
+      UserError: there is a net for heads or bodies, but no detector and no `around` for their
+        boxes.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -95,18 +103,23 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     for part in [part for part in ("head", "body") if part in embed and part not in detect]:
         if embed[part].card.around is None:
             raise UserError(
-                f"'{embed[part].card.path}' does not give the box of a {part}, and there is no "
-                f"{part}_detector\nadd such a detector to the folder, or to the card: "
-                f'"around": [LEFT, TOP, RIGHT, BOTTOM], where the face is [0, 0, 1, 1]'
+                f"the {part} cannot be located: '{embed[part].card.path}' has no field 'around', "
+                f"and there is no {part}_detector\nadd such a detector to the folder, or add to "
+                f'the file "around": [LEFT, TOP, RIGHT, BOTTOM], where the face is [0, 0, 1, 1]'
             )
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
     return Nets(detect, embed, listen)
 
 
 def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) -> Figures:
-    """Returns the people in a picture uint8 [H, W, 3]: faces by falling score, then other heads.
+    """Joins the faces, heads and bodies that were detected in a picture to people.
 
-    `detections` has the faces, heads or bodies of each detector.
+    People with a face come first, by falling score. They are followed by heads without a face.
+
+    Args:
+      nets: the nets of the film.
+      rgb: uint8 [H, W, 3], the picture.
+      detections: the detections of each part, such as "face" or "head".
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -135,14 +148,18 @@ def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) ->
 def cut_crops(
     card: cards.Card, part: str, figures: Figures, rgb: np.ndarray
 ) -> dict[int, np.ndarray]:
-    """Returns figure -> its crop of a part, uint8 [H, W, 3], in the size of the card's net."""
+    """Cuts a part, such as "face" or "body", of each person out of a picture.
+
+    Returns crops, uint8 [H, W, 3] in the size of the net's input, by the index of the person.
+    People without this part are left out.
+    """
     height, width = card.input.size or (0, 0)
     has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))
     if part == "face":
         turns = align.fit_similarity(figures.points[has], np.array(card.template))
         return dict(zip(has.tolist(), align.warp_faces(rgb, turns, height), strict=True))
     if part == "scene":
-        return dict.fromkeys(has.tolist(), resize(rgb, height, width))  # all share an array
+        return dict.fromkeys(has.tolist(), resize(rgb, height, width))
     boxes = figures.parts[part][has]
     edges = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).clip(0).astype(int)
     crops = [rgb[top:bottom, left:right] for left, top, right, bottom in edges]
@@ -151,16 +168,16 @@ def cut_crops(
 
 
 def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns values[index], and NaN where the index is -1."""
+    """Returns `values[index]`, but NaN where the index is -1."""
     return np.append(values, np.full_like(values, np.nan, shape=(1, *values.shape[1:])), 0)[index]
 
 
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Assigns a large box of [N, 4] to each small box of [M, 4]: int [M], -1 if there is none.
+    """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as bodies.
 
-    The large box contains the centre of the small box. The smallest large box chooses first. It
-    takes the small box whose centre is nearest to the middle of its top side. Each box belongs
-    to at most one pair.
+    Returns the index of the large box for each small box, int [M], or -1 if there is none. The
+    smallest large box chooses first. Among the small boxes whose centre it contains, it chooses the
+    box whose centre is nearest to the middle of its top side. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -175,12 +192,16 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 
 
 class Sighting(NamedTuple):
-    """A person in a frame. Sightings are sorted by quality, then by their unique number.
+    """A person in a frame. Sightings are ordered by quality.
 
     Attributes:
-      quality: the quality of the face. It is negative if there is no face.
-      box: [4], the face, or the head if there is no face, as fractions of the picture's sides.
-      parts: part -> box and crop.
+      quality: the quality of the face. If there is no face, it is negative.
+      number: a unique number. Sightings of equal quality are ordered by it.
+      time_s, frame: the time in seconds and the number of the frame.
+      detection: the score of the detector.
+      box: [4], the box of the face as fractions of the picture's width and height. If there is no
+        face, it is the box of the head.
+      parts: the box and the crop of each part, such as "face" or "body".
     """
 
     quality: float
@@ -193,14 +214,17 @@ class Sighting(NamedTuple):
 
 
 class BestPictures:
-    """The best picture of each span of a track's time, in order. Spans grow with the track."""
+    """Keeps the best picture of a track in each span of time.
+
+    All spans are equally long. If there are too many pictures, spans are doubled.
+    """
 
     def __init__(self) -> None:
         self._seconds = KEPT_SECONDS
         self._best: dict[int, Sighting] = {}
 
     def add(self, new: Sighting) -> None:
-        """Adds a picture that is later than all earlier ones."""
+        """Adds a picture. It must be later than all pictures that were added before."""
         span = int(new.time_s / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
@@ -209,16 +233,16 @@ class BestPictures:
                 self.add(sighting)
 
     def pictures(self) -> list[Sighting]:
-        """Returns at most MOST_KEPT pictures."""
+        """Returns the kept pictures in order of time; there are at most 96."""
         return [*self._best.values()]
 
 
 class ClipBuilder:
-    """The clips of tracks that have ended, and the best pictures of tracks that have not.
+    """Collects the best pictures of each track, and makes a clip when the track has ended.
 
     Attributes:
-      tracks: the tracks of the clips, in the order in which they ended.
-      arrays: clip -> its arrays, as in the `.npz` file.
+      tracks: the tracks of the finished clips, in the order in which they ended.
+      arrays: the arrays of each finished clip, by its name, as in the `.npz` file.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
@@ -231,7 +255,15 @@ class ClipBuilder:
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
     ) -> None:
-        """Adds the people in a frame; `owners` [N] are the numbers of their tracks, -1 for none."""
+        """Adds the pictures of the people in a frame to their tracks.
+
+        Args:
+          time_s: the time of the frame in seconds.
+          frame: the number of the frame.
+          owners: [N] int, the number of the track of each person, or -1 if there is none.
+          figures: the N people.
+          rgb: uint8 [H, W, 3], the frame.
+        """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
@@ -253,9 +285,13 @@ class ClipBuilder:
             self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
-        """Makes the clip of a track that has ended; several clips if it shows several people."""
+        """Makes a clip of a track that has ended.
+
+        If `split`, and the faces show that a track continues with another person, each person
+        becomes a clip. `names` yields the names of the clips.
+        """
         kept = self._kept.pop(track.number).pictures()
-        # Pictures after the end are part of a dissolve.
+        # Pictures after the end of the track are part of a dissolve.
         sightings = [x for x in kept if x.time_s < track.ends[-1]] or kept
         embed, faces = self._nets.embed["face"], [x for x in sightings if "face" in x.parts]
         vectors = embed(np.array([x.parts["face"][1] for x in faces]))
@@ -272,9 +308,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip of a track, or of a part of a track, from the best of its pictures.
+        """Makes a clip of a track from the best of its pictures.
 
-        `faces` are number of a sighting -> vector of its face.
+        `faces` contains the embedding of each face, by the number of the sighting.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
@@ -285,7 +321,7 @@ class ClipBuilder:
             sightings = [x for x in best if part in x.parts]
             if part == "face" and sightings:
                 arrays[part] = np.stack([faces[x.number] for x in sightings])
-            else:  # `face` may be empty, but must exist: a gallery of faces refuses clips without
+            else:  # without faces, `face` is empty: a gallery of faces refuses clips without `face`
                 arrays[part] = embed(np.array([x.parts[part][1] for x in sightings]))
             arrays[f"{part}_number"] = np.array([x.frame for x in sightings], np.int32)
             if part != "scene":
@@ -309,14 +345,19 @@ class ClipBuilder:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Keeps only the pictures of the tracks `live`; other tracks were too short to be clips."""
+        """Deletes the pictures of tracks that are not in `live`: they were too short for a clip."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
-        """Adds voices to clips that show the only person in the picture; returns their number.
+        """Adds voices to clips; returns the number of clips with a voice.
 
-        The best windows of a clip are kept. Their `audio_number` is the time in milliseconds at
-        which they begin. `seen` are the tracks of all people.
+        Speech belongs to a clip if the person of this clip is the only visible person. A clip keeps
+        the windows of sound that contain most speech. Its array `audio_number` contains the start
+        of each window in milliseconds.
+
+        Args:
+          sound: blocks (seconds, samples) of sound at 16 kHz.
+          seen: the tracks of all people who are visible in the film.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
@@ -347,11 +388,24 @@ def extract(
     sha256: str,
     tagged: bool = False,
 ) -> Film:
-    """Writes the clips of a video or photo to `out/STEM.npz`, and returns its film.
+    """Writes the features of a video or photo to `out/STEM.npz`; returns its description.
 
-    A photo has a clip for each face, and no voice. Thumbnails are written if `out` has a folder for
-    them. If `tagged` is True, face tags in a photo name its faces, see `regions`. Memory grows only
-    with the clips: 12 kB for each, if vectors are 128 wide.
+    Each face of a photo is a clip. If `out` contains a folder for thumbnails, the best face of each
+    clip is written into it. The memory grows only with the number of clips: a clip needs 12 kB if
+    embeddings have 128 values.
+
+    Args:
+      path: the video or photo.
+      out: an existing folder.
+      stem: the first part of the names of the clips.
+      nets: the nets of `load_nets`.
+      settings: the frames per second, the size of the pictures, and what a clip is.
+      source: the path and properties of the file. They are copied to the result.
+      sha256: the sha256 of the file. It is copied to the result.
+      tagged: whether names that photo programs stored for faces are read from a photo.
+
+    Raises:
+      UserError: the file cannot be decoded.
     """
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
     tags, lost = regions.Tags([]), list[str]()
@@ -398,10 +452,10 @@ def _make_clips(
     out: Path,
     settings: ExtractionSettings,
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
-    """Makes a clip of each track. With `--unit=shot`, makes a clip of each shot's main person.
+    """Makes the clips of a video: one for each track, or with `--unit=shot`, one for each shot.
 
-    Returns the begin and end of each shot in seconds, and all tracks. Voices are later assigned to
-    these tracks.
+    Returns the start and end of each shot in seconds, and the tracks of all people. The tracks show
+    later at which times only one person is visible.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
@@ -449,7 +503,10 @@ def _make_clips(
 def _find_in_photo(
     path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
 ) -> list[str]:
-    """Makes a clip of each face in a photo; its tag names it. Returns the tags without a face."""
+    """Makes a clip of each face in a photo.
+
+    Faces get the names that `tags` contains. Returns the names for which there is no face.
+    """
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find_people(
@@ -474,13 +531,13 @@ def _find_in_photo(
 
 
 def _to_film_track(track: Track, clip: str) -> FilmTrack:
-    """Returns the times of a track, with the clip that it belongs to."""
+    """Returns the record of a track that is stored with the film. `clip` is its name."""
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
     return FilmTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls `extract` with these arguments, in a child process of `run_limited_each`."""
+    """Calls `extract` in a child process; arguments and result are JSON objects."""
     settings = msgspec.convert(arguments["settings"], ExtractionSettings)
     film = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],

@@ -1,4 +1,5 @@
-// A click on a bar plays the film, and words in the search field hide all others.
+// A click on a bar of a timeline plays the film at this time. Words in the search field hide all
+// people and films that do not contain the words.
 document.addEventListener("click", (event) => {
   const bar = event.target.closest(".track i");
   if (bar) {
@@ -22,5 +23,5 @@ find.addEventListener("input", () => {
     part.hidden = !whole && lines.every((line) => line.hidden);
     count += !part.hidden;
   }
-  find.querySelector("[role=status]").textContent = !wanted ? "" : count ? `${count} found` : "Nothing is found.";
+  find.querySelector("[role=status]").textContent = !wanted ? "" : count ? `${count} match` : "Nothing matches.";
 });

@@ -1,4 +1,4 @@
-"""The page `names.html`: a timeline of each film, and the times of each person."""
+"""Renders the page `names.html`, with a timeline of each film and the times of each person."""
 
 import base64
 import functools
@@ -27,27 +27,29 @@ MOST_PICTURES = 8  # pictures of a person in a film, from the longest appearance
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
-MOST_TIMES = 6  # times of a person below a timeline; more times are folded
+MOST_TIMES = 6  # times of a person below a timeline; further times are folded
 MOST_DOUBTFUL = 100  # doubtful names that are listed
-CLIP = "clip: "  # start of the key of an appearance
+CLIP = "clip: "  # the key of an appearance begins with this word, unlike the name of a person
 
-Picture = tuple[str, str]  # the address and a description
+Picture = tuple[str, str]  # the address of a picture, and its description
 
 
 class PageEntry(NamedTuple):
-    """An appearance as the page shows it.
+    """An appearance of a person in a film, as the page shows it.
 
     Attributes:
-      key: identifies the appearance, and differs from all names of people.
-      name: the person, or the group of an unknown person.
-      known: whether `name` is a person.
-      probability: the probability of a known person; None if unknown.
-      certainty: the probability as text, or that a user gave the name; "" if unknown.
-      time: begin and end, such as 3:12\u20133:15.
+      key: a text that identifies the appearance. It differs from all names of people.
+      video: the name of the film.
+      name: the name of the person, or `unknown 3` for an unknown person.
+      known: whether the person is known.
+      probability: the probability of the name. For an unknown person, it is None.
+      certainty: the probability as text, or that a user gave the name. For an unknown person, it is
+        empty.
+      time: the start and end as text, such as 3:12\u20133:15.
       seconds: the duration.
       left, width: the place on the timeline, in per cent.
       others: other possible people with their probabilities, the most likely first.
-      address: the address of the film at this time; "" if there is none.
+      address: the URL of the film at this time. If there is none, it is empty.
     """
 
     key: str
@@ -65,26 +67,31 @@ class PageEntry(NamedTuple):
 
     @property
     def doubt(self) -> float:
-        """The probability of another answer, 0 to 1; 0 if the answer is almost certain."""
+        """The probability that the name is wrong, 0 to 1. If the name is almost certain, it is 0.
+
+        For an unknown person, it is the probability of the most likely name.
+        """
         if self.probability is None:
             return self.others[0][1] if self.others else 0.0
         return 1.0 - self.probability if self.probability < SURE_PROBABILITY else 0.0
 
 
 class Forms(NamedTuple):
-    """The state of the forms with which a user corrects names, see `vidjax.apps.video.review`.
+    """The state of the forms on the page with which a user corrects names.
+
+    All texts may be empty.
 
     Attributes:
-      version: the version of the shown decision. Changes from a page with another version are
-        refused.
-      film, person: the film or the person of the page. If both are empty, the page shows an
+      version: the number of changes before this page. If another change was made since then, a
+        change from this page is refused.
+      film, person: the film or the person that the page shows. If both are empty, the page shows an
         overview.
-      message: the last change or the last error in words; may be empty.
-      last: the change that can be undone, in words; may be empty.
-      at: the message is shown next to this person, or to the appearance with this key.
-      next: where the next message is shown after a change.
-      typed: the name that was typed and not accepted.
-      similar: the person with a name similar to `typed`.
+      message: a text about the last change, or an error.
+      last: a description of the change that can be undone.
+      at: the message is shown next to this person, or next to the appearance with this key.
+      next: the value of `at` after the next change.
+      typed: the name that the user typed, if it was not accepted.
+      similar: a person whose name is similar to `typed`.
     """
 
     version: int
@@ -99,18 +106,18 @@ class Forms(NamedTuple):
 
     @property
     def part(self) -> str:
-        """The film or the person of the page; empty for the overview."""
+        """The film or the person that the page shows. For the overview, it is empty."""
         return self.film or self.person
 
     @property
     def url_query(self) -> str:
-        """The query of a URL that opens this film or person."""
+        """The query of the URL of this page, such as `film=holiday.mp4`."""
         words = {"film": self.film, "person": self.person}
         return urlencode({key: word for key, word in words.items() if word})
 
 
 class PersonAppearances(NamedTuple):
-    """A person in a film or in all films: the appearances and their total time."""
+    """The appearances of a person in one or all films. `total` is their duration as text."""
 
     name: str
     entries: list[PageEntry]
@@ -118,7 +125,14 @@ class PersonAppearances(NamedTuple):
 
 
 class FilmSection(NamedTuple):
-    """A film: its description, its people, and all appearances in order of time."""
+    """A film as the page shows it.
+
+    Attributes:
+      video: the name of the film.
+      about: a short description, such as the length.
+      rows: the appearances of each person.
+      entries: all appearances in order of time.
+    """
 
     video: str
     about: str
@@ -135,16 +149,17 @@ def render(
     address: Callable[[Film, float], str],
     forms: Forms | None = None,
 ) -> str:
-    """Returns the page of the appearances in films as HTML.
+    """Renders the page that shows who appears when in films; returns it as HTML.
 
     Args:
       appearances: the appearances in order of time.
-      films: the films, in the order of the page.
-      people: enrolled person -> pictures of the photos.
-      picture: returns the address of a clip's picture; "" if there is none.
-      answers: clip -> answer, for the other people whom a clip may show.
-      address: returns the address of a film at a second; "" if there is none.
-      forms: the state of the forms; None for a page without forms.
+      films: the films, in the order in which the page shows them.
+      people: the pictures of each enrolled person's photos, by name.
+      picture: a function that returns the URL of a clip's picture, or "" if there is none.
+      answers: the answer of the gallery for each clip. The page shows the other likely people.
+      address: a function that returns the URL of a film at a time in seconds, or "".
+      forms: the state of the forms with which a user corrects names. If it is None, the page has no
+        forms.
     """
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
@@ -159,7 +174,8 @@ def render(
     doubtful.sort(key=lambda entry: -entry.doubt)
     if forms and forms.film not in entries_of and forms.person not in times:
         forms = forms._replace(film="", person="")
-    # The page without forms shows everything; a page with forms shows a part or an overview.
+    # A page without forms shows everything. A page with forms shows one film, one person, or an
+    # overview.
     part = forms.part if forms else ""
     open_films = [film for film in films if forms is None or film.video == forms.film]
     open_people = everyone if forms is None else unknown
@@ -170,7 +186,7 @@ def render(
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns pictures of a person's photos; without photos, of the longest appearances."""
+        """Returns pictures of a person's photos, or if there are none, of the appearances."""
         longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
         chosen = [entries[n] for n in sorted(longest)]
         pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]
@@ -204,7 +220,7 @@ def _load_template() -> "jinja2.Template":
 
     from vidjax.evaluation import report
 
-    # The folder of the template, and the folder of its style sheet.
+    # The template is in the first folder, and its style sheet in the second.
     folders = (Path(__file__).parent, Path(report.__file__).parent)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders), autoescape=True, trim_blocks=True,
@@ -214,14 +230,13 @@ def _load_template() -> "jinja2.Template":
 
 
 def format_appearance_time(appearance: Appearance, film: Film) -> str:
-    """Returns begin and end of an appearance in a film, such as 3:12\u20133:15."""
+    """Returns the start and end of an appearance as text, such as 3:12\u20133:15."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 
 def _make_entry(
     x: Appearance, film: Film, answers: Mapping[str, Answer], address: Callable[[Film, float], str]
 ) -> PageEntry:
-    """Returns the entry of an appearance on the page."""
     name = x.identity or IGNORED
     best = dict[str, float]()
     for clip in x.clips:
@@ -243,10 +258,10 @@ def _make_entry(
 
 
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
-    """Returns a film with a row for each person.
+    """Groups the appearances in a film by person.
 
-    Known people come before unknown people, and people with more time come first. Ignored people
-    are last.
+    Known people come first, then unknown people, then ignored people. Within each of these, people
+    with a longer total time come first.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:
