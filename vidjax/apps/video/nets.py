@@ -1,7 +1,7 @@
-"""Detectors of faces and embedders of crops, in ONNX Runtime on the CPU.
+"""Runs nets that detect faces or compute embeddings, in ONNX Runtime on the CPU.
 
-Resizing, the decoding of outputs, and non-maximum suppression are numpy code. The five points of a
-face are eyes, nose and corners of the mouth, each pair from left to right in the image.
+A face has five points: the eyes, the nose, and the corners of the mouth. The eyes and the corners
+are ordered from left to right in the image. A card is a JSON file that describes a net.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ from vidjax.utils.errors import UserError, require_packages
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-BLOCK_CROPS = 32  # crops in a call of a net
-LEAST_SCORE = 0.5
-WEAK_SCORE = 0.2  # a detection above it may be a face in the frame before or after
-MOST_OVERLAP = 0.3  # intersection over union of two faces of an image
-MOST_CANDIDATES = 5000  # detections that enter non-maximum suppression, the best ones
-# Around a face, a square of 2 NEAR times its longer side is searched. It is shrunk until this side
-# has FACE_SHARE of the size to which images are shrunk.
+BLOCK_CROPS = 32  # at most as many crops are the input of one call of a net
+LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
+WEAK_SCORE = 0.2  # near a detection with a higher score, the frames before and after are searched
+MOST_OVERLAP = 0.3  # the largest intersection over union of two faces of an image
+MOST_CANDIDATES = 5000  # only so many of the best detections enter non-maximum suppression
+# If only a square around a known face is searched, its side is 2 NEAR times the longer side of the
+# face. It is shrunk until the face has FACE_SHARE of the size to which images are shrunk.
 NEAR, FACE_SHARE = 1.0, 0.1
 CELL = 4  # the side of CenterFace's cells in pixels
 FORMULA_STEP = 7919  # see `make_formula_image`
@@ -29,7 +29,7 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The detections of an image, the best first.
+    """The faces that were detected in an image, by falling score.
 
     Attributes:
       boxes: [F, 4] float32, left, top, right and bottom in pixels.
@@ -42,11 +42,11 @@ class Faces(NamedTuple):
     points: np.ndarray
 
     def take(self, index: np.ndarray) -> "Faces":
-        """Returns the detections with the indices, or with a mask."""
+        """Returns the faces with these indices, or the faces at which a mask is True."""
         return Faces(*(part[index] for part in self))
 
     def take_above(self, score: float) -> "Faces":
-        """Returns the detections with higher scores."""
+        """Returns the faces with scores above `score`."""
         return self.take(self.scores > score)
 
 
@@ -54,7 +54,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A part of an image, in pixels, and the scale by which a detector shrinks it."""
+    """A rectangle of an image in pixels, and the scale to which a detector shrinks it."""
 
     left: int
     top: int
@@ -64,9 +64,10 @@ class Region(NamedTuple):
 
 
 class Detector:
-    """Detects faces; images are shrunk to `size` pixels on their longer side.
+    """Detects faces, heads or bodies in images with the net of a card.
 
-    Smaller images are not enlarged. If the card fixes the size of the input, `size` is not used.
+    Images are shrunk until their longer side has `size` pixels. Smaller images are not enlarged. If
+    the net has an input of fixed size, this size is used in place of `size`.
     """
 
     def __init__(self, card: Card, size: int = 640):
@@ -74,15 +75,17 @@ class Detector:
         self.session = open_session(card)
 
     def __call__(self, image: np.ndarray) -> Faces:
-        """Returns the faces of an image, uint8 [H, W, 3] RGB, in pixels of this image."""
+        """Returns the faces in an image, uint8 [H, W, 3] RGB, in pixels of this image."""
         return self.search(image).take_above(LEAST_SCORE)
 
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
-        """Returns all detections above WEAK_SCORE in an image, uint8 [H, W, 3] RGB.
+        """Returns certain and uncertain detections, with scores above 0.2, in an image.
 
-        If `near` are boxes [N, 4], such as the faces of another frame, only the regions around them
-        are searched. If this is more work, or the card fixes the size of the input, `near` is
-        ignored.
+        Args:
+          image: uint8 [H, W, 3] RGB.
+          near: boxes [N, 4] of faces in another frame. If given, only the image around them is
+            searched. If this would be more work, or the net has an input of fixed size, the whole
+            image is searched.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -96,7 +99,10 @@ class Detector:
         return suppress_overlaps(_join(faces), MOST_OVERLAP) if faces else NO_FACES
 
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
-        """Returns the detections in a region, except those on its edges inside of the image."""
+        """Returns the detections in a region of an image, in pixels of the image.
+
+        Detections that the border of the region may have cut off are dropped.
+        """
         part = image[region.top : region.bottom, region.left : region.right]
         small = resize(part, *(max(1, round(side * region.scale)) for side in part.shape[:2]))
         padded = pad(small, *(self.card.input.size or ()))
@@ -106,7 +112,8 @@ class Detector:
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1], WEAK_SCORE)
         except (LookupError, ValueError) as error:
             raise _make_error(self.card, error) from error
-        faces = suppress_overlaps(faces, MOST_OVERLAP)  # worse boxes of a cut face may be inside
+        # Overlaps are removed first: a second, worse box of a cut face may lie inside the border.
+        faces = suppress_overlaps(faces, MOST_OVERLAP)
         low, high = np.array([region[:2], region[2:4]])
         ratio = np.array([part.shape[1] / small.shape[1], part.shape[0] / small.shape[0]])
         last = np.array([image.shape[1], image.shape[0]])
@@ -118,20 +125,28 @@ class Detector:
 
 
 class Embedder:
-    """Computes vectors of `card.width` numbers from crops, or from windows of sound."""
+    """Computes embeddings of crops, or of windows of sound, with the net of a card."""
 
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net of a card; `make_input` computes its input, by default `prepare_images`."""
+        """Opens the net of a card.
+
+        Args:
+          card: the description of the net.
+          make_input: computes the input of the net from a block of crops or windows. By default, it
+            is `prepare_images`.
+        """
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns vectors float32 [N, width] of crops uint8 [N, S, S, 3] RGB, or of N windows.
+        """Returns embeddings, float32 [N, D], of N crops or windows.
+
+        Crops are uint8 [N, H, W, 3] RGB. D is the width in the card.
 
         Raises:
-          UserError: the output of the net does not have the width of the card.
+          UserError: the output of the net has another width.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -139,15 +154,20 @@ class Embedder:
             (output, *_) = ask_net(self.session, self.card, {self.card.input.name: block}).values()
             if output.shape != (len(block), self.card.width):
                 raise UserError(
-                    f"'{self.card.path}': its net gives {list(output.shape)} for {len(block)} "
-                    f"inputs, not vectors of {self.card.width} numbers\ncorrect the card's width"
+                    f"the net of '{self.card.path}' computes an array {list(output.shape)} from "
+                    f"{len(block)} inputs, not {[len(block), self.card.width]}\n"
+                    "correct `width` in this file"
                 )
             vectors[start : start + len(block)] = output
         return vectors
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Returns a card's net, ready to use in a single thread, after `check_test_vector`."""
+    """Opens the net of a card for use in a single thread.
+
+    Raises:
+      UserError: the net is missing or damaged, or its output differs from the test in the card.
+    """
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
@@ -166,40 +186,40 @@ def open_session(card: Card) -> "InferenceSession":
 def _make_error(card: Card, error: Exception) -> UserError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return UserError(
-        f"'{card.path.with_name(card.file)}' does not match its card ({reason})\n{REMEDY}"
+        f"'{card.path.with_name(card.file)}' is not the net that '{card.path.name}' describes "
+        f"({reason})\n{REMEDY}"
     )
 
 
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Compares the output of a net with the test vector of its card.
-
-    The input of the net is computed by `make_formula_image`.
+    """Compares the output of a net for a test image with the output that its card contains.
 
     Raises:
-      UserError: the output and the test vector differ by more than the tolerance of the card.
+      UserError: the two outputs differ by more than the tolerance in the card.
     """
     output = answer_formula(card, session, card.test.seed)
     gap = float(np.abs(output - np.array(card.test.output)).max())
     if not gap <= card.test.tolerance:  # NaN, too
         raise UserError(
-            f"'{card.path}': the output of its net differs from the card's test by {gap:.1e}, "
+            f"the output of the net differs from the test in '{card.path}' by {gap:.1e}, "
             f"more than {card.test.tolerance:.0e}\n"
-            f"colour, mean or scale in the card, or onnxruntime, may be wrong: {REMEDY}"
+            f"colour, mean or scale in this file, or onnxruntime, may be wrong: {REMEDY}"
         )
 
 
 def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
-    """Returns four numbers, float64, of a net's output for the image of `make_formula_image`.
+    """Returns four numbers, float64, of a net's output for a test image.
 
-    They lie 1, 3, 5 and 7 eighths into the last output: the points of faces, a vector, or the state
-    of the net for speech. Unlike probabilities, these numbers are not all near 0 or 1.
+    The numbers are taken after 1, 3, 5 and 7 eighths of the net's last output. This output is the
+    points of faces, an embedding, or the state of the net for speech. Its numbers reveal errors
+    better than probabilities, which are all near 0 or 1.
     """
     output = [*ask_net(session, card, make_formula_inputs(card, seed)).values()][-1].ravel()
     return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
 
 def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns name -> input of a net: an image or sound of `make_formula_image`."""
+    """Returns the inputs of a net for its test, by name: an image, or sound."""
     if card.input.layout == "mels":
         numbers = make_formula_image((160, 40), seed)[:, :, 0]
         return {card.input.name: numbers[None] / np.float32(256)}
@@ -213,13 +233,19 @@ def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
 def make_silero_inputs(
     card: Card, samples: np.ndarray, state: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns the inputs of Silero's net: samples [1, 64 + 512], and the state of the last call."""
+    """Returns the inputs of Silero's net for speech, by name.
+
+    Args:
+      card: the description of the net.
+      samples: [1, 64 + 512], the last 64 samples of the previous call and 512 new samples.
+      state: the state that the previous call returned. For the first call, it is None.
+    """
     state = np.zeros((2, 1, 128), np.float32) if state is None else state
     return {card.input.name: samples, "state": state, "sr": np.array(16_000, np.int64)}
 
 
 def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
-    """Returns uint8 [H, W, 3]; row by row, number i is (7919 i + seed) mod 256."""
+    """Returns a test image, uint8 [H, W, 3]. Row by row, value i is (7919 i + seed) mod 256."""
     height, width = size
     numbers = (np.arange(height * width * 3) * FORMULA_STEP + seed) % 256
     return numbers.astype(np.uint8).reshape(height, width, 3)
@@ -228,17 +254,21 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 def ask_net(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Returns name -> output of a net; `inputs` are name -> input."""
+    """Runs a net; returns its outputs by name. `inputs` are also by name.
+
+    Raises:
+      UserError: the inputs of the net differ from its card.
+    """
     try:
         names = [output.name for output in session.get_outputs()]
         answers = session.run(names, dict(inputs))
-    except Exception as error:  # the net's inputs differ from the card
+    except Exception as error:  # ONNX Runtime raises many types of errors
         raise _make_error(card, error) from error
     return {name: np.asarray(answer) for name, answer in zip(names, answers, strict=True)}
 
 
 def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
-    """Returns images uint8 [N, H, W, 3] RGB as the float32 input of a net."""
+    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input of a net."""
     if form.colour == "bgr":
         images = images[..., ::-1]
     mean, scale = np.array(form.mean, np.float32), np.array(form.scale, np.float32)
@@ -248,7 +278,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
             mean[:, None, None],
             scale[:, None, None],
         )
-    # Subtracting in place is ten times faster than with arrays of other orders in between.
+    # Computing in place is ten times faster than with temporary arrays of another memory order.
     x = images.astype(np.float32, order="C")
     x -= mean
     x *= scale
@@ -256,7 +286,10 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Pads [H, W, 3] with black at the right and bottom, to a size or to multiples of STRIDE."""
+    """Pads an image [H, W, 3] with black at the right and the bottom.
+
+    A side of length 0 is padded to a multiple of 32.
+    """
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
     padded = np.zeros((*sides, 3), image.dtype)
@@ -265,9 +298,9 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns uint8 [height, width, 3], interpolated linearly between the centres of pixels.
+    """Resizes an image [H, W, 3] by linear interpolation; returns uint8 [height, width, 3].
 
-    If an image shrinks by a factor of 2 or more, whole blocks of pixels are averaged first, because
+    If an image is shrunk to half its size or less, blocks of pixels are averaged first, because
     interpolation would skip pixels.
     """
     step = min(image.shape[0] // height, image.shape[1] // width)
@@ -280,7 +313,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _average_blocks(image: np.ndarray, step: int) -> np.ndarray:
-    """Returns float32 means of blocks of step x step pixels; drops incomplete blocks at the end."""
+    """Returns the means, float32, of blocks of step x step pixels; drops incomplete blocks."""
     height, width = (side // step * step for side in image.shape[:2])
     total = np.zeros((height // step, width // step, 3), np.float32)
     for row in range(step):
@@ -290,7 +323,10 @@ def _average_blocks(image: np.ndarray, step: int) -> np.ndarray:
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Returns a float32 image with `length` rows (axis 0) or columns (axis 1); repeats edges."""
+    """Interpolates an image, as float32, to `length` rows (axis 0) or columns (axis 1).
+
+    Beyond the centres of the outermost pixels, these pixels are repeated.
+    """
     at = (np.arange(length) + 0.5) * (image.shape[axis] / length) - 0.5
     at = np.clip(at, 0, image.shape[axis] - 1)
     low = np.minimum(at.astype(int), max(image.shape[axis] - 2, 0))
@@ -303,9 +339,13 @@ def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
 def choose_regions(
     boxes: np.ndarray, width: int, height: int, most_scale: float, side: float
 ) -> list[Region]:
-    """Returns disjoint regions of an image around the faces with boxes [N, 4].
+    """Chooses regions of an image that contain the surroundings of all faces and do not overlap.
 
-    Each is shrunk to `most_scale`, or until the longer side of its smallest face has `side` pixels.
+    Args:
+      boxes: [N, 4], the faces.
+      width, height: the size of the image.
+      most_scale: the largest scale of a region.
+      side: a region is shrunk until the longer side of its smallest face has `side` pixels.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -324,9 +364,10 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Returns a region of whole pixels of an image, whose shrunk sides are multiples of STRIDE.
+    """Enlarges a square to a region of whole pixels, whose shrunk sides are multiples of 32.
 
-    If it is not shrunk, its corner is a corner of a CELL of the whole image.
+    The top left corner is moved to a corner of a detector's cells (of 4 pixels) in the whole image,
+    so that a region gives nearly the same detections as the whole image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
@@ -343,7 +384,7 @@ def _overlap(first: Region, second: Region) -> bool:
 
 
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
-    """Returns faces by falling score, without faces that overlap a better face.
+    """Removes faces that overlap a better face; returns the others by falling score.
 
     An intersection over union of up to `most_overlap` is allowed.
 
@@ -367,9 +408,9 @@ def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
 def decode_centerface(
     outputs: Mapping[str, np.ndarray], width: int, least_score: float = LEAST_SCORE
 ) -> Faces:
-    """Decodes the outputs of CenterFace: faces in pixels of its input, unsorted.
+    """Returns the faces in the outputs of CenterFace, unsorted and in pixels of its input.
 
-    The outputs, in this order:
+    `outputs` contains these arrays, in this order:
       heatmap: [1, 1, h, w], the probability of a face's centre in each cell of 4 x 4 pixels.
       scale: [1, 2, h, w], the logarithm of a face's height and width in cells.
       offset: [1, 2, h, w], y and x from the middle of the cell to the face's centre, in cells.
@@ -395,9 +436,10 @@ def decode_centerface(
 def decode_yunet(
     outputs: Mapping[str, np.ndarray], width: int, least_score: float = LEAST_SCORE
 ) -> Faces:
-    """Decodes the outputs of YuNet: faces in pixels of its input, which is `width` pixels wide.
+    """Returns the faces in the outputs of YuNet, in pixels of its input of `width` pixels.
 
-    The outputs for each S of STRIDES, the side of a cell in pixels, with n cells row by row:
+    The net divides its input into cells with sides of S = 8, 16 and 32 pixels. For each S, there
+    are n cells, row by row, and these outputs:
       cls_S: [1, n, 1], the probability that a cell shows a face.
       obj_S: [1, n, 1], the predicted overlap of the cell's box with the face.
       bbox_S: [1, n, 4], x and y of the centre from the cell's corner, in cells, and the logarithms
@@ -427,10 +469,11 @@ def decode_yunet(
 def decode_scrfd(
     outputs: Mapping[str, np.ndarray], width: int, least_score: float = LEAST_SCORE
 ) -> Faces:
-    """Decodes the outputs of SCRFD: faces in pixels of its input, which is `width` pixels wide.
+    """Returns the faces in the outputs of SCRFD, in pixels of its input of `width` pixels.
 
-    The outputs are scores, then boxes, then points, each for all STRIDES. There are two anchors in
-    each of n cells, row by row:
+    The net divides its input into cells with sides of 8, 16 and 32 pixels. For each of these sizes,
+    there are n cells, row by row, with two anchors each. The outputs are first the scores for the
+    three sizes, then the boxes, then the points:
       scores: [2 n, 1], the probability of a face.
       boxes: [2 n, 4], the distances from the cell's corner to the left, top, right and bottom side
         of the box, in cells.
@@ -454,7 +497,7 @@ def decode_scrfd(
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns column and row, float32 [n, 2], of cells that are numbered in rows of `width`."""
+    """Returns the columns and rows, float32 [n, 2], of numbered cells. A row has `width` cells."""
     return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 
@@ -462,8 +505,8 @@ def _join(parts: list[Faces]) -> Faces:
     return Faces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-# Decoder of a card -> function of (a net's outputs by name, the width of its input, the score above
-# which a detection counts).
+# The functions that decode the outputs of detectors, by `decoder` in the card. Their arguments are
+# the outputs by name, the width of the input, and the score above which a detection counts.
 DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int, float], Faces]] = {
     "centerface": decode_centerface,
     "yunet": decode_yunet,
