@@ -100,7 +100,7 @@ def test_face_tags_are_read_from_both_ends_of_photos_and_sidecars(tags_of, tmp_p
     assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
     parsed = tags_of(own, jpg_xmp=b"<rdf:RDF RegionList")
     assert boxes(parsed) == [EVE]
-    assert parsed.problem.startswith("a.jpg.xmp: its face tags cannot be")
+    assert parsed.problem.startswith("the face tags in a.jpg.xmp cannot be")
     (tmp_path / "a.jpg.xmp").unlink()
     (tmp_path / "a.xmp").unlink()
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
@@ -131,7 +131,7 @@ def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
 # Name -> content, what is wrong with it, and the most tags that it has.
 HOSTILE = {
     "entities": (lambda: BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined", 0),
-    "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "do not end within", 0),
+    "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "does not end within", 0),
     "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
     "deep": (lambda: DEEP.replace(b"rdf:Bag", b"MPRI:Regions"), "", 0),
     "prefix": (lambda: MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),

@@ -245,7 +245,7 @@ class DlibNet:
         self.shrink_shape(channels, kernel, stride, padding)
 
     def add_pooling(self, kind: str, kernel: int) -> None:
-        """Adds a pooling with the ONNX operator `kind` and stride 2. It drops incomplete windows."""
+        """Adds a pooling with the ONNX operator `kind` and stride 2; drops incomplete windows."""
         self.add(kind, self.at, kernel_shape=[kernel] * 2, strides=[2, 2])
         self.shrink_shape(self.shape[0], kernel, 2)
 

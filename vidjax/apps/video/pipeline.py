@@ -1,4 +1,7 @@
-"""Extracts features from many videos and photos in parallel; earlier results are kept."""
+"""Extracts features from many videos and photos in parallel.
+
+A file is not read again if neither the file nor the nets nor the settings have changed.
+"""
 
 import contextlib
 import difflib
@@ -28,14 +31,14 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, describe_system_error
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
-# Names of temporary files and folders, which remain if a call is killed.
+# The names of temporary files and folders, which remain if a call is killed.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
-MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it but never use it
-CPU_SECONDS = 600
+MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
+CPU_SECONDS = 600  # every process may use this time, and longer for large films
 PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
-BATCH_PHOTOS = 50  # photos that a process reads
+BATCH_PHOTOS = 50  # a process reads so many photos
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit/s may take as much CPU time as it lasts
-# Endings of films and photos in folders. A file that a user names may have any ending.
+# The endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {
     ".3gp", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
     ".mts", ".mxf", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv",
@@ -51,12 +54,16 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result for a file: either a `film`, or an `error` of a single line and its `remedy`.
+    """The result of the extraction of a file: either a film, or an error and its remedy.
 
     Attributes:
-      kept: whether the file was already extracted by an earlier call.
-      replaced: whether it replaces another file with the same name.
-      label: the name of the file, or its path if several files have this name.
+      path: the path of the file.
+      film: the description of the film or photo. If the file cannot be read, it is None.
+      error: why the file cannot be read, in one line.
+      kept: whether the features of an earlier call were kept.
+      replaced: whether the features replace those of another file with the same name.
+      remedy: what a user can do about the error.
+      label: the name of the file, or the path if several files have this name.
     """
 
     path: Path
@@ -69,9 +76,12 @@ class FileOutcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A film or photo to read: its path, its stem in the folder `out`, the settings of this folder.
+    """A film or photo to read, and the folder of features `out` that will contain the result.
 
-    If `tagged`, the face tags of the photo are read, too.
+    Attributes:
+      stem: the first part of the names of the file's clips.
+      settings: the settings of the folder.
+      tagged: whether names that photo programs stored for faces are read, too.
     """
 
     path: Path
@@ -88,7 +98,7 @@ def extract(
     settings: ExtractionSettings | None = None,
     **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> list[FileOutcome]:
-    """Extracts the files of a single folder, see `extract_folders`."""
+    """Extracts features from files into a single folder, see `extract_folders`."""
     return extract_folders({out: paths}, models, settings, **options)[out]
 
 
@@ -105,31 +115,35 @@ def extract_folders(
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts faces and voices of videos and photos into folders, see `features_folder`.
+    """Extracts faces and voices from videos and photos into folders of features.
 
-    One process reads many photos, also of several folders. All folders are locked until the end.
-
-    If a file cannot be read, only its own outcome is an error. If a call is interrupted, the next
-    call continues. A video is not extracted again if its file, the nets and the settings are the
-    same, see `features_folder.FileStamp`.
+    Features are not extracted again if the file, the nets and the settings are unchanged. If a call
+    is interrupted, the next call continues. If a file cannot be read, its outcome is an error, and
+    the other files are still read. All folders are locked until the call ends.
 
     Args:
-      paths: folder of features -> its videos, photos, or folders of them. It is created, and only
-        its owner can read it.
-      models: the folder of nets with cards. Voices need the two nets of `cards.VOICE_ROLES`.
-      settings: if None, the settings of the folder, or the defaults for a new folder.
+      paths: the videos, photos, or folders of them, for each folder of features. If a folder of
+        features does not exist, it is created, and only its owner can read it.
+      models: the folder of nets. Voices need a net that detects speech, and a net that computes
+        embeddings of voices.
+      settings: the settings of the folders. If None, each folder keeps its settings, and a new
+        folder gets the default settings.
       workers: the number of processes.
-      drop: the files whose features are removed from the folder: "nothing", files that are
-        "missing" now, or all "others", which are not in `paths`.
-      thumbnails: keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: removes all features of the folder if `models` has nets that are new to it. If False,
-        the call refuses the folder.
-      check: compares the content of every file. False compares only size, time and inode.
-      tagged: face tags in photos name their faces, see `regions`.
-      done: called with each outcome, in any order.
+      drop: the files whose features are removed from the folders. "missing" are files that no
+        longer exist. "others" are all files that are not in `paths`.
+      thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
+      upgrade: what happens if `models` has nets that the features were not computed with. True
+        removes the features, and computes them again. False raises an error.
+      check: True compares the content of every file with the content that was extracted. False
+        compares only the size, the times and the inode.
+      tagged: whether names that photo programs stored for faces are read, see `regions`.
+      done: a function that is called with each outcome, in any order.
+
+    Returns:
+      The outcomes of the files of each folder.
 
     Raises:
-      UserError: a net is missing, or the folder contains a link, or features of other nets or
+      UserError: a net is missing, or a folder contains a link, or features of other nets or
         settings.
       DiskError: the disk is full.
     """
@@ -163,7 +177,7 @@ def _process_jobs(
     check: bool,
     done: Callable[[FileOutcome], None],
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts files in child processes; returns folder -> outcomes of its files."""
+    """Extracts features from files in child processes; returns the outcomes of each folder."""
     twins = Counter(job.path.name for job in jobs)
     label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
@@ -171,7 +185,7 @@ def _process_jobs(
     num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
 
     def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
-        number, batch = numbered  # the batches of films come first
+        number, batch = numbered  # films come first, each in a batch, so this is its number
         title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
         outcomes = _extract_batch(children, batch, models, check, title)
         for job, outcome in zip(batch, outcomes, strict=True):
@@ -190,7 +204,10 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows on a terminal how many bytes are read; `left` are job -> bytes of unfinished files."""
+    """Shows a progress bar of the bytes that were read.
+
+    `left` contains the size of each unfinished file. The caller removes files that are finished.
+    """
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
@@ -198,7 +215,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
         while not ended.wait(PROGRESS_SECONDS):
             pattern = f".extract-*/{features_folder.PROGRESS}"
             paths = [path for out in places for path in out.glob(pattern)]
-            # A progress file may be removed or written at this moment.
+            # Another process may remove or write a progress file at this moment.
             with contextlib.suppress(OSError, ValueError):
                 read = total - sum([*left.values()]) + sum(int(path.read_text()) for path in paths)
                 bar.advance(max(0, read - last))
@@ -216,14 +233,17 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Creates the subfolders of a folder, and removes unwanted features; returns path -> stem."""
+    """Creates the subfolders of a folder of features, and removes unwanted features.
+
+    Returns the stem, the first part of the names of a file's clips, for each path.
+    """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
     elif not remove_thumbnails(out):
         raise UserError(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
-            "move them away, or name another folder"
+            "move these files, or name another folder"
         )
     names = [path.stem for path in (out / VIDEOS).glob("*.json")]
     known = {stem: film for stem in names if (film := _find_film(out, stem))}
@@ -232,15 +252,16 @@ def _prepare_folder(
     if kept is not None and drop == "missing":
         kept |= {stem for stem, film in known.items() if film.source.path.exists()}
         for stem in sorted(known.keys() - kept):
-            say(f"{known[stem].source.path}: the file is missing: its features are removed")
+            say(f"{known[stem].source.path} no longer exists: its features are removed")
     _remove_leftovers(out, kept)
     return stems
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Returns batches of a single film or many photos, films first.
+    """Divides files into batches; a process reads a batch.
 
-    A process takes longer to start than to read a photo.
+    First come the batches of a single film. Photos share a batch, because a process takes longer to
+    start than to read a photo.
     """
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
@@ -249,11 +270,15 @@ def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files that paths name, each once; a folder stands for its films and photos."""
+    """Returns files, and the films and photos in folders, without duplicates.
+
+    Raises:
+      UserError: a path does not exist, or there is no film and no photo.
+    """
     path_of: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
-            raise UserError(f"'{path}': no such file or folder{suggest_path(path)}")
+            raise UserError(f"there is no file or folder '{path}'{suggest_path(path)}")
         inside = [path]
         if path.is_dir():
             inside = [file for folder in walk(path) for file in split_files(folder)[0]]
@@ -267,7 +292,10 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def suggest_path(path: Path) -> str:
-    """Returns a line that asks whether a similar name in the same folder was meant, or ''."""
+    """Returns a line that asks whether the user meant a similar path in the same folder.
+
+    If there is no similar path, returns "".
+    """
     try:
         names = os.listdir(path.parent)
     except OSError:
@@ -277,7 +305,7 @@ def suggest_path(path: Path) -> str:
 
 
 def walk(path: Path) -> list[Path]:
-    """Returns a folder and all its subfolders, sorted.
+    """Returns a folder and all its subfolders, sorted by path.
 
     Links, hidden folders, and folders that vidjax wrote are left out.
     """
@@ -292,10 +320,10 @@ def walk(path: Path) -> list[Path]:
 
 
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the films and photos of a folder, and all other files.
+    """Divides the files in a folder by their endings into films and photos, and all other files.
 
-    Endings decide. Hidden files are left out. If the folder contains films, artwork of media
-    players does not count as photos.
+    Hidden files are left out. If the folder contains films, pictures of media players, such as
+    `poster.jpg`, count as other files.
     """
     paths = sorted(x for x in path.iterdir() if x.is_file() and x.name[0] != ".")
     accepted = {x for x in paths if x.suffix.lower() in FILMS}
@@ -306,30 +334,37 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints a line for each folder that contains other files than films and photos."""
+    """Prints a line for each folder that contains files other than films and photos."""
     for path in (folder for named in paths for folder in walk(named)):
         accepted, others = split_files(path)
         expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
         expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
         if others := [x for x in others if x not in expected]:
             more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-            say(f"{show(str(path))}: left out, not a film or photo: {show(others[0].name)}{more}")
+            left_out = f"files in {show(str(path))} that are not films or photos are left out"
+            say(f"{left_out}: {show(others[0].name)}{more}")
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Refuses a folder for results that contains input files: the next call would read both."""
+    """Raises UserError if the folder for results contains input files.
+
+    The next call would otherwise read the results as input.
+    """
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
-        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
+        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another --out")
 
 
 def find_foreign(out: Path) -> str | None:
-    """Returns the name of a file in a folder; hidden files do not count. None if it is empty."""
+    """Returns the name of a file in a folder, or None if there are only hidden files."""
     return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
 
 
 def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
-    """Removes all features if `digests` adds nets to the nets of the folder; keeps the settings."""
+    """Removes all features of a folder if there are new nets; keeps the settings.
+
+    `digests` contains the sha256 of the description of each net, by role.
+    """
     before = features_folder.read_extraction(out)
     if before and before.models.items() < digests.items():
         for path in (out / VIDEOS).glob("*.json"):
@@ -341,10 +376,10 @@ def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None
 ) -> ExtractionSettings:
-    """Returns the settings of a folder; a new folder gets the given settings.
+    """Returns the settings of a folder of features; a new folder gets the given settings.
 
     Raises:
-      UserError: the folder has other nets or settings, or contains foreign files.
+      UserError: the features are of other nets or settings, or another program wrote the folder.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -360,7 +395,8 @@ def _check_extraction(
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(
-                f"'{out}' has features of another {role}\nname a new folder, or the same models"
+                f"the features in '{out}' were computed with another {role}\n"
+                "name a new folder, or the same models"
             )
     if settings and settings != before.settings:
         changed = [
@@ -369,17 +405,22 @@ def _check_extraction(
             if getattr(before.settings, name) != getattr(settings, name)
         ]
         raise UserError(
-            f"'{out}' was extracted with other settings ({'; '.join(changed)})\nname a new folder"
+            f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
+            "name a new folder"
         )
     return before.settings
 
 
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
-    """Returns path -> stem, see `features_folder.make_stem`.
+    """Chooses the stem, the first part of the names of its clips, for each file.
 
-    A file keeps its stem from an earlier call, also if it was moved. If a new file has the stem of
-    a different file, `~` and digits of its content are added. A copy of a file with the same name
-    is left out.
+    A file keeps its stem from an earlier call, also if it was moved. The stem of a new file is made
+    of its name. If another file has this stem, `~` and digits of the sha256 are added. A copy of a
+    file with the same name is left out.
+
+    Args:
+      paths: the files.
+      known: the films of earlier calls, by stem.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
@@ -402,19 +443,19 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
         if stems.setdefault(stem, path) != path and stem not in known:
-            say(f"{path}: the same as {stems[stem]}: left out")
+            say(f"{path} is a copy of {stems[stem]} and is left out")
     return {path: stem for stem, path in stems.items()}
 
 
 def _sha256_or_of_name(path: Path) -> str:
     try:
         return files.sha256_file(path)
-    except (UserError, OSError):  # `_compare` will raise the error again
+    except (UserError, OSError):  # `_compare` reads the file again, and reports the error
         return files.sha256_json(str(path.absolute()))
 
 
 def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film with this stem; None if it is unfinished or damaged."""
+    """Returns the film of an earlier call. If it is unfinished or damaged, returns None."""
     path = out / VIDEOS / f"{stem}.json"
     if not files.exists(path):
         return None
@@ -426,7 +467,7 @@ def _find_film(out: Path, stem: str) -> Film | None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether the folder has pictures of faces, but none of this film."""
+    """Returns whether a folder of features contains pictures of faces, but none of this film."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
@@ -434,7 +475,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts the files of a batch in a single process; skips files that are already extracted."""
+    """Extracts features from a batch of files in one process; skips files that are unchanged."""
     outcomes: list[FileOutcome | None] = []
     pending: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):
@@ -460,7 +501,11 @@ def _extract_batch(
 
 
 def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
-    """Returns the outcome of a file that is already extracted, or the arguments of `film.work`."""
+    """Checks whether the features of a file are complete and up to date.
+
+    If they are, returns the outcome. If not, removes them, and returns the arguments of
+    `film.work`, which extracts them again.
+    """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
     source = features_folder.FileStamp.of(job.path, sidecars)
@@ -493,9 +538,10 @@ def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
 def _read_batch(
     children: Children, pending: Sequence[tuple[Path, dict[str, Any]]]
 ) -> list[dict[str, Any] | UserError]:
-    """Returns the results of `film.work` for each file, or its errors.
+    """Calls `film.work` for each file in one process; returns the results or errors.
 
-    If the process crashes, each half of the files is read again.
+    `pending` contains the path and the arguments of each file. If the process crashes, each half of
+    the files is read again in another process, so that only one file fails.
     """
     if not pending:
         return []
@@ -515,7 +561,7 @@ def _read_batch(
 def _take_results(
     job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
 ) -> FileOutcome:
-    """Moves the files that `film.work` wrote into the folder of features."""
+    """Moves the files that `film.work` wrote into the folder of features; returns the outcome."""
     try:
         if isinstance(answer, UserError):
             raise answer
@@ -536,7 +582,7 @@ def _take_results(
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
-    """Returns the outcome of a file that cannot be read; raises the error if the disk is full."""
+    """Returns the outcome of a file that cannot be read. If the disk is full, raises the error."""
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
@@ -545,14 +591,18 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
 
 
 def _remove(out: Path, stem: str) -> None:
-    """Removes the features of a video; first the file that marks them as complete."""
+    """Removes the features of a video, first the file that marks them as complete."""
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / THUMBNAILS / stem)
     (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes the pictures of all clips; returns False if the folder contains other files."""
+    """Removes the pictures of all clips from a folder of features.
+
+    Returns False if the folder of pictures also contains files that vidjax did not write. They are
+    kept.
+    """
     if not files.exists(out / THUMBNAILS):
         return True
     for folder in (out / THUMBNAILS).iterdir():
@@ -561,13 +611,16 @@ def remove_thumbnails(out: Path) -> bool:
 
 
 def _remove_pictures(folder: Path) -> None:
-    """Removes the pictures of a video's clips from the folder whose name is the stem."""
+    """Removes the pictures of a video's clips from their folder, whose name is the video's stem."""
     files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
 
 
 def remove_features(out: Path) -> bool:
-    """Removes a folder of features; returns False and keeps the other files if there are any."""
-    if files.exists(out / features_folder.NAME):  # else vidjax did not write this folder
+    """Removes a folder of features.
+
+    Files that vidjax did not write are kept. Returns False if there are such files.
+    """
+    if files.exists(out / features_folder.NAME):
         remove_thumbnails(out)
         _remove_leftovers(out, set())
         files.remove_ours(out / VIDEOS, "")
@@ -575,7 +628,10 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files of killed calls. Given `stems`, removes features of other videos."""
+    """Removes the temporary files of killed calls.
+
+    If `stems` is given, the features of all videos with other stems are also removed.
+    """
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

@@ -1,10 +1,11 @@
-"""Reads the names of faces in a photo from its XMP, where photo programs write them.
+"""Reads face tags, the names of faces that photo programs store in the XMP metadata of a photo.
 
-digiKam, Picasa and Lightroom write regions of the Metadata Working Group. If a photo has none, the
-regions of Microsoft Photo are read. They are in the photo, or in a sidecar file next to it.
+XMP is XML in the photo, or in a sidecar file next to it. digiKam, Picasa and Lightroom write tags
+in the format of the Metadata Working Group. If a photo has no such tags, tags in the format of
+Microsoft Photo are read.
 
-All bytes may be malicious. XML is read only from `<rdf:RDF` to its end, so that definitions of
-entities before it are ignored.
+The files may be malicious. XML is read only from `<rdf:RDF` to `</rdf:RDF>`, because definitions of
+entities, which may be harmful, come before.
 """
 
 import io
@@ -22,12 +23,12 @@ from vidjax.data.untrusted.names import clean_identity, is_unknown, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-MOST_BYTES = 4 * files.MB  # of an XMP packet
-END_BYTES = 2 * files.MB  # that are searched for XMP at each end of a photo
+MOST_BYTES = 4 * files.MB  # the largest size of the XMP
+END_BYTES = 2 * files.MB  # so many bytes at the start and at the end of a photo may contain XMP
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
 PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
-PACKED = b"XML:com.adobe.xmp\0\1\0"  # two zero-terminated texts follow
+PACKED = b"XML:com.adobe.xmp\0\1\0"  # compressed XMP in a PNG; two zero-terminated texts follow
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
@@ -37,7 +38,10 @@ REGIONS = "{http://ns.microsoft.com/photo/1.2/t/RegionInfo#}"
 
 
 class Tag(NamedTuple):
-    """The name of a face and its box: left, top, right, bottom as fractions of the picture."""
+    """The name of a face in a photo, and the box around it.
+
+    The box is left, top, right and bottom as fractions of the picture's width and height.
+    """
 
     name: str
     box: tuple[float, float, float, float]
@@ -47,9 +51,10 @@ class Tags(NamedTuple):
     """The face tags of a photo.
 
     Attributes:
-      tags: the tags.
-      shape: width and height of the picture to which the boxes belong; None if unknown.
-      problem: a line about unreadable tags, or "".
+      tags: the names and boxes.
+      shape: the width and height of the picture in which the program drew the boxes. If the program
+        did not store them, it is None.
+      problem: why some tags could not be read. If there is no problem, it is empty.
     """
 
     tags: list[Tag]
@@ -58,13 +63,19 @@ class Tags(NamedTuple):
 
 
 def list_sidecars(path: Path) -> list[Path]:
-    """Returns the existing sidecars of a photo: PHOTO.JPG.xmp before PHOTO.xmp."""
+    """Returns the files with metadata next to a photo: first PHOTO.JPG.xmp, then PHOTO.xmp.
+
+    Files that do not exist are left out.
+    """
     names = (name + end for name in (path.name, path.stem) for end in (".xmp", ".XMP"))
     return [sidecar for name in names if os.path.isfile(sidecar := path.with_name(name))]
 
 
 def read_tags(path: Path) -> Tags:
-    """Returns the tags of the first sidecar that has tags; if no sidecar has tags, of the photo."""
+    """Reads the names of faces from the sidecar files of a photo, or from the photo.
+
+    The first file that contains tags is used. Sidecar files come before the photo.
+    """
     problems: list[str] = []
     for place in (*list_sidecars(path), path):
         try:
@@ -76,7 +87,7 @@ def read_tags(path: Path) -> Tags:
                     return tags._replace(problem="; ".join(problems))
         except (UserError, OSError, SyntaxError, zlib.error) as error:
             reason = show(str(error).partition("\n")[0])
-            problems.append(f"{show(place.name)}: its face tags cannot be read: {reason}")
+            problems.append(f"the face tags in {show(place.name)} cannot be read: {reason}")
     return Tags([], problem="; ".join(problems))
 
 
@@ -88,10 +99,10 @@ def _read_ends(path: Path) -> bytes:
 
 
 def _find_packets(content: bytes) -> Iterator[bytes]:
-    """Yields the XMP packets with regions in a file.
+    """Yields the pieces of XMP in a file that may contain face tags.
 
     Raises:
-      UserError: a packet has no end.
+      UserError: a piece has no end.
     """
     if content.startswith(PNG) and (place := content.find(PACKED)) >= 0:
         start = content.find(b"\0", content.find(b"\0", place + len(PACKED)) + 1) + 1
@@ -102,19 +113,19 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
             return
         end = content.find(PACKET_END, place, place + MOST_BYTES)
         if end < 0:
-            raise UserError(f"the face tags (XMP) do not end within {MOST_BYTES:,} bytes")
+            raise UserError(f"the XMP does not end within {MOST_BYTES:,} bytes")
         end += len(PACKET_END)
         if b"Region" in content[place:end]:
             yield content[place:end]
 
 
 def parse_packet(packet: bytes) -> Tags:
-    """Returns the tags of faces with names in an XMP packet; skips pets and other kinds of tags.
+    """Reads the names and boxes of faces from XMP; skips pets, other tags, and empty names.
 
     Raises:
-      SyntaxError: the packet is not valid XML.
+      SyntaxError: `packet` is not valid XML.
     """
-    root = ElementTree.fromstring(packet)  # noqa: S314  (it contains no definitions of entities)
+    root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
     mwg, mp = (_find_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
     all_tags = [*filter(None, map(_read_mwg_tag, mwg))] or [*filter(None, map(_read_mp_tag, mp))]
     tags, problem = list[Tag](), f"more than {MOST_TAGS:,} face tags" * (len(all_tags) > MOST_TAGS)
@@ -132,13 +143,13 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all lists with this name, at most MOST_TAGS + 1."""
+    """Yields the items of all XML lists with this name, but not more than 501."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
 
 def _collect_values(item: ElementTree.Element) -> dict[str, str]:
-    """Returns name -> text of an element's contents, from attributes and from elements."""
+    """Returns the texts of an element's attributes and inner elements, by their names."""
     values: dict[str, str] = {}
     for element in itertools.islice(item.iter(), MOST_VALUES):
         for key, value in (*element.attrib.items(), (element.tag, (element.text or "").strip())):
@@ -171,7 +182,7 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag; None if the name is empty or the box is not in the picture."""
+    """Returns a tag. If the name is empty or the box is not in the picture, returns None."""
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
     if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
@@ -182,17 +193,17 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 def match_faces(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
 ) -> np.ndarray:
-    """Returns the index of the face at each tag, int [n]; -1 if there is no face.
+    """Returns the index of the face at each tag, int [n], or -1 if there is no face at the tag.
 
-    By the standard, boxes belong to the stored picture, but some programs use the displayed
-    picture. If `tags.shape` shows which picture is meant, it decides. If not, the picture in
-    which more tags have a face is used.
+    By the standard, the boxes of tags belong to the stored picture, which may lie on its side. Some
+    programs use the displayed, upright picture. If `tags.shape` fits only one of the two pictures,
+    this picture is used. If not, the picture in which more tags have a face is used.
 
     Args:
       tags: n tags.
-      faces: boxes [N, 4] in pixels of the displayed, upright picture.
-      size: width and height of the displayed picture.
-      orientation: EXIF orientation of the stored picture, 1 to 8.
+      faces: [N, 4], boxes in pixels of the displayed picture.
+      size: the width and height of the displayed picture.
+      orientation: the EXIF orientation of the stored picture, 1 to 8.
     """
     boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
     scale = np.array(size * 2)
@@ -206,7 +217,10 @@ def match_faces(
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Converts boxes [n, 4] of a stored picture, as fractions, to boxes of the upright picture."""
+    """Converts boxes [n, 4] of a stored picture to boxes of the upright picture.
+
+    Boxes are fractions of the width and height. `orientation` is the EXIF orientation, 1 to 8.
+    """
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:
         points = points[..., ::-1]
@@ -216,9 +230,10 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Assigns to each box [n, 4] a face of [N, 4] with its centre in the box: int [n], or -1.
+    """Assigns a face of `faces` [N, 4] to each box [n, 4]: int [n], or -1 if there is none.
 
-    The pair with the largest intersection over union is assigned first.
+    The centre of the face must be in the box. The pair with the largest intersection over union is
+    assigned first. No face is assigned twice.
     """
     owner, box = np.full(len(boxes), -1), boxes[:, None]
     centres = (faces[:, :2] + faces[:, 2:]) / 2
