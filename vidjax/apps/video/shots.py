@@ -1,9 +1,9 @@
-"""Finds the shots of a film, frame by frame, in small pictures.
+"""Finds the cuts between the shots of a film, frame by frame, in small pictures.
 
-A cut is a change that is much larger than the motion before it. If pictures are far apart, as in a
-slide show, any large change is a cut. Blank pictures between two shots, as in a fade, are a cut at
-their end; blank pictures within a shot, as in a flash, are no cut. A dissolve is a cut in its
-middle, which is detected at its end.
+A cut is a change that is much larger than the motion before it. If pictures are far apart in time,
+as in a slide show, every large change is a cut. If blank pictures separate two shots, as in a fade,
+the cut is at the end of the blank pictures. Blank pictures within a shot, as in a flash, are not a
+cut. The cut of a dissolve is in its middle, but is detected only at its end.
 """
 
 import collections
@@ -13,35 +13,38 @@ import numpy as np
 
 from vidjax.apps.video.align import GREY
 
-# The difference of two pictures is the mean absolute difference of their grey levels, 0 to 255.
-# Their likeness is the correlation of their pixels, -1 to 1, which does not depend on brightness
-# and contrast.
-LEAST_DIFFERENCE = 3.0  # smaller differences are noise and compression
+# The difference of two pictures is the mean absolute difference of their grey levels, 0 to 255. The
+# likeness of two pictures is the correlation of their pixels, -1 to 1. It does not depend on
+# brightness and contrast.
+LEAST_DIFFERENCE = 3.0  # smaller differences come from noise and compression
 UNLIKE = 0.5  # a change with a smaller likeness is a cut if it stands out by CLEAR
 LIKE = 0.9  # a change with a larger likeness is never a cut
 LARGE_DIFFERENCE = 18.0  # a larger difference is a cut if it stands out by LIKELY
-RECOLOURED_SHARE = 0.5  # so is a change of colour in a larger share of the pixels
-# A change stands out if it exceeds the median of recent changes, and the last change, by these
-# factors. The second factor avoids several cuts at the start of a fast pan. CLEAR applies to
-# unlikeness, LIKELY to differences.
-CLEAR = (2.0, 1.5)
-LIKELY = (3.0, 2.0)
+RECOLOURED_SHARE = 0.5  # a change of colour in a larger share of the pixels is a cut, too
+# A change stands out if it exceeds the median of recent changes by the first factor, and the last
+# change by the second factor. The second factor avoids several cuts at the start of a fast pan.
+CLEAR = (2.0, 1.5)  # factors for 1 - likeness
+LIKELY = (3.0, 2.0)  # factors for differences
 RECENT_CHANGES = 15
 SLOW_SECONDS = 0.4  # if pictures are further apart, their motion is unknown
-COMPARED_PICTURES = 3  # a picture is compared with the last ones, so that a flash is not a cut
-BLANK, NOT_BLANK = 2.0, 3.5  # standard deviations of the grey levels of a picture
-STILL_DIFFERENCE = 2.5  # the largest difference of pictures before and after a dissolve
-DISSOLVE_SECONDS = 1.6  # the longest dissolve, including the still pictures at both ends
+COMPARED_PICTURES = 3  # a picture is compared with the last three, so that a flash is not a cut
+# Blank pictures begin with a standard deviation of the grey levels below BLANK, and end with a
+# standard deviation above NOT_BLANK.
+BLANK, NOT_BLANK = 2.0, 3.5
+STILL_DIFFERENCE = 2.5  # the largest difference of two pictures before, or after, a dissolve
+DISSOLVE_SECONDS = 1.6  # the longest dissolve, including a still picture at both ends
 DISSOLVE_STEPS = 25  # pictures that are kept during this time
 MOVED_LIKENESS = 0.8  # if two pictures are more alike after a shift, the camera moved
 MOST_SHIFT = (5, 8)  # pixels down and across
-MIXED_REST = 0.35  # largest rest of a sum of two pictures, in standard deviations
+MIXED_REST = 0.35  # largest error of a picture as a sum of two pictures, in standard deviations
 
 
 class _Picture:
-    """A small picture uint8 [h, w, 3]; its grey levels float32 [h, w].
+    """A small picture, uint8 [h, w, 3], and its grey levels, float32 [h, w].
 
-    `centred` are the grey levels minus their mean, [h w]; `deviation` is their standard deviation.
+    Attributes:
+      centred: [h w], the grey levels minus their mean.
+      deviation: the standard deviation of the grey levels.
     """
 
     def __init__(self, small: np.ndarray):
@@ -51,17 +54,20 @@ class _Picture:
 
 
 class ShotDetector:
-    """Finds the cuts of a film in a single pass. Only the starts of shots need memory.
+    """Finds the cuts of a film in a single pass, with memory only for the last pictures.
+
+    Attributes:
+      starts: the starts of all shots in seconds.
 
     Source: Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2
-    and 3: differences of histograms and pixels relative to the motion before, fades and dissolves.
-    The thresholds were chosen by vidjax with artificial films.
+    and 3, describes differences of histograms and of pixels, fades and dissolves. Unlike the paper,
+    differences are relative to the motion before. We chose the thresholds with artificial films.
     """
 
     def __init__(self) -> None:
         self.starts: list[float] = []
         self._before_blank: _Picture | None = None
-        # The difference and the unlikeness (1 - likeness) of the last two frames.
+        # The difference, and 1 - likeness, of the last two frames.
         self._last = np.zeros(2)
         self._time_s = np.inf
         self._changes: collections.deque[np.ndarray] = collections.deque(maxlen=RECENT_CHANGES)
@@ -69,10 +75,10 @@ class ShotDetector:
         self._dissolve = _Dissolve()
 
     def update(self, time_s: float, small: np.ndarray) -> bool:
-        """Adds the next frame, uint8 [h, w, 3]; returns whether it shows that a new shot has begun.
+        """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins shot 0. `starts` are the begins of all shots. After a
-        dissolve, the begin is earlier than the frame.
+        The first frame of a film begins the first shot. After a dissolve, the shot began earlier
+        than the frame: `starts` contains the time.
         """
         picture = _Picture(small)
         cut = not self._pictures or self._is_cut(time_s, picture)
@@ -83,7 +89,7 @@ class ShotDetector:
         return cut
 
     def shots(self, end_s: float) -> list[tuple[float, float]]:
-        """Returns begin and end in seconds of the shots so far; the last shot ends at `end_s`."""
+        """Returns the start and end of all shots in seconds. The last shot ends at `end_s`."""
         return [*itertools.pairwise([*self.starts, end_s])]
 
     def _is_cut(self, time_s: float, picture: _Picture) -> bool:
@@ -105,17 +111,17 @@ class ShotDetector:
             return _measure_likeness(picture, before) < UNLIKE
         if deviation < BLANK:
             self._before_blank = self._pictures[-1]
-            return False  # the cut comes where the blank pictures end
+            return False  # a cut is reported only where the blank pictures end
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether a picture differs from each of the last pictures."""
+        """Returns whether a picture differs from all of the last pictures as after a cut."""
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
         unlikeness = self._measure_unlikeness(picture, COMPARED_PICTURES)
         if unlikeness > 1 - UNLIKE:
             return True
-        # With fewer changes, a motion may have begun just now.
+        # If fewer changes are known, a motion may just have begun.
         known = len(self._changes) >= COMPARED_PICTURES
         if unlikeness < 1 - LIKE or not known or not self._stands_out(change, *LIKELY)[0]:
             return False
@@ -124,27 +130,34 @@ class ShotDetector:
         return change[0] > LARGE_DIFFERENCE or recoloured > RECOLOURED_SHARE
 
     def _measure_unlikeness(self, picture: _Picture, count: int) -> float:
-        """Returns 1 minus the largest likeness to any of the last `count` pictures."""
+        """Returns 1 minus the largest correlation with any of the last `count` pictures."""
         last = list(self._pictures)[-count:]
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Returns for the difference and the unlikeness whether each stands out: bool [2]."""
+        """Returns whether the two measures of a change stand out from recent changes: bool [2].
+
+        Args:
+          change: the difference, and 1 - likeness, of the last two frames.
+          times_usual: the least ratio to the median of recent changes.
+          times_last: the least ratio to the last change.
+        """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)
 
 
 class _Dissolve:
-    """Detects pictures that are sums of a still picture before and a still picture after them."""
+    """Detects dissolves, in which each picture is a weighted sum of two still pictures."""
 
     def __init__(self) -> None:
         self._kept: collections.deque[tuple[float, _Picture, float]] = collections.deque()
         self.middle_s = np.inf
 
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
-        """Adds the next picture; returns True for the first still picture after a dissolve.
+        """Adds the next picture; returns True if it is the first still picture after a dissolve.
 
-        Then `middle_s` is the time at which both pictures had the same share.
+        `middle_s` is then the time at which both still pictures had the same weight.
+        `difference` is the difference from the last picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
@@ -162,10 +175,10 @@ class _Dissolve:
 
 
 def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int | None:
-    """Returns the index of the first picture in which `end` has a larger share than `start`.
+    """Returns the index of the first picture in which `end` has a larger weight than `start`.
 
-    Returns None if start and end are alike, also after a shift, or if the pictures between them are
-    not sums of both.
+    Returns None if the pictures `between` are not weighted sums of `start` and `end`. Also returns
+    None if `start` and `end` are alike, or become alike when one is shifted.
     """
     if min(start.deviation, end.deviation) < BLANK or _measure_likeness(start, end) > UNLIKE:
         return None
@@ -173,10 +186,10 @@ def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int
         return None
     ends = np.stack([start.centred, end.centred], 1)
     middle = np.stack([picture.centred for picture in between], 1)
-    parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # never singular: the ends are unlike
+    parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # the ends are unlike: never singular
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
     mixed = (parts.min(0) > 0.15) & (rest < MIXED_REST)
-    # Pictures that are alike after a shift show a camera that moves slowly.
+    # If pictures are alike after a shift, the camera moves slowly.
     if mixed.sum() < 2 or _measure_shifted_likeness(start.grey, end.grey) > MOVED_LIKENESS:
         return None
     return int((parts[1] > parts[0]).argmax())
@@ -191,14 +204,14 @@ def _measure_difference(first: _Picture, second: _Picture) -> float:
 
 
 def _measure_likeness(first: _Picture, second: _Picture) -> float:
-    """Returns the correlation of two pictures; 0 if either has almost no contrast."""
+    """Returns the correlation of two pictures. If either has almost no contrast, returns 0."""
     product = first.deviation * second.deviation
     size = first.centred.size
     return float(first.centred @ second.centred) / (product * size) if product > 1.0 else 0.0
 
 
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the largest likeness of the middle of a picture [h, w] and parts of another."""
+    """Returns the largest correlation of the middle of a picture [h, w] with parts of another."""
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]
     parts = np.lib.stride_tricks.sliding_window_view(second, middle.shape)
@@ -209,6 +222,6 @@ def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _count_colours(small: np.ndarray) -> np.ndarray:
-    """Returns the share of the pixels in each of 64 colours: float [64]."""
+    """Returns the share of pixels in each of 64 colours, float [64]. `small` is uint8 [h, w, 3]."""
     red, green, blue = np.moveaxis(small >> 6, -1, 0).astype(np.intp)
     return np.bincount((red * 16 + green * 4 + blue).ravel(), minlength=64) / red.size

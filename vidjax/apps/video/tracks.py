@@ -1,7 +1,7 @@
-"""Tracks: the detections of a person in the frames of a shot.
+"""Joins the detections of a person in the frames of a shot to a track.
 
-Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting lasts until the
-next picture in which people are detected, or until the shot ends.
+Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting is a detection of
+the person in a frame. It lasts until the next frame that was searched, or until the shot ends.
 """
 
 import dataclasses
@@ -12,30 +12,31 @@ import numpy as np
 
 from vidjax.apps.video.cards import BackEnd
 
-LEAST_OVERLAP = 0.3  # intersection over union
-GAP_SECONDS = 1.0
+LEAST_OVERLAP = 0.3  # the intersection over union of boxes that may show the same person
+GAP_SECONDS = 1.0  # a track ends if the person is not detected for this time
 PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # gains of the alpha-beta filter
-# A main figure has so many times the area of any other, in so large a share of the shot's frames.
+# The main person of a frame has so many times the area of any other person. A shot has a main
+# person if more than LEAST_SHARE of its frames do.
 MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
-LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # duration of a shot with a main figure
-CROWDED_OVERLAP = 0.4  # of two tracks if either person may hide the other
-HELD_SECONDS = 0.4  # a longer picture is held; then a single picture is enough for a track
-# A track is split unless the odds for the same person are at least SAME_ODDS: faces of a shot are
-# far more alike than the photos with which cards are measured. Each part lasts at least
-# PART_SECONDS, because the faces in dissolves are unusable. Held pictures may each show another
-# person.
+LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # the duration of a shot with a main person
+CROWDED_OVERLAP = 0.4  # if the boxes of two tracks overlap more, one person may hide the other
+HELD_SECONDS = 0.4  # a picture that is visible for longer is a track, even without other pictures
+# A track is split unless the odds for the same person are at least SAME_ODDS. They are so high,
+# because the faces in a shot are much more alike than the photos with which nets were measured.
+# Each part lasts at least PART_SECONDS, because the faces in dissolves are unusable. The parts of a
+# slide show may be shorter, because each picture may show another person.
 PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 
 @dataclasses.dataclass
 class Track:
-    """The detections of a person.
+    """The sightings of a person in a shot.
 
     Attributes:
       number: the number of the track in the film.
-      shot: the number of the shot.
-      times, ends: begins and ends of the sightings in seconds. The end of the last sighting may be
-        missing.
+      shot: the number of the shot in the film.
+      times, ends: the starts and ends of the sightings in seconds. The end of the last sighting may
+        be missing.
     """
 
     number: int
@@ -44,23 +45,23 @@ class Track:
     ends: list[float] = dataclasses.field(default_factory=list)
 
     def end_sighting(self, time_s: float) -> None:
-        """Ends the last sighting, because there is another picture, or the shot ends."""
+        """Ends the last sighting at `time_s`, if it has not ended yet."""
         if len(self.ends) < len(self.times):
             self.ends.append(time_s)
 
     def cut(self, time_s: float) -> None:
-        """Ends the track with its shot. Later sightings, in a dissolve, are removed."""
+        """Ends the track with its shot at `time_s`. Later sightings, in a dissolve, are removed."""
         self.times = [begin_s for begin_s in self.times if begin_s < time_s]
         self.ends = [min(end_s, time_s) for end_s in self.ends[: len(self.times)]]
         self.end_sighting(time_s)
 
     @property
     def pace_s(self) -> float:
-        """The median number of seconds between two of its pictures."""
+        """The median duration of a sighting in seconds."""
         return float(np.median(np.subtract(self.ends, self.times)))
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Returns the parts before, between and after the times `at`; each part has a sighting."""
+        """Splits the track at the times `at`. Each part must contain at least one sighting."""
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -69,7 +70,12 @@ class Track:
 
 
 class _Motion:
-    """Predicts the box of a live track: a filter of its sides with constant speed.
+    """Predicts where the person of a track will be, as if each side of the box had constant speed.
+
+    Attributes:
+      track: the track.
+      last: [4], the last detected box.
+      time_s: the time of the last detection in seconds.
 
     Source: the alpha-beta filter with fixed gains, Bar-Shalom et al. 2001, "Estimation with
     Applications to Tracking and Navigation", section 6.5.
@@ -81,13 +87,13 @@ class _Motion:
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
     def predict(self, time_s: float) -> np.ndarray:
-        """Returns the predicted box [4] at a time."""
+        """Returns the predicted box, [4], at the time `time_s`."""
         if self._speed is None:
             return self._box
         return self._box + (time_s - self.time_s) * self._speed
 
     def add(self, time_s: float, box: np.ndarray) -> None:
-        """Corrects the prediction by a detection."""
+        """Adds a detection, and corrects the predicted box and speed."""
         self.last = box
         expected, step = self.predict(time_s), max(time_s - self.time_s, 1e-3)
         if self._speed is None:
@@ -99,38 +105,44 @@ class _Motion:
 
 
 class Tracker:
-    """Joins the detections of a film to tracks, frame by frame, best pairs first.
+    """Joins the detections of a film to tracks, frame by frame.
 
-    A detection is assigned to a track if its overlap with the track's predicted box, or else with
-    its last box, is above LEAST_OVERLAP. After its first sighting, a track has no prediction yet:
-    in the next picture both boxes are doubled in size. If a person hides another, the single
-    detection is dropped: a lost detection is better than a switched identity. A track ends at a
-    cut, or `gap_s` seconds after its last sighting, see `choose_gap_seconds`. A track with a single
-    detection is dropped, unless its picture is held for more than `held_s` seconds.
+    A detection is assigned to the track whose predicted box it overlaps most. If no predicted box
+    overlaps enough, the last boxes of the tracks are compared. After its first sighting, a track
+    has no prediction yet, so its box and the detections are doubled in size. If one person hides
+    another, the remaining detection is dropped, because a lost detection is better than a switched
+    identity.
 
-    Source: greedy overlap, Bochinski et al. 2017, "High-speed tracking-by-detection without using
-    image information"; larger boxes, Yang et al. 2023, "Hard to Track Objects with Irregular
-    Motions and Similar Appearances?". Motion, gaps and crossings are additions of vidjax.
+    Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
+    information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
+    Irregular Motions and Similar Appearances?", enlarges boxes. We added the prediction, the gaps,
+    and the rule for hidden people.
     """
 
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
+        """Makes a tracker without tracks.
+
+        Args:
+          gap_s: a track ends at a cut, or so many seconds after its last sighting.
+          held_s: a track with only one sighting is dropped, unless it is longer than this.
+        """
         self._gap, self._held = gap_s, held_s
-        self._cut_s: float | None = None  # begin of the shot until its first detections
+        self._cut_s: float | None = None  # the start of a shot, until its first frame is added
         self._live: list[_Motion] = []
         self._ended: list[Track] = []
-        self._time_s = 0.0  # of the last picture
+        self._time_s = 0.0  # the time of the last frame
         self._shot = 0
         self._tracks = 0
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections of the next frame; returns the number of the track of each detection.
+        """Adds the detections of the next frame; returns the number of each detection's track.
 
         Args:
-          time_s: seconds, later than in the last call.
-          boxes: [N, 4].
+          time_s: the time in seconds. It must be later than in the last call.
+          boxes: [N, 4], the detections.
 
         Returns:
-          [N] int; -1 if a detection was dropped because two people overlap.
+          [N] int. If a detection was dropped because two people overlap, it is -1.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -153,10 +165,10 @@ class Tracker:
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends all tracks; the following detections are part of a shot that began at `time_s`.
+        """Ends all tracks at a cut. The next frames are part of a shot that began at `time_s`.
 
-        If the cut is a dissolve, `time_s` is its middle. People who appeared during the dissolve
-        are assigned to the next shot.
+        If the cut is a dissolve, `time_s` is its middle. Tracks that began during the dissolve are
+        dropped, because these people belong to the next shot.
         """
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
         for motion in self._live:
@@ -168,7 +180,7 @@ class Tracker:
 
     @property
     def live(self) -> set[int]:
-        """The numbers of the tracks that have not ended. They may still be dropped as too short."""
+        """The numbers of the tracks that have not ended. Short tracks may still be dropped."""
         return {motion.track.number for motion in self._live}
 
     def take_ended(self) -> list[Track]:
@@ -185,7 +197,7 @@ class Tracker:
         self._live = [motion for motion in self._live if not ends(motion)]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns detection -> live track, and the detections that are dropped."""
+        """Returns the track of each detection by its index, and the detections to be dropped."""
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)
@@ -203,11 +215,11 @@ class Tracker:
 
 
 class MainFigures:
-    """Follows a single person per shot: the main figure of its frames.
+    """Makes one track for each shot: the main person of its frames.
 
-    A figure is the main figure of a frame if the frame has no other, or if its area is
-    MAIN_FIGURE_RATIO times the area of any other. A shot counts if it lasts LEAST_SECONDS to
-    MOST_SECONDS, and more than LEAST_SHARE of its frames have a main figure.
+    A person is the main person of a frame if the area of the box is at least three times the area
+    of any other box. A shot is dropped if it lasts less than 1 or more than 30 seconds, or if 30 %
+    of its frames or less have a main person.
 
     Source: iQIYI-VID, sections 3.1 and 3.2, for heads. We interpret "larger" as the area.
     """
@@ -219,7 +231,10 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections of the next frame; returns the shot for the main figure, or -1."""
+        """Adds the detections, [N, 4], of the next frame.
+
+        Returns [N] int: the number of the shot for the main person, and -1 for all others.
+        """
         self._frames += 1
         self._track.end_sighting(time_s)
         numbers = np.full(len(boxes), -1)
@@ -227,16 +242,16 @@ class MainFigures:
             areas = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).astype(np.float64).prod(1)
             main = int(areas.argmax())
             if areas[main] >= MAIN_FIGURE_RATIO * np.delete(areas, main).max(initial=0.0):
-                # A figure in the first picture of a shot counts from the begin of the shot.
+                # A person in the first searched frame of a shot is visible from its start.
                 self._track.times.append(self._begin_s if self._frames == 1 else time_s)
                 numbers[main] = self._shot
         return numbers
 
     def cut(self, time_s: float) -> None:
-        """Ends the shot at `time_s`, the begin of the next shot or the end of the film."""
+        """Ends the shot at `time_s`, the start of the next shot or the end of the film."""
         self._track.cut(time_s)
         valid = len(self._track.times) > LEAST_SHARE * self._frames
-        # Tolerance for rounding errors of times.
+        # The tolerance is for rounding errors of times.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
             self._ended.append(self._track)
         self._shot += 1
@@ -244,34 +259,37 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the current shot."""
+        """The number of the current shot, which is also the number of its track."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
-        """Returns the shots with a main figure that have ended since the last call."""
+        """Returns the tracks of main people in the shots that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns the duration above which a picture is held; `fps` pictures per second are wanted."""
+    """Returns the seconds after which a picture counts as part of a slide show.
+
+    `fps` is the number of frames per second that are searched.
+    """
     return max(HELD_SECONDS, 1.5 / fps)
 
 
 def choose_gap_seconds(rate: float) -> float:
-    """Returns how many seconds after its last sighting a track ends.
+    """Returns how many seconds after the end of its last sighting a track ends.
 
-    `rate` is the number of pictures per second. A person may be missed in a picture, so the gap
-    is longer than GAP_SECONDS if there are few pictures.
+    `rate` is the number of searched frames per second. If it is low, the gap is longer, because a
+    person may be missed in one frame.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
 
 def find_least_cosine(back_end: BackEnd, odds: float) -> float:
-    """Returns the cosine at which one person is `odds` times as likely as two different people.
+    """Returns the cosine of two faces at which the odds are `odds` to 1 that they are one person.
 
-    The cosine of two faces is assumed to be normally distributed. Its mean and standard deviation
-    are `same` for one person, and `different` for two. The result lies between the two means.
+    Cosines are assumed to be normally distributed. `back_end` contains the mean and the standard
+    deviation for faces of one person, and of two people. The result lies between the two means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
     same, different = (
@@ -284,16 +302,17 @@ def find_least_cosine(back_end: BackEnd, odds: float) -> float:
 def find_changes(
     vectors: np.ndarray, times: np.ndarray, held: bool, back_end: BackEnd | None
 ) -> list[int]:
-    """Returns the places at which a track begins to show another person, in order.
+    """Returns the indices at which the faces of a track begin to show another person, in order.
 
-    The track is split at the place where the mean vectors before and after are least alike, if
-    their cosine is below `find_least_cosine`. Then both parts are searched.
+    The track is split where the mean embeddings before and after have the lowest cosine, if this
+    cosine is too low for one person. Both parts are then split in the same way.
 
     Args:
-      vectors: [N, D], of its faces in order of time.
-      times: [N], in seconds.
-      held: whether its pictures are held, so that each may show another person.
-      back_end: from the net's card; if it is None, the track is not split.
+      vectors: [N, D], the embeddings of the faces in order of time.
+      times: [N], the times of the faces in seconds.
+      held: whether the track is part of a slide show, so that each picture may show another person.
+      back_end: the distributions of cosines for one person and for two people. If it is None, the
+        track is not split.
     """
     if back_end is None or len(vectors) < 2:
         return []
@@ -309,7 +328,7 @@ def find_changes(
             [min(compare(low, at, high, n) for n in (least, 4 * least)) for at in places.tolist()]
         )
         around = np.pad(cosines, 1, constant_values=1.0)
-        # A minimum too close to an end is skipped: this part is too short, as in a dissolve.
+        # If a minimum is too close to an end, it is skipped: it may be part of a dissolve.
         lowest = (cosines <= around[:-2]) & (cosines <= around[2:]) & (cosines < least_alike)
         lowest &= (places >= low + least) & (places <= high - least)
         if not lowest.any():
@@ -326,7 +345,7 @@ def find_changes(
 
 
 def measure_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns the intersection over union of boxes [L, 4] and [N, 4]: [L, N], 0 to 1."""
+    """Returns the intersection over union, [L, N], of boxes `first` [L, 4] and `second` [N, 4]."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     shared = np.maximum(high - low, 0.0).prod(-1)
@@ -335,13 +354,16 @@ def measure_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _double_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Returns boxes [N, 4] with the same centre and sides of twice the length."""
+    """Doubles the sides of boxes [N, 4] around their centres."""
     half = (boxes[:, 2:] - boxes[:, :2]) / 2
     return boxes + np.concatenate([-half, half], 1)
 
 
 def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
-    """Returns detection -> track; the best pairs come first, and none is in two pairs."""
+    """Pairs tracks (rows) with detections (columns); returns the row of each paired column.
+
+    The pair with the largest overlap comes first. No track and no detection is in two pairs.
+    """
     remaining = overlap.copy()
     pairs: dict[int, int] = {}
     while remaining.size and remaining.max() > LEAST_OVERLAP:
@@ -352,9 +374,11 @@ def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns whether a single detection is at a place where two people are expected: bool [N].
+    """Returns whether a detection is the only one where two people are expected: bool [N].
 
-    `expected` [L, 4] are boxes of tracks, and `overlaps` [L, N] compare them with the detections.
+    Args:
+      expected: [L, 4], the predicted boxes of tracks.
+      overlaps: [L, N], the intersection over union of these boxes and N detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

@@ -1,6 +1,6 @@
-"""Detects speech, and computes embeddings of voices; sound is 16 kHz, float32.
+"""Detects speech, and computes embeddings of voices. Sound is float32 at 16 kHz.
 
-Voices of two people who speak at once, or over music, are not separated.
+If two people speak at once, or a person speaks over music, the voices are not separated.
 """
 
 import collections
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from vidjax.apps.video.features_folder import FilmTrack
 
 RATE = decode.SOUND_RATE
-STEP = 512  # samples, 32 ms, for each probability of speech
+STEP = 512  # samples (32 ms) for which the net computes a probability of speech
 CONTEXT = 64  # samples before a step that are also part of the net's input
-WINDOW = 25_600  # samples, 1.6 s, for each vector
+WINDOW = 25_600  # samples (1.6 s) of which an embedding is computed
 FRAME, HOP, BANDS = 400, 160, 40  # samples of a frame, samples between two frames, mel bands
-WINDOW_STEP = WINDOW // 2  # samples between the begins of two windows
-SPEECH, LEAST_STEPS = 0.5, 25  # a window needs this probability of speech in 25 steps, 0.8 s
-PIECE_WINDOWS = 74  # windows that are processed at once, 60 s
-LEAST_LEVEL = 10 ** (-30 / 20)  # root mean square to which fainter windows are amplified
+WINDOW_STEP = WINDOW // 2  # samples between the starts of two windows
+SPEECH, LEAST_STEPS = 0.5, 25  # a window needs this probability of speech in 25 steps (0.8 s)
+PIECE_WINDOWS = 74  # windows that are processed at once (60 s)
+LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows are amplified
 
 
 def open_voice_embedder(card: Card) -> nets.Embedder:
-    """Returns the net that maps windows of samples [N, WINDOW], -1 to 1, to unit vectors."""
+    """Opens the net that computes embeddings of voices.
+
+    The input of the result is N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
+    """
     return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
 
 
 class Span(NamedTuple):
-    """A part of a film, in seconds, whose voice belongs to a clip."""
+    """A part of a film, in seconds, in which speech belongs to the person of a clip."""
 
     clip: str
     start_s: float
@@ -42,12 +45,12 @@ class Span(NamedTuple):
 
 
 class Voice(NamedTuple):
-    """Windows of speech.
+    """The embeddings of n windows of sound that contain speech.
 
     Attributes:
-      begin: [n], in samples.
-      vectors: [n, D].
-      quality: [n], the share of the window with speech, 0.5 to 1.
+      begin: [n], the start of each window in samples.
+      vectors: [n, D], the embeddings.
+      quality: [n], the share of each window that contains speech, 0.5 to 1.
     """
 
     begin: np.ndarray
@@ -56,7 +59,7 @@ class Voice(NamedTuple):
 
 
 class Listener:
-    """Detects speech, and computes its vectors."""
+    """Detects speech, and computes embeddings of voices, with the nets for these two roles."""
 
     def __init__(self, cards: Mapping[Role, Card]):
         self._hears = cards["voice_activity"]
@@ -64,7 +67,10 @@ class Listener:
         self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns the windows with enough speech in samples [N], N >= WINDOW."""
+        """Returns the embeddings of the windows that contain enough speech.
+
+        `samples` [N] must contain at least one window of 25,600 samples.
+        """
         speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
@@ -74,7 +80,10 @@ class Listener:
         return Voice(begin, self._embeds(np.ascontiguousarray(windows)), quality)
 
     def detect_speech(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the probability of speech, float32 [ceil(N / STEP)], in samples [N], -1 to 1."""
+        """Returns the probability of speech in each step of 512 samples, float32 [ceil(N / 512)].
+
+        `samples` are [N] from -1 to 1.
+        """
         count = -(-len(samples) // STEP)
         padded = np.zeros(CONTEXT + count * STEP, np.float32)
         padded[CONTEXT : CONTEXT + len(samples)] = samples
@@ -88,10 +97,10 @@ class Listener:
 
 
 def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
-    """Yields the spans during which a single track is visible, in order of time.
+    """Yields the parts of a film in which only one track is visible, in order of time.
 
-    Long spans are split into pieces of PIECE_WINDOWS. A person counts as visible from the first to
-    the last sighting of a track, also if the face is hidden.
+    Long parts are split into pieces of 60 seconds. Between the start and the end of a track, the
+    person counts as visible, even if the face is hidden.
     """
     tracks = list(tracks)
     ends = [(track.start_s, number) for number, track in enumerate(tracks)]
@@ -105,7 +114,10 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Yields pieces of at most PIECE_WINDOWS windows; nothing if no window fits."""
+    """Splits a part of a film into pieces of 60 seconds that overlap by half a window.
+
+    If the part is shorter than a window of 1.6 seconds, yields nothing.
+    """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1e-6) + 1 if end - begin >= window else 0
     for first in range(0, count, PIECE_WINDOWS):
@@ -116,9 +128,13 @@ def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
 def cut_spans(
     sound: Iterable[tuple[float, np.ndarray]], spans: Iterable[Span]
 ) -> Iterator[tuple[Span, np.ndarray]]:
-    """Yields the samples of each span; gaps are zeros, and spans without sound are left out.
+    """Yields each span of a film with its samples. Spans without sound are left out.
 
-    `sound` are (seconds, samples) in order of time. At most two spans are in memory.
+    Gaps in the sound are filled with zeros. At most two spans are in memory at a time.
+
+    Args:
+      sound: blocks (seconds, samples) in order of time.
+      spans: the spans in order of time.
     """
     waiting = collections.deque(spans)
     open_spans = collections.deque[tuple[Span, int, np.ndarray]]()
@@ -144,18 +160,23 @@ def cut_spans(
 
 
 def raise_level(windows: np.ndarray) -> np.ndarray:
-    """Amplifies windows [N, T] to a root mean square of at least LEAST_LEVEL, except silence."""
+    """Amplifies faint windows of sound, [N, T], to a root mean square of -30 dB.
+
+    Louder windows and silence are unchanged.
+    """
     level = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=1, keepdims=True))
     gain = np.where(level > 0, np.maximum(LEAST_LEVEL / np.maximum(level, 1e-12), 1), 1)
     return (windows * gain).astype(np.float32)
 
 
 def make_mels(windows: np.ndarray) -> np.ndarray:
-    """Returns the power in mel bands, float32 [N, T / HOP, BANDS], of samples [N, T].
+    """Returns mel spectrograms, float32 [N, T / 160, 40], of windows of samples [N, T].
+
+    Frames of 25 ms begin every 10 ms, and have a Hann window. Beyond the ends, samples are zero.
 
     Source:
-      librosa's `melspectrogram` without a logarithm, as Resemblyzer calls it: frames of 25 ms every
-      10 ms, a Hann window, zeros beyond the ends. The last frame is dropped.
+      librosa's `melspectrogram`, as Resemblyzer calls it. There is no logarithm. The last frame is
+      dropped.
     """
     count = windows.shape[1] // HOP
     padded = np.pad(windows, [(0, 0), (FRAME // 2, FRAME // 2)])
@@ -167,11 +188,13 @@ def make_mels(windows: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def make_mel_filters() -> np.ndarray:
-    """Returns the weights of frequencies in each mel band, float64 [BANDS, FRAME / 2 + 1].
+    """Returns the weight of each frequency in each mel band, float64 [40, 201].
+
+    The bands are triangles of equal area. Up to 1 kHz, one mel is 66.7 Hz. Above, 27 mels are a
+    factor of 6.4.
 
     Source:
-      Slaney, Auditory Toolbox, 1998: triangles of equal area, 66.7 Hz apart up to 1 kHz, then 27
-      steps per factor of 6.4.
+      Slaney, Auditory Toolbox, 1998.
     """
     knee, step = 15.0, np.log(6.4) / 27  # 1 kHz in mels, and the logarithm of a step above it
 
