@@ -411,7 +411,7 @@ def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
     shutil.rmtree(friends / "Ada")
     photos, stderr = call_who()
     assert photos == {"Bob/1": "Bob"}
-    assert "Ada L has no photos" in stderr and "Bob has no photos" not in stderr
+    assert "Ada L no longer has photos" in stderr and "Bob no longer" not in stderr
     write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))  # who is called Bob from now on
     call_who()
     assert drawn.names()["party.s001.t00"] == "Bob"

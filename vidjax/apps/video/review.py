@@ -1,9 +1,9 @@
-"""`vidjax who --review`: a small server on this machine with a page on which a user corrects names.
+"""Serves a page on which a user corrects the names of people in films (`vidjax who --review`).
 
-The address contains a secret word. Only a browser that has the address gets answers, and only pages
-of this server can send changes. Each change is saved immediately, in the gallery and in the numbers
-of unknown people, so that the next call of `vidjax who` keeps it. The result files are written a
-moment after the last change, and when the server ends.
+The server runs on the user's machine. The address of the page contains a secret word. Requests
+without the address are refused, and so are changes that other pages send. Each change is saved
+immediately, in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it.
+The other result files are written a moment after the last change, and when the server ends.
 """
 
 import functools
@@ -42,7 +42,7 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
 
 HOST = "127.0.0.1"
-IDLE_SECONDS = 1.0  # between the last change and the writing of the results
+IDLE_SECONDS = 1.0  # the results are written if so much time passes without another change
 FORM_BYTES = 10_000
 HEADERS = {
     "Cache-Control": "no-store",
@@ -53,13 +53,14 @@ HEADERS = {
 
 
 class Step(NamedTuple):
-    """A change that can be undone.
+    """A change of names that can be undone.
 
     Attributes:
-      words: the change in words.
+      words: a description of the change.
       at: the person, or the key of the appearance, that was changed.
-      clips: clip -> its entry in the gallery before the change; None if it was not enrolled.
-      numbers: the numbers and corrections of unknown people before the change.
+      clips: the entry of each changed clip in the gallery before the change. If the clip was not
+        enrolled, the entry is None.
+      numbers: the contents of `unknown.json` before the change.
     """
 
     words: str
@@ -69,9 +70,10 @@ class Step(NamedTuple):
 
 
 class Review:
-    """The names of a folder of results while a user corrects them.
+    """Applies a user's corrections to the names in a folder of results.
 
-    `version` grows with each change.
+    Attributes:
+      version: the number of changes so far, including undone changes.
     """
 
     def __init__(
@@ -83,6 +85,14 @@ class Review:
         threshold: float | None = None,
         padding: float = who.PADDING_SECONDS,
     ):
+        """Opens a folder of results.
+
+        Args:
+          out: the folder of results of `vidjax who`.
+          decision: the people in the films, if they are already known.
+          fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
+          padding: the seconds that are added before and after each appearance in cut lists.
+        """
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
@@ -96,14 +106,15 @@ class Review:
 
     @property
     def done(self) -> who.WhoResults:
-        """The current results."""
+        """The results after all changes."""
         return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of a film; None if there is no such film, or if its file has changed.
+        """Returns the path of the film with this number.
 
-        A folder of results from a stranger may name any file as a film. It cannot match the size,
-        times and inode of a file on this disk, so that no other file is sent.
+        If there is no such film, or the file has changed, returns None. A folder of results from a
+        stranger may name any file of this disk as a film. It cannot contain the right size, times
+        and inode of this file, so the file is not sent.
         """
         if number >= len(self._films):
             return None
@@ -112,17 +123,17 @@ class Review:
         return path if path.is_file() and FileStamp.of(path) == source else None
 
     def picture(self, address: str) -> Path | None:
-        """Returns the path of a face's picture; None if no picture has this address."""
+        """Returns the path of the picture with this address, or None if there is no picture."""
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
         inside = inside and path.parent.parent.name == THUMBNAILS
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of all names, or only of a film or a person.
+        """Returns the page of names as HTML: all names, or only those in a film or of a person.
 
-        If `problem` is given, the page shows its message. If not, it shows the message of the last
-        change, but only in the first call after the change.
+        If `problem` is given, the page shows its message. Otherwise, the first call after a change
+        shows the message of the change.
         """
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
@@ -138,14 +149,14 @@ class Review:
         return who.render_page(self._out, self._gallery, self._decision, address, forms)
 
     def change(self, action: str, of: str, name: str, after: str = "") -> None:
-        """Applies a change from a form of the page.
+        """Changes a name.
 
         Args:
-          action: `name` names a person, or joins two unknown people; `deny` removes a wrong name;
-            `ignore` excludes the clips from all names and numbers.
-          of: the key of an appearance, or a person, or an unknown person.
-          name: the name of a person, or `unknown 4`.
-          after: the person who comes next on the page.
+          action: what to change. "name" gives the name `name`. "deny" removes a wrong name.
+            "ignore" means that the person gets neither a name nor a number.
+          of: the person, or the key of the appearance, to change.
+          name: the new name. If it is an unknown person, such as `unknown 4`, both are joined.
+          after: the person, or the key of the appearance, at which the page shows the message.
 
         Raises:
           UserError: `of` is not on the page, or the name is not allowed.
@@ -176,7 +187,7 @@ class Review:
             self._finish(f"{subject} is {name}", of, after, entries)
 
     def similar(self, name: str, of: str) -> str | None:
-        """Returns the person whose name is almost equal to a typed name; None if there is none."""
+        """Returns a person other than `of` whose name is almost equal to `name`, or None."""
         people = self._gallery.identities.keys() - {of}
         if is_unknown(name) or normal_form(" ".join(name.split())) in people:
             return None
@@ -186,7 +197,7 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def undo(self) -> None:
-        """Undoes the last change."""
+        """Undoes the last change that was not undone yet."""
         if not self._steps:
             raise UserError("there is no change to undo")
         step = self._steps.pop()
@@ -195,14 +206,14 @@ class Review:
         self._forms = Forms(0, message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
-        """Writes the results after a moment, unless another change was made by then."""
+        """Waits for a moment, and writes the results unless there was another change."""
         version = self.version
         time.sleep(IDLE_SECONDS)
         if version == self.version:
             self.save()
 
     def save(self) -> None:
-        """Writes the results if there are changes since the last time."""
+        """Writes the results, if there were changes since they were written."""
         with self._saving:
             version, decision = self.version, self._decision
             if version > self._saved:
@@ -210,22 +221,30 @@ class Review:
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str]:
-        """Returns the clips of an appearance or a person, and the name on the page."""
+        """Returns the clips of a person or of the appearance with this key, and their name.
+
+        Raises:
+          UserError: `of` is not on the page.
+        """
         if appearance := self._find_appearance(of):
             return appearance.clips, appearance.identity or IGNORED
         enrolled = self._gallery.clips.items()
         shown = self._decision.unknown | {clip: x.identity for clip, x in enrolled if x.identity}
         clips = [clip for clip, name in shown.items() if name == of]
         if not clips:
-            raise UserError(f"'{of}' is no longer on the page")
+            raise UserError(f"'{of}' is no longer on the page: choose another person")
         return tuple(sorted(clips)), of
 
     def _find_appearance(self, of: str) -> Appearance | None:
-        """Returns the appearance with a key; None if `of` is a person."""
+        """Returns the appearance with the key `of`. If `of` is a person, returns None."""
         return next((x for x in self._decision.appearances if CLIP + x.clips[0] == of), None)
 
     def _find_group(self, name: str) -> str:
-        """Returns the name of an unknown person as the page spells it."""
+        """Returns the name of an unknown person as the page spells it, such as `unknown 4`.
+
+        Raises:
+          UserError: the page does not show this person.
+        """
         group = " ".join(name.casefold().split())
         if group not in self._decision.unknown.values():
             groups = sorted({*self._decision.unknown.values()}, key=parse_group_number)[:5]
@@ -234,17 +253,23 @@ class Review:
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns clip -> its entry with a name; if `name` is None, as an ignored person."""
+        """Returns entries for the gallery that give a name to clips.
+
+        If `name` is None, the person is ignored.
+
+        Raises:
+          UserError: no clip can be enrolled.
+        """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         new = select_usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
         known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
         entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
         if not entries:
-            raise UserError("none of these clips has a face that is clear enough to be enrolled")
+            raise UserError("no face in this appearance is clear enough: name another appearance")
         return dict(entries)
 
     def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces or removes clips in the gallery; returns the entries before."""
+        """Replaces entries of the gallery; returns the old entries. None is no entry."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
@@ -277,26 +302,27 @@ class Review:
 
 
 def _fold_letters(name: str) -> str:
-    """Returns the letters and digits of a name, without accents, case and blanks."""
+    """Returns the letters and digits of a name in lower case, without accents and blanks."""
     return "".join(x for x in unicodedata.normalize("NFKD", fold(name)) if x.isalnum())
 
 
 class _Pages:
-    """The requests that the web application answers, below `/TOKEN/`."""
+    """Answers the requests of a browser. All addresses begin with `/TOKEN/`, a secret word."""
 
     def __init__(self, review: Review, token: str, port: int):
-        """Makes pages of `review`.
+        """Stores what the answers need.
 
         Args:
+          review: the names and the changes.
           token: the secret word in the address. Requests without it are refused.
-          port: the port of the server. Requests are refused unless their `Host` header names it.
+          port: the port of the server. Requests are refused if their `Host` header has another.
         """
         self._review, self._token = review, token
         self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
-        """Refuses requests without the token, and changes from other pages."""
+        """Raises HTTPException for requests without the secret word, and changes by other pages."""
         headers, given = request.headers, request.path_params["token"]
         if not hmac.compare_digest(given.encode(), self._token.encode()) or (
             headers.get("host") not in self._hosts
@@ -306,10 +332,10 @@ class _Pages:
         if headers.get("sec-fetch-site") not in (None, "none", "same-origin"):
             same_origin = False
         if request.method == "POST" and not same_origin:
-            raise HTTPException(HTTPStatus.FORBIDDEN, "Changes come from this page only.")
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
-        """Answers with the page of names."""
+        """Answers with the page of names, of all films or of the film or person in the query."""
         self._check(request)
         query = request.query_params
         with self._lock:
@@ -320,17 +346,17 @@ class _Pages:
         self._check(request)
         if path := self._review.film(request.path_params["number"]):
             return path
-        about = "The film is missing, or has changed. Put it back, or call vidjax who again."
+        about = "The film is missing or has changed. Put it back, or call vidjax who again."
         raise HTTPException(HTTPStatus.NOT_FOUND, about)
 
     def play(self, request: Request) -> Response:
-        """Answers with a page that plays a film from `t` seconds."""
+        """Answers with a page that plays a film from the time `t` in the query, in seconds."""
         path, query = self._find_film(request), request.query_params
         seconds = float(query["t"]) if re.fullmatch(r"[\d.]{1,12}", query.get("t", "")) else 0.0
         address = f"../film/{request.path_params['number']}#t={seconds:.1f}"
         about = (
-            f"{path.name}, from {format_time(seconds, short=True)}. If nothing plays, the browser "
-            f"does not know this kind of film: open it in a player, such as VLC. It is here: {path}"
+            f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
+            f"browser does not support its format. Open it in a player, such as VLC: {path}"
         )
         return _make_note(path.name, about, f'<video src="{address}" controls autoplay></video>')
 
@@ -349,7 +375,7 @@ class _Pages:
         return FileResponse(path, media_type="image/png", headers=HEADERS)
 
     async def change(self, request: Request) -> Response:
-        """Applies the form of a change, or takes the last change back."""
+        """Applies the change in a form, or undoes the last change."""
         self._check(request)
         form = await _read_form(request)
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
@@ -384,7 +410,13 @@ class _Pages:
 
 
 def make_app(review: Review, token: str, port: int) -> Starlette:
-    """Returns the web application: the page, the films and the changes, below `/TOKEN/`."""
+    """Returns the web application of the page of names.
+
+    Args:
+      review: the names and the changes.
+      token: the secret word with which the address begins.
+      port: the port of the server.
+    """
     pages = _Pages(review, token, port)
 
     def refuse(_: Request, error: Exception) -> Response:
@@ -405,7 +437,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
 
 def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
-    """Returns a page with a short text, and `more` HTML above it."""
+    """Returns a page with a short text `about` something. The HTML `more` comes above the text."""
     policy = "default-src 'none'; media-src 'self'; style-src 'unsafe-inline'"
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
@@ -418,7 +450,7 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
 
 
 async def _read_form(request: Request) -> dict[str, str]:
-    """Returns the fields of a form."""
+    """Reads the fields of a form from a request; refuses forms of more than 10 kB."""
     body = b""
     async for piece in request.stream():
         body += piece
@@ -435,7 +467,14 @@ def serve_review(
     threshold: float | None = None,
     padding: float = who.PADDING_SECONDS,
 ) -> who.WhoResults:
-    """Serves the page of a folder of results until Ctrl-C; returns the final results."""
+    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
+
+    Args:
+      out: the folder of results of `vidjax who`.
+      decision: the people in the films.
+      fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
+      padding: the seconds that are added before and after each appearance in cut lists.
+    """
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits
 

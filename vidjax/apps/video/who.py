@@ -1,10 +1,12 @@
-"""Names people in films from a few photos of each person: `vidjax who`.
+"""Names people in films from a few photos of each person (`vidjax who`).
+
+The results are these files:
 
     OUT/people/NAME/   features of the photos of a person, or of a photo with several face tags
     OUT/features/      features of the films
     OUT/gallery/       the gallery of the people, for the commands of `vidjax gallery`
     OUT/*/thumbnails/  with --thumbnails: a small picture of each face
-    OUT/names.tsv      video, begin, end, person, probability, clips, evidence, box, path, date
+    OUT/names.tsv      a table with a row for each appearance of a person in a film
     OUT/names.jsonl    the same table for programs
     OUT/names.html     the same table as a page with timelines
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
@@ -52,24 +54,24 @@ from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
-STRANGER_ODDS = 3.0  # prior: three of four faces in films show people who are not enrolled
+STRANGER_ODDS = 3.0  # the prior: three of four faces in films are strangers
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
 PADDING_SECONDS = 1.0
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
-NUMBERS_REMEDY = "delete it: the next call numbers unknown people again"
+NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB
 
 
 class WhoResults(NamedTuple):
-    """The results of a call.
+    """The results of a call of `vidjax who`.
 
     Attributes:
-      people: person -> number of enrolled clips.
-      decision: the decision that the results show.
-      failed: path -> remedy, for files that could not be read or show no usable face. The remedy is
-        "" if it was already printed.
-      missed: people without a usable photo, who are not looked for.
+      people: the number of enrolled clips of each person.
+      decision: the people in all films.
+      failed: the remedies for the files that could not be read or show no usable face, by path. If
+        the remedy was already printed, it is "".
+      missed: the people without a usable photo, who cannot be recognised.
     """
 
     people: dict[str, int]
@@ -79,7 +81,7 @@ class WhoResults(NamedTuple):
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
-        """The film, the time and the person of each appearance."""
+        """The film, the time and the person of each appearance, as texts."""
         rows = []
         for appearance in self.decision.appearances:
             name = appearance.identity or answers_lib.IGNORED
@@ -90,16 +92,16 @@ class WhoResults(NamedTuple):
 
 
 class UnknownNumbers(Struct, kw_only=True):
-    """The contents of `unknown.json`: the numbers and corrections of unknown people.
+    """The contents of `unknown.json`: the numbers of unknown people, and corrections by a user.
 
-    Films are identified by a digest of the file and its clips. A film that was replaced, or split
-    into other clips, has a different digest.
+    Each film is identified by a digest of the file and its clips. If a film is replaced, or split
+    into other clips, it has a different digest.
 
     Attributes:
-      films: digest of a film -> clip -> the number of the unknown person. Films without unknown
-        people are included.
-      denied: digest of a film -> clip -> people whom a user took off this clip.
-      same: pairs (number, lower number) of the same person, as a user stated.
+      films: the number of the unknown person in each clip, by digest of the film and name of the
+        clip. Films without unknown people are included.
+      denied: the names that a user removed from a clip, by digest of the film and name of the clip.
+      same: pairs (number, lower number) of unknown people whom a user joined to one person.
     """
 
     format: Literal[1] = 1
@@ -109,28 +111,31 @@ class UnknownNumbers(Struct, kw_only=True):
 
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):
-            raise ValueError("`same`: the second number of a pair must be lower than the first")
+            raise ValueError("the second number of a pair in `same` must be lower than the first")
 
     @property
     def highest(self) -> int:
-        """The highest number of any clip; 0 if there are no clips."""
+        """The highest number of an unknown person. If there is none, it is 0."""
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name of a group after the joins that users made."""
+        """Returns the name of an unknown person after the joins in `same`.
+
+        For example, if a user joined unknown 5 to unknown 2, `unknown 5` becomes `unknown 2`.
+        """
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns numbers in which all groups are one person, with the lowest of their numbers."""
+        """Returns numbers in which some unknown people are one person, with the lowest number."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
     def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
-        """Returns numbers in which the clips do not show the person `name`."""
+        """Returns numbers that also state that the clips do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
             denied_in_film = {**denied.get(_hash_film(film), {})}
@@ -141,7 +146,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Returns numbers that contain only these films and people."""
+        """Returns numbers without other films, and without denied names of other people."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:
@@ -152,7 +157,10 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Adds the groups (clip -> `unknown N`) of all films; returns new numbers."""
+        """Returns numbers to which the clips of `films` were added.
+
+        `groups` is the unknown person, such as `unknown 3`, of each clip.
+        """
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -162,14 +170,14 @@ class UnknownNumbers(Struct, kw_only=True):
 
 
 class Decision(NamedTuple):
-    """The people in all films of a folder.
+    """The people in all films of a folder of results.
 
     Attributes:
       films: all films.
-      vectors: the vectors of all clips; None if there are no clips.
-      vote_groups: clip -> its group. The clips of a group vote on their name.
-      answers: clip -> answer.
-      unknown: clip -> `unknown N`, for clips without a name.
+      vectors: the embeddings of all clips. If there are no clips, it is None.
+      vote_groups: the group of each clip. The clips of a group vote on their name.
+      answers: the answer of the gallery for each clip.
+      unknown: the unknown person, such as `unknown 3`, of each clip without a name.
       appearances: the appearances in order of time.
     """
 
@@ -187,7 +195,10 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for the clips of films; `table` is digest -> clip -> value."""
+    """Returns the values for the clips of some films; `table` also contains other films.
+
+    `table` is a dict from the digest of a film to a dict from the name of a clip to the value.
+    """
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -195,12 +206,12 @@ def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict
 
 
 def read_films(out: Path) -> list[Film]:
-    """Returns all films of a folder of results."""
+    """Reads the descriptions of all films in a folder of results."""
     return features_folder.read_films(out / FEATURES)
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Returns the contents of `unknown.json`; without this file, empty numbers."""
+    """Reads `unknown.json` in a folder of results. If it does not exist, returns empty numbers."""
     path = out / NUMBERS
     if not files.exists(path):
         return UnknownNumbers(films={})
@@ -223,22 +234,23 @@ def name_people(
     prune: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> WhoResults:
-    """Names the people in films, and writes the files listed at the top of this module.
+    """Names the people in films, and writes the files that the docstring of this module lists.
 
     The results contain these films and all films of earlier calls.
 
     Args:
       films: videos, photos, or folders of them.
-      people: a folder with photos of each person, as NAME/PHOTO.jpg or NAME.jpg. A face tag in a
-        photo takes precedence over the name of its folder or file, see `regions`. If `people` is
-        None, the gallery of an earlier call is used.
-      out: the folder for results. It is created, and only its owner can read it.
-      thumbnails: True keeps a picture of each face, False deletes the pictures of earlier calls,
+      people: a folder with photos of each person, as NAME/PHOTO.jpg or NAME.jpg. If a photo program
+        stored names of faces in a photo, these names are used. If `people` is None, the gallery of
+        an earlier call is used.
+      out: the folder for results. If it does not exist, it is created, and only its owner can read
+        it.
+      thumbnails: True keeps a picture of each face. False deletes the pictures of earlier calls.
         None keeps the choice of the last call.
       fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
-      padding: seconds added before and after each appearance in cut lists.
-      prune: removes films of earlier calls whose files no longer exist.
-      models, settings, workers, check, done: see `pipeline.extract`.
+      padding: the seconds that are added before and after each appearance in cut lists.
+      prune: whether films of earlier calls are removed if their files no longer exist.
+      models, settings, workers, check, done: see `pipeline.extract_folders`.
 
     Raises:
       UserError: there is no film, there is no usable photo, a net is missing, or the folder for
@@ -246,7 +258,7 @@ def name_people(
     """
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
-        raise UserError(f"--padding={padding:g}: give seconds, 0 or more")
+        raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
     pipeline.check_apart(pipeline.list_files(films), out)
     photos = {} if people is None else _list_photos(people, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -262,11 +274,11 @@ def name_people(
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(
-                f"no photo in '{people}' shows exactly one face: there is nobody to look for\n"
+                f"no photo in '{people}' shows exactly one face, so nobody can be recognised\n"
                 "add photos that each show only one person"
             )
         if gallery.identities:
-            # This reports a mistake in the flags before films are read, which takes long.
+            # This reports a mistake in the flags early, because reading films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*"):
@@ -296,7 +308,7 @@ def _update_people(
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols the photos of a folder of people, and forgets people without photos.
 
-    Returns path -> remedy of photos that are not used, and the names of the people in the folder.
+    Returns the remedies for unusable photos by path, and the names of the people in the folder.
     """
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
@@ -310,7 +322,7 @@ def _update_people(
 def _read_photos(
     photos: Mapping[str, Sequence[Path]], out: Path, workers: int, options: Mapping[str, Any]
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts the photos of all people; returns folder of a person -> outcomes."""
+    """Extracts features from the photos of all people; returns the outcomes of each folder."""
     groups: list[dict[Path, Sequence[Path]]] = [{}]
     for name, paths in photos.items():
         if sum(map(len, groups[-1].values())) >= pipeline.BATCH_PHOTOS:
@@ -326,25 +338,26 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many films are missing, and a film without pictures if other films have them."""
+    """Prints how many films no longer exist.
+
+    If there are thumbnails, but not of every film, prints how to make them.
+    """
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
-        say(f"missing: {count}, such as {missing[0]}; --prune removes them from the results")
+        say(f"{count} cannot be found, such as {missing[0]}: --prune removes missing films")
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
         if stem and pipeline.lacks_pictures(out / FEATURES, stem):
-            say(
-                f"no pictures of {film.video}: add the film to the command to read it with pictures"
-            )
+            say(f"there are no thumbnails of {film.video}: add this film to the command")
             return
 
 
 def _open_gallery(out: Path, models: Path) -> Gallery:
-    """Returns the gallery of an earlier call, or a new gallery.
+    """Opens the gallery of an earlier call, or creates a gallery.
 
     Raises:
-      UserError: there is no gallery, and the folder contains files of another program.
+      UserError: the folder of results is new, but contains files of another program.
     """
     path = out / "gallery"
     if not files.exists(path) and (foreign := pipeline.find_foreign(out)):
@@ -356,17 +369,15 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     except store.NoGalleryError:  # also if an earlier call was killed before it wrote the tables
         return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
     if roles := gallery.widen(models):
-        say(
-            f"nets were added ({', '.join(roles)}): films and photos are read again, names are kept"
-        )
+        say(f"there are new nets ({', '.join(roles)}): all files are read again, names are kept")
     return gallery
 
 
 def _enrol_named(gallery: Gallery, out: Path) -> None:
-    """Enrols the clips to which a user gave names in `unknown.tsv`."""
+    """Enrols the clips of films to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
-    # If a call was interrupted, a replaced film has other clips with the same names.
+    # If the last call was interrupted, a replaced film may have other clips with the same names.
     numbered = read_numbers(out).films
     films = [film for film in read_films(out) if _hash_film(film) in numbered]
     present = {track.clip for film in films for track in film.tracks}
@@ -374,13 +385,13 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     if len(known) < len(names):
         example = show(min(names.keys() - present))
         say(
-            f"{path}: {len(names) - len(known):,} clips no longer exist, such as {example}: "
+            f"{len(names) - len(known):,} clips in {path} no longer exist, such as {example}: "
             "their names are ignored"
         )
     if not known:
         return
     vectors = _embed(gallery, features, known)
-    # If a film was replaced, its new clips have the names of the old, enrolled clips.
+    # If a film was replaced, its new clips may have the same names as old, enrolled clips.
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
     try:
@@ -389,11 +400,15 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
         raise UserError(f"{path}: {error}") from error
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
-        say(f"{show(name)}: named in {path.name}, {count:,} clip{'' if count == 1 else 's'}")
+        clips = f"{count:,} clip{'' if count == 1 else 's'}"
+        say(f"{show(name)} is enrolled with {clips} from {path.name}")
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes rows from `unknown.tsv` that equal the rows `named`, clip -> name."""
+    """Removes rows from `unknown.tsv`. `named` contains the name of each clip to remove.
+
+    A row with another name is kept.
+    """
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
@@ -402,19 +417,20 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 
 
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
-    """Returns person -> photos, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
+    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-    The dict may be empty only if an earlier call has enrolled people.
+    Raises:
+      UserError: there is no folder `people`, or it contains no photos. If an earlier call has
+        created a gallery, a folder without photos is allowed.
     """
     if not people.is_dir():
         hint = pipeline.suggest_path(people)
         raise UserError(
-            f"'{people}' is not a folder: add {people}/NAME/PHOTO.jpg for each person{hint}"
+            f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
         )
     if out.resolve().parent == people.resolve():
         raise UserError(
-            f"--out={out} is inside '{people}', so it would be read as a person\n"
-            "name another folder"
+            f"--out={out} is inside '{people}', where each folder is a person\nname another --out"
         )
     photos_of: dict[str, list[Path]] = {}
     pipeline.say_left_out([people])
@@ -426,20 +442,22 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         if path.is_dir():
             photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
         if not photos:
-            say(
-                f"{show(path.name)}: there is no photo in '{show(str(path))}': this person is not "
-                "looked for"
-            )
+            say(f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'")
         else:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)
     if not photos_of and not files.exists(out / "gallery"):
-        raise UserError(f"'{people}' has no photos: add {people}/NAME/PHOTO.jpg for each person")
+        raise UserError(
+            f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
+        )
     return photos_of
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Refuses a folder without any of the people of earlier calls: they would all be forgotten."""
+    """Raises UserError if a folder contains none of the people whom earlier calls have enrolled.
+
+    All of them would be forgotten, but probably the user has named the wrong folder.
+    """
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not photos or before & {*photos}:
@@ -450,26 +468,25 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
     remedy = "call once with an empty folder to forget them, or name another --out"
     if is_person:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
-        remedy = f"it is the folder of a single person; name the folder above: --people={above}"
+        remedy = f"it is the folder of one person: name the folder above, --people={above}"
     names = ", ".join(map(show, sorted(before)[:5]))
-    raise UserError(
-        f"'{people}' contains none of the people of earlier calls ({names}): is it "
-        f"the right folder?\n{remedy}"
-    )
+    raise UserError(f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}")
 
 
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
-    """Warns if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+    """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    If `only_files` is True, the folder of people has no subfolders, so it may be one person's
-    folder.
+    Args:
+      names: the people whose photo is a file in the folder `people`.
+      people: the folder of people.
+      only_files: whether the folder contains only files. It may then be the folder of one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
         say(
-            f"'{people}': each photo counts as a different person, such as {show(names[0])} and "
-            f"{show(names[1])}. If all show the same person, name the "
-            f"folder above: --people={above}"
+            f"each photo in '{people}' counts as a different person, such as {show(names[0])} and "
+            f"{show(names[1])}. If all show the same person, name the folder above: "
+            f"--people={above}"
         )
         return
     by_name: dict[str, list[str]] = {}
@@ -485,7 +502,10 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns the photos and films of a folder, without the short films of Live Photos."""
+    """Returns the photos and films in a folder, without films that have the name of a photo.
+
+    Phones store such films as a part of Live Photos.
+    """
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -495,17 +515,23 @@ def _list_stills(folder: Path) -> list[Path]:
 def _enrol_photos(
     gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the faces of photos; returns path -> remedy of unusable photos, and all people.
+    """Enrols the faces in photos.
 
-    A person is enrolled by all photos of the folder or file with this name, and by all face tags
-    with this name. If a photo has face tags, only its tags count.
+    A person is enrolled with all photos of the folder or file with this name, and with all faces
+    that a photo program has tagged with this name. If a photo has face tags, the name of its folder
+    is ignored.
 
     Args:
-      outcomes_of: folder of features -> outcomes of its photos.
+      gallery: the gallery of the people.
+      outcomes_of: the extracted photos of each folder of features.
+      people: the folder of people.
+
+    Returns:
+      The remedies for unusable photos by path, and the names of all people.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
-    single: list[str] = []  # people with a file in place of a folder
+    single: list[str] = []  # people whose photo is a file in the folder of people
     enrolled = _list_faces(gallery).values()
     known = {photo.person for photo in enrolled}
     for folder, outcomes in outcomes_of.items():
@@ -516,10 +542,11 @@ def _enrol_photos(
             names |= people_of
             named |= clips
             failed |= {} if clips else {str(outcome.path): outcome.remedy}
-        # A folder of group photos is not a person.
+        # A folder of photos in which other people are tagged is not a person.
         if tags and folder.name not in {*tags, *named.values(), *known}:
             names.discard(folder.name)
-        if not all(outcome.film for outcome in outcomes):  # tags of unreadable photos are unknown
+        # If a photo cannot be read, the people of its tags are not forgotten.
+        if not all(outcome.film for outcome in outcomes):
             names |= {photo.person for photo in enrolled if photo.folder == folder.name}
         if outcomes[0].path.parent == people:
             single.append(folder.name)
@@ -530,14 +557,14 @@ def _enrol_photos(
     for folder, named in usable.items():
         _enrol(gallery, folder, named, labels)
     for name in sorted(names.difference(*(named.values() for named in usable.values()))):
-        say(f"no photo of {show(name)} shows exactly one face: {show(name)} is not looked for")
+        say(f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face")
     return failed, names
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Returns the people of a photo, and clip -> person; prints the problems of the photo.
+    """Returns the people in a photo, and the person of each usable clip; prints problems.
 
-    `folder_name` is the name of the folder or file. It is used if the photo has no face tags.
+    If the photo has no face tags, the person is `folder_name`, the name of the folder or file.
     """
     film = outcome.film
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
@@ -558,9 +585,9 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Warns once if face tags of photos in a person's folder name only other people.
+    """Prints one warning if photos in the folder of a person have face tags only of other people.
 
-    A photo directly in the folder `people` belongs to no person's folder.
+    `name` is the person. A photo directly in the folder `people` is not in a person's folder.
     """
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
@@ -570,15 +597,15 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
         more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
-        say(f"{path}: its face tags name {tagged}, not {show(name)}; the tags are used{more}")
+        say(f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}")
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns folder name -> the name that new photos of this folder get in the gallery.
+    """Returns the label that new photos of each person in `names` get in the gallery.
 
-    This is the folder name, if no photo of the folder was renamed in the gallery. It is the most
-    frequent new name, if photos were renamed. A name that is also in `names` is chosen only if all
-    photos of the folder were renamed to names in `names`.
+    A user may have renamed photos in the gallery. The label is the most frequent label of the
+    person's enrolled photos. The name of another person in `names` is chosen only if there is no
+    other label. If the person has no enrolled photos, the label is the name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -594,9 +621,13 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
 def _enrol(
     gallery: Gallery, folder: Path, usable: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
-    """Enrols the clips `usable`, clip -> person, of a folder of photos.
+    """Enrols the clips of a folder of photos, and removes clips whose photo is no longer there.
 
-    Removes enrolled clips whose photo is no longer in this folder.
+    Args:
+      gallery: the gallery of the people.
+      folder: the folder with the features of the photos.
+      usable: the person of each clip to enrol.
+      labels: the label of each person in the gallery.
     """
     old = {
         clip
@@ -618,10 +649,9 @@ def _enrol(
 
 
 def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
-    """Warns of photos that may show another person, and of files that are given as two people.
+    """Prints warnings of photos that may show another person, or that are photos of two people.
 
-    Args:
-      outcomes: folder of a person -> outcomes of its photos.
+    `outcomes` are the extracted photos of each folder of features.
     """
     given = {
         str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
@@ -631,7 +661,7 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
         for track in outcome.film.tracks
     }  # fmt: skip
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
-    owners: dict[str, set[str]] = {}  # digest of a file -> people
+    owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
     whole = {clip: film.sha256 for clip, (_, film) in given.items() if not film.tags}
     for clip in whole.keys() & person_of.keys():
         owners.setdefault(whole[clip], set()).add(person_of[clip])
@@ -642,18 +672,19 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
         (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
-            say(f"{path}: the same file is also of {others}: delete the wrong copy")
+            say(f"{path} is also a photo of {others}: delete the wrong copy")
         else:
             like = doubtful[clip]
-            seems = f"looks like {show(like)}" if like else f"unlike the other photos of {name}"
+            seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if film.tags else "move it"
-            say(f"{path}: given as {name}, but {seems}: {wrong} if it shows another person")
+            say(f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person")
 
 
 class PhotoFace(NamedTuple):
-    """An enrolled face of a photo. Its clip in the gallery is `people/FOLDER/CLIP`.
+    """An enrolled face of a photo.
 
-    If a face tag names a person other than the folder, the clip is `people/FOLDER/CLIP/PERSON`.
+    As a string, it is the name of the clip in the gallery: `people/FOLDER/CLIP`. If a face tag
+    names a person other than the folder, it is `people/FOLDER/CLIP/PERSON`.
     """
 
     folder: str
@@ -666,7 +697,7 @@ class PhotoFace(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Returns the photo of a clip of the gallery; None if the clip is part of a film."""
+        """Parses the name of a clip in the gallery. If the clip is part of a film, returns None."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -674,19 +705,22 @@ class PhotoFace(NamedTuple):
 
 
 def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    """Returns clip -> enrolled face of a photo."""
+    """Returns the enrolled faces of photos by the names of their clips."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Removes people whose photos are gone, from the gallery and from disk.
+    """Removes people who no longer have photos from the gallery and from the folder of results.
 
-    This includes the clips of films with which they were enrolled. It also removes the page and the
-    tables of the earlier call, because these name the people, even if this call fails later.
+    Clips of films that were enrolled for these people are also removed. The page and the tables of
+    the earlier call contain the names of these people. They are removed, too, in case this call
+    fails before it writes them again.
 
     Args:
-      names: the people who have photos now.
-      places: the names of the folders of photos that exist now.
+      gallery: the gallery of the people.
+      names: the people who have photos.
+      places: the names of the existing folders of photos.
+      out: the folder of results.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -695,16 +729,16 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     kept = {label[clip] for clip in photos.keys() - gone}
     people = {label[clip] for clip in forgotten} - kept - {None}
     for name in sorted(map(str, people)):
-        say(f"{show(name)} has no photos any more and is forgotten")
+        say(f"{show(name)} no longer has photos and is forgotten")
     labelled = {
         clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity in people
     }
     if labelled:
-        _drop_rows(out / UNKNOWN, labelled)  # rows of an interrupted call would enrol them again
+        _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
     for folder in (out / PEOPLE).iterdir():
         if folder.name not in places and normal_form(folder.name) in names:
-            say(f"{show(folder.name)} has no photos any more, but face tags still name this person")
+            say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
         if folder.name not in places and not pipeline.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     if gone:
@@ -729,15 +763,20 @@ def decide(
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
 ) -> Decision:
-    """Names the clips of all films, and numbers unknown people.
+    """Names the people in the clips of all films, and numbers unknown people.
 
-    The numbers are written to `unknown.json`. The clips of a group vote on their name. A group
-    keeps the number that its clips had `before`. A new group gets a number above the highest. An
-    enrolled clip shows the person of its label.
+    Clips of the same person are grouped, and all clips of a group vote on their name. A clip of a
+    film that is enrolled gets the name of its label. A group without a name is an unknown person:
+    it keeps the number of the last call, and a new group gets a new number. The numbers are written
+    to `unknown.json`.
 
     Args:
-      identify: `gallery.identify` with a rule.
-      last: the last decision on the same films, whose vectors and groups are used again; or None.
+      gallery: the gallery of the people.
+      out: the folder of results.
+      films: the films.
+      before: the numbers of the last call, and the corrections of a user.
+      identify: the method `gallery.identify`, with the rule by which a clip gets a name.
+      last: an earlier decision on the same films. To save time, its embeddings and groups are used.
     """
     vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
@@ -772,14 +811,15 @@ def decide(
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], highest: int
 ) -> dict[str, str]:
-    """Returns clip -> `unknown N`, in which groups keep the numbers that their clips had.
+    """Renames groups of clips so that they keep their numbers; returns the new name of each clip.
 
-    A group takes the number of most of its clips, unless another group has more clips with this
-    number. Each other group gets a number above `highest`, larger groups first.
+    A group keeps the number that most of its clips had, unless another group has more clips with
+    this number. The other groups get new numbers above `highest`, larger groups first.
 
     Args:
-      groups: clip -> name of its group, see `answers.name_groups`.
-      before: clip -> number.
+      groups: the group of each clip, such as `unknown 1`. Larger groups have lower numbers.
+      before: the number that a clip had in the last call.
+      highest: the highest number in the last call.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
@@ -797,9 +837,9 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes the results: tables, subtitles, cut lists, and the page.
+    """Writes tables, subtitles, cut lists and the page of a decision into the folder `out`.
 
-    `padding` is the number of seconds added before and after each appearance in cut lists.
+    `padding` is the number of seconds that are added at both ends of each appearance in cut lists.
     """
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
@@ -837,7 +877,10 @@ def render_page(
     address: Callable[[Film, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
-    """Returns the page of a decision; for `address` and `forms`, see `names_page.render`."""
+    """Returns the page of a decision as HTML.
+
+    `address` returns the URL of a film at a time in seconds. For `forms`, see `names_page.Forms`.
+    """
     people = {name: list[names_page.Picture]() for name in gallery.identities}
     for clip, photo in sorted(_list_faces(gallery).items()):
         name = gallery.clips[clip].identity
@@ -852,7 +895,7 @@ def render_page(
 
 
 def _locate_picture(out: Path, features: Path, clip: str) -> str:
-    """Returns the address of a clip's picture relative to the page; "" if there is no picture."""
+    """Returns the URL of a clip's picture, relative to the page, or "" if there is no picture."""
     path = features_folder.locate_thumbnail(features, clip)
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 
