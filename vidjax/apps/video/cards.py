@@ -118,7 +118,7 @@ class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Written(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The contents of the file of a card."""
+    """The fields of the JSON file that describes a net."""
 
     format: Literal[1]
     role: Role
@@ -164,7 +164,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """A card that was read from a file. `digest` is the sha256 of this file."""
+    """The description of a net, read from a JSON file. `digest` is the sha256 of this file."""
 
     path: Path
     digest: str
@@ -188,10 +188,10 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 
 
 def load(folder: Path) -> dict[Role, Card]:
-    """Reads the cards in a folder, and checks the sha256 of the nets; returns a card for each role.
+    """Reads the descriptions of the nets in a folder by role, and checks the sha256 of each net.
 
     Raises:
-      UserError: the folder or a net is missing, a card is wrong, or two nets have the same role.
+      UserError: the folder or a net is missing, a file is wrong, or two nets have the same role.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder of nets '{folder}'\nmake it: vidjax convert --help")
@@ -220,7 +220,11 @@ def read(path: Path) -> Card:
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
-    """Returns the card of a role. If it is missing, the error explains how to get such a net."""
+    """Returns the description of the net with a role.
+
+    Raises:
+      UserError: there is no such net. The message explains how to get it.
+    """
     if role not in cards:
         raise UserError(
             f"'{folder}' contains no net for the role {role}\n{describe_download(role)}"
@@ -246,5 +250,5 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns the cards of the nets that compute embeddings, by modality, such as `face`."""
+    """Returns the nets that compute embeddings, by modality, such as `face`."""
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

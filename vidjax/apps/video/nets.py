@@ -64,7 +64,7 @@ class Region(NamedTuple):
 
 
 class Detector:
-    """Detects faces, heads or bodies in images with the net of a card.
+    """Detects faces, heads or bodies in images with the net that a card describes.
 
     Images are shrunk until their longer side has `size` pixels. Smaller images are not enlarged. If
     the net has an input of fixed size, this size is used in place of `size`.
@@ -125,12 +125,12 @@ class Detector:
 
 
 class Embedder:
-    """Computes embeddings of crops, or of windows of sound, with the net of a card."""
+    """Computes embeddings of crops, or of windows of sound, with the net that a card describes."""
 
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net of a card.
+        """Opens a net.
 
         Args:
           card: the description of the net.
@@ -143,10 +143,10 @@ class Embedder:
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Returns embeddings, float32 [N, D], of N crops or windows.
 
-        Crops are uint8 [N, H, W, 3] RGB. D is the width in the card.
+        Crops are uint8 [N, H, W, 3] RGB.
 
         Raises:
-          UserError: the output of the net has another width.
+          UserError: the length D of the net's output differs from its description.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -163,10 +163,10 @@ class Embedder:
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Opens the net of a card for use in a single thread.
+    """Opens the net that a card describes, for use in a single thread.
 
     Raises:
-      UserError: the net is missing or damaged, or its output differs from the test in the card.
+      UserError: the net is missing or damaged, or its output for a test image has changed.
     """
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
@@ -192,10 +192,10 @@ def _make_error(card: Card, error: Exception) -> UserError:
 
 
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Compares the output of a net for a test image with the output that its card contains.
+    """Compares the output of a net for a test image with the output in its description `card`.
 
     Raises:
-      UserError: the two outputs differ by more than the tolerance in the card.
+      UserError: the two outputs differ by more than the tolerance in `card`.
     """
     output = answer_formula(card, session, card.test.seed)
     gap = float(np.abs(output - np.array(card.test.output)).max())
@@ -257,7 +257,7 @@ def ask_net(
     """Runs a net; returns its outputs by name. `inputs` are also by name.
 
     Raises:
-      UserError: the inputs of the net differ from its card.
+      UserError: the inputs of the net differ from its description `card`.
     """
     try:
         names = [output.name for output in session.get_outputs()]

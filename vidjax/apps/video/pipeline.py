@@ -61,7 +61,7 @@ class FileOutcome(NamedTuple):
       film: the description of the film or photo. If the file cannot be read, it is None.
       error: why the file cannot be read, in one line.
       kept: whether the features of an earlier call were kept.
-      replaced: whether the features replace those of another file with the same name.
+      replaced: whether the features replace the features of another file with the same name.
       remedy: what a user can do about the error.
       label: the name of the file, or the path if several files have this name.
     """
