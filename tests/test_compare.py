@@ -155,22 +155,6 @@ def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
-def test_compare_in_python_equals_the_compare_command(tmp_path):
-    precisions = groups_of(tmp_path)
-    pair = vidjax.compare([tmp_path / "a1", str(tmp_path / "b1")])
-    low, high, p = significance.compute_gap_interval(precisions["b"][0] - precisions["a"][0])
-    assert pair.to_dict()["runs"][1]["p"] == p
-    assert (pair.differences[0].low, pair.differences[0].high) == (low, high)
-    groups = [[tmp_path / f"{group}{n}" for n in (1, 2, 3)] for group in "ab"]
-    seeds = vidjax.compare(groups, out=tmp_path / "out")
-    assert seeds.differences[0].mean == pytest.approx((precisions["b"] - precisions["a"]).mean())
-    assert (tmp_path / "out" / "comparison.tex").read_text() == seeds.to_latex()
-    with pytest.raises(ValueError, match="two or more runs"):
-        vidjax.compare([tmp_path / "a1"])
-    with pytest.raises(TypeError, match="a list of folders"):
-        vidjax.compare(str(tmp_path / "a1"))  # pyright: ignore[reportArgumentType]
-
-
 def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path):
     names = "val", "other", "out_of_fold", "in_sample"
     for seed, kind in enumerate(names):

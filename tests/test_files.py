@@ -4,8 +4,6 @@ import concurrent.futures
 import json
 import os
 import shutil
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 
 from vidjax.core import devices, ensemble
-from vidjax.runs import checkpoint, results, signals
+from vidjax.runs import checkpoint, results
 from vidjax.runs import terminal as terminal_lib
 from vidjax.runs.results import Logs, truncate_log
 from vidjax.runs.terminal import Progress
@@ -66,16 +64,6 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
             assert len(words) == 4000 and len(set(words)) == 1
     for path in tmp_path.glob("*.tsv"):
         assert path.read_text().splitlines()[1].split("\t")[0] == path.name.partition("-")[0]
-
-
-def test_signal_is_recorded_and_the_previous_handler_restored():
-    before = signal.getsignal(signal.SIGTERM)
-    with signals.catch_interruption() as interruption:
-        assert interruption.signum is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert interruption.signum == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_log_of_20_megabytes_is_truncated_and_read_in_part(tmp_path, monkeypatch):

@@ -294,9 +294,7 @@ def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, 
     assert_same_run(parts, whole, RUN_FILES)
 
 
-def test_full_disk_stops_training_and_loses_no_checkpoint(
-    config, data, stopped, whole, mounted, campaign
-):
+def test_full_disk_stops_training_and_loses_no_checkpoint(config, data, stopped, mounted, campaign):
     """The number of free bytes decides whether the start, a log or a save fails."""
     small_disk = mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
     parts, failed = small_disk / "parts", []
@@ -310,7 +308,5 @@ def test_full_disk_stops_training_and_loses_no_checkpoint(
         assert str(parts) in error and "No space left" in error, error
         assert_nothing_lost(parts, before)
         failed.append(error.split("'")[1].removeprefix(str(parts)))
-        run(config, parts, data)
-        assert_same_run(parts, whole, RUN_FILES)
         shutil.rmtree(parts)
     assert len(set(failed)) > 1, failed
