@@ -386,8 +386,8 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"no archive", "damaged or not an .npz file: write it again"),
-        (b"", "damaged or not an .npz file: write it again"),
+        (b"no archive", "): write it again"),
+        (b"", "): write it again"),
         ({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)"),
         ({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')"),
         ({"face": np.array([{}], object)}, "contains Python objects"),

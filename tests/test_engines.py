@@ -162,7 +162,7 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
         ("crash", UserError, r"film\.mp4: damaged or hostile: .* SIGABRT"),
         ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),
         ("mistake", UserError, r"^film\.mp4: give another film$"),
-        ("missing", DiskError, r"nowhere(.|\n)*is the path right"),
+        ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
     ],
 )
 def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):

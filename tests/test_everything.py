@@ -40,7 +40,11 @@ def test_run_on_everything_reports_no_map(official_dir, tmp_path, say, command):
     assert len(lists) == 12 and all("_TEST_" in name for names in lists.values() for name in names)
     assert "MAP@100     none: test has no ground truth" in out
     (line,) = [line for line in out.splitlines() if line.startswith("  measured")]
-    assert "nothing: trained on train and val" in line and FOLDS in line and MEASURED in line
+    assert (
+        "nothing: the run was trained on train and val" in line
+        and FOLDS in line
+        and MEASURED in line
+    )
     again = say(f"{KNN},everything", data, f"--workdir={folder}")
     assert "finished before" in again and line in again
     done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")

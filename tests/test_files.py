@@ -27,7 +27,7 @@ def test_failed_write_leaves_no_file_and_keeps_a_folder_that_was_made_meanwhile(
         file.write(b"half")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
-    with pytest.raises(ValueError, match="made meanwhile"), files.atomic_folder(tmp_path / "x"):
+    with pytest.raises(ValueError, match="has made"), files.atomic_folder(tmp_path / "x"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "thesis.txt").write_text("mine")
     assert os.listdir(tmp_path) == ["x"]
@@ -46,7 +46,7 @@ def test_reading_refuses_links_out_of_a_folder(tmp_path):
         for path in ("inner/x", "within/x"):
             assert files.read_bytes(run / path, 9, below=run) == b"1"
         for path in ("out/x", "inner/../../outer/x"):
-            with pytest.raises(ValueError, match="link out of"):
+            with pytest.raises(ValueError, match="by a copy of that folder"):
                 files.read_bytes(run / path, 9, below=run)
 
 

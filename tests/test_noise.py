@@ -55,7 +55,7 @@ def test_impossible_clustering_options_are_refused() -> None:
     for eps, least, message in (
         (0.0, 2, "config.noise.eps=0.0 must be"),
         (2.1, 2, "config.noise.eps=2.1 must be"),
-        (0.5, 0, "config.noise.min_samples=0 1 or more"),
+        (0.5, 0, "config.noise.min_samples=0 must be 1 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             plan.cluster(vectors, eps=eps, min_samples=least)

@@ -84,7 +84,7 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     ("data.train_splits=train", r"choose --config=configs/noise_classes\.py:other"),
-    ("noise.modality=fac", "config.noise.modality='fac' is not in the data"),
+    ("noise.modality=fac", "config.noise.modality='fac' is not a modality of the data"),
     ("noise.join=True data.max_frames=40", "needs clips of up to 50 frames"),
 ])  # fmt: skip
 def test_invalid_noise_settings_are_refused_before_training(data, tmp_path, words, message):

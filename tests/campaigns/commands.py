@@ -121,7 +121,7 @@ MINE = {
 }
 # In folders with made-up runs and data; a compared run is not trained.
 PLACES = [
-    Case("--mode=report --workdir=.", "name one: a, b"),
+    Case("--mode=report --workdir=.", "such as a, b"),
     Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
     Case("--config=mma --workdir=a", "another workdir"),
     Case("--mode=evaluate --workdir=a --runs=b,a", "another folder"),

@@ -126,7 +126,7 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
             assert code in (2, 3) and name in output, output
             if kind != "folder":
                 assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in output, output
-                assert kind == "pipe" or "put a copy of the file" in output
+                assert kind == "pipe" or "by a copy of its target" in output
         assert kept.read_bytes() == content
         path.rmdir()
         kept.rename(path)
@@ -227,7 +227,7 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     assert [path.name for path in outside.rglob("*")] == ["keep"]
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
-    with pytest.raises(checkpoint.CheckpointError, match="replace the link by the folder"):
+    with pytest.raises(checkpoint.CheckpointError, match="replace the link by a copy"):
         checkpoint.find(place.parent)
 
 
@@ -299,7 +299,7 @@ def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
     assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["a pipe", "holes", "file missing"])
+@pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
 def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
     """The sparse file has 500 GB; the missing file is listed outside the checkpoint."""
     folder = save(tmp_path, 1)

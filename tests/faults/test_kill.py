@@ -211,7 +211,7 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     assert not checkpoint.manifests(run.workdir)
     end("step", 10, signal.SIGTERM)
     logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"stopped at step {logged}; run the same command" in run.output()
+    assert f"stopped at step {logged}\nto resume, run the same command" in run.output()
     assert max(checkpoint.manifests(run.workdir)) == logged
     end("step", 2, signal.SIGINT, signal.SIGTERM)
     run.finish()

@@ -1,1 +1,4 @@
-"""The folder of a run: its configuration, checkpoints, results and logs. It contains no maths."""
+"""Reads and writes the folder of a run: configuration, checkpoints, results and logs.
+
+A run is a training that is in progress or finished.
+"""

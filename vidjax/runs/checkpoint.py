@@ -1,16 +1,17 @@
 """Saves, finds and loads checkpoints with Orbax, and compares them with sha256 digests.
 
-`checkpoints/<step>/` contains Orbax's folder `state` and `manifest.json`. The manifest has the
-sha256 of every file in `state` and of its other entries. A checkpoint is written to
-`checkpoints/.partial/` and renamed when its manifest is complete. It is not used if a file differs
-from the manifest, if `state` has an unlisted file, or if its path contains a link.
+The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes, and
+`manifest.json`. The manifest lists the sha256 of every file in `state`. It also contains a sha256
+of itself. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest is
+complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file that
+the manifest does not list, or if a path contains a link.
 
-Three checkpoints are kept: the latest; the last evaluated checkpoint before the latest (or the last
-checkpoint before it, if none was evaluated); and the best by MAP. Other files in `checkpoints/`
-are not touched.
+At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
+evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the one before the
+latest is kept. Other files in `checkpoints/` are not changed.
 
-Orbax's `training.Checkpointer` does not fit for two reasons: it renames a step before the manifest
-exists, and it needs the MAP at saving, while vidjax saves a step before it evaluates it.
+The class `training.Checkpointer` of Orbax does not fit for two reasons. It renames a step before
+the manifest exists. It needs the MAP when it saves, but vidjax saves a step before the evaluation.
 """
 
 import contextlib
@@ -39,24 +40,26 @@ class CheckpointError(Expected):
 
 
 class DamagedError(CheckpointError):
-    """The files of a checkpoint have changed since they were saved."""
+    """A file of a checkpoint is missing, or has changed since it was saved."""
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint: the folder `checkpoints/<step>` and its manifest."""
+    """A checkpoint whose files match the digests: its folder, and the content of the manifest."""
 
     folder: Path
     manifest: dict[str, Any]
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint, then deletes older checkpoints that are not kept.
+    """Saves a checkpoint, then deletes older checkpoints. The module docstring lists which stay.
 
-    If the step already has a checkpoint, only `info` is added to its manifest.
+    If the step already has a checkpoint, the arrays are not saved again, and `info` is added to the
+    manifest.
 
     Args:
-      items: name -> tree of arrays; `load` takes the same names.
-      info: entries of the manifest, as JSON types. The best checkpoint has the highest `map`.
+      items: name -> tree of arrays. `load` takes the same names.
+      info: JSON values that the manifest will contain. The entry `map` decides which checkpoint is
+        the best.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -67,7 +70,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 
 
 def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
-    """Adds entries to a manifest; returns False if the manifest is missing or damaged."""
+    """Adds `info` to a manifest. Returns False if the manifest is missing or damaged."""
     try:
         files.write_manifest(folder / MANIFEST, read_manifest(folder) | dict(info))
     except CheckpointError:
@@ -76,7 +79,7 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint in a hidden folder, then moves it; every process writes its arrays."""
+    """Writes a checkpoint to a hidden folder, then renames it. Every process writes its arrays."""
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -98,11 +101,11 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
             files.write_manifest(partial / MANIFEST, {**contents, **info})
             _set_aside(folder)
             os.rename(partial, folder)
-    except Exception as error:  # Orbax reports a full disk in a dozen ways
-        if distributed.is_first():  # ignores errors: a thread of Orbax may still write there
+    except Exception as error:  # Orbax raises a dozen different errors if the disk is full
+        if distributed.is_first():  # errors are ignored, because Orbax may still write there
             shutil.rmtree(partial.parent, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if len(reason) > 200:  # it begins with the path, already in the message
+        if len(reason) > 200:  # it begins with the path, which the message contains already
             reason = f"... {reason[-120:]}"
         raise DiskError(
             f"cannot save a checkpoint in '{folder}': {reason}\n"
@@ -111,7 +114,10 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
 
 def list_folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, even if damaged, in ascending order."""
+    """Returns step -> folder of every checkpoint, in ascending order.
+
+    Checkpoints may be damaged.
+    """
     folder = workdir / "checkpoints"
     _refuse_link(folder)
     paths = {
@@ -124,7 +130,10 @@ def list_folders(workdir: Path) -> dict[int, Path]:
 
 
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> manifest in ascending order, without damaged manifests."""
+    """Returns step -> content of the manifest of every checkpoint, in ascending order.
+
+    Checkpoints with a damaged manifest are left out.
+    """
     contents = {}
     for step, folder in list_folders(workdir).items():
         with contextlib.suppress(DamagedError):
@@ -142,12 +151,14 @@ def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Finds the latest or the best checkpoint whose files match its manifest, or returns None.
+    """Returns the latest or the best checkpoint that is not damaged.
 
-    A damaged checkpoint is skipped with a warning; its files stay.
+    If the run has no checkpoint, returns None. A damaged checkpoint is skipped with a warning, and
+    is not deleted.
 
     Args:
-      prefer: `latest` or `best`. `best` prefers a high MAP; checkpoints without a MAP come last.
+      prefer: `latest`, or `best` for the highest MAP. With `best`, a checkpoint without a MAP is
+        used only if all checkpoints with a MAP are damaged.
 
     Raises:
       CheckpointError: all checkpoints are damaged, or `prefer` is `best` and none has a MAP.
@@ -155,12 +166,12 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     paths, known = list_folders(workdir), manifests(workdir)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(
-            f"no best checkpoint in '{workdir}': no step has a MAP\n"
-            "use the latest: --config.eval.checkpoint=latest"
+            f"no checkpoint in '{workdir}' has a MAP, so there is no best one\n"
+            "use the latest checkpoint: --config.eval.checkpoint=latest"
         )
 
     def rank(step: int) -> tuple[float, int]:
-        # The MAP of a damaged manifest is unknown. It comes first, so that a warning names it.
+        # A damaged manifest has no MAP. It comes first, so that a warning mentions it.
         score = known[step].get("map", -1.0) if step in known else 2.0
         return (score if prefer == "best" else 0.0, step)
 
@@ -171,17 +182,18 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
             warn(f"checkpoint {step} is not used: {error}")
     if paths:
         raise CheckpointError(
-            f"every checkpoint in '{workdir / 'checkpoints'}' is damaged: restore a copy,\n"
-            "or train again with another --workdir=FOLDER"
+            f"every checkpoint in '{workdir / 'checkpoints'}' is damaged\n"
+            "restore a copy, or train again with another --workdir=FOLDER"
         )
     return None
 
 
 def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
-    """Returns name -> tree of the arrays of a checkpoint, structured like `abstract`.
+    """Reads the arrays of a checkpoint. Returns name -> tree of arrays, as in `abstract`.
 
     Args:
-      abstract: name -> tree of arrays or ShapeDtypeStructs; only these items are read.
+      abstract: name -> tree of arrays or ShapeDtypeStructs with the expected shapes and dtypes.
+        Only these names are read.
       layout: the sharding of all arrays, or a tree of shardings. The number of devices may have
         changed since the checkpoint was saved.
 
@@ -196,8 +208,9 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
     for name, kind in _describe_arrays(abstract).items():
         if saved.get(name) != kind:
             raise CheckpointError(
-                f"'{checkpoint.folder}' belongs to another model: array {name}\n"
-                f"is {saved.get(name, 'absent')} in the checkpoint and {kind} in this model"
+                f"'{checkpoint.folder}' belongs to another model: the array {name}\n"
+                f"is {saved.get(name, 'absent')} in the checkpoint and {kind} in this model\n"
+                "train this model in another folder: --workdir=FOLDER"
             )
     described = jax.tree.map(
         lambda sharding, x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding),
@@ -215,20 +228,21 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints of later steps, because training will save these steps again."""
+    """Renames the checkpoints after `step`, because a resumed run will save these steps again."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Compares a checkpoint with its manifest and returns the manifest.
+    """Compares the files of a checkpoint with the manifest. Returns the content of the manifest.
 
     Args:
-      manifest: the content of `manifest.json`. None reads the file.
+      folder: the folder of the checkpoint.
+      manifest: the content of `manifest.json`. If it is None, the file is read.
 
     Raises:
-      DamagedError: a file differs from its digest, is missing, or is not listed.
+      DamagedError: a file is missing, differs from its digest, or is not listed.
     """
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
@@ -236,17 +250,17 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
         file = folder / "state" / name
         with _raise_damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
             if files.hash_opened(opened) != digest:
-                raise DamagedError(f"file damaged (sha256 differs): '{file}'")
+                raise DamagedError(f"'{file}' is damaged, because its sha256 differs")
     return manifest
 
 
 @contextlib.contextmanager
 def _raise_damaged(path: Path) -> Iterator[None]:
-    """Turns an error from reading `path` into a DamagedError."""
+    """Turns an error of reading `path` into a DamagedError."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DamagedError(f"file missing: '{path}'") from error
+        raise DamagedError(f"'{path}' is missing") from error
     except OSError as error:
         raise DamagedError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
@@ -254,7 +268,7 @@ def _raise_damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises DamagedError unless `state` has exactly the listed files."""
+    """Raises DamagedError unless the folder `state` has exactly the files that `manifest` lists."""
     state, listed = folder / "state", set(manifest["files"])
     with _raise_damaged(state):
         names = set(files.walk(state))
@@ -263,11 +277,11 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"'{state / min(others)}' does not belong to this checkpoint: move it elsewhere"
         )
     if missing := listed - names:
-        raise DamagedError(f"file missing: '{state / min(missing)}'")
+        raise DamagedError(f"'{state / min(missing)}' is missing")
 
 
 def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Returns True if vidjax wrote every file in the folder of a checkpoint."""
+    """Returns True if the folder of a checkpoint contains no file of a user."""
     listed = {MANIFEST, *(f"state/{name}" for name in manifest["files"])}
     try:
         others = set(files.walk(folder)) - listed
@@ -277,18 +291,21 @@ def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of `checkpoints/<step>`. Raises DamagedError if its sha256 differs."""
+    """Returns the manifest of the checkpoint in `folder`.
+
+    Raises DamagedError if the manifest is missing, damaged, or of another step.
+    """
     path = folder / MANIFEST
     with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
         schemas.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
-        raise DamagedError(f"'{path}' belongs to step {manifest['step']}")
+        raise DamagedError(f"'{path}' belongs to the checkpoint of step {manifest['step']}")
     return manifest
 
 
 def _set_aside(folder: Path) -> None:
-    """Renames a checkpoint, or another file of the same name, to `<step>.damaged`."""
+    """Renames `<step>`, a folder or a file, to `<step>.damaged` or `<step>.damaged-<number>`."""
     if files.exists(folder):
         numbers = ("", *(f"-{number}" for number in range(2, 1000)))
         names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)
@@ -298,19 +315,19 @@ def _set_aside(folder: Path) -> None:
 def _refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise CheckpointError(
-            f"'{folder}' is a link, not a folder: it is not opened\n"
-            "replace the link by the folder that it leads to"
+            f"'{folder}' is a link, not a folder, and is not opened\n"
+            "replace the link by a copy of the folder that it leads to"
         )
 
 
 def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
-    """Returns path -> dtype and shape of each array, such as `float32[4, 2]`."""
+    """Returns path in the trees -> dtype and shape of each array, such as `float32[4, 2]`."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(items))
     return {jax.tree_util.keystr(k): f"{x.dtype}{list(jnp.shape(x))}" for k, x in leaves}
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes all checkpoints except the three that this module keeps."""
+    """Deletes old checkpoints. The module docstring lists which checkpoints stay."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)
@@ -321,6 +338,6 @@ def _drop_others(workdir: Path) -> None:
         if not _has_only_our_files(partial.with_name(str(step)), steps[step]):
             continue
         partial.mkdir(exist_ok=True)
-        # Renames it first: if the deletion is interrupted, no incomplete step remains.
+        # Renamed first, so that an interrupted deletion leaves no incomplete step.
         os.rename(partial.with_name(str(step)), partial / str(step))
     files.remove_tree(partial)

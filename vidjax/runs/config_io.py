@@ -1,4 +1,4 @@
-"""Reads and writes configurations: Python files, overrides, JSON."""
+"""Loads configurations from Python files, applies flags to them, and converts them to JSON."""
 
 import ast
 import copy
@@ -24,17 +24,17 @@ MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
 
 
 def load_file(spec: str) -> Config:
-    """Runs a configuration file and returns its configuration.
+    """Executes a configuration file and returns the configuration.
 
-    The file may add functions and classes to the tables of vidjax, such as `optim.OPTIMIZERS`.
+    The file may register functions and classes, for example in the dict `optim.OPTIMIZERS`.
 
     Args:
       spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
-        or a name: `mma` is `configs/mma.py` of the working directory, or of vidjax if the working
-        directory has none.
+        or a name. The name `mma` is `configs/mma.py` of the working directory. If there is no such
+        file, it is `configs/mma.py` of vidjax.
 
     Raises:
-      UserError: the file fails (the message names its line), or returns another object.
+      UserError: the file raises an error, or `get_config` does not return a configuration.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -47,11 +47,11 @@ def load_file(spec: str) -> Config:
         raise UserError(f"--config: {_locate(path, error)}: {_describe(error)}") from error
     except SystemExit as error:
         raise UserError(
-            f"--config: '{path}' ended the program: sys.exit({error.code!r})"
+            f"--config: '{path}' ended the program with sys.exit({error.code!r})\nremove this call"
         ) from error
     if not hasattr(config, "to_dict"):
         raise UserError(
-            f"--config: get_config of '{spec}' returns no ConfigDict\n"
+            f"--config: get_config of '{spec}' does not return a ConfigDict\n"
             "begin it with config = vidjax.runs.config.default(), and return config"
         )
     _check_types(spec, dict(fields(config)))
@@ -59,14 +59,17 @@ def load_file(spec: str) -> Config:
 
 
 def _check_types(spec: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError if a field of the defaults is absent or has a different type."""
+    """Raises UserError if a field is missing in `values` or has a wrong type.
+
+    `spec` is the value of `--config`, for the message.
+    """
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
         if name in values and isinstance(values[name], kinds or type(default)):
             continue
         problem = f"has no field config.{name}"
         if name in values:
-            problem = f"has config.{name}={values[name]!r}, wanted a value such as {default!r}"
+            problem = f"has config.{name}={values[name]!r}, not a value such as {default!r}"
         raise UserError(
             f"--config: '{spec}' {problem}\n"
             "begin get_config with config = vidjax.runs.config.default(), and change its fields"
@@ -82,11 +85,13 @@ def find_file(name: str) -> Path:
         known |= {file.stem: file for file in folder.glob("*.py")}
     if name in known:
         return known[name]
-    raise UserError(f"--config: no such file '{name}'\n{suggest(path.stem, sorted(known))}")
+    raise UserError(
+        f"--config: the file '{name}' does not exist\n{suggest(path.stem, sorted(known))}"
+    )
 
 
 def shipped_folder() -> Path:
-    """Returns the folder `configs` of vidjax, in an installation or a checkout."""
+    """Returns the folder of the configurations that come with vidjax."""
     spec = importlib.util.find_spec("vidjax.configs")
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
@@ -94,14 +99,20 @@ def shipped_folder() -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Executes a configuration file and returns it as a module with a function `get_config`."""
+    """Executes a configuration file and returns it as a module.
+
+    Raises UserError if the module has no function `get_config`.
+    """
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config: '{path}' is not a Python file")
+        raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config: '{path}' has no function get_config")
+        raise UserError(
+            f"--config: '{path}' has no function get_config\n"
+            "define a function get_config(args) that returns a configuration"
+        )
     return module
 
 
@@ -117,7 +128,7 @@ def _locate(path: Path, error: Exception) -> str:
 def _describe(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     if isinstance(error, TypeError) and text.startswith("get_config() takes 0"):
-        text += '\nit takes the text after the colon, --config=FILE:ARGS: def get_config(args="")'
+        text += '\ngive it an argument for ARGS of --config=FILE:ARGS: def get_config(args="")'
     if isinstance(error, AttributeError | KeyError) and re.fullmatch(r"[\"']+\w+[\"']+", text):
         name = text.strip("\"'")  # the error of ml_collections has only the name
         text = f"there is no field '{name}' to change\nset it first: GROUP.{name} = ConfigDict(...)"
@@ -125,26 +136,27 @@ def _describe(error: Exception) -> str:
 
 
 def override_names(overrides: Sequence[str]) -> list[str]:
-    """Returns the dotted names of the fields that `--config.FIELD=VALUE` words set."""
+    """Returns the field names (FIELD) of words such as `--config.FIELD=VALUE`."""
     return [word.removeprefix("--config.").partition("=")[0] for word in overrides]
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-    """Returns a copy of a configuration, changed by words such as `--config.a.b=value`.
+    """Returns a copy of a configuration with changed fields.
 
-    A new value gets the type of the old value. A tuple may be written `face,head` or as in Python.
-    If two words set the same field, the last word counts.
+    Each word of `overrides` is a `--config.FIELD=VALUE`. The value is converted to the type of the
+    field. A tuple may be written `face,head` or as in Python. If two words set the same field, the
+    last word counts.
 
     Raises:
-      UserError: a word is not `--config.FIELD=VALUE`, its field is unknown, or its value has a
-        different type.
+      UserError: a word is not `--config.FIELD=VALUE`, the field is unknown, or the value does not
+        have the type of the field.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
     for word in overrides:
         if not isinstance(word, str) or not word.startswith("--config."):
             hint = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
-            raise UserError(f"{word!r} is not an override: write '--config.FIELD=VALUE'{hint}")
+            raise UserError(f"{word!r} sets no field: write '--config.FIELD=VALUE'{hint}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
             raise UserError(f"there is no field config.{name}: {suggest_field(name, known)}")
@@ -160,11 +172,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
-    """Returns the overrides as the end of a folder's name, such as `_seed=1`.
+    """Returns the overridden fields as the end of a folder name, such as `_seed=1`.
 
-    Fields are sorted; fields in `without` are left out. Characters other than letters, digits and
-    `._=+-` become `-`. If characters were replaced or the suffix was shortened, it ends in a
-    digest.
+    Each word of `overrides` is a `--config.FIELD=VALUE`. Fields are sorted. Fields in `without` are
+    left out. Characters that are unusual in a file name become `-`. If the text is then ambiguous
+    or too long, it is shortened and ends in a digest.
     """
     values = dict(fields(config))
     parts = []
@@ -181,9 +193,9 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Converts the text of an override to `kind`, the type of its field.
+    """Converts the text of a flag `--config.FIELD=text` to `kind`, the type of the field.
 
-    `example` is the present value of the field. If the text does not fit, raises a UserError. Its
+    `example` is the present value of the field. If the text does not fit, raises a UserError whose
     message only describes a valid value, such as `true or false`.
     """
     if kind is str:
@@ -203,7 +215,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
-        raise UserError("a whole number of at most 64 bits")
+        raise UserError("a whole number that fits into 64 bits")
     if math.isnan(value):
         raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
     return value
@@ -218,7 +230,7 @@ def _convert_tuple(text: str) -> tuple[Any, ...]:
 
 
 def value_text(value: object) -> str:
-    """Formats a value as on the command line. None is `unset`; () and '' are `empty`."""
+    """Formats a value for a reader: a tuple as `face,head`, None as `unset`, () as `empty`."""
     if value is None:
         return "unset"
     if value in ((), ""):
@@ -234,7 +246,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str | bytes) -> Config:
-    """Returns the configuration that `to_json` wrote; its lists become tuples again."""
+    """Returns the configuration that `to_json` wrote. Lists become tuples again."""
     config, values = config_lib.default(), files.parse_json(text)
     if not isinstance(values, dict):
         raise UserError("it is not a JSON object")
@@ -253,21 +265,24 @@ def _with_tuples(value: Any) -> Any:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of a run, without `data.cache_dir`.
+    """Returns the configuration of the run in `workdir`, with `data.cache_dir` unset.
 
-    The folder may come from a stranger. A cache folder that it names may contain harmful programs.
+    The folder of the run may come from a stranger. A cache folder that `config.json` names may
+    contain harmful programs.
     """
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no run in '{workdir}' (no config.json)") from None
+        raise UserError(
+            f"no run in '{workdir}': it has no config.json\nname the folder of a run"
+        ) from None
     try:
         config = from_json(content)
     except ValueError as error:
         raise UserError(
             f"'{path}' is damaged: {error}\n"
-            "restore it from a copy, or train again in another folder"
+            "restore it from a copy, or train again in another folder: --workdir=FOLDER"
         ) from error
     config.data.cache_dir = None
     return config

@@ -1,7 +1,7 @@
 """Reads, writes and describes the results and the logs of a run.
 
-`runs.schemas` describes the content of the files. `metrics.jsonl` depends only on configuration,
-data and step, so equal runs write equal bytes. Measured times go to `timing.jsonl`.
+`runs.schemas` defines the content of the files. `metrics.jsonl` contains no measured times, so
+equal runs write equal bytes. `timing.jsonl` contains the measured times.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 
-MAX_LOG_LINES = 20_000  # in memory
+MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
 # Keys of `metrics.json` that describe the training. A later evaluation does not change them.
@@ -55,12 +55,12 @@ def now() -> str:
 
 
 class Results(schemas.Metrics, kw_only=True):
-    """The results of a run on a split: `map`, `top1` and the other fields of `schemas.Metrics`.
+    """The results of a run on a split of the data: `map`, `top1` and other entries of a JSON file.
 
     Attributes:
       split: the name of the split.
-      paths: the result files: `ranking`, `metrics`, `report` and `analysis`.
-      values: the dict that `to_dict` copies. It contains added metrics, too.
+      paths: the paths of the result files: `ranking`, `metrics`, `report` and `analysis`.
+      values: all entries, including metrics that a user has added.
     """
 
     split: str
@@ -69,7 +69,10 @@ class Results(schemas.Metrics, kw_only=True):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], split: str, paths: "ResultPaths") -> Self:
-        """Makes Results from the content of `metrics.json`, checked by `schemas.Metrics`."""
+        """Makes Results from `values`, the content of `paths.metrics`.
+
+        Raises UserError if an entry has a wrong type or range.
+        """
         plain = files.parse_json(files.to_json(values).encode())
         metrics = schemas.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
         known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
@@ -86,15 +89,15 @@ class Results(schemas.Metrics, kw_only=True):
         return dict(self.values)
 
     def average_precisions(self) -> dict[str, float]:
-        """Returns identity -> average precision, for every identity with a clip in the split.
+        """Returns identity -> average precision. Identities without a clip in the split are absent.
 
         Raises:
-          UserError: there is no analysis, because `config.eval.report` was False.
+          UserError: there is no `analysis.npz`, because `config.eval.report` was False.
         """
         if not files.exists(self.paths.analysis):
             raise UserError(
                 f"'{self.paths.analysis}' is missing\n"
-                "to write it: vidjax evaluate --workdir=FOLDER --config.eval.report=True"
+                "to write it, run vidjax evaluate --workdir=FOLDER --config.eval.report=True"
             )
         names = load_identities(self.paths.metrics.with_name("identities.json"))
         arrays = load_analysis(self.paths.analysis)[1]
@@ -105,30 +108,35 @@ class Results(schemas.Metrics, kw_only=True):
 
 
 def load_metrics(path: Path) -> dict[str, Any]:
-    """Returns the content of a file, checked by `schemas.Metrics`, with any additional keys."""
+    """Returns the content of `metrics.json`, including keys that `schemas.Metrics` does not list.
+
+    Raises UserError if a listed key has a wrong type or range.
+    """
     return schemas.load(path, schemas.Metrics, REMEDY)[0]
 
 
 def load_identities(path: Path) -> list[str]:
-    """Returns the names of class columns 1..C from `identities.json`."""
+    """Returns the names in `identities.json`. The first name belongs to class column 1."""
     kind = cast(type[list[str]], schemas.Identities)
     return schemas.read(path, kind, REMEDY, MAX_IDENTITIES_BYTES)
 
 
 def check_identities(identities: Sequence[str]) -> None:
-    """Raises UserError if `load_identities` could not read the names: too many, or too long."""
+    """Raises UserError if `load_identities` would refuse these names as too many or too long."""
     size = len(files.to_json(list(identities)))
     if len(identities) > files.MAX_ITEMS or size > MAX_IDENTITIES_BYTES:
         raise UserError(
-            f"{len(identities):,} identities with names of {size:,} bytes are too many: "
-            "the limits are "
-            f"{files.MAX_ITEMS:,} identities and {MAX_IDENTITIES_BYTES:,} bytes\n"
-            "leave some out of the ground truth"
+            f"the data have {len(identities):,} identities with names of {size:,} bytes, but the "
+            f"limits are {files.MAX_ITEMS:,} identities and {MAX_IDENTITIES_BYTES:,} bytes\n"
+            "leave some identities out of the ground truth"
         )
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns name, folder and digest of the evaluated data as text, or None without an entry."""
+    """Returns a text with the name, the folder and the digest of the evaluated data.
+
+    `metrics` is the content of `metrics.json`. If it does not describe the data, returns None.
+    """
     data = metrics.get("data")
     if not isinstance(data, dict):
         return None
@@ -137,16 +145,20 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns the settings of an evaluation that differ from `config.json`: `FIELD=VALUE, ...`."""
+    """Returns the settings of an evaluation that differ from the run's, as `FIELD=VALUE, ...`.
+
+    `metrics` is the content of `metrics.json`.
+    """
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Explains why no split can give the MAP of a run, with a remedy; "" if a split can.
+    """Explains why the MAP of a run cannot be measured, and suggests a remedy.
 
-    A split can give a MAP if it has a ground truth (see `data_report.json`) and the run was not
-    trained on it, or if the members of the run left out folds or bootstrap samples.
+    If it can be measured, returns "". A MAP can be measured on a split with ground truth on which
+    the run was not trained. It can also be measured if each member of an ensemble left out clips of
+    a training split. `workdir` is the folder of the run.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -157,18 +169,18 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     folds = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT_FIELDS)
     if folds or not labelled or not labelled <= set(trained):
         return ""
-    problem = f"trained on {' and '.join(trained)}, so no split is left; "
+    problem = f"the run was trained on {' and '.join(trained)}, so no split is left; "
     counts = report.splits.get(trained[-1], {})
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
         return f"{problem}most people have one clip: add a split val with other clips of them"
-    return f"{problem}to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
+    return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl` or `timing.jsonl`; [] if the file is missing.
+    """Returns the lines of `metrics.jsonl` or `timing.jsonl`. Without a file, returns [].
 
-    Damaged lines are skipped: a run may be writing the last line. From a long log, MAX_LOG_LINES
-    evenly spaced lines are returned, and up to as many evaluations.
+    Damaged lines are skipped, because a run may still write the last line. If the log has more than
+    20,000 lines, about 20,000 evenly spaced lines are returned, and up to 20,000 evaluations.
     """
     if not files.exists(path):
         return []
@@ -185,7 +197,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `values` (see `schemas.Analysis`) and `arrays` to a file atomically."""
+    """Writes `values`, which have the form of `schemas.Analysis`, and `arrays` to an .npz file."""
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
@@ -194,12 +206,15 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
 
 
 def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Returns the values and the arrays that `save_analysis` wrote."""
+    """Reads the values and the arrays that `save_analysis` wrote.
+
+    Raises UserError if a value or an array has a wrong type, range or shape.
+    """
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
         if len(text) > files.JSON_BYTES:
-            raise UserError(f"more than {files.JSON_BYTES:,} bytes of text")
+            raise UserError(f"it has more than {files.JSON_BYTES:,} bytes of text")
         values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
@@ -209,11 +224,11 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
 
 
 def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
-    """Removes the lines of a .jsonl file after `step`, which a resumed run will write again.
+    """Removes the lines of a .jsonl file after `step`, because a resumed run writes them again.
 
-    Damaged lines are removed with a warning. An unfinished last line, from a killed process, is
-    removed without a result. If `evaluated` is False, the evaluation of `step` (a line with the key
-    `split`) is removed, too.
+    Damaged lines are also removed, with a warning. If only the last line is damaged, there is no
+    warning, because a killed process leaves such a line. If `evaluated` is False, the line about
+    the evaluation of `step` is removed, too.
     """
     if not files.exists(path):
         return
@@ -228,16 +243,17 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     if kept == lines:
         return
     if damaged := [number for number in damaged if number < len(lines)]:
-        warn(f"'{path}': damaged lines are removed: {damaged[:5]}")
+        warn(f"damaged lines are removed from '{path}': {', '.join(map(str, damaged[:5]))}")
     with files.atomic_file(path) as file:
         file.writelines(kept)
 
 
 class Logs:
-    """The open logs of a run: `metrics.jsonl`, `timing.jsonl` and the events of TensorBoard.
+    """Writes the logs of a run: `metrics.jsonl`, `timing.jsonl` and a file for TensorBoard.
 
-    Only process 0 writes. TensorBoard shows the new events in place of old events after `step`. See
-    `truncate_log` for `evaluated`.
+    If several processes train the run, only the first process writes. A resumed run continues after
+    `step`, and later entries of the logs are removed or hidden. `evaluated` is True if `step` was
+    evaluated.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
@@ -253,14 +269,14 @@ class Logs:
         self._event(step=step + 1, session_log={"status": "START"})
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the results of a step as a line and as events."""
+        """Writes the metrics of a step to `metrics.jsonl`, and the numbers to TensorBoard."""
         self._line("metrics.jsonl", step, values)
         numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
         scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
         self._event(step=step, summary={"value": scalars})
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the measured times of a step as a line."""
+        """Writes the measured times of a step to `timing.jsonl`."""
         self._line("timing.jsonl", step, values)
 
     def _line(self, name: str, step: int, values: Mapping[str, Any]) -> None:
@@ -273,7 +289,7 @@ class Logs:
             from tensorboard.compat.proto import event_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
 
-            record = io.BytesIO()  # written at once, so that a kill leaves no part of a record
+            record = io.BytesIO()  # a complete record, so that a kill leaves no part of a record
             event = event_pb2.Event(wall_time=time.time(), **content)  # type: ignore[attr-defined]
             RecordWriter(record).write(event.SerializeToString())
             files.append(self._files["events"], record.getvalue())

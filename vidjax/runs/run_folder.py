@@ -1,8 +1,8 @@
-"""The folder of a run: its paths, its files and its lock.
+"""Opens, reads, writes and locks the folder of a run.
 
-The results of the split `eval.split`, which training evaluates, are `metrics.json`, `ranking.txt`
-and `analysis.npz`. The files of another split carry the name of the split: `metrics_<split>.json`.
-`runs.schemas` describes their content.
+Training evaluates the split `config.eval.split`. The results are `metrics.json`, `ranking.txt`,
+`analysis.npz` and `report.html`. The results of another split have its name, as in
+`metrics_<split>.json`. `runs.schemas` defines the content of these files.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from vidjax.utils.errors import UserError
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
-# Files that a folder of features has, but a folder of a run does not.
+# Files of a folder of features. The folder of a run has no such file.
 DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
                  "test/*.npz", "*.parquet")  # fmt: skip
 
 
 class ResultPaths(NamedTuple):
-    """The result files of a split."""
+    """The paths of the result files of a split of the data."""
 
     metrics: Path
     ranking: Path
@@ -37,10 +37,10 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each file is read at its first use, and its content is kept.
+    """The files of a run. Each file is read at its first use, and not read again.
 
-    Changes by other objects or programs appear only in a new RunFolder. A damaged file raises a
-    UserError with a remedy.
+    If another object or program changes a file, only a new RunFolder reads the change. A damaged
+    file raises UserError.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -48,7 +48,7 @@ class RunFolder:
         self._metrics: dict[Path, dict[str, Any]] = {}
 
     def has(self, name: str) -> bool:
-        """Returns True if the folder has a file of this name."""
+        """Returns True if the folder has a file with this name."""
         return files.exists(self.path / name)
 
     @functools.cached_property
@@ -62,16 +62,16 @@ class RunFolder:
 
     @functools.cached_property
     def identities(self) -> list[str]:
-        """The names of class columns 1..C."""
+        """The names of the identities. The first name belongs to class column 1."""
         return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
-        """Returns the paths of the results of a split.
+        """Returns the paths of the result files of a split.
 
         Args:
-          split: the split; None: the split that training evaluates.
-          apart: True if the results come from settings other than the run's. The names of the
-            files then contain the split even if training evaluates this split.
+          split: the name of the split. None means the split that training evaluates.
+          apart: True if the results come from settings other than the run's. Then the file names
+            always contain the name of the split, so that no result of the training is replaced.
         """
         trained_split = str(self._config.eval.split)
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
@@ -83,29 +83,32 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` or `metrics.json`; {} if the file is missing."""
+        """Returns the content of `paths.metrics` or, if `paths` is None, of `metrics.json`.
+
+        If the file is missing, returns {}.
+        """
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = results.load_metrics(path)
         return self._metrics.get(path, {})
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:
-        """Returns split -> results of `metrics_<split>.json`."""
+        """Returns split -> content of `metrics_<split>.json`, for every such file."""
         names = (path.stem.removeprefix("metrics_") for path in self.path.glob("metrics_*.json"))
         return {name: self.metrics(self.paths(name, apart=True)) for name in sorted(names)}
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
-        """Writes results to `paths.metrics` or, if `paths` is None, to `metrics.json`."""
+        """Writes `values` to `paths.metrics` or, if `paths` is None, to `metrics.json`."""
         path = paths.metrics if paths else self.path / METRICS
         files.write_json(path, values)
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
 
     def analysis(self, paths: ResultPaths) -> tuple[schemas.Analysis, results.Arrays] | None:
-        """Returns the values and the arrays of an analysis, or None if the file is missing."""
+        """Returns the values and the arrays in `paths.analysis`. Without the file, returns None."""
         return results.load_analysis(paths.analysis) if files.exists(paths.analysis) else None
 
     def write_config(self, config: Config) -> None:
-        """Writes `config.json` with absolute paths and no `data.cache_dir`."""
+        """Writes `config.json`. Its paths are absolute, and `data.cache_dir` is unset."""
         config = make_paths_absolute(config)
         config.data.cache_dir = None
         files.write_text(self.path / CONFIG, config_io.to_json(config))
@@ -113,7 +116,7 @@ class RunFolder:
 
 
 def make_paths_absolute(config: Config) -> Config:
-    """Returns a copy of a configuration with absolute paths of data, cache and weights."""
+    """Returns a copy of a configuration with absolute paths in the fields of `config.data`."""
     config = copy.deepcopy(config)
     for field in ("dir", "cache_dir", "weights"):
         if config.data[field]:
@@ -123,7 +126,10 @@ def make_paths_absolute(config: Config) -> Config:
 
 @contextlib.contextmanager
 def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes and locks the folder of a run. After an error, a new and empty folder is removed."""
+    """Makes and locks the folder of a run, and yields its absolute path.
+
+    If the context raises an error, and the folder is new and empty, the folder is removed.
+    """
     refuse_folder_of_data(Path(path).expanduser())
     first = distributed.is_first()
     is_new = first and not Path(path).expanduser().exists()
@@ -138,21 +144,22 @@ def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_folder_of_data(folder: Path) -> None:
-    """Raises UserError if a folder contains features: a run does not write among the clips."""
+    """Raises UserError if a folder contains clips, because a run must not write among them."""
     if files.exists(folder / "config.json"):
         return
     paths = (path for pattern in DATA_PATTERNS for path in folder.glob(pattern))
     if path := next(paths, None):
         raise UserError(
-            f"workdir '{folder}' is a folder of data: it contains {path.relative_to(folder)}\n"
-            "name another folder for the run: --workdir=FOLDER"
+            f"workdir '{folder}' is a folder of clips, because it contains "
+            f"{path.relative_to(folder)}\nname another folder for the run: --workdir=FOLDER"
         )
 
 
 def describe_changes(old: Config, new: Config) -> str:
-    """Describes the changed fields that a resumed run may not change, in at most 300 characters.
+    """Returns a text of the fields that differ, although a resumed run must not change them.
 
-    MOVABLE fields may change, because they do not affect results. `num_epochs` may grow.
+    Fields that do not affect the results may change, and `num_epochs` may grow. If no other field
+    differs, returns "". The text has at most 300 characters.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:
@@ -162,10 +169,10 @@ def describe_changes(old: Config, new: Config) -> str:
 
 
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
-    """Raises UserError if a run, trained with `old`, may not resume with `new`."""
+    """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`."""
     if changed := describe_changes(old, new):
         raise UserError(
-            f"'{workdir}' holds a run with another configuration\n{changed}\n"
+            f"'{workdir}' contains a run with another configuration: {changed}\n"
             "use another workdir: --workdir=FOLDER, or the configuration of that run "
             "(num_epochs may grow)"
         )
@@ -175,7 +182,7 @@ def check_not_moved(workdir: Path) -> None:
     """Raises UserError if the folder of a run was moved or removed during training."""
     if not files.exists(workdir / "config.json"):
         raise UserError(
-            f"'{workdir}' no longer exists: was it moved during training?\n"
-            "to resume from its last checkpoint, run the same command with its new place: "
+            f"'{workdir}' was moved or removed during training\n"
+            "to resume from its last checkpoint, run the same command with its new path: "
             "--workdir=FOLDER"
         )

@@ -1,7 +1,7 @@
-"""The formats of the JSON files of a run: the meaning, the type and the range of each key.
+"""Defines the JSON files of a run: the meaning, the type and the range of each key.
 
-`parse` converts plain JSON to a `Struct`. A key without a default is required. Unlisted keys are
-ignored, so that later versions can add keys.
+Each class describes a JSON object. `parse` converts JSON values to such a class. A key without a
+default is required. Unlisted keys are ignored, so that later versions of vidjax can add keys.
 """
 
 import math
@@ -19,7 +19,7 @@ from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
 
-_LOWEST_FLOAT = -sys.float_info.max  # the condition `>= _LOWEST_FLOAT` refuses NaN
+_LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= _LOWEST_FLOAT`
 MANY, TABLE, FEW = (Meta(max_length=length) for length in (10_000, 1000, 100))
 Text = Annotated[str, Meta(max_length=10_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -29,12 +29,12 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # column of an identity; -1: no identity
 Share = Annotated[float, Meta(ge=0, le=1)]
-NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]  # not NaN, because answers depend on it
+NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]
 Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
 
 
 class Data(Struct, kw_only=True):
-    """The evaluated dataset."""
+    """The dataset on which a run was evaluated."""
 
     name: Text | None = None
     dir: Text | None = None
@@ -45,7 +45,7 @@ class Data(Struct, kw_only=True):
 
 
 class JoinedRun(Struct, kw_only=True):
-    """A run of a blend."""
+    """A run whose scores are averaged with the scores of other runs, in a blend."""
 
     name: Text
     weight: NotNaN | None = None
@@ -53,7 +53,7 @@ class JoinedRun(Struct, kw_only=True):
 
 
 class SplitDigests(Struct, kw_only=True):
-    """The digests of the clip names, features and labels of a split."""
+    """The number of clips of a split, and the digests of their names, features and labels."""
 
     clips: Count
     names: Text
@@ -63,14 +63,14 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data of a run, see `evaluation.restore`."""
+    """The digests of the data on which a run was trained. `evaluation.restore` compares them."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
     weights: Text | None = None
 
 
 class Metrics(Struct, kw_only=True):
-    """The content of `metrics.json`, or `metrics_<split>.json` of another split."""
+    """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
     data: Data | None = None
     num_clips: Whole | None = None  # ranked clips
@@ -114,7 +114,7 @@ class Metrics(Struct, kw_only=True):
 
 
 class Manifest(Struct, kw_only=True):
-    """The content of `manifest.json` of a checkpoint."""
+    """The content of `manifest.json` in the folder of a checkpoint."""
 
     step: Whole
     files: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> sha256
@@ -138,7 +138,10 @@ class Manifest(Struct, kw_only=True):
 
 
 class Line(Struct, kw_only=True):
-    """A line of `metrics.jsonl` or `timing.jsonl`. A line of an evaluation also has a `split`."""
+    """A line of a log, `metrics.jsonl` or `timing.jsonl`.
+
+    A line about an evaluation has an additional key `split`.
+    """
 
     step: Whole
     epoch: float | None = None
@@ -146,13 +149,13 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`."""
+    """The content of `data_report.json`, which counts the clips of each split."""
 
     splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts, and `labelled` (a bool)
 
 
 class Mistake(Struct, kw_only=True):
-    """A clip whose highest score is for a person that it does not show."""
+    """A clip whose highest score belongs to a person that the clip does not show."""
 
     clip: Text
     score: float
@@ -165,7 +168,10 @@ Pair = tuple[Column, Column]  # an identity or -1, and a count
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity of low average precision; see `measures.find_worst_identities`."""
+    """An identity with a low average precision, and the identities that it is confused with.
+
+    `measures.find_worst_identities` explains `lost_to` and `mixed_with`.
+    """
 
     identity: Column
     ap: Share
@@ -175,9 +181,9 @@ class WorstIdentity(Struct, kw_only=True):
 
 
 class Stratum(Struct, kw_only=True):
-    """A group of identities or clips, and the interval of its MAP.
+    """A group of identities or clips, and the interval of the MAP in this group.
 
-    A group of fewer than `Analysis.fewest_identities` identities has no interval.
+    A group with few identities has no interval. See `Analysis.fewest_identities`.
     """
 
     label: Text
@@ -189,23 +195,24 @@ class Stratum(Struct, kw_only=True):
 
 
 class Strata(Struct, kw_only=True):
-    """A division of identities or clips into groups, by quality for example."""
+    """Groups of identities or clips, for example by the quality of the clips."""
 
     by: Text
     rows: Annotated[list[Stratum], TABLE]
 
 
 class WrongClips(Struct, kw_only=True):
-    """The mistakes with the highest scores."""
+    """The mistakes with the highest scores, on distractors and on clips of known people."""
 
     distractors: Mistakes | None = None
     known: Mistakes | None = None
 
 
 class Rate(Struct, kw_only=True):
-    """The threshold whose FPIR is at most `rate`, and the errors at this threshold.
+    """A threshold for identification, and the rates of errors at this threshold.
 
-    With fewer than `fewest` distractors there is no threshold.
+    The false positive identification rate (FPIR) is at most `rate`. If there are fewer than
+    `fewest` distractors, no threshold can be measured.
     """
 
     rate: Share
@@ -220,7 +227,7 @@ class Rate(Struct, kw_only=True):
 
 
 class OpenSet(Struct, kw_only=True):
-    """Identification of known people among distractors."""
+    """The results of an identification of known people among distractors."""
 
     num_identities: Whole  # identities that each clip is compared with
     num_known: Whole  # clips of known people
@@ -231,7 +238,7 @@ class OpenSet(Struct, kw_only=True):
 
 
 class Analysis(Struct, kw_only=True):
-    """The entry `facts` of `analysis.npz`, as UTF-8 JSON. The other entries are arrays."""
+    """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`."""
 
     split: Text | None = None
     modalities: Annotated[list[Text], TABLE] | None = None
@@ -260,10 +267,11 @@ MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Converts JSON `value` to `kind`.
+    """Converts a JSON value to an object of the class `kind`.
 
     Raises:
-      UserError: names `path` and the key (`$.members[2].map`), and ends with `remedy`.
+      UserError: the value does not fit `kind`. The message contains `path`, the file of the value,
+        the wrong key, such as `$.members[2].map`, and `remedy`.
     """
     try:
         return msgspec.convert(value, kind)
@@ -273,10 +281,10 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns its content, plain and as a `kind`.
+    """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`.
 
     Raises:
-      UserError: the content does not fit `kind`; the message ends with `remedy`.
+      UserError: the value does not fit `kind`. The message ends with `remedy`.
     """
     try:
         value = files.read_json(path, object, limit)
@@ -287,16 +295,19 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Reads a JSON file, and converts its content to `kind`; see `load`."""
+    """Reads a JSON file, and converts its value to an object of `kind`. It raises as `load`."""
     return load(path, kind, remedy, limit)[1]
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Raises UserError unless the arrays of `analysis.npz` are complete and fit each other."""
+    """Raises UserError if the arrays of an `analysis.npz` do not belong together.
+
+    An array may be missing, or have a wrong type or shape. `path` and `remedy` are for the message.
+    """
     for names in (BY_IDENTITY[:2], HISTOGRAMS, ERRORS):
         if 0 < sum(name in arrays for name in names) < len(names):
             raise UserError(
-                f"'{path}' is damaged: it has some, but not all, of {', '.join(names)}\n{remedy}"
+                f"'{path}' is damaged: it has only some of the arrays {', '.join(names)}\n{remedy}"
             )
     for names in (BY_IDENTITY, HISTOGRAMS, ERRORS, *((name,) for name in MATRICES)):
         group = {name: arrays[name] for name in names if name in arrays}

@@ -1,4 +1,7 @@
-"""Handles SIGINT and SIGTERM: after the first, a run saves its state; the second ends it."""
+"""Handles SIGINT and SIGTERM.
+
+After the first signal, a run saves its state and stops. A second signal ends the process at once.
+"""
 
 import contextlib
 import os
@@ -12,11 +15,11 @@ from vidjax.utils.errors import Expected
 
 
 class Interruption:
-    """A request by a signal to stop the run.
+    """Remembers the signal that asks a run to stop.
 
     Attributes:
-      signum: the signal that arrived, or None. With several processes, `agree` sets it in each.
-      at_once: True while the process may end without saving, because nothing would be lost.
+      signum: the signal, or None. If several processes train the run, `agree` sets it in all.
+      at_once: True while the process may end without saving, because no training would be lost.
     """
 
     def __init__(self) -> None:
@@ -25,7 +28,7 @@ class Interruption:
         self._received: int | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Stores the first signal; ends the process on the second."""
+        """Stores the first signal. Ends the process at the second signal."""
         if self._received is not None:
             os._exit(128 + signum)
         self._received = signum
@@ -33,31 +36,37 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if any process got a signal or has `save_due`; all processes call it."""
+        """Returns True if any process of the run got a signal, or has a `save_due` of True.
+
+        All processes must call it together.
+        """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)
 
     def raise_if_interrupted(self, step: int) -> None:
-        """Raises Interrupted if a signal arrived; `step` is the last step that was saved."""
+        """Raises Interrupted if a signal arrived. `step` is the last step that was saved."""
         if self.signum is not None:
             raise Interrupted(self.signum, step)
 
 
 class Interrupted(Expected):
-    """A signal stopped a run after its state was saved; `exit_code` is 128 plus the signal."""
+    """A signal stopped a run after its state was saved.
+
+    `exit_code` is 128 plus the number of the signal.
+    """
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped at step {step}; run the same command to resume")
+        super().__init__(f"the run stopped at step {step}\nto resume, run the same command")
         self.exit_code = 128 + signum
 
 
-_interruption: Interruption | None = None  # of the present training loop
+_interruption: Interruption | None = None  # of the training loop that runs now
 
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads between steps."""
+    """Yields an `Interruption` that stores SIGINT and SIGTERM until the context ends."""
     global _interruption
     interruption = _interruption = Interruption()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -71,10 +80,10 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Makes SIGINT and SIGTERM end this process; in `catch_interruption` only the second does.
+    """Makes SIGINT and SIGTERM end this process at once.
 
-    A thread ends the process, because Python runs no handler during an XLA compilation, and a
-    compilation can take minutes.
+    Inside `catch_interruption`, only the second signal ends the process. A thread ends the process,
+    because Python runs no signal handler during a compilation by XLA, which can take minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -1,4 +1,4 @@
-"""Prints messages and a progress bar to standard error."""
+"""Prints messages and the progress of a run to standard error."""
 
 import os
 import sys
@@ -9,16 +9,19 @@ from vidjax.core import distributed
 from vidjax.utils.errors import escape_controls
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
-LINE_SECONDS = 10  # between two lines of progress if standard error is not a terminal
+LINE_SECONDS = 10  # time between two lines of progress if standard error is not a terminal
 
 
 def is_quiet() -> bool:
-    """Returns True if TQDM_DISABLE is set, and in every process except the first."""
+    """Returns True if this process must print no messages.
+
+    TQDM_DISABLE may be set, or another process of the run may be the one that prints.
+    """
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error, above the progress bar, unless `is_quiet()`."""
+    """Prints a line to standard error, above the progress bar. If `is_quiet()`, prints nothing."""
     if not is_quiet():
         from tqdm import tqdm
 
@@ -27,10 +30,13 @@ def say(text: str) -> None:
 
 
 def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Measures the time since `began` (from `time.monotonic()`) and the clips per second.
+    """Measures the time since `began`, and the number of `clips` per second.
+
+    Args:
+      began: an earlier value of `time.monotonic()`.
 
     Returns:
-      Rows of text for a table, and a dict of numbers for JSON.
+      A list with a pair (label, text) for a reader, and a dict of numbers for JSON.
     """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
@@ -39,11 +45,11 @@ def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[
 
 
 def ignore_count(count: int) -> None:
-    """Does nothing; used in place of `Progress.advance` if no progress is displayed."""
+    """Does nothing. It replaces `Progress.advance` if no progress is displayed."""
 
 
 class Progress:
-    """A progress bar on a terminal, or plain lines every few seconds in a file."""
+    """Displays progress as a bar in a terminal, or as a line every 10 seconds in a file."""
 
     def __init__(
         self,
@@ -55,16 +61,16 @@ class Progress:
         leave: bool = True,
         compiles: bool = False,
     ):
-        """Starts the bar.
+        """Displays the bar.
 
         Args:
-          total: the number of all units.
-          initial: the number of units that are done.
+          total: the number of units of work.
+          initial: the number of units that are done already.
           unit: the name of a unit in the singular, such as `clip`.
           label: the text before the bar.
-          leave: False removes the bar at `close`.
-          compiles: True if the first units wait for a compilation. The bar then reads `compiling`
-            until these units are done, and measures the rate from then on.
+          leave: if False, `close` removes the bar.
+          compiles: True if the first call of `advance` follows a compilation. Until then, the text
+            `compiling` replaces the bar. This time does not count for the displayed rate.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
@@ -90,14 +96,14 @@ class Progress:
         )
 
     def keep_text(self, text: str) -> None:
-        """Adds a text, such as the MAP of an evaluation, to every following line of progress."""
+        """Displays a text, such as the MAP of an evaluation, from the next `advance` on."""
         self._kept = text
 
     def advance(self, count: int, text: str = "") -> None:
         """Adds `count` finished units, and displays `text`, such as the latest loss."""
         self._done = min(self._done + count, self._total)
         text = ", ".join(part for part in (text, self._kept) if part)
-        if self._compiles:  # the compilation is over: measures the rate from now on
+        if self._compiles:  # the compilation is over, so the rate is measured from now on
             self._compiles = False
             self._initial, self._began = self._done, time.monotonic()
             if self._bar is not None:
@@ -111,7 +117,7 @@ class Progress:
             say(f"{self._label}: {', '.join(self._parts(text))}")
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Yields the parts of a line: units done, units per second, latest values, time left."""
+        """Yields the parts of a line of progress. `text` has the latest loss and MAP."""
         yield f"{self._done:,} of {self._total:,} {self._unit}s"
         seconds = time.monotonic() - self._began
         rate = (self._done - self._initial) / max(seconds, 1e-3)
@@ -124,6 +130,6 @@ class Progress:
             yield f"{left // 60}:{left % 60:02} left"
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Ends the display."""
         if self._bar is not None:
             self._bar.close()

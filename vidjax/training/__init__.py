@@ -1,4 +1,4 @@
-"""Trains models. `plan` prepares a run, `loop` repeats training steps, and `feed` gives them clips.
+"""Trains models. `plan` prepares a run, `loop` repeats training steps, and `feed` reads the clips.
 
-`api` contains the public functions, which `import vidjax` offers, too.
+`api` contains the public functions of `import vidjax`.
 """

@@ -1,6 +1,6 @@
-"""The functions of `import vidjax`: configuration, data, training and trained runs from Python.
+"""The functions of `import vidjax`, which load configurations and data, and train and rank.
 
-Each function does the same as a command, and imports JAX or TensorFlow only when it is called.
+Each function does the same as a command. JAX and TensorFlow are imported when a function is called.
 """
 
 import copy
@@ -33,12 +33,14 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     """Loads the configuration of a system.
 
     Args:
-      spec: a value of `--config`. It is a shipped configuration such as `mma` or a Python file,
-        with arguments after a colon as in `mma:face,audio`; or the `config.json` of a run.
-      overrides: values of fields, as on the command line: `--config.batch_size=64`.
+      spec: the name of a configuration of vidjax, such as `mma`, or the path of a Python file. Its
+        arguments follow a colon, as in `mma:face,audio`. It may also be the path of the
+        `config.json` of a run.
+      overrides: flags of the command line, such as `--config.batch_size=64`.
 
     Raises:
-      UserError: no such configuration, argument or field, or a value of a different type.
+      UserError: the configuration, an argument or a field does not exist, or a value has a wrong
+        type.
     """
     check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
     if Path(spec).name != "config.json":
@@ -49,23 +51,26 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 
 
 def open_run(workdir: str | Path) -> RunFolder:
-    """Opens the folder of a run. If it contains no run, raises UserError with a remedy."""
+    """Opens the folder of a run. Raises UserError if the folder contains no run."""
     folder = RunFolder(workdir)
     if not folder.has(CONFIG):
         paths = sorted(folder.path.glob(f"*/{CONFIG}"))
         runs = [messages.relative_path(path.parent) for path in paths]
         place = messages.relative_path(folder.path)
-        hint = f"train a run: vidjax train --config=mma --workdir={place}"
+        hint = f"to train a run, use vidjax train --config=mma --workdir={place}"
         if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
-            hint = "name the folder of a run; to train a run: vidjax train --config=mma"
+            hint = "name the folder of a run; to train a run, use vidjax train --config=mma"
         if runs:
-            hint = f"it contains runs, name one: {', '.join(runs[:3])}"
-        raise UserError(f"no run in '{workdir}' (no {CONFIG})\n{hint}")
+            hint = f"it contains folders of runs: name one of them, such as {', '.join(runs[:3])}"
+        raise UserError(f"no run in '{workdir}': it has no {CONFIG}\n{hint}")
     return folder
 
 
 def set_up_devices(config: Config) -> None:
-    """Chooses devices and the cache of compiled programs. UserError if a device is absent."""
+    """Finds the devices, and sets the folder in which compiled programs are cached.
+
+    Raises UserError if a device cannot be used.
+    """
     from vidjax.core import devices
 
     if config.deterministic:
@@ -84,30 +89,31 @@ def load_data(
 ) -> "TrainingData":
     """Loads a dataset for training and evaluation.
 
-    The first call converts the clips to checked records in the cache. Later calls reuse them until
-    a byte of the source changes.
+    The first call checks the clips, and stores them in the cache folder. Later calls read the cache
+    until a byte of the source changes.
 
     Args:
-      source: a nested dict: split (`train`, `val`, `test`) -> clip name -> modality -> features.
-        Features are [T, D] or [D], float16, float32, float64 or int8. In place of the features, a
-        dict may have `features` and optionally `quality` [T], `detection` [T], `number` [T] and
-        `box` [T, 4]. A clip may lack modalities, or have no frame at all. Or a folder of official
-        pickles, `.npz` files or parquet tables. Or a configuration: then its fields `config.data`
-        decide, and no other argument may be given.
-      labels: clip name -> identity, for all splits. Or a file: a `.csv` with the columns `clip` and
-        `identity`, or ground truth in the official format. A clip without a label (or with None) is
-        a distractor. A split without a labelled clip is ranked but not scored. None means the
-        ground truth in the folder of the features.
-      cache_dir: the folder of the records. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: `drop` leaves out and counts frames with a feature that is not finite; `error`
-        refuses them.
-      quality: the quality of frames of your own features. `given` takes `quality`; clips without it
-        take the L2 norm of each feature. `norm` always takes the norm. Use the same value as
-        `config.data.quality` in training.
+      source: the clips, in one of three forms. The first is a dict: split (`train`, `val`, `test`)
+        -> clip name -> modality -> features. Features are [T, D] or [D], float16, float32, float64
+        or int8. Instead of the features, there may be a dict with `features`, and optionally
+        `quality` [T], `detection` [T], `number` [T] and `box` [T, 4]. A clip may lack modalities,
+        or have no frame. The second form is the path of a folder of official pickles, `.npz` files
+        or parquet tables. The third form is a configuration. Then the fields of `config.data`
+        describe the dataset, and the other arguments must not be given.
+      labels: a dict, clip name -> identity, for all splits. It may also be the path of a `.csv`
+        with the columns `clip` and `identity`, or of ground truth in the official format. A clip
+        without a label, or with the label None, is a distractor. A split without a labelled clip is
+        ranked but not scored. None means the ground truth in the folder of the features.
+      cache_dir: the cache folder. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      non_finite: what happens to a frame whose feature contains a NaN or an infinity. `drop` leaves
+        it out and counts it. `error` raises UserError.
+      quality: how the quality of a frame of your own features is measured. `given` uses `quality`
+        or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the L2 norm.
+        Use the same value as `config.data.quality` in training.
 
     Raises:
-      UserError: malformed clips or labels. The message names the file or split, clip and field.
-      FileNotFoundError: no such folder, or no features in it.
+      UserError: clips or labels are malformed. The message names the file or split, clip and field.
+      FileNotFoundError: the folder does not exist or contains no features.
       OSError: the cache cannot be written.
     """
     paths = (str, os.PathLike, type(None))
@@ -120,14 +126,14 @@ def load_data(
             given, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
         )
     for name, value, default, remedy in (
-        ("labels", labels, None, "labels are read from the folder config.data.dir"),
+        ("labels", labels, None, "leave it out: labels are read from the folder config.data.dir"),
         ("cache_dir", cache_dir, None, "set config.data.cache_dir"),
         ("non_finite", non_finite, "drop", "set config.data.non_finite"),
         ("quality", quality, "given", "set config.data.quality"),
     ):
         if value != default:
             raise UserError(
-                f"load_data: leave out {name}, because the source is a configuration\n{remedy}"
+                f"load_data: {name} must not be given if the source is a configuration\n{remedy}"
             )
     data = cast(Config, source).data
     cache = files.cache_root(data.cache_dir).absolute()
@@ -139,30 +145,34 @@ def load_data(
             raise
         raise DiskError(
             f"cannot write the cache '{cache}': {error.strerror}\n"
-            "choose another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
+            "choose another folder with --config.data.cache_dir=FOLDER or the variable VIDJAX_CACHE"
         ) from error
 
 
 def train(
     config: Config, workdir: str | Path, data: "TrainingData", *, num_devices: int | None = None
 ) -> "Results":
-    """Trains a system in a folder. Returns its results: `map` and all of `metrics.json`.
+    """Trains a system, and writes checkpoints and results to a folder.
 
-    The folder is made if needed, and locked until the end. A stopped run is resumed from its last
-    checkpoint. A finished run is not trained again: its results are returned.
+    The folder is made if it does not exist, and locked until the end. A stopped run is resumed from
+    the last checkpoint. A finished run is not trained again.
 
     Args:
-      config: from `load_config`. The run keeps a copy in which `data.name` and `data.dir` name the
-        data.
+      config: the result of `load_config`. The run uses a copy in which `data.name` and `data.dir`
+        describe `data`.
       workdir: the folder for checkpoints, metrics, rankings and the report.
-      data: from `load_data`.
+      data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
+
+    Returns:
+      The results of the run: `map` and all other entries of `metrics.json`.
 
     Raises:
       UserError: the configuration does not fit the data or the run in the folder, or another
         process has locked the folder.
       CheckpointError: the checkpoints of the run are damaged or belong to another model.
-      Interrupted: SIGINT or SIGTERM arrived. The state is saved; the same call resumes the run.
+      Interrupted: SIGINT or SIGTERM arrived, and the state was saved. The same call resumes the
+        run.
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
@@ -177,9 +187,9 @@ def train(
 
 
 def _name_data(config: Config, data: "TrainingData") -> Config:
-    """Returns a copy of a configuration in which `data.name` and `data.dir` name the given data.
+    """Returns a copy of a configuration in which `data.name` and `data.dir` describe `data`.
 
-    Fields that apply only to other kinds of data get their defaults.
+    Fields that apply only to other datasets get their default values.
     """
     config, origin = copy.deepcopy(config), data.report["data"]
     name, folder = origin["name"], origin["dir"]
@@ -209,10 +219,13 @@ def train_run(
     command: str | None = None,
     began: float | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """Trains in a locked folder. Returns the metrics, and True if the run was already finished.
+    """Trains a system in a folder that the caller has locked.
 
-    For the arguments see `train` and `training.loop.train`. If `data` is None, the data of `config`
-    are loaded.
+    The arguments are explained in `train` and `training.loop.train`. If `data` is None, the data
+    that `config` describes are loaded.
+
+    Returns:
+      The content of `metrics.json`, and True if the run had been finished before.
     """
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
@@ -244,7 +257,7 @@ def _make_results(folder: RunFolder, config: Config, metrics: Mapping[str, Any])
 
 
 def _check_same(config: Config, data: "TrainingData") -> None:
-    """Raises UserError if the processes of a run have different fields or data."""
+    """Raises UserError if the processes of a run have different configurations or data."""
     fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.MOVABLE}
     distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
@@ -256,19 +269,20 @@ def evaluate(
     split: str | None = None,
     num_devices: int | None = None,
 ) -> "Results":
-    """Ranks a split with a trained run. Returns the results, as `train` does.
+    """Ranks a split of the data with a trained run. Returns the results, as `train` does.
 
-    Results and report are written into the run's folder, which is locked until the end.
+    The results and a report are written to the folder of the run, which is locked until the end.
 
     Args:
       workdir: the folder of a run.
-      data: from `load_data`. None means the dataset of the run.
+      data: the result of `load_data`. None means the dataset of the run.
       split: the split to rank, such as `test`. None means the split that training evaluated. A
         split without a labelled clip is ranked but not scored: its `map` is None.
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      UserError: the folder contains no run, or a blend of other runs, or the data do not fit.
+      UserError: the folder contains no run, or a blend of other runs, or the data do not fit the
+        run.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
@@ -278,8 +292,8 @@ def evaluate(
     if config.join.runs:
         raise UserError(
             f"'{folder.path}' is a blend of other runs, which this function cannot evaluate\n"
-            f"evaluate {' or '.join(config.join.runs)},\n"
-            "or the blend with the command: vidjax evaluate --workdir=FOLDER"
+            f"evaluate one of the runs ({', '.join(config.join.runs)}),\n"
+            "or use the command vidjax evaluate --workdir=FOLDER"
         )
     config.eval.split = split or config.eval.split
     with make_and_lock(folder.path):
@@ -294,7 +308,11 @@ def evaluate_run(
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks `config.eval.split` with the run in a locked folder. Returns the metrics."""
+    """Ranks `config.eval.split` with the run in a folder that the caller has locked.
+
+    If `data` is None, the data that `config` describes are loaded. Returns the content of
+    `metrics.json`.
+    """
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
 
@@ -314,20 +332,22 @@ def compare(
     out: str | Path | None = None,
     split: str | None = None,
 ) -> "Comparison":
-    """Compares runs on the same clips: MAP minus the MAP of the first run, with 95 % intervals.
+    """Compares the MAP of two or more runs on the same clips.
 
-    Only the results in the folders are read; no model is computed. Print the result, or use its
-    `to_dict`, `to_latex` or `differences`.
+    The result contains the difference in MAP to the first run, with a 95 % interval. Print it, or
+    use the methods `to_dict` and `to_latex` or the attribute `differences`. No model is computed,
+    because the folders of the runs contain their results.
 
     Args:
-      runs: folders of two or more runs. Or groups with the same number of runs, which differ only
-        in their seeds: `[["a1", "a2", "a3"], ["b1", "b2", "b3"]]`. Then the intervals include the
-        variation between seeds.
-      out: a folder for `comparison.html`, `.json` and `.tex`. None writes no files.
+      runs: the folders of the runs. To compare systems that were trained with several seeds, give
+        lists of equal length: `[["a1", "a2", "a3"], ["b1", "b2", "b3"]]`. Then the intervals
+        include the variation between seeds.
+      out: a folder for `comparison.html`, `.json` and `.tex`. If it is None, no file is written.
       split: the split to compare on. None means the split that each run evaluated.
 
     Raises:
-      UserError: fewer than two runs, groups of different sizes, or runs on different clips.
+      UserError: there are fewer than two runs, the lists have different lengths, or the runs have
+        ranked different clips.
     """
     check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
     groups = [
@@ -337,7 +357,7 @@ def compare(
         for run in runs
     ]
     if len(groups) < 2 or not all(groups):
-        raise UserError("compare: too few runs: give two or more runs, or two groups of runs")
+        raise UserError("compare: there are too few runs: give two runs, or two lists of runs")
     from vidjax.evaluation import comparison
 
     result = comparison.compare(groups, split=split)
@@ -353,11 +373,13 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> "Predictor":
-    """Restores a trained run. The methods `rank`, `identify`, `scores`, `embed` take new clips.
+    """Loads the model of a trained run, to use it on new clips.
+
+    The result has the methods `rank`, `identify`, `scores` and `embed`, which take clips.
 
     Args:
       workdir: the folder of a run.
-      step: the checkpoint: `latest`, or `best` by MAP.
+      step: the checkpoint to load. `best` is the checkpoint with the highest MAP.
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:

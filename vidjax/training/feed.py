@@ -1,7 +1,8 @@
-"""Feeds give batches of clips to the training step: streamed from the records, or resident.
+"""Reads batches of clips, and runs training steps on them.
 
-Resident clips all stay in the memory of the devices. A dispatch is a group of training steps that
-the host starts at once.
+Clips are resident or streamed. Resident clips stay in the memory of the devices during training.
+Streamed clips are read from disk. The host starts several training steps with one call to the
+devices, a dispatch, because each call takes time.
 """
 
 import abc
@@ -21,27 +22,27 @@ from vidjax.models.system import System
 from vidjax.training import train_step
 from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 
-DISPATCH_SECONDS = 1.0  # wanted duration of a dispatch
-# An entry for each group of members that a single program trains.
+DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
+# One entry for each group of members (nets of an ensemble) that a single program trains.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch. A dispatch is a group of steps that the host starts at once."""
+    """The result of a dispatch, which is one or more training steps."""
 
-    states: list[TrainState]  # of every group of members
+    states: list[TrainState]  # the state of every group of members
     num_steps: int
-    loss: float  # of the last step, averaged over members
+    loss: float  # the loss of the last step, averaged over members
     bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS
 
 
 class Feed(abc.ABC):
-    """Gives batches of clips to the training step, and runs it.
+    """Reads batches of clips, and runs training steps on them.
 
     Attributes:
       mode: `streaming` or `resident`.
-      waited: seconds in which the devices waited for clips.
+      waited: the seconds in which the devices waited for clips.
     """
 
     mode: str
@@ -55,10 +56,10 @@ class Feed(abc.ABC):
     def advance(
         self, states: States, constants: AllConstants, step: int, most: int
     ) -> DispatchResult:
-        """Runs training steps for about DISPATCH_SECONDS: at least 1, at most `most`.
+        """Runs training steps for about a second: at least 1 step, at most `most` steps.
 
         `step` is the number of steps before the call. The arrays of `states` are donated to the
-        program: they cannot be used afterwards.
+        compiled program, so that the caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, count)))
@@ -78,27 +79,27 @@ class Feed(abc.ABC):
     def _dispatch(
         self, states: States, constants: AllConstants, count: int
     ) -> tuple[list[TrainState], list[list[LoopResult]]]:
-        """Dispatches `count` steps or fewer. Returns the states, and results of the training loop.
+        """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
-        The inner list has a result for each group of members. The outer list has the results of the
-        last call of the loop, or the last two calls: a bad step in an earlier call would have ended
-        the dispatch.
+        The inner lists have a result for each group of members. The outer list has an entry for
+        each of the last one or two calls of the compiled loop. Results of earlier calls are not
+        needed, because the loop has been called again only if they were finite.
         """
 
 
 class StreamingFeed(Feed):
-    """Streams a batch per step; the host reads it while the devices work on the last batch.
+    """Streams clips. The host reads the next batch while the devices train on the present batch.
 
-    The host reads the result of a step after it has started the next step, so no device waits for
-    the host. Then the batch of the finished step is free: the devices store at most two batches.
-    `waited` is an estimate: if the devices finish before the host has read the next batch, it grows
-    by the time of that read minus the fastest step time so far.
+    The host reads the result of a step after it has started the next step, so that no device waits
+    for the host. The devices store at most two batches. `waited` is an estimate: if the devices
+    finish a step before the host has read the next batch, the time of reading minus the time of the
+    fastest step is added.
     """
 
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Takes `batches`, an endless iterator of batches with numpy arrays."""
+        """Compiles nothing yet. `batches` is an endless iterator of batches with numpy arrays."""
         self._mesh, self._batches = mesh, batches
         super().__init__()
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
@@ -123,17 +124,18 @@ class StreamingFeed(Feed):
             fetched = time.monotonic() - began
             if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(outcomes[-1])):
                 self.waited += fetched - self._fastest
-            before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []  # waits for that step
+            # This waits until the devices have finished the step before.
+            before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []
             self._next = self._put(after)
             if any(x.bad_step >= 0 for x in before):
                 break
-            if is_single and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # fetches have slowed
+            if is_single and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # reading has slowed
                 break
         return list(states), outcomes
 
 
 class ResidentFeed(Feed):
-    """Draws batches from clips in device memory. A dispatch has many steps; no device waits."""
+    """Draws batches from clips in device memory, so that no device waits for the host."""
 
     mode = "resident"
 

@@ -1,4 +1,4 @@
-"""The training loop: takes optimiser steps, evaluates, logs and saves checkpoints."""
+"""Trains a system: takes optimiser steps, evaluates, writes logs and saves checkpoints."""
 
 import contextlib
 import functools
@@ -55,18 +55,18 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the metrics of the run in a folder, or None if the run is not finished.
+    """Returns the content of `metrics.json` of a finished run.
 
-    With more epochs in `config` than in the folder, the run is not finished. Raises UserError if
-    the run cannot go on with this configuration.
+    If the run is not finished, or `config` has more epochs than the run, returns None. Raises
+    UserError if the run cannot resume with `config`.
     """
     if not folder.has(CONFIG):
         return None
     recorded, results = folder.config, folder.metrics()
     if not results and not checkpoint.list_folders(folder.path):
-        return None  # a run that stopped before its first checkpoint starts again
+        return None  # without a checkpoint, a run starts again with any configuration
     check_resumes(folder.path, recorded, make_paths_absolute(config))
-    # `vidjax evaluate` also writes this file. If a result is missing, the run is evaluated again.
+    # `vidjax evaluate` also writes this file. If an entry is missing, the run is evaluated again.
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
     wanted += ["best_map", "best_step"] if "best_map" in results else []
@@ -85,14 +85,14 @@ def train(
     command: str | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a system, or resumes a run. Returns the content of `metrics.json`.
+    """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
     Args:
-      workdir: the folder of the run, locked by `run_folder.make_and_lock`.
-      num_devices: number of devices to use. None means all.
-      analyse: if True, writes `analysis.npz` and `report.html` at the end.
-      command: command line that repeats the run, for `metrics.json` and the report.
-      began: value of `time.monotonic()` at the start of this process. None means now.
+      workdir: the folder of the run, which the caller has locked.
+      num_devices: the number of devices to use. None means all.
+      analyse: if True, `analysis.npz` and `report.html` are written at the end.
+      command: the command line that repeats the training, for `metrics.json` and the report.
+      began: the value of `time.monotonic()` when this process started. None means now.
 
     Raises:
       UserError: the configuration does not fit the data or the run in the folder.
@@ -100,7 +100,7 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived, and a checkpoint of the last step was saved.
     """
     began = time.monotonic() if began is None else began
-    config = make_paths_absolute(config)  # the run may be resumed from another working directory
+    config = make_paths_absolute(config)  # the run may resume from another working directory
     config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
@@ -132,9 +132,9 @@ def _take_steps(
     split: str,
     analyse: bool,
 ) -> Evaluation | None:
-    """Trains to the last step with logs, checkpoints and evaluations.
+    """Trains to the last step. Writes logs, saves checkpoints, and evaluates the split `split`.
 
-    Returns the last evaluation, or None if this process did not evaluate.
+    Returns the last evaluation. If this process did not evaluate, returns None.
     """
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
@@ -150,7 +150,7 @@ def _take_steps(
         interruption = stack.enter_context(signals.catch_interruption())
 
         def evaluate() -> Evaluation:
-            """Evaluates; writes the metrics to the log and to the checkpoint of this step."""
+            """Evaluates, and adds the metrics to the log and to the checkpoint of this step."""
             interruption.raise_if_interrupted(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_interrupted(run.step))
@@ -166,7 +166,7 @@ def _take_steps(
 
         if is_pending:
             evaluated = evaluate()
-        interruption.at_once = True  # before the first step there is no state to save
+        interruption.at_once = True  # before the first step, no training would be lost
         run.start_compiling_evaluation()
         while run.step < total_steps:
             num_clips, loss = run.advance(schedule.next_stop(run.step))
@@ -190,12 +190,12 @@ def _take_steps(
 def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
-    """Writes the files that describe a run: configuration, identities, members, data report."""
-    distributed.barrier()  # until all processes have read the present files
+    """Writes the configuration, identities, members and counts of clips to the folder of a run."""
+    distributed.barrier()  # waits until all processes have read the old files
     if not distributed.is_first():
         return
     folder = RunFolder(workdir)
-    if metrics := folder.metrics():  # the run was finished with fewer epochs
+    if metrics := folder.metrics():  # the run was finished, and now trains more epochs
         folder.write_metrics({**metrics, "finished": False})
     folder.write_config(config)
     files.write_json(workdir / "identities.json", list(data.identities))
@@ -207,14 +207,14 @@ def write_description(
 
 
 class TrainingRun:
-    """A run in training: its step, its states, and the operations on them.
+    """A run in training. Its methods train, evaluate, log and save.
 
-    Members may be trained together by a single program. Then they share a TrainState and large
-    matrix products. If they are trained in turn, every member has its own state. This needs less
-    memory, and each member is bit-equal to a separate run.
+    A run has one or more members, the nets of an ensemble. A single program may train all members
+    together, with large matrix products. If a program trains one member after another, less memory
+    is needed, and each member has the same bits as in a separate run.
 
     Attributes:
-      step: number of finished optimiser steps.
+      step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
     """
 
@@ -229,7 +229,11 @@ class TrainingRun:
         began: float,
         analyse: bool = False,
     ):
-        """Restores the newest checkpoint, or starts at step 0; `began` is a `time.monotonic()`."""
+        """Restores the newest checkpoint. If there is none, the run starts at step 0.
+
+        `began` is the value of `time.monotonic()` when the process started. If `analyse` is True,
+        the models of this run can return their attention.
+        """
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)
@@ -264,15 +268,16 @@ class TrainingRun:
             if config.noise.relabel_by == "train":
                 system = system._replace(fuse_eval=system.fuse_train)
             self._predict = eval_step.make_predict_step(system, self._mesh)
-        self._rates: list[float] = []  # clips per second of every dispatch so far
-        self._train_seconds = 0.0  # sum over dispatches, including compilation
+        self._rates: list[float] = []  # clips per second of every call of `advance`
+        self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
         self._num_logged = 0  # number of rates that are in the log
-        self._compiling: threading.Thread | None = None  # of the evaluation
+        self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Restores the newest checkpoint and its manifest. A new run gets step 0 and {}.
+        """Returns the state and the manifest of the newest checkpoint that is not damaged.
 
-        Damaged checkpoints of later steps are moved away, because training will save them again.
+        Damaged checkpoints of later steps are renamed, because training will save these steps
+        again. If the run has no checkpoint, returns the state at step 0 and {}.
         """
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         sharding = devices.replicated_layout(self._mesh)
@@ -299,10 +304,11 @@ class TrainingRun:
         return train_step.convert_from_items(items), manifest
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
-        """Builds the feed of training clips from this step on, and the source for evaluation.
+        """Returns the object that reads the training clips, and the source of other clips.
 
-        Both kinds of feed give the same batches, but their compiled steps round differently. So a
-        resumed run keeps its mode, `streaming` or `resident`. A new run passes None as `mode`.
+        `mode` is `streaming` or `resident`. A new run passes None to choose the mode by the free
+        memory. A resumed run keeps its mode, because the compiled steps of both modes round
+        differently, although the batches are equal.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
@@ -331,19 +337,19 @@ class TrainingRun:
 
     @property
     def seconds(self) -> float:
-        """The seconds that all processes have spent on the run so far."""
+        """The seconds since the start of the run, without the times in which it was stopped."""
         return self._seconds_before + time.monotonic() - self._began
 
     @property
     def state(self) -> train_step.TrainState:
-        """The state of all members together."""
+        """The state of all members."""
         return train_step.merge_states(self._states)
 
     def advance(self, stop: int) -> tuple[int, float]:
-        """Trains for a dispatch of the feed (about a second), at most to step `stop`.
+        """Trains for about a second, at most to step `stop`.
 
         Returns the number of clips, and the last loss, averaged over members. Raises UserError if a
-        member has `MAX_BAD_STEPS` consecutive steps without a finite loss and gradient.
+        member has had three consecutive steps without a finite loss and gradient.
         """
         dispatched = time.monotonic()
         done = self._feed.advance(self._states, self._constants, self.step, stop - self.step)
@@ -357,25 +363,25 @@ class TrainingRun:
         if done.bad_step is not None:
             rate = float(np.asarray(self._system.lr_schedule(done.bad_step)))
             steps = checkpoint.manifests(self._workdir)
-            saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
+            saved = f" (the checkpoint of step {max(steps)} is finite)" if steps else ""
             raise UserError(
                 f"loss or gradient is not finite at step {done.bad_step + 1} and "
                 f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
-                f"{saved}lower config.optim.learning_rate, or check the clips for huge features\n"
-                "to see the operation that gives the first NaN, set JAX_DEBUG_NANS=1"
+                f"lower config.optim.learning_rate, or look for huge features in the clips{saved}\n"
+                "to find the operation that gives the first NaN, set JAX_DEBUG_NANS=1"
             )
         return num_clips, done.loss
 
     def log(self, logs: Logs) -> None:
-        """Logs mean loss and accuracy since the last line of the log, and resets the sums."""
+        """Logs the mean loss and accuracy since the previous call, and resets their sums."""
         sums = {
             name: sum(float(np.sum(devices.fetch(state.sums[name]))) for state in self._states)
             for name in self._states[0].sums
         }
         if sums["bad_steps"]:
             warn(
-                f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
-                "loss or gradient was not finite"
+                f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped, "
+                "because the loss or the gradient was not finite"
             )
         values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
         if not self._system.model.is_closed_form:
@@ -387,7 +393,7 @@ class TrainingRun:
             "bad_steps": sums["bad_steps"],
         }
         logs.metrics(self.step, values)
-        # Every state gets new arrays, because the next step donates them.
+        # Every state gets separate arrays, because the next step donates them.
         zeros = {name: np.zeros(self._group_size, np.float32) for name in sums}
         self._states = [state.replace(sums=self._replicate(zeros)) for state in self._states]
         rate = statistics.median(self._rates[self._num_logged :])
@@ -395,14 +401,14 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Relabels unclustered distractors by the predictions of each member, see `plan.relabel`.
+        """Changes the labels of distractors in no cluster to the predictions of each member.
 
-        A member predicts its training clips. `noise.relabel_by` chooses the fusion of their frames.
+        `plan.relabel` explains the rule. A member predicts only the clips on which it is trained.
         """
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
-        # The first labels decide, because a prediction may have moved a distractor to a cluster.
+        # The labels of step 0 decide, because a later label may be a cluster.
         movable = np.asarray(classes.is_mirror(self._plan.labels)) & trained  # [E, N]
         old, wanted = np.asarray(devices.fetch(state.labels)), np.any(movable, axis=0)
         weights: list[tuple[Params, ModelState]] = [
@@ -430,13 +436,13 @@ class TrainingRun:
         ]
 
     def is_save_due(self) -> bool:
-        """Returns True if the last checkpoint is at least `checkpoint_every_seconds` old."""
+        """Returns True if `checkpoint_every_seconds` have passed since the last checkpoint."""
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step, with the entries `more` in its manifest.
+        """Saves a checkpoint of this step, and writes `more` to its manifest.
 
-        If the step has a checkpoint, only the entries are added.
+        If this step has been saved before, only `more` is written.
         """
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
@@ -444,7 +450,10 @@ class TrainingRun:
         self._last_save = time.monotonic()
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split` with the weights of this step; `check`: see `scoring.score`."""
+        """Ranks `config.eval.split` with the weights of this step.
+
+        `check` is called between blocks of clips. It may raise an error to stop the evaluation.
+        """
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval
@@ -452,7 +461,7 @@ class TrainingRun:
         return score([self.trained_model()], spec.split, self._mesh, **options)
 
     def start_compiling_evaluation(self) -> None:
-        """Compiles the evaluation in a thread, while this thread compiles the training step."""
+        """Starts to compile the evaluation in another thread."""
         if self._num_members == 1 and self._mesh.size == 1:
             spec = self._config.eval
             self._compiling = start_compiling(
@@ -460,7 +469,7 @@ class TrainingRun:
             )
 
     def trained_model(self) -> TrainedModel:
-        """Returns the model with the weights of this step."""
+        """Returns the model with the present weights."""
         state = self.state
         return TrainedModel(
             str(self._workdir),
@@ -474,13 +483,13 @@ class TrainingRun:
         )
 
     def results(self) -> dict[str, Any]:
-        """Returns the entries of `metrics.json` about the training."""
+        """Returns the entries of `metrics.json` that describe the training."""
         steps = checkpoint.manifests(self._workdir)
         best_step = checkpoint.find_best(steps)
         best: dict[str, Any] = {}
         if best_step is not None:
             best = {"best_step": best_step, "best_map": steps[best_step]["map"]}
-        rates = self._rates[1:] or self._rates  # the first dispatch compiles
+        rates = self._rates[1:] or self._rates  # the first time includes compilation
         return {
             **best,
             "num_params": sum(x.size // len(x) for x in jax.tree.leaves(self._states[0].params)),

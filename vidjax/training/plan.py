@@ -1,4 +1,4 @@
-"""Plans a run from configuration and data: sizes, members, constants of the members, schedule."""
+"""Prepares a run: checks the configuration and the data, and chooses clips, labels and steps."""
 
 import bisect
 import math
@@ -37,27 +37,27 @@ from vidjax.utils.errors import UserError, warn
 
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
-# Besides `loss.*` and `optim.*`: fields that a model in closed form refuses.
+# A model in closed form does not read these fields, and no field of `loss` and `optim`.
 UNREAD_IN_CLOSED_FORM = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
 MAX_BATCH_ROWS = 65_536  # a larger batch is a typing error, unless there are as many clips
 
-# For a dry run:
-WIDTH = 512  # feature width of a modality whose files have not been read
-CLIPS, STEPS = 64, 10  # sizes of the training
+# The assumptions of a dry run, which reads no data:
+WIDTH = 512  # feature width of a modality
+CLIPS, STEPS = 64, 10  # training clips and steps
 MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
-    """The plan of a run.
+    """The data that a run needs before the first step.
 
     Attributes:
-      task: sizes of the training data, on which the system depends.
-      training_sets: the E members and the training clips of each.
+      task: the sizes of the training data. They decide the shapes of the parameters.
+      training_sets: the E members of the ensemble, and the training clips of each.
       labels: [N] int32, class columns of the training clips at step 0.
-      constants: weights of clips and settings, for each member.
-      batches: the clips of every step.
+      constants: the weights of the clips and the settings of each member.
+      batches: decides which clips are in the batch of a step.
     """
 
     task: TaskSpec
@@ -68,26 +68,29 @@ class RunPlan(NamedTuple):
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns the error message for training clips that show no identity."""
+    """Returns an error message with a remedy, for training clips without any identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
         names = "labels.csv"
         if config.data.dir and not (Path(config.data.dir).expanduser() / names).exists():
             return (
-                f"no training clip has an identity: there is no '{config.data.dir}/{names}'\n"
+                f"no training clip has an identity, as '{config.data.dir}/{names}' is missing\n"
                 "write this file with the columns clip and identity"
             )
-    return f"no training clip has an identity: check {names} and config.data.train_splits"
+    return f"no training clip has an identity: correct {names} or config.data.train_splits"
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run. Reads features only for noise classes, whole epochs and a model's `prepare`."""
+    """Checks configuration and data, and returns all that a run needs before the first step.
+
+    Features are read only if noise classes, `data.whole_epochs` or the model need them.
+    """
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
-    data.split(config.eval.split)  # if missing, raises now and not after an hour of training
+    data.split(config.eval.split)  # raises an error if the split is missing
     splits = [data.split(name) for name in config.data.train_splits]
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
@@ -106,9 +109,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     if config.data.distractors == "noise":  # slow, so it comes after the other checks
         labels, layout = label_distractors(config, data, labels)
         num_clusters = layout.num_clusters
-        weight = trained * _compute_clip_weights(
-            config, labels, clips
-        )  # by the sizes of the new classes
+        weight = trained * _compute_clip_weights(config, labels, clips)  # the classes have changed
     batches = make_batch_plan(
         splits,
         tuple(modalities),
@@ -127,7 +128,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         train_other=bool(np.any(weight[:, labels == 0])),
         num_places=batches.num_places,
     )
-    # The settings are fitted before the first step, because compiled programs contain them.
+    # Compiled programs contain the settings of the model, so they are computed before step 0.
     clips = make_training_clips(config, data, labels, weight > 0)
     settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
     task = task._replace(settings=settings)
@@ -138,14 +139,17 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if a run cannot be trained or read later; `weight` is [E, N]."""
+    """Raises UserError if the run cannot be trained, or its files could not be read later.
+
+    `weight` [E, N] has the weights of N training clips for E members.
+    """
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
-                f"member {member.number} of the ensemble has no training clip\n"
+                f"member {member.number} of the ensemble has no training clip of positive weight\n"
                 "change config.ensemble, config.data.distractors or config.data.weights"
             )
-    ensemble.check_size(sets)  # a file that cannot be read later must not be written
+    ensemble.check_size(sets)
     results.check_identities(data.identities)
     for problem in find_unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
@@ -156,14 +160,15 @@ def _check_plan(
         raise UserError(
             f"config.batch_size={config.batch_size} is too large: there are {num_clips} training "
             "clips\n"
-            f"--config.batch_size={num_clips} or smaller"
+            f"use --config.batch_size={num_clips} or smaller"
         )
 
 
 def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
-    """Returns [n] int32, the rows of the training clips that any member learns from.
+    """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
-    These clips have a `weight` [E, N] above 0, and frames after fusion (of the best 512 frames).
+    The `weight` [E, N] of these clips is above 0 for a member, and the fusion of `config.fusion`
+    keeps at least one of the best 512 frames.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -178,7 +183,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     is_used = compute_values(config, data, tuple(config.modalities), is_chosen, weighted)
     if not is_used.any():
         raise UserError(
-            "config.data.whole_epochs=True: no training clip has frames that config.fusion keeps\n"
+            "config.fusion keeps no frame of any training clip\n"
             "lower min_quality and min_detection in config.fusion"
         )
     return np.flatnonzero(weighted)[is_used].astype(np.int32)
@@ -187,9 +192,11 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Gives distractors (label 0) the class columns of clusters and mirrors, see NoiseClassLayout.
+    """Gives every distractor (label 0) another class column.
 
-    Returns the new labels [N] int32 and the layout.
+    Distractors are clustered, and each cluster is a class. A distractor in no cluster gets a random
+    mirror class, a second class of an identity for strangers who resemble it. Returns the new
+    labels [N] int32 and the order of the class columns.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -202,7 +209,7 @@ def label_distractors(
     modality = config.noise.modality
     if modality not in data.modalities:
         raise UserError(
-            f"config.noise.modality='{modality}' is not in the data: choose from "
+            f"config.noise.modality='{modality}' is not a modality of the data: choose from "
             f"{', '.join(data.modalities)}"
         )
     clusters = cluster(
@@ -235,11 +242,16 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes a value of each of the n training clips for which `wanted` [N] bool is True.
+    """Computes a value of each training clip for which `wanted` [N] bool is True.
 
-    At least one must be True. `value_of` maps a block of B clips with all frames, as evaluation
-    reads it, to [B, ...]. Returns [n, ...]. With a mesh, the block is split over its devices, and
-    all processes must call this function together.
+    Args:
+      value_of: maps a block of B clips, with all their frames, to values [B, ...].
+      wanted: True for n > 0 of the N training clips.
+      mesh: if it is given, each block is split over its devices. Then all processes of the run must
+        call this function together.
+
+    Returns:
+      [n, ...] values, in the order of the clips.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
@@ -262,7 +274,10 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Builds the training clips that `Identifier.prepare` receives before the first step."""
+    """Describes the training clips for `Identifier.prepare`, which a model may define.
+
+    `labels` [N] are class columns. `used` [E, N] is True if a member is trained on a clip.
+    """
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -282,18 +297,19 @@ def make_training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError for too few epochs, and for changed fields that the model does not read.
+    """Raises UserError if the model needs more epochs, or does not read a changed field.
 
     A model in closed form has no loss, no optimiser and no augmentation.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
-        return  # `make_identifier` raises an error
+        return  # `make_identifier` will raise an error
     if config.num_epochs < model.min_epochs:
         raise UserError(
             f"config.num_epochs={config.num_epochs:g} is too small: model '{name}' needs "
-            f"{model.min_epochs:g} passes over the clips\n--config.num_epochs={model.min_epochs:g}"
+            f"{model.min_epochs:g} passes over the clips\n"
+            f"use --config.num_epochs={model.min_epochs:g}"
         )
     if not model.is_closed_form:
         return
@@ -303,14 +319,14 @@ def check_model(config: Config) -> None:
         if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
             raise UserError(
                 f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
-                f"each clip unchanged\nset it to the default: --config.{field}={defaults[field]}"
+                f"each clip unchanged\nuse the default: --config.{field}={defaults[field]}"
             )
 
 
 def dry_run(config: Config) -> None:
-    """Raises UserError if a configuration cannot be trained, before any data are read.
+    """Raises UserError if a system cannot be built or trained from a configuration.
 
-    Tracing the system and its parameters takes a tenth of a second and no device.
+    It reads no features and uses no device. It only traces the system, in a tenth of a second.
     """
     check_model(config)
     known = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
@@ -335,11 +351,11 @@ def dry_run(config: Config) -> None:
         raise UserError(f"{place}{error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # the model may be the user's, and may raise anything
+    except Exception as error:  # the code of the model may come from the user
         reason = (str(error) or "no reason given").splitlines()[0]
         raise UserError(
             f"the model '{spec['model'].get('name')}' cannot be built: "
-            f"{type(error).__name__}: {reason}\nto see the line, add --debug"
+            f"{type(error).__name__}: {reason}\nto see the line of code, add --debug"
         ) from error
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     if count > MAX_PARAMS:
@@ -350,20 +366,26 @@ def dry_run(config: Config) -> None:
 
 
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
-    """Returns a note for the user if a batch has more clips than there are, or None."""
+    """Returns a note for the user if a batch is larger than the number of training clips.
+
+    Otherwise returns None.
+    """
     most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
     if config.batch_size <= most:
         return None
     effect, fewer = ("uses all clips", -(-most // 2)) if is_whole else ("repeats clips", most)
     return (
-        f"config.batch_size={config.batch_size} is more than the {most} training clips: "
-        f"a step {effect}, and {config.num_epochs:g} epochs are {plan.task.total_steps} steps; "
-        f"--config.batch_size={fewer} or smaller gives more steps"
+        f"config.batch_size={config.batch_size} is more than the {most} training clips, so a step "
+        f"{effect}, and {config.num_epochs:g} epochs are {plan.task.total_steps} steps; "
+        f"for more steps, use --config.batch_size={fewer} or smaller"
     )
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes [N] float, the weight of every training clip, from its class and `data.weights`."""
+    """Computes the loss weight [N] of every training clip from `data.balance` and `data.weights`.
+
+    `labels` [N] are class columns, and `clips` are the names of the clips.
+    """
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
@@ -371,21 +393,21 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
         given = load_clip_weights(config.data.weights, clips)
         if MODELS[config.model.name].is_closed_form and not np.all((given == 0) | (given == 1)):
             raise UserError(
-                f"config.data.weights: a weight is not 0 or 1, but model '{config.model.name}' "
-                "either uses a clip or leaves it out"
+                f"a weight in the file of config.data.weights is not 0 or 1, but the model "
+                f"'{config.model.name}' cannot use other weights\nwrite only 0 or 1 into the file"
             )
         weight = weight * given
     return weight
 
 
 class Schedule(NamedTuple):
-    """The steps after which the host logs, evaluates or relabels.
+    """The steps after which the training pauses for another task.
 
     Attributes:
-      log: steps after which a line of `metrics.jsonl` is written.
-      evaluate: includes the last step.
-      relabel: steps after which unclustered distractors are relabelled.
-      stops: all steps of the other fields, in ascending order.
+      log: the steps after which a line of `metrics.jsonl` is written.
+      evaluate: the steps after which the run is evaluated. They include the last step.
+      relabel: the steps after which distractors in no cluster get new labels.
+      stops: all these steps, in ascending order.
     """
 
     log: frozenset[int]
@@ -394,16 +416,15 @@ class Schedule(NamedTuple):
     stops: tuple[int, ...]
 
     def next_stop(self, step: int) -> int:
-        """Returns the first step after `step` at which something is due."""
+        """Returns the first of `stops` after `step`."""
         return self.stops[bisect.bisect(self.stops, step)]
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Builds the schedule of a run. Without noise classes, `relabel` is empty."""
+    """Builds the schedule of a run. If it has no noise classes, `relabel` is empty."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:
-        # Multiples of `epochs` before the last step; none for 0 epochs.
         if not epochs:
             return frozenset()
         steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
@@ -418,46 +439,47 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
-# Noise classes: distractors are labelled as clusters of strangers and as mirrors of identities.
-# Each cluster of distractor clips is a class. Every other distractor starts in a random mirror
-# class out of C. Every `noise.relabel_every_epochs` epochs it moves to the mirror of the identity
-# that the model mistakes it for.
+# Noise classes: distractors are labelled as clusters or as mirrors of identities. Each cluster of
+# distractor clips is a class. Each of the C identities also has a mirror class. A distractor in no
+# cluster starts in a random mirror class. Every `noise.relabel_every_epochs` epochs it moves to the
+# mirror class of the identity that the model predicts.
 #
-# Source: noise classes (5th place 2018). Its shift of 8,652 is a misprint of 4934 + 3691 = 8625.
-# If a clip is mistaken for no identity, the article keeps its label, but the author's code takes
-# the prediction (`noise.keep`). The code moves all distractors, the article only the unclustered
-# ones, and so do we.
+# Source: noise classes (5th place 2018). The shift of 8,652 in the article is a misprint of
+# 4934 + 3691 = 8625. If the model predicts no identity, the article keeps the label of the clip,
+# but the author's code takes the prediction (`noise.keep`). The code moves all distractors. We and
+# the article move only distractors in no cluster.
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters vectors by direction.
+    """Clusters vectors by direction with DBSCAN.
 
-    Distances are Euclidean on the unit sphere: a distance of d is a cosine of 1 - d^2 / 2. Zero
-    vectors, for example of clips without frames, are in no cluster. Vectors must be finite.
+    The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
+    1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster.
 
     Args:
-      vectors: [n, D] float.
-      eps: largest distance between neighbours, above 0 and at most 2. A chain of neighbours is a
-        cluster. More vectors need a smaller value, because accidental neighbours join strangers in
-        a long chain.
-      min_samples: number of neighbours, including the vector itself, that make a vector a core.
+      vectors: [n, D] float, finite.
+      eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
+        a cluster. With more vectors, use a smaller value, because accidental neighbours join
+        different people in a long chain.
+      min_samples: a vector can extend a chain if it has so many neighbours, including itself.
 
     Returns:
-      [n] int32, cluster of every vector, numbered in the order of first members; -1 for none.
+      [n] int32, the cluster of every vector, or -1 if it is in no cluster. Clusters are numbered in
+      the order of their first vectors.
 
     Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """
     if min_samples < 1 or not 0 < eps <= 2:
         raise UserError(
             f"config.noise.eps={eps} must be above 0 and at most 2, and "
-            f"config.noise.min_samples={min_samples} 1 or more"
+            f"config.noise.min_samples={min_samples} must be 1 or more"
         )
     vectors = np.asarray(vectors, np.float64)  # [n, D]
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise UserError(
-            f"cannot cluster the distractors: the mean feature of distractor number {row} is not "
-            "finite: leave out this clip"
+            f"the mean feature of distractor number {row} is not finite, so the distractors cannot "
+            "be clustered: leave out this clip"
         )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)
@@ -465,7 +487,7 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     if not len(real):
         return clusters
 
-    # Imported here, because the import takes almost a second, and few runs cluster.
+    # The import takes almost a second, and few runs need it.
     from sklearn.cluster import DBSCAN
 
     model = DBSCAN(eps=eps, min_samples=min_samples)
@@ -478,10 +500,15 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
-    """Returns [n] int32 class columns: the cluster of each distractor, or a random mirror.
+    """Returns the first class column of each distractor, [n] int32.
 
-    For clusters and mirrors see NoiseClassLayout. `clusters` are [n] int, -1 for distractors in no
-    cluster. The mirror of a clip depends only on the seed and on its row.
+    A distractor of a cluster gets the column of the cluster. A distractor in no cluster gets the
+    mirror column of a random identity. A mirror column is the second column of an identity, for
+    strangers who resemble it. The choice depends only on the seed and the row.
+
+    Args:
+      clusters: [n] int, cluster of each distractor, or -1 if it is in no cluster.
+      layout: the order of the columns.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
         raise ValueError(
@@ -497,17 +524,19 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 def relabel(
     labels: Array, predicted: Array, layout: NoiseClassLayout, *, keep: str = "label"
 ) -> Array:
-    """Gives unclustered distractors the class that the model mistakes them for.
+    """Gives distractors in no cluster the class that the model predicts.
 
-    A clip whose best column is an identity moves to the mirror column of this identity, see
-    NoiseClassLayout. A clip whose best column is 0 keeps its label.
+    If the model predicts an identity, the clip moves to the mirror column of this identity, a
+    second column for strangers who resemble it. If the model predicts column 0, the clip keeps its
+    label.
 
     Args:
-      labels: [...] int, class columns of unclustered distractors: mirror columns at first.
-      predicted: [...] int, best class column according to the model.
-      keep: the new column if the best column is a cluster or a mirror: `label` keeps the label, and
-        `prediction` takes the best column. With `label`, a clip outside the mirror columns never
-        moves.
+      labels: [...] int, present class columns of the distractors.
+      predicted: [...] int, class columns with the highest score.
+      layout: the order of the columns.
+      keep: what happens if the model predicts a cluster or a mirror column. `label` keeps the
+        label. `prediction` takes the predicted column. With `label`, only clips in mirror columns
+        move.
 
     Returns:
       [...] new labels, in the dtype and the library (numpy or jax) of `labels`.

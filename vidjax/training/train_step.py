@@ -1,4 +1,7 @@
-"""The training step: the state of a run, and an optimiser step of every member."""
+"""Updates the members of an ensemble with an optimiser step.
+
+A member is one net of the ensemble. A single net is an ensemble with E = 1.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,34 +21,32 @@ from vidjax.core.losses import is_argmax
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import System
 
-MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before training stops
+MAX_BAD_STEPS = 3  # training stops after so many steps without a finite loss and gradient
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training. Every field except `step` has a leading axis E, the members."""
+    """The state of training of E members. Every field except `step` has a leading axis E."""
 
     step: Array  # [] int32, number of finished optimiser steps
     params: Params
     model_state: ModelState  # all other collections of the model, such as `batch_stats`
     opt_state: optax.OptState
-    rng: Array  # [E] typed keys, constant: every step folds its number into them
+    rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
     labels: Array  # [E, N] int32, class column of every training clip; constant within a step
-    bad_steps: Array  # [E] int32, number of consecutive steps without a finite loss and gradient
-    sums: Mapping[str, Array]  # metric -> [E] float32, sum since the last line of the log
+    bad_steps: Array  # [E] int32, number of latest steps without a finite loss and gradient
+    sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
 class MemberConstants(NamedTuple):
-    """Weights of clips and settings of the members, which are constant during training."""
+    """The clip weights and the settings of the members, which do not change during training."""
 
-    weight: Array  # [E, N] float32, of every training clip; 0 if it does not train the member
+    weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    hidden_chunk: (
-        Array  # [E] int32, chunk of the features that is hidden from a member; -1 for none
-    )
+    hidden_chunk: Array  # [E] int32, the part of the features that a member does not see; or -1
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
-    """Builds the constants of E members, with the weight [E, N] of every training clip."""
+    """Builds the constants of E members. `weight` [E, N] has the weight of every training clip."""
     return MemberConstants(
         weight=np.asarray(weight, np.float32),
         min_quality=np.array([member.min_quality for member in members], np.float32),
@@ -54,10 +55,11 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 
 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
-    """Builds the state at step 0.
+    """Builds the state at step 0, with random parameters.
 
-    `rngs` [E] has a PRNG key per member, for its parameters and its random draws. `labels` are
-    [E, N] int32, the class columns of the training clips.
+    Args:
+      rngs: [E] PRNG keys. A member uses a key for the parameters and for all random draws.
+      labels: [E, N] int32, class columns of the training clips.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -80,10 +82,11 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
-    """Builds the state at step 0 on the devices; `init` calls `init_state` with its arguments.
+    """Builds the state at step 0 on the devices. `init` must call `init_state`.
 
-    Drawing the parameters takes three times their memory. The state of the optimiser takes twice
-    their memory. So a second program adds it.
+    A first program draws the parameters, and a second program adds the state of the optimiser `tx`.
+    A single program would need more memory, because drawing takes three times the memory of the
+    parameters, and the optimiser twice the memory.
     """
     state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=layout)()
     complete = jax.jit(
@@ -97,12 +100,12 @@ def make_state(
 def _init_optimizer(
     tx: optax.GradientTransformation, params: Params, num_members: int
 ) -> optax.OptState:
-    """Initialises the optimiser of each member; a model may have no parameters."""
+    """Initialises the optimiser of each member. `params` may be an empty tree."""
     return jax.vmap(tx.init, axis_size=num_members)(params)
 
 
 def make_zero_sums(num_members: int) -> dict[str, Array]:
-    """Returns sums of 0, metric -> [E] float32."""
+    """Returns metric -> [E] float32 zeros, the start of `TrainState.sums`."""
     names = ("loss", "correct", "weight", "bad_steps")
     return {name: jnp.zeros(num_members, jnp.float32) for name in names}
 
@@ -115,36 +118,40 @@ def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
 
 
 def merge_states(states: Sequence[TrainState]) -> TrainState:
-    """Joins the parts of `split_state` again."""
+    """Joins the states that `split_state` returned into one state."""
     parts = [state.replace(step=None) for state in states]
     return ensemble.merge(parts).replace(step=states[0].step)
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint: `params` and `model_state` for evaluation, and `train`."""
+    """Converts a state to the items of a checkpoint.
+
+    An evaluation reads only `params` and `model_state`. The item `train` has all other fields.
+    """
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     items = {name: rest.pop(name) for name in ("params", "model_state")}
     return {**items, "train": rest}
 
 
 def convert_from_items(items: Mapping[str, Any]) -> TrainState:
-    """Turns the items of a checkpoint into a state again."""
+    """Converts the items of a checkpoint to a state."""
     fields = {name: item for name, item in items.items() if name != "train"}
     return TrainState(**fields, **items["train"])
 
 
 StepClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
-# For a member: key [], labels [B] and weight [B] of the clips, lowest quality [], hidden chunk []
+# The inputs of one member: PRNG key [], labels [B] and weights [B] of the clips, lowest quality []
+# and hidden chunk []; see MemberConstants.
 MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
     system: System, state: TrainState, constants: MemberConstants, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
-    """Takes an optimiser step of every member. Returns the new state and the losses [E].
+    """Updates every member with a batch of clips. Returns the new state and the losses [E].
 
-    A member whose loss or gradient is not finite keeps its parameters, and `sums["bad_steps"]`
-    counts the step. Rows outside `batch_mask`, clips without frames and clips of weight 0 have no
+    If the loss or the gradient of a member is not finite, the parameters of the member stay, and
+    `sums["bad_steps"]` counts the step. Padding, clips without frames and clips of weight 0 have no
     effect.
     """
     usable = batch.batch_mask & fusion.has_frames({x: batch.frames[x] for x in system.fuse_train})
@@ -168,17 +175,20 @@ def train_step(
 def take_member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
-    """Takes an optimiser step of a member. Returns its new state and its loss [].
+    """Updates one member with a batch of clips. Returns the new state and the loss [].
 
-    `learned` is the part of the member's state that a step changes. `learned` and `inputs` have no
-    axis E.
+    Args:
+      step: [] int32, the number of steps before this one.
+      learned: the fields of the member's state that a step changes, without the axis E.
+      batch: B clips.
+      inputs: see `MemberInputs`.
     """
     rng, labels, weight, *settings = inputs
     fuse_rng, dropout_rng, modality_rng, transform_rng = derive_keys(rng, step)
     clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
-        # Small numbers could repeat keys that the first transform derives with `split`.
+        # A small number could give a key that the first transform derives with `split`, too.
         key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
 
@@ -228,7 +238,10 @@ def _update_if_finite(
     added: Mapping[str, Array],
     loss: Array,
 ) -> TrainState:
-    """Applies gradients and adds `added` to the sums; skips the step if a number is not finite."""
+    """Updates the parameters with `grads`, and adds `added` to the sums.
+
+    If the loss or a gradient is not finite, only `bad_steps` changes.
+    """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
     old = learned.replace(model_state=dict(learned.model_state))
 
@@ -241,19 +254,19 @@ def _update_if_finite(
             bad_steps=jnp.int32(0),
             sums={name: value + added.get(name, 0) for name, value in old.sums.items()},
         )
-        # Running statistics of linen start as float32 and would take the dtype of the batch.
+        # Without the cast, running statistics of Flax would change to the dtype of the batch.
         return jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
 
     def skip() -> TrainState:
         sums = {**old.sums, "bad_steps": old.sums["bad_steps"] + 1}
         return old.replace(bad_steps=old.bad_steps + 1, sums=sums)
 
-    # With an elementwise choice, XLA would copy the whole state before every step.
+    # With `jnp.where`, XLA would copy the whole state before every step.
     return jax.lax.cond(is_finite, update, skip)
 
 
 def derive_keys(rng: Array, step: Array) -> tuple[Array, ...]:
-    """Derives the PRNG keys of a step: for fusion, dropout, modality dropout and transforms."""
+    """Derives four PRNG keys of a step, for fusion, dropout, modality dropout and transforms."""
     return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
 
 
@@ -266,9 +279,9 @@ def _transform_and_fuse(
     min_quality: Array,
     hidden_chunk: Array,
 ) -> MemberClips:
-    """Applies the clip transforms and the random frame fusion of a member to a batch.
+    """Augments the clips of a batch, and fuses the frames of each clip, for one member.
 
-    The arguments from `labels` on are the fields of MemberInputs.
+    `MemberInputs` explains the arguments after `batch`.
     """
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
@@ -277,8 +290,8 @@ def _transform_and_fuse(
         min_quality=min_quality,
         targets=((labels, jnp.ones_like(weight)),),
     )
-    # Fusion folds the numbers 0 to M - 1 into the key. Transforms use the numbers from M on,
-    # counted from the last transform. So `drop_poor_frames`, the first, changes no other draw.
+    # The fusion of M modalities folds the numbers 0 to M - 1 into the key. The last transform uses
+    # M, the one before it M + 1. So the first transform, `drop_poor_frames`, changes no other draw.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1
@@ -288,20 +301,23 @@ def _transform_and_fuse(
 
 
 def average_over_examples(values: Array, exists: Array) -> Array:
-    """Averages values [B T'] over the examples `exists` [B, T'] of each clip; 0 if it has none."""
+    """Averages `values` [B * T'] over the T' examples of each clip. Returns [B].
+
+    `exists` [B, T'] is False for padding. If a clip has no example, the average is 0.
+    """
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
 
 def _sum_gradients(grads: Params) -> Array:
-    """Sums all derivatives, []. The sum is finite only if all derivatives are finite."""
+    """Returns the sum [] of all derivatives. It is finite only if all derivatives are finite."""
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
-    # The barrier separates the two sums. As a single sum, a matrix of 160 MB takes a CPU 1 s.
+    # The barrier keeps two separate sums. A single sum of a matrix of 160 MB takes a CPU 1 second.
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 class LoopResult(NamedTuple):
-    """The result of a call of the training loop, which the host reads."""
+    """The result of a call of the compiled training loop."""
 
     loss: Array  # [E] float32, loss of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
@@ -312,13 +328,16 @@ def make_train_loop(
 ) -> Callable[
     [TrainState, MemberConstants, StepClips, Array | None], tuple[TrainState, LoopResult]
 ]:
-    """Compiles a loop of training steps: (state, constants, clips, count) -> (state, result).
+    """Returns a compiled function that takes `count` training steps.
 
-    The number of steps is an argument, so that the program is compiled only once. If it is None,
-    the program takes a step without a loop: a loop on a GPU waits for the host after each step. The
-    state is donated. Two calls give the same result as a call with the sum of both counts. `draw`
-    maps (clips, step) to the batch of the step, on the devices; streamed clips are already the
-    batch.
+    The function maps (state, constants, clips, count) to (state, result). The first argument is
+    donated. The number of steps is an argument, so that the function is compiled only once. If
+    `count` is None, the function takes one step without a loop, because a loop on a GPU waits for
+    the host after each step. Two calls give the same result as one call with the sum of the counts.
+
+    Args:
+      draw: maps (clips, step) to the batch of a step, on the devices. If clips are streamed,
+        `clips` is the batch.
     """
 
     def loop(

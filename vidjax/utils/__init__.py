@@ -1,4 +1,5 @@
-"""Helpers that every other folder may use: errors, files, tables, messages and the machine.
+"""Helpers for errors, files, tables, messages and the limits of the machine.
 
-They import nothing else of vidjax, and neither JAX nor TensorFlow.
+Every other folder of vidjax may import them. They import no other folder of vidjax, and neither JAX
+nor TensorFlow.
 """

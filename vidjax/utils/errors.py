@@ -9,8 +9,8 @@
 | no memory is left, or a package is not installed | a remedy | 2 |
 | any other exception: a bug, including a ValueError of numpy or of vidjax | its traceback | 1 |
 
-A UserError never repeats the error of a library. The code that calls the library catches that error
-and raises a UserError that names the file, clip or field.
+If a library raises an error, the code that calls the library catches it, and raises a UserError
+that names the file, clip or field.
 """
 
 import contextlib
@@ -27,21 +27,24 @@ from collections.abc import Collection, Iterable, Iterator
 
 
 class Expected(Exception):
-    """The base of the errors that vidjax raises on purpose. A user needs only their message."""
+    """The base class of all errors that vidjax raises on purpose.
+
+    A command prints their message without a traceback, and exits with `exit_code`.
+    """
 
     exit_code = 2
 
 
 class UserError(Expected, ValueError):
-    """A mistake that a user can correct. The message has at most three lines, with a remedy."""
+    """A mistake that a user can correct. The message has at most three lines, and says how."""
 
 
 class ArgumentError(UserError, TypeError):
-    """An argument of a function has a wrong type."""
+    """An argument of a public function has a wrong type."""
 
 
 class NoFileError(UserError, FileNotFoundError):
-    """A file or folder that a user named is missing, or a file stands in place of a folder."""
+    """A path that a user named does not exist, or leads to a file instead of a folder."""
 
 
 class DiskError(UserError, OSError):
@@ -49,27 +52,30 @@ class DiskError(UserError, OSError):
 
 
 class InUseError(UserError):
-    """Another process has locked a folder."""
+    """Another process of vidjax has locked the folder that a command needs."""
 
 
 class VidjaxWarning(UserWarning):
-    """A warning for the user; the command continues."""
+    """A warning for the user. The command continues."""
 
 
 def warn(message: str) -> None:
-    """Warns the user. Commands print these warnings but hide the warnings of libraries."""
+    """Warns the user. A command prints these warnings, and hides the warnings of libraries."""
     warnings.warn(message, VidjaxWarning, stacklevel=3)
 
 
 def check_choice(name: str, value: object, known: Collection[object]) -> None:
-    """Raises UserError if the value of an option is not in `known`."""
+    """Raises UserError if `value`, the value of the option `name`, is not in `known`."""
     if value not in known:
         raise UserError(f"unknown {name} {value!r}; choose from {', '.join(map(str, known))}")
 
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """Puts `place`, such as the name of a field, before the message of any UserError inside."""
+    """Puts `place`, such as the name of a field, before the message of a UserError.
+
+    The context raises a UserError again with the longer message.
+    """
     try:
         yield
     except UserError as error:
@@ -77,10 +83,12 @@ def prefix_errors(place: str) -> Iterator[None]:
 
 
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
-    """Raises UserError, "`what` needs ...", unless all `packages` are installed.
+    """Raises UserError unless all `packages` are installed.
 
-    `extra` is the extra of vidjax that installs them. `instead` describes a way to continue without
-    them.
+    Args:
+      what: the subject of the message, such as a flag: "`what` needs pyarrow".
+      extra: the extra of vidjax that installs the packages, as in `vidjax[parquet]`.
+      instead: an imperative that describes a way to continue without the packages.
     """
     for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
@@ -89,19 +97,23 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def describe_missing_packages(
     what: str, *packages: str, extra: str, instead: str = ""
 ) -> Iterator[str]:
-    """Yields the message of `require_packages` if a package is not installed."""
+    """Yields the message of `require_packages` if a package is not installed.
+
+    If all packages are installed, yields nothing.
+    """
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (
-            f"{what} needs {names}, not installed: pip install 'vidjax[{extra}]', "
-            f"in a checkout pip install -e '.[{extra}]'" + (f", or {instead}" if instead else "")
+            f"{what} needs {names}: install it with pip install 'vidjax[{extra}]', "
+            f"or in a checkout with pip install -e '.[{extra}]'"
+            + (f", or {instead}" if instead else "")
         )
 
 
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "`argument` wants `wanted`, not ...", unless the value has `kinds`."""
+    """Raises ArgumentError, "`argument` wants `wanted`, not ...", if the type is not in `kinds`."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -110,10 +122,10 @@ def check_argument(
 
 _DISK = "free some space on that disk, or choose a folder on another disk"
 _RIGHTS = "choose a folder that you may read and write, or change its permissions"
-_PATH = "is the path right?"
+_PATH = "correct the path"
 _FILES = "allow more open files: ulimit -n 4096"
-_BROKEN = "the disk, or the network to it, fails: try again, or use another disk"
-# Number of a system error that a user can correct -> remedy.
+_BROKEN = "the disk or the network fails: try again, or use another disk"
+# Number of a system error -> remedy.
 REMEDIES = {
     errno.ENOSPC: _DISK,
     errno.EDQUOT: _DISK,
@@ -124,7 +136,7 @@ REMEDIES = {
     errno.ENOENT: _PATH,
     errno.ENOTDIR: _PATH,
     errno.EISDIR: _PATH,
-    errno.EEXIST: "choose another name: something is there",
+    errno.EEXIST: "choose another name, because this file or folder exists",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "name the folder itself: its links lead in a circle",
     errno.EMFILE: _FILES,
@@ -132,16 +144,20 @@ REMEDIES = {
     errno.EIO: _BROKEN,
     errno.ESTALE: _BROKEN,
 }
-# Numbers of system errors that lack a path if they come from writing to an open file.
+# An error of writing to an open file has one of these numbers and no path.
 _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns the message of a system error that a user can correct, or None for other errors."""
+    """Returns a message with a remedy for an error of the operating system.
+
+    If a user cannot correct the error, returns None.
+    """
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
-            f"the locale of this process has no letter '{escape_controls(error.object)[:100]}'\n"
-            "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+            "the locale of this process cannot encode the file name "
+            f"'{escape_controls(error.object)[:100]}'\n"
+            "set another locale: export LC_ALL=C.UTF-8"
         )
     if not isinstance(error, OSError) or isinstance(error, Expected):
         return None
@@ -153,26 +169,29 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes control and bidirectional characters, but not line ends and tabs, for a terminal."""
+    """Escapes characters that could control a terminal or reorder its text.
+
+    Line ends and tabs stay as they are.
+    """
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-# Control characters except tab and line end, separators of lines, marks that reorder text (they
-# could hide words in a terminal), and unpaired surrogates.
+# These are control characters (except tab and line end), separators of lines, marks of
+# bidirectional text, and unpaired surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
-SUGGESTED_LETTERS = 64  # longer words are not compared, because comparing takes quadratic time
+SUGGESTED_LETTERS = 64  # longer words are not compared, because a comparison takes quadratic time
 SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known word that is spelled most like `word`, or None if none is similar.
+    """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    A known word with the same part after its last dot always counts as similar.
-    `cutoff` is the lowest similarity that counts, from 0 to 1 (equal words).
+    Words are similar if their similarity is at least `cutoff`, from 0 to 1 (equal words). Words
+    with the same part after the last dot are always similar.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
@@ -183,16 +202,22 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns `did you mean 'optim.decay'?`, or a list of the known words if none is similar."""
+    """Returns a hint for an unknown word, such as `did you mean 'optim.decay'?`.
+
+    If no word of `known` is similar, the hint lists all of them.
+    """
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
 
 
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
-    """Raises UserError unless `name`, the value of `field`, is in a table that users may extend."""
+    """Raises UserError unless `name`, the value of `field`, is in `table`.
+
+    A configuration file may add entries to `table`. So the message also explains how to load it.
+    """
     if name not in table:
         raise UserError(
-            f"{field}='{name}': {suggest(str(name), table)}\n"
+            f"{field}='{name}' is unknown: {suggest(str(name), table)}\n"
             "if your own file adds it, give --config=FILE, or first call vidjax.load_config(FILE)"
         )

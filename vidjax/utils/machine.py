@@ -1,7 +1,8 @@
-"""Reads the cores, the memory and the number of open files that this process may use.
+"""Reads how many cores, bytes of memory and open files this process may use.
 
-A container is a Linux control group, version 1 or 2. The limits of a group and of the groups around
-it apply to all its processes. `root` is the root of the file system; tests pass another folder.
+The limits of a container are the limits of a Linux control group, version 1 or 2. A process must
+also keep the limits of all groups that contain its group. `root` is the root of the file system.
+Only tests pass another folder.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ def memory_bytes(root: Path = ROOT) -> int:
 
 
 def free_bytes(root: Path = ROOT) -> float:
-    """Returns the bytes of memory that this process can still take, or 0 if unknown."""
+    """Returns the bytes of memory that this process can still take. If unknown, returns 0."""
     free = [limit - used for limit, used in _read_memory_limits(root)]
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -52,18 +53,22 @@ def free_bytes(root: Path = ROOT) -> float:
 
 
 def max_open_files() -> float:
-    """Returns the number of files that this process may open at once (`ulimit -n`), or infinity."""
+    """Returns how many files this process may have open at once (`ulimit -n`).
+
+    Without a limit, returns infinity.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
 def keep_freed_memory() -> None:
-    """Lets each batch reuse the memory of the batch before it, if the C library is glibc.
+    """Makes the C library keep freed memory, so that each batch reuses the memory of the last one.
 
-    By default the kernel maps and clears every array above 32 MB again, and this halves the number
-    of batches per second. The number of malloc arenas is limited, because each arena keeps its
-    freed memory. It is not smaller, because threads that compile in an arena wait for each other.
-    Only the `vidjax` command calls this function, because the settings affect the whole process.
+    By default, glibc returns arrays above 32 MB to the kernel, which clears their memory before the
+    next batch. This halves the number of batches per second. Each arena of malloc keeps its own
+    freed memory, so the number of arenas is limited. Fewer arenas would slow down compilation,
+    because threads wait for an arena. Only the command `vidjax` calls this function, because it
+    affects the whole process. With another C library it has no effect.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -72,7 +77,7 @@ def keep_freed_memory() -> None:
 
 
 def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
-    """Yields (limit, use) in bytes for every control group that limits memory."""
+    """Yields (limit, used bytes) of every control group of this process that limits memory."""
     for group in _find_groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -84,7 +89,10 @@ def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
 
 
 def _find_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folders of the control groups of this process, the innermost group first."""
+    """Yields the folder of each control group that contains this process, the innermost first.
+
+    `controller` is the limited resource, `cpu` or `memory`.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -94,14 +102,14 @@ def _find_groups(controller: str, root: Path) -> Iterator[Path]:
         if not names or controller in names.split(","):
             top = root / "sys/fs/cgroup" / (names and controller)
             inner = top / path.strip("/")
-            # The group of a container may be the highest that it can see.
+            # Inside a container, the group of the container may look like the root.
             outer = (inner, *inner.parents)
             yield from itertools.takewhile(lambda group, top=top: group != top, outer)
             yield top
 
 
 def _read_numbers(path: Path) -> list[float]:
-    """Returns the numbers in a file, with `max` as infinity, or [] if it cannot be read."""
+    """Returns the numbers in a file. The word `max` is infinity. Without a file, returns []."""
     try:
         return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Parsers, printed results, errors of at most three lines and exit codes, for all commands.
+"""Parses the flags of all commands, prints their results and errors, and returns exit codes.
 
-The module imports nothing slow, so that a mistake in the flags is reported immediately.
+The module imports no slow library, so that a mistake in the flags is reported immediately.
 """
 
 import argparse
@@ -30,13 +30,15 @@ QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars 
 
 
 class Result(NamedTuple):
-    """The result of a command, with its exit code.
+    """The result of a command.
 
     Attributes:
-      content: the object that `--json` prints in place of everything else.
-      rows: label -> text. Each entry is printed as a line below a heading, which is the name of the
-        command followed by `note`. If there are no rows, there is no heading.
-      text: text that is printed before the rows.
+      content: the JSON object that `--json` prints instead of `text` and `rows`.
+      rows: label -> text. Each entry is printed as a line below a heading. Without rows, no heading
+        is printed.
+      text: text that is printed before the heading.
+      note: the end of the heading. The heading begins with the name of the command.
+      code: the exit code.
     """
 
     content: Mapping[str, Any]
@@ -62,19 +64,24 @@ class Parser(argparse.ArgumentParser):
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
         )
         self.example = ""
-        self.group: str | None = None  # the group of fields that the command may override
+        # The command may override the fields whose names begin with this text. None: no field.
+        self.group: str | None = None
 
     def fields(self, group: str = "") -> None:
-        """Lets `--config.FIELD=VALUE` override the fields of `group`, e.g. `data.` ("": all)."""
-        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` takes these words out
+        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`.
+
+        An example is `data.`. If `group` is "", all fields are accepted.
+        """
+        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
-        """Makes this the parser of a command; `run` executes the command.
+        """Sets the function `run` that executes the command of this parser.
 
-        Adds the flags `--quiet`, `--json` and `--debug`. `examples` are the flags of typical calls.
+        Adds the flags `--quiet`, `--json` and `--debug`. `--help` shows `examples`, the flags of
+        typical calls.
         """
         self.example = f"{self.prog} {examples[0]}"
         lines = []
@@ -91,18 +98,21 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(execute=run, parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError, whereas argparse prints the usage and exits."""
+        """Raises UserError with an example. By default, argparse prints the usage and exits."""
         needs = f"{self.prog.removeprefix('vidjax ')} needs"
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")
         message = message.removeprefix("argument ").removesuffix(" is required")
         example = f"example: {self.example}" if self.example else ""
-        remedy = example or f"{self.prog} --help lists its arguments"
+        remedy = example or f"to see all arguments: {self.prog} --help"
         raise UserError(f"{message}\n{remedy}")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Returns the argument `type` of a flag whose value is a whole number from `low` to `high`."""
+    """Returns a function that reads a whole number from `low` to `high`.
+
+    `add_argument` takes the function as `type`.
+    """
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
@@ -115,7 +125,10 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits words into (flags, overrides); `--config.F V` becomes `--config.F=V`."""
+    """Splits the words of a command line into (other words, words that begin with `--config.`).
+
+    Two words `--config.F V` become the word `--config.F=V`.
+    """
     flags, overrides = [], []
     rest = list(words)
     while rest:
@@ -130,7 +143,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def print_result(result: Result, name: str, *, as_json: bool) -> None:
-    """Prints the result of the command `name`."""
+    """Prints the result of the command `name` as text or JSON."""
     if as_json:
         print_text(json.dumps(_plain({"mode": name, **result.content}), allow_nan=False))
         return
@@ -141,7 +154,7 @@ def print_result(result: Result, name: str, *, as_json: bool) -> None:
 
 
 def _plain(value: object) -> object:
-    """Converts a value for JSON; infinities and NaN become the strings `inf`, `-inf`, `nan`."""
+    """Converts a value for JSON. Infinities and NaN become the strings `inf`, `-inf`, `nan`."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -150,7 +163,7 @@ def _plain(value: object) -> object:
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Runs the command line of this process and ends the process with its exit code."""
+    """Runs `main`, and ends the process with the exit code that `main` returns."""
     _open_closed_streams()
     # Set before the slow imports. Training installs its own handlers.
     signal.signal(signal.SIGINT, stop_at_once)
@@ -162,8 +175,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
     logging.getLogger("vidjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors also arrive as exceptions
-    # Imports and traces make many objects and little garbage: by default, Python searches it 800
-    # times in a short training.
+    # Imports and traces make many objects and little garbage. By default, Python would search for
+    # garbage 800 times in a short training.
     gc.set_threshold(100_000, 20, 50)
     code = main()
     gc.freeze()  # skips the last garbage collection, which would take over a second
@@ -171,11 +184,10 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
 
 def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
-    """Runs a command, prints its error if it fails, and returns its exit code.
+    """Runs a command and returns its exit code. If the command fails, prints the error.
 
-    The exit codes are listed in `utils.errors`. (`check` also returns 3 for a damaged checkpoint.)
-    If `words`, the command line, contains `--debug`, the traceback is printed. If it contains
-    `--json`, `{"error": TEXT}` goes to standard output.
+    `words` is the command line. If it contains `--debug`, the traceback is printed. If it contains
+    `--json`, `{"error": TEXT}` is printed to standard output. `utils.errors` lists the exit codes.
     """
     try:
         return command()
@@ -196,7 +208,7 @@ def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def hide_progress() -> Iterator[None]:
-    """Hides progress bars and log messages while the context is open; warnings still appear."""
+    """Hides progress bars and log messages while the context is open. Warnings still appear."""
     log = logging.getLogger("vidjax")
     before, level = os.environ.get(QUIET), log.level
     os.environ[QUIET] = "1"
@@ -211,44 +223,45 @@ def hide_progress() -> Iterator[None]:
 
 
 def print_text(text: str) -> bool:
-    """Prints the result of a command. Returns False if the reader has closed the pipe."""
+    """Prints text to standard output. Returns False if the reader of the pipe has closed it."""
     return _print(text, sys.stdout)
 
 
 def print_problem(text: str) -> None:
-    """Prints an error or a warning, at most three lines of it, to standard error."""
+    """Prints the first three lines of an error or a warning to standard error."""
     lines = [line for line in text.split("\n") if line.strip()] or ["unknown error"]
     _print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
 
 
 def relative_path(path: Path) -> str:
-    """Returns a path below the working directory as a relative path, any other path unchanged."""
+    """Returns `path` relative to the working directory, or unchanged if it lies elsewhere."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def shorten(text: str, most: int = 40) -> str:
-    """Shortens text to `most` letters: "..." replaces the middle, and the end stays."""
+    """Shortens text to `most` letters. "..." replaces letters from the middle."""
     tail = most // 3
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a line for every row of a table, with the columns aligned."""
+    """Returns a line of text for every row, and pads the cells of a column to equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _print(text: str, stream: TextIO) -> bool:
-    """Prints text that may come from a stranger; escapes characters that the stream cannot encode.
+    """Prints text that may come from a file of a stranger.
 
-    Returns False if the other end of a pipe is closed.
+    Escapes control characters, and characters that the stream cannot encode. Returns False if the
+    reader of the pipe has closed it.
     """
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # the reader has closed the pipe, as `| head -1` does
+    except BrokenPipeError:  # `| head -1` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True
@@ -260,9 +273,10 @@ class _Printable(logging.Formatter):
 
 
 def _open_closed_streams() -> None:
-    """Opens /dev/null for streams that `2>&-` closed.
+    """Opens /dev/null for each standard stream that was closed, for example by `2>&-`.
 
-    The next file would get the number of a closed stream, and our messages would be written to it.
+    Otherwise the next opened file would get the number of the closed stream, and messages would be
+    written into this file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -273,19 +287,19 @@ def _open_closed_streams() -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the message of an error for a user, of which `print_problem` prints three lines."""
+    """Returns the message of an error, with a remedy if a user can correct the error."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package '{error.name}' is missing or broken\n"
-            "for training, evaluation and reports: pip install 'vidjax[train]'"
+            "install the packages of training, evaluation and reports: pip install 'vidjax[train]'"
         )
     if is_out_of_memory(error):
-        reason = (str(error) or "no more is free").splitlines()[0][:200]
+        reason = (str(error) or "a request failed").splitlines()[0][:200]
         return (
-            f"the memory is exhausted: {reason}\n"
-            "take fewer clips at a time: --config.batch_size=32, --config.eval.block_size=64,\n"
-            "fewer frames: --config.data.max_frames=32, or clips from disk: "
-            "--config.data.mode=streaming"
+            f"no memory is left: {reason}\n"
+            "read fewer clips at a time (--config.batch_size=32, --config.eval.block_size=64),\n"
+            "fewer frames (--config.data.max_frames=32), or clips from disk "
+            "(--config.data.mode=streaming)"
         )
     return describe_system_error(error) or str(error)
 
@@ -298,7 +312,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def get_exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an expected error (see `vidjax.utils.errors`), or None for a bug."""
+    """Returns the exit code of an error, as `vidjax.utils.errors` lists it. Returns None for a bug.
+
+    An error is a bug if a user cannot correct it.
+    """
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):
@@ -307,14 +324,14 @@ def get_exit_code(error: Exception) -> int | None:
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:
-    """Prints a warning without file and line; replaces `warnings.showwarning`."""
+    """Prints a warning without the line of code. It replaces `warnings.showwarning`."""
     del args, kwargs
     print_problem(f"warning: {message}")
 
 
 def stop_at_once(signum: int, frame: object) -> None:
-    """Handles a signal: ends the process immediately, with exit code 128 + `signum`."""
+    """Ends the process immediately with exit code 128 + `signum`. It is a signal handler."""
     del frame
-    # An exception would be lost if it were raised within an import or the callback of a library.
+    # An exception would be lost during an import or in the callback of a library.
     os.write(2, b"vidjax: stopped\n")
     os._exit(128 + signum)

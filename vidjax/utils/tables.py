@@ -1,9 +1,9 @@
-"""Writes tables to new files, whole or not at all.
+"""Writes tables to new files. An error or a crash leaves no incomplete file.
 
-The ending of the file's name decides the format. A .tsv or .csv has a line of column names and a
-line per row. A .jsonl has an object per line. A .parquet has the columns of the .tsv and is written
-by pyarrow. In .tsv and .csv, text that a spreadsheet would run as a formula, or that begins with
-`'`, gets a `'` in front. Readers must remove that `'`.
+The ending of the file name decides the format. A .tsv or .csv has a line of column names and a
+line per row. A .jsonl has a JSON object per line. A .parquet has the columns of the .tsv. A
+spreadsheet would run some text in .tsv and .csv as a formula. This text gets a `'` in front, as
+does text that begins with `'`. A program that reads the table must remove this `'`.
 """
 
 import codecs
@@ -25,26 +25,29 @@ from vidjax.utils.errors import UserError, require_packages, warn
 if TYPE_CHECKING:
     import pyarrow
 
-# Name -> (type in Apache Arrow such as `float32`, values). A value array [N, D] becomes N lists.
+# Name -> (type in Apache Arrow such as `float32`, values). An array [N, D] becomes N lists.
 Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # these begin a formula; ' itself is escaped
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # of a formula, or of text after escaping
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_TABLE_BYTES = 64 * files.MB  # of a table that `read_tsv` reads
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Raises UserError if a table cannot be written to a new file. Call it before slow work."""
+    """Raises UserError if a table cannot be written to the new file `path`, the value of `--out`.
+
+    A command calls it before slow work.
+    """
     if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise UserError(f"--out={path}: end the name in {names}")
     if os.path.lexists(path):
         raise UserError(_describe_existing(path))
     if not path.parent.is_dir():
-        raise UserError(f"--out={path}: there is no folder '{path.parent}': make it first")
+        raise UserError(f"--out={path}: the folder '{path.parent}' does not exist: make it first")
     if path.suffix == ".parquet":
         instead = "end the name in .tsv or .jsonl"
         require_packages(f"--out={path}", "pyarrow", extra="parquet", instead=instead)
@@ -56,12 +59,12 @@ def write(
     rows: Iterable[Sequence[object]],
     objects: Iterable[Mapping[str, object]],
 ) -> None:
-    """Writes a new file in the format that its ending names.
+    """Writes a table to the new file `path`. The ending of `path` decides the format.
 
     Args:
       columns: name -> type in Apache Arrow, such as `float32`.
-      rows: for each row a cell per column; None is an empty cell.
-      objects: the objects that a .jsonl contains in place of the rows.
+      rows: the cells of each row, one per column. None is an empty cell.
+      objects: the JSON objects of a .jsonl. The other formats contain `columns` and `rows`.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)
@@ -74,10 +77,10 @@ def write(
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
-    """Writes a ranking, identity -> (clip, score) with the best first, to a new file.
+    """Writes a ranking, identity -> [(clip, score), ...] with the best clip first, to a new file.
 
-    An object of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has
-    all digits of float32. The score of a clip without a usable frame is -inf, in .jsonl null.
+    A line of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has all
+    digits of float32. If a clip has no usable frame, the score is -inf, or null in .jsonl.
     """
     objects = (
         {
@@ -90,7 +93,7 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def ranking_columns(ranking: Ranking) -> Columns:
-    """Returns the columns of a ranking, identity -> (clip, score) with the best first."""
+    """Converts a ranking, identity -> [(clip, score), ...] with the best clip first, to columns."""
     return to_columns(RANKING, list(_list_ranking(ranking)))
 
 
@@ -105,7 +108,7 @@ def _round_to_float32(score: float) -> float | None:
 
 
 def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -> str:
-    """Converts rows to text, quoted as Excel does; None is an empty cell."""
+    """Converts rows to the text of a .csv or .tsv. Cells are quoted as in Excel. None is empty."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
     writer.writerows([_guard_cell(cell) for cell in row] for row in rows)
@@ -113,10 +116,12 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
 
 
 def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells) of a .tsv that `to_text` or a spreadsheet wrote."""
+    """Yields (line number, cells) of each row of a .tsv that `to_text` or a spreadsheet wrote."""
     with files.open_input(path) as file:
         if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
-            raise UserError(f"'{path}' is too large: at most {MAX_TABLE_BYTES:,} bytes are read")
+            raise UserError(
+                f"'{path}' has more than {MAX_TABLE_BYTES:,} bytes\nsplit it into smaller files"
+            )
         content = file.read()
     # Excel saves "Unicode text" as UTF-16, and "Text" as Windows-1252.
     encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"
@@ -124,14 +129,16 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("cp1252", "replace")
-        warn(f"{path}: not UTF-8, so it is read as Windows-1252: check its names")
+        warn(f"'{path}' is not UTF-8, and is read as Windows-1252: check its names")
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, [cell.removeprefix("'") for cell in cells]
     except csv.Error as error:
-        raise UserError(f"'{path}' is not a .tsv: {error}\nsave it as text with tabs") from error
+        raise UserError(
+            f"'{path}' is not a table with tabs: {error}\nsave it as text with tabs"
+        ) from error
 
 
 def _guard_cell(cell: object) -> object:
@@ -139,7 +146,7 @@ def _guard_cell(cell: object) -> object:
 
 
 def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
-    """Converts rows to columns; `kinds` maps the name of each column to its type."""
+    """Converts rows to columns. `kinds` maps each column name to a type of Apache Arrow."""
     return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
 
 
@@ -158,7 +165,7 @@ def to_arrow(columns: Columns) -> "pyarrow.Table":
 
 
 def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None) -> bytes:
-    """Returns the bytes of a parquet file; `note` becomes its metadata."""
+    """Returns the bytes of a parquet file with the metadata `note`."""
     from pyarrow import parquet
 
     content = io.BytesIO()
@@ -167,7 +174,7 @@ def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Writes a new file, whole or not at all; never replaces an existing file."""
+    """Writes a new file. It never replaces a file, and an error leaves no incomplete file."""
     partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
     files.write_bytes(partial, content)
     try:
@@ -175,7 +182,7 @@ def write_new(path: Path, content: bytes) -> None:
             os.link(partial, path)  # unlike a rename, this does not replace an existing file
         except FileExistsError:
             raise
-        except OSError:  # the file system has no hard links (mounted cloud drives)
+        except OSError:  # some file systems, such as mounted cloud drives, have no hard links
             path.touch(exist_ok=False)
             os.replace(partial, path)
     except FileExistsError:
@@ -185,4 +192,4 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def _describe_existing(path: Path) -> str:
-    return f"--out={path}: exists and is not overwritten: name another file, or delete it"
+    return f"--out={path} exists and is not overwritten: name another file, or delete it"

@@ -1,4 +1,4 @@
-"""Reads files without trusting them, writes files whole or not at all, and locks folders."""
+"""Reads files that may come from a stranger, writes files atomically, and locks folders."""
 
 from os.path import lexists as exists
 

@@ -1,4 +1,4 @@
-"""Locks folders, and checks whether other users may change them."""
+"""Locks folders, and finds folders that other users of the machine may change."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,11 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 
 @contextlib.contextmanager
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
-    """Locks a folder until the context or the process ends; errors call the folder `name`."""
+    """Locks a folder until the context or the process ends.
+
+    Raises InUseError if another process has locked it. `name` is the word for the folder in this
+    message.
+    """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
@@ -26,24 +30,29 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
         except BlockingIOError:
             text = file.read(LOCK_BYTES).decode(errors="replace")
             owner = "".join(filter(str.isprintable, text)).strip() or "another process"
-            raise InUseError(f"{name} '{workdir}' is in use by {owner}") from None
+            raise InUseError(
+                f"{name} '{workdir}' is in use by {owner}\nwait for it, or use another folder"
+            ) from None
         except OSError as error:
-            raise UserError(f"cannot lock '{path}': {error.strerror}") from error
+            raise UserError(
+                f"cannot lock '{path}': {error.strerror}\nuse a folder on another disk"
+            ) from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
-            raise UserError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
+            raise UserError(f"'{path}' was not written by vidjax\nmove the file elsewhere")
         owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
-        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # not shared by a hard link
+        # A file with several hard links may also belong to another folder, so it is not changed.
+        if owner != content and os.fstat(file.fileno()).st_nlink == 1:
             with contextlib.suppress(OSError):  # on a full disk the lock works without the text
                 file.seek(0)
-                file.write(owner)  # padded, because cutting the file would take milliseconds
+                file.write(owner)  # it is padded, because truncation would take milliseconds
         yield
 
 
 def find_foreign_folder(folder: Path) -> Path | None:
-    """Returns the first folder on the way from / to `folder` that other users may change.
+    """Returns the first folder, from / to `folder`, that other users of the machine may change.
 
-    Returns None if there is none.
+    If they may change none of these folders, returns None.
     """
     try:
         real = folder.absolute().resolve()
@@ -58,21 +67,22 @@ def find_foreign_folder(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if users other than root may replace files in a folder.
+    """Returns True if other users, except root, may replace files in the folder with this `status`.
 
-    If `last` is True, for the innermost folder, they must not be able to add files either.
+    If `last` is True, also returns True if other users may add files.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True
-    sticky = status.st_mode & stat.S_ISVTX and not last  # users may only rename their own files
+    # In a sticky folder, such as /tmp, a user may add files, but rename only files of this user.
+    sticky = status.st_mode & stat.S_ISVTX and not last
     others = status.st_mode & stat.S_IWOTH
     group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)
     return bool((others or group) and not sticky)
 
 
 def _is_private(group: int) -> bool:
-    """Returns True for root's group, and for the user's group if it has no other member."""
+    """Returns True for root's group, and for a group whose only member is this user."""
     if group == 0:
         return True
     try:

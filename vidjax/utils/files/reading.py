@@ -1,8 +1,8 @@
 """Reads files that may come from a stranger, and computes digests.
 
-The readers open only regular files, follow no symbolic link at the path, and check sizes first.
-They return bytes, JSON, or arrays without Python objects. An error is a UserError or a
-FileNotFoundError.
+The functions check the size of a file before they read it. They open only regular files. Only
+`open_input` opens a symbolic link. They return bytes, JSON, or arrays without Python objects. They
+raise UserError or FileNotFoundError.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
 LINE_BYTES = MB // 4  # of a line in a log of JSON lines
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, both packed and unpacked
-PIECE_BYTES = MB  # the largest piece of a zip that is read at once
-MAX_ENTRIES = 1000  # of an `.npz`: its arrays
+PIECE_BYTES = MB  # the most bytes of a zip that are read at once
+MAX_ENTRIES = 1000  # arrays of an `.npz`
 MAX_DEPTH = 40  # of nested lists and objects
-LARGE_BYTES = 64 * MB  # a larger file must not consist of holes
-MAX_ITEMS = 2_000_000  # of a JSON file: its values
+LARGE_BYTES = 64 * MB  # a larger file must not be sparse
+MAX_ITEMS = 2_000_000  # values in a JSON file
 INTEGER_LIMIT = 1 << 63  # larger whole numbers overflow in int64 arrays
 KINDS = {
     stat.S_IFLNK: "a link",
@@ -46,16 +46,22 @@ KINDS = {
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, limit: float = math.inf, below: Path | None = None
 ) -> io.FileIO:
-    """Opens a regular file, unbuffered; refuses a symbolic link and more than `limit` bytes.
+    """Opens a regular file without a buffer. It never truncates the file.
 
-    Also refuses a file over LARGE_BYTES that consists almost only of holes (sparse). Never
-    truncates the file, even if `flags`, as in `os.open`, contain O_TRUNC. If `below` is given, a
-    folder above the file, then no link on the way may lead out of that folder.
+    Args:
+      flags: flags of `os.open`.
+      limit: the largest allowed size, in bytes.
+      below: a folder that contains the file. If it is given, the real path of the file must lie in
+        this folder, too.
+
+    Raises:
+      UserError: the path is a symbolic link or a special file, the file has more than `limit`
+        bytes, or it has more than 64 MB and is sparse.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
-            f"'{path.parent}' is a link out of '{below}': it is not opened\n"
-            "put the folder that it leads to in its place"
+            f"'{path.parent}' is a link to a folder outside '{below}', and is not opened\n"
+            "replace the link by a copy of that folder"
         )
     try:
         safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -71,16 +77,16 @@ def open_regular(
         size = status.st_size
         if size > limit:
             raise UserError(
-                f"'{path}' is too large: {size:,} bytes, at most {limit:,} are read\n"
+                f"'{path}' is too large: it has {size:,} bytes, and the limit is {limit:,}\n"
                 "restore the original file"
             )
         if size > LARGE_BYTES and 10 * 512 * status.st_blocks < size:
             raise UserError(
-                f"'{path}' is damaged: most of its {size:,} bytes are holes\n"
+                f"'{path}' is damaged: most of its {size:,} bytes are holes of a sparse file\n"
                 "restore the original file"
             )
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
-        # The opener keeps the path as the name of the file.
+        # With an opener, the opened file has its path as `name`, which messages show.
         return open(path, mode, buffering=0, opener=lambda *_: descriptor)
     except BaseException:
         os.close(descriptor)
@@ -88,31 +94,35 @@ def open_regular(
 
 
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
-    """Raises UserError unless a path, or its open descriptor, is a regular file."""
+    """Raises UserError unless `path` is a regular file. Examines `descriptor`, if it is open."""
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
         return
     kind = KINDS.get(stat.S_IFMT(mode), "a device")
-    remedy = "put a copy of the file it leads to in its place" if kind == "a link" else "remove it"
-    raise UserError(f"'{path}' is {kind}, not a file: it is not opened\n{remedy}")
+    remedy = "replace the link by a copy of its target" if kind == "a link" else "remove it"
+    raise UserError(f"'{path}' is {kind}, not a file, and is not opened\n{remedy}")
 
 
 def open_input(path: Path) -> io.FileIO:
-    """Opens a file of the user's data, unbuffered; unlike `open_regular`, it follows links.
+    """Opens a file of the user's data without a buffer. The path may be a symbolic link.
 
-    Refuses the virtual files of the system in /proc and /sys, because they may be endless.
+    Raises UserError for a file in /proc or /sys, because such a file may be endless, and for a file
+    that is not regular.
     """
     real = Path(os.path.realpath(path))
     if real.parts[1:2] in (("proc",), ("sys",)):
         raise UserError(
-            f"'{path}' leads to '{real}', a virtual file of the system: it is not opened\n"
-            f"leave out '{path}', or put a copy of the data in its place"
+            f"'{path}' leads to '{real}', a virtual file of the system, and is not opened\n"
+            f"remove '{path}', or replace it by a copy of the data"
         )
     return open_regular(real)
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of every file in a folder; refuses links, pipes and devices."""
+    """Yields the relative path of every file in a folder, at any depth.
+
+    Raises UserError at a link, a pipe or a device.
+    """
     folders = [""]
     while folders:
         place = folders.pop()
@@ -130,7 +140,7 @@ def walk(folder: Path) -> Iterator[str]:
 def refuse_links(folder: Path) -> None:
     """Raises UserError if a folder contains a link, a pipe or a device, at any depth.
 
-    The folder itself may be a link, because its user chose it. It may also be missing.
+    The folder itself may be a link, because a user chose its path. It may also be missing.
     """
     if os.path.isdir(folder):
         for _ in walk(folder):
@@ -138,7 +148,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes; `below`: see `open_regular`."""
+    """Returns the content of a file of at most `limit` bytes. For `below`, see `open_regular`."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
@@ -146,9 +156,9 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value of a JSON file, which must be of type `kind` (`object` allows any type).
+    """Returns the value of a JSON file of at most `limit` bytes. For `below`, see `open_regular`.
 
-    Raises UserError if the file is damaged or its value has a different type.
+    Raises UserError if the file is damaged, or the value is not of type `kind`.
     """
     content = read_bytes(path, limit, below)
     try:
@@ -161,11 +171,15 @@ def read_json(
 
 
 def parse_json(content: bytes | str) -> object:
-    """Returns the value of JSON text; refuses deep nesting, too many values and huge integers."""
+    """Returns the value of JSON text.
+
+    Raises UserError if it is nested deeper than 40 levels, has more than 2 million values, or
+    contains an integer that does not fit into 64 bits.
+    """
     try:
         value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
-        raise UserError(f"lists within lists, more than {MAX_DEPTH} deep") from None
+        raise UserError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     count, level = 0, [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[object] = []
@@ -176,36 +190,42 @@ def parse_json(content: bytes | str) -> object:
                 inner += item
         count += len(inner)
         if count > MAX_ITEMS:
-            raise UserError(f"more than {MAX_ITEMS:,} values")
+            raise UserError(f"it has more than {MAX_ITEMS:,} values")
         if not inner:
             return value
         level = inner
-    raise UserError(f"lists within lists, more than {MAX_DEPTH} deep")
+    raise UserError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > 20 or abs(int(digits)) >= INTEGER_LIMIT:
-        raise UserError(f"a whole number beyond 64 bits: {digits[:20]}")
+        raise UserError(f"the whole number {digits[:20]} does not fit into 64 bits")
     return int(digits)
 
 
 def parse_line(line: bytes) -> dict[str, object]:
-    """Returns the JSON object on a line of a log."""
+    """Returns the JSON object on a line of a log. Raises UserError if it is damaged or too long."""
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
-        raise UserError("not a JSON object")
+        raise UserError("it is not a JSON object")
     return value
 
 
 def iterate_lines(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
-    """Yields lines with their line ends; a line of more than `limit` bytes comes in pieces."""
+    """Yields the lines of a file with their line ends.
+
+    A line of more than `limit` bytes is split into pieces.
+    """
     with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(limit):
             yield line
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
-    """Returns name -> array of an `.npz` file; `limit` is in bytes, both packed and unpacked."""
+    """Returns name -> array of an `.npz` file.
+
+    Raises UserError if the file or its unpacked arrays have more than `limit` bytes.
+    """
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
@@ -213,8 +233,8 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
     """Returns name -> array of an open `.npz`.
 
-    Raises UserError if the arrays need more than `limit` bytes. A number counts for at least
-    `least` bytes.
+    Raises UserError if the arrays need more than `limit` bytes. If a number has fewer than `least`
+    bytes, it counts as `least` bytes, because the caller will convert it to a larger type.
     """
     arrays = {}
     with _npz_errors():
@@ -225,19 +245,19 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns the most bytes that `size` bytes of packed numbers may become; more is a zip bomb.
+    """Returns the limit, in bytes, for unpacking an archive of `size` bytes. More is a zip bomb.
 
-    Features shrink to a tenth at best. Only an array of nearly equal values shrinks to a
-    thousandth.
+    The limit is 100 times the size. Compression makes real features at most 10 times smaller. Only
+    arrays of nearly equal values become 1,000 times smaller.
     """
     return max(LARGE_BYTES, 100 * size)
 
 
 def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
-    """Returns how many bytes the arrays of an `.npz` need in memory. Only headers are unpacked.
+    """Returns how many bytes the arrays of an `.npz` need in memory.
 
-    Each number counts for at least `least` bytes: for example, uint8 becomes float32 with 4 bytes.
-    Raises UserError if the sum is above `limit` or a header is damaged.
+    Reads only the headers of the arrays. For `limit` and `least`, see `load_npz`. Raises UserError
+    if the arrays need more than `limit` bytes, or a header is damaged.
     """
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least))
@@ -254,16 +274,16 @@ def _npz_errors() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"damaged or not an .npz file: write it again ({reason})") from error
+        raise UserError(f"it is damaged or not an .npz ({reason}): write it again") from error
 
 
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields (name, open entry, bytes in memory) for every array of an `.npz`, from its header.
+    """Yields (name, open file, bytes in memory) for every array of an `.npz`.
 
-    Refuses arrays of more than `limit` bytes together, arrays of Python objects, and a header that
-    does not match the size of its entry.
+    Raises UserError if all arrays need more than `limit` bytes, an array contains Python objects,
+    or the size in the header of an array is wrong. For `least`, see `load_npz`.
     """
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
@@ -271,7 +291,9 @@ def _open_arrays(
     with open_zip(file) as archive:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > limit or len(entries) > MAX_ENTRIES:
-            raise UserError(f"it unpacks to more than {limit:,} bytes")
+            raise UserError(
+                f"it unpacks to more than {limit:,} bytes or {MAX_ENTRIES:,} arrays: save less"
+            )
         for entry in entries:
             with open_entry(archive, entry) as opened:
                 shape, dtype = _read_header(opened)
@@ -279,17 +301,20 @@ def _open_arrays(
                     raise UserError("it contains Python objects: save arrays of numbers [T, D]")
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
                     raise UserError(
-                        f"array '{entry.filename[:50]}' is damaged: its header has a wrong size"
+                        f"array '{entry.filename[:50]}' is damaged: its header has a wrong size; "
+                        "write the file again"
                     )
                 size = math.prod(shape) * max(dtype.itemsize, least)
                 left -= size
                 if left < 0:
-                    raise UserError(f"its arrays need more than {limit:,} bytes of memory")
+                    raise UserError(
+                        f"its arrays need more than {limit:,} bytes of memory: save less"
+                    )
                 yield entry.filename.removesuffix(".npy"), opened, size
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and the dtype of an array from the header of its `.npy` entry."""
+    """Returns the shape and the dtype of an array from the header of an open `.npy`."""
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -299,10 +324,13 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class _InPieces(io.BufferedReader):
-    """A file that never reads more than PIECE_BYTES at once, even the list of entries of a zip."""
+    """A file that reads at most PIECE_BYTES at once.
+
+    `zipfile` would read the list of entries of a zip in one piece, however long the list is.
+    """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Returns `size` bytes, or all bytes that are left."""
+        """Returns the next `size` bytes. If `size` is None or negative, returns all other bytes."""
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
@@ -314,7 +342,10 @@ class _InPieces(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip and refuses it if its list of entries is long. `open_entry` opens an entry."""
+    """Opens a zip. Raises UserError if its list of entries has more than PIECE_BYTES (1 MB).
+
+    Use `open_entry` to open an entry.
+    """
     content = _InPieces(cast(io.RawIOBase, file))
     try:
         with zipfile.ZipFile(content) as archive:
@@ -324,25 +355,25 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip that is stored or deflated; reads at most PIECE_BYTES at once.
+    """Opens an entry of a zip. It ends after `entry.file_size` bytes.
 
-    The entry ends after `entry.file_size` bytes. Other methods are refused, because Python cannot
-    unpack them in pieces: a piece of bzip2 or LZMA may become gigabytes.
+    Raises UserError unless the entry is stored or deflated. With another method of compression,
+    such as bzip2 or LZMA, Python may unpack a short piece to gigabytes at once.
     """
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"entry '{entry.filename[:50]}' has an unsupported compression method: "
+            f"entry '{entry.filename[:50]}' has an unsupported method of compression: "
             "pack the zip with store or deflate"
         )
     return archive.open(entry)
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a local file or folder; refuses an address such as s3://x."""
+    """Returns a path with `~` expanded. Raises UserError for an address such as s3://x."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
         raise UserError(
             f"'{path}' is an address, not a folder of this machine\n"
-            "copy or mount the files, and name that folder"
+            "copy or mount the files, and name the folder that contains them"
         )
     return Path(path).expanduser()
 
@@ -354,7 +385,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the sha256 of a file in hexadecimal; opens the file with `open_input`."""
+    """Returns the sha256 of a file in hexadecimal. The path may be a symbolic link."""
     with open_input(path) as file:
         return hash_opened(file)
 
@@ -365,7 +396,7 @@ def hash_opened(file: io.FileIO) -> str:
 
 
 def sha256_json(value: object) -> str:
-    """Returns the sha256 of the compact JSON text of a value; dicts keep their order."""
+    """Returns the sha256 of a value as JSON text. The order of keys affects it."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -1,4 +1,7 @@
-"""Writes files and folders whole or not at all; an error is an OSError that names the path."""
+"""Writes files and folders atomically. If that fails, the functions raise an OSError.
+
+The OSError contains the path.
+"""
 
 import contextlib
 import errno
@@ -21,27 +24,31 @@ from vidjax.utils.files.reading import open_regular, read_json, sha256_json
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Makes a folder if needed and returns its absolute path; errors call the folder `name`.
+    """Makes a folder if it does not exist, and returns its absolute path.
 
-    Raises UserError if the folder is not writable.
+    Raises UserError if the folder is not writable. `name` is the word for the folder in this
+    message.
     """
     workdir = Path(path).expanduser().absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"{name} '{workdir}' is a file, not a folder")
+            raise UserError(f"{name} '{workdir}' is a file, not a folder\nname a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise UserError(f"cannot write in the {name} '{workdir}': {error.strerror}") from error
+        raise UserError(
+            f"cannot write in the {name} '{workdir}': {error.strerror}\n"
+            "name another folder, or change its permissions"
+        ) from error
     return workdir
 
 
 def open_log(path: Path) -> io.FileIO:
-    """Opens a log to append to, unbuffered; the log need not exist yet.
+    """Opens a log without a buffer, to append to it. Makes the file if it does not exist.
 
-    If the log has other hard links, as snapshots make them, it is copied first. So the snapshots
-    do not change.
+    A log may have other hard links, for example in a snapshot of its folder. Then the log is copied
+    first, so that the snapshot does not change.
     """
     if os.path.lexists(path):
         with open_regular(path) as file:
@@ -53,7 +60,7 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder with all its content; if `folder` is a link, only the link."""
+    """Removes a folder and all its content. If `folder` is a link, removes only the link."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -61,10 +68,11 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
-    """Removes the files of a folder whose names match `ours`, a regular expression, in full.
+    """Removes files that vidjax wrote from a folder, and then the folder if it is empty.
 
-    Then removes the folder if it is empty. Links are not followed: a link in the folder is removed
-    itself, and a folder that is a link stays. Returns True if the folder is gone afterwards.
+    A file is removed if the regular expression `ours` matches its whole name. If the file is a
+    link, its target stays. If `folder` is a link, nothing is removed. Returns True if the folder
+    does not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
@@ -85,23 +93,24 @@ def remove_ours(folder: Path, ours: str) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically: a reader sees the old content or all of the new."""
+    """Writes a text file atomically: a reader sees all of the old or all of the new content."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Writes a file atomically; `sync`: see `atomic_file`."""
+    """Writes a file atomically. For `sync`, see `atomic_file`."""
     with atomic_file(path, sync=sync) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Yields a new file to write. If the context ends without an error, it replaces `path`.
+    """Yields a new file to write. The new file replaces `path` when the context ends.
 
-    `sync` waits until the disk has the content, so that even a power cut leaves a whole file.
+    After an error, `path` is unchanged. If `sync` is True, the context waits until the content is
+    on the disk, so that even a power cut leaves no incomplete file.
     """
-    # The process number is no use: containers on a shared disk often have equal ones.
+    # The name has random digits, because processes in containers often have equal numbers.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("x+b") as file:
@@ -118,7 +127,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full."""
+    """Adds `content` to the end of an unbuffered file. After an error, none of it is added."""
     before = file.seek(0, os.SEEK_END)
     left = content
     try:
@@ -137,23 +146,26 @@ def _make_disk_error(path: object, error: OSError) -> DiskError:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file atomically; the value may contain numpy scalars and arrays."""
+    """Writes a JSON file atomically. The value may contain numpy scalars and arrays."""
     write_text(path, to_json(value))
 
 
 def to_json(value: object) -> str:
-    """Returns a value as JSON text; the value may contain numpy scalars and arrays."""
+    """Returns a value as JSON text. The value may contain numpy scalars and arrays."""
     return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
 def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
-    """Writes a JSON file of `entries`; adds their digest as the entry `sha256`."""
+    """Writes `entries` to a JSON file, with their digest as an additional entry `sha256`."""
     plain = json.loads(to_json(dict(entries)))  # the values that a reader will get
     write_json(path, {**plain, "sha256": sha256_json(plain)})
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest differs."""
+    """Reads the entries that `write_manifest` wrote. For `below`, see `open_regular`.
+
+    Raises UserError if the digest of the entries is not their entry `sha256`.
+    """
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged (its sha256 differs)")
@@ -168,14 +180,13 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to fill. If no error is raised, it becomes `folder` at the end.
+    """Yields a new folder to fill. It is renamed to `folder` when the context ends.
 
-    Raises UserError if another process has made `folder` by then: its folder stays.
+    After an error, the new folder is removed. Raises UserError if another process has made `folder`
+    in the meantime.
     """
-    # The name is new each time, so that a child of a killed process cannot write into this folder.
-    partial = folder.with_name(
-        f"{folder.name}.{secrets.token_hex(4)}.partial"
-    )  # see `list_partials`
+    # The name has random digits, so that a child of a killed process cannot write into this folder.
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(mode=0o700)
         yield partial
@@ -190,13 +201,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def list_partials(folder: Path) -> list[Path]:
-    """Returns the unfinished copies of `folder` that killed processes have left."""
+    """Returns the unfinished folders that killed processes have left in `atomic_folder`."""
     ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
     return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
 
 
 def _rename_to_new(partial: Path, folder: Path) -> None:
-    """Renames a folder; replaces only an empty folder."""
+    """Renames the folder `partial` to `folder`. Raises UserError if `folder` exists."""
     exists = os.path.lexists(folder)
     try:
         if not exists:
@@ -207,13 +218,13 @@ def _rename_to_new(partial: Path, folder: Path) -> None:
         exists = True
     if exists:
         raise UserError(
-            f"'{folder}' was made meanwhile by another process: it is kept\n"
-            "move it away, and repeat the command"
+            f"another process has made '{folder}' in the meantime, and it is not replaced\n"
+            "move it elsewhere, and repeat the command"
         )
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder and its missing parents, with mode 0700."""
+    """Makes a folder and its missing parents. Only this user may read, write and open them."""
     for path in (*reversed(folder.parents), folder):
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)
