@@ -1,8 +1,9 @@
-"""All fields of a configuration: a row of TABLE has its default, meaning, range and condition.
+"""Defines and checks all fields of a configuration.
 
-Some fields are read only if another field has a certain value (`Field.read_when`): with
-`optim.name=adam`, nothing reads `optim.momentum`. If a field is changed but not read, no training
-starts, because the change would look like an experiment but have no effect.
+A row of `TABLE` contains the default value, the meaning and the range of a field. Some fields are
+read only if another field has a certain value (`Field.read_when`). For example, no code reads
+`optim.momentum` if `optim.name` is `adam`. If a field is changed but not read, no training starts:
+the change would look like an experiment but have no effect.
 """
 
 import math
@@ -17,16 +18,16 @@ from vidjax.data.synthetic import LARGEST
 from vidjax.utils.errors import UserError, closest, describe_missing_packages
 from vidjax.utils.files import INTEGER_LIMIT
 
-Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `default()`
+Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()`
 
 
 class ReadWhen(NamedTuple):
-    """The condition under which the code reads a field.
+    """The condition under which the code reads a field of the configuration.
 
     Attributes:
-      field: the name of another field, which decides.
-      condition: takes the values of all fields and returns True if the field is read.
-      remedy: the flags that make the condition true.
+      field: the name of another field, whose value decides.
+      condition: maps the values of all fields to True if the field is read.
+      remedy: the flags with which the field is read.
     """
 
     field: str
@@ -39,14 +40,15 @@ class Field(NamedTuple):
 
     Attributes:
       name: the dotted name.
-      default: the default value. Its type is the type of the field. None is an optional text.
+      default: the default value. Its type is the type of the field. If it is None, the field is an
+        optional text.
       doc: the meaning, as `configs/README.md` shows it.
-      low, high, above, below: the range: value >= low, <= high, > above, < below. Without `high`
-        the value must be finite.
-      choices: the values that the field accepts; (): any, or the keys of a table in the code.
-      read_when: the condition under which the field is read; None: always.
-      movable: True if the field may change when a run resumes, because it changes results by
-        rounding errors at most: a path (digests compare its content), a time between checkpoints.
+      low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
+        None, the value must be finite.
+      choices: the accepted values. If there are none, this class does not limit the values.
+      read_when: the condition under which the code reads the field. None means always.
+      movable: True if the field may change when a run resumes, because it does not affect the
+        results. A path may change, because the content of the files is compared.
     """
 
     name: str
@@ -62,14 +64,18 @@ class Field(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A group of fields."""
+    """A group of fields whose names begin with `name` and a dot."""
 
     name: str
     doc: str
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights in `loss.schedule`, or (0.5,) if `make_loss` will refuse the schedule."""
+    """Returns the weights in `loss.schedule`.
+
+    If the schedule is malformed, returns (0.5,), so that every loss counts as used. Another
+    function will report the mistake.
+    """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):
@@ -79,8 +85,8 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses whose weight is above 0 at some epoch.
 
-    A loss that a user has added counts as reading every field. So the conditions below subtract the
-    losses that do not read a field.
+    The conditions below subtract the losses that do not read a field. So a loss that a user has
+    added counts as a reader of every field.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -124,11 +130,11 @@ JOINED = ReadWhen(
 # A row of two or three lines is easier to read than a line for each argument.
 # fmt: off
 TABLE: tuple[Field | Group, ...] = (
-    Field("seed", 0, "seed of parameters, random draws and the order of clips: 0 to 2**31 - 1",
+    Field("seed", 0, "seed of parameters, random draws and the order of clips, 0 to 2**31 - 1",
           low=0, high=2**31 - 1),
     Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
-    Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may grow "
-          "when a run resumes", above=0, high=1e6),
+    Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may be "
+          "larger when a run resumes", above=0, high=1e6),
     Field("modalities", ("face",), "modalities to use, in order, e.g. `face,head`"),
     Field("dtype", "float32", "dtype of the computation: `float32`, `bfloat16`, or `float64` with "
           "`JAX_ENABLE_X64=1`. Parameters are at least float32.",
@@ -138,8 +144,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("deterministic", False, "make runs on a GPU bit-identical, at some cost in speed; runs "
           "on a CPU always are"),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
-          "the model takes a single fused frame at a time, and evaluation combines the scores by "
-          "`eval.reduce`", choices=("pool", "examples")),
+          "the model takes one fused frame at a time, and evaluation combines the scores of the "
+          "frames as `eval.reduce` says", choices=("pool", "examples")),
     Field("transforms", (), "additional transforms of a training batch, in order: names, or dicts "
           "of `name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none"),
     Field("mixup", 0.0, "alpha of the Beta distribution of the weights of two mixed clips; 0: no "
@@ -158,7 +164,7 @@ TABLE: tuple[Field | Group, ...] = (
           "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", movable=True),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
           "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC),
-    Field("data.seed", 0, "seed of the synthetic dataset: another seed is another dataset",
+    Field("data.seed", 0, "seed of the synthetic dataset: another seed gives other clips",
           read_when=SYNTHETIC),
     Field("data.wrong_clips", 0.15, "share of synthetic clips in which a third of the frames shows "
           "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
@@ -176,10 +182,10 @@ TABLE: tuple[Field | Group, ...] = (
           "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
     Field("data.non_finite", "drop", "frames whose feature contains a NaN or an infinity: `drop` "
-          "leaves them out and counts them, `error` refuses the file", choices=("drop", "error")),
-    Field("data.quality", "given", "quality of the frames of your own features: `given`: the value "
-          "in the file, or the L2 norm of the feature if the clip has no value; `norm`: always the "
-          "L2 norm of the feature", choices=("given", "norm"), read_when=OWN_FEATURES),
+          "leaves them out and counts them, `error` stops", choices=("drop", "error")),
+    Field("data.quality", "given", "quality of a frame of your own features: `given`: the value in "
+          "the file or, without a value, the L2 norm of the feature; `norm`: always the L2 norm",
+          choices=("given", "norm"), read_when=OWN_FEATURES),
     Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: clips "
           "are read from the records, in the same order; `auto`: resident if the clips take at "
           "most half of the free memory", choices=("auto", "resident", "streaming")),
@@ -214,8 +220,8 @@ TABLE: tuple[Field | Group, ...] = (
           "`ensemble.views`, 2 or more", low=2, read_when=_read_unless("ensemble.views", 0, 2)),
     Field("ensemble.min_quality", (), "minimum quality of a member's training frames, a value per "
           "member, e.g. `0,20,40`"),
-    Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
-          "all their frames, `drop` leaves them out. With `ensemble.min_quality`",
+    Field("ensemble.poor_clips", "keep", "clips whose frames are all below "
+          "`ensemble.min_quality`: `keep` trains on all their frames, `drop` leaves them out",
           choices=("keep", "drop"), read_when=_read_unless("ensemble.min_quality", (), "0,20,40")),
     Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
@@ -232,15 +238,15 @@ TABLE: tuple[Field | Group, ...] = (
           "included, for a cluster", low=1, read_when=NOISE_CLASSES),
     Field("noise.modality", "face", "modality whose mean frames are clustered",
           read_when=NOISE_CLASSES),
-    Field("noise.relabel_every_epochs", 1.0, "epochs between two relabellings of the distractors "
-          "in no cluster; 0: labels stay", low=0, high=1e6, read_when=NOISE_CLASSES),
-    Field("noise.keep", "label", "class of a distractor in no cluster, if the model predicts no "
-          "identity: its present `label`, or the `prediction` (a cluster or a mirror class)",
+    Field("noise.relabel_every_epochs", 1.0, "epochs after which the distractors in no cluster get "
+          "new labels; 0: never", low=0, high=1e6, read_when=NOISE_CLASSES),
+    Field("noise.keep", "label", "new class of a distractor in no cluster, if the model predicts "
+          "no identity: the present `label`, or the `prediction` (a cluster or a mirror class)",
           choices=("label", "prediction"), read_when=NOISE_CLASSES),
     Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
           "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
-    Field("noise.relabel_by", "evaluate", "fusion before the predictions of a relabelling: "
-          "`evaluate`, or `train`, which must not be random",
+    Field("noise.relabel_by", "evaluate", "fusion with which a model predicts the new labels: "
+          "`evaluate`, or `train`, which then must not be random",
           choices=("evaluate", "train"), read_when=NOISE_CLASSES),
     Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
           "`data.distractors` `noise` or `other`",
@@ -258,12 +264,12 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the order of clips "
           "by probability, and the mean over members", above=0),
-    Field("eval.top_classes", 0, "rank each clip only for this many identities, its highest "
+    Field("eval.top_classes", 0, "rank each clip only for so many identities with the highest "
           "scores; 0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),
-    Field("eval.members", True, "rank every member of an ensemble separately, too"),
+    Field("eval.members", True, "also rank with every member of an ensemble separately"),
     Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
           "`best` by MAP", choices=("latest", "best"), movable=True),
@@ -336,15 +342,15 @@ TABLE: tuple[Field | Group, ...] = (
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
 DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
 MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
-# Groups whose fields depend on the chosen model or fusion.
+# The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
-# Fields of `ensemble` that leave some clips out of a member's training, so that it can score them.
+# With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
 MAX_LISTED_FIELDS = 12  # in an error
 
 
 class Config(ConfigDict):
-    """A ConfigDict whose fields have the type Any in type checkers. Its `repr` shows all values."""
+    """A ConfigDict whose fields have the type Any for type checkers. `repr` shows all values."""
 
     __repr__ = ConfigDict.__str__
     if TYPE_CHECKING:
@@ -355,7 +361,7 @@ class Config(ConfigDict):
 
 
 def default() -> Config:
-    """Returns a configuration with all fields of TABLE at their defaults."""
+    """Returns a configuration in which every field has the default value."""
     config = Config()
     for row in TABLE:
         group, _, leaf = row.name.rpartition(".")
@@ -366,7 +372,7 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every leaf of a configuration, or of its `to_dict()`."""
+    """Yields (dotted name, value) of every field of a configuration or of a nested dict."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -376,9 +382,9 @@ def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns field -> (old value, new value) of every field that differs.
+    """Returns dotted name -> (old value, new value) of every field that differs.
 
-    A field that neither configuration reads is left out.
+    A field is left out if the code reads it in neither configuration.
     """
     before, after = dict(fields(old)), dict(fields(new))
     return {
@@ -389,24 +395,24 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def is_read(name: str, values: Values) -> bool:
-    """Returns True if the code reads a field, given the `values` of all fields."""
+    """Returns True if the code reads the field `name`, given the values of all fields."""
     field = FIELDS.get(name)
     return not field or not field.read_when or field.read_when.condition(values)
 
 
 def is_in_groups(name: str, groups: Collection[str]) -> bool:
-    """Returns True if `groups` lists the field or a group that contains it."""
+    """Returns True if `groups` contains the field `name`, or a group of this field."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def check(config: Config) -> None:
-    """Raises UserError with the first message of `problems`, if there is any."""
+    """Raises UserError if a value is out of range, in conflict with another value or not read."""
     for problem in problems(config):
         raise UserError(problem)
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Yields a message for every value that is out of range, in conflict or never read."""
+    """Yields a message for each value that is out of range, in conflict or not read."""
     values = dict(fields(config))
     yield from _find_out_of_range(values)
     yield from _find_untrainable(values)
@@ -420,16 +426,16 @@ def check_ranges(config: Config | Mapping[str, Any]) -> None:
 
 
 def _find_out_of_range(values: Values) -> Iterator[str]:
-    """Yields a message for every value outside the range or the choices of its field."""
+    """Yields a message for every value outside the range or the choices of the field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
         if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
-            yield f"config.{name}: a whole number does not fit into 64 bits"
+            yield f"config.{name} is a whole number that does not fit into 64 bits: reduce it"
         elif field and (wanted := _find_violated(field, value)):
             yield f"{text}: must be {wanted}"
         elif field and field.choices and value not in field.choices:
-            yield f"config.{name}='{value}': choose from {', '.join(field.choices)}"
+            yield f"config.{name}='{value}' is unknown: choose from {', '.join(field.choices)}"
         elif (field is None or field.high is None) and not all(map(math.isfinite, numbers)):
             yield f"{text}: must be finite"
         elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
@@ -437,7 +443,7 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
 
 
 def _find_violated(field: Field, value: float) -> str:
-    """Returns the range of a field in words if a value lies outside the range, or ""."""
+    """Returns the range of a field in words if `value` lies outside it. Otherwise returns ""."""
     bounds = [
         ("at least", field.low, operator.ge),
         ("above", field.above, operator.gt),
@@ -459,52 +465,52 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 
 
 def _find_untrainable(values: Values) -> Iterator[str]:
-    """Yields a message for every combination of values that no training can use."""
+    """Yields a message for every combination of values with which no run can be trained."""
     if not values["data.train_splits"]:
-        yield "config.data.train_splits is empty: name a split"
+        yield "config.data.train_splits is empty: use --config.data.train_splits=train"
     if values["data.mode"] == "streaming":
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         yield from describe_missing_packages(
-            "data.mode streaming", "tensorflow", extra="tensorflow", instead=resident
+            "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
         )
     split = values["eval.split"]
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
     if split in values["data.train_splits"] and not leaves_clips_out:
         yield (
-            f"config.eval.split='{split}' is among config.data.train_splits: a score on training\n"
-            "clips means nothing; to measure out of fold: --config.ensemble.folds=5\n"
-            "to train on all clips and rank test: --config=FILE:everything, "
+            f"config.eval.split='{split}' is among config.data.train_splits, but a score on "
+            "training clips means nothing\nto measure out of fold, use --config.ensemble.folds=5\n"
+            "to train on all clips and rank test, use --config=FILE:everything "
             "--config.eval.split=test"
         )
 
 
 def _find_unread(values: Values) -> Iterator[str]:
     """Yields a message for each unknown field, and for each non-default value that is not read."""
-    for name, value in values.items():
+    for name in values:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
-            yield f"config.{name}={value}: there is no such field; {suggest_field(name, FIELDS)}"
+            yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"
     for name, field in FIELDS.items():
         when = field.read_when
         if when and values[name] != field.default and not when.condition(values):
             yield (
                 f"config.{name}={values[name]} has no effect with config.{when.field}="
-                f"{values[when.field]}\nto make it count: {when.remedy}\n"
-                f"or leave config.{name} at its default, {field.default}"
+                f"{values[when.field]}\nto make it count, use {when.remedy}\n"
+                f"or leave config.{name} at the default, {field.default}"
             )
     if runs := values["join.runs"]:
         yield (
-            f"config.join.runs={','.join(map(str, runs))}: a training cannot blend runs\n"
-            "to blend them: vidjax evaluate --workdir=FOLDER --runs=A,B"
+            f"config.join.runs={','.join(map(str, runs))} has no effect on a training\n"
+            "to blend runs, use vidjax evaluate --workdir=FOLDER --runs=A,B"
         )
 
 
 def find_closest_field(name: str, known: Collection[str]) -> str | None:
-    """Returns the field of `known` that a misspelt name probably means, or None."""
+    """Returns the field in `known` that the misspelt `name` probably means, or None."""
     name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
     name = re.sub(r"\b(folder|path)$", "dir", name)
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
     if name.startswith("fusion.") and name.split(".")[1] not in modalities:
-        return None  # another modality is no misspelling of this modality
+        return None  # the name of another modality is not a misspelling
     group, _, leaf = name.rpartition(".")
     if inside := [field for field in known if group and field.rpartition(".")[0] == group]:
         if match := closest(leaf, [field.rpartition(".")[2] for field in inside], cutoff=0.7):
@@ -515,7 +521,10 @@ def find_closest_field(name: str, known: Collection[str]) -> str | None:
 
 
 def suggest_field(name: str, known: Collection[str]) -> str:
-    """Returns a hint for an unknown field: a similar field, or the fields of its group."""
+    """Returns a hint for a user who has named an unknown field.
+
+    The hint contains a similar field of `known`, or the fields of the group, or a command.
+    """
     if match := find_closest_field(name, known):
         return f"did you mean --config.{match}?"
     group = name.rpartition(".")[0]
@@ -524,7 +533,7 @@ def suggest_field(name: str, known: Collection[str]) -> str:
     ]
     if 0 < len(inside) <= MAX_LISTED_FIELDS and not name.startswith(SPECIFICATIONS):
         return f"config.{group} has {', '.join(inside)}"
-    return "vidjax config lists all fields"
+    return "to list all fields, use vidjax config"
 
 
 # The arguments that every configuration file takes: word -> meaning.
@@ -538,18 +547,20 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset and the splits by `words` of SCALE_WORDS.
+    """Sets the dataset and the splits of a configuration, as `words` demand.
+
+    The words are keys of SCALE_WORDS, such as `iqiyi_vid` or `everything`.
 
     Returns:
-      True if the configuration needs the values for the full size of the official files.
+      True if the other fields should have the values for the full size of the official files.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
-        raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
+        raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
     if "few" in words and "iqiyi_vid" not in words:
-        raise UserError("config arguments: 'few' needs 'iqiyi_vid', as in iqiyi_vid,few")
+        raise UserError("--config: the argument 'few' needs 'iqiyi_vid': write iqiyi_vid,few")
     if {"everything", "trainval"} <= set(words):
         raise UserError(
-            "config arguments: 'everything' and 'trainval' are two ways to train on val, name one"
+            "--config: 'everything' and 'trainval' both train on val: name only one of them"
         )
     if "everything" in words:
         config.data.train_splits = ("train", "val")
@@ -562,36 +573,44 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits ARGS of `--config=FILE:ARGS` into the set of known words and the modalities.
+    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the other words.
+
+    The other words are modalities.
 
     Raises:
-      UserError: a modality comes twice, or resembles a known word.
+      UserError: a modality comes twice, or resembles a word in `known`.
     """
     words = [word.strip() for word in args.split(",") if word.strip()]
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
     for word in modalities:
         if words.count(word) > 1:
-            raise UserError(f"config argument '{word}' comes twice: name it once")
+            raise UserError(f"--config: the argument '{word}' comes twice: name it once")
         if match := closest(word, known, cutoff=0.7):
-            raise UserError(f"unknown config argument '{word}': did you mean '{match}'?")
+            raise UserError(f"--config: the argument '{word}' is unknown: write '{match}'")
     return options, modalities
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word in `names`, or the default. Raises UserError if there are several."""
+    """Returns the word that is in `names`. If there is none, returns the default.
+
+    Raises UserError if several words are in `names`.
+    """
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
-        raise UserError(f"config arguments: {quoted} exclude each other, name one")
+        raise UserError(f"--config: {quoted} exclude each other: name only one")
     return chosen[0] if chosen else default
 
 
 def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns the only modality, or the default, in a tuple. Raises UserError for several."""
+    """Returns a tuple with the only modality. If `modalities` is empty, it is the default.
+
+    Raises UserError if there are several modalities.
+    """
     if len(modalities) > 1:
         raise UserError(
-            f"--config: modalities {', '.join(modalities)}: this experiment uses only one\n"
-            f"name a modality, or a system that uses several: --config=plda:{','.join(modalities)}"
+            f"--config: this system uses only one of the modalities {', '.join(modalities)}\n"
+            f"name one, or use a system for several: --config=plda:{','.join(modalities)}"
         )
     return (modalities or (default,))[0:1]

@@ -103,7 +103,9 @@ class Dataset:
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
-        require_packages("data.mode streaming", "tensorflow", extra="tensorflow", instead=resident)
+        require_packages(
+            "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
+        )
         from vidjax.data.records import streaming
 
         return streaming.train_batches(self._records, plan, step)
