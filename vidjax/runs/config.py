@@ -140,8 +140,8 @@ TABLE: tuple[Field | Group, ...] = (
           "`JAX_ENABLE_X64=1`. Parameters are at least float32.",
           choices=("float32", "bfloat16", "float64")),
     Field("matmul_precision", "highest", "precision of matrix products in evaluation, on every "
-          "backend: `highest` (float32) or another value of `jax.default_matmul_precision`. Training "
-          "on a GPU uses TF32, or float32 with `JAX_DEFAULT_MATMUL_PRECISION=highest`"),
+          "backend: `highest` (float32) or another value of `jax.default_matmul_precision`. "
+          "Training on a GPU uses TF32, or float32 with `JAX_DEFAULT_MATMUL_PRECISION=highest`"),
     Field("deterministic", False, "make runs on a GPU bit-identical, at some cost in speed; runs "
           "on a CPU always are"),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
