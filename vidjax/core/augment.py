@@ -1,7 +1,8 @@
-"""Augmentation of the clips of a training step, for a member of an ensemble.
+"""Augments the clips of a training step, separately for each member (net) of an ensemble.
 
-A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` receive all frames of
-the clips. Then fusion selects or averages frames. `System.transforms` receive the fused frames.
+A transform is a function (rng, MemberClips) -> MemberClips. The transforms in
+`System.clip_transforms` receive all frames of the clips. Then fusion selects or averages frames.
+The transforms in `System.transforms` receive the fused frames.
 """
 
 import functools
@@ -19,11 +20,11 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated; value of the cod
 
 
 class MemberClips(NamedTuple):
-    """The B clips of a training step, for a member of the ensemble.
+    """The B clips of a training step, as a member (net) of an ensemble receives them.
 
     Attributes:
       frames: modality -> Frames [B, T].
-      labels: [B] int32, class columns.
+      labels: [B] int32, column of the class of each clip in the logits.
       weight: [B] float32, weight of the loss; 0 for clips that the member is not trained on.
       min_quality: [] float32, lowest quality of the frames that the member is trained on.
       targets: pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x
@@ -41,10 +42,11 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
-    """Drops the frames whose quality is below `clips.min_quality`; does not use `rng`.
+    """Drops the frames whose quality is below `clips.min_quality`.
 
-    If a clip has frames of the first modality, but none of this quality, `poor_clips` decides: with
-    `keep` the clip keeps all frames, with `drop` the clip gets the weight 0.
+    If all frames of a clip in a modality are below it, the clip keeps these frames. If this is the
+    first modality of `clips.frames` and `poor_clips` is `drop`, the weight of the clip becomes 0.
+    `rng` is not used.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Unlike the
     paper, `keep` exists, and frames of exactly the lowest quality are kept.
@@ -66,7 +68,8 @@ def concat_noise(
 ) -> MemberClips:
     """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
 
-    A distractor has the label 0 or a label above `num_identities`.
+    A distractor is a clip that shows none of the identities: its label is 0 or above
+    `num_identities`.
 
     Source: noise augmentation of the 5th-place system of 2018.
     """
@@ -93,9 +96,10 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    With probability 0.5, a chosen short clip is extended by the frames of another chosen short
-    clip, and the frame numbers continue. A chosen long clip keeps `max_frames` consecutive real
-    frames, or all if the modality has fewer. All other clips stay unchanged.
+    With probability 0.5, a clip that is `chosen` and `short` is extended by the frames of another
+    chosen short clip. The frame numbers continue. A chosen clip that is not short keeps
+    `max_frames` consecutive real frames, or all if the modality has fewer. All other clips stay
+    unchanged.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
     same partner, and cut it at the same relative position.
@@ -104,8 +108,8 @@ def concat_clips(
       frames: Frames [B, T] of a modality.
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
       short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
-      pieces: `equal`: a long clip keeps `max_frames` frames, as above. `random`: it keeps a piece
-        with a random first frame, and a random last frame at or after it (both uniform).
+      pieces: with `equal`, a long clip keeps `max_frames` frames, as above. With `random`, it keeps
+        a piece with a random first frame, and a random last frame at or after it (both uniform).
 
     Returns:
       Frames [B, 2 T] in the stored dtype.
@@ -140,11 +144,11 @@ def concat_clips(
 
 
 def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
-    """Mixes every clip with a random clip of the batch: share x clip + (1 - share) x other.
+    """Replaces every clip by share x clip + (1 - share) x a random clip of the batch.
 
-    The share is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0. `targets` has the
-    labels of both clips. If the other clip has weight 0, the share is 1. So no member trains on
-    clips of its held-out fold.
+    The share is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is above 0.
+    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1.
+    Otherwise a member would be trained on clips of its held-out fold.
 
     Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """
@@ -159,9 +163,9 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Computes share x clip + (1 - share) x the clip at row `partner`; missing frames count as 0.
+    """Mixes each clip with the clip at the row `partner` [B]: share x clip + (1 - share) x partner.
 
-    `partner` is [B] int, and `share` is [B] float.
+    `share` is [B] float. Missing frames count as 0.
     """
     other = jax.tree.map(lambda x: x[partner], frames)
 
@@ -181,7 +185,9 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
 
 
 def by_example(rng: Array, clips: MemberClips) -> MemberClips:
-    """Weights every clip by the number of its fused frames, so that all frames count equally.
+    """Multiplies the weight of every clip by its number of frames in the longest modality.
+
+    So all frames count equally.
 
     Source: Residual Dense Net (2nd place 2019), whose batches consist of frames: a long clip counts
     more than a short clip.
@@ -191,10 +197,12 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """A transform that `config.transforms` may name.
+    """A transform that the configuration field `config.transforms` may name.
 
-    `function` (rng, MemberClips, *, options) -> MemberClips receives all frames of the clips if
-    `before_fusion` is True, and the fused frames if it is False.
+    Attributes:
+      function: maps (rng, MemberClips, *, options) to MemberClips.
+      before_fusion: if True, the function receives all frames of the clips. If False, it receives
+        the fused frames.
     """
 
     function: Callable[..., MemberClips]
@@ -210,12 +218,13 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Builds the transforms of a configuration, (before fusion, after fusion).
+    """Builds the transforms of a configuration.
 
-    First come the transforms of `config.ensemble.min_quality`, `config.noise.join` and
-    `config.mixup`. Then come `config.transforms`: keys of TRANSFORMS, or dicts of
-    `name` and keyword arguments. Raises UserError if a transform is unknown or an
-    argument is missing.
+    Returns the transforms before the fusion of frames, and the transforms after it. First come the
+    transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup`. Then come
+    the entries of `config.transforms`. An entry is a key of TRANSFORMS, or a dict of the key
+    (`name`) and keyword arguments. Raises UserError if a transform is unknown or an argument is
+    missing.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -1,12 +1,14 @@
 """The structures of a batch of clips, and the conventions for axes and class columns.
 
-Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities or
-vectors that a model computes from them, D features, K clusters or class columns, C identities, E
-ensemble members, G branches of a model.
+The letters in shapes mean the same in all modules. B counts the clips of a batch, N the clips of a
+dataset, T frames, M modalities or the vectors that a model computes from them, D features, K
+clusters or class columns, C identities, E members (nets) of an ensemble, and G branches (sets of
+logits) of a model.
 
-Class columns in all modules: column 0 is "other" (distractors). Columns 1..C are the identities in
-the order of `identities.json`. So logits and scores are [B, 1 + C]. The columns of noise classes
-follow (`NoiseClassLayout`); the `num_classes` of a model includes them.
+Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
+which show none of the identities. Columns 1..C are the identities in the order of
+`identities.json`. Noise classes add further columns, see `NoiseClassLayout`. The `num_classes` of a
+model counts all columns.
 """
 
 from collections.abc import Mapping
@@ -23,14 +25,15 @@ Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
 class NoiseClassLayout(NamedTuple):
-    """The class columns of a run with noise classes, `config.data.distractors=noise`.
+    """The columns of the logits if `config.data.distractors=noise`.
 
-    Column 0 is "other". Columns 1..C are the identities. Columns C+1..C+K are clusters of
+    This setting splits the distractors, which show none of the C identities, into noise classes.
+    Column 0 is "other". Columns 1..C are the identities. Columns C+1..C+K are K clusters of
     distractors that look alike. Columns C+K+1..2C+K are the mirrors: the mirror of an identity is a
     class of distractors that the model mistakes for this identity.
 
-    Source: noise classes (5th place 2018). Unlike the paper, column 0 is "other". So the published
-    `l < C` is `1 <= l <= C` here; the shift of C + K is the same.
+    Source: noise classes (5th place 2018). The paper has no column "other", so all its columns are
+    lower by 1.
     """
 
     num_identities: int
@@ -62,11 +65,12 @@ class NoiseClassLayout(NamedTuple):
 class LazyFeatures(NamedTuple):
     """Features [B, T, D] that are not yet gathered from a large array. `fusion.read` gathers them.
 
-    A fusion that selects frames changes only `index`.
+    A function that selects frames changes only `index`.
 
     Attributes:
-      values: [F, D], features of all frames of the dataset, in the stored dtype.
-      index: [B, T] int32, the row of `values` for each frame. In padding it may be any valid row.
+      values: [F, D], features of all F frames of the dataset, in the stored dtype.
+      index: [B, T] int32, the row of `values` for each frame. For padded frames the row is
+        arbitrary.
     """
 
     values: Array
@@ -98,7 +102,7 @@ class Frames(NamedTuple):
     mask: Array
 
 
-# The fields of Frames and Packed that records in the cache have, too. (They also have boxes.)
+# The fields that Frames, Packed and the records in the cache have in common.
 BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
@@ -107,7 +111,7 @@ class Batch(NamedTuple):
 
     Attributes:
       frames: modality -> Frames [B, T]; modalities may differ in T.
-      clip_index: [B] int32, row of each clip in tables such as labels; 0 on padded rows.
+      clip_index: [B] int32, row of each clip in arrays such as the labels; 0 on padded rows.
       batch_mask: [B] bool, True for real clips.
     """
 
@@ -117,7 +121,7 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """The input of a model besides the frames, with a row for each of B clips.
+    """The data of B clips that a model receives in addition to their frames.
 
     If `config.after_fusion` is `examples`, each fused frame has a separate row.
 
@@ -125,8 +129,9 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, the result of `Identifier.measure_clips` for the raw frames, such as
-        their mean quality. It is None in training, and for models that do not use it.
+      measure: [B] float32, a property of all frames before fusion, such as their mean quality.
+        `Identifier.measure_clips` computes it. It is None in training, and for models that do not
+        use it.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)

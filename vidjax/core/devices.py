@@ -61,7 +61,10 @@ def cache_programs(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disable_program_cache() -> Iterator[None]:
-    """Disables the cache while the context is open, for programs that contain all weights."""
+    """Disables the cache of `cache_programs` while the context is open.
+
+    It would store programs that contain all weights of a net, as large files.
+    """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -72,7 +75,10 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Makes runs on a GPU bit-identical. Warns if jax has already looked for devices."""
+    """Sets the XLA flag that makes runs on a GPU bit-identical.
+
+    If jax already uses the GPU, the flag has no effect, and a warning is printed.
+    """
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return
@@ -88,7 +94,11 @@ def make_deterministic() -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Returns package -> version, with `python`, `device` (number and kind) and git `commit`."""
+    """Returns the versions of packages and of Python, the devices, and the git commit.
+
+    The keys are the names of packages, `python`, `device` (number and kind of the devices), and
+    `commit` if vidjax lies in a git checkout.
+    """
     packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     package_versions = {name: importlib.metadata.version(name) for name in packages}
     devices = jax.devices()
@@ -99,7 +109,10 @@ def collect_versions() -> dict[str, str]:
 
 
 def _read_commit(checkout: Path) -> str | None:
-    """Returns the git commit of a checkout, `-dirty` if files differ, or None without git."""
+    """Returns the git commit of a checkout. If files differ from it, `-dirty` is appended.
+
+    Returns None if the folder is no checkout or git cannot be run.
+    """
     if not (checkout / ".git").exists():
         return None
     # `git describe --dirty` would lock the index, and the user may commit at this moment.
@@ -117,10 +130,10 @@ def _read_commit(checkout: Path) -> str | None:
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh of the first `num_devices` devices (None: all), with the axis `data`.
+    """Returns a mesh of the first `num_devices` devices, or of all devices if it is None.
 
-    Clips are split over that axis. The axis has the type Auto, so JAX inserts the communication.
-    Random draws and batch statistics are the same for every number of devices.
+    Clips are split over the only axis, `data`. It has the type Auto, so JAX inserts the
+    communication. Random draws and batch statistics are the same for every number of devices.
     """
     try:
         devices = jax.devices()
@@ -186,7 +199,10 @@ def _return_unchanged(x: Array) -> Array:
 
 
 def fetch(tree: Tree) -> Tree:
-    """Copies whole arrays to the host. All processes must call it together with the same arrays."""
+    """Copies a tree of arrays to the host, including the parts on devices of other processes.
+
+    All processes must call it together with the same arrays.
+    """
     return jax.tree.map(_fetch, tree)
 
 
@@ -197,7 +213,10 @@ def _fetch(x: Array) -> np.ndarray:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns a PartitionSpec per array: split by clips, except for `LazyFeatures.values`."""
+    """Returns the PartitionSpec of each array of a batch.
+
+    Arrays are split by clips. Every device stores all of `LazyFeatures.values`.
+    """
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:
@@ -209,7 +228,7 @@ def batch_specs(batch: Batch) -> Batch:
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Distributes a batch over the devices: equally many clips on each."""
+    """Distributes the clips of a batch over the devices, equally many to each."""
     rows = np.shape(batch.clip_index)[0]
     if rows % mesh.size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Several processes that train or evaluate a run together, by `jax.distributed`.
+"""Connects processes that train or evaluate a run together, by `jax.distributed`.
 
 Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
 the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a
@@ -19,7 +19,10 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes if `args` has values for FLAGS. Call it before JAX is used."""
+    """Joins the other processes of the run, if the command line `args` has the flags in FLAGS.
+
+    It must be called before JAX is used. If some of the flags are missing, UserError is raised.
+    """
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return
@@ -54,7 +57,7 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Returns the maximum of each value over all processes; waits for all of them.
+    """Waits until all processes have called it, and returns the maximum of each value over them.
 
     The values must fit into int32.
     """
@@ -71,9 +74,9 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if a value differs between them.
+    """Raises UserError in all processes if a value of `facts` differs between them.
 
-    `facts` maps a name, for the message, to a JSON value.
+    `facts` maps the name of a setting, for the message, to a JSON value.
     """
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)

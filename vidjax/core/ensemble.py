@@ -1,8 +1,8 @@
-"""Ensembles, axis E: the members, their training clips, and the clips that they score.
+"""Ensembles of nets: the members, their training clips, and the clips that they score.
 
-All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
-a network on several subsets of the same batches. So every parameter and table has a leading axis
-E, and a single program trains or evaluates all members in a single pass over the data.
+All published ensembles train the same network on several subsets of the same clips or features. So
+every array of parameters has a leading axis E, the members. A single program trains or evaluates
+all members in a single pass over the data.
 """
 
 import functools
@@ -31,15 +31,15 @@ MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
-    """The options of a member of an ensemble.
+    """The options of a member (net) of an ensemble.
 
     Attributes:
       number: position among all members of the ensemble. The random keys of the member depend on
         it.
       fold: fold that the member is not trained on, or -1.
       bootstrap: number of the member's bootstrap sample, or -1.
-      view: number of the chunk of every feature vector that is hidden from the member, or -1; see
-        `drop_chunk`.
+      view: number of the chunk of every feature vector that is hidden from the member (see
+        `drop_chunk`), or -1.
       min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
     """
 
@@ -51,10 +51,11 @@ class Member(NamedTuple):
 
 
 class TrainingSets(NamedTuple):
-    """The clips that each member was trained on. Each member should score only other clips.
+    """The clips that each of E members was trained on. A member should score only other clips.
 
-    `trained` is [E, N] bool, False if the member's fold or bootstrap sample excludes the clip.
-    `clips` are N names.
+    Attributes:
+      clips: names of the N training clips.
+      trained: [E, N] bool, False if the member's fold or bootstrap sample excludes the clip.
     """
 
     members: tuple[Member, ...]
@@ -63,11 +64,11 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds the members of an ensemble, a member for each combination of its options.
+    """Builds a member for each combination of the options in `spec`.
 
-    `spec` are the fields of `config.ensemble`. If `only` has numbers, from 0 on, only these members
-    are built. As numbers rise, seeds vary fastest, then qualities, then views, and last
-    folds or bootstraps.
+    `spec` contains the fields of `config.ensemble`. Members are numbered from 0. From a member to
+    the next, seeds vary fastest, then qualities, then views, and last folds or bootstraps. If
+    `spec["only"]` lists numbers, only these members are built.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: must be 0 (no folds), or 2 or more")
@@ -172,7 +173,7 @@ def digest(training_sets: TrainingSets) -> str:
 
 
 def save(folder: Path, training_sets: TrainingSets) -> None:
-    """Writes `members.npz` into the folder of a run."""
+    """Writes `training_sets` to `members.npz` in the folder of a run."""
     content = io.BytesIO()
     np.savez_compressed(
         content,
@@ -227,11 +228,15 @@ def load(folder: Path) -> TrainingSets:
 def choose_scoring_members(
     training_sets: TrainingSets, clips: Sequence[str]
 ) -> tuple[np.ndarray, bool]:
-    """Decides which members score each clip. Returns [E, n] bool, and True if it is in-sample.
+    """Decides which members score each of n clips.
 
-    A clip is scored by the members that were not trained on a clip of its name, in any split. If
-    there are no folds (all members were trained on all training clips) and `clips` contains some
-    training clips, then all members score all of `clips`, and the second value is True.
+    A clip is scored by the members that were not trained on a clip of the same name. If all members
+    were trained on all training clips, and `clips` contains a training clip, then all members score
+    all of `clips`.
+
+    Returns:
+      [E, n] bool, True where a member scores a clip; and a bool, True if members score clips that
+      they were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
@@ -243,14 +248,13 @@ def choose_scoring_members(
 
 @functools.lru_cache(maxsize=8)  # building this dict takes longer than scoring a single clip
 def _index_clips(clips: tuple[str, ...]) -> Mapping[str, int]:
-    """Returns name -> position of each clip."""
     return {name: i for i, name in enumerate(clips)}
 
 
 def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
-    """Removes the chunk number `hidden_chunk` from features [..., D].
+    """Removes a chunk of D // num_chunks neighbouring features from features [..., D].
 
-    Chunk i consists of the features from i x (D // num_chunks) on, D // num_chunks of them.
+    `hidden_chunk` is the number of the chunk, from 0.
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """
@@ -262,7 +266,7 @@ def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Selects a member from a tree of arrays [E, ...], with the same program for all members."""
+    """Selects a member from a tree of arrays [E, ...]. It is compiled once for all members."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )
@@ -280,7 +284,7 @@ def split(tree: Tree, size: int) -> tuple[Tree, ...]:
 
 
 def merge(trees: Sequence[Tree]) -> Tree:
-    """Joins the trees of `split` again."""
+    """Concatenates trees of arrays [size, ...] along the first axis: the inverse of `split`."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)

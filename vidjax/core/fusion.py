@@ -1,9 +1,10 @@
-"""Selects and fuses the frames of a modality: from Frames [B, T] to Frames [B, T'].
+"""Selects or averages the frames of clips in a modality.
 
-The functions are pure and can be jitted. Random numbers are drawn in the shape of the whole batch,
-so they do not depend on the number of devices. Selected features keep their stored dtype. Only the
-selected rows of LazyFeatures are read. False may come before True in a mask, for example after
-`filter_frames`. An option that is unknown, missing or out of range raises UserError.
+A fusion is a function that maps Frames [B, T] to Frames [B, T']. It is pure and can be jitted.
+Random numbers are drawn in the shape of the whole batch, so they do not depend on the number of
+devices. Selected features keep their stored dtype. Only the selected rows of LazyFeatures are read.
+In a mask, real frames may come after masked frames, for example after `filter_frames`. An option
+that is unknown, missing or out of range raises UserError.
 """
 
 import fractions
@@ -32,7 +33,8 @@ def filter_frames(
     """Removes frames of low quality by setting their mask to False.
 
     Args:
-      min_quality, min_detection: lowest scores to keep, may be traced. None or -inf is no limit.
+      min_quality, min_detection: lowest scores to keep. None or -inf means no limit. Both may be
+        traced.
       top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
         Among equal qualities the earlier frame is better; NaN is the lowest quality.
       poor_clips: for clips that would lose all frames. With `keep` they keep all frames. With
@@ -72,9 +74,10 @@ def top_frames(
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
     A shorter clip keeps all frames and repeats some. If `rng` is a key, it repeats random frames.
-    If `rng` is None, `repeats` decides: `turn` repeats all frames in turn, the best first;
-    `random` draws with a fixed key, so clips of equal length repeat the same ranks. Among equal
-    qualities the earlier frame is better; NaN is the lowest quality.
+    If `rng` is None, `repeats` decides. With `turn`, it repeats all frames in turn, the best first.
+    With `random`, it repeats frames that are drawn with a fixed key, so the draws are the same for
+    all clips of equal length. Among equal qualities the earlier frame is better; NaN is the lowest
+    quality.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -149,9 +152,10 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     """Computes the weight of every frame.
 
     Args:
-      weighting: `uniform`: 1. `quality`: quality x detection. `score`: quality. `squared`: quality
-        squared, so a negative quality counts too. `graded`: quality x detection x g, where g is
-        0, 0.2, 0.3, 0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
+      weighting: the formula. `uniform` is 1. `quality` is quality x detection. `score` is quality.
+        `squared` is quality squared, so a negative quality counts too. `graded` is quality x
+        detection x g, where g is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40, and 1 from
+        40 on.
 
     Returns:
       [B, T] float32. The weight is 0 on padding and where it would be negative or not finite. If
@@ -176,9 +180,10 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Computes [B] float32: the mean L2 norm (`measure="norm"`) or mean `quality` of the frames.
+    """Computes the mean L2 norm or the mean quality of the frames of each clip, [B] float32.
 
-    A quality that is not finite counts as 0. A clip without frames has the mean 0.
+    `measure` is `norm` or `quality`. A quality that is not finite counts as 0. A clip without
+    frames has the mean 0.
     """
 
     def value(t: Array | None) -> Array:
@@ -227,7 +232,10 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field of all `frames`; for LazyFeatures, to their indices."""
+    """Returns Frames whose fields are the results of `fn` for the same field of all `frames`.
+
+    If the features are LazyFeatures, `fn` is applied to their `index`.
+    """
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -261,8 +269,9 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    A clip with fewer frames repeats some of them. With `replacement` it draws all frames again.
-    Without a key it repeats its frames in turn, or (`fixed_draws`) by the same draws as all clips.
+    A clip with fewer frames keeps all and repeats random ones. With `replacement` all its frames
+    are random. If there is no key, frames are repeated in turn, unless `replacement` or
+    `fixed_draws` is set. Then they are drawn with a fixed key.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -286,7 +295,7 @@ def _select_frames(frames: Frames, index: Array) -> Frames:
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
 
 
-_LEVELS = 4096  # number of steps to which `_draw_frames` rounds probabilities
+_LEVELS = 4096  # `_draw_frames` rounds probabilities to this number of steps
 
 
 def random_fusion(
@@ -485,7 +494,7 @@ def all_frames(frames: Frames) -> Frames:
 
 
 class Fusion(NamedTuple):
-    """A fusion that `config.fusion` may name.
+    """A fusion that the configuration field `config.fusion` may name.
 
     Attributes:
       function: maps ([rng,] Frames [B, T], *, options) to Frames [B, T'].
@@ -512,10 +521,10 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     """Builds a fusion from its specification.
 
     Args:
-      spec: a dict such as `config.fusion.face.train`: `name`, a key of FUSIONS, and keyword
-        arguments of that fusion. It may also contain arguments of `filter_frames`, which is applied
-        first, and `kept_share`: the share of the fused frames to keep at the end, as `top_share` of
-        `filter_frames`.
+      spec: a dict such as `config.fusion.face.train`. It contains `name`, a key of FUSIONS, and
+        keyword arguments of that fusion. It may contain arguments of `filter_frames`, which is
+        applied first. It may also contain `kept_share`: the share of the fused frames to keep at
+        the end, the frames of best quality.
 
     Returns:
       Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key.
@@ -547,10 +556,10 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 def check_options(
     what: str, known: Mapping[str, bool], options: Collection[str], more: str = ""
 ) -> None:
-    """Raises UserError for unknown and missing options of `what`.
+    """Raises UserError if `options` contains an unknown option, or lacks a required option.
 
-    `what` begins the message, such as `fusion 'top'`. `known` maps an option to True if it is
-    required. `more` is appended to the list of choices.
+    `known` maps the name of an option to True if it is required. `what` begins the message, such as
+    `fusion 'top'`. `more` is appended to the list of choices in the message.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
@@ -568,10 +577,11 @@ def list_options(function: Callable) -> dict[str, bool]:
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws a frame for every slot of a fused frame, with probability proportional to `weights`.
+    """Draws S frames for each fused frame, with probabilities proportional to `weights` [B, T].
 
-    `weights` are [B, T]. `uniforms` [B, T', slots] float32 lie in [0, 1). Without `replacement`,
-    every frame that can be drawn is drawn before any is repeated. Returns [B, T'] int32 per slot.
+    `uniforms` [B, T', S] float32 are random numbers in [0, 1), a number for each draw. Without
+    `replacement`, a fused frame repeats a frame only after all frames with a weight above 0 are
+    drawn. Returns S arrays [B, T'] int32 of frame indices.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.
@@ -614,13 +624,14 @@ def _fuse(
     weights: Sequence[Array],
     mask: Array,
 ) -> Frames:
-    """Computes float32 weighted means of picked frames, with the frame number of the first pick.
+    """Computes T' fused frames of each clip, each the weighted mean of at most S picked frames.
 
-    A fused frame is the mean of at most S picked frames. The lists have an entry for each of the S.
+    A fused frame has float32 features and the frame number of the first pick.
 
     Args:
       frames: Frames [B, T].
-      picks, weights: S indices [B, T'] int32, and S weights [B, T'] float32, 0 or more.
+      picks, weights: S arrays of indices [B, T'] int32, and S arrays of weights [B, T'] float32, 0
+        or more.
       slots: S masks [B, T'] bool, False if the pick does not count. The first pick always counts.
       mask: [B, T'] bool, mask of the result.
     """

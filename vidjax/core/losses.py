@@ -52,7 +52,8 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
       logits: [..., K] float, scale x cosine(angle).
       labels: [...] int32, class columns.
       margin: angle m in radians, from 0 to pi/2. With 0 the logits are returned unchanged.
-      scale: factor on the cosines, above 0. A learned scale is an array that broadcasts to [...].
+      scale: factor on the cosines, above 0. A scale that the model learns is an array that
+        broadcasts to [...].
 
     Returns:
       [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
@@ -104,7 +105,7 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
 def binary_focal(
     logits: Array, labels: Array, gamma: float = 2.0, class_mask: Array | None = None
 ) -> Array:
-    """Computes the sigmoid one-vs-rest focal loss, summed over the class columns.
+    """Computes the focal loss of the sigmoid of each class column, summed over the columns.
 
     Args:
       logits, labels, class_mask: as in `softmax_cross_entropy`.
@@ -158,8 +159,8 @@ def batch_focal(
     """Computes (1 - p)^gamma x cross-entropy, where -log p is the mean cross-entropy of the batch.
 
     Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`, with a row for each of B examples
-        and G branches of the model.
+      logits, labels, gamma, class_mask: as in `multiclass_focal`, with B G rows: a row for each of
+        G branches (sets of logits) of each of B examples.
       counted: [B, G] float, weights of the B examples in the mean of each branch. None means 1.
 
     Returns:
@@ -205,11 +206,12 @@ def make_objective(
     *,
     logit_scale: float,
 ) -> Objective:
-    """Builds the training objective: sum over branches(train_weight x loss of the logits).
+    """Builds the training objective, a function that computes the loss of each example.
 
-    The model returns `train_weight`. The arguments are the same as for `make_loss`. If
-    `spec["mean_over"]` is `branches`, each `train_weight` is divided by the share of the examples
-    that its branch learns from. So the loss of a branch is a mean over these examples only.
+    A model may return several sets of logits, its branches. The loss of an example is the sum of
+    `ModelOutput.train_weight` x loss over the branches. If `spec["mean_over"]` is `branches`, each
+    `train_weight` is divided by the share of the examples that its branch learns from. So the loss
+    of a branch is a mean over these examples only. For the arguments see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -360,14 +362,14 @@ def mask_logits(logits: Array, class_mask: Array | None) -> Array:
 
 
 def log_softmax(logits: Array, class_mask: Array) -> Array:
-    """Computes the logarithm of the softmax over the columns in `class_mask`, [..., K].
+    """Computes the logarithm of the softmax of logits [..., K], precisely near probability 1.
 
-    For the best column it is log_sigmoid(lead), with lead = logit - logsumexp(other logits). In
-    float32 this keeps all digits up to a lead of 87 nats. The usual logit - logsumexp(all) rounds
-    to 0 above 17 nats, and then clips with different certainty would tie.
+    The softmax is taken over the columns where `class_mask` [K] bool is True. In other columns the
+    result may exceed 0.
 
-    `class_mask` is [K] bool, True for the columns that are trained. In other columns the result
-    may exceed 0.
+    The result for the best column is log_sigmoid(lead), where the lead is the logit minus the
+    logsumexp of all other logits. In float32 this keeps all digits up to a lead of 87 nats. The
+    usual formula rounds to 0 above 17 nats, so clips with different certainty would tie.
     """
     trained = jnp.where(class_mask, logits, -jnp.inf)
     best = jnp.max(trained, axis=-1, keepdims=True)
@@ -383,7 +385,10 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:
-    """Computes the focal loss of wrong classes, -p^gamma log(1 - p) with p = sigmoid(logits)."""
+    """Computes the focal loss of each logit if its class is wrong.
+
+    It is -p^gamma log(1 - p) with p = sigmoid(logit).
+    """
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)
     return jnp.exp(gamma * (logits - log_rest)) * log_rest
 

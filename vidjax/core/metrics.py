@@ -1,11 +1,11 @@
-"""Metrics in NumPy: average precision at 100, open-set errors, and the table of metrics per clip.
+"""Metrics in NumPy: average precision of rankings, AUROC, and errors of open-set identification.
 
-To add a metric per clip, write a function and add a line to `CLIP_METRICS`. It then appears in
-`metrics.json`, the report and the comparison.
+To add a metric that is computed from the best score of each clip, write a function and add a line
+to `CLIP_METRICS`. It then appears in `metrics.json`, in the report and in comparisons of runs.
 
-Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. One thing
-differs from the usual libraries: the denominator is the number of all positives of the identity,
-not min(positives, 100). A perfect list for 150 positives scores 0.667.
+Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. Unlike in the
+usual libraries, the denominator is the number of all positives of the identity, not
+min(positives, 100). A perfect list of 100 clips for 150 positives scores 0.667.
 """
 
 import functools
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from vidjax.utils.errors import UserError
 
-LEVEL = 0.95  # of all confidence intervals
+LEVEL = 0.95  # the confidence level of all intervals
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -46,10 +46,12 @@ def mean_average_precision(
     """Computes MAP over the identities that have positives, in float64.
 
     Args:
-      index: [C, k] int, the clips of every identity, best first; empty places lie outside 0..N-1.
+      index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
+        0..N-1 marks an empty place.
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
       positives: [C] int, ground-truth positives. Identities without positives are left out.
-      num_others: number of identities in the ground truth without a column; each counts 0.
+      num_others: number of further identities in the ground truth, for which nothing is ranked.
+        The AP of each of them is 0.
 
     Returns:
       The mean from 0 to 1, with the same bits for any order of identities.
@@ -143,10 +145,11 @@ def identification_errors(
 
 
 def count_allowed(num_distractors: int, fpir: float) -> int:
-    """Returns how many of S distractors may reach a threshold, or -1 if S is below 1 / fpir - 1.
+    """Returns how many of S = `num_distractors` distractors may reach a threshold.
 
     If r distractors reach it, a new distractor does so with probability (r + 1) / (S + 1), on
-    average over all samples of S distractors. This must be at most `fpir`, a share from 0 to 1.
+    average over all samples of S distractors. The result is the largest r for which this
+    probability is at most `fpir`, a share from 0 to 1. It is -1 if S is too small for any r.
     """
     # In floating point 1 - 0.9 is slightly less than 0.1, but means the same rate.
     most = fpir * (1 + 1e-9)
@@ -169,9 +172,9 @@ def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
 def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
     """Returns the 95 % confidence interval (low, high) of FPIR on new distractors.
 
-    The threshold was set on S = `num_distractors`, of which r = `num_passing` reach it. It lies
-    just above the best of the remaining ones. So FPIR on new distractors is distributed as
-    Beta(r + 1, S - r).
+    The threshold was set on S = `num_distractors` distractors, of which r = `num_passing` reach it.
+    It lies just above the best score of the other S - r. So FPIR on new distractors is distributed
+    as Beta(r + 1, S - r).
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """
@@ -204,16 +207,16 @@ class ClipScores(NamedTuple):
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
-    """Returns the share of labelled clips whose best identity is right, from 0 to 1.
+    """Returns the share of the labelled clips whose best identity is right, from 0 to 1.
 
-    `labels` are [N] int class columns; 0 for a distractor.
+    `labels` are [N] int, numbers of identities; 0 for a distractor, a clip of none of them.
     """
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Computes the AUROC of the best scores: labelled clips against distractors.
+    """Computes the AUROC of best scores that separate labelled clips from distractors.
 
     For the arguments see `top1`.
     """
@@ -221,10 +224,10 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns a field of `identification_errors`, or None if the errors are undefined.
+    """Computes the FNIR, or the threshold, at which FPIR is at most `fpir`.
 
-    `value` is the name of the field, `fnir` or `threshold`. For the other arguments see `top1`. The
-    threshold is a logarithm, unless the run ranks by logits.
+    `value` is `fnir` or `threshold`. For the other arguments see `top1`. The threshold is a
+    logarithm if the scores are. Returns None where `identification_errors` returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -277,13 +280,16 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from a `metrics.json`, if they are defined."""
+    """Selects MAP and the metrics that every evaluation logs from `results`, if they are defined.
+
+    `results` is the content of a `metrics.json`.
+    """
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 
 
 def describe(results: Mapping[str, Any]) -> list[str]:
-    """Returns the metrics with `log=True` as text, such as `top-1 0.8582`, without MAP."""
+    """Returns texts such as `top-1 0.8582` of the metrics with `log=True`. MAP is not included."""
     return [
         f"{metric.label} {results[name]:.{metric.digits}f}"
         for name, metric in CLIP_METRICS.items()

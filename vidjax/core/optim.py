@@ -1,4 +1,4 @@
-"""Optimisers and schedules, built from plain dicts."""
+"""Builds optimisers and learning-rate schedules from dicts of configuration fields."""
 
 import inspect
 import math
@@ -62,7 +62,7 @@ class Warmup(NamedTuple):
     steps_per_epoch: float
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns the warm-up followed by the peak rate, everything multiplied by `scale(step)`."""
+        """Returns a schedule: the warm-up, then the peak. Each rate is multiplied by `scale`."""
         rate = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rate = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -164,7 +164,7 @@ def adam() -> optax.GradientTransformation:
 
 
 def sgd(*, momentum: float) -> optax.GradientTransformation:
-    """Returns gradient descent. With a momentum above 0, the gradient becomes a running sum."""
+    """Returns stochastic gradient descent, with momentum if it is above 0."""
     return optax.trace(decay=momentum) if momentum else optax.identity()
 
 
@@ -177,14 +177,14 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class RestartState(NamedTuple):
-    """The state of `restart_before`: the optimiser's state, and the number of updates so far."""
+    """The state of an optimiser that `restart_before` resets, and the number of updates so far."""
 
     state: optax.OptState
     updates: Array
 
 
 def restart_before(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
-    """Resets the state of an optimiser before its update number `step`, counted from 0."""
+    """Returns `tx` with a state that is reset before the update number `step`, counted from 0."""
 
     def init(params: optax.Params) -> RestartState:
         return RestartState(tx.init(params), jnp.int32(0))
@@ -250,7 +250,7 @@ def make_optimizer(
 
 
 def _select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a specification that are arguments of a function."""
+    """Returns the entries of `spec` that are parameters of `function`."""
     return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}
 
 
