@@ -46,8 +46,8 @@ class Identifier(nn.Module):
         value, and `ModelOutput.logit_scale` is its current value.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
-      is_closed_form: True if the model has no loss and no optimiser: training only adds up or
-        stores the clips. Then no option may change or repeat clips.
+      is_closed_form: True if training only adds up or stores the clips, without a loss and an
+        optimiser. Then no option of the configuration may change or repeat clips.
       scores_unknown: True if the model computes the logit of column 0, "other", without training
         clips of column 0.
       min_epochs: number of passes over the training clips that the model needs.
@@ -113,8 +113,8 @@ class Identifier(nn.Module):
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
         """Computes attributes of the model from the training clips, before the first step.
 
-        Returns attribute -> value; checkpoints store them. A value is a number, a tuple with a
-        number per member, or None.
+        Returns a dict of attribute -> value, which checkpoints store. A value is a number, None, or
+        a tuple with a number for each member (net) of an ensemble.
         """
         return {}
 
@@ -126,16 +126,23 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Computes the collections for evaluation from the collections after training, [E, ...]."""
+        """Computes the collections that evaluation needs from the collections after training.
+
+        All arrays are [E, ...], for the E members (nets) of an ensemble.
+        """
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Computes `ClipInfo.measure`, [B] float32, or returns None if all clips are treated alike.
+        """Computes a property of B clips that evaluation passes to the model: `ClipInfo.measure`.
 
-        The frames, modality -> Frames [B, T], are the frames before fusion, with all features.
+        `frames` maps a modality to Frames [B, T], before fusion and with all features. Returns [B]
+        float32, or None if the model needs no such property.
         """
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` of galleries, or None if they compare cosines."""
+        """Returns the `two_covariance.Settings` with which galleries of this model score clips.
+
+        Returns None if these galleries compare cosines.
+        """
         return None

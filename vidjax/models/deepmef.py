@@ -1,4 +1,4 @@
-"""DeepMEF, third place of 2019: channel attention over frames, scene features, a cosine head."""
+"""DeepMEF, third place of 2019, classifies by attention over frames and by scene features."""
 
 import functools
 from collections.abc import Mapping
@@ -49,7 +49,8 @@ class DeepMEF(Identifier):
       hidden_dim: width of the first layer of f.
       layer_form: ours | published, the layers of f and of the other modalities, see below.
       dropout_rate: dropout rate of all these layers; if `published`, except for the last ones.
-      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
+      modality_dropout_rate: probability that training drops a modality of a clip. At least one
+        modality stays.
       logit_scale: factor on the cosines.
       dtype: dtype of matrix products. Parameters, softmax and head are float32 or wider.
 
@@ -131,7 +132,10 @@ class DeepMEF(Identifier):
         return x + added
 
     def _aggregate(self, real: Frames, *, train: bool) -> Array:
-        """Computes the vector of `modality` for every clip, [B, D + 2]; 0 without frames."""
+        """Pools the frames of `modality` into a vector of each clip, [B, D + 2].
+
+        The vector of a clip without frames is 0.
+        """
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5
@@ -217,7 +221,7 @@ class ChannelAttention(nn.Module):
         return jnp.where(mask[..., None], x + added, 0.0)
 
     def _mix_by_energy(self, x: Array, mask: Array) -> Array:
-        """Computes sum_s A_ts x_s of the form `danet`, [B, T, D]."""
+        """Mixes the frames of each clip by the attention of the form `danet`, [B, T, D]."""
         product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         frames = x.astype(self.dtype)
         energy = product("btd,bsd->bts", frames, frames)
@@ -226,7 +230,10 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Computes out(A g(x)) of `features`, or of `channels` for transposed rows [B, D, T]."""
+        """Mixes the rows [B, T, D] by learned maps, as the form `features` does.
+
+        For the form `channels`, the rows are transposed, [B, D, T].
+        """
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
         default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init
@@ -262,9 +269,10 @@ class AttentionAggregation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Computes sum_t a_t x_t, [B, D] float32, with a_t = softmax over real frames t of q . x_t.
+        """Computes the weighted sum of the frames x [B, T, D] of each clip, [B, D] float32.
 
-        x is [B, T, D], and `mask` is [B, T] bool. The result is 0 for clips without frames.
+        The weights are the softmax, over the real frames, of the products q . x_t with the query q.
+        `mask` [B, T] bool is True for real frames. The result is 0 for clips without frames.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

@@ -1,4 +1,7 @@
-"""Models of the mean frame of every modality: dense networks, cosines, nearest neighbours."""
+"""Models that receive only the mean frame of each modality.
+
+They are dense networks, a cosine classifier, and nearest neighbours.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -51,7 +54,8 @@ class DenseIdentifier(Identifier):
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
       feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
+      modality_dropout_rate: probability that training drops a modality of a clip. At least one
+        modality stays.
       dtype: dtype of matrix products. Parameters, logits and cosine head are float32 or wider.
 
     Source, for faces only: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place
@@ -241,7 +245,8 @@ class CosineIdentifier(Identifier):
         1/2, 1/4 and so on.
       embed_dim: width of each e_m.
       feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
+      modality_dropout_rate: probability that training drops a modality of a clip. At least one
+        modality stays.
       dropout_rate: dropout rate of z.
       logit_scale: initial value of s.
       dtype: dtype of the linear maps. Parameters and everything else are float32 or wider.
@@ -264,7 +269,7 @@ class CosineIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C], z as embedding, and s.
+        """Computes the logits [B, 1, 1 + C], the embedding z, and the learned scale s.
 
         Without dropout the logits lie in [-s, s]. The logits of clips without frames are 0.
         """
@@ -286,7 +291,10 @@ class CosineIdentifier(Identifier):
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
     def _embed(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
-        """Computes the unit vector of a modality, [B, embed_dim]; arbitrary without frames."""
+        """Computes the unit vector of a modality, [B, embed_dim].
+
+        The vector of a clip without frames is arbitrary.
+        """
         x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
         layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")
         # The statistics include clips whose modality was dropped.

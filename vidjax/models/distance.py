@@ -2,8 +2,9 @@
 
 A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
 the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The card
-of a network gives the mean and the standard deviation of cosines, for two clips of a person and
-for clips of two people. The four numbers give W, B and two effective numbers of dimensions:
+of a network, a JSON file, lists the mean and the standard deviation of cosines, for two clips of a
+person and for clips of two people. The four numbers give W, B and two effective numbers of
+dimensions:
 
     |x - x'|^2 of a person     has the mean 2 W, and spreads like a sum of n_same squares
     |x - x'|^2 of two people   has the mean 2 (W + B), and spreads like a sum of n_different squares
@@ -59,9 +60,10 @@ class Population(NamedTuple):
 
 
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
-    """Computes the distribution of distances from (mean, deviation) of cosines, as on a card.
+    """Computes the distribution of distances from statistics of cosines.
 
-    `same` is for clips of the same person, `different` for clips of two people.
+    `same` is the mean and the standard deviation of the cosine of two clips of the same person.
+    `different` is the same for clips of two people.
 
     A shape is (mean / deviation)^2. The shape for the same person is limited to the shape for two
     people, because distances between people do not spread less than distances within a person.
@@ -72,15 +74,16 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Computes how many independent clips [K] are worth as much as the clips of each of K groups.
+    """Computes how many independent clips [K] are worth as much as the clips of each of K people.
 
-    Clips of the same day share a part r of e. The variance of their mean is (r + (1 - r) / k) W.
-    The variance of the clips about their mean gives an estimate of r.
+    Clips of the same day share a part r of their difference from the mean of the person. The
+    variance of the mean of k clips is (r + (1 - r) / k) W. The variance of the clips about their
+    mean gives an estimate of r.
 
     Args:
-      distances: the distribution on the card.
-      count: [K], k, the number of clips.
-      square: [K], squared length of the mean of the unit vectors.
+      distances: the distribution of distances, which contains W.
+      count: [K], the number of clips of each person, k.
+      square: [K], squared length of the mean of the unit vectors of each person.
     """
     count = np.asarray(count, np.float64)
     free = count * (1 - square) / distances.within  # (k - 1) (1 - r), on average
@@ -97,7 +100,7 @@ def population(
     """Computes the posterior of the mean m of all people, from the people of several blocks.
 
     Args:
-      distances: the distribution on the card.
+      distances: the distribution of distances.
       means: for each block [P, D], the mean of the unit vectors of each person.
       effective: for each block [P], the effective number of clips of each person.
       counts: for each block [P], the number of clips of each person. People without a clip are
@@ -135,10 +138,11 @@ def posterior(distances: Distances, known: Population, effective: np.ndarray) ->
 def person_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes the log density of a clip for each person, from its squared distance `square`.
+    """Computes the log density of clips, given that they show certain people.
 
-    Terms that are equal for all people are left out; `stranger_log_density` leaves out the same
-    terms. The mean of the squared distance is `variance`. Both are float arrays that broadcast.
+    `square` is the squared distance between a clip and a person. `variance` is the expectation of
+    this square. Both are float arrays that broadcast. Terms that are equal for all people are left
+    out. `stranger_log_density` leaves out the same terms.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)
@@ -152,9 +156,10 @@ def person_log_density(
 def stranger_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes the log density of a clip for a stranger, see `person_log_density`.
+    """Computes the log density of clips, given that they show strangers.
 
-    `square` is the squared distance from the mean m; its expectation is `variance`.
+    `square` is the squared distance between a clip and the mean of all people. `variance` is the
+    expectation of this square. See `person_log_density`.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -162,10 +167,10 @@ def stranger_log_density(
 
 
 def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Computes log(p(d | same person) / p(d | two people)) for the distance d of two groups.
+    """Computes the log-likelihood ratio: two groups of clips show the same person, or two people.
 
-    `square` is the squared distance of their means. `noise` is 1 / k + 1 / k' for groups of k and
-    k' effective clips.
+    `square` is the squared distance between the means of the groups. `noise` is 1 / k + 1 / k' for
+    groups of k and k' effective clips (see `effective_count`). Both are float arrays.
     """
     same = distances.within * noise
     different = same + 2 * distances.between

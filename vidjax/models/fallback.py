@@ -97,7 +97,7 @@ class FallbackIdentifier(Identifier):
 
     @property
     def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The `logit_scale` of both models, which must be equal; see `Identifier`."""
+        """The factor on the cosines in the logits. It is equal in both models."""
         return self.main.logit_scale
 
     @property
@@ -108,9 +108,9 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Computes the `threshold` from the measures of the training clips.
 
-        A share of `threshold_share` of the clips is below the threshold, or less if some measures
-        are equal. All clips with the modality count, in all folds, with or without an identity. The
-        threshold is computed, because the scale of measures differs between face networks.
+        The measures of a share `threshold_share` of the clips are below the threshold. The share is
+        smaller if some measures are equal. All clips with the modality count, in all folds, with or
+        without an identity.
         """
         if not self.threshold_share:
             return {}

@@ -37,11 +37,11 @@ def make_identifier(
     num_clips: int,
     dtype: str | jnp.dtype = "float32",
 ) -> Identifier:
-    """Builds a model, a hashable `Identifier`.
+    """Builds a model, a hashable linen module, from its specification.
 
     Args:
-      spec: `name`, a key of MODELS, and attributes of that model. If an attribute is itself a
-        model, as in FallbackIdentifier, its value is again a specification.
+      spec: a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is
+        itself a model, as in FallbackIdentifier, its value is again a specification.
       modalities: name -> feature width.
       num_classes: number of class columns, K.
       num_clips: number of training clips, for models that store them.

@@ -47,7 +47,10 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns `present` [B, M]; in training, applies `drop_modalities` (rng `modality_dropout`)."""
+    """Drops modalities of clips in training, as `drop_modalities` does (rng `modality_dropout`).
+
+    `present` is [B, M] bool. If `train` is False, it is returned unchanged.
+    """
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)
@@ -122,16 +125,20 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Contracts axis 1 of the matrix `left` with `axis` of the matrix `right`; adds in `dtype`."""
+    """Multiplies and sums over axis 1 of the matrix `left` and `axis` of the matrix `right`.
+
+    The sums are computed in `dtype`.
+    """
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns x.T; on CPUs the transpose is stored in memory.
+    """Returns the transpose of a matrix, which is stored in memory on CPUs.
 
-    XLA for CPUs has no fast product that sums over the first axis of both operands.
+    Otherwise a product with it would be slow: XLA for CPUs has no fast product that sums over the
+    first axis of both operands.
     """
     if jax.default_backend() != "cpu":
         return x.T
@@ -291,15 +298,15 @@ class Classifier(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """Computes scaled cosines between the input and a learned direction per class.
+    """Computes scaled cosines between the input and a learned direction of each class.
 
-    The margin of ArcFace belongs to the loss, which adds it to the angle of the label. All products
-    are float32 or wider and at full precision, because less would lose angles near 0 and pi.
+    The loss adds the margin of ArcFace, not this layer. All products are float32 or wider and at
+    full precision, because angles near 0 and pi need it.
 
     Attributes:
       scale: factor on the cosines, the s of ArcFace.
-      dropout_rate: dropout rate of the unit vectors. In training it makes cosines beyond 1. The
-        margin `cosine` of the loss allows them; `angular` does not.
+      dropout_rate: dropout rate of the unit vectors. In training it makes cosines beyond 1.
+        `losses.cosine_margin` allows them. `losses.angular_margin` does not.
 
     Source: Deng et al., ArcFace, equation 2. The dropout is not in the paper.
     """
@@ -329,11 +336,12 @@ class NetVLAD(nn.Module):
 
     Attributes:
       num_clusters: number of clusters, K.
-      reduce: `sum`, as published, for a fixed number of frames; or `mean` (not in the paper), which
-        divides by the number of real frames, so that the scale does not depend on it.
-      norms: `batch` for BatchNorm after the fully connected layer (which otherwise has a bias);
-        `l2` to scale each descriptor, then all descriptors of a clip together, to length 1. The
-        paper uses only `batch`, the original NetVLAD only `l2`.
+      reduce: `sum`, as published, adds the frames. `mean` (not in the paper) divides the sum by the
+        number of real frames, so that the scale does not depend on this number.
+      norms: a tuple of `batch`, `l2`, both or none. `batch` applies BatchNorm after the fully
+        connected layer, which otherwise has a bias. `l2` scales each descriptor, then all
+        descriptors of a clip together, to length 1. The paper uses only `batch`, the original
+        NetVLAD only `l2`.
       dtype: dtype of the matrix products. Parameters, sums and softmax are float32 or wider.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax

@@ -35,7 +35,7 @@ class MultimodalIdentifier(Identifier):
       netvlad: modalities that NetVLAD pools; other modalities use the mean frame. A modality that
         is not configured is ignored.
       num_clusters: number of clusters of NetVLAD, K.
-      netvlad_reduce, netvlad_norms: `reduce` and `norms` of `NetVLAD`.
+      netvlad_reduce, netvlad_norms: the attributes `reduce` and `norms` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
       num_face_vectors: number of vectors that `face` contributes, each by a separate linear map.
       attention: False to leave out the attention (table 3 of the paper).
@@ -54,8 +54,8 @@ class MultimodalIdentifier(Identifier):
         before its map, and frames before NetVLAD. Then only the direction of features counts.
       map_norm: True for LayerNorm after the maps. Then the weight of a modality in the classifier
         does not depend on the norm of its features, which differs between modalities.
-      modality_dropout_rate: probability that training drops a modality, but not the last of a clip.
-        The remaining vectors are not rescaled, as in clips that lack the modality.
+      modality_dropout_rate: probability that training drops a modality of a clip. At least one
+        modality stays. The remaining vectors are not rescaled, as in clips that lack the modality.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
       dropout_rate: dropout rate of the input of the classifier; with `cosine`, of its unit vectors.
@@ -156,7 +156,7 @@ class MultimodalIdentifier(Identifier):
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
     def _pool(self, name: str, real: Frames, *, train: bool) -> Array:
-        """Computes the vector of a modality, [B, K D] with NetVLAD or [B, D] without."""
+        """Pools the frames of a modality to a vector, [B, K D] with NetVLAD or else [B, D]."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if name in self.netvlad:
             features = real.features.astype(param_dtype)

@@ -1,4 +1,4 @@
-"""PLDA: identities in closed form, from sums over their training clips, without an optimiser."""
+"""PLDA, a model of identities that is computed from sums over clips, without an optimiser."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -25,7 +25,8 @@ class PLDAIdentifier(Identifier):
     clips, and scaled to length 1 again. Training passes over the clips twice. The first pass sums
     the vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes
     the coefficients that score clips from these sums. The fields from `within` to `centred` are the
-    fields of Settings: a number, a tuple with a number per member, or None if `prepare` fits it.
+    fields of Settings. Each is a number, a tuple with a number for each member (net) of an
+    ensemble, or None if `prepare` fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. The sum over modalities and its scale are not published.
@@ -60,7 +61,10 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of a member. Raises UserError if any is neither given nor fitted."""
+        """Returns the parameters of PLDA for a member of the ensemble.
+
+        Raises UserError if any parameter is neither given nor fitted.
+        """
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -70,22 +74,22 @@ class PLDAIdentifier(Identifier):
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Fits the settings that are None, on held-out training clips; returns name -> value."""
+        """Fits the parameters that are None on held-out training clips. Returns name -> value."""
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of the first member, which galleries use."""
+        """Returns the parameters of PLDA for galleries, which use the first member."""
         return self.settings()
 
     @nn.compact
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C]; the embedding joins the centred vectors of modalities.
+        """Computes the logits [B, 1, 1 + C] and the embedding of each clip.
 
-        Training adds the clips to the collection `sums`; its logits are 0. Evaluation reads the
-        collection `solved`.
+        The embedding joins the centred vectors of all modalities. Training adds the clips to the
+        collection `sums`, and its logits are 0. Evaluation reads the collection `solved`.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         vectors = {name: unit_mean(frames) for name, frames in real.items()}
@@ -101,12 +105,12 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Subtracts the mean from unit vectors; if `update`, adds the vectors to `sums`.
+        """Subtracts `share` of the mean from unit vectors. Returns [B, D] of each modality.
 
-        `vectors` maps a modality to [B, D], with rows of length 1 or 0. The first occurrence of a
+        `vectors` maps a modality to [B, D], with rows of length 1 or 0. If `update` is set, the
+        vectors are also added to the collection `sums`. The first occurrence of a
         clip adds to the centre, the second adds to the sums, and later occurrences add nothing. A
-        batch may contain clips of two passes, and a clip more than once. `share` of the mean is
-        subtracted. Returns [B, D] of each modality.
+        batch may contain clips of two passes, and a clip more than once.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
@@ -130,7 +134,10 @@ class PLDAIdentifier(Identifier):
         return centred
 
     def score_vectors(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Computes logits for unit vectors, modality -> [B, D], with the collection `solved`."""
+        """Computes the logits of unit vectors, which are given as modality -> [B, D].
+
+        It needs the collection `solved`, the result of `finalise_state`.
+        """
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre_vectors(x, solved[name]["centre"]) for name, x in vectors.items()
@@ -148,9 +155,10 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Computes the collection `solved` of an ensemble, which replaces `model_state` [E, ...].
+        """Computes the collection `solved`, with which evaluation scores clips.
 
-        It contains `settings` and, for each modality, `centre`, `space` and `enrolled`, [E, ...].
+        It replaces `model_state`. It contains `settings` and, for each modality, `centre`, `space`
+        and `enrolled`. All arrays are [E, ...], for E members of an ensemble.
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
@@ -220,7 +228,7 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks the arrays of members; pads shorter ones (`Enrolled.curve`) with unused rows."""
+    """Stacks arrays. Shorter arrays (`Enrolled.curve`) are padded with rows that no code reads."""
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

@@ -1,4 +1,4 @@
-"""PLDA on the device: the logits of clips, and the fit of settings on held-out clips.
+"""Computes logits by PLDA, and fits the settings of PLDA on held-out clips.
 
 For the fit, some clips are held out and the rest are enrolled. Some identities are strangers: none
 of their clips is enrolled. If there are several modalities, some identities are not enrolled in
@@ -65,7 +65,7 @@ def unit_mean(frames: Frames) -> Array:
 
 
 def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Puts both tuples on the device; floats get the dtype `dtype`."""
+    """Copies both tuples to the device, and converts their floats to `dtype`."""
 
     def cast(x: Array) -> jax.Array:
         floats = np.issubdtype(np.asarray(x).dtype, np.floating)
@@ -75,9 +75,10 @@ def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tupl
 
 
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
-    """Computes log(p(x | clip of the class) / p(x | clip of a stranger)), [B, K].
+    """Computes the log-likelihood ratio of each of K classes against a stranger, [B, K].
 
-    `vectors` are the x, [B, D] float. Columns of classes without a clip are 0, up to rounding.
+    `vectors` [B, D] float are the clips. Columns of classes without an enrolled clip are 0, up to
+    rounding.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -111,9 +112,10 @@ def combine_modalities(ratios: Array, known: Array, present: Array, settings: Se
 def fit_member_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
-    """Fits the settings that are None in `given` on the training clips; returns name -> value.
+    """Fits the settings of PLDA that are None in `given`, on the training clips.
 
-    A value is a number. If the members' numbers differ, it is a tuple with a number per member.
+    Returns name -> value. A value is a number. If the numbers differ between the members of an
+    ensemble, it is a tuple with a number for each member.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -151,7 +153,10 @@ def fit_member_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Prints a message if too few people have two clips; labels are [N] int, 0 for nobody."""
+    """Prints a message if too few people have two clips for calibrated probabilities.
+
+    Labels are [N] int, 0 for clips that show nobody who is known.
+    """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
@@ -167,9 +172,10 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Chooses the labelled clips for the fit. Returns [N] bool, True for these clips.
+    """Chooses the clips on which settings are fitted. Returns [N] bool, True for these clips.
 
-    If there are more than MAX_FITTED_CLIPS, these are all clips of two or more random identities.
+    Clips with a label above 0 are chosen. If there are more than MAX_FITTED_CLIPS, only all clips
+    of a few random identities are chosen.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -185,7 +191,10 @@ def fit_settings(
     seed: int,
     enrolled: Mapping[str, np.ndarray] | None = None,
 ) -> Settings:
-    """Fits settings on held-out clips. If too few people have two clips, the prior decides.
+    """Fits the settings of PLDA on held-out clips.
+
+    If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted, and the settings have
+    typical values.
 
     Args:
       vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
@@ -246,11 +255,11 @@ def _hold_out(
     number: int,
     seed: int,
 ) -> _Fold | None:
-    """Holds out the clips of fold `number`, and leaves random identities unenrolled.
+    """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    `vectors` and `enrolled_vectors` map a modality to [N, D], labels are [N] int from 1 on, see
-    `fit_settings`. Returns None if no modality has an enrolled clip, or if all held-out clips or
-    none of them show strangers.
+    The remaining identities, which are random, become strangers. `vectors` and `enrolled_vectors`
+    map a modality to [N, D], labels are [N] int from 1 on, see `fit_settings`. Returns None if a
+    modality has no enrolled clip, or if all held-out clips or none of them show strangers.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -311,7 +320,10 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 @jax.jit
 def _score_fold(part: _Ratios, settings: Settings) -> Array:
-    """Computes [2]: MAP of known identities, and AUROC of best scores (known against strangers)."""
+    """Computes the MAP of known identities, and the AUROC of best scores, as an array [2].
+
+    The AUROC measures how well best scores separate known clips from strangers.
+    """
     logits = combine_modalities(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
     # Row i has the scores of all clips for the identity of clip i. `same` marks its clips.
@@ -332,7 +344,10 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits the settings in PRIOR by the likelihood of the labels. Settings in `given` stay."""
+    """Fits `scale`, `unenrolled` and `stranger` by the likelihood of the labels and the prior.
+
+    Settings in `given` stay.
+    """
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)

@@ -1,6 +1,6 @@
-"""A system: the functions and numbers of a configuration that training and evaluation need.
+"""Builds a system: the model, optimiser, losses and fusions of a configuration.
 
-This module takes a configuration as nested dicts. Callers with a ConfigDict pass `to_dict()`.
+The configuration is given as nested dicts. Callers with a ConfigDict pass `to_dict()`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -98,21 +98,21 @@ class System(NamedTuple):
         return variables.pop("params", {}), variables
 
     def compute_shapes(self, num_members: int) -> tuple[Params, ModelState]:
-        """Returns shapes and dtypes of the results of `init`, for all members: [E, ...]."""
+        """Returns the shapes and dtypes of the results of `init` for all members, [E, ...]."""
         rngs = jax.random.split(jax.random.key(0), num_members)
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
-        A clip is an example. If `frame_is_example`, each of its frames is an example. Then all
-        modalities must have the same number T' of frames, or 1 frame. A single frame is repeated in
-        every example of the clip. A clip that has only modalities with a single frame is an
-        example.
+        Usually each clip is an example. If `frame_is_example` is set, each fused frame of a clip is
+        an example. Then a modality must have T' frames, as the other modalities have, or 1 frame. A
+        single frame is repeated in every example of the clip. A clip that has only modalities with
+        a single frame is one example.
 
         Returns:
-          The frames unchanged, and [B, 1] bool, all True. If `frame_is_example`: modality -> Frames
-          [B T', 1], and [B, T'] bool, True for examples that exist.
+          The frames unchanged, and [B, 1] bool, all True. If `frame_is_example` is set, it returns
+          modality -> Frames [B T', 1], and [B, T'] bool, True for examples that exist.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -145,14 +145,14 @@ def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
 
 
 class TaskSpec(NamedTuple):
-    """Sizes of the training data that a system depends on. Checkpoints store them.
+    """The sizes of the training data that a model depends on. Checkpoints store them.
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
       num_clusters: number of clusters, the K of `NoiseClassLayout`, or None without noise classes.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
-      settings: attributes of the model that its `prepare` computed, name -> value, or None.
+      settings: name -> value of the attributes that `Identifier.prepare` computed, or None.
       num_places: rows of all batches of an epoch, see `BatchPlan`. None means `num_clips`.
     """
 
@@ -179,9 +179,9 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration, a nested dict.
+    """Builds the system of a configuration, which is given as nested dicts.
 
-    `fusion` may contain modalities that are not configured.
+    `config["fusion"]` may contain modalities that `config["modalities"]` does not list.
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
@@ -223,7 +223,11 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. With `config.ensemble.views`, it receives features without a chunk."""
+    """Builds the model of a configuration.
+
+    If `config.ensemble.views` is set, a chunk of the features is hidden from each member of the
+    ensemble. So the features of the model are narrower.
+    """
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -248,9 +252,10 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds modality -> fusion for a phase, `train` or `evaluate`.
+    """Builds the fusion of each modality for a phase, `train` or `evaluate`.
 
-    A modality without a specification uses all frames. Errors name the field.
+    A fusion selects or averages frames. A modality without a specification uses all frames. Error
+    messages name the field of the configuration.
     """
     fusions = {}
     for name in modalities:
@@ -264,7 +269,11 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`: `spec["mirror_weight"]` for mirrors, 1 for other columns."""
+    """Builds `System.column_weight`, the weights of clips by their class column.
+
+    The weight is `spec["mirror_weight"]`, a schedule, for mirrors of noise classes, and 1 for all
+    other columns.
+    """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
         return lambda labels, step: jnp.ones(labels.shape, jnp.float32)
@@ -274,7 +283,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises UserError if JAX would silently compute in another dtype."""
+    """Raises UserError if JAX would compute in another dtype without a message."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"

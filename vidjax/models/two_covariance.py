@@ -1,4 +1,4 @@
-"""Two-covariance PLDA: sums over clips, a fit in closed form, and coefficients of the ratios.
+"""Two-covariance PLDA scores whether vectors of clips belong to the same identity.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
 e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. To enrol a clip is
@@ -61,7 +61,7 @@ def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums
 def make_totals(
     vectors: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the first two sums of `make_sums`: the counts [K] and the sums [K, D] of clips."""
+    """Computes the number of clips [K] and the sum of the vectors [K, D] of each class."""
     total = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(total, labels, vectors)
     return np.bincount(labels, minlength=num_classes).astype(np.float64), total
@@ -110,7 +110,7 @@ def covariances(sums: Sums) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns C / (C + 1/2): the share of the mean of C people that is subtracted from vectors."""
+    """Returns the share of the mean of C people that is subtracted from vectors, C / (C + 1/2)."""
     return num_people / (num_people + 0.5)
 
 
@@ -163,10 +163,12 @@ def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> E
 
 
 def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
-    """Computes log(p(clips | same class) / p(clips | two classes)), [G], of a group and G groups.
+    """Compares a group of clips with each of G groups. Returns log-likelihood ratios [G].
 
-    `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of its
-    number of clips. `row` is the index of the group that is compared with all G groups.
+    A ratio is the log of p(clips | both groups show the same person) / p(clips | two people).
+    `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of the
+    number of clips in each group. `row` is the index of the group that is compared with all G
+    groups.
     """
     noise = noise[:, None]
     share = space.ratio / (space.ratio + noise[row])
@@ -182,8 +184,8 @@ class Settings(NamedTuple):
     Attributes:
       within: share of the within-class covariance that is replaced by a multiple of the identity.
       between: the same share of the between-class covariance.
-      scale: factor on the log-likelihood ratios, which are too confident without it.
-      unenrolled: replaces scale x ratio if an identity has no clip with the modality.
+      scale: factor on the log-likelihood ratios. Without it they would be too confident.
+      unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.
       centred: share of the mean of all vectors that is subtracted from each vector.
     """
@@ -197,13 +199,13 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings) -> Space:
-    """Computes the space of a modality in closed form, from the sums of its clips."""
+    """Computes the space of a modality from the `Sums` over its clips, which `part` contains."""
     sums = Sums(part["count"], part["total"], part["scatter"])
     return make_space(covariances(sums), within=settings.within, between=settings.between)
 
 
 def make_blank_space(width: int) -> Space:
-    """Returns the space of a modality that no training clip has: all its ratios are 0."""
+    """Returns the space of a modality that no training clip has. All ratios in it are 0."""
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 
