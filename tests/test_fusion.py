@@ -187,7 +187,7 @@ def test_invalid_fusion_specs_are_refused(spec, message):
     frames = make_frames([2], max_frames=2)
     with pytest.raises(ValueError, match=message):
         fusion.make_fusion(spec)(jax.random.key(0), frames)
-    with pytest.raises(ValueError, match="evaluate with sample, top"):  # which draws nothing
+    with pytest.raises(ValueError, match="choose sample, top"):  # which draws nothing
         fusion.random_fusion(None, frames, num_draws=1)
 
 

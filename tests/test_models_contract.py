@@ -303,7 +303,7 @@ def test_dropout_is_used_only_in_training(name):
         (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
         (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),
         (FALLBACK, {"main": FALLBACK}, "main and other must have one branch"),
-        (FALLBACK, {"other": {"name": "plda"}}, "PLDAIdentifier needs separate passes"),
+        (FALLBACK, {"other": {"name": "plda"}}, "choose a network instead"),
     ],
 )
 def test_impossible_model_options_are_refused(spec, options, message):

@@ -236,7 +236,7 @@ def make_transforms(
             raise UserError(
                 f"config.noise.join=True needs clips of up to {NOISE_FRAMES} frames, but "
                 f"config.data.max_frames={config['data']['max_frames']}\n"
-                f"--config.data.max_frames={NOISE_FRAMES} or more"
+                f"set --config.data.max_frames={NOISE_FRAMES}, or a larger number"
             )
         pieces = config["noise"]["pieces"]
         before.append(functools.partial(concat_noise, num_identities=num_identities, pieces=pieces))

@@ -45,7 +45,7 @@ def cache_programs(folder: Path) -> None:
     if foreign := find_foreign_folder(programs):
         warn(
             f"compiled programs are not cached: another user may change '{foreign}'\n"
-            f"forbid it with 'chmod go-w {foreign}', or choose another cache: VIDJAX_CACHE=FOLDER"
+            f"run 'chmod go-w {foreign}', or choose another folder with VIDJAX_CACHE=FOLDER"
         )
         return
     # Machines with different processors may share the cache.
@@ -147,8 +147,9 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         ) from error
     if NVIDIA.exists() and devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
         warn(
-            "jax uses the CPU, although this machine has an NVIDIA GPU: "
-            f"pip install {CUDA}, or choose the CPU with JAX_PLATFORMS=cpu"
+            "jax uses the CPU, although this machine has an NVIDIA GPU\n"
+            f"to use the GPU, pip install {CUDA}\n"
+            "to use the CPU without this warning, set JAX_PLATFORMS=cpu"
         )
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
     if num_devices is not None and not 0 < num_devices <= len(devices):
@@ -233,7 +234,7 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     if rows % mesh.size:
         raise UserError(
             f"config.batch_size={rows} is not a multiple of {mesh.size}, the number of devices\n"
-            f"--config.batch_size={-(-rows // mesh.size) * mesh.size}"
+            f"set --config.batch_size={-(-rows // mesh.size) * mesh.size}"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
     return put(batch, shardings)

@@ -28,8 +28,8 @@ def join_processes(args: argparse.Namespace) -> None:
         return
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         raise UserError(
-            f"{', '.join(missing)}: missing; a run of several processes needs "
-            "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+            f"a run of several processes also needs {', '.join(missing)}\n"
+            "give each process --coordinator=HOST:PORT --num_processes=N --process_id=I"
         )
     import jax
 
@@ -83,5 +83,5 @@ def check_same(facts: Mapping[str, Any]) -> None:
         if max_over_processes(number, -number) != [number, -number]:
             raise UserError(
                 f"{name} is not the same in all processes\n"
-                "start them with the same command, except --process_id, and the same data"
+                "start them with the same data and the same command, except for --process_id"
             )

@@ -145,7 +145,8 @@ def count_clip_uses(
     """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
-            f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips"
+            f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
+            f"set --config.ensemble.folds to {len(labels)} or less"
         )
     fold = assign_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
     rows = [

@@ -335,8 +335,8 @@ def random_fusion(
     """
     if rng is None:
         raise UserError(
-            "the fusion 'random' is only for training: evaluate with sample, top, windows, crops, "
-            "mean or all"
+            "the fusion 'random' is only for training\n"
+            "for evaluation choose sample, top, windows, crops, mean or all"
         )
     _check_count("num_draws", num_draws)
     _check_count("max_frames", max_frames)

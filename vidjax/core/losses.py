@@ -264,7 +264,7 @@ def make_loss(
         raise UserError(
             f"config.loss.margin={spec['margin']} needs a cosine classifier, with a "
             "config.model.logit_scale other than 1\n"
-            "choose such a model, or --config.loss.margin=0"
+            "choose such a model, or set --config.loss.margin=0"
         )
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]

@@ -239,9 +239,9 @@ def make_optimizer(
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
         if not 0 < rates < math.inf:
             raise UserError(
-                f"config.optim.total_decay={spec['total_decay']}: the learning rates sum to "
+                f"config.optim.total_decay={spec['total_decay']}: the sum of all learning rates is "
                 f"{rates}, but must be above 0 and finite\n"
-                "change config.optim.learning_rate, or --config.optim.total_decay=0"
+                "change --config.optim.learning_rate, or set --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates
         parts.append(optax.add_decayed_weights(decay, mask=decayed))

@@ -200,13 +200,13 @@ class ChannelAttention(nn.Module):
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
-                "\n--config.model.channel_attention=channels, or leave channel_norm out"
+                "\nset --config.model.channel_attention=channels, or leave channel_norm out"
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise UserError(
                 f"config.model.channel_attention=channels needs {self.num_frames} frames, not "
                 f"{x.shape[1]}\nlet config.fusion sample {self.num_frames} frames, or "
-                "--config.model.channel_attention=features"
+                "set --config.model.channel_attention=features"
             )
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = jnp.where(mask[..., None], x.astype(param_dtype), 0.0)

@@ -89,7 +89,8 @@ class DenseIdentifier(Identifier):
         for field in dataclasses.fields(self):
             if field.name in unused and getattr(self, field.name) != field.default:
                 raise UserError(
-                    f"model 'dense': backbone {self.backbone!r} has no option {field.name}"
+                    f"model 'dense': backbone {self.backbone!r} has no option {field.name}\n"
+                    f"leave {field.name} out, or choose another backbone"
                 )
 
     @nn.compact

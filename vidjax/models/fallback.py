@@ -85,14 +85,14 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': {type(part).__name__} needs separate passes over the "
-                    "clips, and cannot be main or other\n"
-                    "choose a network, or train it in a separate run and blend"
+                    f"model 'fallback': main or other is {type(part).__name__}, which needs "
+                    "separate passes over the clips\n"
+                    "choose a network instead, or train it in a separate run and blend both runs"
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
-                "model 'fallback': logit_scale of main and other must be equal, not "
-                f"{self.main.logit_scale} and {self.other.logit_scale}"
+                "model 'fallback': logit_scale of main and logit_scale of other must be equal, "
+                f"not {self.main.logit_scale} and {self.other.logit_scale}"
             )
 
     @property

@@ -75,7 +75,10 @@ def make_identifier(
     fusion.check_options(f"model {name!r}", known, options)
     _check_sizes(name, options)
     if not modalities:
-        raise UserError(f"config.modalities is empty: model {name!r} needs a modality")
+        raise UserError(
+            f"config.modalities is empty, but model {name!r} needs a modality\n"
+            "name one, such as --config.modalities=face"
+        )
     for part, choice in model.parts.items():
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):

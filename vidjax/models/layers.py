@@ -277,7 +277,10 @@ class ResidualBlock(nn.Module):
 def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
     """Raises UserError if the head is `linear` and the logits have a scale other than 1."""
     if head == "linear" and logit_scale != 1.0:
-        raise UserError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
+        raise UserError(
+            f"config.model.logit_scale={logit_scale} has no effect with config.model.head=linear\n"
+            "set --config.model.head=cosine, or leave logit_scale out"
+        )
 
 
 class Classifier(nn.Module):

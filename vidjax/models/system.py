@@ -238,7 +238,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         raise UserError(
             f"config.ensemble.views: no modality has {chunks} or more features "
             "(config.ensemble.chunks), so no chunk can be hidden\n"
-            "lower --config.ensemble.chunks, or leave --config.ensemble.views out"
+            "choose a smaller --config.ensemble.chunks, or leave --config.ensemble.views out"
         )
     return identifier.make_identifier(
         spec,
@@ -287,8 +287,8 @@ def _check_dtype(dtype: str) -> None:
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"
-            "set JAX_ENABLE_X64=1 before the command: export JAX_ENABLE_X64=1\n"
-            "in Python: jax.config.update('jax_enable_x64', True)"
+            "in a shell, run 'export JAX_ENABLE_X64=1' before the command\n"
+            "in Python, call jax.config.update('jax_enable_x64', True)"
         )
 
 
