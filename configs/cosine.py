@@ -12,8 +12,8 @@ learned weight per modality. The score of an identity is the cosine to its learn
 Arguments: the words of WORDS below, in any combination, and names of modalities. Name the strongest
 modality first: the weights start at 1, 1/2, 1/4 and 1/8.
 
-Every value has its source: `code` (the code of the quality-fusion system, 4th place of 2019, from
-which the draws of faces are taken) or `ours`.
+A comment after each value names its source: `code` (the code of the quality-fusion system, 4th
+place of 2019, from which the draws of faces are taken) or `ours`.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@
 Time: about 21 seconds on 2 CPU cores.
 Score: MAP@100 0.853 on the small synthetic dataset (means of 3 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities: only `face`, only
-`scene` (this trains the second model), or other modalities instead of `scene`.
+Arguments: the words of WORDS below, in any combination, and names of modalities. Name only `face`,
+only `scene` (this trains the second model), or other modalities instead of `scene`.
 
 A clip without a face is scored by a second model, which uses only the scene. Both models score a
 clip whose face vectors are among the shortest 1 % of the training clips.
@@ -16,12 +16,12 @@ pickles `scene_{train,val,test}.pickle` next to the official files, with a list 
 for each clip, and name both modalities: `iqiyi_vid,face,scene`. The team used 2048 features of one
 frame per clip, from a SE-ResNeXt that was trained for 20 epochs to name the person.
 
-`published` is the system that the team ran: net, frames, training and test of its code, if the
-article does not describe them or contradicts the code. Add `views` for the team's eleven nets, and
-`trainval` for its clips. A batch has 4096 clips. With `few`, or with synthetic clips, there are not
-enough clips, and a batch has 128.
+`published` is the system that the team ran. Net, frames, training and test are as in the team's
+code, if the article does not describe them or contradicts the code. Add `views` for the team's
+eleven nets, and `trainval` for its clips. A batch has 4096 clips. With `few`, or with synthetic
+clips, there are not enough clips, and a batch has 128.
 
-Every value has its source: `paper` (the team's article), `code` (the team's code,
+A comment after each value names its source: `paper` (the team's article), `code` (the team's code,
 github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
 """
 

@@ -15,9 +15,9 @@ arguments give the rows of the paper's table 3. Put `published` before them for 
     concat,ensemble                        + NetVLAD
     ensemble                               + NetVLAD + MMA, the paper's score
 
-Every value has its source: `paper` (iQIYI-VID: A Large Dataset for Multi-modal Person
-Identification, sections 5 and 6) or `ours`. A value is ours if it scored better than the paper's
-on validation clips, or if the paper gives none; then `published` uses it, too. No code was
+A comment after each value names its source: `paper` (iQIYI-VID: A Large Dataset for Multi-modal
+Person Identification, sections 5 and 6) or `ours`. A value is ours if it scored better than the
+paper's on validation clips, or if the paper gives none; then `published` uses it, too. No code was
 published.
 """
 

@@ -1,4 +1,4 @@
-"""Noise classes, 5th place of 2018: distractors form their own classes, and may change them.
+"""Noise classes, 5th place of 2018: distractors form classes, and may move to other classes.
 
     python -m vidjax.main --config=configs/noise_classes.py
 
@@ -12,12 +12,12 @@ folds; it uses no identities.
 
 Arguments: the words of WORDS below, in any combination, and a modality to use instead of `face`.
 
-`published` is the system that the author ran: training, frames and test as in his code, if the
+`published` is the system that the author ran. Training, frames and test are as in his code, if the
 article does not describe them. A batch has 10,240 clips. With `few`, or with synthetic clips, there
 are not enough clips, and a batch has 256.
 
-Every value has its source: `paper` (the author's article), `code` (the author's code,
-github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
+A comment after each value names its source: `paper` (the author's article), `code` (the author's
+code, github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""PLDA: log-likelihood ratios of every modality, in closed form, from sums of training clips.
+"""PLDA: scores clips by log-likelihood ratios, which are computed from sums of training clips.
 
     python -m vidjax.main --config=configs/plda.py
 
@@ -9,8 +9,9 @@ seeds).
 This is the back end of speaker verification. The vector of a clip is the sum of a vector of the
 identity and a vector of the clip, both with a normal distribution. For each modality, an identity
 is represented by its number of clips and the sum of their vectors. Nothing is optimised: training
-reads the clips twice, once for their centre and once for the sums. Five settings are fitted before,
-on held-out training clips. To set one of them instead: `--config.model.scale=0.1`.
+reads the clips twice, once for their centre and once for the sums. Before that, five settings are
+fitted on held-out training clips. To set one of them yourself, use a flag such as
+`--config.model.scale=0.1`.
 
 Two extensions did not help. A scale and an offset per modality, and a prior of an identity by its
 number of clips, changed MAP on val by -.002 to 0 on real clips and by -.005 to 0 on synthetic

@@ -13,8 +13,8 @@ the commands that train and join all of them. Column 0 of the classifier, "other
 training clips contain distractors. In the official files, only val has distractors, so `trainval`
 is necessary.
 
-Every value has its source: `paper` (the team's article and slides), `code` (the team's code) or
-`ours`.
+A comment after each value names its source: `paper` (the team's article and slides), `code` (the
+team's code) or `ours`.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,8 @@ The team's score belongs to two joined nets, with and without shortcuts:
     python -m vidjax.main --config=configs/residual_dense.py:plain --workdir=runs/plain
     vidjax evaluate --workdir=runs/both --runs=runs/residual,runs/plain
 
-Every value has its source: `paper` (the team's article) or `ours`. No code was published.
+A comment after each value names its source: `paper` (the team's article) or `ours`. No code was
+published.
 """
 
 import numpy as np
