@@ -410,17 +410,13 @@ def _sum_of_focal_negatives_jvp(
 ) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
     total = sum_of_focal_negatives(logits, gamma)
-    logits = _put_behind_barrier(logits)
+    # Behind the barrier, XLA recomputes the exponentials and stores none.
+    logits = jax.lax.optimization_barrier(logits)
     log_rest = jnp.maximum(logits, 0) + _log1p(jnp.exp(-jnp.abs(logits)))
     p = jnp.exp(logits - log_rest)
     power = p * p if gamma == 2 else jnp.exp(gamma * (logits - log_rest))
     slope = power * (gamma * (1 - p) * log_rest + p)
     return total, jnp.sum(slope * tangent, axis=-1)
-
-
-def _put_behind_barrier(logits: Array) -> Array:
-    """Puts the logits behind a barrier, so that XLA recomputes exponentials and stores none."""
-    return jax.lax.optimization_barrier(logits)
 
 
 def _log1p(x: Array) -> Array:
