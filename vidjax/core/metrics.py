@@ -66,10 +66,7 @@ def mean_average_precision(
             "add labels of its clips, or choose another split: config.eval.split"
         )
     filled = (index >= 0) & (index < len(labels))
-    if len(labels):
-        listed = np.where(filled, labels[np.where(filled, index, 0)], 0)  # [C, k]
-    else:
-        listed = np.zeros_like(index)
+    listed = np.append(labels, 0)[np.where(filled, index, len(labels))]  # [C, k], 0 if empty
     hits = listed == np.arange(1, len(index) + 1)[:, None]
     precisions = average_precision(hits, positives)[positives > 0]
     return math.fsum(precisions) / (len(precisions) + num_others)
