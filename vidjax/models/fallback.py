@@ -167,12 +167,12 @@ class FallbackIdentifier(Identifier):
         poor = jnp.zeros_like(main_sees)
         if clips.measure is not None:
             poor = main_sees & (clips.measure < self.threshold)
-        main_weight = jnp.where(main_sees, jnp.where(poor, self.main_share, 1.0), 0.0)
-        other_weight = jnp.where(poor, self.other_share, 0.0)
-        other_weight = jnp.where(main_sees, other_weight, self.missing_scale)
-        both_models = jnp.stack([main_weight, other_weight], axis=1)  # [B, 2]
-        main_only = jnp.array([1.0, 0.0])
-        eval_weight = jnp.where(other_sees[:, None], both_models, main_only).astype(jnp.float32)
+        # The rows of the table in the docstring of the class.
+        cases = [~other_sees[:, None], ~main_sees[:, None], poor[:, None]]
+        main_only, other_only = (1.0, 0.0), (0.0, self.missing_scale)
+        pairs = main_only, other_only, (self.main_share, self.other_share), main_only
+        *weights, default = [jnp.array(pair, jnp.float32) for pair in pairs]
+        eval_weight = jnp.select(cases, weights, default)  # [B, 2]
         vectors = [
             unit_vectors(output.embedding) * (eval_weight[:, i, None] > 0)
             for i, output in enumerate(outputs)
