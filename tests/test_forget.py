@@ -236,7 +236,7 @@ def test_forget_lists_places_that_it_cannot_read(tmp_path, run, places, monkeypa
     unread = ("unread", "search it yourself")
     assert listed == {str(tmp_path / name): unread for name in ("g", "closed", "run")}
     assert "--identity=NAME" in run(tmp_path, code=2)
-    assert "no such folder" in run("--clip=x", tmp_path / "absent", code=2)
+    assert "as PLACE" in run("--clip=x", tmp_path / "absent", code=2)
 
 
 def search(folder, pieces):

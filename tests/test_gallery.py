@@ -110,11 +110,11 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
     threshold = people.threshold(0.29)  # 2 of 7 may pass: one stranger and the next one
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
-    refused(lambda: people.threshold(0.14), "needs 7 clips of strangers or more", "has 6")
+    refused(lambda: people.threshold(0.14), "at least 7 clips of strangers", "has 6")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
     for fpir in (0, 1, float("nan")):
-        refused(lambda fpir=fpir: people.threshold(fpir), "rate above 0 and below 1")
+        refused(lambda fpir=fpir: people.threshold(fpir), "give a number above 0 and below 1")
     # 1 - 0.9 is a little less than 0.1, but counts as 0.1: none of 9 strangers passes.
     assert answers_lib.threshold(np.arange(-9.0, 0), 1 - 0.9, 1).num_alarms == 0
 
@@ -126,8 +126,8 @@ def test_probability_threshold_needs_no_strangers_and_excludes_an_fpir(tmp_path)
         for answer in identify(people, parts, threshold=least):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
     for wrong in (0, 1.5, float("nan")):
-        refused(lambda x=wrong: people.rule(threshold=x), "a probability above 0 and at most 1")
-    refused(lambda: people.rule(threshold=0.5, fpir=0.01), "choose one")
+        refused(lambda x=wrong: people.rule(threshold=x), "a number above 0 and at most 1")
+    refused(lambda: people.rule(threshold=0.5, fpir=0.01), "give one of them")
 
 
 def known_and_new_clips(count):
@@ -225,7 +225,7 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     of_ada = {f"film.s00{shot}.t00": make_clip(900 + shot, "Ada") for shot in range(3)}
     of_bob = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
     people.enrol(vectors_of(people, of_ada | of_bob))
-    assert "all clips of Ada are of the same film and look alike" in capsys.readouterr().err
+    assert "all clips of Ada are from one film and look alike" in capsys.readouterr().err
     ada, bob = (people.index.names.index(name) for name in ("Ada", "Bob"))
     assert people.identities["Ada"] == 3
     films_or_photos = people.index.counts[:, [ada, bob]].max(axis=0)

@@ -229,7 +229,7 @@ def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, fo
     output = tell("threshold", folder, "--fpir=0.25")
     assert "people      12" in output and f"strangers   {content['num_strangers']}" in output
     output = tell("threshold", folder, "--fpir=0.001", code=2)
-    assert "needs 999 clips of strangers or more" in output and "enrol more strangers" in output
+    assert "at least 999 clips of strangers" in output and "enrol more strangers" in output
 
 
 MISTAKES = {
@@ -239,7 +239,7 @@ MISTAKES = {
     "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
     "identify G --split=val --fpir=1%": "write 0.01",
     "identify G --split=val --threshold=0.5 --fpir=0.1": "not allowed with argument --threshold",
-    "identify G --split=val --threshold=-3": "a probability above 0 and at most 1",
+    "identify G --split=val --threshold=-3": "a number above 0 and at most 1",
     "identify G new": "example: vidjax gallery identify G --input=PATH",
     "add G": "did you mean vidjax gallery enrol",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
@@ -250,9 +250,9 @@ MISTAKES = {
     "enrol G --split=test": "no clip has a label",
     "enrol G --split=train --config.data.dir=/absent": "/absent",
     "remove G --identity=13": "no identity '13' is enrolled",
-    "list /absent": "'/absent' holds no gallery: is the path right?",
+    "list /absent": "'/absent' contains no gallery: name the folder of a gallery",
     "list G --identity=13": "no identity '13' is enrolled",
-    "create G --run=/absent": "holds a gallery: name another folder",
+    "create G --run=/absent": "contains a gallery: name another folder",
     "create G/new --run=/absent": "/absent",
     "export G --out=x.csv": "end the name in .parquet",
 }
@@ -486,7 +486,7 @@ def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folde
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
     out = tmp_path / "out"
     error = ask("gallery", "identify", folder, f"--input={day}", f"--out={out}", code=2)
-    assert "part-0.parquet" in error and "2 of 4 tables failed, the others are done" in error
+    assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
     assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
 
 

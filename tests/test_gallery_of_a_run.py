@@ -103,7 +103,7 @@ def test_clips_without_a_usable_frame_are_not_enrolled_and_stay_unknown(made, ru
     gallery = vidjax.Gallery(shutil.copytree(made.folder, tmp_path / "g"), run=run)
     width = run.modalities["face"]
     clips = {"dead": {"face": np.zeros((0, width), np.float16)}, "gone": {}}
-    with pytest.raises(ValueError, match="no clip has a usable frame, such as 'dead'"):
+    with pytest.raises(ValueError, match="none of the clips, such as 'dead'"):
         gallery.enrol(clips, "nobody")
     alive = {"alive": {"face": np.ones((1, width), np.float16)}}
     assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})
@@ -116,7 +116,7 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data)
     gallery, clips = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True), clips_of(run)
     assert gallery.identities == {} and len(gallery.strangers) > 3
     for action in (gallery.identify, gallery.rank):
-        with pytest.raises(ValueError, match="nobody enrolled"):
+        with pytest.raises(ValueError, match="nobody is enrolled"):
             action(clips)
     people = {name: f"the one of {name}" for name in clips}
     gallery.enrol(clips, people)

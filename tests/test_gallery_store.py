@@ -119,15 +119,15 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
     for change, *words in (
         (half, "no identity 'person 3'"),
         (lambda: gallery.rename("person 3", "person 4"), "would become one", "--merge"),
-        (lambda: gallery.rename("person 3", "person 3"), "this name already"),
+        (lambda: gallery.rename("person 3", "person 3"), "choose another name"),
         (lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'"),
         (lambda: gallery.rename("person 3", " Ada"), "trailing blanks"),
-        (lambda: gallery.relabel("clip 30", "person 3"), "shows 'person 3' already"),
+        (lambda: gallery.relabel("clip 30", "person 3"), "already belongs to 'person 3'"),
         (lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'"),
         (lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?"),
         (lambda: gallery.remove(identity=[""]), "no identity"),
         (lambda: gallery.remove(clip=["clip 30", "clop 31"]), "did you mean 'clip 31'?"),
-        (enrol(vector=good.vector[:5]), "'bad'", "expected float32 (13,)"),
+        (enrol(vector=good.vector[:5]), "'bad'", "shape (13,)"),
         (enrol(vector=good.vector.astype(np.float64)), "'bad'", "float64"),
         (enrol(vector=good.vector * np.nan), "'bad'", "not finite"),
         (enrol(vector=good.vector * 0), "'bad'", "no usable frame"),
@@ -262,8 +262,8 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
     for part in people.backend.parts:
         assert part.space is not None
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
-    refused(lambda: people.threshold(0.5), "nobody enrolled")
-    refused(lambda: people.rule(fpir=0.5), "nobody enrolled")
+    refused(lambda: people.threshold(0.5), "nobody is enrolled")
+    refused(lambda: people.rule(fpir=0.5), "nobody is enrolled")
     people.add(NEW)
     assert people.index.names == ["new"]
 
@@ -382,7 +382,7 @@ def test_journal_of_a_killed_change_is_rolled_back_and_deletes_no_other_file(gal
         connection.execute("SELECT * FROM gallery").fetchall()
     assert not thesis.exists()  # what SQLite does by itself
     thesis.write_text("mine")
-    refused(lambda: Gallery(gallery.folder), "names another file")
+    refused(lambda: Gallery(gallery.folder), "path of another file")
     assert thesis.read_text() == "mine"
 
 
@@ -404,19 +404,19 @@ def test_a_read_only_gallery_and_a_sparse_file_of_1_tib_answer(gallery):
 def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "absent"):
-        refused(lambda folder=folder: Gallery(folder), "holds no gallery", "create")
+        refused(lambda folder=folder: Gallery(folder), "contains no gallery", "create")
     refused(lambda: make(tmp_path), "not empty", "file")
     refused(lambda: make(tmp_path / "file"), "is a file")
     make(tmp_path / "g")
-    refused(lambda: make(tmp_path / "g"), "holds a gallery")
+    refused(lambda: make(tmp_path / "g"), "contains a gallery")
     forged(tmp_path / "g", "PRAGMA user_version=2")
-    refused(lambda: Gallery(tmp_path / "g"), "the format 2, not 4", "create the gallery again")
+    refused(lambda: Gallery(tmp_path / "g"), "2 instead of 4", "create the gallery again")
     (tmp_path / "e").mkdir()  # of a process that was killed as it made one
     (tmp_path / "e" / store_lib.GALLERY_FILE).touch()
-    refused(lambda: Gallery(tmp_path / "e"), "holds no gallery")
+    refused(lambda: Gallery(tmp_path / "e"), "contains no gallery")
     assert make(tmp_path / "e").identities
     monkeypatch.setattr(gallery_lib, "MAX_VECTOR_WIDTH", 12)  # of what is read
-    refused(lambda: make(tmp_path / "wide"), "13 numbers are too wide")
+    refused(lambda: make(tmp_path / "wide"), "13 numbers, but a gallery")
     assert not (tmp_path / "wide").exists()
 
 

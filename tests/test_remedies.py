@@ -61,7 +61,7 @@ def test_suggested_command_of_an_error_runs(place, nearest_run, data, say):
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("gallery create g --run=run", "holds a gallery"),
+    ("gallery create g --run=run", "contains a gallery"),
     ("gallery create 'my own' --run=run", "not empty"),
     ("gallery enrol g --input=official --identity=' Ada'", "trailing blanks"),
     ("gallery enrol g --split=tets", "choose from train, val, test"),

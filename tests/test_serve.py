@@ -335,7 +335,7 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
 
 
 WORDS = (  # of errors that have a status of their own, in names that a client chooses
-    "is in use by another process", "has nobody enrolled", "no such name", "is enrolled",
+    "is in use by another process", "nobody is enrolled", "no such name", "is enrolled",
     "is damaged: put back a copy", "cannot be changed", "No space left on device", "{folder}/x",
 )  # fmt: skip
 
@@ -373,11 +373,11 @@ def test_wrong_requests_get_a_one_line_error(inside):
         (clip(face=[[0.5] * 7]), "clip 'a', face: features are 7 wide, but must be 8"),
         (clip(face_quality=[1.0, 2.0]), "clip a, face"), (clip(face=[[0.5] * 8, [1.0]]), "face"),
         (clip(face=[["0.5"] * 8]), "str"),
-        (clip(face=[[0.5] * 8] * 1001), "clip 'a', face: 1,001 frames: at most 1,000"),
+        (clip(face=[[0.5] * 8] * 1001), "face: there are 1,001 frames: send at most 1,000"),
         (clip(face=[[1e300] * 8]), "finite"),
         ({"clips": [{"clip": "a", "nose": [[0.5] * 8]}]}, "nose"), ({**clip(), "k": 0}, "k"),
-        ({**clip(), "fpir": 0.5, "threshold": 0.5}, "choose one"),
-        ({"clips": clip()["clips"] * 2}, "is repeated"), ({"clips": clip()["clips"] * 33}, "32"),
+        ({**clip(), "fpir": 0.5, "threshold": 0.5}, "give one of them"),
+        ({"clips": clip()["clips"] * 2}, "occurs twice"), ({"clips": clip()["clips"] * 33}, "32"),
         (b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"), (deep, ""), (b"\xff\xfe", ""),
         (b" " * (1 << 19), "bytes"),
     ):  # fmt: skip
@@ -546,7 +546,7 @@ def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch
         assert server.ask("GET", "/v2/health/live")[0] == 200
         for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
             status, answer = server.ask("GET", path)
-            assert status == 503 and "compiling" in answer["error"]
+            assert status == 503 and "compiles" in answer["error"]
         go.set()
 
 
@@ -603,7 +603,7 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
         sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
         began = time.monotonic()
         answers = [*pool.map(lambda _: server.ask(*sent), range(2))]  # one waits for a thread
-        assert answers == [(503, {"error": "no answer in time"})] * 2
+        assert answers == [(503, {"error": "the answer took too long: try again"})] * 2
         assert begun.is_set() and time.monotonic() - began < 5
         go.set()
 
@@ -662,7 +662,7 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
             assert process.stdout.readline() == "stuck\n"
         began = time.monotonic()
         assert server.end() == 1 and time.monotonic() - began < 10
-        assert process.stderr.read().splitlines()[-1] == "ended: unfinished work was cut off"
+        assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4
 
 

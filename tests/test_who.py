@@ -121,7 +121,7 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
     for word in ("unknown", "Unknown 7"):
         photo = drawn.friends / f"{word}.png"
         write_photo(photo, ("Bob", 40, 40))
-        assert "means an unknown person" in drawn.who(film, code=2)[1]
+        assert "stands for an unknown person" in drawn.who(film, code=2)[1]
         photo.unlink()
 
 
@@ -136,8 +136,8 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
         drawn.who(film, flags=flags)
         assert ("Ada_1" in drawn.names().values()) == named
     for flag, message in {
-        "--fpir=0.01": "fpir=0.01 needs 99 clips of strangers or more",
-        "--threshold=2": "name a probability above 0", "--padding=nan": "give seconds, 0 or more",
+        "--fpir=0.01": "fpir=0.01 needs at least 99 clips of strangers",
+        "--threshold=2": "give a number above 0", "--padding=nan": "give seconds, 0 or more",
     }.items():  # fmt: skip
         assert message in drawn.who(film, flags=[flag], code=2)[1]
 

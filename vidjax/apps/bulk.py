@@ -1,11 +1,11 @@
-"""Makes results for many parquet tables of clips, on a machine or on several.
+"""Embeds, ranks or identifies the clips of many parquet tables, on one machine or several.
 
     FOLDER/NAME.parquet   clips, see `vidjax.data.clip_files`; no clip is in two tables
     OUT/NAME.parquet      the results for these clips
 
-`Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results for a table.
-`process_tables` calls them on one machine. On several machines, workers of Ray Data construct one
-of them once and call it with paths. See vidjax/data/README.md, "Clips at size".
+The classes `Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results of a table.
+`process_tables` uses one of them on one machine. On several machines, each worker of Ray Data
+constructs it once and calls it with paths. See vidjax/data/README.md, "Clips at size".
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,33 +30,42 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
 
-NOTE_KEY = b"vidjax"  # in the metadata of a table of results: a digest of clips and model
-JOINED_NOTE = b"ranking"  # the note of a joint ranking
+NOTE_KEY = b"vidjax"  # key of the parquet metadata that identifies the clips and the model
+JOINED_NOTE = b"ranking"  # value of this key in a joint ranking
 HIDDEN_PREFIXES = (".", "_")  # files with such names are not data, as in Spark
-# In the folder of a ranking: the folder with the lists of each table, and the joint ranking.
+# In the output folder of `Rank`: a folder with a ranking per table, and the joint ranking.
 LISTS, RANKING = "parts", "ranking.parquet"
 MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes results for tables of clips; a callable for `ray.data.Dataset.map_batches`.
+    """Base class of a callable that makes results from tables of clips.
 
-    `Embed(vidjax.restore, "runs/mma")` calls `vidjax.restore("runs/mma")` once. `options` are
-    passed to the method that makes the results, such as `fpir` to `Gallery.identify`.
+    Ray Data can use it: `dataset.map_batches(Embed, fn_constructor_args=...)`.
     """
 
     joined = False  # True if `best` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
-        """Opens the run or the gallery: `open_trained(*args)`."""
+        """Opens a run or a gallery.
+
+        Args:
+          open_trained: returns the run or the gallery, such as `vidjax.restore`.
+          *args: the arguments of `open_trained`, such as a folder.
+          **options: the options of the method that makes the results, such as `fpir` of
+            `Gallery.identify`.
+        """
         self.trained, self.options = open_trained(*args), options
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the results for clips."""
+        """Returns the results for clips as the columns of a table."""
         raise NotImplementedError
 
     def made_by(self) -> dict[str, object]:
-        """Returns everything that determines the results, apart from the clips, as JSON values."""
+        """Returns JSON values that identify the work, the run or gallery, and the options.
+
+        Tasks with equal values make equal results from equal clips.
+        """
         return {
             "work": type(self).__name__, "by": self.trained.digest, "options": self.options
         }  # fmt: skip
@@ -68,40 +77,47 @@ class TableTask:
         return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # no rows, same columns
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pyarrow.Table":
-        """Returns the results for the tables whose paths are in the column `path`."""
+        """Returns the joint results of several tables; `batch["path"]` contains their paths."""
         import pyarrow
 
         return pyarrow.concat_tables([self.table(Path(path)) for path in batch["path"]])
 
 
 class Embed(TableTask):
-    """Embeds clips with a run: the columns clip and vector, a unit vector [D] per clip."""
+    """Embeds clips with a run.
+
+    The results have the columns `clip` and `vector`, a float32 unit vector [D].
+    """
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the names and the vectors of clips."""
+        """Returns the columns `clip` and `vector` for clips."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
 
 class Rank(TableTask):
-    """Ranks the clips of a table with a run or a gallery: the best 100 clips of each identity.
+    """Lists the best 100 clips of each identity, with the scores of a run or a gallery.
 
-    The columns are identity, rank, clip and score. If there are several tables, `best` joins their
-    rankings.
+    The results have the columns `identity`, `rank`, `clip` and `score`. Each table is ranked by
+    itself, and the function `best` joins the rankings of several tables.
     """
 
     joined = True
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the lists of clips."""
+        """Returns the ranking of clips as columns."""
         return tables.ranking_columns(self.trained.rank(clips, **self.options))
 
 
 def best(lists: "pyarrow.Table") -> "pyarrow.Table":
-    """Joins rankings: returns the best 100 clips of each identity from the lists of several tables.
+    """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
     Clips with equal scores are sorted by name without `.mp4`, as in a ranking of all clips at once.
-    Identities keep their order. Ray Data can apply this function to groups of equal `identity`.
+    Identities keep their order. Ray Data can also call this function for each identity:
+    `dataset.groupby("identity").map_groups(best)`.
+
+    Args:
+      lists: the rows of all rankings, with the columns of `Rank`.
 
     Raises:
       ValueError: a clip occurs twice in the lists of an identity.
@@ -124,9 +140,13 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 
 
 def list_tables(source: str | Path) -> list[Path]:
-    """Returns the sorted tables of a folder.
+    """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is not a folder of tables, or if the tables are splits.
+    The list is empty if `source` is not a folder, or contains no table. It is also empty if a table
+    is named like a split, such as `val.parquet`, because such a folder is a dataset.
+
+    Raises:
+      UserError: the folder also contains files that are not tables.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -134,39 +154,47 @@ def list_tables(source: str | Path) -> list[Path]:
     inputs = [path for path in entries if path.suffix == ".parquet"]
     if not inputs or {path.stem for path in inputs} & {*SPLITS}:
         return []
-    # A folder is no mistake: it may be the folder of the results.
+    # Inner folders are allowed, because one may be the folder of the results.
     refuse_unread((path for path in entries if path not in inputs and not path.is_dir()), "tables")
     return inputs
 
 
 def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
-    """Raises UserError if `out` cannot be the folder for the results of `work`."""
+    """Raises UserError if `out`, the value of `--out`, cannot be the output folder of `work`."""
     path = Path(out).expanduser() if out else None
     if path is None or path.suffix in tables.ENDINGS or (path.exists() and not path.is_dir()):
         flag = f"--out={out}" if out else "without --out"
         raise UserError(
-            f"{flag}: {inputs[0].parent} is a folder of {len(inputs):,} tables\n"
-            "name a folder for the results, a file per table: --out=FOLDER"
+            f"{flag}: the results of the {len(inputs):,} tables in '{inputs[0].parent}' need a "
+            "folder\nadd --out=FOLDER: it gets a file for each table"
         )
     if path.exists() and path.samefile(inputs[0].parent):
-        raise UserError(f"--out={out} is the folder of the clips: name another folder")
+        raise UserError(f"--out={out} is the folder of the clips\nname another folder")
     if work.joined and files.exists(joined := path / RANKING) and _read_note(joined) != JOINED_NOTE:
         raise UserError(
-            f"'{joined}' was not made by this command and is not replaced\n"
+            f"'{joined}' was not written by this command, so it is not replaced\n"
             "move it away, or name another folder: --out=FOLDER"
         )
     if work.joined and (path / LISTS).is_symlink():
-        raise UserError(f"'{path / LISTS}' is a link\nname another folder: --out=FOLDER")
+        raise UserError(
+            f"'{path / LISTS}' must be a folder, but is a link\nname another folder: --out=FOLDER"
+        )
 
 
 def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
-    """Makes the results of every table that has none yet. A result appears whole or not at all.
+    """Writes the results of every table that has no results yet, and returns a summary.
 
-    If `work` ranks, the lists of each table are in OUT/parts, and OUT/ranking.parquet joins them.
+    If the process is killed, no file is incomplete, and the next call continues. If `work` is
+    `Rank`, OUT/parts contains a ranking of each table, and OUT/ranking.parquet the joint ranking.
+
+    Args:
+      inputs: the paths of the tables.
+      out: the output folder.
+      work: makes the results of a table.
 
     Raises:
-      ValueError: the folder contains results of other clips, or by another run, gallery or rule; or
-        a table cannot be read. In the second case, all other tables are processed first.
+      UserError: the folder contains results of other clips, or results that another run, gallery or
+        rule made. Or a table cannot be read; then all other tables are processed first.
     """
     out_folder = Path(out).expanduser()
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
@@ -183,15 +211,17 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
         try:
             content = tables.to_parquet(work.table(table), {NOTE_KEY: notes[table]})
         except UserError as error:
-            failed.append(str(error) if table.name in str(error) else f"{table}: {error}")
+            failed.append(str(error) if table.name in str(error) else f"'{table}': {error}")
         else:
             if _make_note(table, work) != notes[table]:
-                raise UserError(f"'{table}' has changed meanwhile: run the command again")
+                raise UserError(
+                    f"'{table}' was changed while it was processed\nrun the command again"
+                )
             _write(folder / table.name, content, notes[table])
         progress.advance(1)
     progress.close()
     if failed:
-        others = f"{len(failed):,} of {len(inputs):,} tables failed, the others are done"
+        others = f"{len(failed):,} of {len(inputs):,} tables failed; the other tables are done"
         raise UserError("\n".join([*failed[0].splitlines()[:2], others]))
     if work.joined:
         _check_once(inputs)
@@ -205,7 +235,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes new results. If another process has written the same results, no error is raised."""
+    """Writes a new file of results. If another process has already written it, nothing happens."""
     try:
         tables.write_new(results, content)
     except UserError:
@@ -214,26 +244,30 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns JSON that identifies a table, by size and time, and the run or gallery of `work`."""
+    """Returns JSON that identifies a table by size and time, and `work` by `made_by`."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return msgspec.json.encode({"clips": clips, **work.made_by()})
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns True if results with this note exist. Results with another note are a UserError."""
+    """Returns True if a file of results exists and contains the given note, see `_make_note`.
+
+    Raises:
+      UserError: the file contains another note.
+    """
     if not files.exists(results):
         return False
     if _read_note(results) != note:
         raise UserError(
-            f"'{results}' is damaged, or was made from other clips, or by another run, gallery or "
-            "rule\ndelete it, or name another folder: --out=FOLDER"
+            f"'{results}' is damaged, or contains results of other clips or of another run, "
+            "gallery or rule\ndelete it, or name another folder: --out=FOLDER"
         )
     return True
 
 
 def _read_note(results: Path) -> bytes | None:
-    """Returns the note of a table of results. If the file has none, returns None."""
+    """Returns the note in the metadata of a table of results, or None if the file has no note."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -244,12 +278,12 @@ def _read_note(results: Path) -> bytes | None:
 
 
 def _is_empty(path: Path) -> bool:
-    """Returns True if the table has no rows. Spark writes empty tables."""
+    """Returns True if a table has no rows. Spark writes such tables."""
     return parquet.count_rows(path) == 0
 
 
 def _check_once(inputs: Sequence[Path]) -> None:
-    """Raises UserError if a clip is in two tables. Names are compared without `.mp4`."""
+    """Raises UserError if two tables contain the same clip. Names are compared without `.mp4`."""
     table_of: dict[str, Path] = {}
     for table in inputs:
         for name in map(clean_name, parquet.read_clip_names(table)):
@@ -265,7 +299,7 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the lists of all tables. Two tables are in memory at a time."""
+    """Joins the rankings in `folder` one by one, because all of them may not fit in memory."""
     import pyarrow
     from pyarrow import parquet
 

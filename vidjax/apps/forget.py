@@ -1,6 +1,7 @@
-"""Finds people and clips in galleries, caches, runs, folders of `vidjax who`, and all other files.
+"""Finds all places that contain people or clips: the search of `vidjax forget`.
 
-It deletes clips from galleries and caches. Runs and other files are only listed.
+Clips are deleted from galleries and from converted datasets in the cache. Runs, folders of
+`vidjax who` and all other files are only listed.
 """
 
 import contextlib
@@ -25,19 +26,19 @@ from vidjax.data.untrusted.names import escape, fold, normal_form, unescape
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 
-INDEX_BYTES = 512 * files.MB  # of the index of a conversion, or of a file of a run
+INDEX_BYTES = 512 * files.MB  # largest list of clips of a converted dataset, or file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
-MAX_COMPARED_NAMES = 20_000  # a search for similar spellings of so many takes a second
+MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among these takes a second
 MAX_GREP_FILES = 1000  # per process of grep
-WIDE_BYTES = 64 * files.MB  # larger files are searched only for UTF-8
+WIDE_BYTES = 64 * files.MB  # in larger files, names are searched only in UTF-8
 # grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
 GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
 PRINT_PARQUET = (
     "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
     "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]"
 )
-# Endings of compressed files -> words of a command that prints the content of such a file.
+# Endings of compressed files -> a command that prints the content of such a file.
 UNPACK = {
     (".gz", ".tgz"): "gzip -dc",
     (".bz2", ".tbz", ".tbz2"): "bzip2 -dc",
@@ -49,7 +50,8 @@ UNPACK = {
 }
 
 
-# Files of runs and of results of `vidjax who`. In their lists of names, only whole names match.
+# Kind of folder -> the files that vidjax wrote there. grep does not search these files: READERS
+# compares whole names, and would not take "Ada" for a part of "Adam".
 OWN = {
     "run": re.compile(
         r"(ranking|analysis|report|metrics)(_\w+)?\.(txt|npz|html|json)|checkpoints|members\.npz|"
@@ -60,13 +62,15 @@ OWN = {
 
 
 class Place(NamedTuple):
-    """A folder or a file that contains a name, or could not be searched.
+    """A folder or a file that contains a searched name, or could not be searched.
 
     Attributes:
-      kind: `gallery`, `records`, `run`, `who` or `file`; `unread` if it could not be searched.
+      kind: `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`)
+        or `file`. It is `unread` if the place could not be searched.
       path: the folder or file.
       about: a description of the content.
-      remedy: how to delete the name; `--delete` if vidjax can delete it, `deleted...` if it did.
+      remedy: how the user can delete the name. It is `--delete` if vidjax can delete it, and starts
+        with `deleted` if vidjax has deleted it.
     """
 
     kind: str
@@ -76,7 +80,7 @@ class Place(NamedTuple):
 
     @property
     def left(self) -> bool:
-        """True if the place still contains a name."""
+        """True if the place still contains a searched name."""
         return self.kind != "unread" and not self.remedy.startswith("deleted")
 
 
@@ -85,8 +89,8 @@ class Forgotten(NamedTuple):
 
     Attributes:
       found: the places that contain a name or could not be searched.
-      names: all searched names in their normal form.
-      similar: name -> another name with a similar spelling.
+      names: all searched names, including the names of people's clips, in Unicode form NFC.
+      similar: searched name -> a stored name that looks similar.
     """
 
     found: list[Place]
@@ -95,14 +99,17 @@ class Forgotten(NamedTuple):
 
 
 class SimilarNames:
-    """Collects names that look like a wanted name, or have a similar spelling."""
+    """Finds stored names that look like a searched name or are spelled similarly.
+
+    A user who misspells a name should see the stored spelling.
+    """
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
         self._near, self._few = dict[str, str](), set[str]()
 
     def add(self, names: set[str]) -> None:
-        """Adds names, which must be in their normal form."""
+        """Adds stored names in Unicode form NFC."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
                 self._near[own] = min(name, self._near.get(own, name))
@@ -110,7 +117,10 @@ class SimilarNames:
             self._few |= names
 
     def similar(self, *, closely: bool) -> dict[str, str]:
-        """Returns wanted name -> a name that looks the same or, if `closely`, is spelled alike."""
+        """Returns searched name -> a stored name that looks the same.
+
+        With `closely`, the result also contains names with a similar spelling.
+        """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
 
@@ -122,16 +132,24 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Finds people, their clips, and given clips in all folders below `places`.
+    """Finds people, their clips, and other clips in all files below some folders.
 
-    With `delete`, the clips are deleted from galleries, and records with these clips are deleted.
+    Args:
+      identities: the names of the people.
+      clips: the names of the other clips.
+      places: the folders.
+      delete: True to delete the clips from galleries, and to delete converted datasets that
+        contain any of the clips.
+
+    Raises:
+      UserError: a folder does not exist.
     """
     found: list[Place] = []
     folders: dict[Path, str] = {}
     others: dict[Path, bool] = {}
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
-            raise UserError(f"'{root}': no such folder")
+            raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         _survey(root, folders, others, found)
     of_kind = lambda kind: [path for path, own in sorted(folders.items()) if own == kind]  # noqa: E731
     people = {*map(normal_form, identities)}
@@ -166,9 +184,13 @@ def forget(
 def _survey(
     root: Path, folders: dict[Path, str], others: dict[Path, bool], found: list[Place]
 ) -> None:
-    """Adds to `folders`: folder -> kind; and to `others`: path -> True if it is a file.
+    """Finds what must be searched below `root`, without following links.
 
-    Links are not followed. Folders that cannot be read are added to `found`.
+    Args:
+      root: a folder.
+      folders: gets an entry, path -> kind, for each folder of a gallery, run, dataset or result.
+      others: gets an entry, path -> True for a file and False for a folder, for everything else.
+      found: gets a `Place` for each folder that cannot be read.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
@@ -199,12 +221,13 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 def _search_gallery(
     folder: Path, people: set[str], clips: set[str], known: SimilarNames, *, delete: bool
 ) -> tuple[list[Place], set[str]]:
-    """Searches a gallery for `clips` and for clips of `people`; deletes them with `delete`.
+    """Searches a gallery for `clips` and for the clips of `people`.
 
-    All names of people and clips in the gallery are added to `known`.
+    With `delete`, the clips are deleted. All names of people and clips in the gallery are added to
+    `known`.
 
     Returns:
-      A list with the gallery, or an empty list; and the names of the clips.
+      A list with the gallery if it contains any of the clips, and the names of these clips.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -229,7 +252,10 @@ def _search_gallery(
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
-    """Searches converted records for clips. With `delete`, records with a clip are removed."""
+    """Searches a converted dataset for clips; returns a list with the folder if it has any.
+
+    With `delete`, the dataset is deleted then.
+    """
     path = folder / "index.npz"
     try:
         limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
@@ -247,24 +273,20 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         with cache.exclusive(folder):
             remedy = "deleted: the next run converts your files again"
             if not remove(folder):
-                remedy = "its records are deleted; other files in the folder stay: call it again"
+                remedy = "other files are still in this folder: run the command again"
     return [Place("records", folder, about, remedy)]
 
 
 def _lines(content: bytes) -> Iterator[str]:
-    """Yields the lines of a text.
-
-    Raises:
-      UserError: the text has too many lines.
-    """
+    """Yields the lines of a text. If it has too many lines, UserError is raised."""
     if content.count(b"\n") > MAX_NAMES_IN_INDEX:
-        raise UserError(f"more than {MAX_NAMES_IN_INDEX:,} names")
+        raise UserError(f"it contains more than {MAX_NAMES_IN_INDEX:,} names")
     for line in io.BytesIO(content):
         yield line.rstrip(b"\n").decode("utf-8", "replace")
 
 
 def _read_names_of_run(folder: Path) -> Iterator[str]:
-    """Yields the identities, training clips, and clips in results of a run or an exported run."""
+    """Yields the names of people and clips in the files of a run, which may be exported."""
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
@@ -273,7 +295,7 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
     for path in folder.glob("analysis*.npz"):
         if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
             if facts.nbytes > files.JSON_BYTES:
-                raise UserError(f"'{path}': more than {files.JSON_BYTES:,} bytes of text")
+                raise UserError(f"'{path}' contains more than {files.JSON_BYTES:,} bytes of text")
             yield from _walk_texts(files.parse_json(facts.tobytes()))
     for path in folder.glob("ranking*.txt"):
         for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
@@ -290,7 +312,10 @@ def _walk_texts(value: object) -> Iterator[str]:
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields all texts of a folder of `vidjax who` that may be names: cells, folders, face tags."""
+    """Yields the texts in the results of `vidjax who` that may be names.
+
+    These are the cells of tables, the names of folders, and the name tags of faces in photos.
+    """
     from vidjax.apps.video.features_folder import read_films
 
     for table in ("names.tsv", "unknown.tsv"):
@@ -304,18 +329,18 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
                 yield from film.tags
 
 
-# Kind of folder -> the function that yields its names, and how to delete a name from it.
+# Kind of folder -> the function that yields its names, and the remedy in `Place`.
 READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
-    "run": (_read_names_of_run, "its weights remember its clips: delete it, train without them"),
+    "run": (_read_names_of_run, "its weights depend on the clips: delete it, train without them"),
     "who": (
         _read_names_of_who,
-        "remove the photos and call `vidjax who` again: it writes all files again",
+        "remove the photos, and run `vidjax who` again: it replaces all files",
     ),
 }
 
 
 def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:
-    """Yields the galleries whose vectors were computed by any of `runs`."""
+    """Yields the galleries whose vectors were computed with any of `runs`."""
     from vidjax.apps.gallery.gallery import Gallery
 
     for folder in galleries:
@@ -324,7 +349,7 @@ def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -
         except UserError:  # already reported
             continue
         if run in runs:
-            about = f"vectors by '{run}', which was trained on the person"
+            about = f"its vectors were computed by '{run}', which was trained on the clips"
             yield Place("gallery", folder, about, "make the gallery again with a new run")
 
 
@@ -334,26 +359,36 @@ def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -
 def _search_files(
     paths: Mapping[Path, bool], names: Collection[str], given: Collection[str]
 ) -> list[Place]:
-    """Searches the names of paths, and the contents of files. Links are not followed.
+    """Searches the names and contents of files for names. Links are not followed.
 
-    `names` are searched in UTF-8. The names in `given` are also searched in other encodings.
+    Args:
+      paths: path -> True for a file, False for a folder.
+      names: the names, which are searched in UTF-8.
+      given: the names that the user typed. They are also searched in other encodings.
+
+    Returns:
+      The places that contain a name, cannot be read, or are compressed.
     """
     if shutil.which("grep") is None:
-        return [Place("unread", Path(), "grep is not installed", "install it")]
+        about = "other files are not searched, because grep is not installed"
+        return [Place("unread", Path(), about, "install grep")]
     patterns = "\n".join(_list_spellings(names)).encode()
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
     rows = _run_grep("-zniawF", patterns, text=b"\0".join(words))
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
-    own = "it is yours: delete it"
-    places = [Place("file", path, "its name is one of the names", own) for path in sorted(named)]
+    own = "it is your file: delete it, or rename it"
+    places = [
+        Place("file", path, "its path contains one of the names", own) for path in sorted(named)
+    ]
     closed, read = [], []
     for path, is_file in paths.items():
         if not is_file or path.is_symlink() or path in named or named.intersection(path.parents):
             continue
         if not os.access(path, os.R_OK):
-            places.append(Place("unread", path, "the file may not be read", "search it yourself"))
+            about = "you have no permission to read the file"
+            places.append(Place("unread", path, about, "search it yourself"))
             continue
         read.append(path)
         closed += [path] if _unpack(path) else []
@@ -365,11 +400,11 @@ def _search_files(
             held |= {*_run_grep("-liaZP", _encode_name(given), small, locale="C")}
         except OSError as error:
             places.append(_list_unread(some[0].parent, error))
-    inside = "it is yours: delete it, or take the name out"
+    inside = "it is your file: delete it, or remove the name from it"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
     places += [Place("file", path, "it contains one of the names", inside) for path in holding]
     packed = [path for path in closed if path not in holding]
-    about = "it is compressed", "search it by the command below"
+    about = "it is compressed", "search it with the command below"
     return places + [Place("unread", path, *about) for path in packed]
 
 
@@ -381,10 +416,10 @@ def _run_grep(
     text: bytes = b"",
     locale: str = "C.UTF-8",
 ) -> list[bytes]:
-    """Runs grep on files, or on a text if `paths` is empty. Returns its output, split at NUL.
+    """Runs grep on files, or on `text` if `paths` is empty; returns the NUL-separated output rows.
 
-    The patterns stay in memory, so that no searched name is written to disk or to the list of
-    processes.
+    grep reads the patterns from memory. So no searched name is written to the disk or appears in
+    the list of processes.
 
     Raises:
       OSError: grep failed.
@@ -403,14 +438,17 @@ def _run_grep(
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns names in both Unicode forms, as in text, JSON, HTML, URLs and rankings."""
+    """Returns the spellings of names in text, JSON, HTML, URLs and rankings.
+
+    Each spelling is in the Unicode forms NFC and NFD.
+    """
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
     return sorted({way(form) for form in forms for way in ways})
 
 
 def _encode_name(names: Iterable[str]) -> bytes:
-    """Returns a pattern for `grep -P`: the names in UTF-16, UTF-32 and Windows-1252."""
+    """Returns a pattern for `grep -P` that matches names in UTF-16, UTF-32 and Windows-1252."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
     spellings = {form.encode(encoding) for form in forms for encoding in wide}
@@ -422,15 +460,21 @@ def _encode_name(names: Iterable[str]) -> bytes:
 
 
 def _unpack(path: Path) -> str | None:
-    """Returns the words of a command that unpacks a file. If it is not compressed, returns None."""
+    """Returns a command that prints the content of a compressed file.
+
+    If the ending of `path` is not an ending of a compressed file, None is returned.
+    """
     endings = (words for ends, words in UNPACK.items() if path.name.lower().endswith(ends))
     return next(endings, None)
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns a command for each kind of compressed file in `unread`.
+    """Returns shell commands that list the compressed files with a name, one for each file type.
 
-    A command prints the paths of the compressed files that contain a searched name.
+    Args:
+      names: the searched names.
+      unread: places. Only the types of compressed files among them get a command.
+      places: the folders to search.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

@@ -1,7 +1,10 @@
-"""The formats of `vidjax export`. Each writes a file, and loads it with its runtime for a check.
+"""Writes a run or a gallery in the formats of `vidjax export`.
 
-The format `numpy`, and `safetensors` for galleries, consist of plain arrays. With these arrays,
-`reader.py` scores clips:
+Each format is a function that writes a file, and also loads it with the runtime of the format, so
+that the results can be compared with vidjax.
+
+The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
+scores clips:
 
     scale, unenrolled, stranger, temperature   [E], of `two_covariance.Settings` and `config.eval`
     PART/centre, PART/mean      [E, D], subtracted from vectors before and after they are scaled
@@ -11,8 +14,10 @@ The format `numpy`, and `safetensors` for galleries, consist of plain arrays. Wi
     PART/known                  [E, N], 1 for people with a clip that has the part
     PART/scale, PART/limit      [E], factor of the ratios, and their bound if there are other parts
 
-N is the number of people, in the order of identities.json, and E the number of ensemble members.
-`kind` and `known` are int32. All other arrays are float32 or float64.
+PART is a modality. N is the number of people, in the order of identities.json. E is the number of
+ensemble members. U is the number of different rows of `curve`. `kind` and `known` are int32. All
+other arrays are float32 or float64. Parts that are compared by distances have other arrays, see
+`make_gallery_arrays`.
 """
 
 import functools
@@ -47,16 +52,16 @@ class Format(NamedTuple):
     """A format of `vidjax export`.
 
     Attributes:
-      file: the file or folder with the model, in addition to the weights; "" if there is none.
-      write: writes the model into a folder that contains the weights. Returns a function that
-        computes the outputs with the runtime of the format.
+      file: the name of the file or folder with the model. It is empty if the format has only
+        weights.
+      write: writes the model of a run into a folder that contains the weights. It returns a
+        function that computes the outputs with the runtime of the format.
       packages: the packages that the format needs in addition to vidjax.
       extra: the extra of vidjax that installs the packages.
       outputs: the names of the outputs.
-      gallery: writes a gallery and returns the largest difference of its scores; None if the format
-        cannot store galleries.
-      bounded: True if the weights are in the file of the program, which has a limit of
-        `function.LARGEST` bytes.
+      gallery: writes a gallery into a folder, and returns the largest difference between the scores
+        of the file and of the gallery. It is None if the format cannot store galleries.
+      bounded: True if the file contains the weights and can have at most `function.LARGEST` bytes.
     """
 
     file: str
@@ -69,14 +74,14 @@ class Format(NamedTuple):
 
 
 def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a serialised program for `jax.export`."""
+    """Writes a run as a serialised StableHLO program, and loads it with `jax.export`."""
     path = folder / "model.stablehlo"
     export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
     path.write_bytes(export(dict(inputs)).serialize())
     loaded = jax.export.deserialize(bytearray(path.read_bytes()))
 
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        # There is a program for each input size, and each program contains all weights.
+        # A program is compiled for each input size and contains all weights, so it is not cached.
         with devices.disable_program_cache():
             return jax.device_get(jax.jit(loaded.call).lower(inputs).compile()(inputs))
 
@@ -84,11 +89,11 @@ def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a SavedModel with a single operation, which TensorFlow runs with XLA.
+    """Writes a run as a SavedModel, and loads it with TensorFlow.
 
-    TensorFlow and TF Serving can load it. TensorFlow Lite and runtimes without XLA cannot. The
-    weights are variables, because constants of a graph are limited to 2 GB and are copied dozens of
-    times.
+    The model consists of a single operation, which TensorFlow runs with XLA. So TensorFlow Lite and
+    runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
+    limited to 2 GB and are copied dozens of times.
     """
     from jax.experimental import jax2tf
 
@@ -124,7 +129,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes an ONNX model."""
+    """Writes a run as an ONNX model, and loads it with ONNX Runtime."""
     import onnxruntime
 
     from vidjax.apps.export import onnx_graph
@@ -144,7 +149,10 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Checks the weights in the folder: imports them as a run, and predicts with this run."""
+    """Imports the weights in the folder as a run; returns a function that predicts with this run.
+
+    Nothing is written, because every format already contains the weights as safetensors.
+    """
     del run, inputs
     imported = folder / "imported"
     weights.read(folder, imported)
@@ -158,7 +166,7 @@ def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes the arrays of a PLDA run, and the reader."""
+    """Writes the arrays of a PLDA run and `reader.py`, and loads them with numpy."""
     del inputs
     read = _write_arrays(folder, make_run_arrays(run))
 
@@ -174,7 +182,7 @@ def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def _write_arrays(
     folder: Path, arrays: Mapping[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays and the reader; returns a function that scores vectors with the file."""
+    """Writes arrays and `reader.py`; returns a function that scores vectors with both files."""
     path = folder / "arrays.npz"
     np.savez(path, **arrays)
     shutil.copyfile(reader.__file__, folder / "reader.py")
@@ -183,13 +191,16 @@ def _write_arrays(
 
 
 def gallery_numpy(gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery, and the reader."""
+    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores."""
     read = _write_arrays(folder, make_gallery_arrays(gallery))
     return check_gallery(gallery, read)
 
 
 def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery as safetensors, and the reader."""
+    """Writes the arrays of a gallery as safetensors, and `reader.py`.
+
+    Returns the largest error of the scores.
+    """
     from safetensors.numpy import load_file, save_file
 
     path = folder / "arrays.safetensors"
@@ -200,15 +211,16 @@ def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
-    """Returns the arrays of a PLDA run.
+    """Returns the arrays of a PLDA run, name -> array; see the description of this module.
 
     Raises:
-      UserError: the run has another model, or settings that the reader lacks.
+      UserError: the run has another model, or settings that `reader.py` does not support.
     """
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(
-            f"--format=numpy {NUMPY_SCOPE}, not '{config.model.name}'\nchoose --format=safetensors"
+            f"--format=numpy {NUMPY_SCOPE}, not runs of the model '{config.model.name}'\n"
+            "choose --format=safetensors"
         )
     if config.eval.scores != "log_softmax" or config.eval.top_classes or config.ensemble.views:
         raise UserError(
@@ -240,10 +252,17 @@ def make_run_arrays(run: Predictor) -> Arrays:
 
 
 def make_gallery_arrays(gallery: Gallery) -> Arrays:
-    """Returns the arrays of a gallery. People are in the order of `gallery.index.names`."""
+    """Returns the arrays of a gallery, name -> array; see the description of this module.
+
+    People are in the order of `gallery.index.names`. A part that is compared by distances has the
+    arrays of `backend.DistanceRatios` instead of `transform`, `curve` and `kind`.
+    """
     index, backend = gallery.index, gallery.backend
     if not index.names:
-        raise UserError(f"gallery '{gallery.folder}' has nobody enrolled\nenrol people first")
+        raise UserError(
+            f"nobody is enrolled in gallery '{gallery.folder}'\n"
+            "enrol people first: vidjax gallery enrol"
+        )
     arrays: dict[str, Any] = {
         name: np.asarray(getattr(backend.settings, name), np.float64)
         for name in ("scale", "unenrolled", "stranger")
@@ -280,9 +299,16 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 
 
 def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the inputs of `reader.log_probabilities`: modality -> [B, D] of L2 norm 1.
+    """Computes the vectors of B clips that `reader.log_probabilities` takes.
 
-    A row is the mean of the fused frames of a clip.
+    The vector of a clip is the mean of the fused frames, scaled to unit length.
+
+    Args:
+      run: a PLDA run.
+      inputs: the frames of the clips, see `function.input_shapes`.
+
+    Returns:
+      Modality -> [B, D].
     """
     batch = function.make_batch(run, inputs)
     fused = run.system.fuse(None, batch.frames, jax.numpy.int32(-1))
@@ -292,7 +318,14 @@ def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict
 def check_gallery(
     gallery: Gallery, read: Callable[[Mapping[str, np.ndarray]], np.ndarray]
 ) -> float:
-    """Compares a reader with the gallery on random vectors; returns the largest difference.
+    """Compares the scores of an exported gallery with the gallery, for random vectors.
+
+    Args:
+      gallery: the gallery.
+      read: returns the scores of the exported file for vectors, part -> [Q, D].
+
+    Returns:
+      The largest difference.
 
     Raises:
       UserError: the scores differ by more than `function.TOLERANCE`.
@@ -311,7 +344,7 @@ def check_gallery(
     return worst
 
 
-# Name -> format. To add a format, write its function above, and add a line here.
+# Name -> format. To add a format, write a function above, and add a line here.
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
     "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),

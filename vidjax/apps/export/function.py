@@ -1,8 +1,9 @@
-"""Makes a run a function from frames to scores, and makes random clips to check an export.
+"""Turns a run into a function of frames, and compares exported functions with the run.
 
-The function contains the fusion, the net, all ensemble members and their mean. It is exported to
-other runtimes. Its inputs are float32 or bool arrays with names MODALITY_FIELD, see `FIELDS`, of B
-clips that are padded to T frames.
+`vidjax export` writes the function in the formats of other runtimes. The function contains the
+fusion, the net, all ensemble members and their mean. Its inputs are the frames of B clips that are
+padded to T frames. They are arrays with the names MODALITY_FIELD, such as `face_features`; see
+FIELDS.
 """
 
 import functools
@@ -28,22 +29,22 @@ from vidjax.utils.errors import UserError
 FIELDS = {"features": np.float32, "quality": np.float32, "detection": np.float32, "mask": np.bool_}
 BATCH = "B"
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
-TOLERANCE = 1e-5  # largest difference, relative to max(1, |value|)
-LENGTHS = (5, 1, 9, 3)  # frames of the random clips
+TOLERANCE = 1e-5  # largest allowed difference, relative to max(1, |value|)
+LENGTHS = (5, 1, 9, 3)  # numbers of frames of the random clips
 UNEVEN_LENGTH = 6  # frames of an additional clip, whose last modality has a single frame
-LARGEST = 1 << 31  # bytes of a file with a program, the limit of protocol buffers and flat buffers
+LARGEST = 1 << 31  # largest file with a program, the limit of protocol buffers and flat buffers
 
 Inputs = Mapping[str, Array]
-Member = tuple[Any, Any, Array]  # parameters, other collections, hidden chunk
+Member = tuple[Any, Any, Array]  # parameters, other Flax collections, `view` of the member
 Outputs = dict[str, Array]
-Shapes = Mapping[str, jax.ShapeDtypeStruct]  # variable sizes are symbols
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # B and T are symbols
 
 
 def input_shapes(run: Predictor) -> Shapes:
-    """Returns name -> shape and dtype of the inputs of `compute_outputs`.
+    """Returns the shapes and dtypes of the inputs of an exported run, name -> shape and dtype.
 
-    The sizes B (clips) and T_MODALITY (frames) are symbolic dimensions of `jax.export`. With
-    `after_fusion=examples`, all modalities share the dimension T.
+    The number of clips and the number of frames of each modality are symbolic dimensions of
+    `jax.export`. With `after_fusion=examples`, all modalities have the same number of frames.
     """
     same_length = run.system.frame_is_example
     scope = jax.export.SymbolicScope()
@@ -58,12 +59,21 @@ def input_shapes(run: Predictor) -> Shapes:
 
 
 def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns a run with its weights as a function from inputs of any size to outputs."""
+    """Returns a run with all weights as a function of inputs, see `compute_outputs`."""
     return functools.partial(compute_outputs, run, get_members(run))
 
 
 def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
-    """Computes the scores [B, C] and the embeddings [B, D] of a run with the given members."""
+    """Computes the scores and the embeddings of B clips.
+
+    Args:
+      run: the run, whose weights are not used.
+      members: the weights, see `get_members`.
+      inputs: the frames of the clips, see `input_shapes`.
+
+    Returns:
+      `scores` [B, C] and `embeddings` [B, D], both float32.
+    """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:
         fused = _fuse_clips(run.system, batch.frames)
@@ -76,12 +86,12 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
 
 
 def to_symbol(name: str) -> str:
-    """Replaces all characters of a name by _, except for letters and digits."""
+    """Replaces each character of a name that is not an ASCII letter or digit by `_`."""
     return "".join(x if x.isascii() and x.isalnum() else "_" for x in name)
 
 
 def make_batch(run: Predictor, inputs: Inputs) -> Batch:
-    """Makes a batch of B clips from the inputs."""
+    """Makes a batch of B clips from their frames, see `input_shapes`."""
     frames = {}
     for name in run.modalities:
         features, quality, detection, mask = (inputs[f"{name}_{field}"] for field in FIELDS)
@@ -96,7 +106,10 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns the mask [B, T] of the frames that a run uses, see `ClipSource.eval_batches`."""
+    """Removes all but the best MAX_EVAL_FRAMES frames of a clip from the mask [B, T].
+
+    `quality` is [B, T]. A run leaves out the same frames, see `ClipSource.eval_batches`.
+    """
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -104,8 +117,8 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
         order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
         return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
 
-    # A loop of at most a single round, because `onnx_graph` has no conditionals. If all clips are
-    # short, it has no round.
+    # If all clips are short, the loop does nothing. It stands for a conditional, because
+    # `onnx_graph` does not support conditionals.
     long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
     return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
 
@@ -113,9 +126,9 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
     """Fuses the frames of each clip as if it were the only clip of the batch.
 
-    A run pads the modalities of a single clip separately, and `System.to_examples` repeats the only
-    frame of a modality for all frames of another modality. In this batch, all modalities have the
-    same length, so the frame is repeated here.
+    If a clip has only one frame of a modality, a run repeats this frame for all frames of the other
+    modalities (`System.to_examples`). It does so only if the modalities of the batch have different
+    lengths. Here all modalities are padded to the same length, so the frame is repeated here.
     """
     fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
     padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
@@ -138,7 +151,11 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 
 
 def get_members(run: Predictor) -> list[Member]:
-    """Returns the parameters, the other collections and the hidden chunk of each member."""
+    """Returns the weights of each ensemble member on the host.
+
+    A member is a tuple of its parameters, other Flax collections, and `view`, the number of the
+    part of the features that it does not see.
+    """
     weights = run.params, run.model_state
     return [
         (*jax.device_get(ensemble.take(weights, number)), jnp.int32(member.view))
@@ -147,7 +164,7 @@ def get_members(run: Predictor) -> list[Member]:
 
 
 def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
-    """Computes the mean scores of all members, [B, C], like `ModelScorer`."""
+    """Computes the mean scores [B, C] of all members, like `ModelScorer`."""
     system, count = run.system, len(run.identities)
     each = [
         eval_step.eval_step(system, params, state, hidden_chunk, batch)[:, 1 : 1 + count]
@@ -166,7 +183,7 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
 
 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
-    """Computes the unit vectors [B, D] of `Predictor.embed`."""
+    """Computes the embeddings [B, D], like `Predictor.embed`."""
     parts = [
         eval_step.embed_step(run.system, params, state, hidden_chunk, batch)
         for params, state, hidden_chunk in members
@@ -177,23 +194,29 @@ def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch)
 
 
 class RandomClips(NamedTuple):
-    """Random clips as inputs of the function, and the outputs of the run for them."""
+    """Random clips, and the outputs that an exported run must compute for them.
+
+    Attributes:
+      inputs: name -> array, see `input_shapes`.
+      expected: name of an output -> array.
+    """
 
     inputs: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
 
 
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
-    """Makes four random clips and the outputs of a run for them.
+    """Makes four or five random clips, and computes the outputs of a run for them.
 
-    The clips have LENGTHS frames. The second clip has only the last modality. A fifth clip is added
-    if the run classifies single frames (`System.frame_is_example`) and has several modalities. Its
-    last modality has a single frame, and the run predicts this clip apart from the other clips.
+    The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. The
+    fifth clip is made for runs that classify single frames (`after_fusion=examples`) of several
+    modalities. It has a single frame of the last modality. The run predicts this clip in a separate
+    call, because only then it repeats the single frame.
 
     Args:
       run: the run that computes the expected outputs.
       seed: the seed of the random numbers.
-      padding: number of padded frames after the longest clip.
+      padding: the number of padded frames after the longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
@@ -227,10 +250,10 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
 
 def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
-    """Returns the largest difference between outputs and expected outputs.
+    """Returns the largest difference between outputs and expected outputs, name -> array.
 
-    Differences are relative for values above 1, and absolute below. The result is inf if shapes
-    differ, if an output is NaN, or if not the same values are infinite.
+    The difference is relative for values above 1, and absolute for smaller values. It is inf if
+    shapes differ, if an output is NaN, or if an infinite value differs.
     """
     worst = 0.0
     for name, output in outputs.items():
@@ -250,9 +273,14 @@ def check(
     run: Predictor,
     predict: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]],
 ) -> float:
-    """Compares a loaded model with the run on random clips; returns the largest difference.
+    """Compares an exported model with the run on random clips; returns the largest difference.
 
-    The batches have a single clip or several clips, and two different lengths.
+    Batches with one clip and with several clips, and with two lengths, are compared.
+
+    Args:
+      format_name: the format, which appears in the error.
+      run: the run.
+      predict: computes the outputs of the exported model from its inputs.
 
     Raises:
       UserError: the outputs differ by more than TOLERANCE.
@@ -269,9 +297,9 @@ def check(
 
 
 def check_tolerance(format_name: str, worst: float) -> None:
-    """Raises UserError if a difference is larger than TOLERANCE."""
+    """Raises UserError if `worst`, the largest difference of the outputs, is above TOLERANCE."""
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{format_name}: outputs differ from vidjax by {worst:.1e}, more than {TOLERANCE:.0e}\n"
-            "nothing was written: choose another format"
+            f"--format={format_name} was not written: its outputs differ from vidjax by "
+            f"{worst:.1e}, more than {TOLERANCE:.0e}\nchoose another format"
         )

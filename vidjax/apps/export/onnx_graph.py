@@ -1,8 +1,10 @@
-"""Converts a JAX function to an ONNX graph: each primitive of its jaxpr becomes a few nodes.
+"""Converts a JAX function to an ONNX graph.
 
-The jaxpr is traced with symbols for B and T, so the graph accepts arrays of any size. Values that
-do not depend on an input, such as weights and random draws, are computed here and stored as
-constants. To add a primitive, add a line to RULES, with a function if a line is not enough.
+The function is traced to a jaxpr, the intermediate representation of JAX. Each primitive operation
+of the jaxpr becomes a few ONNX nodes. The number of clips and the numbers of frames are symbols, so
+the graph accepts arrays of any size. Values that do not depend on an input, such as weights and
+random draws, are computed here and stored as constants. To add a primitive, add a line to RULES,
+and a function if one line is not enough.
 
 ONNX Runtime lacks some operators for bool and uint32. So a selection between bools uses logical
 operators, and uint32 is computed as int64 modulo 2**32.
@@ -26,11 +28,11 @@ from onnx import helper, numpy_helper
 from vidjax.apps.export.function import LARGEST
 from vidjax.utils.errors import UserError
 
-OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 and later can read them
+OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 and later versions can read them
 _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": np.float32,
            "float16": np.float32}  # fmt: skip
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a custom derivative
-Eqn = Any  # a JaxprEqn; its type annotations lack the shapes of values
+Eqn = Any  # a JaxprEqn, whose type annotations lack the shapes of values
 Rule = Callable[
     ["Graph", Any, Sequence[str]], Any
 ]  # (graph, Eqn, names of the arguments) -> names of the results
@@ -44,14 +46,14 @@ def to_model(
     """Converts a function of named arrays to an ONNX model.
 
     Args:
-      function: inputs -> outputs, dicts of arrays.
-      inputs: name -> shape, with symbolic dimensions, and dtype.
-      outputs: names of the outputs, in their order in the model.
+      function: returns the outputs, name -> array, for inputs, name -> array.
+      inputs: name -> shape and dtype of an input. Sizes may be symbols.
+      outputs: the names of the outputs, in their order in the model.
 
     Raises:
-      UserError: the function uses a primitive without a rule, or the model is too large.
+      UserError: the function uses a primitive that RULES lacks, or the model is too large.
     """
-    names = sorted(inputs)  # as JAX flattens a dict
+    names = sorted(inputs)  # JAX flattens a dict in this order
     traced = jax.make_jaxpr(function)(dict(inputs))
     graph = Graph()
     for name in names:
@@ -65,7 +67,10 @@ def to_model(
     used = _find_inputs(graph.nodes)
     constants = [constant for constant in graph.constants if constant.name in used]
     if sum(len(constant.raw_data) for constant in constants) >= LARGEST:
-        raise UserError("--format=onnx holds at most 2.1 GB: choose safetensors or saved_model")
+        raise UserError(
+            "--format=onnx cannot store the weights, because they have more than 2.1 GB\n"
+            "choose --format=safetensors or --format=saved_model"
+        )
     proto = helper.make_graph(
         graph.nodes,
         "vidjax",
@@ -80,7 +85,7 @@ def to_model(
 
 
 def _find_inputs(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Returns the names of all inputs of nodes, including the bodies of loops."""
+    """Returns the names of all inputs of nodes, including the nodes in the bodies of loops."""
     names = set()
     for node in nodes:
         names.update(node.input)
@@ -99,22 +104,27 @@ def _make_value_info(name: str, aval: Any) -> onnx.ValueInfoProto:
 
 
 def _get_dtype(aval: Any) -> np.dtype:
-    """Returns the dtype of a value in the graph."""
+    """Returns the dtype that a value of the jaxpr has in the ONNX graph."""
     return np.dtype(_DTYPES.get(aval.dtype.name, aval.dtype))
 
 
 def _make_error(primitive: str) -> UserError:
-    return UserError(f"onnx does not support {primitive}\nchoose stablehlo or saved_model")
+    return UserError(
+        f"--format=onnx does not support an operation of this model: {primitive}\n"
+        "choose --format=stablehlo or --format=saved_model"
+    )
 
 
 class Graph:
-    """A graph under construction. A value is represented by the name of a node's output.
+    """An ONNX graph under construction.
+
+    Values of the graph are outputs of nodes. The methods take and return the names of values.
 
     Attributes:
-      nodes: the nodes in the order of computation.
-      constants: the constants, shared with all inner graphs.
+      nodes: the nodes, in the order of computation.
+      constants: the constants. Graphs of loop bodies share them.
       known: name of a constant -> its value, an array or a random key.
-      symbols: name of a symbolic size -> an input and the axis with this size.
+      symbols: name of a symbolic size -> (name of an input, axis of the input with this size).
     """
 
     def __init__(self) -> None:
@@ -127,7 +137,7 @@ class Graph:
         self._sizes: dict[str, str] = {}
 
     def body(self) -> "Graph":
-        """Returns an empty graph for the body of a loop."""
+        """Returns an empty graph for the body of a loop in this graph."""
         inner = copy.copy(self)
         inner.nodes, inner._sizes = [], dict(self._sizes)
         return inner
@@ -135,27 +145,27 @@ class Graph:
     # ---- nodes
 
     def fresh(self) -> str:
-        """Returns a new name."""
+        """Returns a new name for a value."""
         return f"v{next(self._numbers)}"
 
     def add_node(self, op: str, *inputs: str, names: list[str], **attributes: Any) -> list[str]:
-        """Adds a node whose outputs get the given names; returns the names."""
+        """Adds a node for the ONNX operator `op`. Its outputs get `names`, which are returned."""
         self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
         return names
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Adds a node with a single output; returns its name."""
+        """Adds a node with a single output; returns the name of the output."""
         return self.add_node(op, *inputs, names=[name or self.fresh()], **attributes)[0]
 
     def ints(self, value: int | Sequence[int]) -> str:
-        """Adds an int64 constant; returns its name."""
+        """Adds integers as an int64 constant; returns the name of the constant."""
         return self.constant(value, np.int64)
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """Adds a constant; returns its name. Equal constants are stored only once."""
+        """Adds a constant; returns the name of the constant. Equal constants share a name."""
         name = self.fresh()
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            self.known[name] = value  # keys cannot be stored, only the numbers that they draw
+            self.known[name] = value  # ONNX cannot store random keys, only the drawn numbers
             return name
         original = np.asarray(value, dtype, order="C")
         digest = hashlib.sha256(original.tobytes()).hexdigest()
@@ -169,7 +179,7 @@ class Graph:
     # ---- sizes
 
     def size(self, dim: Any) -> str:
-        """Returns a size as int64 []. Symbolic sizes are computed from the shapes of the inputs."""
+        """Returns a size as an int64 scalar. Symbolic sizes are computed from the inputs."""
         if isinstance(dim, int):
             return self.ints(dim)
         text = str(dim)
@@ -178,7 +188,10 @@ class Graph:
         return self._sizes[text]
 
     def _expression(self, tree: ast.expr) -> str:
-        """Adds nodes for a symbolic size, from its text, such as `2*T - 1` or `max(0, T)`."""
+        """Adds nodes that compute a symbolic size; returns the name of the result.
+
+        `tree` is the parsed text of the size, such as `2*T - 1` or `max(0, T)`.
+        """
         if isinstance(tree, ast.Constant):
             return self.constant(tree.value, np.int64)
         if isinstance(tree, ast.Name):
@@ -196,13 +209,13 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Returns a shape as int64 [n]."""
+        """Returns a shape of n sizes as int64 [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
 
     def vector(self, scalar: str) -> str:
-        """Converts an integer scalar to int64 [1]."""
+        """Converts a scalar to int64 [1]."""
         if scalar in self.known:
             return self.constant(self.known[scalar].reshape(1), np.int64)
         return self.cast(self.node("Reshape", scalar, self.ints([1])), np.int64)
@@ -210,49 +223,55 @@ class Graph:
     # ---- operations of several primitives
 
     def reshape(self, x: str, dims: Sequence[Any]) -> str:
-        """Reshapes x. A single unknown size is computed by the runtime."""
+        """Reshapes x to the sizes `dims`."""
         known = [dim for dim in dims if isinstance(dim, int)]
         if len(known) == len(dims) - 1 and all(known):
             dims = [dim if isinstance(dim, int) else -1 for dim in dims]
         return self.node("Reshape", x, self.shape(dims))
 
     def transpose(self, x: str, order: Sequence[int]) -> str:
-        """Transposes x."""
+        """Transposes x. Axis n of the result is axis `order[n]` of x."""
         order = [int(axis) for axis in order]
         return x if order == sorted(order) else self.node("Transpose", x, perm=order)
 
     def cast(self, x: str, dtype: Any) -> str:
-        """Casts x to another dtype."""
+        """Casts x to `dtype`."""
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Returns 0, 1, ... along an axis of the shape `dims`. The other axes have size 1."""
+        """Returns the indices 0, 1, ... along an axis of an array of the shape `dims`.
+
+        The result has the same number of axes. All other axes have size 1.
+        """
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line
         return self.reshape(line, [dim if n == axis else 1 for n, dim in enumerate(dims)])
 
     def reduce(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
-        """Reduces x over axes. With `logic`, x contains bools."""
+        """Reduces x over `axes` with the operator `op`. If x is bool, `logic` must be True."""
         x = self.cast(x, np.int32) if logic else x
         result = self.node(op, x, self.ints(list(axes)), keepdims=0)
         return self.cast(result, np.bool_) if logic else result
 
     def top(self, x: str, count: Any, axis: int, *, largest: bool) -> list[str]:
-        """Returns the first `count` sorted values along an axis, and their indices."""
+        """Returns the `count` largest or smallest values along an axis, and their indices."""
         names, how = [self.fresh(), self.fresh()], {"largest": int(largest), "sorted": 1}
         count = self.vector(self.size(count))
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Selects `yes` if `which` is True, and `no` if it is False, for every element."""
+        """Returns the elements of `yes` where `which` is True, and of `no` where it is False.
+
+        `aval` describes the dtype of the elements.
+        """
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
         return self.node("Or", chosen, self.node("And", self.node("Not", which), no))
 
     def clamp(self, index: str, most: str) -> str:
-        """Clamps an index to the range from 0 to `most`, as int64."""
+        """Limits an index to the range from 0 to `most`, and casts it to int64."""
         index = self.cast(index, np.int64)
         return self.node("Max", self.node("Min", index, most), self.ints(0))
 
@@ -261,7 +280,16 @@ class Graph:
     def add_jaxpr(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]
     ) -> list[str]:
-        """Adds the nodes of a jaxpr; returns the names of its results."""
+        """Adds the nodes of a jaxpr.
+
+        Args:
+          jaxpr: the jaxpr.
+          consts: the values of the constants of the jaxpr.
+          inputs: the names of the inputs in the graph.
+
+        Returns:
+          The names of the results.
+        """
         values: dict[Any, str] = {}
 
         def read(x: Any) -> str:
@@ -281,17 +309,17 @@ class Graph:
                 continue
             rule = RULES.get(eqn.primitive.name)
             if rule is None:
-                raise UserError(
-                    f"onnx does not support the operation '{eqn.primitive.name}' of this model"
-                    "\nchoose stablehlo or saved_model"
-                )
+                raise _make_error(f"'{eqn.primitive.name}'")
             out = rule(self, eqn, args)
             values |= dict(zip(eqn.outvars, [out] if isinstance(out, str) else out, strict=True))
         return [read(x) for x in jaxpr.outvars]
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns True if an equation can be computed now: all results have known sizes."""
+    """Returns True if an equation with constant inputs can be computed while it is converted.
+
+    The sizes of all results must be known.
+    """
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
     return all(
@@ -300,7 +328,9 @@ def _is_foldable(eqn: Eqn) -> bool:
 
 
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds log(u) x / (u - 1) with u = 1 + x, which is exact for small x.
+    """Adds nodes for log(1 + x). They compute log(u) x / (u - 1) with u = 1 + x.
+
+    This formula is exact even for small x, for which log(u) is inexact.
 
     Source: Kahan; Goldberg 1991, What every computer scientist should know about floating-point.
     """
@@ -315,7 +345,7 @@ def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds (u - 1) x / log(u) with u = exp(x), see `_log1p`. It is also exact for -inf and 0."""
+    """Adds nodes for exp(x) - 1. They compute (u - 1) x / log(u) with u = exp(x), see `_log1p`."""
     unit = graph.constant(1, _get_dtype(eqn.outvars[0].aval))
     u = graph.node("Exp", x[0])
     difference = graph.node("Sub", u, unit)
@@ -376,7 +406,11 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Slices x by windows, axis -> (start, size). Windows are moved into the array, as in JAX."""
+    """Slices x [`dims`] along some axes.
+
+    `windows` are axis -> (name of the start, size). As in JAX, a slice that is partly outside of x
+    is moved into x.
+    """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
             continue
@@ -417,16 +451,19 @@ def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     x = [value if _get_dtype(var.aval) == wide else graph.cast(value, wide)
          for value, var in zip(x, eqn.invars, strict=True)]  # fmt: skip
     if len(names[1]) == 2 and out == [*names[0][:-1], names[1][1]] and names[0][-1] == names[1][0]:
-        return graph.node("MatMul", *x)  # a runtime can prepare its constant factor once
+        return graph.node("MatMul", *x)  # faster than Einsum if a factor is constant
     text = f"{''.join(names[0])},{''.join(names[1])}->{''.join(out)}"
     return graph.node("Einsum", *x, equation=text)
 
 
 def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Sorts all operands by the first operand, ascending. Equal keys keep their order."""
+    """Adds nodes that sort all operands by the first operand, ascending.
+
+    Elements with equal keys keep their order.
+    """
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
-        raise _make_error("sort by several keys")
+        raise _make_error("a sort by several keys")
     aval = eqn.invars[0].aval
     if aval.dtype == bool:
         key = graph.cast(key, np.int32)
@@ -437,10 +474,20 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
-    """Sorts the indices of equal values, and returns the indices of all sorted values.
+    """Adds nodes that bring the indices of equal values into ascending order.
 
-    ONNX requires this order of TopK, but OpenVINO does not keep it. The second sort here has no
-    equal keys.
+    ONNX requires this order of TopK, but OpenVINO does not guarantee it. So the values are sorted
+    again, by keys that are never equal.
+
+    Args:
+      graph: the graph.
+      ordered: the sorted values, from TopK.
+      places: the indices of these values before the sort, from TopK.
+      size: the number of values along `axis`.
+      axis: the axis along which the values were sorted.
+
+    Returns:
+      The corrected indices.
     """
     start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
     earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]
@@ -457,9 +504,10 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds a gather. Its slices must be complete along all axes that are not indexed.
+    """Adds nodes for the gather of JAX.
 
-    Indices outside of the operand are moved to its border in every mode.
+    Only gathers whose slices are complete along all axes without an index are supported. Indices
+    outside of the operand are moved to its border, whatever mode JAX uses.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape
@@ -474,12 +522,12 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise _make_error("gather of this form")
+        raise _make_error("a gather of this form")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
     batching = [int(axis) for axis in numbers.start_indices_batching_dims]
     rest = [axis for axis in range(prefix) if axis not in batching]
-    order = [*batching, *rest]  # of the axes of the indices, except for the last axis
+    order = [*batching, *rest]  # new order of the axes of the indices, except for the last axis
     parts = []
     for n, axis in zip(indexed, axes, strict=True):
         most = graph.node("Sub", graph.size(dims[axis]), graph.ints(1))
@@ -487,7 +535,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         parts.append(graph.clamp(part, most))
     index = parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=prefix)
     gathered = graph.node("GatherND", operand, index, batch_dims=len(batch))
-    # The axes are now `order`, then `whole`. They are moved to their places in the result.
+    # The result now has the axes `order`, then `whole`. They are moved to where JAX puts them.
     offsets = [int(axis) for axis in numbers.offset_dims]
     kept = [axis for axis in range(len(dims))
             if axis not in (*batch, *(int(a) for a in numbers.collapsed_slice_dims))]  # fmt: skip
@@ -500,17 +548,17 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
-    """Returns element n of the last axis of indices."""
+    """Returns element n of the last axis of `index`. With `keep`, this axis stays, with size 1."""
     place = graph.ints([n] if keep else n)
     return graph.node("Gather", index, place, axis=-1)
 
 
 def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes that replace a single slice along an axis."""
+    """Adds nodes for a scatter of JAX that replaces a single slice along an axis."""
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise _make_error("scatter of this form")
+        raise _make_error("a scatter of this form")
     (axis,) = axes
     is_slice = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
     new = graph.node("Unsqueeze", x[2], graph.ints([axis]))
@@ -518,13 +566,16 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes that reduce rows [N, ...] to rows [K, ...] by index, as a maximum or a sum.
+    """Adds nodes for a scatter of JAX that combines rows [N, ...] with rows [K, ...].
 
-    Rows with an index outside of 0 to K - 1 are dropped: they go to a spare row K.
+    Rows with the same index are added, or the largest of them is taken.
+
+    Rows with an index outside of 0 to K - 1 are dropped. They are written to an additional row K,
+    which is then removed.
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:
-        raise _make_error("scatter of this form")
+        raise _make_error("a scatter of this form")
     zero = graph.ints([0])
     spare = graph.node("Slice", x[0], zero, graph.ints([1]), zero)
     operand = graph.node("Concat", x[0], spare, axis=0)
@@ -545,13 +596,16 @@ def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _as_column(graph: Graph, flags: str, rank: int, aval: Any) -> str:
-    """Adds axes to flags with `rank` axes, so that they can select between values of `aval`."""
+    """Adds axes of size 1 to bools with `rank` axes, until they have as many axes as `aval`."""
     axes = list(range(rank, len(aval.shape)))
     return graph.node("Unsqueeze", flags, graph.ints(axes)) if axes else flags
 
 
 def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Adds a Loop. The condition of the first round is computed before the loop."""
+    """Adds an ONNX Loop for a while loop of JAX.
+
+    ONNX tests the condition after each round, so the first condition is computed before the loop.
+    """
     params = eqn.params
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = x[:num_cond], x[num_cond : num_cond + num_body]

@@ -1,16 +1,19 @@
-"""Scores clips with the arrays of a PLDA run or a gallery. It needs only numpy."""
+"""Scores clips with the arrays of an exported PLDA run or gallery. It needs only numpy."""
 
 import numpy as np
 
 
 def log_probabilities(arrays, vectors):
-    """Returns log-probabilities [Q, 1 + N]: column 0 is a stranger, column 1 + n identity n.
+    """Returns the logarithms of the probabilities of N people for each of Q clips.
 
     Args:
       arrays: name -> array, as np.load or safetensors.numpy.load_file reads them.
-      vectors: part -> [Q, D], the vectors of Q clips; 0 if a clip lacks the part.
+      vectors: modality -> [Q, D], the vectors of the clips. The vector of a missing modality is 0.
+
+    Returns:
+      [Q, 1 + N]. Column 0 belongs to a stranger, and column 1 + n to identity n.
     """
-    logs, lack, members = -np.inf, 0, len(arrays["scale"])  # lack: 1 minus the probability
+    logs, lack, members = -np.inf, 0, len(arrays["scale"])  # lack: 1 - probability
     parts = [name[:-7] for name in arrays if name.endswith("/centre")]
     for member in range(members):
         get = {name: np.asarray(arrays[name][member], np.float64) for name in arrays}
@@ -49,14 +52,15 @@ def log_probabilities(arrays, vectors):
         rest = np.where(best, 0, shares).sum(axis=1, keepdims=True)
         logs = np.logaddexp(logs, logits - np.log1p(rest))
         lack = lack + np.where(best, rest, 1 + rest - shares) / (1 + rest) / members
-    # A probability near 1 is more exact as 1 - lack.
+    # If the probability is near 1, its logarithm is more exact when computed from `lack`.
     return np.where(lack < 0.5, np.log1p(-np.minimum(lack, 0.5)), logs - np.log(members))
 
 
 def _compute_distance_ratios(values, x):
-    """Returns the log-likelihood ratios [Q, N] of a part that is compared by distance.
+    """Returns the log-likelihood ratios [Q, N] of a modality that is compared by distances.
 
-    A card of its net describes the distances. The mean is already subtracted from x [Q, D].
+    `values` are the arrays of the modality. The mean is already subtracted from the vectors
+    x [Q, D].
     """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]

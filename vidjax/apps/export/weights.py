@@ -1,10 +1,13 @@
 """Exports the weights of a run as safetensors, and imports them as a new run.
 
-    config.json, identities.json, members.npz, metrics.json   as in the folder of the run
-    checkpoint.json      the manifest of the checkpoint, without its list of files
-    weights.safetensors  its arrays [E, ...] by their paths, params/... and model_state/...
+The exported folder contains these files:
 
-The state of the optimiser is not exported: an imported run can rank, but cannot continue training.
+    config.json, identities.json, members.npz, metrics.json   copies from the folder of the run
+    checkpoint.json      the metadata of the checkpoint, without its list of files
+    weights.safetensors  the arrays [E, ...], with names such as params/... and model_state/...
+
+E is the number of ensemble members. The state of the optimiser is not exported, so an imported run
+can rank clips, but cannot continue its training.
 """
 
 from collections.abc import Mapping
@@ -29,12 +32,18 @@ WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
 NEEDED_FILES = (CONFIG, IDENTITIES, MEMBERS)
 COPIED_FILES = (*NEEDED_FILES, "metrics.json")
 ITEMS = ("params", "model_state")
-# Entries of a manifest that are written again for every checkpoint.
+# Entries of checkpoint.json that depend on how the arrays are stored.
 CHECKPOINT_ENTRIES = ("step", "files", "arrays", "sha256")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Writes the files above into a folder; `step` is `latest` or `best`."""
+    """Writes the files that are listed above.
+
+    Args:
+      workdir: the folder of the run.
+      folder: the folder for the files.
+      step: the checkpoint, `latest` or `best`.
+    """
     from safetensors.numpy import save_file
 
     source = RunFolder(workdir)
@@ -49,14 +58,16 @@ def write(workdir: Path, folder: Path, step: str) -> None:
 
 
 def read(folder: Path, workdir: Path) -> None:
-    """Makes a new run in the folder `workdir` from the files in `folder`.
+    """Makes a new run in the folder `workdir` from the exported files in `folder`.
 
     Raises:
-      UserError: a file is missing or damaged, or the weights belong to another model.
+      UserError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     for name in (*NEEDED_FILES, CHECKPOINT, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"'{folder}' has no {name}: name a folder that vidjax export wrote")
+            raise UserError(
+                f"'{folder}' does not contain {name}\nname a folder that vidjax export has written"
+            )
     path = folder / CHECKPOINT
     manifest = files.read_manifest(path)
     schemas.parse(path, manifest, schemas.Manifest, "export the run again")
@@ -74,10 +85,10 @@ def read(folder: Path, workdir: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies the files of a run.
+    """Copies COPIED_FILES from one folder to another.
 
     Raises:
-      UserError: a file is a link or a pipe, or the results are damaged.
+      UserError: a file is a link or a pipe, or metrics.json is damaged.
     """
     RunFolder(source).metrics()
     for name in COPIED_FILES:
@@ -86,7 +97,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flattens nested dicts: path -> array, such as params/net/kernel -> array."""
+    """Flattens nested dicts of arrays. The new keys are paths, such as params/net/kernel."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
     return {_path(keys): np.ascontiguousarray(jax.device_get(leaf)) for keys, leaf in leaves}
 
@@ -96,21 +107,30 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _select_entries(manifest: Mapping[str, Any], *, without_step: bool = False) -> dict[str, Any]:
-    """Returns the entries of a manifest that do not depend on the storage of its arrays."""
+    """Returns the entries of checkpoint.json without those that list or sign the stored files.
+
+    With `without_step`, the step and the list of arrays are left out, too.
+    """
     left_out = CHECKPOINT_ENTRIES if without_step else CHECKPOINT_ENTRIES[1:]
     arrays = {} if without_step else {"arrays": manifest["arrays"]}
     return {name: value for name, value in manifest.items() if name not in left_out} | arrays
 
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the weights of a configuration and a manifest."""
+    """Returns the shapes and dtypes of all weights, in nested dicts like the weights.
+
+    Args:
+      config: the configuration of the run.
+      manifest: the entries of checkpoint.json, which describe the data.
+      members: the number of ensemble members.
+    """
     task = restore.read_task(manifest)
     system = make_system(config.to_dict(), task)
     return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
 
 
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads weights with the structure of `shapes`.
+    """Reads weights into nested dicts with the structure of `shapes`.
 
     Raises:
       UserError: the file is damaged, or its arrays have other names, shapes or dtypes.
@@ -130,7 +150,7 @@ def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or (value.dtype, value.shape) != (like.dtype, like.shape):
             actual = "missing" if value is None else f"{value.dtype}{list(value.shape)}"
             raise UserError(
-                f"'{path}' is of another model\n{name} is {actual}, not {expected}\n"
+                f"'{path}' does not fit config.json\n{name} is {actual}, but must be {expected}\n"
                 "export the run again"
             )
         return value
@@ -138,6 +158,7 @@ def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
     items = jax.tree_util.tree_map_with_path(take, dict(shapes))
     if arrays:
         raise UserError(
-            f"'{path}' is of another model: it also has {min(arrays)}\nexport the run again"
+            f"'{path}' does not fit config.json: the array {min(arrays)} is not used\n"
+            "export the run again"
         )
     return jax.tree.map(jax.numpy.asarray, items)

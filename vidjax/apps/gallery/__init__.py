@@ -1,8 +1,8 @@
-"""A gallery of people who are enrolled, identified and deleted without training.
+"""Galleries of people, who are enrolled, identified and deleted without training.
 
-`gallery` is the Python API. `backend` compares vectors with enrolled people, `answers` applies
-thresholds and writes answers, `changes` edits the content, `store` reads and writes the file, and
-`grouping` groups the clips of unknown people.
+The module `gallery` is the Python API. `backend` compares vectors with enrolled people, `answers`
+applies thresholds and writes answers, `changes` edits the content, `store` reads and writes the
+file, and `grouping` groups the clips of unknown people.
 
-JAX is imported only by functions that need it, because importing it takes seconds.
+Only functions that need JAX import it, because the import takes seconds.
 """

@@ -1,11 +1,12 @@
-"""Answers of a gallery: the rule that gives names to clips, and tables of answers.
+"""Decides which clips get a name, and writes the answers of a gallery to tables.
 
-A clip gets a name if its probability reaches a chosen value, or a value that few strangers reach.
+A clip gets the name of its most probable person if the probability reaches a threshold. The user
+chooses the threshold, or it is chosen so that few strangers reach it.
 
-The columns of .tsv and .csv are clip, identity, probability, score, best_1, probability_1, ... A
-line of .jsonl is {"clip", "identity", "probability", "score", "best": [...], "evidence": [...]}.
-The identity of an unknown person is null, or an empty cell. The score is the logarithm of the
-probability; for a clip without a usable frame it is -inf, in .jsonl null.
+A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
+A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
+of an unknown person is an empty cell, or null in .jsonl. The score is the logarithm of the
+probability. If a clip has no usable frame, its score is -inf, or null in .jsonl.
 """
 
 import itertools
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
 
-DEFAULT_FPIR = 0.01  # if the user chooses nothing and there are enough strangers
+DEFAULT_FPIR = 0.01  # false positive identification rate, if there are enough strangers
 MIN_NAMED_PROBABILITY = 0.5  # a name is more probable than all other answers together
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 IGNORED = "ignored"  # the user ignores the clip, or it has no clear face
-PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional columns
+PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional further columns
 NUM_TABLE_PEOPLE = 3  # best identities in a line of text
 SCORE_ROUNDING = 1e-7  # relative difference of a stranger's score between two batches of clips
 
@@ -44,10 +45,11 @@ class Answer(NamedTuple):
 
     Attributes:
       identity: the person; None if unknown.
-      probability: probability of the best identity; 0 for a clip without a usable frame.
-      score: logarithm of the probability. Scores still differ if the probabilities round to 1.
+      probability: the probability of the most probable identity; 0 if the clip has no usable frame.
+      score: the logarithm of the probability. It distinguishes clips whose probability rounds to 1.
       best: the most probable identities with their probabilities, best first.
-      evidence: the parts, such as face and audio, in which the clip was compared with the person.
+      evidence: the modalities, such as face and audio, in which the clip was compared with
+        `identity`. It is empty if the person is unknown.
     """
 
     identity: str | None
@@ -57,7 +59,7 @@ class Answer(NamedTuple):
     evidence: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the answer as plain values for JSON; a score of -inf becomes None."""
+        """Returns the answer as values for JSON. A score of -inf becomes None."""
         return {
             "identity": self.identity,
             "probability": self.probability,
@@ -72,14 +74,15 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 class Threshold(NamedTuple):
-    """A threshold that was measured on the strangers of a gallery.
+    """A threshold that was measured on strangers, clips of people who are not enrolled.
 
     Attributes:
-      fpir: the largest share of strangers that may get a name, chosen by the user.
-      score: the lowest log-probability of the best identity at which a clip gets a name.
-      num_identities: number of people that each stranger was compared with.
-      num_strangers: number of strangers in the gallery.
-      num_alarms: number of the strangers that reach the threshold.
+      fpir: the false positive identification rate that the user chose: the largest share of new
+        strangers that may get a name.
+      score: the threshold of the logarithm of the best identity's probability.
+      num_identities: the number of enrolled people, with whom each stranger was compared.
+      num_strangers: the number of strangers in the gallery.
+      num_alarms: the number of these strangers that reach the threshold.
     """
 
     fpir: float
@@ -90,25 +93,25 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share of future strangers that reach the threshold."""
+        """The 95 % confidence interval of the share of new strangers that reach the threshold."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns plain values for JSON; `low` and `high` are `interval`."""
+        """Returns the attributes as values for JSON, with the ends of `interval`: low and high."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
 class NamingRule(NamedTuple):
-    """The rule that decides if a clip gets the name of its best identity.
+    """The rule that decides if a clip gets the name of its most probable identity.
 
     Attributes:
-      by: `threshold` if the user chose the lowest probability, `fpir` if strangers set it, or `new`
-        if there are too few strangers. With `fpir` and `new`, a name also needs a probability above
-        MIN_NAMED_PROBABILITY.
-      score: logarithm of the lowest probability at which a clip gets a name.
-      default: True if the user chose nothing.
-      threshold: the threshold that strangers set; None unless `by` is `fpir`.
-      about: the rule in words.
+      by: the origin of the threshold. It is `threshold` if the user chose a probability, `fpir` if
+        the threshold was measured on strangers, and `new` if there are too few strangers to measure
+        one. With `fpir` and `new`, a name also needs a probability above 0.5.
+      score: the threshold of the logarithm of the probability. With `new`, it is -inf.
+      default: True if the user chose neither a probability nor a rate.
+      threshold: the measured threshold; None unless `by` is `fpir`.
+      about: a description of the rule for the user.
     """
 
     by: Literal["threshold", "fpir", "new"]
@@ -118,57 +121,62 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns True where a clip gets a name, given log p of the best identity."""
+        """Returns True where a clip gets a name.
+
+        `best` is the logarithm of the best identity's probability, for a clip or for several clips.
+        """
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
-        """Returns the answer for a clip from its most probable people.
+        """Returns the answer for a clip.
 
-        `cards` is True in a gallery of models, and False in a gallery of a run.
+        Args:
+          nearest: the most probable people of the clip.
+          cards: True in a gallery of models, and False in a gallery of a training run.
         """
         if not nearest.best:
             return NOBODY
         name, score = nearest.best[0]
         best = tuple((name, math.exp(log)) for name, log in nearest.best)
         evidence = nearest.compared if self.names(score) else ()
-        # In a gallery of models, a person without a common part may be the most probable person.
+        # In a gallery of models, the most probable person may have no modality of the clip.
         is_named = self.names(score) and (evidence or not cards)
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Checks that `fpir` is in (0, 1) and `threshold` in (0, 1], and that not both are given."""
+    """Raises UserError unless `fpir` is in (0, 1), `threshold` in (0, 1], and one of them None."""
     for name, value in (("fpir", fpir), ("threshold", threshold)):
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
-            "fpir and threshold exclude each other: choose one\n"
-            "fpir is the share of strangers who get a name; threshold is the least probability of "
-            "a name"
+            "fpir and threshold cannot be used together: give one of them\n"
+            "fpir limits the share of strangers who get a name; threshold is the lowest "
+            "probability of a name"
         )
     if threshold is not None and not 0 < threshold <= 1:
         raise UserError(
-            f"threshold={threshold:g}: name a probability above 0 and at most 1, e.g. 0.5"
+            f"threshold={threshold:g} is not a probability: give a number above 0 and at most 1"
         )
     if fpir is not None and not 0 < fpir < 1:
-        raise UserError(f"fpir={fpir:g}: name a rate above 0 and below 1, e.g. 0.01")
+        raise UserError(f"fpir={fpir:g} is not a rate: give a number above 0 and below 1")
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns the number of strangers that a threshold of this rate needs: 1 / fpir - 1."""
+    """Returns the number of strangers needed to measure a threshold for `fpir`: 1 / fpir - 1."""
     return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises ValueError if `count` strangers are too few for a threshold of rate `fpir`."""
+    """Raises UserError if `count` strangers are too few to measure a threshold for `fpir`."""
     check_choice(fpir, None)
     if count < count_needed_strangers(fpir):
         raise UserError(
-            f"fpir={fpir:g} needs {count_needed_strangers(fpir):,} clips of strangers or more, "
-            f"the gallery has {count:,}\n"
-            "ask for a higher rate, enrol more strangers, or choose a probability: threshold"
+            f"fpir={fpir:g} needs at least {count_needed_strangers(fpir):,} clips of strangers, "
+            f"but the gallery has {count:,}\n"
+            "choose a higher fpir, enrol more strangers, or choose a threshold instead"
         )
 
 
@@ -188,7 +196,10 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Returns clip -> `unknown N` for group labels [N] int; larger groups have lower numbers."""
+    """Names groups of clips `unknown 1`, `unknown 2`, ..., the largest group first.
+
+    Returns clip -> name. `labels` [N] int are the groups of the clips.
+    """
     groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
     number = {int(groups[row]): place + 1 for place, row in enumerate(order.tolist())}
@@ -196,17 +207,19 @@ def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
 
 
 def parse_group_number(group: str) -> int:
-    """Returns the number N from the name of a group, `unknown N`."""
+    """Returns N for the group with the name `unknown N`."""
     return int(group.removeprefix(UNKNOWN))
 
 
 def write_groups(
     path: Path, groups: Mapping[str, str], places: Mapping[str, tuple[str, str, str]] | None = None
 ) -> None:
-    """Writes a new table of clips and the names of their groups.
+    """Writes a new table of clips and groups, in which the user replaces groups by people.
 
-    A user replaces the names of groups by names of people. `places` are clip -> cells of
-    PLACE_COLUMNS for all clips. If `places` is None, the table lacks these columns.
+    Args:
+      path: the file, whose ending is the format of the table.
+      groups: clip -> name of its group, such as `unknown 1`.
+      places: clip -> its video, start and end, which become three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -214,28 +227,33 @@ def write_groups(
 
 
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
-    """Reads a table of groups; returns clip -> person.
+    """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    With `unknown`, clips of groups without a person's name are returned, too. Columns after the
-    first two are ignored. Raises UserError if a line is malformed or a clip has two names.
+    Groups that still are called `unknown N` are left out, or kept if `unknown` is True.
+
+    Raises:
+      UserError: a line is malformed, or a clip has two names.
     """
     names: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
         if cells[:2] == [*GROUP_COLUMNS]:
             continue
         if len(cells) < 2 or not all(map(str.strip, cells[:2])):
-            raise UserError(f"{path}: line {number}: the line must be CLIP, a tab, and a name")
+            raise UserError(
+                f"{path}: line {number} has no name or no clip\nwrite the clip, a tab and a name"
+            )
         with prefix_errors(f"{path}: line {number}"):
             clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
         if names.setdefault(clip, identity) != identity:
             raise UserError(
-                f"{path}: line {number}: clip '{show(clip)}' has two names: delete one line"
+                f"{path}: line {number} gives clip '{show(clip)}' a second name\n"
+                "delete one of its lines"
             )
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 
 
 def table(answers: Answers) -> list[str]:
-    """Returns lines of text: clip, identity, and the best identities with probabilities."""
+    """Returns lines of text with each clip, its identity, and its most probable identities."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
@@ -244,7 +262,10 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Formats a probability or a rate in per cent: 2 significant digits, or 4 above 99 %."""
+    """Formats a probability or a rate in per cent.
+
+    It has 2 significant digits, or 4 if it is above 99 %.
+    """
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -252,19 +273,19 @@ def share(value: float) -> str:
 
 
 def describe_rule(rule: NamingRule) -> dict[str, str]:
-    """Returns label -> text of the rows that describe a rule."""
-    chosen = " (nothing was chosen: --fpir=R or --threshold=P)" if rule.default else ""
+    """Describes a rule to the user. Returns the printed rows, label -> text."""
+    chosen = " (to choose another rule: --fpir=R or --threshold=P)" if rule.default else ""
     return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
 
 def convert_rule_to_json(rule: NamingRule) -> dict[str, object]:
-    """Returns a rule as plain values for JSON."""
+    """Returns a rule as values for JSON."""
     score = rule.score if math.isfinite(rule.score) else None
     return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
 
 
 def describe(limit: Threshold) -> dict[str, str]:
-    """Returns label -> text of the rows that describe a threshold."""
+    """Describes a threshold to the user. Returns the printed rows, label -> text."""
     low, high = map(share, limit.interval)
     return {
         "threshold": f"{share(math.exp(min(limit.score, 0.0)))} (logarithm {limit.score:.6g})",
@@ -275,17 +296,17 @@ def describe(limit: Threshold) -> dict[str, str]:
 
 
 def write(path: Path, answers: Answers) -> None:
-    """Writes answers to a new file, see `vidjax.utils.tables.write`."""
+    """Writes answers to a new table. The ending of `path` is the format."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
     objects = itertools.starmap(as_json, answers.items())
     tables.write(path, _list_kinds(most), _rows(answers, most), objects)
 
 
 class Identify(bulk.TableTask):
-    """Computes the columns of a table of answers; `options` are arguments of `identify`."""
+    """Identifies the clips of a table with a gallery. `options` are options of `identify`."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the answers for clips, by column."""
+        """Returns the answers for clips as the columns of a table."""
         answers = self.trained.identify(clips, **self.options)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
         return tables.to_columns(_list_kinds(most), list(_rows(answers, most)))
@@ -306,5 +327,5 @@ def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:
 
 
 def as_json(clip: str, answer: Answer) -> dict[str, object]:
-    """Returns an answer as plain values for JSON."""
+    """Returns the answer for a clip as values for JSON."""
     return {"clip": clip, **answer.to_dict()}

@@ -1,12 +1,15 @@
-"""The back end of a gallery: the coordinates of vectors, and the search among people.
+"""The back end of a gallery, which computes how probably a clip shows each enrolled person.
 
-A clip has a vector in each of M parts. The parts are the modalities of a PLDA run or of models, or
-the single embedding of another run. `fit` stores sums over the vectors of labelled clips, but no
-vector.
+The vector of a clip consists of M parts, one for each modality, such as face or audio. A gallery
+of a run that is not PLDA has a single part, the embedding. A part is compared in one of two ways:
+
+- PLDA: `fit` learns the parameters of a part from labelled clips.
+- Distances: a card, the JSON file that describes an embedding net, contains the parameters.
 
 A clip is compared with all people by matrix products in float32. The most probable people are then
-compared in float64. So answers agree to 1e-6 for any order and number of people and clips. The
-formulas are the same as in `models.plda_fit.combine_modalities` and `losses.log_softmax`.
+compared again in float64. Therefore answers differ by at most 1e-6 if the order or the number of
+people and clips changes. The formulas are the same as in `models.plda_fit.combine_modalities` and
+`losses.log_softmax`.
 """
 
 import contextlib
@@ -29,26 +32,27 @@ if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
-MAX_PAIRED_NUMBERS = 1 << 20  # numbers of vectors that are multiplied pair by pair at once
+MAX_PAIRED_NUMBERS = 1 << 20  # numbers that are multiplied pair by pair at once
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change joins smaller blocks
-# We assume that 10 % of voices belong to a person off screen while a face is seen.
+# We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
+# a voice is at most 9 if the clip also has a face.
 MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
-MAX_LOGIT_ERROR = 1e-3  # above the rounding error of a float32 logit
-MAX_FINE_PEOPLE = 4096  # people that tie with the k-th person; more tie only without any evidence
+MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
+MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
 PEAK_PEOPLE = 32  # people whose best logit is used to bound the k-th highest logit
 
 
 class Part(NamedTuple):
-    """A part of a clip's vector, and the parameters that compare two vectors of this part.
+    """The parameters that compare clips in one part of their vectors, such as the face.
 
     Attributes:
       name: the modality, or `embedding`.
       centre: [D] float64. It is subtracted from unit vectors, which are then scaled to unit length
         again. It is 0 if the run has already subtracted a centre.
-      space: the float64 coordinates of PLDA; None for a part with a card.
-      distances: the parameters of the card; None for PLDA.
+      space: the parameters of PLDA in float64. It is None if the part is compared by distances.
+      distances: the parameters from the card of a net. It is None if the part is compared by PLDA.
     """
 
     name: str
@@ -58,19 +62,27 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices of films: the voice of a clip may belong to a person off screen."""
+        """True if the vectors of the part may belong to a person who is not seen: a voice."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns unit vectors [N, D] in the coordinates of PLDA; a card leaves them unchanged."""
+        """Returns the PLDA coordinates [N, D] of unit vectors [N, D].
+
+        If the part is compared by distances, the vectors are returned unchanged.
+        """
         if self.space is None:
             return x
         return _product(x - self.space.mean, np.asarray(self.space.transform))
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `People.linear` and `People.constant` of P people for a part.
+        """Computes the coefficients of P people, see `People`.
 
-        `count` [P] are numbers of clips, and `total` [P, D] the sums of their unit vectors.
+        Args:
+          count: [P], the number of each person's clips.
+          total: [P, D], the sum of the unit vectors of these clips.
+
+        Returns:
+          `linear` [P, D] and `constant` [P] of `People`.
         """
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
@@ -80,17 +92,18 @@ class Part(NamedTuple):
         return np.asarray(enrolled.linear), np.asarray(enrolled.constant)
 
     def arrays(self) -> list[np.ndarray]:
-        """Returns all numbers of the part, see `from_numbers`."""
+        """Returns all parameters of the part, in the order in which `from_numbers` reads them."""
         if self.space is None:
             return [self.centre, np.array(self.distances)]
         return [self.centre, *map(np.asarray, self.space)]
 
 
 class People(NamedTuple):
-    """A block of P people, and the coefficients that score them in M parts.
+    """P enrolled people, with the coefficients that compare a clip with them in M parts.
 
-    In a part of PLDA, `linear` and `constant` are coefficients of z, see `two_covariance.Enrolled`.
-    In a part with a card, they are the means of unit vectors and the squared lengths of the means.
+    For PLDA, `linear` and `constant` are coefficients of the coordinates of a clip, see
+    `two_covariance.Enrolled`. For a part that is compared by distances, `linear` is the mean of a
+    person's unit vectors, and `constant` the squared length of this mean.
 
     Attributes:
       names: the names of the people.
@@ -105,7 +118,7 @@ class People(NamedTuple):
     num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
-        """Returns the people in the given rows of the block."""
+        """Selects people by their indices `rows`."""
         linear = tuple(x[rows] for x in self.linear)
         names = tuple(self.names[row] for row in rows)
         return People(names, linear, self.constant[:, rows], self.num_clips[:, rows])
@@ -115,9 +128,10 @@ class Nearest(NamedTuple):
     """The most probable people of a clip.
 
     Attributes:
-      new: the log probability of a new person.
-      best: (name, log probability), the most probable person first, ties in the order of names.
-      compared: the parts that both the first person and the clip have.
+      new: the logarithm of the probability that the clip shows a person who is not enrolled.
+      best: (name, logarithm of the probability) of the most probable people, best first. Equal
+        people are in the order of their names.
+      compared: the names of the parts that both the clip and the first person have.
     """
 
     new: float
@@ -126,7 +140,7 @@ class Nearest(NamedTuple):
 
 
 def join(blocks: Sequence[People]) -> People:
-    """Joins blocks of people."""
+    """Joins several `People` into one."""
     names, linear, constant, count = zip(*blocks, strict=True)
     return People(
         tuple(itertools.chain.from_iterable(names)),
@@ -137,32 +151,40 @@ def join(blocks: Sequence[People]) -> People:
 
 
 class Backend(NamedTuple):
-    """The parameters of M parts, and the settings of PLDA."""
+    """The parameters of M parts, and the settings that PLDA uses for all of them."""
 
     parts: tuple[Part, ...]
     settings: Settings
 
     @property
     def widths(self) -> dict[str, int]:
-        """Name -> D of every part."""
+        """Name of a part -> D, the length of its vectors."""
         return {part.name: len(part.centre) for part in self.parts}
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
-        """Splits vectors [N, sum of D] into the M parts, each [N, D]."""
+        """Splits vectors [N, sum of D] into M parts [N, D]."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns centred unit vectors of Q clips: M arrays [Q, D] float64, 0 for a missing part.
+        """Centres the vectors of Q clips, and scales them to unit length.
 
-        `parts` are the vectors: M arrays [Q, D] float32, 0 for a missing part.
+        Args:
+          parts: M arrays [Q, D] float32. The vector of a missing part is 0.
+
+        Returns:
+          M arrays [Q, D] float64. The vector of a missing part is 0.
         """
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the coordinates z of Q clips: M arrays [Q, D] float64, NaN for a missing part.
+        """Computes the coordinates in which Q clips are compared, see `Part.coordinates`.
 
-        `parts` are as in `units`. The coordinates of a part with a card are the unit vectors.
+        Args:
+          parts: M arrays [Q, D] float32. The vector of a missing part is 0.
+
+        Returns:
+          M arrays [Q, D] float64. The coordinates of a missing part are NaN.
         """
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
@@ -170,10 +192,12 @@ class Backend(NamedTuple):
         return white
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
-        """Returns the people `names`, computed from sums over their clips, in this order.
+        """Computes the coefficients of people from their clips.
 
-        `vectors` are [N, sum of D] float32, 0 for a missing part. `owner` is [N] int, the index of
-        each clip's person in `names`.
+        Args:
+          names: the names of the people.
+          vectors: [N, sum of D] float32, the vectors of all clips. A missing part is 0.
+          owner: [N] int, the index in `names` of the person of each clip.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -185,7 +209,7 @@ class Backend(NamedTuple):
         return People(tuple(names), tuple(linear), np.stack(constants), np.stack(counts))
 
     def numbers(self) -> np.ndarray:
-        """Returns the arrays of all parts, flattened and joined, [num_numbers] float64."""
+        """Returns the parameters of all parts as a flat float64 array, see `from_numbers`."""
         arrays = (np.ravel(array) for part in self.parts for array in part.arrays())
         return np.concatenate([*arrays]).astype("<f8")
 
@@ -198,14 +222,14 @@ def fit(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end to labelled clips.
+    """Fits PLDA to the vectors of labelled clips.
 
     Args:
-      vectors: part -> unit vectors [N, D] float32, 0 for a missing part.
-      labels: [N] int, classes from 1.
+      vectors: part -> unit vectors [N, D] float32. The vector of a missing part is 0.
+      labels: [N] int, the person of each clip, from 1.
       enrolled: the vectors with which the clips are enrolled, if they differ from `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted.
+      settings: the settings of PLDA. By default, they are fitted, too.
     """
     from vidjax.models import plda_fit  # imports JAX
 
@@ -234,9 +258,11 @@ def fit(
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
-    """Makes a back end from the cards of models, part -> `cards.BackEnd`; no clips are needed.
+    """Makes a back end that compares clips by distances.
 
-    `stranger_odds` is the expected number of clips of strangers per clip of an enrolled person.
+    Args:
+      back_ends: part -> parameters from the card of its net, the JSON file that describes the net.
+      stranger_odds: the expected number of clips of strangers per clip of an enrolled person.
     """
     parts = []
     for name, back_end in back_ends.items():
@@ -250,30 +276,42 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and adds the unit vectors [N, D] of each `owner` [N]; returns [num] and [num, D].
+    """Counts and adds the unit vectors [N, D] of each of `num` people or groups.
 
-    Vectors that are 0 are not counted.
+    `owner` [N] are the people or groups of the vectors. Vectors that are 0 are not counted.
+
+    Returns:
+      The counts [num] and the sums [num, D].
     """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Returns unit vectors [N, D] float64 from the centre of a part to x; 0 if x is 0."""
+    """Subtracts the centre of a part from x [N, D], and scales the results to unit length.
+
+    A row of zeros, which stands for a missing part, stays 0.
+    """
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the lengths of the flattened `Part.arrays`."""
+    """Returns the number of elements of each array in `Part.arrays`.
+
+    `width` is the length of the part's vectors. `by_card` is True if it is compared by distances.
+    """
     return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
 
 
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Returns the back end from its `Backend.numbers`.
+    """Makes a back end from the array that `Backend.numbers` returned.
 
-    `kinds` has for each part its name, D, and True if it has a card.
+    Args:
+      kinds: (name, D, True if it is compared by distances) of each part.
+      settings: the settings of PLDA.
+      numbers: the flat array.
     """
     parts, at = [], 0
     for name, width, by_card in kinds:
@@ -301,7 +339,7 @@ def _libraries() -> ThreadpoolController:
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """Limits matrix products to a single thread, because idle BLAS threads use whole processors."""
+    """Limits BLAS to one thread, because BLAS threads that wait for work use whole processors."""
     return _libraries().limit(limits=1, user_api="blas")
 
 
@@ -311,11 +349,12 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class _Queries(NamedTuple):
-    """Q clips, prepared for the comparison with people.
+    """What the comparison with people needs of Q clips.
 
     Attributes:
-      coordinates: M arrays [Q, D] float64; 0 for a missing part.
-      terms: M arrays [Q, ...] float64, further numbers of a clip for the scorer of the part.
+      coordinates: M arrays [Q, D] float64, which are multiplied with `People.linear`. The
+        coordinates of a missing part are 0.
+      terms: M arrays [Q, ...] float64, terms of the log-likelihood ratio that depend on the clip.
       missing: [M, Q] bool, True if a clip lacks the part.
     """
 
@@ -325,15 +364,23 @@ class _Queries(NamedTuple):
 
 
 class Ratios:
-    """The log-likelihood ratios of N people in a part of PLDA, see `two_covariance.Enrolled`.
+    """Computes log-likelihood ratios of clips and N people with PLDA, in one part.
 
     Attributes:
-      curve: [U, D] float64, coefficients of z^2. People with the same number of clips share them.
+      curve: [U, D] float64, coefficients of the squared coordinates of a clip. They depend only on
+        a person's number of clips, so there are U rows for U different numbers.
       kind: [N], the row of each person in `curve`.
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Takes `count` [N], the clips of each person, and `constant` [N]."""
+        """Prepares the comparison with N people.
+
+        Args:
+          part: the part.
+          scale: the factor of all log-likelihood ratios.
+          count: [N], the number of each person's clips.
+          constant: [N], see `People`.
+        """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
         blank = np.zeros((len(kinds), len(part.centre)))
@@ -343,9 +390,9 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the coordinates [Q, D] and the constants [Q, kinds] of clips.
+        """Returns `coordinates` [Q, D] and `terms` [Q, U] of clips, see `_Queries`.
 
-        `units` are the unit vectors [Q, D] of the clips.
+        `units` [Q, D] are the unit vectors of the clips. `effective` is not used by PLDA.
         """
         del effective
         z = self._part.coordinates(units)
@@ -354,32 +401,37 @@ class Ratios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Adds the constants of people and clips to products, in place.
+        """Turns products of clips and people into log-likelihood ratios, in place.
 
         Args:
-          ratios: products of the coordinates of clips and `People.linear`. Afterwards they are
-            log-likelihood ratios.
-          rows: the people of `ratios`.
-          owner: the clip of each element of `ratios`.
-          terms: the constants of all clips, from `ask`.
+          ratios: the products of the coordinates of clips and `People.linear`.
+          rows: the indices of the people in `ratios`.
+          owner: the index of the clip of each element of `ratios`.
+          terms: the terms of all clips, from `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
-        # Often all people have the same number of clips.
+        # If all people have the same number of clips, broadcasting is faster than indexing.
         column = 0 if terms.shape[1] == 1 else self.kind[rows]
         ratios += terms.astype(ratios.dtype)[owner, column]
 
 
 class DistanceRatios:
-    """The log-likelihood ratios of N people in a part with a card, see `models.distance`.
+    """Computes log-likelihood ratios of clips and N people from distances, in one part.
 
     Attributes:
-      population: the mean m of all people.
+      population: the distribution of all people, with the mean m; see `distance.population`.
       share, variance: [N] float64, see `distance.Posterior`.
-      radius: [N] float64, the squared distance of the posterior mean from m.
+      radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
 
     def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
-        """Takes blocks of people: numbers of clips, means of unit vectors, squared lengths."""
+        """Prepares the comparison with N people.
+
+        Args:
+          distances: the parameters of the part.
+          people: blocks of P people: the numbers of their clips [P], the means of their unit
+            vectors [P, D], and the squared lengths of the means [P].
+        """
         counts, means, _ = zip(*people, strict=True)
         effective = [distance.effective_count(distances, count, x) for count, _, x in people]
         self._distances = distances
@@ -392,7 +444,11 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """[5]: both shapes, the smallest squared distance, constant and slope for a stranger."""
+        """The parameters that `reader.py` of an exported gallery needs, [5] float64.
+
+        They are the shapes of the distributions for the same person and for different people, the
+        lowest squared distance, and the constant and the slope of a stranger's log density.
+        """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
         constant = distance.stranger_log_density(distances, zero, variance)
@@ -401,9 +457,10 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the coordinates and terms of Q clips.
+        """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
-        `units` are means [Q, D] of unit vectors, and `effective` [Q] their effective numbers.
+        `units` [Q, D] are the means of the unit vectors of each group, and `effective` [Q] the
+        numbers of independent clips with the same information as the group.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -415,7 +472,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns products into log-likelihood ratios, in place; see `ProductRatios.finish`."""
+        """Turns products into log-likelihood ratios, in place; see `Ratios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (
@@ -432,27 +489,27 @@ class DistanceRatios:
 
 
 class Index:
-    """The coefficients of all people, which are searched; an index is never changed."""
+    """Searches for the most probable people of a clip. An index is immutable."""
 
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
-        """Takes blocks of different people."""
+        """Makes an index of the people in all `blocks`; no person may be in two blocks."""
         self.backend = backend
         self.blocks = [block for block in blocks if block.names]
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The name of every person."""
+        """The names of all N people."""
         return [name for block in self.blocks for name in block.names]
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """[M, N] int32, the number of each identity's clips that have the part."""
+        """[M, N] int32, the number of each person's clips that have the part."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":
-        """The scorer of each part, which computes log-likelihood ratios."""
+        """The objects that compute the log-likelihood ratios of each part."""
         scorers: list[Ratios | DistanceRatios] = []
         for number, part in enumerate(self.backend.parts):
             people = [
@@ -468,7 +525,10 @@ class Index:
         return scorers
 
     def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns an index without the people `removed`, if it has them, and with `new` people."""
+        """Returns an index without the people `removed`, and with the people `new`.
+
+        Names in `removed` that the index lacks are ignored.
+        """
         removed, kept, small = set(removed), [], [new]
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
@@ -481,11 +541,14 @@ class Index:
         return Index(self.backend, [*kept, *map(joined.take, pieces)])
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields for each of Q clips the logarithms of 1 + N probabilities, [1 + N] float64.
+        """Yields the logarithms of the probabilities of all people for each of Q clips.
 
-        Entry 0 is a new person, and entry 1 + r is `names[r]`. The probabilities add up to 1.
-        `parts` are M arrays [Q, D], 0 for a missing part. For a clip without any part, a new person
-        has probability 1.
+        Args:
+          parts: the vectors of the clips, M arrays [Q, D]. The vector of a missing part is 0.
+
+        Yields:
+          [1 + N] float64. Entry 0 belongs to a new person, and entry 1 + r to `names[r]`. The
+          probabilities add up to 1. If a clip lacks all parts, a new person has probability 1.
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -496,10 +559,12 @@ class Index:
     def nearest(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[Nearest]:
-        """Yields for each of Q clips the k >= 1 most probable people; `parts` as in `search`.
+        """Yields the k most probable people of each of Q clips, or of each of G groups of clips.
 
-        A clip without any part has no best people. If `owner` [Q] int is given, it assigns the
-        clips to G groups, and each group gets an answer.
+        Args:
+          parts: the vectors of the clips, M arrays [Q, D]. The vector of a missing part is 0.
+          k: the number of people, at least 1. A clip that lacks all parts gets none.
+          owner: [Q] int, the group of each clip. By default, each clip is a group.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -518,11 +583,12 @@ class Index:
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields for each clip (new, logits, rows, fine, has_part).
+        """Compares clips or groups with all people; the arguments are the same as of `nearest`.
 
-        `new` is the logit of a new person, and `logits` [N] float32 are the logits of all people.
-        `rows` [R] are the k or more most probable people, and `fine` [R] float64 their logits.
-        `has_part` is [M] bool.
+        Yields:
+          A tuple for each clip: the logit of a new person; the logits [N] float32 of all people;
+          the indices [R] of the k or more most probable people; the logits [R] float64 of these
+          people; and [M] bool, True if the clip has the part.
         """
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -545,7 +611,11 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns the mean unit vectors of groups, and their effective numbers of clips."""
+        """Computes the mean unit vectors [G, D] of groups of clips, for each part.
+
+        `owner` [Q] is the group of each clip. The function also returns the number [G] of
+        independent clips with the same information as a group, because clips of a group are alike.
+        """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
             count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
@@ -557,7 +627,7 @@ class Index:
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares clips for the comparison; M arrays of mean unit vectors and clip numbers."""
+        """Prepares clips or groups for the comparison; see `_groups` for the arguments."""
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
             z, more = scorer.ask(x, k)
@@ -566,7 +636,7 @@ class Index:
         return _Queries(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
 
     def _logits(self, queries: _Queries) -> np.ndarray:
-        """Returns the logits of all people for Q clips, [Q, N] float32."""
+        """Computes the logits [Q, N] float32 of all people for Q clips."""
         narrow = [x.astype(np.float32) for x in queries.coordinates]
         owner = np.arange(len(narrow[0]))[:, None]
         logits = np.empty((len(owner), len(self.names)), np.float32)
@@ -586,7 +656,10 @@ class Index:
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
-        """Returns the logits [R] float64 of the people in `rows` [R] for the clips `owner` [R]."""
+        """Computes the logits [R] float64 of R pairs of a person and a clip.
+
+        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips.
+        """
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
         for place in np.unique(places).tolist():
@@ -607,13 +680,13 @@ class Index:
         owner: np.ndarray,
         queries: _Queries,
     ) -> np.ndarray:
-        """Returns the logits of R people from products of clips and coefficients.
+        """Turns products of clips and people into logits, and adds up the M parts.
 
         Args:
           products: M arrays, [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The
             first array is overwritten by the logits.
-          rows: the row numbers of the R people.
-          owner: the row numbers of the clips, [Q, 1] for all pairs, or [R] for R pairs.
+          rows: the indices of the R people.
+          owner: the indices of the clips, [Q, 1] for all pairs, or [R] for R pairs.
           queries: the clips.
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
@@ -633,13 +706,13 @@ class Index:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The row of the first person of every block, and the number of people."""
+        """The index of the first person of every block, and the number N of people."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the sorted rows of the k highest of N logits.
+        """Returns the sorted indices of the k highest of N float32 logits.
 
-        Rows of logits that may be as high, except for rounding, are included.
+        The result includes logits that are lower only because of rounding errors.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
@@ -656,10 +729,9 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log softmax [K] of logits [K] float64.
+    """Returns the log softmax [K] of logits [K] float64.
 
-    The logarithm of a probability near 1 is computed from the other probabilities, as in
-    `losses.log_softmax`.
+    A log-probability near 0 is computed from the other probabilities, because this is more exact.
     """
     best = logits.argmax()
     shifted = logits - logits[best]

@@ -1,4 +1,7 @@
-"""Changes of a gallery: they are collected in a draft and written together, all or none."""
+"""Edits the content of a gallery: people and clips are added, removed and renamed in a draft.
+
+`Gallery.change` writes all changes of a draft together, or none of them.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -22,11 +25,14 @@ T = TypeVar("T")
 
 
 class Draft:
-    """The future content of a gallery; see the methods of `Gallery` for each change.
+    """The future content of a gallery, which is edited in memory.
+
+    The methods of `Gallery` with the same names describe the changes. Strangers are clips of people
+    who are not enrolled.
 
     Attributes:
       clips: name -> clip, including strangers.
-      groups: identity -> the sorted names of its clips; STRANGER -> the names of strangers.
+      groups: identity -> the sorted names of its clips. The key of strangers is the empty string.
     """
 
     def __init__(self, state: State):
@@ -40,7 +46,11 @@ class Draft:
         return bool(self._changed_clips)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips given as vectors; returns the number of new clips."""
+        """Adds clips; returns the number of clips that are new or change from stranger to person.
+
+        Raises:
+          UserError: a clip is malformed, or enrolled with another vector or for another person.
+        """
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         new = {
@@ -52,10 +62,13 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds the modalities that enrolled clips lack; see `Gallery.complete`.
+        """Adds the modalities that enrolled clips lack.
 
-        A clip is skipped if a modality that it has differs from `vectors`, clip -> vector. Returns
-        the names of all other clips.
+        `vectors` are clip -> vector with all modalities. A clip is skipped if any modality that it
+        already has differs from the new vector.
+
+        Returns:
+          The names of the enrolled clips in `vectors` that were not skipped.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -75,7 +88,10 @@ class Draft:
     ) -> int:
         """Removes people with all their clips, or single clips; returns the number of clips."""
         if (identity is None) == (clip is None):
-            raise UserError("name people or clips: remove(identity=NAME), or remove(clip=NAME)")
+            raise UserError(
+                "remove needs either people or clips\n"
+                "call remove(identity=NAME), or remove(clip=NAME)"
+            )
         for kind, value in (("identity", identity), ("clip", clip)):
             check_argument(f"remove: {kind}", value, (str, Collection, type(None)), "a name")
             for name in [] if isinstance(value, str) else value or ():
@@ -92,27 +108,30 @@ class Draft:
         """Gives a person another name; returns the number of clips."""
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
-            raise UserError(f"'{show(to)}' has this name already")
+            raise UserError(f"'{show(to)}' already has this name: choose another name")
         if to in self.groups and not merge:
             raise UserError(
-                f"'{show(to)}' is already enrolled: two people would become one\n"
-                "if they are the same: merge=True in Python, --merge on the command line"
+                f"'{show(to)}' is already enrolled, so two people would become one\n"
+                "if they are the same person, use merge=True in Python, or --merge"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the identity of a clip and returns the old identity. None is a stranger."""
+        """Changes the identity of a clip; returns the old identity. A stranger has None."""
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
-        if old is None:  # suggests no similar name: that clip may show another person
+        if old is None:  # suggests no similar name, because that clip may show another person
             raise UserError(
                 f"no clip '{show(clip)}' is enrolled: enrol it with an identity or --strangers\n"
                 "to see all clips: vidjax gallery list G --clips"
             )
         if old.identity == identity:
-            raise UserError(f"clip '{show(clip)}' shows {_describe_person(identity)} already")
+            raise UserError(
+                f"clip '{show(clip)}' already belongs to {_describe_person(identity)}\n"
+                "choose another identity"
+            )
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
 
@@ -122,7 +141,7 @@ class Draft:
         return find_enrolled("identity", normal_form(identity), self.groups)
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
-        """Replaces clips by name; removes a clip if its value is None."""
+        """Replaces or adds clips, name -> clip. A clip whose value is None is removed."""
         added: dict[str, set[str]] = {}  # identity -> its new clips
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
@@ -137,9 +156,10 @@ class Draft:
         self._changed_people |= added.keys()
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if a clip is new or gets another identity.
+        """Returns True if a clip is not enrolled yet, or is a stranger that becomes a person.
 
-        Raises UserError if another clip of this name is enrolled.
+        Raises:
+          UserError: a clip with this name, but another person or vector, is enrolled.
         """
         old = self.clips.get(name)
         if old is None:
@@ -156,7 +176,7 @@ class Draft:
         if problem:
             raise UserError(
                 f"clip '{show(name)}' is already enrolled {problem}\n"
-                "clip names must be unique: give the new clip another name"
+                "if it is another clip, give it another name"
             )
         return old.identity != clip.identity
 
@@ -164,32 +184,41 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """New person -> an enrolled person with a similar name."""
+        """The new people whose names are similar to enrolled names: new name -> enrolled name."""
         new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
         return find_similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
     def _list_changes(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        """Returns (old, new) for each changed clip. `old` or `new` is None if it does not exist."""
+        """Returns each changed clip before and after the change.
+
+        A clip that was added is None before, and a clip that was removed is None after the change.
+        """
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
 
     @property
     def refits(self) -> bool:
-        """True if the back end must be fitted again, because it was fitted to a removed clip."""
+        """True if the back end was fitted to a clip that is removed, so it must be fitted again."""
         fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The new clips, and the strangers that became people. None if there are other changes."""
+        """The changed clips, if they were only added, or became people from strangers.
+
+        If there are other changes, it is None.
+        """
         for old, new in self._list_changes():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
                 return None
         return {name: self.clips[name] for name in self._changed_clips}
 
     def state(self) -> tuple[State, People]:
-        """Returns the next state with the present back end, and the changed people by name."""
+        """Returns the content after the changes, and the new coefficients of the changed people.
+
+        The back end stays the same.
+        """
         old = self._state
-        # `keys & set` iterates over the small set; `set & keys` would iterate over all keys.
+        # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.groups.keys() & self._changed_people - {STRANGER})
         groups = {name: self.groups[name] for name in changed}
         people = enrol(old.index.backend, groups, self.clips)
@@ -209,10 +238,15 @@ def _describe_person(identity: str | None) -> str:
 def enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
 ) -> People:
-    """Returns the people of `groups`, identity -> names of clips, in this order.
+    """Computes the coefficients of people from their clips.
 
-    PLDA counts the clips of a person in a film as a single clip, because they are alike. With
-    cards, the distances of the vectors show how alike clips are; see `distance.effective_count`.
+    PLDA counts the clips of a person in a film as a single clip, because they are alike. In a
+    gallery of models, the distances show how alike clips are; see `distance.effective_count`.
+
+    Args:
+      backend: the back end.
+      groups: identity -> the names of its clips.
+      clips: name -> clip.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str
@@ -228,7 +262,16 @@ def group_by_film(
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
-    """Returns (identity, film) -> the names of clips; `film` returns the film of a clip name."""
+    """Groups clips by person and film.
+
+    Args:
+      names: the names of the clips to group.
+      clips: name -> clip.
+      film: returns the film of the clip with a given name.
+
+    Returns:
+      (identity, film) -> names of clips.
+    """
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
         films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
@@ -238,9 +281,14 @@ def group_by_film(
 def stack_films(
     films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> np.ndarray:
-    """Returns a mean vector for the clips of each film, [N, width] float32.
+    """Returns the mean vector of the clips of each of N films, [N, sum of D] float32.
 
-    The mean of a part is taken over the clips that have the part. `widths` are part -> D.
+    The mean of a part, such as the face, is taken over the clips that have the part.
+
+    Args:
+      films: for each film, the names of its clips.
+      clips: name -> clip.
+      widths: name of a part -> D, the length of its vectors.
     """
     width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
     vectors = stack_vectors([names[0] for names in films], clips, width)
@@ -260,50 +308,67 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
-    """Returns a clip with the cleaned name of its person; refuses a clip without a usable frame."""
+    """Checks a clip, and returns it with the cleaned name of its person.
+
+    Raises:
+      UserError: a name is invalid, the vector is not finite float32 [width], or it is 0, which
+        means that the clip has no usable frame.
+    """
     _check_length("clip name", check_name(name))
     if clip.identity is not None:
         clip = clip._replace(identity=check_person(clip.identity))
     if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
         raise UserError(
-            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}; "
-            f"expected float32 ({width},)"
+            f"clip '{show(name)}' has a vector of the type {clip.vector.dtype} and the shape "
+            f"{clip.vector.shape}\ngive a float32 vector of the shape ({width},)"
         )
     if not np.isfinite(clip.vector).all():
-        raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
+        raise UserError(f"the vector of clip '{show(name)}' is not finite: compute it again")
     if not clip.vector.any():
-        raise UserError(f"clip '{show(name)}' has no usable frame")
+        raise UserError(f"clip '{show(name)}' has no usable frame: leave it out")
     return clip
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person; refuses a name that a gallery cannot store."""
+    """Returns the cleaned name of a person.
+
+    Raises:
+      UserError: the name is invalid, too long, or stands for unknown people, such as `unknown 1`.
+    """
     name = _check_length("identity", clean_identity(name))
     if is_unknown(name):
         raise UserError(
-            f"'{show(name)}' means an unknown person: give another name, such as 'neighbour'"
+            f"the name '{show(name)}' stands for an unknown person\n"
+            "choose another name, such as 'neighbour'"
         )
     return name
 
 
 def _check_length(kind: str, name: str) -> str:
     if len(name) > MAX_NAME_LETTERS:
-        raise UserError(f"{kind} '{show(name)}' is longer than {MAX_NAME_LETTERS:,} letters")
+        raise UserError(
+            f"the {kind} '{show(name)}' is longer than {MAX_NAME_LETTERS:,} letters\nshorten it"
+        )
     return name
 
 
 def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`. Raises NotEnrolledError if the name is missing."""
+    """Returns `among[name]`.
+
+    Raises:
+      NotEnrolledError: `among` lacks the name. `kind` describes the name in the message.
+    """
     if name not in among:
         raise NotEnrolledError(kind, name, among)
     return among[name]
 
 
 class NotEnrolledError(UserError):
-    """No person or clip has this name.
+    """The gallery contains no person or clip with the given name.
 
-    The message suggests a similar name. It is computed when it is read, because the gallery is no
-    longer locked then. A server does not read it: its answers must not suggest names.
+    The message suggests a similar name. The search for this name takes time, so it begins when the
+    message is read: the gallery is no longer locked then. A server does not read the message,
+    because its answers must not reveal names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):
@@ -315,5 +380,6 @@ class NotEnrolledError(UserError):
         close = closest(name, among)
         hint = f": did you mean '{show(close)}'?" if close else ""
         return (
-            f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
+            f"no {kind} '{show(name)}' is enrolled{hint}\n"
+            "to see all people and clips: vidjax gallery list G --clips"
         )

@@ -1,4 +1,4 @@
-"""A gallery of people who are enrolled, identified and deleted without training.
+"""A gallery, in which people are enrolled, identified and deleted without training.
 
     import vidjax
 
@@ -7,20 +7,20 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-For each person and modality, a gallery stores the number of clips and the sum of their vectors.
-Strangers are clips of people who are not enrolled; they set the thresholds. Answers do not depend
-on the order of changes: a new gallery of the same clips and back end gives the same answers to
-1e-6.
+A gallery contains the vectors of all clips, and coefficients of each person for the comparison.
+Thresholds are measured on strangers, which are clips of people who are not enrolled. The order of
+changes does not matter: a new gallery of the same clips gives the same answers to 1e-6.
 
-An open gallery answers from the current content of its folder, even if another process changed it.
-A `State` is immutable, so an answer in another thread keeps its state to the end.
-A change is written to the folder first. If writing fails, folder and memory stay as they were.
+An open gallery always answers from the current content of its folder, even if another process has
+changed it. A `State` is immutable, so an answer in another thread uses one state from its beginning
+to its end. A change is first written to the folder. If writing fails, folder and memory stay as
+they were.
 
-A removed person leaves no trace in the folder. If the back end (the parameters that score pairs of
-clips) was fitted to a removed clip, the vector of this clip could be computed from the back end and
-the other clips. `remove` therefore fits the back end again. The run, and the back end of a gallery
-made with `empty`, still depend on their training clips. Only a new training run without the clips
-removes this dependence.
+A removed person leaves no trace in the folder. The back end is the set of parameters that score
+pairs of clips. If it was fitted to a removed clip, the vector of this clip could be computed from
+the back end and the other clips. Therefore `remove` fits the back end again. The training run still
+depends on its training clips, and so does the back end of a gallery that was made with
+`empty=True`. Only a new training run without the clips removes this dependence.
 """
 
 import contextlib
@@ -84,16 +84,16 @@ FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 256  # clips that are scored together
 EMBED_ROWS = 32  # clips that are embedded together
-EMBEDDING = "embedding"  # the only part of a gallery whose run is not PLDA
+EMBEDDING = "embedding"  # name of the only part of the vectors, if the run is not PLDA
 
 
 class Enrolment(NamedTuple):
     """The result of an enrolment.
 
     Attributes:
-      enrolled: number of new clips.
-      unchanged: number of clips that were enrolled before.
-      refused: names of the clips without a usable frame.
+      enrolled: the number of new clips.
+      unchanged: the number of clips that were enrolled before.
+      refused: the names of the clips without a usable frame, which were not enrolled.
       similar: new person -> an enrolled person with a similar name.
     """
 
@@ -108,8 +108,9 @@ class Vectors(NamedTuple):
 
     Attributes:
       names: the names of the clips.
-      parts: name of a part -> [N, D] float32; 0 if a clip lacks the part.
-      labels: the person of each clip; None if the ground truth names nobody.
+      parts: modality -> [N, D] float32. The vector is 0 if a clip lacks the modality. If the clips
+        were embedded by a run that is not PLDA, the only key is `embedding`.
+      labels: the person of each clip, or None if the person is not known.
     """
 
     names: tuple[str, ...]
@@ -117,7 +118,7 @@ class Vectors(NamedTuple):
     labels: tuple[str | None, ...]
 
     def only(self, names: Collection[str]) -> "Vectors":
-        """Returns the vectors of some clips, in the same order."""
+        """Selects the clips with the given names. Their order stays the same."""
         rows = [row for row, name in enumerate(self.names) if name in names]
         parts = {part: x[rows] for part, x in self.parts.items()}
         labels = tuple(self.labels[row] for row in rows)
@@ -125,17 +126,18 @@ class Vectors(NamedTuple):
 
 
 class NobodyError(UserError):
-    """A clip cannot be identified because nobody is enrolled."""
+    """No clip can be identified, because nobody is enrolled."""
 
 
 class Gallery:
-    """A gallery in a folder: a collection of names of people, with `len`, `in` and iteration.
+    """A gallery in a folder. `len`, `in` and iteration give the names of the enrolled people.
 
-    `clips` are a dataset together with the name of a `split`, clips in memory as for
-    `Predictor.embed`, or the vectors that `embed` returns.
+    Methods with an argument `clips` accept a dataset together with the name of a `split`, clips in
+    memory as for `Predictor.embed`, or the vectors that `embed` returns.
 
-    A change returns when it is on the disk. It raises ValueError while another process changes the
-    gallery, and OSError if the folder cannot be written. In both cases nothing is changed.
+    A method that changes the gallery returns when the change is on the disk. It raises ValueError
+    if another process is changing the gallery, and OSError if the folder cannot be written. In both
+    cases nothing is changed.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -143,12 +145,12 @@ class Gallery:
 
         Args:
           folder: the folder of the gallery.
-          run: the run that the gallery was made with, or its folder. By default, the folder that is
-            stored in the gallery. The run is restored at its first use.
+          run: the training run that the gallery was made with, or the folder of this run. The
+            default is the folder that is stored in the gallery. The run is loaded when a vector
+            must be computed.
 
         Raises:
-          ValueError: the folder holds no gallery, or the gallery is damaged. The error names the
-            file.
+          ValueError: the folder contains no gallery, or a file of the gallery is damaged.
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(Path(folder).expanduser().absolute())
@@ -168,17 +170,19 @@ class Gallery:
         strangers: str | None = None,
         empty: bool = False,
     ) -> "Gallery":
-        """Makes a gallery of a run's training clips.
+        """Makes a gallery that enrols the labelled training clips of a run.
 
-        A PLDA run gives its settings to the back end. For other runs, the settings are fitted.
+        Clips are compared by PLDA. If the run is a PLDA run, the gallery uses the settings of the
+        run. Otherwise, the settings are fitted to the training clips.
 
         Args:
           folder: a new or empty folder.
           run: the run, or its folder.
           data: the dataset of the run. By default, it is loaded.
-          strangers: a split. Its clips without a label become strangers. The default is the
-            evaluated split, if it has labels.
-          empty: True to enrol nobody and keep only the back end and the strangers.
+          strangers: the name of a split. Its clips without a label become strangers. The default is
+            the evaluated split, if any of its clips has a label.
+          empty: True to enrol nobody. The gallery then contains only the strangers and the
+            parameters that were fitted to the training clips.
 
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
@@ -207,8 +211,8 @@ class Gallery:
             )
         if not clips:
             raise UserError(
-                f"the vectors of all {labelled:,} labelled training clips are 0: this run cannot "
-                "distinguish people\ntrain a run on clips with usable frames, of more people"
+                f"the run cannot distinguish people: the vectors of all {labelled:,} labelled "
+                "training clips are 0\ntrain a run on more people, and on clips with usable frames"
             )
         origin = make_run_origin(run)
         settings = run.system.model.gallery_settings()
@@ -225,18 +229,20 @@ class Gallery:
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes an empty gallery without a run. The cards of models define how vectors compare.
+        """Makes an empty gallery without a training run.
 
-        The clips of this gallery are features from `vidjax extract` with the same models.
+        The clips of this gallery are features that `vidjax extract` has computed with the given
+        models. They are compared by distances. The card of each model, a JSON file that describes
+        the model, contains the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
-          models: the folder of models with their cards; see `vidjax.apps.video.cards`.
-          stranger_odds: expected number of clips of strangers per clip of an enrolled person. With
-            1, half of the clips are expected to show strangers.
+          models: the folder of the models and their cards; see `vidjax.apps.video.cards`.
+          stranger_odds: the expected number of clips of strangers per clip of an enrolled person.
+            With 1, half of the clips are expected to show strangers.
 
         Raises:
-          ValueError: no card of an embedding model has a back end.
+          ValueError: no card of a face or voice model contains a distribution of distances.
         """
         origin, back_ends = make_models_origin(models)
         backend = backend_lib.make_card_backend(back_ends, stranger_odds)
@@ -252,7 +258,15 @@ class Gallery:
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
-        """Makes a gallery of clips whose vectors were computed by `origin`; see `create`."""
+        """Makes a gallery of clips whose vectors are known.
+
+        Args:
+          folder: a new or empty folder.
+          origin: the run or the models that computed the vectors.
+          backend: the parameters that compare vectors.
+          clips: name -> clip.
+          run: the loaded run, if `origin` is a run. By default, it is loaded from its folder.
+        """
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
@@ -293,32 +307,32 @@ class Gallery:
 
     @property
     def folder(self) -> Path:
-        """The absolute path of the folder."""
+        """The absolute path of the folder of the gallery."""
         return self._store.folder
 
     @property
     def version(self) -> int:
-        """The number of changes of the folder, including its creation."""
+        """The number of changes of the gallery, including its creation."""
         return self._state.version
 
     @property
     def digest(self) -> str:
-        """The sha256, in hexadecimal, of the current content. It identifies a state."""
+        """The sha256 of the current content, in hexadecimal digits."""
         return self._now().sha256.hex()
 
     @property
     def origin(self) -> VectorOrigin:
-        """The folder and the digest of the run or models that compute the vectors."""
+        """The run or the models that compute the vectors, as a folder and a digest."""
         return self._state.run
 
     @property
     def index(self) -> Index:
-        """The identities that clips are compared with."""
+        """The enrolled people and their coefficients, with which clips are compared."""
         return self._state.index
 
     @property
     def backend(self) -> Backend:
-        """The back end: coordinates of vectors, and settings of PLDA."""
+        """The parameters that compare vectors."""
         return self._state.index.backend
 
     @property
@@ -333,37 +347,40 @@ class Gallery:
 
     @property
     def identities(self) -> dict[str, int]:
-        """Identity -> its number of clips in the current content, sorted by name."""
+        """The enrolled people, sorted: name -> number of clips."""
         return {name: len(clips) for name, clips in self._now().people.items()}
 
     def refresh(self) -> None:
-        """Reads the gallery again if any process has changed it."""
+        """Reads the gallery again if another process has changed it."""
         with self._lock:
             if self._store.sha256() != self._state.sha256:
                 self._state = self._store.read()
 
     def remove_leftovers(self) -> None:
-        """Deletes the files of a killed process, unless the folder is in use or read-only."""
+        """Deletes files that a killed process has left, unless the folder is in use or read-only.
+
+        Such files may contain names and vectors of removed people.
+        """
         with contextlib.suppress(InUseError, UnwritableError, OSError):
             self._store.remove_leftovers()
 
     def _now(self) -> State:
-        """Returns the current state of the folder."""
+        """Returns the current content of the folder."""
         with self._lock:
             self.refresh()
             return self._state
 
     @property
     def run(self) -> "Predictor":
-        """The run that computes the vectors.
+        """The training run that computes the vectors.
 
         Raises:
-          ValueError: the run is missing, or its weights differ.
+          ValueError: the gallery has no run, the run is missing, or its weights have changed.
         """
         if self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made from nets, not from a trained run\n"
-                "give it features of vidjax extract: --input=FOLDER"
+                "give it features that vidjax extract has written: --input=FOLDER"
             )
         wanted = self.origin.digest  # changes if the gallery is made again
         if self._checked is None or self._checked[0] != wanted:
@@ -371,13 +388,13 @@ class Gallery:
             remedy = "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
             if self._run is None and not Path(place, "config.json").exists():
                 raise UnreadableError(
-                    f"the run of gallery '{self.folder}' is no longer at '{place}'\n{remedy}"
+                    f"the run that made gallery '{self.folder}' is no longer at '{place}'\n{remedy}"
                 )
             run = _restored(place if self._run is None else self._run)
             if make_run_origin(run).digest != wanted:
                 raise UnreadableError(
-                    f"gallery '{self.folder}' was made with the run at '{place}', not with "
-                    f"'{run.workdir}'\n{remedy}"
+                    f"gallery '{self.folder}' was made with the run at '{place}', but "
+                    f"'{run.workdir}' has other weights\n{remedy}"
                 )
             self._checked = wanted, run
         return self._checked[1]
@@ -390,8 +407,12 @@ class Gallery:
     ) -> Vectors:
         """Returns the vectors of clips.
 
-        A run computes them, see `embed`. In a gallery of models, a vector is the mean of the frames
-        of its part. If `clips` are vectors, they are returned unchanged.
+        The run of the gallery computes the vectors. In a gallery of models, the vector of a
+        modality is the mean of its frames. If `clips` are vectors, they are returned unchanged.
+
+        Args:
+          clips, split: see the class.
+          advance: is called with the number of clips of each finished batch.
         """
         if isinstance(clips, Vectors):
             return clips
@@ -402,8 +423,8 @@ class Gallery:
             clips = MemoryClips.from_dict(clips, widths, ())
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a gallery without a run takes clips in memory, not a split of a dataset\n"
-                "give {clip: {modality: features}}, or --input=FOLDER on the command line"
+                "a gallery of models has no run, so it cannot embed a split of a dataset\n"
+                "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {part: clips.mean_vectors(part) for part in widths}
         advance(len(clips.names))
@@ -411,13 +432,16 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """The clips that the gallery takes: modality -> width, and the quality of their frames."""
+        """What clips of this gallery must contain.
+
+        It is a pair: modality -> width of the features, and the value of `config.data.quality`.
+        """
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
 
     def load(self, path: str | Path) -> MemoryClips:
-        """Returns the clips of a folder or a parquet table, see `memory.load_clips`."""
+        """Loads the clips of a folder or a parquet table, see `memory.load_clips`."""
         widths, quality = self.reads
         return load_clips(path, widths, (), quality=quality)
 
@@ -425,10 +449,11 @@ class Gallery:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Draft]:
-        """Yields a draft with the methods `add`, `remove`, `rename` and `relabel` of this class.
+        """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        All changes of the draft are written together at the end. If an error is raised, nothing is
-        written. No other process can change the gallery in the meantime.
+        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. All changes
+        are written at the end of the block. If the block raises an error, nothing is written.
+        During the block, no other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
@@ -450,22 +475,26 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
     ) -> Enrolment:
-        """Enrols all clips or none. Their people may be new or enrolled already.
+        """Enrols clips of new people, or more clips of enrolled people.
+
+        Clips without a usable frame are left out. All other clips are enrolled, or none if any of
+        them is wrong.
 
         Args:
           clips, split: see the class.
-          identities: the person that all clips show, or clip -> person. By default, the labels of
-            the dataset. Clips without a person are left out.
-          strangers: True to add only the clips without a person, as strangers.
+          identities: the person that all clips show, or clip -> person. The default is the labels
+            of the dataset. Clips without a person are left out.
+          strangers: True to leave out the clips with a person instead, and to add the clips
+            without a person as strangers.
 
         Raises:
-          ValueError: no clip has a label, no clip has a usable frame, clips do not fit the run, or
-            a clip is already enrolled for another person or with another vector.
+          ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
+            run, or a clip is already enrolled for another person or with another vector.
         """
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
             check_argument("enrol: identities", identities, (str, Mapping), wanted)
-            # Names are checked first, because vectors take long.
+            # Names are checked before the vectors are computed, because this may take long.
             given = {"": identities} if isinstance(identities, str) else identities
             for name, identity in given.items():
                 wanted = f"the name of a person for clip {name!r}"
@@ -482,7 +511,7 @@ class Gallery:
         if not vectors.names and strangers:
             raise UserError(
                 "every clip has a label, so no clip shows a stranger\n"
-                "leave out strangers=True, or --strangers on the command line"
+                "leave out --strangers, or strangers=True in Python"
             )
         if not vectors.names:
             raise UserError(
@@ -494,7 +523,10 @@ class Gallery:
         }
         refused = tuple(sorted({*vectors.names} - chosen.keys()))
         if not chosen:
-            raise UserError(f"no clip has a usable frame, such as '{show(refused[0])}'")
+            raise UserError(
+                f"none of the clips, such as '{show(refused[0])}', has a usable frame\n"
+                "give clips with other frames"
+            )
         with self.change() as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
@@ -502,14 +534,14 @@ class Gallery:
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips given as vectors, all or none; returns the number of new clips.
+        """Adds clips whose vectors are known; returns the number of clips that were changed.
 
-        A clip that is enrolled already is skipped. If the clip was a stranger, it may get a person.
-        If it has a person, it does not become a stranger.
+        Clips that are already enrolled are skipped. If an enrolled clip is a stranger, the new clip
+        may give it a person. If an enrolled clip has a person, it does not become a stranger.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another
-            vector.
+            vector. Then no clip is added.
         """
         with self.change() as draft:
             return draft.add(clips)
@@ -520,13 +552,17 @@ class Gallery:
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
     ) -> int:
-        """Removes people with all their clips, or single clips; returns the number of clips.
+        """Removes people with all their clips, or single clips.
 
-        If the back end was fitted to a removed clip, it is fitted again to the remaining clips.
+        If the parameters that compare vectors were fitted to a removed clip, they are fitted again
+        to the remaining clips. Give either `identity` or `clip`.
 
         Args:
           identity: the name of a person, or several names.
-          clip: the name of a clip, or several names. Give either `identity` or `clip`.
+          clip: the name of a clip, or several names.
+
+        Returns:
+          The number of removed clips.
 
         Raises:
           ValueError: no person or clip has this name.
@@ -535,14 +571,12 @@ class Gallery:
             return draft.remove(identity=identity, clip=clip)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Gives a person another name; returns the number of clips.
-
-        The back end does not change.
+        """Gives a person another name; returns the number of the person's clips.
 
         Args:
           identity: the present name.
           to: the new name.
-          merge: True to allow the name of another enrolled person. The two become the same person.
+          merge: True if `to` may be the name of another enrolled person, who is the same person.
 
         Raises:
           ValueError: nobody is called `identity`, or `to` is enrolled and `merge` is False.
@@ -551,17 +585,21 @@ class Gallery:
             return draft.rename(identity, to, merge=merge)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the identity of a clip and returns the old identity. None is a stranger."""
+        """Changes the person of a clip; returns the old person. A stranger has the person None."""
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
     def widen(self, models: str | Path) -> tuple[str, ...]:
-        """Adds the parts of models that the gallery lacks; returns the new parts.
+        """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
-        Enrolled clips keep their vectors. They lack the new parts until `complete` adds them.
+        Enrolled clips lack the new modalities until `complete` adds them.
+
+        Args:
+          models: a folder with the models of the gallery, and models of new modalities.
 
         Raises:
-          ValueError: a model of the gallery is missing, or has changed.
+          ValueError: the gallery was made with a run, or a model of the gallery is missing in the
+            folder, or has changed.
         """
         origin, back_ends = make_models_origin(models)
         with self._store.open(write=True) as transaction:
@@ -571,7 +609,7 @@ class Gallery:
             if changed or not was:
                 made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
                 raise UserError(
-                    f"'{self.folder}' was made with {made}\n"
+                    f"gallery '{self.folder}' was made with {made}\n"
                     "use the same models, or name a new folder: --out=DIR"
                 )
             if was == now:
@@ -590,7 +628,11 @@ class Gallery:
         return tuple(part for part in now if part not in was)
 
     def complete(self, vectors: Vectors) -> set[str]:
-        """Adds missing parts to enrolled clips; returns the clips whose other parts are equal."""
+        """Adds missing modalities to enrolled clips.
+
+        `vectors` contain all modalities. A clip is skipped if any modality that it already has
+        differs from `vectors`. Returns the names of the enrolled clips that were not skipped.
+        """
         rows = zip(*vectors.parts.values(), strict=True)
         joined = dict(zip(vectors.names, map(np.concatenate, rows), strict=True))
         with self.change() as draft:
@@ -606,17 +648,17 @@ class Gallery:
         begin: Mapping[str, str] | None = None,
         absorb: bool = True,
     ) -> dict[str, str]:
-        """Groups clips by person; returns clip -> name of its group.
+        """Groups clips that show the same person; returns clip -> name of its group.
 
         The largest group is called `unknown 1`, the next group `unknown 2`, and so on. Clips
         without a usable frame are left out.
 
         Args:
-          vectors: vectors of any number of clips.
+          vectors: the vectors of the clips.
           apart: pairs of clips that show different people, for example two faces in a picture.
-          begin: clip -> group for all clips with a usable frame. Grouping continues from these
-            groups.
-          absorb: True to give small groups to larger ones.
+          begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
+            the same group stay together. By default, each clip is a group at the beginning.
+          absorb: True to join small groups to larger ones if this is more probable than not.
         """
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
@@ -626,16 +668,20 @@ class Gallery:
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:
-        """Returns the current state. Raises ValueError if nobody is enrolled."""
+        """Returns the current content. If nobody is enrolled, NobodyError is raised."""
         state = self._now()
         if not state.index.names:
-            raise NobodyError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
+            raise NobodyError(
+                f"nobody is enrolled in gallery '{self.folder}'\n"
+                "enrol people first: vidjax gallery enrol"
+            )
         return state
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the lowest threshold that new strangers reach with probability `fpir` at most.
+        """Returns the lowest threshold that a new stranger reaches with probability `fpir` or less.
 
-        The first call after a change compares all strangers with all people.
+        The first call after a change takes longer, because all strangers are compared with all
+        people.
 
         Raises:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 strangers.
@@ -655,7 +701,11 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name; see `identify` for the arguments."""
+        """Returns the rule that decides if a clip gets a name; see `identify` for the arguments.
+
+        Raises:
+          ValueError: as in `identify`.
+        """
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
@@ -685,38 +735,42 @@ class Gallery:
         groups: Mapping[str, str] | None = None,
         advance: Callable[[int], None] = ignore_count,
     ) -> dict[str, Answer]:
-        """Returns clip -> answer. A clip without a usable frame is unknown.
+        """Identifies the person in each clip; returns clip -> answer.
 
-        A gallery of models names a person only if the clip and the person have a part in common.
+        The person of a clip without a usable frame is unknown. In a gallery of models, a person is
+        named only if the clip and the person have a modality in common.
 
         Args:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
-          fpir: the largest share of strangers that may get a name. A name also needs a probability
-            above .5. The default is 0.01 if the gallery has 99 strangers or more. With fewer
-            strangers, the default rule requires only a probability above .5.
+          fpir: the largest share of new strangers that may get a name. A name also needs a
+            probability above 0.5. The default is 0.01 if the gallery has 99 strangers or more. If
+            it has fewer strangers, a probability above 0.5 is enough by default.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
-            `threshold`. (The threshold of `Predictor.identify` is a logarithm.)
-          groups: clip -> group, see `group`; only in a gallery of models. All clips of a group vote
-            and get the same answer.
+            `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
+          groups: clip -> group, as `group` returns them. All clips of a group are compared together
+            and get the same answer. Only a gallery of models accepts groups.
           advance: is called with 1 after each clip.
 
         Raises:
-          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, clips do not
-            fit the run, or `groups` are given for a gallery of a run.
+          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, the features
+            do not fit the gallery, or `groups` are given for a gallery of a run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
-            raise UserError(f"k={k}: name 1 identity or more")
+            raise UserError(f"k={k} is below 1: give the number of identities to list")
         if groups is not None and not self.origin.cards:
-            raise UserError("groups: clips vote only in a gallery of models\nleave out the groups")
-        if not isinstance(clips, Vectors):
-            self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
+            raise UserError(
+                "groups can be used only in a gallery of models, but this gallery has a run\n"
+                "leave out groups"
+            )
+        if not isinstance(clips, Vectors):  # computing vectors takes long, so mistakes come first
+            self.rule(fpir=fpir, threshold=threshold)
         vectors, state = self.embed(clips, split), self._require_people()
         rule, parts = self._rule(state, fpir, threshold), list(vectors.parts.values())
         owner = None
         if groups is not None:
-            # The flag separates a clip without a group from a group with the name of the clip.
+            # The bool distinguishes a clip without a group from a group with the name of the clip.
             keys = [(n in groups, groups.get(n, n)) for n in vectors.names]
             place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             owner = np.array([place[key] for key in keys], int)
@@ -737,13 +791,22 @@ class Gallery:
         split: str | None = None,
         advance: Callable[[int], None] = ignore_count,
     ) -> dict[str, list[tuple[str, float]]]:
-        """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
+        """Ranks clips for every enrolled person.
 
-        Identities are in the order of a submission. Scores are logarithms of probabilities. With
-        `fpir` or `threshold`, only clips that pass are listed; see `identify` for the arguments.
-        `advance` is called with the number of clips of each finished block.
+        Args:
+          clips, split: see the class.
+          fpir, threshold: if one of them is given, clips that would not get a name by the rule of
+            `identify` are left out.
+          advance: is called with the number of clips of each finished block.
+
+        Returns:
+          Identity -> (clip, logarithm of the probability) of the best 100 clips, best first. Equal
+          clips are in the order of their names. Identities are in the order of a submission.
+
+        Raises:
+          ValueError: as in `identify`.
         """
-        self.rule(fpir=fpir, threshold=threshold)  # reports a mistake early: vectors take long
+        self.rule(fpir=fpir, threshold=threshold)  # computing vectors takes long: mistakes first
         vectors, state = self.embed(clips, split), self._require_people()
         chosen = fpir is not None or threshold is not None
         searched, rule = state.index, self._rule(state, fpir, threshold) if chosen else None
@@ -761,7 +824,7 @@ class Gallery:
                 scores = np.full((len(index), len(columns)), -np.inf, np.float32)
                 for place, clip_logs in enumerate(itertools.islice(logs, len(index))):
                     row, best = scores[place], clip_logs[columns]
-                    # Compares float64, because a threshold lies just above a stranger's score.
+                    # float32 is too coarse: a threshold lies just above the score of a stranger.
                     passes = True if rule is None else rule.names(best)
                     if rule is not None and state.run.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, at + place] @ person_has
@@ -778,7 +841,10 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises ValueError if a folder is not empty. Files of a killed process do not count."""
+    """Raises UserError if a folder is not empty.
+
+    Files that a killed process has left while it made a gallery are allowed.
+    """
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -786,10 +852,10 @@ def check_new(folder: Path) -> None:
         remedy = "name a new folder"
         if files.exists(store.folder / "config.json"):
             remedy = f"it is a run: Gallery.create('NEW_FOLDER', {str(store.folder)!r})"
-        raise UserError(f"'{store.folder}' is not empty: it holds '{show(foreign)}'\n{remedy}")
+        raise UserError(f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n{remedy}")
     with contextlib.suppress(NoGalleryError):
         store.sha256()
-        raise UserError(f"'{store.folder}' holds a gallery: name another folder")
+        raise UserError(f"'{store.folder}' already contains a gallery: name another folder")
 
 
 def _check_width(backend: Backend) -> int:
@@ -797,14 +863,17 @@ def _check_width(backend: Backend) -> int:
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
-            f"vectors of {width:,} numbers are too wide for a gallery: the limit is "
-            f"{MAX_VECTOR_WIDTH:,}\nmake it with fewer members, or with a narrower net"
+            f"the vectors of the run have {width:,} numbers, but a gallery can store at most "
+            f"{MAX_VECTOR_WIDTH:,}\nuse a run with fewer members, or with a narrower net"
         )
     return width
 
 
 def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
-    """Returns the vector of a clip with zeros for the parts that only `wide` has."""
+    """Extends the vector of a clip from the parts of `backend` to the parts of `wide`.
+
+    The vector of a part that `backend` lacks is 0.
+    """
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
@@ -817,13 +886,19 @@ def _restored(run: "Predictor | str | Path") -> "Predictor":
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
-    """Returns the folder of a run and the digest of its weights."""
+    """Returns a `VectorOrigin` that identifies a run by its folder and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
 
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Returns the folder of models with the digests of their cards, and part -> back end."""
+    """Returns a `VectorOrigin` that identifies models, and the parameters that compare vectors.
+
+    The parameters are modality -> `cards.BackEnd`, from the card of each face and voice model.
+
+    Raises:
+      UserError: no card contains such parameters.
+    """
     from vidjax.apps.video import cards
 
     path = Path(models).expanduser().absolute()
@@ -835,7 +910,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     }  # fmt: skip
     if not back_ends:
         raise UserError(
-            f"'{path}' has no model of faces or voices with a back end on its card\n"
+            f"'{path}' has no net of faces or voices whose card has the field back_end\n"
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
@@ -848,13 +923,21 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = ignore_count,
 ) -> Vectors:
-    """Returns the vectors of clips. In an ensemble of PLDA, the first member computes them.
+    """Computes the vectors of clips with a run.
 
-    `clips` are a dataset together with the name of a `split`, or clips in memory as for
-    `Predictor.embed`. `advance` is called with the number of clips of each finished block.
+    If the run is an ensemble of PLDA models, the first member computes the vectors.
+
+    Args:
+      run: the run.
+      clips: a dataset, or clips in memory as for `Predictor.embed`.
+      split: the name of the split, if `clips` is a dataset.
+      advance: is called with the number of clips of each finished batch.
     """
     if split is None and hasattr(clips, "train_batches"):
-        raise UserError("name the split of the dataset: --split=S, or split=S in Python")
+        raise UserError(
+            "a dataset has several splits, and none is chosen\n"
+            "name one: --split=S, or split=S in Python"
+        )
     source, split, places, names, _ = run.request(clips, split)
     values: np.ndarray | None = None
     chosen = source.split(split)
@@ -874,10 +957,10 @@ def embed(
 def pad_batches(
     source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
 ) -> "Iterator[Batch]":
-    """Yields the clips of a split in batches of `rows`.
+    """Yields the clips of a split in batches of `rows` clips.
 
-    The batches have few shapes, because each new shape compiles a program. A clip is padded to the
-    smallest of PAD_LENGTHS that holds its longest modality.
+    JAX compiles a program for each shape of a batch. So there are only a few shapes: a clip is
+    padded to the smallest length in PAD_LENGTHS that its longest modality fits in.
     """
     lengths = longest(source.split(split), modalities)
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -888,9 +971,9 @@ def pad_batches(
 
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors.
+    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D].
 
-    A PLDA run has a part per modality. Another run has the single part EMBEDDING.
+    If the run is not a PLDA run, the only key is `embedding`.
     """
     parts, at, model = {}, 0, run.system.model
     plda = model.gallery_settings()
@@ -903,25 +986,28 @@ def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns name -> clip for the clips with a usable frame."""
+    """Leaves out clips without a usable frame, whose vectors are 0. Returns name -> clip."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
-    """Refuses labels if none belongs to a given clip; warns if some do not."""
+    """Warns if some keys of `identities` are not clips. If all are not, UserError is raised."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
     place = f"identities: no clip is called '{show(stray[0])}'; a clip is '{show(min(clips))}'"
     if len(stray) == len(identities):
         raise UserError(f"{place}\nuse the clip names of the features")
-    warn(f"{place}: {len(stray):,} of {len(identities):,} names are not used")
+    warn(f"{place}\n{len(stray):,} of {len(identities):,} names are not used")
 
 
 def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
-    """Warns of new people whose names are similar to other names."""
+    """Warns about new people whose names are similar to names of other people.
+
+    `names` are new name -> similar name. The warning shows the first pair.
+    """
     for name, other in itertools.islice(names.items(), 1):
         more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
         words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
@@ -932,14 +1018,14 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
-    """Reports people with several clips, all of the same film; `clips_of` is name -> clips."""
+    """Reports people whose clips are all from the same film. `clips_of` are name -> clips."""
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 == len({*map(cut_film_name, clips)})
     ]  # fmt: skip
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
-        say(f"all clips of {named} are of the same film and look alike: add clips of other films")
+        say(f"all clips of {named} are from one film and look alike: add clips from other films")
 
 
 def fit_backend(
@@ -949,10 +1035,16 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits the parameters that score pairs of clips to the labelled clips; see `backend.fit`.
+    """Fits PLDA to clips with a person; see `backend.fit`.
 
-    The order of the clips does not matter. If a person has several clips in a film, the first of
-    these clips is used for fitting. The mean of these clips is used for enrolment.
+    Clips of a person from the same film are alike, so only the first of them is used for fitting.
+    The person is enrolled with the mean of these clips. The order of `clips` does not matter.
+
+    Args:
+      clips: name -> clip.
+      widths: modality -> D, the length of its vectors.
+      centred: True if the run has already subtracted a centre from the vectors.
+      settings: the settings of PLDA. By default, they are fitted, too.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)
@@ -967,7 +1059,7 @@ def fit_backend(
 
 
 def _refit(state: State) -> State:
-    """Returns the state with a back end that is fitted to the clips of the state."""
+    """Returns the same content with a back end that is fitted to its clips."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()

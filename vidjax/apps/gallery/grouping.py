@@ -1,17 +1,17 @@
-"""Groups clips of unknown people: the clips of a group show the same person.
+"""Groups clips of unknown people, so that the clips of a group show the same person.
 
-Each clip starts as a group. The most probable pair of groups is joined first, and joining ends when
-no pair shows the same person with a probability above .5. The prior of a pair is 1 / G, where
-G is the present number of groups. Then small groups are given to larger ones. Here the prior of a
-group of n clips is proportional to n, and the prior of a new person to the number of groups with a
-single clip.
+1. Each clip starts as a group. The two groups that most probably show the same person are joined,
+   again and again, until the probability is below 0.5 for every pair. The prior probability that a
+   pair shows the same person is 1 / G, where G is the present number of groups.
+2. Small groups are joined to larger groups. The prior of a group of n clips is proportional to n.
+   The prior of a new person is proportional to the number of groups with a single clip.
 
-If there are more than MAX_GROUPED_CLIPS clips, they are first grouped in blocks of films, and then
-the groups are joined.
+The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
+the clips of a few films are grouped at a time, and then the groups are joined.
 
 Source: agglomerative clustering by likelihood ratios, as for speakers in Landini et al. 2022, VBx.
 The prior of a new person follows Good 1953, The population frequencies of species. The prior of a
-pair is ours.
+pair is our choice.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -22,20 +22,22 @@ from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.models import distance, two_covariance
 
-MAX_GROUPED_CLIPS = 3000  # clips, or groups, whose pairs are all compared
-MAX_SMALL_CLIPS = 3  # clips of a small group, which may be given to a larger group
-MIN_PROBABILITY = 0.6  # a small group is given to a larger group above this probability
-MAX_TURNS = 4  # turns of grouping in blocks
+MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
+MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
+MIN_PROBABILITY = 0.6  # a small group is joined to a larger group above this probability
+MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
 MAX_KEPT_SHARE = 0.75  # if this share of rows or less is in use, the other rows are dropped
 
 
 class Groups:
-    """Groups of clips, and log-likelihood ratios of pairs of groups.
+    """G groups of clips, whose pairs can be compared and joined.
+
+    The vector of a clip has M parts, such as face and audio.
 
     Attributes:
-      counts: M arrays [G], the number of clips that have each part.
+      counts: M arrays [G], the number of a group's clips that have the part.
       means: M arrays [G, D], the means of the coordinates of these clips.
-      sizes: [G], the number of clips; 0 if the group was joined to another group.
+      sizes: [G], the number of clips. It is 0 if the group was joined to another group.
       apart: [G, G] bool, True if two groups certainly show different people.
     """
 
@@ -46,7 +48,14 @@ class Groups:
         labels: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
-        """Makes groups from the `labels` [N] int of clips; see `group` for the other arguments."""
+        """Makes groups of N clips.
+
+        Args:
+          backend: compares the vectors.
+          coordinates: M arrays [N, D], see `Backend.whiten`.
+          labels: [N] int, the group of each clip.
+          apart: pairs of clips that show different people.
+        """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
         self.counts = [count for count, _ in pairs]
@@ -59,7 +68,10 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns 1 / (effective number of clips) of groups in a part."""
+        """Returns the variance of the mean of groups, relative to the variance of a single clip.
+
+        `number` is the index of a part, and `rows` are the indices of the groups.
+        """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
         if distances is None:
@@ -67,7 +79,7 @@ class Groups:
         return 1 / distance.effective_count(distances, count, self._squares[number][rows])
 
     def join(self, target: int, source: int) -> None:
-        """Adds the clips of the group `source` to the group `target`."""
+        """Moves all clips of the group with index `source` to the group with index `target`."""
         for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
             shares = count[[target, source]] / max(count[target] + count[source], 1)
             count[target] += count[source]
@@ -80,7 +92,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops the rows of empty groups; returns the old row numbers [G] of the other groups."""
+        """Drops groups without clips; returns the old indices [G] of the other groups."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -88,10 +100,11 @@ class Groups:
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
-        """Returns the log-likelihood ratios of a group and every group, [G] float64.
+        """Compares a group with every group; returns log-likelihood ratios [G] float64.
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        itself, for a group that is apart, and for a group without a common part.
+        itself, for a group that certainly shows another person, and for a group without a common
+        part.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -125,28 +138,28 @@ def group(
     begin: Sequence[str] | None = None,
     absorb: bool = True,
 ) -> np.ndarray:
-    """Returns the number of the group of every clip, [N] int from 0.
+    """Groups clips that show the same person; returns the group of each clip, [N] int from 0.
 
     Args:
-      backend: the back end that compares the vectors.
-      names: [N] names of clips, which contain the film; see `features_folder.cut_film_name`.
-      parts: the vectors of the clips, M arrays [N, D] float32, 0 if a clip lacks the part.
+      backend: compares the vectors.
+      names: [N], the names of the clips. A name starts with the name of the film.
+      parts: the vectors of the clips, M arrays [N, D] float32. The vector of a missing part is 0.
       apart: pairs of clips that show different people.
-      begin: [N], the name of the group in which each clip starts. By default, each clip starts in
-        a group of its own.
-      absorb: True to give small groups to larger ones.
+      begin: [N], the name of the group in which each clip starts. By default, each clip starts as a
+        separate group.
+      absorb: True to join small groups to larger groups.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
     pairs = np.array(pairs, int).reshape(-1, 2)
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
-    labels = np.argsort(order)  # each clip is a group; groups of a film are neighbours
+    labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
     if begin is not None:
         labels = np.unique(begin, return_inverse=True)[1]
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
-        """Joins the groups of the clips `rows`; returns the new labels of these clips, from 0."""
+        """Groups the clips with the indices `rows`; returns their new labels, from 0."""
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))
@@ -176,11 +189,19 @@ def group(
 
 
 def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
-    """Splits means [G, D] into blocks of at most MAX_GROUPED_CLIPS; returns the blocks, [G] int.
+    """Splits G groups into blocks of at most MAX_GROUPED_CLIPS groups with similar means.
 
-    Turn 1 halves the means along the direction of their largest variance, and halves each half
-    again until it is small enough. Turn 2 uses the direction of the second largest variance, and so
-    on. So two neighbours that a turn separates meet in another turn.
+    With `turn` 1, the groups are split at the median of the direction in which the means vary most.
+    Each half is split again until it is small enough. With `turn` 2, the direction with the second
+    largest variance is used, and so on. So two similar groups that one turn separates can meet in
+    another turn.
+
+    Args:
+      means: [G, D], the mean vector of each group.
+      turn: the number of the direction.
+
+    Returns:
+      The block of each group, [G] int.
     """
     block, full = np.zeros(len(means), int), [np.arange(len(means))]
     while full:
@@ -195,10 +216,11 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 
 
 def _agglomerate(groups: Groups) -> np.ndarray:
-    """Joins groups, the most probable pair first; returns the new labels [G] of the groups.
+    """Joins the most probable pair of groups until no pair is probable enough.
 
-    After a join, the best ratio of another group may be too high. It is then stale, and computed
-    again when it is the highest of all.
+    Returns the group [G] to which each group was joined. The best ratio of each group is stored.
+    When two groups are joined, the stored ratios to these groups become stale upper bounds. A stale
+    ratio is computed again only when it is the highest of all ratios.
     """
     num = left = len(groups.sizes)
     labels, best, highest = np.arange(num), np.zeros(num, int), np.full(num, np.inf)
@@ -226,7 +248,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Gives small groups to larger ones; returns the new labels [G] of the groups."""
+    """Joins small groups to larger groups; returns the new `labels` [G] of the groups."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

@@ -1,19 +1,20 @@
-"""The file of a gallery: people, their clips, and the back end, in SQLite.
+"""Reads and writes the file of a gallery, an SQLite database.
 
     gallery.sqlite            the tables of SCHEMA
     gallery.sqlite-journal    exists during a change, and after an interrupted change
 
-A row holds many people or clips: a line of `words` for each name, and an entry of `numbers`. Such
-rows are read and checked at the speed of the memory.
+For speed, a row of a table contains many people or clips: their names are the lines of the column
+`words`, and their numbers are entries of an array in the column `numbers`.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. An enrolment adds entries at the end; they replace earlier entries of the same name. Any other
-change deletes all rows and inserts the new content: `secure_delete` overwrites pages without rows,
-but other pages may contain copies of rows that SQLite has moved between pages.
+it. An enrolment adds entries at the end. If several entries have the same name, the last one is
+valid. Any other change deletes all rows and inserts the new content, so that no byte of a removed
+person stays. (`secure_delete` of SQLite overwrites empty pages, but rows that SQLite has moved may
+leave copies in other pages.)
 
-The file is untrusted. It must be a regular file with exactly the tables of SCHEMA, and the lengths
-of its values are limited. A journal is checked before SQLite uses it, because it may name another
-file, and SQLite would delete that file.
+The file may come from a stranger. It must be a regular file with exactly the tables of SCHEMA, and
+the lengths of its values are limited. A journal is checked before SQLite uses it, because a journal
+may contain the path of another file, which SQLite would delete.
 """
 
 import contextlib
@@ -55,20 +56,20 @@ from vidjax.utils.errors import InUseError, UserError
 
 GALLERY_FILE = "gallery.sqlite"
 JOURNAL_FILE = f"{GALLERY_FILE}-journal"
-PROBE = re.compile(r"\.write-test-[0-9a-f]{8}")  # of `files.make_folder`
-FORMAT = 4  # `user_version` of the file
+PROBE = re.compile(r"\.write-test-[0-9a-f]{8}")  # a file that `files.make_folder` may leave
+FORMAT = 4  # version of the format, the `user_version` of the database
 MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
 MAX_NAME_LETTERS = 1000
-MAX_VALUE_BYTES = 1 << 26  # of a text, a blob and a whole row
-ROW_BYTES = 1 << 19  # of the numbers in a row, which has at most MAX_BLOCK_PEOPLE entries
-READ_AHEAD = 8  # rows that are read before the first of them is checked
+MAX_VALUE_BYTES = 1 << 26  # largest text, blob and row
+ROW_BYTES = 1 << 19  # largest array of numbers that is written to a row
+READ_AHEAD = 8  # rows that are read while earlier rows are checked in threads
 PAGE_BYTES = 1 << 16
 SCHEMA_SECONDS = 10.0  # limit for reading the schema
 LOCK_SECONDS = 0.2  # how long a change waits for another change to end
 WAIT_SECONDS = 60.0  # how long a change waits for readers, and a reader for the end of a change
-STRANGER = ""  # the person of a stranger's clip; names of people are never empty
+STRANGER = ""  # the person of a clip of a stranger; names of people are never empty
 REMEDY = "put back a copy of the gallery, or create it again"
-SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names another file
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal with another file's path
 ROWS = "(place INTEGER PRIMARY KEY, words TEXT NOT NULL, numbers BLOB NOT NULL)"
 SCHEMA = {
     "gallery": "(facts TEXT NOT NULL, sha256 BLOB NOT NULL)",
@@ -81,13 +82,16 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """What computed the vectors of the clips: a run, or models that are described by cards.
+    """The training run or the pretrained models that computed the vectors of the clips.
+
+    A card is the JSON file that describes a pretrained model.
 
     Attributes:
       workdir: the folder of the run or of the models.
-      digest: sha256 of the weights of the run, or of the cards of all models.
-      centred: True if the run centres its vectors.
-      cards: part of the vectors -> `Card.digest` of its model. It is empty if a run computed them.
+      digest: the sha256 of the weights of the run, or of the cards of all models.
+      centred: True if the run subtracts a centre from its vectors.
+      cards: modality -> the sha256 of the card of its model. It is empty if a run computed the
+        vectors.
     """
 
     workdir: schemas.Text
@@ -121,9 +125,9 @@ class StoredClip(NamedTuple):
 
     Attributes:
       identity: the person; None for a stranger.
-      vector: [sum of D] float32, the joined vectors of all parts of the back end; 0 for missing
-        parts.
-      fitted: True if the back end was fitted to this clip.
+      vector: [sum of D] float32, the joined vectors of all modalities. The vector of a missing
+        modality is 0.
+      fitted: True if the parameters that compare vectors were fitted to this clip.
     """
 
     identity: str | None
@@ -132,13 +136,17 @@ class StoredClip(NamedTuple):
 
 
 class State(NamedTuple):
-    """The whole content of a gallery; a state is never changed.
+    """The whole content of a gallery. A state is immutable.
 
     Attributes:
-      groups: identity -> the sorted names of its clips; STRANGER -> the names of strangers.
-      rows: the sum of the digests of all rows; 0 before the state is written.
-      entries: the number of people and clips in all rows, with those that were replaced.
-      sha256: the digest of the facts, which include `rows`; empty before the state is written.
+      version: the number of changes, including the creation.
+      run: the run or the models that computed the vectors.
+      index: the enrolled people with their coefficients.
+      clips: name -> clip, including strangers.
+      groups: identity -> the sorted names of its clips. The key of strangers is the empty string.
+      rows: the sum of the digests of all rows in the file. It is 0 if the state was not written.
+      entries: the number of people and clips in all rows, including entries that were replaced.
+      sha256: the digest of the whole content. It is empty if the state was not written.
     """
 
     version: int
@@ -152,12 +160,12 @@ class State(NamedTuple):
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
-        """The groups without the strangers, sorted by name."""
+        """`groups` without the strangers, sorted by identity."""
         return {name: clips for name, clips in sorted(self.groups.items()) if name != STRANGER}
 
 
 def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> sorted names of clips. Strangers have the identity STRANGER."""
+    """Returns identity -> the sorted names of its clips. The key of strangers is STRANGER."""
     groups: dict[str, list[str]] = {}
     for name, clip in clips.items():
         groups.setdefault(clip.identity or STRANGER, []).append(name)
@@ -165,9 +173,9 @@ def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
 
 
 class UnreadableError(UserError):
-    """A file of a gallery is damaged, missing or of a different version.
+    """A file of a gallery is damaged, missing or of another version.
 
-    The message contains no name of a person.
+    The message contains no name of a person, because a server writes it to its log.
     """
 
 
@@ -176,7 +184,7 @@ class UnwritableError(UserError):
 
 
 class NoGalleryError(UnreadableError):
-    """A folder has no gallery file, or the file is still empty."""
+    """A folder contains no gallery, or the file of the gallery is still empty."""
 
 
 class Store:
@@ -191,9 +199,9 @@ class Store:
     # ---- opening
 
     def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that no gallery writes, or None.
+        """Returns the name of a file in the folder that does not belong to a gallery, or None.
 
-        Files of a process that was killed while it made a gallery do not count.
+        Files that a killed process has left while it made a gallery belong to the gallery.
         """
         names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in names if not PROBE.fullmatch(name)), default=None)
@@ -203,12 +211,15 @@ class Store:
         make = f"make a gallery from a run: {command} {self.folder} --run=RUN"
         if files.exists(self.folder / "config.json"):
             make = f"it is a run; make a gallery from it: {command} NEW_FOLDER --run={self.folder}"
-        return NoGalleryError(f"'{self.folder}' holds no gallery: is the path right?\n{make}")
+        return NoGalleryError(
+            f"'{self.folder}' contains no gallery: name the folder of a gallery\n{make}"
+        )
 
     def _check_files(self, *, write: bool) -> None:
-        """Refuses links, -wal and -shm files, and journals that name another file.
+        """Refuses files that SQLite must not open: links, and journals that name another file.
 
-        A hard link is refused only with `write`.
+        The files of the mode WAL (-wal and -shm) are refused, too, because a gallery never uses
+        this mode. A hard link is refused only with `write`.
         """
         try:
             status = os.lstat(self.path)
@@ -218,25 +229,25 @@ class Store:
             raise damaged(self.path, "it is not a regular file")
         if write and status.st_nlink > 1:
             raise UnwritableError(
-                f"'{self.path}' has hard links, and a change would change these files, too\n"
+                f"'{self.path}' has hard links, and a change would also change the linked files\n"
                 "copy the folder, and use the copy"
             )
         for ending in ("-wal", "-shm"):
             if files.exists(foreign := self.path.with_name(GALLERY_FILE + ending)):
-                raise damaged(foreign, "a gallery never has this file")
+                raise damaged(foreign, "vidjax never writes this file")
         journal = self.path.with_name(JOURNAL_FILE)
         with contextlib.suppress(FileNotFoundError), files.open_regular(journal) as file:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
-            file.seek(max(end, 0))  # the start is skipped: every journal begins with these bytes
+            file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it names another file")
+                raise damaged(journal, "it contains the path of another file")
 
     @contextlib.contextmanager
     def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """Opens the file and begins a transaction. At the end, uncommitted changes are undone.
+        """Opens the file and begins a transaction. At the end, changes without a COMMIT are undone.
 
-        SQLite first undoes an interrupted change, even if the file is only read. While the file is
-        open with `write`, no other process can change the gallery.
+        If an earlier change was interrupted, SQLite first undoes that change, even without `write`.
+        While the file is open with `write`, no other process can change the gallery.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -254,17 +265,17 @@ class Store:
                 raise self._no_gallery()
             if tables and version != FORMAT:
                 raise UnreadableError(
-                    f"'{self.path}' was written by another version of vidjax: it has the format "
-                    f"{version}, not {FORMAT}\ncreate the gallery again"
+                    f"'{self.path}' was written by another version of vidjax, with the format "
+                    f"{version} instead of {FORMAT}\ncreate the gallery again"
                 )
             if tables and tables != sorted(("table", name) for name in SCHEMA):
                 raise damaged(self.path, "its tables are not the tables of a gallery")
             yield connection
 
     def remove_leftovers(self) -> None:
-        """Deletes the journal of an interrupted change, which contains names and vectors.
+        """Deletes the journal of an interrupted change, because it contains names and vectors.
 
-        SQLite itself keeps the journal if the file had not changed.
+        SQLite keeps the journal if the change was interrupted before it reached the file.
         """
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
             self.path.with_name(JOURNAL_FILE).unlink()
@@ -272,12 +283,16 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns the sha256 of the state in the file. Different states have different values."""
+        """Returns the stored sha256 of the whole content, without reading the content."""
         with self.open() as connection, _translate_errors(self.path):
             return _read_facts_row(connection)[1]
 
     def read(self) -> State:
-        """Reads the file and checks it."""
+        """Reads and checks the whole file.
+
+        Raises:
+          UnreadableError: the file is damaged.
+        """
         with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("quick_check of SQLite finds damaged pages")
@@ -286,12 +301,12 @@ class Store:
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Writes the first state into a new file, or into a file without tables."""
+        """Makes the file and writes the first state. A file without tables may exist already."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
             if _version(connection)[1]:
-                raise UserError(f"'{self.folder}' holds a gallery: name another folder")
+                raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
             with _translate_errors(self.path, write=True):
                 for table, columns in SCHEMA.items():
                     connection.execute(f"CREATE TABLE {table} {columns}")
@@ -305,14 +320,20 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: People | None = None,
     ) -> State:
-        """Writes a state and ends the transaction; returns the state with its digests.
+        """Writes a state and ends the transaction.
+
+        If `new` and `people` are given, only these clips and people are added to the file. All rows
+        are written again if one of them is None, if the state was never written, or if more than
+        half of the entries in the file would be entries that later entries replace.
 
         Args:
           connection: an open transaction.
           state: the new state. Its `sha256` is the digest of the state that it was made from.
-          new, people: the only clips and people that differ from the file. Entries of them are
-            added. If either is None, if `state.rows` is 0, or if more than half of the entries in
-            the file would be replaced ones, all rows are written.
+          new: name -> clip, all clips that differ from the clips in the file.
+          people: all people that differ from the people in the file.
+
+        Returns:
+          The state with the digests of the new content.
 
         Raises:
           InUseError: the file has changed since the state was made.
@@ -352,7 +373,7 @@ class Store:
 
 @contextlib.contextmanager
 def _pause_collection() -> Iterator[None]:
-    """Stops the garbage collector, which would double the time of reading and free nothing."""
+    """Pauses the garbage collector, which would double the time of reading and free nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -363,13 +384,17 @@ def _pause_collection() -> Iterator[None]:
 
 
 def damaged(path: Path, problem: str) -> UnreadableError:
-    """Returns the error for a damaged file."""
+    """Returns the error for a damaged file. `problem` is a clause, such as "it is a link"."""
     return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
 @contextlib.contextmanager
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
-    """Turns errors of SQLite into OSError or UserError. Most mean that the file is damaged."""
+    """Turns errors of SQLite into OSError or UserError with a message for the user.
+
+    A UserError of the block is a problem in the content. It becomes an UnreadableError with the
+    path of the file.
+    """
     try:
         yield
     except UserError as error:
@@ -378,12 +403,12 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith("SQLITE_BUSY"):
             raise InUseError(
-                f"gallery '{path.parent}' is in use by another process\ntry again later"
+                f"gallery '{path.parent}' is in use by another process: try again later"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(
                 f"gallery '{path.parent}' cannot be changed: {error}\n"
-                "copy it to a folder that you can write to"
+                "copy the gallery to a folder that you can write to"
             ) from error
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
@@ -394,7 +419,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Opens an existing, untrusted file in a way that no SQL in the file runs."""
+    """Opens an existing file that may come from a stranger. SQL code in the file never runs."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
@@ -406,10 +431,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]]:
-    """Returns the format version, and the (type, name) of every table, view and so on.
+    """Returns the format version, and the (type, name) of every table, view, index and trigger.
 
-    SQLite reads the whole schema before it can be checked. There is a time limit because the pages
-    of a forged file may refer to each other without end.
+    The time is limited, because the pages of a forged file may refer to each other without end.
     """
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
@@ -418,7 +442,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("its journal_mode of SQLite is not 'delete'")
+        raise UserError("its journal_mode is not 'delete'")
     return version, sorted(tables)
 
 
@@ -435,9 +459,16 @@ def _digest(row: tuple[int, str, bytes]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds entries after the last row, which is filled first; returns the change of `State.rows`.
+    """Adds N people or clips to a table. The last row is filled before a new row is added.
 
-    `words` are lists of names, and `numbers` is [N] in the layout of the table.
+    Args:
+      connection: an open transaction.
+      table: the table.
+      words: lists of N names: of people, or of clips and then of their people.
+      numbers: [N], a structured array in the layout of the table.
+
+    Returns:
+      The change of the sum of the digests of all rows.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -498,7 +529,7 @@ def _facts(state: State) -> str:
 def _read_facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
-        raise UserError("its table 'gallery' is not a single row of text")
+        raise UserError("its table 'gallery' does not consist of a single row of text")
     return rows[0]
 
 
@@ -537,7 +568,17 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Returns `num_words` lists of names, the numbers [N], and the sum of the digests of rows."""
+    """Reads and checks a table with N people or clips.
+
+    Args:
+      connection: an open transaction.
+      table: the table.
+      layout: the dtype of an entry of its numbers.
+      num_words: the number of names of an entry: 1 for a person, 2 for a clip and its person.
+
+    Returns:
+      `num_words` lists of N names, the numbers [N], and the sum of the digests of all rows.
+    """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
     words: list[list[str]] = [[] for _ in range(num_words)]
@@ -561,7 +602,7 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row, and returns the digest of the row."""
+    """Copies the numbers of a row to `numbers`, and checks them; returns the digest of the row."""
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")
@@ -569,12 +610,16 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Checks names of clips and of people; names of strangers' people are empty."""
-    text = "".join(names)  # a check of all names together takes less time
+    """Raises UserError if a name is invalid.
+
+    `names` are the names of `clips`, followed by the names of their people. The name of a
+    stranger's person is empty.
+    """
+    text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
         return
-    with contextlib.suppress(UserError):  # its message contains the name, which no log may contain
+    with contextlib.suppress(UserError):  # its message contains the name, which must not be logged
         people = {*names[len(clips) :]} - {STRANGER}
         if all(map(check_name, clips)) and all(normal_form(check_name(x)) == x for x in people):
             return
@@ -597,7 +642,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields blocks of people. Of several entries of a person, the last one counts."""
+    """Yields blocks of people. If a person has several entries, the last entry is valid."""
     if (numbers["num_clips"] < 0).any():
         raise UserError("its table 'person' contains a number of clips below 0")
     last = {name: place for place, name in enumerate(names)}

@@ -1,11 +1,11 @@
-"""The application and its endpoints, and the server that runs it until a signal.
+"""Makes the web application with its endpoints, and runs it until a signal.
 
     app = make_app(Gallery("people"), run=None)  # for any ASGI server
 
 The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
-of people; `describe` generates their OpenAPI description. Every answer uses the current content of
-the gallery's folder. A removal is answered after it is on the disk, and after all answers that
-could still name the person.
+of people. `describe` generates the OpenAPI description of all paths. Every answer uses the current
+content of the gallery's folder. A removal is confirmed when it is on the disk, and when all answers
+that could still name the person are out.
 """
 
 import asyncio
@@ -63,15 +63,16 @@ if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNREAD_SECONDS = 60  # a connection closes if the client reads nothing for so long
+UNREAD_SECONDS = 60  # a connection is closed if its client reads nothing for this time
 MAX_LISTED_PEOPLE = 10_000  # per answer
 LARGE_BYTES = 1 << 16  # larger bodies are parsed in a thread
 NPZ_TYPES = ("application/x-npz", "application/zip", "application/octet-stream")
 ClipJson = Annotated[
     dict[str, str | float | list[float | list[float]]],
     Meta(
-        description="clip: the name of the clip; the name of a modality, such as face: its "
-        "frames [T, D]; optional fields of the frames, such as face_quality: [T]",
+        description="The field clip is the name of the clip. The other fields are modalities, such "
+        "as face, with their frames [T, D]. Fields of the frames, such as face_quality [T], are "
+        "optional.",
         extra_json_schema={
             "required": ["clip"],
             "properties": {"clip": {"type": "string", "minLength": 1}},
@@ -80,20 +81,27 @@ ClipJson = Annotated[
 ]
 ClipList = Annotated[list[ClipJson], Meta(min_length=1)]
 MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-COMMON_ERRORS = (400, 401, 403, 500, 503)  # of every endpoint
+COMMON_ERRORS = (400, 401, 403, 500, 503)  # HTTP statuses of errors of every endpoint
 ERROR_REF = "#/components/responses/Error"
-BODY_ERRORS = (413, 415, 422, 429)  # of endpoints that read a body
+BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that read a body
 
 
 class IdentifyRequest(protocol.RuleParameters, kw_only=True):
-    """Clips to identify."""
+    """A request to identify clips."""
 
     clips: ClipList
     k: protocol.K = protocol.DEFAULT_K
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
-    """Clips of a single person, of a given person per clip, or of strangers."""
+    """A request to enrol clips.
+
+    Attributes:
+      clips: the clips.
+      identity: the person that all clips show.
+      identities: clip -> person, if the clips show several people.
+      strangers: True if the clips show people who must not get a name.
+    """
 
     clips: ClipList
     identity: str | None = None
@@ -102,9 +110,9 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
-    """The position in the list of people."""
+    """The query of a page of the list of people."""
 
-    after: Annotated[str, Meta(description="the last name of the previous answer")] = ""
+    after: Annotated[str, Meta(description="the last name of the previous page")] = ""
 
 
 class Endpoint(NamedTuple):
@@ -113,10 +121,11 @@ class Endpoint(NamedTuple):
     Attributes:
       method: the HTTP method.
       path: the path, with parameters such as `{name}`.
-      answer: the function that answers a request.
-      errors: the statuses of errors, in addition to COMMON_ERRORS.
-      body: the type of a JSON body.
-      query: the type of the query.
+      answer: the function that answers a request. The first line of its docstring appears in the
+        OpenAPI description.
+      errors: the HTTP statuses of errors, in addition to COMMON_ERRORS.
+      body: the type of a JSON body; None if the request has no body.
+      query: the type of the query; None if the request has no query.
     """
 
     method: str
@@ -152,9 +161,10 @@ class Application:
         }
         _, self.people_batcher = self.served[self.people.name]
         self.changes = Changes(limits)
-        # Large bodies are parsed in turn, because the memory of a parsed body is counted later.
+        # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
+        # after parsing.
         self.reader = ThreadPoolExecutor(1, "vidjax-bodies")
-        self.embedding = 0  # number of clips that wait for their vectors, to be enrolled
+        self.embedding = 0  # number of clips of enrolments whose vectors are not computed yet
         self.ready = self.broken = False
         for name, about, value in (
             ("ready", "1 if all programs are compiled.", lambda: self.ready),
@@ -172,7 +182,7 @@ class Application:
         return self.embedding + sum(batcher.size for _, batcher in self.served.values())
 
     def list_endpoints(self) -> list[Endpoint]:
-        """Returns all endpoints. A request goes to the first endpoint that matches."""
+        """Returns all endpoints. The first endpoint that matches a request answers it."""
         infer_errors = (404, 409, *BODY_ERRORS)
         return [
             *(
@@ -198,7 +208,7 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def run_lifespan(self, app: object) -> AsyncIterator[None]:
-        """Compiles the programs after the start, and ends the threads after the last answer."""
+        """Compiles the programs when the server has started; stops the threads when it ends."""
         del app
         warm = asyncio.create_task(self._warm())
         yield
@@ -212,7 +222,7 @@ class Application:
         try:
             for model, batcher in self.served.values():
                 await batcher.run(model.warm)
-        except Exception as error:  # it never gets ready, so a platform restarts it
+        except Exception as error:  # `live` now reports a failure, so that a platform restarts us
             self.broken = True
             LOG.error("cannot answer: %s", one_line(str(error)))
             return
@@ -222,20 +232,20 @@ class Application:
     # ---- the Open Inference Protocol
 
     async def server(self, _: Request) -> Response:
-        """Returns name, version and extensions of the server."""
+        """Returns the name, the version and the extensions of the server."""
         version = importlib.metadata.version("vidjax")
         content = {"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]}
         return _encode_json(content)
 
     async def live(self, _: Request) -> Response:
-        """Returns 200 while the server runs; 503 if it cannot get ready."""
+        """Returns status 200 while the server runs, and 503 if its start has failed."""
         if self.broken:
             status = HTTPStatus.SERVICE_UNAVAILABLE
-            raise Refused(status, "the server cannot get ready: see the log")
+            raise Refused(status, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Returns 200 if all programs are compiled, and 503 before."""
+        """Returns status 200 if the server can answer requests, and 503 while it still starts."""
         if "model" in request.path_params:
             self._find_model(request)
         self._check_ready()
@@ -243,13 +253,15 @@ class Application:
 
     def _check_ready(self) -> None:
         if not self.ready:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "not ready: still compiling", 1)
+            text = "the server is not ready, it still compiles: try again"
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, 1)
 
     def _find_model(self, request: Request) -> tuple[Model, Batcher[Question, Any]]:
         name, version = request.path_params["model"], request.path_params.get("version", "1")
         if name not in self.served or version != "1":
             known = ", ".join(self.served)
-            raise Refused(HTTPStatus.NOT_FOUND, f"no such model: choose from {known}, version 1")
+            text = f"the path contains no known model: choose from {known}, version 1"
+            raise Refused(HTTPStatus.NOT_FOUND, text)
         return self.served[name]
 
     async def metadata(self, request: Request) -> Response:
@@ -261,7 +273,7 @@ class Application:
         return _encode_json(content)
 
     async def infer(self, request: Request) -> Response:
-        """Computes output tensors from input tensors."""
+        """Computes the output tensors of a model from its input tensors."""
         model, batcher = self._find_model(request)
         body = await self.bodies.read(request, self.limits.body_bytes)
         length = request.headers.get(protocol.HEADER)
@@ -288,7 +300,7 @@ class Application:
     # ---- people by name
 
     async def identify(self, request: Request) -> Response:
-        """Names the person in each clip; null means unknown."""
+        """Identifies the person in each clip. An unknown person is null."""
         clips, body = await self._read(request, IdentifyRequest)
         question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
@@ -297,17 +309,18 @@ class Application:
         return _encode_json({"clips": [*answers]})
 
     async def enrol(self, request: Request) -> Response:
-        """Enrols all clips, or none if any of them is wrong."""
+        """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
         clips, body = await self._read(request, EnrolRequest)
         if (body.identity is not None) + (body.identities is not None) + body.strangers != 1:
-            text = "give only identity, identities ({clip: name}) or strangers (true)"
+            text = "send one of the fields identity, identities ({clip: name}) and strangers (true)"
             raise unprocessable(text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
         for name in identities.values() if body.identity is None else [body.identity]:
             clean_identity(name)
         if stray := identities.keys() - clips.keys():
-            raise unprocessable(f"identities: the request has no clip '{show(min(stray))}'")
+            text = f"identities names the clip '{show(min(stray))}', which is not in clips: send it"
+            raise unprocessable(text)
         self._check_ready()
         gallery = self.people.gallery
 
@@ -328,7 +341,7 @@ class Application:
         return _encode_json((await self._change(request, enrol))._asdict())
 
     async def identities(self, request: Request) -> Response:
-        """Lists at most 10,000 people, sorted by name, with their numbers of clips."""
+        """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
         after = normal_form(_read_query(request.query_params, PageQuery).after)
         self._check_ready()
         people = await self.people_batcher.run(lambda: self.people.gallery.identities)
@@ -349,7 +362,7 @@ class Application:
     async def _remove(self, request: Request, change: Callable[[], int]) -> Response:
         self._check_ready()
         count = await self._change(request, change)
-        await self.people_batcher.settle()  # earlier requests may still get the name
+        await self.people_batcher.settle()  # waits for answers that may contain the name
         return _encode_json({"removed": count})
 
     async def _change(self, request: Request, change: Callable[[], T]) -> T:
@@ -360,7 +373,7 @@ class Application:
         return result
 
     async def threshold(self, request: Request) -> Response:
-        """Returns the threshold above which a clip gets a name."""
+        """Returns the rule and the threshold by which a clip gets a name."""
         query = _read_query(request.query_params, protocol.RuleParameters)
         self._check_ready()
         rule = await self.people_batcher.run(
@@ -372,18 +385,26 @@ class Application:
     # ---- about the server
 
     async def counters(self, _: Request) -> Response:
-        """Returns the counters of the server, for Prometheus."""
+        """Returns the counters of the server in the format of Prometheus."""
         content = exposition.generate_latest(self.metrics.registry)
         return Response(content, headers={"content-type": exposition.CONTENT_TYPE_LATEST})
 
     async def describe(self, _: Request) -> Response:
-        """Returns this description."""
+        """Returns this OpenAPI description."""
         return _encode_json(describe(self.list_endpoints(), [*self.served], self.people.widths))
 
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a body in JSON or `.npz`: clip -> modality -> frames, and the other fields."""
+        """Reads clips from a request whose body is JSON or an `.npz` file.
+
+        Args:
+          request: the request.
+          kind: the type of a JSON body, a request with the field `clips`.
+
+        Returns:
+          Clip -> modality -> field -> frames, and a `kind` with the other fields of the request.
+        """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
             status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
@@ -395,7 +416,7 @@ class Application:
         name = words.pop("clip", "")
         if npz:
             if not name:
-                raise unprocessable("an .npz needs the name of the clip: ?clip=NAME")
+                raise unprocessable("the query lacks the name of the clip: add ?clip=NAME")
             size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
             self.bodies.hold(request.scope, len(body) + 2 * size)
 
@@ -406,10 +427,13 @@ class Application:
             else:
                 fields = protocol.decode(body, kind)
                 if len(fields.clips) > self.limits.clips:
-                    raise unprocessable(f"a request may have at most {self.limits.clips} clips")
+                    most = self.limits.clips
+                    raise unprocessable(
+                        f"the request has {len(fields.clips):,} clips: send at most {most}"
+                    )
                 rows = enumerate(fields.clips)
                 clips = [clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows]
-            fields.clips = []  # frees the lists of numbers, which take more memory than the frames
+            fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.people.widths, self.limits), fields
 
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
@@ -417,14 +441,17 @@ class Application:
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
-        """Calls `read`, which parses a body; in a thread if the body is large."""
+        """Calls a function that parses a body. If the body is large, a thread calls it."""
         if large:
             return await asyncio.get_running_loop().run_in_executor(self.reader, read)
         return read()
 
 
 def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Converts a query to the type `kind`. Numbers may be strings."""
+    """Converts the query of a request, name -> value, to the type `kind`.
+
+    Strings are converted to numbers if necessary.
+    """
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
@@ -434,18 +461,26 @@ def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 
 def _check_clips(
     clips: Sequence[Clip], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, dict[str, Frames]]:
-    """Returns given name -> modality -> field -> frames, of the modalities in `widths`.
+    """Checks the clips of a request, and removes modalities that the gallery does not use.
+
+    Args:
+      clips: the clips.
+      widths: modality -> width of its features in the gallery.
+      limits: the limits of a request.
+
+    Returns:
+      Name of the clip as in the request -> modality -> field -> frames.
 
     Raises:
-      Refused: frames contain NaN, have a wrong width or are too many; a name is repeated; or a clip
-        has only unknown modalities.
+      Refused: two clips have the same name, a clip has none of the modalities, a clip has too many
+        frames, or frames have a wrong width or are not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
         name = clip.given or clip.name
         place = f"clip '{show(name)}'"
         if name in checked:
-            raise unprocessable(f"{place} is repeated")
+            raise unprocessable(f"{place} occurs twice: give each clip another name")
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
@@ -456,13 +491,13 @@ def _check_clips(
             if features.size and features.shape[-1] != widths[modality]:
                 problem = f"features are {features.shape[-1]} wide, but must be {widths[modality]}"
             elif features.ndim > 1 and len(features) > limits.frames:
-                problem = f"{len(features):,} frames: at most {limits.frames:,} are allowed"
+                problem = f"there are {len(features):,} frames: send at most {limits.frames:,}"
             if problem:
                 raise unprocessable(f"{place}, {modality}: {problem}")
             checked[name][modality] = frames
         if clip.modalities and not checked[name]:
             names = show(", ".join(map(str, clip.modalities)))
-            raise unprocessable(f"{place} has {names}, but needs any of {', '.join(widths)}")
+            raise unprocessable(f"{place} has only {names}: send any of {', '.join(widths)}")
     return checked
 
 
@@ -476,13 +511,13 @@ def make_app(
     limits: Limits | None = None,
     token: bytes | None = None,
 ) -> Guard:
-    """Returns the ASGI application of a gallery.
+    """Makes the ASGI application that serves a gallery.
 
     Args:
-      gallery: the people.
-      run: an optional run, whose net is served, too.
-      limits: the limits; by default `Limits()`.
-      token: the token that clients must send. If it is None, only programs on this machine are
+      gallery: the gallery.
+      run: a run whose net is served, too.
+      limits: the limits. The default is `Limits()`.
+      token: the secret that clients must send. If it is None, only programs on this machine are
         served.
     """
     limits, metrics = limits or Limits(), ServerMetrics()
@@ -499,7 +534,10 @@ def describe(
 ) -> dict[str, Any]:
     """Returns the OpenAPI description of the endpoints.
 
-    `models` are the names of the served models, and `widths` are modality -> width of the features.
+    Args:
+      endpoints: the endpoints.
+      models: the names of the models of the Open Inference Protocol.
+      widths: modality -> width of its features in the gallery.
     """
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
@@ -552,7 +590,7 @@ def describe(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a listening socket. Port 0 stands for any free port.
+    """Opens a socket that listens at an address. Port 0 stands for any free port.
 
     Raises:
       UserError: the address cannot be used.
@@ -575,7 +613,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn."""
+    """Returns the settings of uvicorn, which runs the application."""
     return uvicorn.Config(
         app,
         ws="none",
@@ -593,7 +631,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A server that ends at most `end_seconds` after a signal, even if a thread hangs."""
+    """A uvicorn server that ends `limits.end_seconds` after a signal even if a thread hangs."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))
@@ -601,25 +639,26 @@ class Server(uvicorn.Server):
         self._end.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stops to accept requests. Requests that have arrived are answered."""
+        """Stops accepting requests. Requests that have arrived are still answered."""
         if not self.should_exit:
             self._end.start()
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process immediately. A change of the gallery is complete, or was not made."""
-        LOG.error("ended: unfinished work was cut off")
+        """Ends the process immediately. A transaction protects the gallery."""
+        LOG.error("ended before its work was finished")
         os._exit(1)
 
 
 def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
-    """Answers requests until SIGINT or SIGTERM; returns False if requests were cut off.
+    """Answers requests until SIGINT or SIGTERM.
 
+    Returns False if the server could not start, or if it ended before all requests were answered.
     If a thread hangs, the process ends with exit code 1.
     """
-    for name in ("uvicorn", "uvicorn.error"):  # unknown clients must not fill the log
+    for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
         logging.getLogger(name).setLevel(logging.ERROR)
-    gc.freeze()  # garbage collections skip modules and people, which stay in memory
+    gc.freeze()  # modules and people stay in memory, so the garbage collector may skip them
     server = Server(app, limits)
     # uvicorn raises a signal again after the last answer. The second signal must do nothing.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}

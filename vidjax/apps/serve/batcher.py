@@ -1,8 +1,8 @@
-"""Collects requests into batches.
+"""Answers requests in batches, and makes changes one after the other.
 
 While a batch is scored, new requests wait and form the next batch. So a single request does not
-wait, and batches grow with the load. Changes run in another thread, so that answers do not wait
-until a back end is fitted again.
+wait, and batches grow with the load. Changes of the gallery run in another thread, because a change
+can take minutes.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 Q = TypeVar("Q")
 A = TypeVar("A")
 T = TypeVar("T")
-LINGER_SECONDS = 0.01  # the longest wait for more requests, after a batch of several requests
+LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several requests
 
 
 class _Waiting(NamedTuple, Generic[Q, A]):
@@ -28,7 +28,10 @@ class _Waiting(NamedTuple, Generic[Q, A]):
 
 
 class Batcher(Generic[Q, A]):
-    """Answers questions in batches, in a thread. Its methods are called in an event loop."""
+    """Answers questions about clips in batches, in a thread.
+
+    The methods must be called in an event loop of asyncio.
+    """
 
     def __init__(
         self,
@@ -36,13 +39,19 @@ class Batcher(Generic[Q, A]):
         limits: Limits,
         metrics: ServerMetrics,
     ):
-        """Takes a function that answers a batch: it returns an answer or an error per question."""
+        """Makes a batcher.
+
+        Args:
+          answer: returns an answer or an error for each question of a batch.
+          limits: the largest numbers of clips in a batch and of clips that wait.
+          metrics: counts the clips of each batch.
+        """
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting[Q, A]] = deque()
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
-        self.size = 0  # clips that wait
-        self._target, self._enough = 0, asyncio.Event()  # clips of the next batch
+        self.size = 0  # number of clips that wait
+        self._target, self._enough = 0, asyncio.Event()  # set when `_target` clips wait
 
     async def ask(self, question: Q, size: int) -> A:
         """Returns the answer to a question about `size` clips.
@@ -62,7 +71,7 @@ class Batcher(Generic[Q, A]):
         return await future
 
     async def _work(self) -> None:
-        """Answers batch after batch until no request waits."""
+        """Answers one batch after another until no request waits."""
         loop = asyncio.get_running_loop()
         try:
             while batch := self._take_batch():
@@ -85,10 +94,10 @@ class Batcher(Generic[Q, A]):
             self._batch = None
 
     async def _linger(self, answered: int) -> None:
-        """Waits a little for more requests, because clients with an answer often ask again.
+        """Waits a moment for more requests, because clients often ask again after an answer.
 
-        Without the wait, the first of these requests would form a batch by itself, which takes
-        nearly as long as a batch of many clips.
+        If there were no wait, the first new request would form a batch, which takes nearly as long
+        as a batch of many clips. `answered` is the number of clips in the last batch.
         """
         self._target = min(self.size + answered, self._limits.batch_clips)
         self._enough.clear()
@@ -97,7 +106,7 @@ class Batcher(Generic[Q, A]):
                 await asyncio.wait_for(self._enough.wait(), LINGER_SECONDS)
 
     def _take_batch(self) -> list[_Waiting[Q, A]]:
-        """Removes the next batch from the queue, without requests whose clients have gone."""
+        """Removes the next batch from the queue. Requests whose clients have gone are left out."""
         batch: list[_Waiting[Q, A]] = []
         clips = 0
         while self._waiting and (
@@ -111,32 +120,32 @@ class Batcher(Generic[Q, A]):
         return batch
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Calls a function between two batches, and returns its result."""
+        """Calls a function in the thread, between two batches; returns the result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def settle(self) -> None:
-        """Waits until the current batch or function has ended, and its answers are delivered."""
+        """Waits until the present batch or function has ended, and all answers are delivered."""
         await self.run(lambda: None)
         await asyncio.sleep(0)  # the event loop delivers the answers
 
     def stop(self) -> None:
-        """Ends the thread after the current batch."""
+        """Ends the thread after the present batch."""
         self._thread.shutdown()
 
 
 class Changes:
-    """Makes changes in turn, in a thread."""
+    """Makes changes of a gallery one after the other, in a thread."""
 
     def __init__(self, limits: Limits):
         self._limits, self._thread = limits, ThreadPoolExecutor(1, "vidjax-changes")
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:
-        """Makes a change and returns its result. The change is made even if the client hangs up.
+        """Calls `change` and returns the result, even if the client disconnects meanwhile.
 
         Raises:
-          Refused: too many changes are waiting (429), or the change takes too long (503). In the
-            second case it is still made later.
+          Refused: too many changes are waiting (status 429). Or the change takes too long (status
+            503); then it is still made later.
         """
         if self.waiting >= self._limits.waiting_changes:
             status = HTTPStatus.TOO_MANY_REQUESTS
@@ -147,13 +156,14 @@ class Changes:
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
             status = HTTPStatus.SERVICE_UNAVAILABLE
-            raise Refused(status, "the change takes long: check later whether it was made", 5)
+            text = "the change is not finished and goes on: check later whether it was made"
+            raise Refused(status, text, 5)
         return work.result()
 
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1
         if not work.cancelled():
-            work.exception()  # marks it as read, because the client may have gone
+            work.exception()  # otherwise asyncio logs an error whose client has gone
 
     def stop(self) -> None:
         """Waits for all changes, and ends the thread."""

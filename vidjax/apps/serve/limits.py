@@ -1,9 +1,9 @@
-"""Limits of requests, checks of their sender, and counters.
+"""Limits the size of requests, checks their sender, and counts them.
 
 `Guard` wraps the application: it checks the sender, turns errors into answers, and counts requests.
-`Bodies` reads bodies, and stops if they get too large. uvicorn limits the number of connections.
-Slow clients and long headers are not limited here. On an open network, this is a task of the proxy,
-which the server needs for TLS anyway.
+`Bodies` reads the bodies of requests, and stops if they are too large. uvicorn limits the number of
+connections. Slow clients and long headers are not limited here. On an open network the server needs
+a proxy for TLS, and this proxy must limit them.
 """
 
 import asyncio
@@ -36,22 +36,22 @@ from vidjax.utils.errors import Expected, InUseError, UserError, describe_system
 
 LOG = logging.getLogger("vidjax.apps.serve")
 MIN_TOKEN_LETTERS = 16
-# Errors with these statuses may be sent before the body was read. They end the connection.
+# Errors with these statuses may be sent before the body was read, so they end the connection.
 ENDING_STATUSES = (400, 401, 403, 404, 405, 413, 415, 429)
-PIECE_BYTES = 1 << 16  # of an answer, sent at once
+PIECE_BYTES = 1 << 16  # largest part of an answer that is sent at once
 SEE_LOG = ": see the log"
-# Type of an error -> status and text of the answer, and seconds until a new try.
+# Type of an error -> status and text of the answer, and seconds until the client may try again.
 REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
     NotEnrolledError: (HTTPStatus.NOT_FOUND, "no such name is enrolled", None),
-    NobodyError: (HTTPStatus.CONFLICT, "the gallery has nobody enrolled", None),
+    NobodyError: (HTTPStatus.CONFLICT, "nobody is enrolled in the gallery", None),
     InUseError: (HTTPStatus.SERVICE_UNAVAILABLE, "another process is changing the gallery", 1),
     UnreadableError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be read" + SEE_LOG, None),
     UnwritableError: (
         HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
     ),
-    TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "no answer in time", 1),
+    TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "the answer took too long: try again", 1),
 }  # fmt: skip
-# Probes of a platform send no token.
+# Platforms such as Kubernetes ask these paths without a token.
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
@@ -59,10 +59,10 @@ class Limits(NamedTuple):
     """Limits of a server.
 
     Attributes:
-      body_bytes: size of a binary request, and of the arrays of an `.npz` as float32.
-      json_bytes: size of a JSON request, or of the JSON before binary tensors.
-      held_bytes: size of all requests and answers in memory: bodies, their frames, a copy of the
-        frames, and answers until they are sent.
+      body_bytes: size of a binary body, and of the arrays of an `.npz` file as float32.
+      json_bytes: size of a JSON body, or of the JSON before binary tensors.
+      held_bytes: size of everything that is in memory for all requests: bodies, frames, a copy of
+        the frames, and answers that are not sent yet.
       clips: number of clips in a request.
       frames: number of frames in a clip and modality.
       batch_clips: number of clips that are scored together.
@@ -70,8 +70,8 @@ class Limits(NamedTuple):
       waiting_changes: number of enrolments and removals that wait.
       connections: number of open connections.
       answer_seconds: time from the end of the body to the answer.
-      change_seconds: additional time for a change, because it may fit the coordinates again.
-      request_seconds: time to receive a body, and time to send an answer.
+      change_seconds: additional time for a change, because it may fit parameters again.
+      request_seconds: time to receive a body, and also time to send an answer.
       idle_seconds: time until an idle connection is closed.
       drain_seconds: time for unfinished requests after a signal.
       end_seconds: time from a signal to the forced end of the process.
@@ -95,9 +95,9 @@ class Limits(NamedTuple):
 
 
 class ServerMetrics:
-    """Counters for Prometheus. They contain no name of a person or a clip.
+    """Counters for Prometheus, which contain no names of people or clips.
 
-    The `route` of a request is a pattern, such as `/clips/{name}`.
+    Requests are counted by their path pattern, such as `/clips/{name}`, and by their status.
     """
 
     def __init__(self) -> None:
@@ -111,9 +111,10 @@ class ServerMetrics:
 
 
 class Refused(Expected):
-    """An error answer: its status, a message of a single line, and an optional time for a new try.
+    """An error that the server sends to a client.
 
-    `retry_after` is in seconds.
+    It has an HTTP status and a message of a single line. `retry_after` is the number of seconds
+    after which the client may try again, or None.
     """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
@@ -128,26 +129,26 @@ class Refused(Expected):
 
 
 def one_line(text: str) -> str:
-    """Joins the lines of a message, and cuts it to 300 letters."""
+    """Joins the lines of a message. If the result is longer than 300 letters, it is shortened."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     return line if len(line) <= 300 else line[:300] + "..."
 
 
 def read_token(path: Path) -> bytes:
-    """Reads a token from a file.
+    """Reads the token, the secret that clients must send, from a file.
 
     Raises:
-      UserError: other users may read the file, or the token is too short.
+      UserError: other users may read the file, or the token is not a word of 16 letters or more.
     """
     with files.open_regular(path) as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         content = file.read(4096)
     if mode & 0o077:
-        raise UserError(f"{path}: other users may read the token\nchmod 600 {path}")
+        raise UserError(f"'{path}' can be read by other users\ncall chmod 600 {path}")
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(
-            f"{path}: a token is a single word of at least {MIN_TOKEN_LETTERS} ASCII letters\n"
+            f"'{path}' must contain a single word of at least {MIN_TOKEN_LETTERS} ASCII letters\n"
             f"make a token: (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
@@ -155,7 +156,7 @@ def read_token(path: Path) -> bytes:
 
 @functools.lru_cache(16)
 def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach the address."""
+    """Returns True if only programs on this machine can reach the address `host`."""
     if host == "localhost":
         return True
     try:
@@ -165,26 +166,29 @@ def is_loopback(host: str) -> bool:
 
 
 class Bodies:
-    """Reads the bodies of requests, and counts the bytes of all requests in memory.
+    """Reads the bodies of requests, and limits the memory of all requests together.
 
-    `scope["vidjax.held"]` is the size of a request in bytes, `scope["vidjax.clock"]` its timeout.
+    The ASGI scope of a request stores the bytes that the request takes in memory
+    (`vidjax.held`), and the `asyncio.Timeout` of the request (`vidjax.clock`).
     """
 
     def __init__(self, limits: Limits):
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads a body, chunked or not. Then `answer_seconds` are left for the answer.
+        """Reads the body of a request, which may be chunked.
+
+        Then the timeout of the request is set to `Limits.answer_seconds` from now.
 
         Raises:
-          Refused: the body has more than `limit` bytes, or is encoded.
+          Refused: the body has more than `limit` bytes, or has a Content-Encoding.
         """
         headers = request.headers
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise Refused(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the body without Content-Encoding"
             )
-        if "upgrade" in headers:  # the HTTP parser takes the body for another protocol
+        if "upgrade" in headers:  # the HTTP parser then takes the body for another protocol
             raise Refused(HTTPStatus.BAD_REQUEST, "send the body without the header Upgrade")
         length = headers.get("content-length", "0")
         if not length.isdigit() or len(length) > 15 or int(length) > limit:
@@ -201,14 +205,15 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Sets the size of a request to `size` bytes.
+        """Counts `size` bytes as the memory of a request, instead of the bytes counted before.
 
         Raises:
-          Refused: all requests together are too large (status 429).
+          Refused: all requests together take too much memory (status 429).
         """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many large requests at once", 1)
+            text = "all requests together take too much memory: try again"
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, text, 1)
         self._held += more
         scope["vidjax.held"] = size
 
@@ -219,13 +224,15 @@ def set_clock(scope: Scope, seconds: float) -> None:
 
 
 def _too_large(limit: int) -> Refused:
-    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body may have at most {limit:,} bytes")
+    text = f"the body is too large: send at most {limit:,} bytes"
+    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
 
 
 class Guard:
-    """An ASGI application that checks the sender of a request, and counts and limits the answers.
+    """An ASGI application that protects another application.
 
-    Every error becomes an answer, `{"error": LINE}`.
+    It checks the sender of each request, limits the time and memory of answers, and counts them.
+    Every error becomes an answer `{"error": "one line"}`.
     """
 
     def __init__(
@@ -242,7 +249,7 @@ class Guard:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request. Other events, such as the start of the server, are passed on."""
+        """Answers a request. Events that are not requests go to the application unchanged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -255,7 +262,7 @@ class Guard:
                 set_clock(scope, self._limits.request_seconds)
                 status = message["status"]
             rest = memoryview(message.get("body", b""))
-            while len(rest) > PIECE_BYTES:  # `send` waits while the client has much to read
+            while len(rest) > PIECE_BYTES:  # `send` waits until the client has read earlier parts
                 piece, rest = bytes(rest[:PIECE_BYTES]), rest[PIECE_BYTES:]
                 await send({"type": message["type"], "body": piece, "more_body": True})
                 message["body"] = bytes(rest[:PIECE_BYTES])
@@ -274,7 +281,7 @@ class Guard:
             return
         except Exception as error:
             if status:
-                raise ConnectionAbortedError from None  # a part of the answer is out
+                raise ConnectionAbortedError from None  # a part of the answer is already sent
             refused = to_refusal(error)
             status = refused.status
             content = msgspec.json.encode({"error": refused.text})
@@ -288,9 +295,10 @@ class Guard:
         self._metrics.seconds.observe(seconds)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
-        """Refuses wrong tokens. Without a token, refuses other machines and pages of other sites.
+        """Raises Refused if the sender may not use the server.
 
-        Such a page could send requests from a browser on this machine.
+        If the server has a token, the request must contain it. Otherwise, the sender must be on
+        this machine, and must not be a web page of another site in a browser on this machine.
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
@@ -304,15 +312,19 @@ class Guard:
                 )
             return
         if not is_loopback(_split(f"//{''.join(hosts)}").hostname or ""):
-            raise Refused(HTTPStatus.FORBIDDEN, "the header Host names another machine")
+            text = "the header Host is the address of another machine: use localhost"
+            raise Refused(HTTPStatus.FORBIDDEN, text)
         origin = headers.get("origin")
         other_site = origin is not None and _split(origin).netloc != hosts[0]
         if other_site or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refused(HTTPStatus.FORBIDDEN, "pages of other sites may not send requests")
+            raise Refused(HTTPStatus.FORBIDDEN, "web pages of other sites may not send requests")
 
 
 def to_refusal(error: Exception) -> Refused:
-    """Converts an error to an answer. Paths and internal errors are only logged."""
+    """Converts an exception to the error that is sent to the client.
+
+    Messages that contain paths or describe internal errors are logged, and not sent.
+    """
     if isinstance(error, Refused):
         return error
     if isinstance(error, HTTPException):
@@ -335,7 +347,7 @@ def to_refusal(error: Exception) -> Refused:
 
 
 def _describe_traceback(error: Exception) -> str:
-    """Returns the type and the last lines of code of an error.
+    """Describes an exception by its type and the lines of code that raised it.
 
     The message is left out, because it may contain names of people.
     """
@@ -345,7 +357,7 @@ def _describe_traceback(error: Exception) -> str:
 
 
 def _split(address: str) -> SplitResult:
-    """Splits an address. If it is malformed, all parts are empty."""
+    """Splits a URL into parts. If it is malformed, all parts are empty."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -353,5 +365,5 @@ def _split(address: str) -> SplitResult:
 
 
 def unprocessable(text: str) -> Refused:
-    """Returns an error with the status 422, for a request with a wrong value."""
+    """Returns an error with status 422, for a request that contains a wrong value."""
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)

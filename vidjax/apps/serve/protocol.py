@@ -1,10 +1,9 @@
 """Reads requests and writes answers of the Open Inference Protocol, version 2.
 
-A body starts with JSON. The bytes of binary tensors may follow. In this case, the header
-`Inference-Header-Content-Length` contains the length of the JSON, and the parameter
-`binary_data_size` of each tensor the number of its bytes. The datatypes are `FP32` (float32),
-`BOOL` (bool) and `BYTES` (text). JSON has no -inf, so JSON answers contain the lowest finite
-float32 instead.
+A body starts with JSON, and the bytes of binary tensors may follow. If they do, the header
+`Inference-Header-Content-Length` contains the length of the JSON, and each tensor has a parameter
+`binary_data_size` with the number of its bytes. The datatypes are `FP32` (float32), `BOOL` (bool)
+and `BYTES` (text). JSON has no -inf, so JSON answers contain the lowest finite float32 instead.
 
 Source: the specification of KServe's data plane, and the binary extension of Triton.
 """
@@ -29,37 +28,40 @@ Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=
 DEFAULT_K = 5
 K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities per clip")]
 
-Fpir = Annotated[float, Meta(gt=0, lt=1, description="the share of strangers who may get a name")]
+Fpir = Annotated[
+    float, Meta(gt=0, lt=1, description="the largest share of strangers who may get a name")
+]
 Probability = Annotated[
-    float, Meta(gt=0, le=1, description="instead: the lowest probability of a name")
+    float,
+    Meta(gt=0, le=1, description="the lowest probability of a name; it replaces fpir"),
 ]
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. By default, the gallery chooses a threshold."""
+    """The rule by which a clip gets a name. The default is the default rule of the gallery."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
 
 
 class Parameters(RuleParameters):
-    """Parameters of a request."""
+    """The parameters of a request for inference."""
 
     k: K = DEFAULT_K
     binary_data_output: bool = False
     timeout: Annotated[
-        int, Meta(ge=0, description="microseconds until the answer; 0: no limit")
+        int, Meta(ge=0, description="microseconds until the answer; 0 sets no limit")
     ] = 0
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input. Without a size, its values are in the JSON."""
+    """The parameters of an input tensor. If there is no size, the values are in the JSON."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
 class Tensor(Struct):
-    """An input. Its values are `data`, or bytes after the JSON."""
+    """An input tensor. The values are in `data`, or are bytes after the JSON."""
 
     name: Name
     shape: Sizes
@@ -69,20 +71,20 @@ class Tensor(Struct):
 
 
 class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an output: its values are sent as bytes, or in the JSON."""
+    """The parameters of an output. If `binary_data` is False, the values are in the JSON."""
 
     binary_data: bool = False
 
 
 class Output(Struct):
-    """A requested output."""
+    """An output tensor that the client wants."""
 
     name: Name
     parameters: OutputParameters = OutputParameters()
 
 
 class InferRequest(Struct):
-    """A request with input tensors. If `outputs` is empty, all outputs are sent."""
+    """A request for inference. If `outputs` is empty, the client gets all outputs."""
 
     inputs: Annotated[list[Tensor], Meta(min_length=1, max_length=64)]
     id: Name = ""
@@ -91,7 +93,7 @@ class InferRequest(Struct):
 
 
 class Spec(NamedTuple):
-    """Name, datatype and shape of a tensor. The size -1 stands for any size."""
+    """The name, datatype and shape of a tensor. The size -1 stands for any size."""
 
     name: str
     datatype: str
@@ -101,15 +103,24 @@ class Spec(NamedTuple):
 def parse(
     body: bytes, header_length: str | None, inputs: Sequence[Spec], limits: Limits
 ) -> tuple[InferRequest, dict[str, np.ndarray]]:
-    """Reads a body: returns the request, and name -> array of its inputs.
+    """Parses the body of a request for inference.
+
+    Args:
+      body: the body.
+      header_length: the header `Inference-Header-Content-Length`, or None.
+      inputs: the inputs that the model accepts.
+      limits: the limits of a request.
+
+    Returns:
+      The request, and its input tensors, name -> array.
 
     Raises:
-      Refused: the JSON or an input is wrong. The message contains the name of the input.
+      Refused: the JSON or an input is wrong.
     """
     at = header_size = _read_header_size(body, header_length)
     if header_size > limits.json_bytes:
         raise unprocessable(
-            f"the JSON may have at most {limits.json_bytes:,} bytes: send binary tensors"
+            f"the JSON has more than {limits.json_bytes:,} bytes: send binary tensors instead"
         )
     request = decode(memoryview(body)[:header_size], InferRequest)
     known = {spec.name: spec for spec in inputs}
@@ -117,47 +128,54 @@ def parse(
     for tensor in request.inputs:
         name = tensor.name
         if name not in known:
-            raise unprocessable(f"no input '{show(name)}': choose from {', '.join(known)}")
+            raise unprocessable(
+                f"the model has no input '{show(name)}': choose from {', '.join(known)}"
+            )
         if name in tensors:
-            raise unprocessable(f"input '{name}' is repeated")
+            raise unprocessable(f"input '{name}' occurs twice: send it once")
         spec = known[name]
         if tensor.datatype != spec.datatype:
-            raise unprocessable(f"input '{name}' is {spec.datatype}, not {show(tensor.datatype)}")
+            kind = show(tensor.datatype)
+            raise unprocessable(f"input '{name}' has the datatype {kind}: send {spec.datatype}")
         if not _fits(tensor.shape, spec.shape):
-            raise unprocessable(f"input '{name}': shape {tensor.shape}, must be {list(spec.shape)}")
+            raise unprocessable(
+                f"input '{name}' has the shape {tensor.shape}, but must have {list(spec.shape)}"
+            )
         dtype, count = DTYPES[spec.datatype], math.prod(tensor.shape)
         length, size = tensor.parameters.binary_data_size, count * dtype.itemsize
         if length is None:
             array = _parse_values(tensor, name, dtype)
         elif length != size:
             raise unprocessable(
-                f"input '{name}': binary_data_size is {length:,}, but its shape has {size:,}"
+                f"input '{name}' takes {size:,} bytes, but binary_data_size is {length:,}"
             )
         elif len(bytes(tensor.data)):
-            raise unprocessable(f"input '{name}': send data or binary_data_size, not both")
+            raise unprocessable(f"input '{name}' has data and binary_data_size: send one of them")
         elif at + size > len(body):
-            raise unprocessable(f"input '{name}': the body ends before its {size:,} bytes")
+            raise unprocessable(f"the body is too short for the {size:,} bytes of input '{name}'")
         else:
             array = np.frombuffer(body, dtype, count, at)
             at += size
         tensors[name] = array.reshape(tensor.shape)
     if at != len(body):
-        raise unprocessable(f"{len(body) - at:,} bytes of the body belong to no tensor")
+        raise unprocessable(f"the body has {len(body) - at:,} bytes that belong to no tensor")
     return request, tensors
 
 
 def check_outputs(request: InferRequest, outputs: Sequence[Spec]) -> None:
-    """Raises Refused if the model does not have a requested output."""
+    """Raises Refused if the client wants an output that the model does not have."""
     known = [spec.name for spec in outputs]
     if unknown := [output.name for output in request.outputs if output.name not in known]:
-        raise unprocessable(f"no output '{show(unknown[0])}': choose from {', '.join(known)}")
+        raise unprocessable(
+            f"the model has no output '{show(unknown[0])}': choose from {', '.join(known)}"
+        )
 
 
 def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Decodes JSON to the type `kind`.
+    """Decodes JSON to an object of the type `kind`.
 
     Raises:
-      Refused: it is not JSON of this type, or contains NaN.
+      Refused: the content is not JSON of this type, or contains NaN.
     """
     try:
         return msgspec.json.decode(content, type=kind)
@@ -178,20 +196,20 @@ def _read_header_size(body: bytes, header_length: str | None) -> int:
 
 
 def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
-    """Returns True if a shape matches the shape of a Spec."""
+    """Returns True if a shape has the sizes in `spec`, where -1 stands for any size."""
     pairs = zip(shape, spec, strict=False)
     return len(shape) == len(spec) and all(expected in (-1, size) for size, expected in pairs)
 
 
 def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
-    """Returns the values of a tensor in JSON as [N]. They are a flat or a nested list."""
+    """Parses the values of a tensor in JSON, a flat or a nested list. Returns them as [N]."""
     kind: Any = bool if dtype.kind == "b" else float
     nested: Any = kind
     for _ in tensor.shape:
         nested = list[nested]
     content = bytes(tensor.data)
     if not content:
-        raise unprocessable(f"input '{name}' has neither data nor binary_data_size")
+        raise unprocessable(f"input '{name}' has no values: send data or binary_data_size")
     is_nested = re.match(rb"\s*\[\s*\[", content)
     try:
         values = msgspec.json.decode(content, type=nested if is_nested else list[kind])
@@ -201,24 +219,28 @@ def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
         try:
             array = np.asarray(values, dtype)
         except ValueError:
-            raise unprocessable(f"input '{name}': lists of different lengths") from None
+            text = f"the data of input '{name}' are lists of different lengths"
+            raise unprocessable(text) from None
     if array.size != math.prod(tensor.shape):
-        raise unprocessable(f"input '{name}': {array.size:,} values in shape {tensor.shape}")
+        raise unprocessable(
+            f"input '{name}' has {array.size:,} values, which do not fit its shape {tensor.shape}"
+        )
     return array.reshape(-1)
 
 
 def encode_answer(
     request: InferRequest, model: str, outputs: Mapping[str, np.ndarray]
 ) -> tuple[bytes, int | None]:
-    """Encodes an answer.
+    """Encodes the answer to a request for inference.
 
     Args:
       request: the request, which lists the outputs to send.
       model: the name of the model.
-      outputs: all outputs of the model, float32 or text (dtype object).
+      outputs: all outputs of the model, name -> array of float32 or of text (dtype object).
 
     Returns:
-      The body, and the length of its JSON. Without binary tensors, the length is None.
+      The body, and the length of the JSON at its beginning. If the body contains no binary tensors,
+      the length is None.
     """
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     described, tails = [], []
@@ -242,6 +264,6 @@ def encode_answer(
 
 
 def _encode_texts(array: np.ndarray) -> bytes:
-    """Encodes texts as Triton does: UTF-8, each after its length in four bytes."""
+    """Encodes texts as Triton does: each text is four bytes with its length, and then UTF-8."""
     texts = [text.encode() for text in array.reshape(-1).tolist()]
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)

@@ -1,4 +1,4 @@
-"""The two models of the protocol: a gallery, and the net of a run.
+"""The two models of the Open Inference Protocol: a gallery, and the net of a run.
 
 A model answers a batch of questions at once. The answer to a question does not depend on the other
 questions. If a batch fails, each question is answered separately, so that only wrong questions get
@@ -22,19 +22,18 @@ from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
     from vidjax.evaluation.predict import Predictor
 
-TABLE_CLIPS = 512  # more clips than a batch has
+TABLE_CLIPS = 512  # larger than the number of clips in a batch
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
 
 
 class Question(NamedTuple):
-    """Clips to identify.
+    """Clips to identify or to score.
 
     Attributes:
-      clips: name -> modality -> frames.
+      clips: name -> modality -> field, such as `features` or `quality` -> [T, ...].
       k: the largest number of identities per clip.
-      fpir: as in `Gallery.identify`; a run ignores it.
-      threshold: as in `Gallery.identify`; a run ignores it.
+      fpir, threshold: the rule of names, see `Gallery.identify`. The net of a run ignores them.
     """
 
     clips: Mapping[str, Mapping[str, Frames]]
@@ -44,21 +43,31 @@ class Question(NamedTuple):
 
 
 class Identified(NamedTuple):
-    """Answers of a gallery for N clips, and their vectors, [N, sum of D] float32."""
+    """The answers of a gallery for N clips, and the vectors of the clips.
+
+    Attributes:
+      answers: N answers.
+      vectors: [N, sum of D] float32, the joined vectors of all modalities.
+    """
 
     answers: list[Answer]
     vectors: np.ndarray
 
 
 class Scored(NamedTuple):
-    """Scores of a run for N clips, [N, C] float32, and their unit vectors, [N, D] float32."""
+    """The scores of a run for N clips and C classes, and the vectors of the clips.
+
+    Attributes:
+      scores: [N, C] float32.
+      vectors: [N, D] float32 unit vectors.
+    """
 
     scores: np.ndarray
     vectors: np.ndarray
 
 
 def list_inputs(model: "Model") -> list[Spec]:
-    """Lists the input tensors of a model: features, quality and mask of each modality."""
+    """Lists the input tensors of a model: the features, quality and mask of each modality."""
     specs = []
     for name, width in model.widths.items():
         specs.append(Spec(name, "FP32", (-1, -1, width)))
@@ -70,30 +79,39 @@ def list_inputs(model: "Model") -> list[Spec]:
 def make_question(
     model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
-    """Makes a question from input tensors. Frames whose mask is False are ignored.
+    """Makes a question from the input tensors of a request.
+
+    Frames whose mask is False are left out.
+
+    Args:
+      model: the model that will answer.
+      tensors: name of an input -> array.
+      parameters: the parameters of the request.
+      limits: the largest numbers of clips and frames.
 
     Raises:
       Refused: a tensor has a wrong shape or is missing, or a frame is not finite.
     """
     present = [name for name in model.widths if name in tensors]
     if not present:
-        raise unprocessable(f"no features: send {', '.join(model.widths)}")
+        raise unprocessable(f"the request has no features: send {', '.join(model.widths)}")
     count = len(tensors[present[0]])
     if not 0 < count <= limits.clips:
-        raise unprocessable(f"{count} clips: a request may have 1 to {limits.clips}")
+        raise unprocessable(f"the request has {count} clips: send 1 to {limits.clips}")
     clips: dict[str, dict[str, Frames]] = {str(number): {} for number in range(count)}
     for name in model.widths:
         fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
         arrays = {field: tensors[key] for field, key in fields.items() if key in tensors}
         if arrays and name not in tensors:
-            raise unprocessable(f"input '{fields[next(iter(arrays))]}' needs input '{name}'")
+            text = f"input '{fields[next(iter(arrays))]}' is useless without '{name}': send both"
+            raise unprocessable(text)
         for field, array in arrays.items():
             shape = (count, *tensors[name].shape[1:2])
             if array.shape[:2] != shape:
                 raise unprocessable(f"input '{fields[field]}' must have the shape {list(shape)}")
             if array.shape[1] > limits.frames:
                 raise unprocessable(
-                    f"input '{name}': a clip may have at most {limits.frames:,} frames"
+                    f"input '{name}' has too many frames: send at most {limits.frames:,} for a clip"
                 )
         mask = arrays.pop("mask", None)
         for row, clip in enumerate(clips.values() if arrays else ()):
@@ -106,7 +124,7 @@ def make_question(
 
 
 def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
-    """Returns an answer or an error for each question."""
+    """Answers a batch of questions; returns an answer or an exception for each question."""
     try:
         return [*model.answer_batch(questions)]
     except Exception as error:
@@ -116,31 +134,37 @@ def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
 
 
 def _make_question(model: "Model", length: int, count: int = 1) -> Question:
-    """Returns a question about `count` clips with `length` frames of ones."""
+    """Makes a question about `count` clips with `length` frames, whose features are all 1."""
     frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
     clip = {name: {"features": features} for name, features in frames.items()}
     return Question({str(number): clip for number in range(count)})
 
 
 def check_finite(frames: Frames, place: str) -> None:
-    """Raises Refused if a field has values that are not finite float32 numbers."""
+    """Raises Refused if a field has values that are not finite as float32 numbers.
+
+    `place` describes the clip in the message.
+    """
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
-            raise unprocessable(f"{place}: {field} must be numbers")
+            raise unprocessable(f"{place}: the values of {field} must be numbers")
         wide = array.dtype.itemsize > np.dtype(np.float32).itemsize
         if not (np.abs(array) <= LARGEST if wide else np.isfinite(array)).all():
-            raise unprocessable(f"{place}: {field} contain a number that is not finite")
+            raise unprocessable(f"{place}: a value of {field} is not finite: remove the frame")
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
-    """Returns the size of clips in bytes, including the fields that are added to every frame."""
+    """Returns the number of bytes that clips take in memory when they are scored.
+
+    Fields that a clip lacks, such as the quality, are counted, because scoring adds them.
+    """
     features = [frames["features"] for clip in clips.values() for frames in clip.values()]
     return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions. With several questions, names get a prefix."""
-    if len(questions) == 1:  # then errors contain the names of the question
+    """Joins the clips of all questions. If there are several, names get the question's number."""
+    if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
     return {
         f"{number}/{name}": clip
@@ -155,22 +179,22 @@ def _slice_rows(questions: Sequence[Question]) -> list[slice]:
 
 
 class GalleryModel:
-    """The people of a gallery."""
+    """The model that identifies people with a gallery."""
 
     name = "gallery"
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
-        _ = self.widths  # restores the run of the gallery now: an error appears at the start
+        _ = self.widths  # loads the run of the gallery, so that errors appear at the start
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> width."""
+        """Modality -> width of the features."""
         return self.gallery.reads[0]
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors. `embedding` contains the vectors of all parts, in turn."""
+        """The output tensors. `embedding` contains the joined vectors of all modalities."""
         width = sum(self.gallery.backend.widths.values())
         return (
             Spec("identity", "BYTES", (-1,)),
@@ -195,10 +219,11 @@ class GalleryModel:
         return [Identified(ordered[place], vectors[place]) for place in rows]
 
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
-        """Returns the output tensors: identity [N], identities and scores [N, K], embedding [N, D].
+        """Converts an answer to the output tensors, name -> array.
 
-        K is the smaller of `k` and the number of people. The identity of a stranger is "". Missing
-        identities are "", and their scores are -inf.
+        They are identity [N], identities [N, K], scores [N, K] and embedding [N, D], where K is the
+        smaller of `k` and the number of people. The identity of an unknown person is empty. If a
+        clip has fewer than K identities, the others are empty and have the score -inf.
         """
         most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))
@@ -212,7 +237,7 @@ class GalleryModel:
         return outputs | {"embedding": answer.vectors}
 
     def warm(self) -> None:
-        """Compiles the programs of the run for every padded length, and identifies a clip."""
+        """Compiles all programs of the gallery's run, so that the first requests do not wait."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
                 self.gallery.embed(_make_question(self, length).clips)
@@ -225,10 +250,11 @@ def _log(probability: float) -> float:
 
 
 class RunModel:
-    """The net of a run: scores of its classes, and embeddings.
+    """The model that scores and embeds clips with the net of a run.
 
-    Clips are padded to the next of PAD_LENGTHS, and blocks have as many rows as in
-    `Predictor.scores`. So there are only few programs, and `warm` compiles all of them.
+    JAX compiles a program for each shape of a batch. Clips are padded to the next of PAD_LENGTHS,
+    and batches have one of two numbers of rows. So there are few programs, and `warm` compiles all
+    of them.
     """
 
     name = "run"
@@ -239,12 +265,12 @@ class RunModel:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> width."""
+        """Modality -> width of the features."""
         return dict(self.run.modalities)
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors."""
+        """The output tensors, with the number of classes and the width of the embedding."""
         return (
             Spec("scores", "FP32", (-1, len(self.run.identities))),
             Spec("identities", "BYTES", (-1, -1)),
@@ -252,14 +278,15 @@ class RunModel:
         )
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Scored]:
-        """Scores the clips of each question."""
+        """Scores and embeds the clips of each question."""
         from vidjax.core import devices
         from vidjax.evaluation.scoring import ModelScorer
 
         run, request = self.run, self.run.request(_join_clips(questions), None)
         data = request.data
         split = data.split(request.split)
-        # The tables of an ensemble have a row per name. With a constant size they compile once.
+        # An ensemble has an array with a row for each name. Its size is constant, because each new
+        # size would compile a program.
         rest = -len(split.clips) % TABLE_CLIPS
         names = [*split.clips, *(f"none/{number}" for number in range(rest))]
         scorer = ModelScorer(run.model_for(request), names, run.mesh)
@@ -281,9 +308,10 @@ class RunModel:
         return [Scored(scores[rows], vectors[rows]) for rows in _slice_rows(questions)]
 
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
-        """Returns the output tensors: scores [N, C], identities [N, K], embedding [N, D].
+        """Converts an answer to the output tensors, name -> array.
 
-        The identity of a class that could not be scored is "".
+        They are scores [N, C], identities [N, K] with the best K classes, and embedding [N, D]. If
+        a clip could not be scored for a class, the name of the class is left empty.
         """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
@@ -292,7 +320,7 @@ class RunModel:
         return {"scores": answer.scores, "identities": names, "embedding": answer.vectors}
 
     def warm(self) -> None:
-        """Compiles the programs for both block sizes and all padded lengths."""
+        """Compiles the programs for both sizes of a batch and all padded lengths."""
         from vidjax.evaluation.predict import SMALL_REQUEST
 
         for length in PAD_LENGTHS:
