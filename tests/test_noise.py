@@ -1,6 +1,5 @@
 """Noise classes: clusters by their definition, the published arithmetic, labels that move."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -50,16 +49,8 @@ def test_dbscan_clusters_match_the_definition(min_samples: int) -> None:
     assert plan.cluster(np.eye(4)[:0], eps=0.5, min_samples=5).shape == (0,)
 
 
-def test_impossible_clustering_options_are_refused() -> None:
-    vectors = np.eye(3)
-    for eps, least, message in (
-        (0.0, 2, "config.noise.eps=0.0 must be"),
-        (2.1, 2, "config.noise.eps=2.1 must be"),
-        (0.5, 0, "config.noise.min_samples=0 must be 1 or more"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plan.cluster(vectors, eps=eps, min_samples=least)
-    refused(lambda: plan.cluster(vectors * np.nan, eps=0.5, min_samples=2), "not finite")
+def test_vectors_that_are_not_finite_are_not_clustered() -> None:
+    refused(lambda: plan.cluster(np.eye(3) * np.nan, eps=0.5, min_samples=2), "not finite")
 
 
 def test_columns_of_identities_clusters_and_mirrors_do_not_overlap() -> None:
@@ -93,12 +84,11 @@ def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> N
     assert (drawn != plan.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
     fewer = plan.initial_labels(np.full(1000, -1), LAYOUT, seed=3)
     np.testing.assert_array_equal(drawn, fewer[clusters == -1])
-    refused(lambda: plan.initial_labels(np.array([2]), LAYOUT, seed=0), "must lie below 2")
 
 
 def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
-    new = jax.jit(plan.relabel, static_argnums=2)(labels, predicted, LAYOUT)
+    new = plan.relabel(labels, predicted, LAYOUT)
     np.testing.assert_array_equal(new, np.where(moves, predicted + 5, labels))
     np.testing.assert_array_equal(plan.relabel(new, predicted, LAYOUT), new)

@@ -105,16 +105,13 @@ class StreamingFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
 
-    def _put(self, batch: Batch) -> Batch:
-        return devices.shard_batch(self._mesh, batch)
-
     def _dispatch(
         self, states: States, constants: AllConstants, count: int
     ) -> tuple[list[TrainState], list[list[LoopResult]]]:
         outcomes: list[list[LoopResult]] = []
         first, is_single = time.monotonic(), distributed.count() == 1
         for _ in range(count):
-            batch = self._next or self._put(next(self._batches))
+            batch = self._next or devices.shard_batch(self._mesh, next(self._batches))
             began = time.monotonic()
             pairs = zip(states, constants, strict=True)
             results = [self._loop(*pair, batch, None) for pair in pairs]
@@ -126,7 +123,7 @@ class StreamingFeed(Feed):
                 self.waited += fetched - self._fastest
             # This waits until the devices have finished the step before.
             before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []
-            self._next = self._put(after)
+            self._next = devices.shard_batch(self._mesh, after)
             if any(x.bad_step >= 0 for x in before):
                 break
             if is_single and time.monotonic() - first > 2 * DISPATCH_SECONDS:  # reading has slowed

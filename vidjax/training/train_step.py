@@ -184,7 +184,8 @@ def take_member_step(
       inputs: see `MemberInputs`.
     """
     rng, labels, weight, *settings = inputs
-    fuse_rng, dropout_rng, modality_rng, transform_rng = derive_keys(rng, step)
+    keys = jax.random.split(jax.random.fold_in(rng, step), 4)
+    fuse_rng, dropout_rng, modality_rng, transform_rng = keys
     clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
@@ -263,11 +264,6 @@ def _update_if_finite(
 
     # With `jnp.where`, XLA would copy the whole state before every step.
     return jax.lax.cond(is_finite, update, skip)
-
-
-def derive_keys(rng: Array, step: Array) -> tuple[Array, ...]:
-    """Derives four PRNG keys of a step, for fusion, dropout, modality dropout and transforms."""
-    return tuple(jax.random.split(jax.random.fold_in(rng, step), 4))
 
 
 def _transform_and_fuse(
