@@ -12,10 +12,11 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from vidjax.core.batch import Array
@@ -23,6 +24,7 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 Tree = TypeVar("Tree")  # a tree of arrays
+Number = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]  # `load` checks this range
 
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
@@ -43,10 +45,10 @@ class Member(NamedTuple):
       min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
     """
 
-    number: int = 0
-    fold: int = -1
-    bootstrap: int = -1
-    view: int = -1
+    number: Number = 0
+    fold: Number = -1
+    bootstrap: Number = -1
+    view: Number = -1
     min_quality: float = _NO_QUALITY
 
 
@@ -206,18 +208,13 @@ def load(folder: Path) -> TrainingSets:
     except FileNotFoundError:
         raise UserError(f"'{path}' is missing") from None
     try:
-        rows: Any = files.parse_json(arrays["members"].tobytes())
-        members = tuple(Member(*row) for row in rows)
+        rows = files.parse_json(arrays["members"].tobytes())
+        members = msgspec.convert(rows, tuple[Member, ...])
         names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"'{path}' is damaged: {error}") from error
-    are_valid = all(
-        all(type(value) is int and -1 <= value < 1 << 31 for value in member[:-1])
-        and isinstance(member.min_quality, (int, float))
-        for member in members
-    )
     shape = (len(members), names.count("\n") + 1)
-    if not are_valid or not members or trained.dtype != bool or trained.shape != shape:
+    if not members or trained.dtype != bool or trained.shape != shape:
         raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
     if shape[1] > MAX_TRAINING_CLIPS:
         raise UserError(
