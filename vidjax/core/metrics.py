@@ -252,7 +252,9 @@ class Metric(NamedTuple):
 # Key in `metrics.json` -> metric. These need the best score of each clip. (MAP needs the ranking.)
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
-    "auroc": Metric("AUROC", "known clips against distractors", clip_auroc),
+    "auroc": Metric(
+        "AUROC", "how well the best scores separate known clips from distractors", clip_auroc
+    ),
     "fnir_at_fpir_0.01": Metric(
         "FNIR at FPIR 1 %",
         "known clips missed or misnamed if 1 % of the distractors pass",
@@ -260,7 +262,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
-        "lowest score at which a clip counts as identified, for that FNIR",
+        "a clip counts as identified from this score on, so that 1 % of the distractors pass",
         functools.partial(open_set, value="threshold", fpir=0.01),
     ),
     "fnir_at_fpir_0.1": Metric(
@@ -270,7 +272,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",
-        "lowest score at which a clip counts as identified, for that FNIR",
+        "a clip counts as identified from this score on, so that 10 % of the distractors pass",
         functools.partial(open_set, value="threshold", fpir=0.1),
     ),
 }
