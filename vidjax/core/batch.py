@@ -53,10 +53,6 @@ class NoiseClassLayout(NamedTuple):
         """Returns True for the columns of identities; `columns` are integers of any shape."""
         return (columns >= 1) & (columns <= self.num_identities)
 
-    def is_cluster(self, columns: Array) -> Array:
-        """Returns True for the columns of clusters; `columns` are integers of any shape."""
-        return (columns > self.num_identities) & (columns <= self.mirror_shift)
-
     def is_mirror(self, columns: Array) -> Array:
         """Returns True for the columns of mirrors; `columns` are integers of any shape."""
         return (columns > self.mirror_shift) & (columns < self.num_columns)
