@@ -161,13 +161,13 @@ def count_clip_uses(
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns the PRNG key of each member, [E]; it depends only on the seed and `Member.number`."""
+    """Returns a PRNG key for each member, [E], from the seed and `Member.number`."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
 
 def digest(training_sets: TrainingSets) -> str:
-    """Returns the sha256 of members, clip names and training sets, in hexadecimal."""
+    """Returns the sha256 of all values in `training_sets`, in hexadecimal."""
     parts = (json.dumps(training_sets.members), "\n".join(training_sets.clips))
     sha256 = hashlib.sha256(training_sets.trained.tobytes())
     for part in parts:

@@ -395,7 +395,7 @@ def focal_negative(logits: Array, gamma: float) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_of_focal_negatives(logits: Array, gamma: float) -> Array:
-    """Sums `focal_negative` over the last axis."""
+    """Sums `focal_negative` of the logits [..., K] over the last axis."""
     # Twice -log(1 - p), computed without constants: XLA for CPUs fuses the terms of a sum, but
     # writes every constant among them to memory as an array of this shape.
     log1p = jnp.log1p(jnp.exp(-jnp.abs(logits)))

@@ -119,7 +119,7 @@ class DeepMEF(Identifier):
         return ModelOutput(logits[:, None], embedding=x)
 
     def _apply_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
-        """Computes x + f(x), [B, D], with the f of `layer_form`."""
+        """Applies the residual layer x + f(x) to x [B, D]; `layer_form` chooses the layers of f."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
             return block(x, has_frames, train=train)

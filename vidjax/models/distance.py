@@ -53,7 +53,7 @@ class Distances(NamedTuple):
 
 
 class Population(NamedTuple):
-    """The mean m of all people, [D] float64, and the variance of its posterior."""
+    """The mean vector of all people, [D] float64, and the variance of its posterior."""
 
     mean: np.ndarray
     variance: float
@@ -97,7 +97,7 @@ def population(
     effective: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> Population:
-    """Computes the posterior of the mean m of all people, from the people of several blocks.
+    """Computes the posterior of the mean vector of all people, who are given in several blocks.
 
     Args:
       distances: the distribution of distances.
@@ -116,11 +116,11 @@ def population(
 
 
 class Posterior(NamedTuple):
-    """The posterior of the vectors m + y of N people, given their clips.
+    """The posterior of the mean vectors of N people, given their clips.
 
     Attributes:
-      share: [N] position of the posterior mean on the way from m (0) to the mean of a person's
-        clips (1).
+      share: [N] position of the posterior mean between the mean of all people (0) and the mean of
+        the person's clips (1).
       variance: [N] variance of the posterior, summed over the dimensions.
     """
 

@@ -139,7 +139,7 @@ class FallbackIdentifier(Identifier):
         )
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `modality`, or None if there is no `threshold`."""
+        """Returns the norm or quality of `modality`, [B], or None if there is no `threshold`."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(
@@ -187,7 +187,7 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the scale of each branch, [2] float32, or None if both scales are fixed."""
+        """Returns the factor on the cosines of each model, [2], or None if both are fixed."""
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)
@@ -196,6 +196,9 @@ class FallbackIdentifier(Identifier):
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns the value below which int(share * n) of n values lie, or fewer if some are equal."""
+    """Returns the value below which a share of the values lie.
+
+    For n values, int(share * n) of them lie below it, or fewer if some values are equal.
+    """
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

@@ -146,7 +146,7 @@ def transpose_in_memory(x: Array) -> Array:
 
 
 class Dropout(nn.Module):
-    """Sets random numbers to 0 and scales up the rest.
+    """Sets randomly chosen inputs to 0, and scales up the other inputs.
 
     `flax.linen.Dropout` draws 32 bits per number. On a CPU this takes up to a tenth of a training
     step. This layer draws 8 bits if the rate is a multiple of 1/256. For other rates it draws 16
@@ -359,10 +359,11 @@ class NetVLAD(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, mask: Array, *, train: bool) -> Array:
-        """Computes the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), [B, K, D] float32.
+        """Computes K descriptors of each clip, [B, K, D] float32.
 
-        a is the softmax of a linear map of the features. The descriptors of a clip without frames
-        are 0.
+        Descriptor k is the sum of a_k(x_t) (x_t - c_k) over the frames x_t, where c_k is a learned
+        centre and a is the softmax of a linear map of the frame. The descriptors of a clip without
+        frames are 0.
 
         Args:
           features: [B, T, D] float.

@@ -254,7 +254,7 @@ class SigmoidGate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Computes the vectors x_m sigmoid(w_m . x_m + b_m), [B, M, D] in `dtype`."""
+        """Multiplies each vector x_m of x [B, M, D] by sigmoid(w_m . x_m + b_m)."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", nn.initializers.zeros, x.shape[1:], param_dtype)
         bias = self.param("bias", nn.initializers.zeros, x.shape[1:2], param_dtype)

@@ -170,7 +170,7 @@ class PLDAIdentifier(Identifier):
         return {"solved": jax.tree.map(_stack, *solved)}
 
     def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Computes the collection `solved` of a member, from host arrays."""
+        """Computes the coefficients of a member of the ensemble, as in `finalise_state`."""
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]
@@ -218,12 +218,12 @@ def _count_occurrences(index: Array, mask: Array) -> Array:
 
 
 def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
-    """Computes `share` x the mean of the vectors of the first pass, [D]."""
+    """Computes `share` x the mean of the vectors that `part` has summed, [D]."""
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 
 def _centre_vectors(x: Array, centre: Array) -> Array:
-    """Computes unit vectors [B, D] from the centre to x; 0 where x is 0."""
+    """Computes unit vectors that point from the centre [D] to x [B, D]. Rows of zeros stay 0."""
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 
 

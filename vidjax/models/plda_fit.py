@@ -239,7 +239,7 @@ def fit_settings(
 
 
 class _Fold(NamedTuple):
-    """The enrolled and the held-out clips of a fold."""
+    """The clips of a fold on which settings are fitted: enrolled clips and held-out clips."""
 
     covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities

@@ -68,13 +68,13 @@ class System(NamedTuple):
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], hidden_chunk: Array
     ) -> dict[str, Frames]:
-        """Fuses the frames of all modalities to Frames [B, T'] for a member.
+        """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
         Args:
           rng: PRNG key of training; None fuses for evaluation.
           frames: modality -> Frames [B, T].
-          hidden_chunk: [] int32, number of the chunk of each feature vector that is removed (see
-            `ensemble.drop_chunk`). It is not read if `config.ensemble.views` is 0.
+          hidden_chunk: [] int32, number of the chunk of each feature vector that is hidden from
+            the member of the ensemble. It is not read if `config.ensemble.views` is 0.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -89,7 +89,7 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the parameters of a member. Returns them and the other collections."""
+        """Draws the initial parameters of a net. Returns them and its other flax collections."""
         fused = self.fuse(fuse_rng, make_blank_clip(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)

@@ -35,7 +35,11 @@ class Sums(NamedTuple):
 
 
 class Space(NamedTuple):
-    """The coordinates z = (x - mean) @ transform, in which W is the identity and B is diagonal."""
+    """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
+
+    In these coordinates the covariance W within classes is the identity matrix, and the covariance
+    B between classes is diagonal.
+    """
 
     mean: Array  # [D] float, the mean m of all vectors
     transform: Array  # [D, D] float
@@ -43,7 +47,11 @@ class Space(NamedTuple):
 
 
 class Enrolled(NamedTuple):
-    """K enrolled classes. The log-ratio of z (see Space) is linear . z + curve . z^2 + constant."""
+    """The coefficients that score clips against K enrolled classes.
+
+    The log-likelihood ratio of a clip with the coordinates z (see Space) is the sum of linear . z,
+    curve . z^2 and the constant.
+    """
 
     linear: Array  # [K, D] float, coefficients of z
     constant: Array  # [K] float
@@ -68,7 +76,7 @@ def make_totals(
 
 
 def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Computes unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
+    """Computes unit vectors that point from the centre [D] to x [N, D]. Rows of zeros stay 0."""
     gap = x - centre
     unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
     return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
@@ -84,12 +92,13 @@ class Covariances(NamedTuple):
 
 
 def covariances(sums: Sums) -> Covariances:
-    """Computes W, pooled over N - C degrees of freedom, and B, the second moment minus W.
+    """Estimates the covariances W within classes and B between classes from sums over clips.
 
-    The sums must have clips. W and B are averaged with typical covariances of embeddings, which
-    count as PRIOR clips and PRIOR people. This matters for few data: a single
-    photo of each person gives no information about W, and a single person gives none about B. The
-    mean is multiplied by `centre_share`.
+    W is pooled over N - C degrees of freedom, for N clips and C classes. B is the second moment
+    minus W. At least one clip is needed. Both are averaged with typical covariances of embeddings,
+    which count as PRIOR clips and PRIOR people. This matters for few data: a single photo of each
+    person gives no information about W, and a single person gives none about B. The mean is
+    multiplied by `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
@@ -115,9 +124,9 @@ def centre_share(num_people: float) -> float:
 
 
 def make_space(covariances: Covariances, *, within: float | Array, between: float | Array) -> Space:
-    """Shrinks both covariances and diagonalises them together.
+    """Shrinks the covariances W within and B between classes, and diagonalises them together.
 
-    The shares `within` of W and `between` of B, from 0 to 1, are replaced by multiples of the
+    A share `within` of W and a share `between` of B, from 0 to 1, are replaced by multiples of the
     identity matrix.
     """
     mean_variance = np.maximum(np.mean(covariances.within), SMALLEST_VARIANCE)
@@ -144,8 +153,9 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D].
 
-    After k clips with the mean z, the posterior of y has the mean k psi z / (k psi + 1) and the
-    variance psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the variance of W, 1.
+    After k clips with the mean z, the posterior of the vector of the class has the mean
+    k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new clip
+    adds the variance within classes, which is 1.
     """
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
@@ -212,5 +222,5 @@ def make_blank_space(width: int) -> Space:
 def compute_stranger_logit(
     settings: Settings, num_known: Array | int, xp: ModuleType = np
 ) -> Array:
-    """Returns the logit of a stranger against the known identities, stranger + log(num_known)."""
+    """Returns the logit of a stranger: `settings.stranger` plus the log of `num_known` people."""
     return settings.stranger + xp.log(xp.maximum(num_known, 1))
