@@ -228,6 +228,10 @@ def batch_specs(batch: Batch) -> Batch:
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, LazyFeatures))
 
 
+def _batch_layouts(mesh: Mesh, batch: Batch) -> Batch:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
+
+
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Distributes the clips of a batch over the devices, equally many to each."""
     rows = np.shape(batch.clip_index)[0]
@@ -236,17 +240,12 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
             f"config.batch_size={rows} is not a multiple of {mesh.size}, the number of devices\n"
             f"set --config.batch_size={-(-rows // mesh.size) * mesh.size}"
         )
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
-    return put(batch, shardings)
+    return put(batch, _batch_layouts(mesh, batch))
 
 
 def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Distributes a batch as `shard_batch` does, but inside a compiled function."""
-
-    def constrain(spec: PartitionSpec, x: Array) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(constrain, batch_specs(batch), batch)
+    return jax.lax.with_sharding_constraint(batch, _batch_layouts(mesh, batch))
 
 
 @contextlib.contextmanager
