@@ -6,7 +6,6 @@ of a model, examples of a clip. To add a loss, write a function here and add a l
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -285,11 +284,9 @@ def make_loss(
 
         def loss(name: str) -> Array:
             function = CLASSIFICATION[name]
-            taken = inspect.signature(function).parameters.keys()
-            options = {option: spec[option] for option in taken & spec.keys()}
-            options |= {option: supplied[option] for option in taken & supplied.keys()}
+            options = optim.select_options(function, {**spec, **supplied})
             harder = logits
-            if spec["margin"] and "margin" not in taken:
+            if spec["margin"] and "margin" not in options:
                 margin_fn = MARGINS[spec["margin_type"]]
                 harder = margin_fn(logits, labels, margin=spec["margin"], scale=scale_now)
             return function(harder, labels, **options)

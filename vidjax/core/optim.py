@@ -155,7 +155,7 @@ def make_schedule(
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     ramp = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
-    return DECAYS[decay](ramp, **_select_options(DECAYS[decay], spec))
+    return DECAYS[decay](ramp, **select_options(DECAYS[decay], spec))
 
 
 def adam() -> optax.GradientTransformation:
@@ -232,7 +232,7 @@ def make_optimizer(
     decayed = None if spec["decay_all"] else _is_matrix
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
-    scaled = OPTIMIZERS[name](**_select_options(OPTIMIZERS[name], spec))
+    scaled = OPTIMIZERS[name](**select_options(OPTIMIZERS[name], spec))
     restart = round(spec["restart_epoch"] * steps_per_epoch)
     parts.append(restart_before(scaled, restart) if restart else scaled)
     if spec["total_decay"]:
@@ -249,7 +249,7 @@ def make_optimizer(
     return optax.chain(*parts), schedule
 
 
-def _select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+def select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of `spec` that are parameters of `function`."""
     return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}
 
