@@ -83,5 +83,5 @@ def check_same(facts: Mapping[str, Any]) -> None:
         if max_over_processes(number, -number) != [number, -number]:
             raise UserError(
                 f"{name} is not the same in all processes\n"
-                "start them with the same data and the same command, except for --process_id"
+                "start all processes with the same data and command, except for --process_id"
             )

@@ -85,7 +85,9 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
             f"config.ensemble.chunks={spec['chunks']}"
         )
     if not all(isinstance(quality, (int, float)) for quality in spec["min_quality"]):
-        raise UserError(f"config.ensemble.min_quality={spec['min_quality']}: must be numbers")
+        raise UserError(
+            f"config.ensemble.min_quality={spec['min_quality']}: must be numbers, such as 0,20,40"
+        )
     axes = itertools.product(
         range(spec["folds"]) if spec["folds"] else (-1,),
         range(spec["bootstraps"]) if spec["bootstraps"] else (-1,),
@@ -99,7 +101,10 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     ]
     for number in spec["only"]:
         if not isinstance(number, int) or not 0 <= number < len(members):
-            raise UserError(f"config.ensemble.only={number}: choose from 0 to {len(members) - 1}")
+            raise UserError(
+                f"config.ensemble.only={number}: the ensemble has no such member\n"
+                f"choose from 0 to {len(members) - 1}"
+            )
     if len({*spec["only"]}) < len(spec["only"]):
         raise UserError(
             f"config.ensemble.only={spec['only']} repeats a member: name each member once"
@@ -218,7 +223,7 @@ def load(folder: Path) -> TrainingSets:
         raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
     if shape[1] > MAX_TRAINING_CLIPS:
         raise UserError(
-            f"'{path}' names {shape[1]:,} clips: at most {MAX_TRAINING_CLIPS:,} are read"
+            f"'{path}' names {shape[1]:,} clips, more than the limit of {MAX_TRAINING_CLIPS:,}"
         )
     return TrainingSets(members, tuple(names.split("\n")), trained)
 

@@ -63,7 +63,7 @@ def mean_average_precision(
     if not (positives > 0).any():
         raise UserError(
             "MAP is undefined: no identity has a clip in the ground truth of this split\n"
-            "add labels of its clips, or choose another split: config.eval.split"
+            "add labels of clips of this split, or choose another split with --config.eval.split"
         )
     filled = (index >= 0) & (index < len(labels))
     listed = np.append(labels, 0)[np.where(filled, index, len(labels))]  # [C, k], 0 if empty

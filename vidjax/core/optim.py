@@ -37,7 +37,7 @@ def make_piecewise(
         table = np.empty((0, 0), np.float32)
     pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
-        raise UserError(f"{name}={points}: must be finite pairs (epoch, value) in order")
+        raise UserError(f"{name}={points}: must be finite pairs (epoch, value) in order of epochs")
     epochs, values = table.T
     # `optax.piecewise_interpolate_schedule` multiplies scales: it can never leave 0 and has no
     # jumps. The added point makes a jump at the last epoch take its second value.
