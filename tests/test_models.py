@@ -1,7 +1,6 @@
 """Nets and their layers against float64 loops from their equations; what dropout may do."""
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -288,25 +287,6 @@ def test_residual_dense_net_matches_its_equations(shortcut):
             h2 = layer(2, h1) + h1 * (shortcut == "add")
             h3 = layer(3, h2) + h2 * (shortcut == "add")
         np.testing.assert_allclose(train(model, variables, x, mask), layer(4, h3), atol=1e-6)
-
-
-@pytest.mark.slow
-def test_dense_net_input_is_the_scaled_mean_frame_or_zeros_if_missing():
-    frames, clips = made.make_batch()
-    model = made.make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
-    variables = made.init_identifier(model, frames, clips)
-    classifier = jax.tree.map(np.asarray, variables["params"]["classifier"]["logits"])
-    np.testing.assert_array_equal(classifier["bias"], 0)  # so the logits are input @ kernel
-    limit = math.sqrt(6 / sum(classifier["kernel"].shape))  # Xavier's uniform
-    assert 0.8 * limit < np.abs(classifier["kernel"]).max() <= limit
-    logits = made.eval_logits(model, variables, frames, clips)
-    for b in range(8):
-        inputs = []  # of all modalities, one after the other
-        for name, dim in made.DIMS.items():
-            real = frames[name].mask[b] & clips.mask[b]
-            features = frames[name].features[b][real].astype(np.float64)
-            inputs.extend(0.5 * features.mean(axis=0) if real.any() else np.zeros(dim))
-        np.testing.assert_allclose(logits[b], inputs @ classifier["kernel"], atol=1e-5)
 
 
 def softmax(values):
