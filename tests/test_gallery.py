@@ -205,9 +205,9 @@ def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, caps
     """The vectors are as similar as dlib's, and a warning reports too few clips for a fit."""
     best, right, named_strangers = [], [], []
     for seed in range(1 if num_people == 5 else 2):
-        draw = embeddings.Faces(seed)
-        photos = draw(num_people, 1 + 10).astype(np.float32)  # one to enrol, ten to name
-        strangers = draw(300, 1)[:, 0].astype(np.float32)
+        made = embeddings.Population(seed)
+        photos = made.photos(made.people(num_people), 1 + 10).astype(np.float32)
+        strangers = made.photos(made.people(300), 1)[:, 0].astype(np.float32)
         enrolled = {f"{n}": StoredClip(f"{n}", photos[n, 0]) for n in range(num_people)}
         front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
         assert "have two clips or more, too few" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from scipy import stats
 from tests.benchmarks import decision
 from tests.helpers import made_nets
 from tests.helpers.cases import first_by_day
-from tests.helpers.embeddings import unit
+from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend, grouping
@@ -21,41 +21,10 @@ from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
 from vidjax.data.memory import MemoryClips
 from vidjax.models import distance
 
-# Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
-SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
-WIDTH = 128
 VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
-DLIB = distance.from_cosines(SAME, DIFFERENT)
 FITTED = {"same": SAME, "different": DIFFERENT, "pairs": (1, 1), "data": "made"}
 CARD = cards.BackEnd(centre=[0.0] * WIDTH, **FITTED)
 BACKEND = backend.make_card_backend({"face": CARD})
-
-
-class Population:
-    """Vectors with equal variances of people, and of clips, in some directions, a third shared."""
-
-    def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
-        within, between, same, different = DLIB
-        # The spread of two people is the spread of B in n directions plus the spread of W.
-        square = (within + between) ** 2 / different - within**2 / same
-        n_within, n_between = round(2 * same), round(2 * between**2 / square)
-        self.within, self.between = np.zeros((2, WIDTH))
-        self.within[:n_within] = within / n_within
-        first = n_within * 2 // 3
-        self.between[first : first + n_between] = between / n_between
-        self.mean = np.sqrt(max(1 - within - between, 0)) * np.eye(WIDTH)[-1]
-
-    def people(self, count):
-        return self.mean + self.rng.normal(size=(count, WIDTH)) * np.sqrt(self.between)
-
-    def noise(self, *shape, share=1.0):
-        return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
-
-    def photos(self, people, count, shared=0.0):
-        """[N, count, D]: photos of people, of one day that they share a part of the noise of."""
-        day = self.noise(len(people), 1, share=shared)
-        return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
 
 def draw(rng, people, clips):

@@ -58,6 +58,7 @@ def check_same(gallery, wanted):
 
 
 def holds(folder, content):
+    """Returns whether some bytes are in a file of a folder."""
     return any(content in path.read_bytes() for path in folder.rglob("*"))
 
 
@@ -143,26 +144,31 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
 
 
 def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
-    """This is so even if the clip was relabelled or if a new clip gets its name."""
-    gallery, clip = make(tmp_path / "g", FITTED), CLIPS["clip 30"]._replace(identity="Ada")
+    """This is so even if the clip was relabelled."""
+    gallery = make(tmp_path / "g", FITTED)
     gallery.relabel("clip 30", None)
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
-    other = clip._replace(vector=-clip.vector)
-    refused(lambda: gallery.add({"clip 30": other}), "another vector")
-    assert gallery.add({"clip 30": clip}) == 1
-    numbers = gallery.backend.numbers()
+    gallery.add({"clip 30": CLIPS["clip 30"]._replace(identity="Ada")})
+    before = gallery.backend.numbers()
     gallery.remove(identity="Ada")
-    assert not np.array_equal(gallery.backend.numbers(), numbers)
-    numbers = gallery.backend.numbers()
-    for name, person, kept in (("stranger 0", None, True), ("clip 71", "person 7", False)):
-        with gallery.change() as draft:
-            draft.remove(clip=name)
-            draft.add({name: make_clip(9999, person)})
-        assert np.array_equal(gallery.backend.numbers(), numbers) == kept
+    assert not np.array_equal(gallery.backend.numbers(), before)
+
+
+@pytest.mark.parametrize(("name", "person", "refitted"), [
+    ("stranger 0", None, False), ("clip 71", "person 7", True),
+])  # fmt: skip
+def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path, name, person, refitted):
+    """The back end was fitted to clips of people, and not to those of strangers."""
+    gallery = make(tmp_path / "g", FITTED)
+    before = gallery.backend.numbers()
+    with gallery.change() as draft:
+        draft.remove(clip=name)
+        draft.add({name: make_clip(9999, person)})
+    assert np.array_equal(gallery.backend.numbers(), before) != refitted
     assert answers(Gallery(gallery.folder)) == answers(gallery)
 
 
-def test_renaming_and_removing_a_stranger_leave_no_byte_on_disk(gallery):
+def test_replaced_names_leave_no_byte_on_disk(gallery):
     gallery.rename("person 7", "Ada")
     assert holds(gallery.folder, b"Ada") and not holds(gallery.folder, b"person 7")
     with gallery.change() as draft:
@@ -172,34 +178,40 @@ def test_renaming_and_removing_a_stranger_leave_no_byte_on_disk(gallery):
         draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # the only one of 4
     assert not any(holds(gallery.folder, name) for name in (b"Ada", b"clip 51", b"person 4"))
     assert gallery.clips["clip 40"].identity == "Zoe"
+
+
+def test_a_named_and_removed_stranger_leaves_no_byte_on_disk(gallery):
     clip = CLIPS["stranger 3"]._replace(identity="known now")
     assert gallery.add({"stranger 3": clip}) == 1
     assert gallery.add({"stranger 3": CLIPS["stranger 3"]}) == 0  # the clip keeps its person
     gallery.remove(identity=["known now"])
     assert "stranger 3" not in gallery.strangers
     assert not holds(gallery.folder, clip.vector.tobytes())
+
+
+def test_nobody_else_may_read_a_gallery(gallery):
     modes = [path.stat().st_mode for path in (gallery.folder, *gallery.folder.iterdir())]
-    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o600]  # nobody else may read it
+    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o600]
 
 
-def pieces(numbers):
-    """Returns runs of four numbers, but of zeros, that a file could hold of some."""
-    runs = [x[at : at + 4] for x in numbers for at in range(0, len(x) - 3, 4)]
+def pieces(vectors):
+    """Returns the bytes of each four numbers of some vectors; zeros could be anybody's."""
+    runs = [x[at : at + 4] for x in vectors for at in range(0, len(x) - 3, 4)]
     return [run.tobytes() for run in runs if run.all()]
 
 
 @pytest.mark.parametrize("by", ["identity", "clip"])
 def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery, by):
-    gone = group(CLIPS)["person 7"]
-    numbers = [CLIPS[name].vector for name in gone]
-    for block in gallery.index.blocks:
+    clips = group(CLIPS)["person 7"]
+    vectors = [CLIPS[name].vector for name in clips]
+    for block in gallery.index.blocks:  # and what is computed from them
         row = block.names.index("person 7")
-        numbers += [x[row] for x in block.linear]
-    assert all(holds(gallery.folder, x) for x in pieces(numbers))
-    for name in ["person 7"] if by == "identity" else gone:
+        vectors += [x[row] for x in block.linear]
+    assert all(holds(gallery.folder, x) for x in pieces(vectors))
+    for name in ["person 7"] if by == "identity" else clips:
         gallery.remove(**{by: [name]})
-    assert not any(holds(gallery.folder, x) for x in pieces(numbers))
-    assert not any(holds(gallery.folder, name.encode()) for name in (*gone, "person 7"))
+    assert not any(holds(gallery.folder, x) for x in pieces(vectors))
+    assert not any(holds(gallery.folder, name.encode()) for name in (*clips, "person 7"))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
 
 
@@ -224,11 +236,15 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
     ids=["net or knn", "plda", "made empty"],
 )  # fmt: skip
 def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
-    """The attacker knows the centre or mean and the clips of all other people."""
+    """The attacker knows the centre or mean of all clips, and the clips of all other people.
+
+    So sum - others is the vector of p0, until p0 is removed. A gallery that was made empty is
+    fitted to other clips than those it enrols later, and its sums never contain p0.
+    """
     rng, clips = np.random.default_rng(0), {}
     for person in range(12):
         centre = rng.standard_normal(16)
-        for turn in range(2 if person else 1):
+        for turn in range(2 if person else 1):  # p0 has one clip
             x = unit(centre + 0.5 * rng.standard_normal(16)).astype(np.float32)
             clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=not empty)
     removed, *others = (clip.vector for clip in clips.values())
@@ -240,20 +256,17 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         people.add(clips)
 
     def attack():
-        """Returns the cosine of the removed vector and what the sums of the others say of it."""
+        """Returns the cosine of the removed vector and the vector that the attacker computes."""
         part: Any = people.backend.parts[0]
-        # With centred vectors, the mean of the model is the mean of all clips.
+        # With centred vectors, the mean of the model is a share of the mean of all clips.
         mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
         return float(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
 
-    left = attack()
-    assert abs(left) < 0.9 if empty else left > 0.9999999  # what the attack finds where it can
+    before = attack()
+    assert abs(before) < 0.9 if empty else before > 0.9999999
     people.remove(identity=["p0"])
     assert abs(attack()) < 0.9
-    if empty:  # nothing of the person ever entered the back end
-        own, first = people.backend.parts[0].space, front.parts[0].space
-        assert own and first and own.mean.tobytes() == first.mean.tobytes()
 
 
 def test_removing_the_last_person_empties_the_back_end(tmp_path):
@@ -269,29 +282,32 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
 
 
 def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
-    """Another thread reads the gallery before a removal and finishes after it."""
+    """A thread reads the gallery, then `person 2` is removed, and then the thread finishes.
+
+    Otherwise the next change, a renaming, would write `person 2` back to the disk.
+    """
     Gallery(gallery.folder).rename("person 1", "Bob")  # so the thread has to read
     read, refresh = gallery._store.read, gallery.refresh
-    begun, go = threading.Event(), threading.Event()
+    has_read, go_on = threading.Event(), threading.Event()
 
     def slow_read():
         state = read()
-        begun.set()
-        go.wait(0.2)
+        has_read.set()
+        go_on.wait(0.2)
         return state
 
-    def late_refresh():
+    def refresh_and_let_the_thread_finish():
         refresh()
-        go.set()
+        go_on.set()
         thread.join()
 
     monkeypatch.setattr(gallery._store, "read", slow_read)
     thread = threading.Thread(target=refresh)
     thread.start()
-    begun.wait()
+    has_read.wait()
     monkeypatch.setattr(gallery._store, "read", read)
     gallery.remove(identity="person 2")
-    monkeypatch.setattr(gallery, "refresh", late_refresh)
+    monkeypatch.setattr(gallery, "refresh", refresh_and_let_the_thread_finish)
     gallery.rename("person 3", "Cid")
     again = Gallery(gallery.folder)
     assert "person 2" not in again and {"Bob", "Cid"} <= {*again}
@@ -320,9 +336,7 @@ def test_readers_see_the_old_state_or_the_new_one(gallery):
         thread.join(60)
 
 
-def test_a_change_is_refused_during_another_change_and_with_hard_links(
-    gallery, monkeypatch, tmp_path
-):
+def test_a_change_is_refused_during_another_change(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
@@ -330,7 +344,10 @@ def test_a_change_is_refused_during_another_change_and_with_hard_links(
         assert message.startswith("gallery ") and str(gallery.folder) in message
         assert answers(Gallery(gallery.folder))  # reading needs no lock
     assert gallery.remove(clip=["clip 30"]) == 1
-    # The other link would still contain the removed person.
+
+
+def test_a_change_of_a_file_with_hard_links_is_refused(gallery, tmp_path):
+    """The other link would still contain a removed person."""
     os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
     refused(lambda: gallery.add(NEW), "hard links")
@@ -361,22 +378,26 @@ def cut_off(folder):
     assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 
-def test_journal_of_a_killed_change_is_rolled_back_and_deletes_no_other_file(gallery, tmp_path):
+def test_journal_of_a_killed_change_is_rolled_back(gallery):
     before = answers(gallery)
     cut_off(gallery.folder)
     assert answers(Gallery(gallery.folder)) == before
     cut_off(gallery.folder)
     gallery.add(NEW)
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}
-    # A journal may name a file. SQLite deletes that file after it has applied the journal.
+
+
+def test_journal_that_names_another_file_is_refused(gallery, tmp_path):
+    """SQLite deletes the named file after it has applied the journal."""
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("mine")
     cut_off(gallery.folder)
-    journal, name = gallery.folder / (store_lib.GALLERY_FILE + "-journal"), str(thesis).encode()
-    total = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF
-    with journal.open("ab") as file:
-        file.write(b"\0\0\0\0" + name + len(name).to_bytes(4, "big") + total.to_bytes(4, "big"))
-        file.write(store_lib.SUPER_JOURNAL)
+    name = str(thesis).encode()
+    checksum = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF  # of signed bytes
+    with (gallery.folder / (store_lib.GALLERY_FILE + "-journal")).open("ab") as journal:
+        journal.write(b"\0\0\0\0" + name)
+        journal.write(len(name).to_bytes(4, "big") + checksum.to_bytes(4, "big"))
+        journal.write(store_lib.SUPER_JOURNAL)
     copy = shutil.copytree(gallery.folder, tmp_path / "copy") / store_lib.GALLERY_FILE
     with contextlib.closing(sqlite3.connect(copy)) as connection:
         connection.execute("SELECT * FROM gallery").fetchall()
@@ -386,22 +407,26 @@ def test_journal_of_a_killed_change_is_rolled_back_and_deletes_no_other_file(gal
     assert thesis.read_text() == "mine"
 
 
-def test_a_read_only_gallery_and_a_sparse_file_of_1_tib_answer(gallery):
-    wanted = answers(gallery)
-    gallery.folder.joinpath(store_lib.GALLERY_FILE).chmod(0o400)
+def test_a_read_only_gallery_answers(gallery):
+    wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
+    path.chmod(0o400)
     gallery.folder.chmod(0o500)
     try:
         assert answers(Gallery(gallery.folder)) == wanted
-        assert os.listdir(gallery.folder) == [store_lib.GALLERY_FILE]
+        assert os.listdir(gallery.folder) == [path.name]
         if not os.access(gallery.folder, os.W_OK):  # root may write
             refused(lambda: gallery.remove(clip=["clip 30"]), "cannot be changed", "copy it")
     finally:
         gallery.folder.chmod(0o700)
+
+
+def test_a_gallery_with_zeros_up_to_1_tib_answers(gallery):
+    wanted = answers(gallery)
     os.truncate(gallery.folder / store_lib.GALLERY_FILE, 1 << 40)
     assert answers(Gallery(gallery.folder)) == wanted
 
 
-def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, monkeypatch):
+def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "absent"):
         refused(lambda folder=folder: Gallery(folder), "contains no gallery", "create")
@@ -409,13 +434,19 @@ def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, mon
     refused(lambda: make(tmp_path / "file"), "is a file")
     make(tmp_path / "g")
     refused(lambda: make(tmp_path / "g"), "contains a gallery")
-    forged(tmp_path / "g", "PRAGMA user_version=2")
-    refused(lambda: Gallery(tmp_path / "g"), "2 instead of 4", "create the gallery again")
-    (tmp_path / "e").mkdir()  # of a process that was killed as it made one
-    (tmp_path / "e" / store_lib.GALLERY_FILE).touch()
-    refused(lambda: Gallery(tmp_path / "e"), "contains no gallery")
-    assert make(tmp_path / "e").identities
-    monkeypatch.setattr(gallery_lib, "MAX_VECTOR_WIDTH", 12)  # of what is read
+
+
+def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
+    (tmp_path / store_lib.GALLERY_FILE).touch()
+    refused(lambda: Gallery(tmp_path), "contains no gallery")
+    assert make(tmp_path).identities
+
+
+def test_galleries_of_another_format_or_with_wide_vectors_are_refused(tmp_path, monkeypatch):
+    make(tmp_path / "old")
+    forged(tmp_path / "old", "PRAGMA user_version=2")
+    refused(lambda: Gallery(tmp_path / "old"), "2 instead of 4", "create the gallery again")
+    monkeypatch.setattr(gallery_lib, "MAX_VECTOR_WIDTH", 12)  # 8 of the face, 5 of the voice
     refused(lambda: make(tmp_path / "wide"), "13 numbers, but a gallery")
     assert not (tmp_path / "wide").exists()
 
@@ -534,29 +565,37 @@ def test_forged_tables_and_facts_are_refused(gallery):
 
 @pytest.mark.slow
 def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monkeypatch):
-    """Each page of the schema refers to the next page 300 times: 300 ** 15 rows."""
+    """Each page of the schema refers to the next page 300 times: 300 ** 15 rows in 64 KB.
+
+    https://www.sqlite.org/fileformat.html has the layout of pages.
+    """
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
-    size, levels, path = 4096, 16, gallery.folder / store_lib.GALLERY_FILE
+    size, num_pages, path = 4096, 16, gallery.folder / store_lib.GALLERY_FILE
     path.unlink()
-    with contextlib.closing(sqlite3.connect(path)) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection:  # a schema of one row
         connection.execute("PRAGMA writable_schema=ON")
         connection.execute("INSERT INTO sqlite_master VALUES ('index', 'x', 'x', 2, NULL)")
         connection.commit()
-    leaf, cells = path.read_bytes()[:size], range(size - 300 * 6, size, 6)
-    head, pages = leaf[:16] + size.to_bytes(2, "big") + leaf[18:100], []
-    for level in range(1, levels):
-        start, page = 100 if level == 1 else 0, bytearray(size)
-        page[:start] = head[:28] + levels.to_bytes(4, "big") + head[32:] if start else b""
-        page[start : start + 12] = struct.pack(">B2xHHxI", 5, 300, cells[0], level + 1)
+    leaf = path.read_bytes()[:size]
+    file_header = leaf[:16] + size.to_bytes(2, "big") + leaf[18:28]
+    file_header += num_pages.to_bytes(4, "big") + leaf[32:100]
+    cells, pages = range(size - 300 * 6, size, 6), []  # places of 300 cells of 6 bytes
+    for number in range(1, num_pages):
+        page, start = bytearray(size), 100 if number == 1 else 0
+        page[:start] = file_header[:start]
+        # The header of an interior page: its kind (5), its number of cells, the last child.
+        page[start : start + 12] = struct.pack(">B2xHHxI", 5, 300, cells[0], number + 1)
         page[start + 12 : start + 612] = struct.pack(">300H", *cells)
-        for number, at in enumerate(cells):
-            page[at : at + 5] = struct.pack(">IB", level + 1, number % 127 + 1)
+        for key, at in enumerate(cells):  # a cell: the child, and a key
+            page[at : at + 5] = struct.pack(">IB", number + 1, key % 127 + 1)
         pages.append(bytes(page))
-    path.write_bytes(b"".join([*pages, leaf[100:108], leaf[108:110], leaf[10:]]))
+    last = leaf[100:110] + leaf[10:]  # the leaf without the header of the file
+    path.write_bytes(b"".join([*pages, last]))
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
 def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
+    """The file has a gallery as bytes, vectors that were asked about, and the answers."""
     with np.load(Path(__file__).parent / "helpers" / "frozen_gallery.npz") as file:
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
@@ -568,7 +607,6 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
     assert [[name for name, _ in answer.best] for answer in answered] == frozen["names"].tolist()
     probabilities = [[p for _, p in answer.best] for answer in answered]
     np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
-    assert people.add(NEW) == 1 and people.remove(identity=["Zoë Å"]) == 4
 
 
 @pytest.mark.slow

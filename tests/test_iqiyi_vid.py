@@ -95,34 +95,39 @@ def test_cache_folder_depends_on_the_content_of_the_files(small, tmp_path):
     assert prepare(small, cache).folder == second
 
 
-def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, converted, tmp_path):
-    identities, labels, report = label_records(
-        converted, load_official_truth(source, converted.clips)
-    )
+def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, converted):
+    """Train has identities 1 to 7, and val has 2 to 10 in 15 of its 21 clips: see `source`."""
+    truth = load_official_truth(source, converted.clips)
+    identities, labels, report = label_records(converted, truth)
     assert identities == tuple(str(i) for i in range(1, 11))
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
     assert labels["val"].labels.tolist() == [i % 9 + 2 for i in range(15)] + [0] * 6
-    assert labels["val"].positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
     assert labels["val"].labels.dtype == np.int32
+    clips_of_each = [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
+    assert labels["val"].positives.tolist() == clips_of_each
     facts = report["splits"]["val"]
     assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
-    assert facts["clips_per_identity"]["2-2"] == 6
-    # A split without ground truth.
+    assert facts["clips_per_identity"]["2-2"] == clips_of_each.count(2)
+
+
+def test_split_without_ground_truth_has_no_labels(converted, tmp_path):
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
-    identities, labels, report = label_records(
-        converted, load_official_truth(tmp_path, converted.clips)
-    )
+    truth = load_official_truth(tmp_path, converted.clips)
+    identities, labels, report = label_records(converted, truth)
     assert identities == ("4", "6")
     assert not labels["val"].labelled and not labels["val"].labels.any()
     assert labels["val"].positives.tolist() == [0, 0]
     assert report["splits"]["val"]["labelled"] is False
-    # Identities only in the test split get no class.
-    write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
-    splits, counts = (
+
+
+def test_identities_only_in_the_test_split_get_no_class(converted, tmp_path):
+    splits, counts = (  # the clips of val, as a split `test`
         {"train": of["train"], "test": of["val"]}
         for of in (converted.splits, converted.report["splits"])
     )
     records = converted._replace(splits=splits, report={**converted.report, "splits": counts})
+    write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
+    write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
     truth = load_official_truth(tmp_path, records.clips)
     with pytest.warns(UserWarning, match="1 clips of test show identities without a class"):
         identities, labels, report = label_records(records, truth)

@@ -185,8 +185,8 @@ def test_impossible_loss_specifications_are_refused(spec, message):
         losses.make_objective(whole, None, 10, logit_scale=1.0)
 
 
-def test_loss_functions_get_the_options_of_their_signature_and_plain_logits(monkeypatch):
-    """The scale of the logits is fixed or learned by the model."""
+def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
+    """The function adds a margin itself. The scale is fixed (30), or learned by the model (20)."""
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
         label = np.arange(6) == labels[:, None]
@@ -196,18 +196,17 @@ def test_loss_functions_get_the_options_of_their_signature_and_plain_logits(monk
     monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
     values, labels = cosines(count=9)
     logits = (30 * values).astype(np.float32)
+    # A quarter of the loss is the focal loss, with the margin of the configuration.
     spec = {"classification": "with_margin", "margin": 0.3, "schedule": ((0, 0.25),)}
     loss = jax.jit(make_loss(spec, logit_scale=30.0))
-
-    @jax.jit
-    def wanted(scale):
-        own = with_margin(logits, labels, logit_scale=scale, margin=0.3)
-        harder = losses.angular_margin(logits, labels, margin=0.3, scale=scale)
-        return 0.25 * losses.binary_focal(harder, labels) + 0.75 * own
-
     for scale, learned in ((30.0, None), (20.0, np.full(1, 20, np.float32))):
-        value = loss(logits, labels, np.int32(0), learned)
-        np.testing.assert_allclose(value, wanted(scale), rtol=1e-5)
+        plain = with_margin(logits, labels, logit_scale=scale, margin=0.3)
+        harder = losses.angular_margin(logits, labels, margin=0.3, scale=scale)
+        wanted = 0.25 * losses.binary_focal(harder, labels) + 0.75 * plain
+        np.testing.assert_allclose(loss(logits, labels, np.int32(0), learned), wanted, rtol=1e-5)
+
+
+def test_loss_functions_get_the_options_of_their_signature(monkeypatch):
     given = {}
 
     def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):

@@ -73,21 +73,30 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
         np.testing.assert_array_equal(pooled[2], 0)
 
 
-def test_dropout_keeps_a_modality_and_the_mean_and_drops_numbers_independently():
+def test_dropout_of_modalities_never_drops_the_last_one():
     present = np.random.default_rng(0).random((4000, 4)) < 0.7
     kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), 0.999))
     assert not np.any(kept & ~present)
     np.testing.assert_array_equal(kept.any(axis=1), present.any(axis=1))
     kept = np.asarray(drop_modalities(jax.random.key(2), jnp.ones((20_000, 3), bool), 0.3))
-    # Lost with probability .3, save for one in three of the .027 where all would go.
+    # With probability 0.3 ** 3 = 0.027 all three would go. Then one of them stays.
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
-    for rate, width in ((0.1, 1), (0.5, 63)):  # 8 or 16 random bits for a number
-        y = drop_out(rate, (40_000 // width, width))
-        kept = y != 0
-        assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
-        np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])  # 8 or 16 random bits a number
+def test_dropout_keeps_the_mean(rate, width):
+    y = drop_out(rate, (40_000 // width, width))
+    kept = y != 0
+    assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
+    np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
+
+
+def test_dropout_drops_numbers_independently():
     correlation = np.corrcoef((drop_out(0.5, (5000, 8)) != 0).T)
     assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
+
+
+def test_dropout_of_rate_0_or_in_evaluation_changes_nothing_and_of_rate_1_drops_all():
     x = jnp.arange(12.0).reshape(3, 4)
     for rate, deterministic in ((0.0, False), (0.5, True)):
         np.testing.assert_array_equal(apply(Dropout(rate), {}, x, deterministic=deterministic), x)
@@ -222,11 +231,11 @@ def train(model, variables, x, mask):
 
 
 def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
-    x = np.zeros((2, 5), np.float32)
-    x[1] = 1e18
-    model = CosineClassifier(num_classes=3, scale=64.0)
+    """The first clip and the first class are zero vectors; the second clip is enormous."""
+    x = np.array([[0] * 5, [1e18] * 5], np.float32)
     kernel = np.random.default_rng(5).standard_normal((5, 3)).astype(np.float32)
     kernel[:, 0] = 0
+    model = CosineClassifier(num_classes=3, scale=64.0)
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
@@ -235,18 +244,20 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
         return jnp.sum((1 + logits) ** 2), logits
 
     (by_kernel, by_x), logits = gradient(kernel, x)
-    assert logits.dtype == np.float32
-    for nothing in (logits[0], logits[:, 0], by_x[0], by_kernel[:, 0]):
-        np.testing.assert_array_equal(nothing, 0)
-    assert 0 < np.abs(logits[1, 1:]).max() <= 64.001
+    for of_zeros in (logits[0], logits[:, 0], by_x[0], by_kernel[:, 0]):
+        np.testing.assert_array_equal(of_zeros, 0)
+    assert 0 < np.abs(logits[1, 1:]).max() <= 64.001  # a cosine is at most 1
     assert np.isfinite(by_kernel).all() and np.isfinite(by_x).all()
+
+
+def test_cosine_classifier_matches_its_equation():
     with jax.enable_x64(True):
         x = np.random.default_rng(3).standard_normal((4, 5))
         model = CosineClassifier(num_classes=3, scale=30.0)
         params = made.randomised(made.init(model, x)["params"])
         kernel = np.asarray(params["kernel"])
         lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
-        logits: Any = jax.jit(model.apply)({"params": params}, 1e3 * x)
+        logits: Any = jax.jit(model.apply)({"params": params}, 1e3 * x)  # lengths do not count
         np.testing.assert_allclose(logits, 30 * x @ kernel / lengths, atol=1e-6)
 
 

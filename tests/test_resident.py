@@ -165,27 +165,27 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
 def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
+    """NaN in a face of a clip spoils its step. An epoch has 12 steps of 8 clips."""
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
-    options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
-    stream = train_batches(data, splits=("train",), modalities=("face",), **options)
-    order = next(stream).clip_index.tolist()  # the order of both feeds
-    has_face = data.split("train").lengths["face"] > 0
-    # Of each of the steps 6 to 8.
-    clips = [next(c for c in order[at : at + 8] if has_face[c]) for at in (40, 48, 56)]
     config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
+    options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
+    epoch = next(train_batches(data, splits=("train",), modalities=("face",), **options))
+    steps = epoch.clip_index.reshape(12, 8).tolist()  # the order of both feeds
+    has_face = data.split("train").lengths["face"] > 0
+    sixth, seventh, eighth = (next(c for c in step if has_face[c]) for step in steps[5:8])
 
-    def spoilt(*which):
-        train = np.isin(np.arange(96), which)  # of 96 clips; none of 60 in val
-        return small.Spoilt(data, {"train": train, "val": np.zeros(60, bool)}, np.nan)
+    def with_nan(*clips):
+        hidden = {"train": np.isin(np.arange(96), clips), "val": np.zeros(60, bool)}
+        return small.Spoilt(data, hidden, np.nan)
 
     with pytest.warns(UserWarning, match="1 steps up to step 10 were skipped"):
-        small.run(config, tmp_path / "one", spoilt(clips[0]))
-    with pytest.raises(ValueError, match="not finite at step 8 and") as error:
-        small.run(config, tmp_path / "three", spoilt(*clips))
-    assert "config.optim.learning_rate" in str(error.value)
-    assert not manifests(tmp_path / "three")
+        small.run(config, tmp_path / "one", with_nan(sixth))
     for value in small.weights(tmp_path / "one").values():
         assert np.isfinite(value).all()
+    with pytest.raises(ValueError, match="not finite at step 8 and") as error:
+        small.run(config, tmp_path / "three", with_nan(sixth, seventh, eighth))
+    assert "config.optim.learning_rate" in str(error.value)
+    assert not manifests(tmp_path / "three")
 
 
 @pytest.mark.slow
@@ -220,39 +220,47 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged):
+    """Clips keep at most 512 frames; longer clips also keep their best 512 for evaluation."""
     clips, layout = clips_of(ragged)
-    frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
+    empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in FIELDS[:-1]]
-    assert sum(taken) == layout.nbytes + frame
-    # Of 700 and of 513 frames, the best 512 in both splits; of 600, too.
-    extra = {"face": 4 * 512, "audio": 0, "body": 2 * 512}
+    assert sum(taken) == layout.nbytes + empty_frame
+    # In each of the two splits, two clips have long faces, and one clip has a long body.
+    extra = {"face": 2 * 2 * 512, "audio": 0, "body": 2 * 512}
     for name, count in layout.num_frames.items():
         lengths = [ragged.split(split).lengths[name].sum() for split in ("train", "val")]
         assert count == sum(lengths) + extra[name]
 
 
-def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
-    total = machine.free_bytes()  # which the emulated devices of a host share
-    free_on_one, free_on_eight = (
+def test_emulated_devices_share_the_memory_of_their_host():
+    on_one, on_eight = (
         resident.find_least_free_bytes(devices_lib.make_mesh(number)) for number in (1, 8)
     )
-    assert total > 1e6 and free_on_eight == pytest.approx(free_on_one / 8, rel=0.5)
+    assert machine.free_bytes() > 1e6 and on_eight == pytest.approx(on_one / 8, rel=0.5)
+
+
+def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
+    """Clips may take half of the memory that a step leaves."""
     layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
-    for free, taken, wanted in (  # the step takes some
+    for free, taken_by_step, wanted in (
         (twice, 0, "resident"), (0.995 * twice, 0, "streaming"),
         (twice + 1000, 1000, "resident"), (twice + 1000, 1001, "streaming"),
     ):  # fmt: skip
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
-        assert resident.choose_mode("auto", layout, mesh, 100, taken) == wanted
+        assert resident.choose_mode("auto", layout, mesh, 100, taken_by_step) == wanted
         for mode in ("resident", "streaming"):
             assert resident.choose_mode(mode, layout, mesh, 100) == mode
+
+
+def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
+    layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
-    for frames, drawn in ((huge, 100), (layout, 2**31)):
-        assert resident.choose_mode("auto", frames, mesh, drawn) == "streaming"
+    for frames, num_drawn in ((huge, 100), (layout, 2**31)):
+        assert resident.choose_mode("auto", frames, mesh, num_drawn) == "streaming"
         with pytest.raises(ValueError, match="too many for an int32"):
-            resident.choose_mode("resident", frames, mesh, drawn)
+            resident.choose_mode("resident", frames, mesh, num_drawn)
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
+from scipy.special import expit
 
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
@@ -106,35 +107,42 @@ EXAMPLES: Any = {"after_fusion": "examples"}
     "scores", quick_first(["log_softmax", "log_sigmoid", "logits"], mark=pytest.mark.nightly)
 )
 def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
+    """Frames vote by probabilities, or by logits; a clip without frames scores -inf."""
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
     batch = make_batch()
     state = init(system, np.arange(5))
     scored = evaluate(system, state, batch)
     logits = np.stack([linear_logits(state, batch, frame) / 1.5 for frame in range(11)])
-    values = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": special.expit(logits)}
+    probabilities = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": expit(logits)}
+    votes = probabilities.get(scores, logits)
     for clip in range(5):
-        voted = values.get(scores, logits)[examples_of(batch, clip), clip]
-        if not len(voted):
+        frames = examples_of(batch, clip)
+        if not len(frames):
             assert (scored[clip] == -np.inf).all()
             continue
-        wanted = getattr(np, reduce)(voted, axis=0)
+        wanted = getattr(np, reduce)(votes[frames, clip], axis=0)
         wanted = wanted if scores == "logits" else np.log(wanted)
         np.testing.assert_allclose(scored[clip], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip():
+@pytest.mark.parametrize("mean_over", ["weights", "clips"])
+def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over):
+    """The loss is divided by the sum of the weights of clips with frames, or by their number."""
     batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
-    weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])  # of the one without a frame, too
-    per_clip, taught = np.zeros(5), weight * (np.arange(5) != 3)
-    for mean_over, total in (("weights", taught.sum()), ("clips", np.sum(taught > 0))):
-        system = make(**EXAMPLES, loss__mean_over=mean_over)
-        state = init(system, labels)
-        _, loss = trainer(system)(state, batch, weight)
-        for clip, label in enumerate(labels):
-            logits = [linear_logits(state, batch, t)[clip] for t in examples_of(batch, clip)]
-            per_clip[clip] = np.mean([-log_softmax(x)[label] for x in logits]) if logits else 0
-        assert float(loss[0]) == pytest.approx(per_clip @ taught / total, rel=1e-5)
+    weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])
+    system = make(**EXAMPLES, loss__mean_over=mean_over)
+    state = init(system, labels)
+    _, loss = trainer(system)(state, batch, weight)
+    total, weights = 0.0, []
+    for clip, label in enumerate(labels):
+        frames = examples_of(batch, clip)
+        if len(frames):  # clip 3 has none
+            logits = [linear_logits(state, batch, frame)[clip] for frame in frames]
+            total += weight[clip] * np.mean([-log_softmax(x)[label] for x in logits])
+            weights.append(weight[clip])
+    divisor = np.sum(weights) if mean_over == "weights" else np.count_nonzero(weights)
+    assert float(loss[0]) == pytest.approx(total / divisor, rel=1e-5)
 
 
 def test_frame_examples_need_equal_frame_counts_of_all_modalities():
@@ -146,43 +154,46 @@ def test_frame_examples_need_equal_frame_counts_of_all_modalities():
 
 @pytest.mark.slow
 def test_mixup_equals_a_numpy_reference():
+    """A clip is `share` of itself and the rest of its partner. A clip of weight 0 is no partner."""
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
     labels = np.arange(5, dtype=np.int32)  # each clip its own, so that labels name the partners
     clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
     clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
-    mixed, ((own, share), (partner, rest)) = clips.frames, clips.targets
+    (own, share), (partner, rest) = clips.targets
     share, partner = np.asarray(share), np.asarray(partner)
     np.testing.assert_array_equal(own, labels)
     np.testing.assert_array_equal(rest, 1 - share)
-    assert sorted(partner) == list(range(5))
-    # A clip of no weight is no partner.
-    assert (share >= 0.5).all() and (share[weight[partner] == 0] == 1).all() and (share < 1).any()
-    for name, original in batch.frames.items():
-        theirs = original.mask[partner] & (share < 1)[:, None]
-        np.testing.assert_array_equal(mixed[name].mask, original.mask | theirs)
-        wanted = (share[:, None] * original.mask)[..., None] * original.features
-        wanted += ((1 - share)[:, None] * theirs)[..., None] * original.features[partner]
-        np.testing.assert_allclose(mixed[name].features, wanted, rtol=1e-6, atol=1e-6)
+    assert sorted(partner) == list(range(5)) and (share >= 0.5).all() and (share < 1).any()
+    assert (share[weight[partner] == 0] == 1).all()
+    for name, before in batch.frames.items():
+        mixed, has_partner = clips.frames[name], before.mask[partner] & (share < 1)[:, None]
+        np.testing.assert_array_equal(mixed.mask, before.mask | has_partner)
+        wanted = (share[:, None] * before.mask)[..., None] * before.features
+        wanted += ((1 - share)[:, None] * has_partner)[..., None] * before.features[partner]
+        np.testing.assert_allclose(mixed.features, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_clips_without_good_frames_are_kept_or_dropped_as_configured():
+@pytest.mark.parametrize(("poor_clips", "bound", "weight_after"), [
+    ("keep", 40, [2, 1, 1, 1, 0]), ("drop", 40, [2, 0, 0, 1, 0]),
+    ("drop", np.finfo(np.float32).min, [2, 1, 1, 1, 0]),
+])  # fmt: skip
+def test_clips_without_good_frames_are_kept_or_dropped_as_configured(
+    poor_clips, bound, weight_after
+):
+    """Only clip 0 has a good frame, of quality 40. Clip 3 has no face, and clip 4 no weight."""
     batch = make_batch((3, 3, 3, 0, 1), (1, 1, 1, 1, 0))
     face = batch.frames["face"]
     quality = np.where(face.mask, 10.0, 0.0).astype(np.float32)
     quality[0, 1], quality[2] = 40.0, np.nan
     frames = {**batch.frames, "face": face._replace(quality=quality)}
     weight = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
-    for poor_clips, bound, expected in (
-        ("keep", 40, weight), ("drop", 40, [2, 0, 0, 1, 0]),
-        ("drop", np.finfo(np.float32).min, weight),
-    ):  # fmt: skip
-        clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(bound), ())
-        left = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
-        np.testing.assert_array_equal(left.weight, expected)
-        if bound == 40:
-            counts = np.sum(left.frames["face"].mask, axis=1)
-            np.testing.assert_array_equal(counts, [1, 3, 3, 0, 1])  # without a good one all stay
+    clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(bound), ())
+    left = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
+    np.testing.assert_array_equal(left.weight, weight_after)
+    if bound == 40:
+        counts = np.sum(left.frames["face"].mask, axis=1)
+        np.testing.assert_array_equal(counts, [1, 3, 3, 0, 1])  # without a good one all stay
 
 
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
@@ -267,18 +278,24 @@ def test_is_argmax_equals_numpy_argmax():
 
 
 def test_log_softmax_keeps_the_order_of_probabilities_near_one():
-    """The oracle is in float64; column 2 is a class without training clips."""
+    """Column 0 leads column 1 (of 0) and column 3 (of -1); column 2 is a class without clips.
+
+    In float64, log p of column 0 is -log(1 + exp(-lead) (1 + exp(-1))).
+    """
     leads = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
-    logits = np.tile([0.0, 0.0, 99.0, -1.0], (2, 5, 1))
-    logits[1, :, 2] = -99
-    logits[:, :, 0] = leads, leads + 0.01
-    seen = np.array([True, True, False, True])
-    logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), seen))
+    leads = np.stack([leads, leads + 0.01])
+    logits = np.zeros((2, 5, 4))
+    logits[..., 0], logits[..., 3] = leads, -1
+    logits[0, :, 2], logits[1, :, 2] = 99, -99
+    has_clips = np.array([True, True, False, True])
+    logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), has_clips))
     others = 1 + np.exp(-1.0)
-    wanted = -np.log1p(others * np.exp(-logits[..., 0]))
-    np.testing.assert_allclose(logs[..., 0], wanted, rtol=2e-5)
+    np.testing.assert_allclose(logs[..., 0], -np.log1p(others * np.exp(-leads)), rtol=2e-5)
+    np.testing.assert_allclose(logs[..., 1], -np.logaddexp(leads, np.log(others)), rtol=1e-5)
     assert (logs[0, :, 0] < logs[1, :, 0]).all() and (logs[1, :, 0] <= 0).all()
-    total = np.logaddexp(logits[..., 0], np.log(others))
-    np.testing.assert_allclose(logs[..., 1], -total, rtol=1e-5)
-    odd = losses.log_softmax(jnp.array([[5.0, 1.0], [1.0, jnp.nan]]), jnp.array([False, True]))
-    assert odd[0, 1] == 0.0 and np.isnan(odd[1, 1])  # a single column, and NaN
+
+
+def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():
+    logits = jnp.array([[5.0, 1.0], [1.0, jnp.nan]])
+    logs = losses.log_softmax(logits, jnp.array([False, True]))
+    assert logs[0, 1] == 0.0 and np.isnan(logs[1, 1])

@@ -78,27 +78,25 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
             assert_exact(rank_on_device(blocks, C, K, rows), expected)
 
 
-def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch):
+@pytest.mark.parametrize("name", ["random", "descending", "all equal"])
+def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name):
+    """Groups of 4 rows that no top list needs are skipped, if at most 3 groups are needed."""
     monkeypatch.setattr(device_topk, "GROUP", 4)
     monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))
     update = jax.jit(lambda top, block: device_topk.update_top(top, [block]))
-    for name in ("random", "descending", "all equal"):
-        rng = np.random.default_rng(1)
-        scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
-        clip_index = rng.permutation(1500).astype(np.int32)
-        empty = jnp.full((C, K), -jnp.inf, jnp.float32)
-        top, most = topk.TopK(empty, jnp.full((C, K), topk.NO_CLIP, jnp.int32)), []
-        for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
-            rows = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
-            most.append(np.max(np.sum(rows >= np.min(top.scores, axis=1), axis=0)))
-            top = update(top, block)
-        assert_exact(
-            topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top))),
-            full_sort(scores, clip_index, K),
-        )
-        assert most[0] > 3, name
-        if name != "all equal":
-            assert min(most) <= 1, f"rows of {name} were never left out"
+    rng = np.random.default_rng(1)
+    scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
+    clip_index = rng.permutation(1500).astype(np.int32)
+    no_scores, no_clips = (jnp.full((C, K), x) for x in (jnp.float32(-jnp.inf), topk.NO_CLIP))
+    top, used_groups = topk.TopK(no_scores, no_clips), []
+    for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
+        best = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
+        used_groups.append(np.max(np.sum(best >= np.min(top.scores, axis=1), axis=0)))
+        top = update(top, block)
+    found = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
+    assert_exact(found, full_sort(scores, clip_index, K))
+    assert used_groups[0] > 3  # all rows were used
+    assert name == "all equal" or min(used_groups) <= 1  # rows were skipped
 
 
 def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
@@ -137,17 +135,24 @@ RANKERS = [topk.rank, functools.partial(rank_on_device, rows=7)]
 
 @pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
 def test_top_k_orders_nan_zeros_and_infinities(rank):
+    """NaN ranks like -inf, and all zeros tie. Ties are in the order of the clips."""
     tiny = np.float32(1e-40)  # flushed to 0 on some backends and not on others
-    scores = np.array([[np.nan], [0.0], [-0.0], [tiny], [-tiny], [-np.inf], [-1.0]], np.float32)
-    clips = np.array([0, 6, 5, 4, 3, 2, 1], np.int32)
+    score_of = {0: np.nan, 6: 0.0, 5: -0.0, 4: tiny, 3: -tiny, 2: -np.inf, 1: -1.0}
+    clips = np.array([*score_of], np.int32)
+    scores = np.array([*score_of.values()], np.float32)[:, None]
     top = rank([(scores, clips, np.ones(7, bool))], 1, 7)
     assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, 1, 3).index.tolist() == [[3, 4, 5]]
+
+
+@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
+def test_top_k_of_no_clips_is_empty_and_of_bfloat16_exact(rank):
     assert (rank([], 3, 5).index == topk.NO_CLIP).all()
-    halves = (jnp.arange(7, dtype=jnp.bfloat16)[:, None], clips, np.ones(7, bool))
-    assert rank([halves], 1, 3).index.tolist() == [[1, 2, 3]]
+    scores = jnp.arange(7, dtype=jnp.bfloat16)[:, None]
+    block = (scores, np.arange(7, dtype=np.int32), np.ones(7, bool))
+    assert rank([block], 1, 3).index.tolist() == [[6, 5, 4]]
 
 
 @pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])

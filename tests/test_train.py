@@ -68,22 +68,27 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
     small.assert_same_run(parts, tmp_path / "whole")
 
 
-def test_short_runs_log_often_and_act_at_most_once_per_step():
-    def schedule(total, places, layout=None, config=config_lib.default()):  # noqa: B008
-        task = SimpleNamespace(total_steps=total, layout=layout)
-        plan: Any = SimpleNamespace(task=task, batches=SimpleNamespace(num_places=places))
-        return make_schedule(config, plan)
+def make_short_schedule(config, total_steps, clips_per_epoch, noise_classes=None):
+    task = SimpleNamespace(total_steps=total_steps, layout=noise_classes)
+    plan: Any = SimpleNamespace(task=task, batches=SimpleNamespace(num_places=clips_per_epoch))
+    return make_schedule(config, plan)
 
-    for total, logged in (
-        (3, {0, 1, 2, 3}), (15, {0, 1, 2, 5, 10, 15}), (45, {0, 1, 2, 5, 10, 20, 40, 45}),
-    ):  # fmt: skip
-        assert schedule(total, 583).log == logged
+
+@pytest.mark.parametrize(("total_steps", "logged"), [
+    (3, {0, 1, 2, 3}), (15, {0, 1, 2, 5, 10, 15}), (45, {0, 1, 2, 5, 10, 20, 40, 45}),
+])  # fmt: skip
+def test_short_runs_log_often(total_steps, logged):
+    assert make_short_schedule(config_lib.default(), total_steps, 583).log == logged
+
+
+def test_epochs_shorter_than_a_step_evaluate_and_relabel_once_per_step():
+    """An epoch has 10 clips, and a step has 64."""
     config = config_lib.default()
     config.batch_size, config.eval.every_epochs, config.noise.relabel_every_epochs = 64, 1.0, 0.5
-    short = schedule(4, 10, True, config)
+    short = make_short_schedule(config, 4, 10, noise_classes=True)
     assert short.evaluate == {1, 2, 3, 4} and short.relabel == {1, 2, 3}
-    config.eval.every_epochs = 0.0
-    short = schedule(4, 10, True, config)
+    config.eval.every_epochs = 0.0  # only at the end
+    short = make_short_schedule(config, 4, 10, noise_classes=True)
     assert short.evaluate == {4} and [short.next_stop(step) for step in range(4)] == [1, 2, 3, 4]
 
 

@@ -1,39 +1,15 @@
-"""Made-up vectors of photos: as dlib makes them, or exactly of the two-covariance model."""
+"""Made-up vectors of photos: as similar as dlib's, or exactly of the two-covariance model."""
 
 from typing import Any
 
 import numpy as np
 
-WIDTH = 128  # of dlib
-SAME, DIFFERENT = 0.42, 0.85  # mean distances of two photos of one person, and of two people
-# Effective number of directions of both parts: the distances then deviate by .08 and .09.
-NOISE, PEOPLE = 15.0, 38.0
-LENGTH = 1.4
+from vidjax.models import distance
 
-
-class Faces:
-    """A population of faces: unit vectors of photos of people, in 128 numbers."""
-
-    def __init__(self, seed: int):
-        """Draws the directions in which people and photos differ."""
-        self._rng = np.random.default_rng(seed)
-        within = (SAME**2 + 0.08**2) / 2
-        total = (DIFFERENT**2 + 0.09**2) / 2
-        self._noise = np.sqrt(_variances(within, NOISE))
-        self._people = np.sqrt(_variances(total - within, PEOPLE))
-        self._axes = np.linalg.qr(self._rng.normal(size=(WIDTH, WIDTH)))[0]
-        mean = self._rng.normal(size=WIDTH)
-        self._mean = mean / np.linalg.norm(mean) * np.sqrt(LENGTH**2 - total)
-
-    def raw(self, people: int, photos: int) -> np.ndarray:
-        """Returns vectors of new people, [people, photos, 128], whose distances are dlib's."""
-        who = self._people * self._rng.normal(size=(people, 1, WIDTH))
-        noise = self._noise * self._rng.normal(size=(people, photos, WIDTH))
-        return self._mean + who + noise @ self._axes
-
-    def __call__(self, people: int, photos: int) -> np.ndarray:
-        """Returns the same of length 1."""
-        return unit(self.raw(people, photos))
+# Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
+SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
+WIDTH = 128
+DLIB = distance.from_cosines(SAME, DIFFERENT)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -41,16 +17,31 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _variances(total: float, directions: float) -> np.ndarray:
-    """Returns falling variances with a sum, and (sum)^2 / (sum of squares) = directions."""
-    low, high = 0.5, 1.0
-    values = np.ones(WIDTH)
-    for _ in range(60):
-        middle = (low + high) / 2
-        values = middle ** np.arange(WIDTH)
-        below = values.sum() ** 2 / (values**2).sum() < directions
-        low, high = (middle, high) if below else (low, middle)
-    return values / values.sum() * total
+class Population:
+    """Vectors with equal variances of people, and of clips, in some directions, a third shared."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        within, between, same, different = DLIB
+        # The spread of two people is the spread of B in n directions plus the spread of W.
+        square = (within + between) ** 2 / different - within**2 / same
+        n_within, n_between = round(2 * same), round(2 * between**2 / square)
+        self.within, self.between = np.zeros((2, WIDTH))
+        self.within[:n_within] = within / n_within
+        first = n_within * 2 // 3
+        self.between[first : first + n_between] = between / n_between
+        self.mean = np.sqrt(max(1 - within - between, 0)) * np.eye(WIDTH)[-1]
+
+    def people(self, count):
+        return self.mean + self.rng.normal(size=(count, WIDTH)) * np.sqrt(self.between)
+
+    def noise(self, *shape, share=1.0):
+        return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
+
+    def photos(self, people, count, shared=0.0):
+        """[N, count, D]: photos of people, of one day that they share a part of the noise of."""
+        day = self.noise(len(people), 1, share=shared)
+        return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
 
 def exact(rng: Any, people: int, clips: int, width: int, within: float) -> np.ndarray:
