@@ -180,7 +180,7 @@ def test_export_and_import_errors_name_remedies(
         assert command(*words.format(**places).split()).refused(error), words
         assert not places["new"].exists()
     monkeypatch.setattr(function, "LARGEST", 1000)  # weights that no program can hold
-    assert "choose safetensors" in export(nearest_run, "stablehlo", code=2)
+    assert "choose --format=safetensors" in export(nearest_run, "stablehlo", code=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     complaint = export(nearest_run, "onnx", code=2)
     assert "needs onnx and onnxruntime" in complaint and "pip install 'vidjax[onnx]'" in complaint
@@ -228,7 +228,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, kind,
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
     np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
     complaint = export(gallery.folder, "stablehlo", "none", code=2)
-    assert "a gallery has none: choose safetensors or numpy" in complaint
+    assert "choose --format=safetensors or --format=numpy" in complaint
 
 
 @pytest.mark.parametrize("members", [1, 2])
