@@ -72,7 +72,7 @@ class TableTask:
 
     def table(self, path: Path) -> "pyarrow.Table":
         """Returns the results for the clips of a parquet table."""
-        if not _is_empty(path):
+        if parquet.count_rows(path):  # Spark also writes tables without rows
             return tables.to_arrow(self.columns(self.trained.load(path)))
         return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # no rows, same columns
 
@@ -275,11 +275,6 @@ def _read_note(results: Path) -> bytes | None:
             return (parquet.read_metadata(file).metadata or {}).get(NOTE_KEY)
     except ArrowException:
         return None
-
-
-def _is_empty(path: Path) -> bool:
-    """Returns True if a table has no rows. Spark writes such tables."""
-    return parquet.count_rows(path) == 0
 
 
 def _check_once(inputs: Sequence[Path]) -> None:

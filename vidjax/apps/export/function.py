@@ -7,6 +7,7 @@ FIELDS.
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -50,7 +51,7 @@ def input_shapes(run: Predictor) -> Shapes:
     scope = jax.export.SymbolicScope()
     shapes = {}
     for name, width in run.modalities.items():
-        frames = "T" if same_length else f"T_{to_symbol(name)}"
+        frames = "T" if same_length else re.sub("[^A-Za-z0-9]", "_", f"T_{name}")
         dims = jax.export.symbolic_shape(f"{BATCH}, {frames}", scope=scope)
         for field, dtype in FIELDS.items():
             shape = (*dims, width) if field == "features" else dims
@@ -83,11 +84,6 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
         "scores": _compute_scores(run, members, batch),
         "embeddings": _compute_embeddings(run, members, batch),
     }
-
-
-def to_symbol(name: str) -> str:
-    """Replaces each character of a name that is not an ASCII letter or digit by `_`."""
-    return "".join(x if x.isascii() and x.isalnum() else "_" for x in name)
 
 
 def make_batch(run: Predictor, inputs: Inputs) -> Batch:

@@ -231,7 +231,9 @@ class GalleryModel:
         for row, clip in enumerate(answer.answers):
             for place, (name, probability) in enumerate(clip.best):
                 names[row, place] = name
-                scores[row, place] = clip.score if place == 0 else _log(probability)
+                scores[row, place] = math.log(probability) if probability > 0 else -math.inf
+            if clip.best:
+                scores[row, 0] = clip.score
         identity = np.array([clip.identity or "" for clip in answer.answers], object)
         outputs = {"identity": identity, "identities": names, "scores": scores}
         return outputs | {"embedding": answer.vectors}
@@ -243,10 +245,6 @@ class GalleryModel:
                 self.gallery.embed(_make_question(self, length).clips)
         if self.gallery.index.names:
             self.answer_batch([_make_question(self, 1)])
-
-
-def _log(probability: float) -> float:
-    return math.log(probability) if probability > 0 else -math.inf
 
 
 class RunModel:
