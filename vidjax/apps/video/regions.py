@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from vidjax.apps.video.tracks import measure_overlaps, pair_greedily
 from vidjax.data.untrusted.names import clean_identity, is_unknown, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -237,13 +238,7 @@ def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """
     owner, box = np.full(len(boxes), -1), boxes[:, None]
     centres = (faces[:, :2] + faces[:, 2:]) / 2
-    inside = (centres >= box[..., :2]) & (centres <= box[..., 2:])
-    sides = np.minimum(box[..., 2:], faces[:, 2:]) - np.maximum(box[..., :2], faces[:, :2])
-    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (box, faces)]
-    common = sides.clip(0).prod(-1)
-    alike = np.where(inside.all(-1), common / (areas[0] + areas[1] - common), -1.0)
-    while alike.size and alike.max() >= 0:
-        row, column = np.unravel_index(alike.argmax(), alike.shape)
-        owner[row] = column
-        alike[row], alike[:, column] = -1, -1
+    inside = ((centres >= box[..., :2]) & (centres <= box[..., 2:])).all(-1)
+    pairs = pair_greedily(np.where(inside, measure_overlaps(boxes, faces), 0.0), least=0.0)
+    owner[[*pairs.values()]] = [*pairs]
     return owner

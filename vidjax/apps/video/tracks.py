@@ -204,13 +204,13 @@ class Tracker:
         ahead = measure_overlaps(expected, boxes)
         seen_twice = np.array([len(motion.track.times) > 1 for motion in live], bool)
         hidden = _find_hidden(expected[seen_twice], ahead[seen_twice])
-        pairs = _pair_greedily(np.where(hidden, 0.0, ahead))
+        pairs = pair_greedily(np.where(hidden, 0.0, ahead))
         new = np.array([motion.track.ends == [time_s] for motion in live], bool)
         doubled = measure_overlaps(_double_boxes(last), _double_boxes(boxes))
         for rest in (measure_overlaps(last, boxes), doubled * new[:, None]):
             rest[list(pairs.values())] = 0.0
             rest[:, [*pairs, *np.flatnonzero(hidden)]] = 0.0
-            pairs |= _pair_greedily(rest)
+            pairs |= pair_greedily(rest)
         return {n: live[m] for n, m in pairs.items()}, set(np.flatnonzero(hidden).tolist())
 
 
@@ -359,17 +359,17 @@ def _double_boxes(boxes: np.ndarray) -> np.ndarray:
     return boxes + np.concatenate([-half, half], 1)
 
 
-def _pair_greedily(overlap: np.ndarray) -> dict[int, int]:
-    """Pairs tracks (rows) with detections (columns); returns the row of each paired column.
+def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[int, int]:
+    """Pairs rows with columns by falling overlap; returns the row of each paired column.
 
-    The pair with the largest overlap comes first. No track and no detection is in two pairs.
+    Overlaps must be above `least`, which is at least 0. No row and no column is in two pairs.
     """
-    remaining = overlap.copy()
+    remaining = overlaps.copy()
     pairs: dict[int, int] = {}
-    while remaining.size and remaining.max() > LEAST_OVERLAP:
-        track, detection = np.unravel_index(remaining.argmax(), remaining.shape)
-        pairs[int(detection)] = int(track)
-        remaining[track], remaining[:, detection] = 0.0, 0.0
+    while remaining.size and remaining.max() > least:
+        row, column = np.unravel_index(remaining.argmax(), remaining.shape)
+        pairs[int(column)] = int(row)
+        remaining[row], remaining[:, column] = 0.0, 0.0
     return pairs
 
 
