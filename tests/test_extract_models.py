@@ -52,7 +52,7 @@ def test_centerface_decoder_follows_its_paper():
         down, right = offset[at]
         left, top = (column + right + 0.5) * 4 - wide / 2, (row + down + 0.5) * 4 - tall / 2
         points = [(left + x * wide, top + y * tall) for y, x in marks[at].reshape(5, 2)]
-        if heat[row, column] > 0.5:
+        if heat[row, column] > nets.WEAK_SCORE:
             wanted.append((heat[row, column], (left, top, left + wide, top + tall), points))
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
     assert_faces(nets.decode_centerface(outputs, 0), wanted)
@@ -71,7 +71,7 @@ def test_yunet_decoder_follows_opencv(stride):
         x, y = (column + boxes[cell, 0]) * stride, (row + boxes[cell, 1]) * stride
         wide, tall = (math.exp(boxes[cell, i]) * stride for i in (2, 3))
         points = [((column + u) * stride, (row + v) * stride) for u, v in marks[cell].reshape(5, 2)]
-        if (score := math.sqrt(p * q)) > 0.5:
+        if (score := math.sqrt(p * q)) > nets.WEAK_SCORE:
             box = (x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2)
             wanted.append((score, box, points))
     parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
@@ -92,7 +92,7 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
         x, y = column * stride, row * stride
         left, top, right, bottom = (float(value) * stride for value in boxes[anchor])
         points = [(x + u * stride, y + v * stride) for u, v in marks[anchor].reshape(5, 2)]
-        if scores[anchor] > 0.5:
+        if scores[anchor] > nets.WEAK_SCORE:
             wanted.append((scores[anchor], (x - left, y - top, x + right, y + bottom), points))
     parts = enumerate((scores[:, None], boxes, marks))
     sides = {side: anchors if side == stride else 0 for side in nets.STRIDES}

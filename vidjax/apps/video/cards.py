@@ -215,8 +215,7 @@ def read(path: Path) -> Card:
       UserError: a key is missing, wrong or unknown.
     """
     written = schemas.read(path, Written, REMEDY, CARD_BYTES)
-    fields = {name: getattr(written, name) for name in written.__struct_fields__}
-    return Card(**fields, path=path, digest=files.sha256_file(path))
+    return Card(**msgspec.structs.asdict(written), path=path, digest=files.sha256_file(path))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:

@@ -41,7 +41,6 @@ class PageEntry(NamedTuple):
       key: a text that identifies the appearance. It differs from all names of people.
       video: the name of the film.
       name: the name of the person, or `unknown 3` for an unknown person.
-      known: whether the person is known.
       probability: the probability of the name. For an unknown person, it is None.
       certainty: the probability as text, or that a user gave the name. For an unknown person, it is
         empty.
@@ -55,7 +54,6 @@ class PageEntry(NamedTuple):
     key: str
     video: str
     name: str
-    known: bool
     probability: float | None
     certainty: str
     time: str
@@ -251,7 +249,7 @@ def _make_entry(
     if film.photo:
         left, width = 0.0, 100.0
     return PageEntry(
-        CLIP + x.clips[0], film.video, name, x.probability is not None, x.probability,
+        CLIP + x.clips[0], film.video, name, x.probability,
         format_certainty(x), format_appearance_time(x, film), x.end_s - x.start_s,
         round(left, 2), round(width, 2), likely, address(film, x.start_s),
     )  # fmt: skip

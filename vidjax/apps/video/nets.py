@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vidjax.apps.video.cards import REMEDY, STRIDE, Card, Input
+from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Detector:
         given = {self.card.input.name: prepare_images(padded[None], self.card.input)}
         outputs = ask_net(self.session, self.card, given)
         try:
-            faces = DECODERS[self.card.decoder](outputs, padded.shape[1], WEAK_SCORE)
+            faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         except (LookupError, ValueError) as error:
             raise _make_error(self.card, error) from error
         # Overlaps are removed first: a second, worse box of a cut face may lie inside the border.
@@ -391,23 +392,15 @@ def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
     Source: greedy non-maximum suppression.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
-    boxes, kept = faces.boxes[order].astype(np.float64), []
-    area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
-    remaining = np.arange(len(order))
-    while len(remaining):
-        best, remaining = remaining[0], remaining[1:]
+    boxes, kept = faces.boxes.astype(np.float64), []
+    while len(order):
+        best, order = order[:1], order[1:]
         kept.append(best)
-        low = np.maximum(boxes[remaining, :2], boxes[best, :2])
-        high = np.minimum(boxes[remaining, 2:], boxes[best, 2:])
-        common = np.prod(np.maximum(high - low, 0), axis=1)
-        remaining = remaining[common <= most_overlap * (area[remaining] + area[best] - common)]
-    chosen = order[np.array(kept, int)]
-    return faces.take(chosen)
+        order = order[measure_overlaps(boxes[best], boxes[order])[0] <= most_overlap]
+    return faces.take(np.concatenate(kept) if kept else order)
 
 
-def decode_centerface(
-    outputs: Mapping[str, np.ndarray], width: int, least_score: float = LEAST_SCORE
-) -> Faces:
+def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of CenterFace, unsorted and in pixels of its input.
 
     `outputs` contains these arrays, in this order:
@@ -424,7 +417,7 @@ def decode_centerface(
     """
     del width
     (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())
-    rows, columns = np.nonzero(heatmap > least_score)
+    rows, columns = np.nonzero(heatmap > WEAK_SCORE)
     size = 4 * np.exp(scale[::-1, rows, columns]).T  # width, height
     cell = np.stack([columns, rows], axis=1) + 0.5
     corner = 4 * (cell + offset[::-1, rows, columns].T) - size / 2
@@ -433,9 +426,7 @@ def decode_centerface(
     return Faces(boxes, heatmap[rows, columns], corner[:, None] + points * size[:, None])
 
 
-def decode_yunet(
-    outputs: Mapping[str, np.ndarray], width: int, least_score: float = LEAST_SCORE
-) -> Faces:
+def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of YuNet, in pixels of its input of `width` pixels.
 
     The net divides its input into cells with sides of S = 8, 16 and 32 pixels. For each S, there
@@ -456,7 +447,7 @@ def decode_yunet(
             outputs[f"{kind}_{stride}"][0] for kind in ("cls", "obj", "bbox", "kps")
         )
         scores = np.sqrt(np.clip(classes[:, 0], 0, 1) * np.clip(objects[:, 0], 0, 1))
-        chosen = np.flatnonzero(scores > least_score)
+        chosen = np.flatnonzero(scores > WEAK_SCORE)
         corner = _locate_cells(chosen, width // stride)
         centre = (corner + boxes[chosen, :2]) * stride
         half = np.exp(boxes[chosen, 2:]) * (stride / 2)
@@ -466,9 +457,7 @@ def decode_yunet(
     return _join(parts)
 
 
-def decode_scrfd(
-    outputs: Mapping[str, np.ndarray], width: int, least_score: float = LEAST_SCORE
-) -> Faces:
+def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of SCRFD, in pixels of its input of `width` pixels.
 
     The net divides its input into cells with sides of 8, 16 and 32 pixels. For each of these sizes,
@@ -487,7 +476,7 @@ def decode_scrfd(
     parts = []
     for place, stride in enumerate(STRIDES):
         scores, boxes, points = flat[place :: len(STRIDES)]
-        chosen = np.flatnonzero(scores[:, 0] > least_score)
+        chosen = np.flatnonzero(scores[:, 0] > WEAK_SCORE)
         corner = _locate_cells(chosen // 2, width // stride) * stride
         distance = boxes[chosen] * stride
         box = np.concatenate([corner - distance[:, :2], corner + distance[:, 2:]], axis=1)
@@ -506,8 +495,8 @@ def _join(parts: list[Faces]) -> Faces:
 
 
 # The functions that decode the outputs of detectors, by `decoder` in the card. Their arguments are
-# the outputs by name, the width of the input, and the score above which a detection counts.
-DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int, float], Faces]] = {
+# the outputs by name, and the width of the input.
+DECODERS: Mapping[str, Callable[[Mapping[str, np.ndarray], int], Faces]] = {
     "centerface": decode_centerface,
     "yunet": decode_yunet,
     "scrfd": decode_scrfd,

@@ -161,9 +161,7 @@ def extract_folders(
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
-            if upgrade:
-                _remove_if_nets_were_added(out, digests)
-            used = _check_extraction(out, digests, settings)
+            used = _check_extraction(out, digests, settings, upgrade)
             stems = _prepare_folder(out, listed, drop, thumbnails)
             jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
 
@@ -360,23 +358,13 @@ def find_foreign(out: Path) -> str | None:
     return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
 
 
-def _remove_if_nets_were_added(out: Path, digests: dict[str, str]) -> None:
-    """Removes all features of a folder if there are new nets; keeps the settings.
-
-    `digests` contains the sha256 of the description of each net, by role.
-    """
-    before = features_folder.read_extraction(out)
-    if before and before.models.items() < digests.items():
-        for path in (out / VIDEOS).glob("*.json"):
-            _remove(out, path.stem)
-        extraction = features_folder.Extraction(models=digests, settings=before.settings)
-        features_folder.write(out / features_folder.NAME, extraction)
-
-
 def _check_extraction(
-    out: Path, digests: dict[str, str], settings: ExtractionSettings | None
+    out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
     """Returns the settings of a folder of features; a new folder gets the given settings.
+
+    `digests` contains the sha256 of the description of each net, by role. If `upgrade`, and there
+    are new nets, all features are removed, so that they are extracted with these nets.
 
     Raises:
       UserError: the features are of other nets or settings, or another program wrote the folder.
@@ -392,6 +380,11 @@ def _check_extraction(
         extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)
         return settings
+    if upgrade and before.models.items() < digests.items():
+        for path in (out / VIDEOS).glob("*.json"):
+            _remove(out, path.stem)
+        before.models = digests
+        features_folder.write(out / features_folder.NAME, before)
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(
