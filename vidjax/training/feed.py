@@ -99,7 +99,7 @@ class StreamingFeed(Feed):
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Compiles nothing yet. `batches` is an endless iterator of batches with numpy arrays."""
+        """Makes a feed. `batches` is an endless iterator of batches with numpy arrays."""
         self._mesh, self._batches = mesh, batches
         super().__init__()
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)

@@ -211,13 +211,13 @@ def parse_line(line: bytes) -> dict[str, object]:
     return value
 
 
-def iterate_lines(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
+def iterate_lines(path: Path) -> Iterator[bytes]:
     """Yields the lines of a file with their line ends.
 
-    A line of more than `limit` bytes is split into pieces.
+    A line of more than 256 kB is split into pieces.
     """
     with io.BufferedReader(open_regular(path)) as lines:
-        while line := lines.readline(limit):
+        while line := lines.readline(LINE_BYTES):
             yield line
 
 
