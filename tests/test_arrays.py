@@ -206,16 +206,16 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, c
 
 
 BAD = (  # what val contains first, and words of the error
-    (np.zeros((2, DIM + 1)), "features are 7 wide, in other clips 6: "),
-    ([[1.0, 2.0], [3.0]], "rows of different lengths"),
-    (np.array([None, "x"], object), "Python objects"),
-    (np.zeros((2, DIM), np.float16), "features are float16, in other clips"),
-    (np.zeros((1, 2, DIM)), "wanted numbers [T, D]"),
+    (np.zeros((2, DIM + 1)), "features are 7 wide, but 6 wide in other clips: "),
+    ([[1.0, 2.0], [3.0]], "rows have different lengths"),
+    (np.array([None, "x"], object), "not [2] of object"),
+    (np.zeros((2, DIM), np.float16), "features are float16, but float32 in other clips"),
+    (np.zeros((1, 2, DIM)), "at most 2 axes"),
     (np.zeros((2, 0)), "shape [2, 0]"),
-    (TWO | {"box": [1.0, 2.0]}, "box has shape [2], wanted [2, 4]"),
+    (TWO | {"box": [1.0, 2.0]}, "box has shape [2]: give [2, 4]"),
     (TWO | {"number": [0.5, 1.0]}, "number 0.5"),
     ({"quality": [1.0]}, "no features"),
-    ({"feature": np.zeros((1, DIM))}, "no field 'feature'"),
+    ({"feature": np.zeros((1, DIM))}, "'feature' is not a field"),
 )
 
 
@@ -230,13 +230,17 @@ def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
         ({"train": {"a": np.zeros((1, 2))}}, "train: clip a is of type ndarray"),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, "clip a", "modality 'fa ce'"),
         ({"train": {"a": ONE, "a.mp4": ONE}}, "train: clip a comes twice"),
-        ({"train": {7: ONE}}, "a clip name is text, not int"),
-        ({"train": {"a": {"F": [1.0], "f": [1.0]}}}, "clip a", "'f' differs only in the case of"),
+        ({"train": {7: ONE}}, "clip name 7 is of type int"),
+        (
+            {"train": {"a": {"F": [1.0], "f": [1.0]}}},
+            "clip a",
+            "'f' differs only in upper and lower",
+        ),
         ({"train": {"a": ONE}, "val": {"a": ONE}}, "in two splits", "a (train and val)"),
-        ({"train": {"a": ONE}, "val": {"b": {"f": [1.0, 2.0]}}}, "f: features are 1 wide in train"),
-        ({"train": LONG | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "width], here [64, 5]"),
-        ({"train": {}}, "no clip has a usable frame"),
-        ({"train": {"a": ONE}, "val": {}}, "no clip in split 'val'"),
+        ({"train": {"a": ONE}, "val": {"b": {"f": [1.0, 2.0]}}}, "features have width 1 in train"),
+        ({"train": LONG | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "3] instead of [64, 5]"),
+        ({"train": {}}, "no clip has a frame"),
+        ({"train": {"a": ONE}, "val": {}}, "split 'val' has no clips"),
     ):
         refused(source, *words)
     assert not list(cache.rglob("*.partial"))
@@ -249,15 +253,15 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     for given, *words in (
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
         ({**LABELS, "nobody": 1}, "1 of 5 clips", "nobody"),
-        ({"train_01": 1.5}, "clip train_01", "not float"),
+        ({"train_01": 1.5}, "clip train_01", "float", "str()"),
         ({"train_01": -1}, "clip train_01", "identity -1"),
-        ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 is labelled 1 and 2"),
+        ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 has the labels 1 and 2"),
         (b"name,identity\na,1\n", "line 1", "clip,identity", "name,identity"),
-        (b"clip,identity\ntrain_01\n", "line 2", "fewer fields"),
-        (b"clip,identity\ntrain_01,Smith, John\n", "line 2", "more fields", "quotes"),
+        (b"clip,identity\ntrain_01\n", "line 2", "lacks a value"),
+        (b"clip,identity\ntrain_01,Smith, John\n", "line 2", "more values", "quotes"),
         (b'clip,identity\n"train\n1",1\n', "line 3", "rename it"),
         (b"clip,identity\n\xff,1\n", "UTF-8"),
-        (tmp_path / "none.csv", "none.csv", "no such file"),
+        (tmp_path / "none.csv", "none.csv", "does not exist"),
     ):
         if isinstance(given, bytes):
             path.write_bytes(given)
@@ -267,11 +271,11 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
 
 def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, refused):
     folder = tmp_path / "own"
-    refused(folder, "no such folder")
+    refused(folder, "does not exist")
     folder.mkdir()
-    refused(folder, "no features here", "SPLIT/CLIP.npz")
+    refused(folder, "contains no features", "SPLIT/CLIP.npz")
     (folder / "train").mkdir()
-    refused(folder, "train: the folder contains no CLIP.npz")
+    refused(folder, "train: contains no CLIP.npz")
     path = folder / "train" / "one.npz"
     np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))
     refused(folder, str(path), "clip one, face: quality")
@@ -285,16 +289,16 @@ def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, ref
     refused(folder, "notes.txt", "may contain only CLIP.npz")
     (folder / "train" / "notes.txt").unlink()
     (folder / "train.parquet").write_bytes(b"")
-    refused(folder, "train.parquet and a folder train: keep one")
+    refused(folder, "train.parquet and a folder train: remove one")
     (folder / "train.parquet").unlink()
     clip_files.write_truth(folder, "train", {"one": "1"})
     clip_files.write_labels(folder / "labels.csv", {"one": 1})
-    refused(folder, "labels.csv and train_gt.txt: keep one")
+    refused(folder, "labels.csv and train_gt.txt: remove one")
     for part in ("train-00000", "train-00001"):
         (tmp_path / f"{part}-of-00002.parquet").touch()
-    refused(tmp_path, "train-00000", "a split is a single table", "join the tables")
+    refused(tmp_path, "train-00000", "a split is one table", "join the tables")
     (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
-    refused(tmp_path, "train-00001", "is not read", "train.parquet")
+    refused(tmp_path, "train-00001", "would be ignored", "train.parquet")
 
 
 def test_clips_of_npz_files_and_in_memory_that_do_not_fit_each_other_are_refused(tmp_path):
@@ -303,7 +307,7 @@ def test_clips_of_npz_files_and_in_memory_that_do_not_fit_each_other_are_refused
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
         more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=features, **more)
-        seen.refused(load, str(path), "'face_length' must count the frames of each clip")
+        seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=["a", "a"], face=features, face_length=[1, 2])
     seen.refused(load, "clip a comes twice")
     np.savez(path, clips=features)  # a modality of this name
@@ -314,13 +318,16 @@ def test_clips_of_npz_files_and_in_memory_that_do_not_fit_each_other_are_refused
     for other in ("val/d.npz", "b.NPZ", "c.npy", "d.parquet"):
         (tmp_path / "val").mkdir(exist_ok=True)
         (tmp_path / other).touch()
-        seen.refused(load, "because the folder has CLIP.npz")
+        seen.refused(load, "because the folder also contains CLIP.npz")
         (tmp_path / other).unlink()
     good, wide = {"face": np.ones((1, 24), np.float32)}, {"a": {"face": np.zeros((2, 23))}}
     for clips, words in (
-        ([good], "not list"),
-        ({"a": {"fcae": [1.0]}}, "clip a: it has fcae, wanted face, head"),
-        ({"b": good, "c": good, **wide}, "23 wide, in other clips 24"),
+        ([good], "of type list"),
+        (
+            {"a": {"fcae": [1.0]}},
+            "reads face, head: add one of them, or rename the modality to 'face'",
+        ),
+        ({"b": good, "c": good, **wide}, "23 wide, but 24 wide in other clips"),
         ({"a": good, "a.mp4": good}, "clip a comes twice"),
     ):
         given: Any = clips
@@ -336,18 +343,18 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     path = tmp_path / "train.parquet"
     good = {"clip": ["a", "a"], "modality": ["f", "f"], "features": [[1.0, 2.0], [3.0, 4.0]]}
     for change, words in (
-        ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "1 wide in row 2, 2 in row 1")),
-        ({"features": [1.0, 2.0]}, ("column features is double",)),
+        ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "width 1 in row 2, but width 2 in ro")),
+        ({"features": [1.0, 2.0]}, ("column features is of type double",)),
         ({"features": [[1.0, None], [1.0, 1.0]]}, ("null",)),
-        ({"clip": [["a"], ["b"]]}, ("column clip is list", "wanted text")),
+        ({"clip": [["a"], ["b"]]}, ("column clip is of type list", "write text")),
         ({"clip": ["a", "a.mp4"]}, ("with and without .mp4",)),
-        ({"quality": ["x", "y"]}, ("column quality is string", "wanted numbers")),
+        ({"quality": ["x", "y"]}, ("column quality is of type string", "write numbers")),
         ({"qualty": [1.0, 2.0]}, ("qualty", "'quality'")),
     ):
         parquet.write_table(pyarrow.table(good | change), path)
         refused(tmp_path, str(path), *words)
     parquet.write_table(pyarrow.table({"clip": ["a"], "face": [[[1.0, 2.0]]]}), path)
-    refused(tmp_path, str(path), "no column modality", "a row per frame")
+    refused(tmp_path, str(path), "no column modality", "a row for each frame")
     path.write_bytes(path.read_bytes()[:-30])
     refused(tmp_path, str(path), "damaged")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -422,15 +429,15 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     content = path.read_bytes()
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
-        refused_input(path, of_path + "damaged, or not a parquet table: write it again")
+        refused_input(path, of_path + "is not a parquet table, or is damaged (", "write it again")
     columns = [pyarrow.array(column) for column in (*good.values(), ["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(columns, [*good, "clip"]), path)
-    refused_input(path, of_path + "two columns are named clip: keep one")
+    refused_input(path, of_path + "two columns are named clip: delete one")
     long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
     many = {**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000}
     parquet.write_table(pyarrow.table(many), path)  # 4 GB, if each name were a separate text
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused_input(path, ", wanted face")
+    refused_input(path, "the run reads face")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
     monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))
@@ -448,12 +455,13 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
         memory.load_clips(tmp_path, {"face": 4}, ())
     assert [str(warning.message) for warning in caught] == [
-        "face: 2 of 4 frames are not read: their features are not finite; 1 clips lose all frames",
-        "face: 1 of 4 frames have a quality that is not finite: 0 is used",
+        "face: 2 of 4 frames are left out, because their features are not finite\n"
+        "1 clips lose all frames",
+        "face: 1 of 4 frames have a quality that is not finite: it is replaced by 0",
     ]
     (tmp_path / "official").mkdir()
     entries = [[n, (0.0, 0.0, 1.0, 1.0), 0.9, 50.0, row] for n, row in enumerate(face)]
     pickled = pickle.dumps({b"a.mp4": entries}, 2)
     (tmp_path / "official" / "face_val.pickle").write_bytes(pickled)
-    with pytest.warns(errors.VidjaxWarning, match="1 of 3 frames are not read"):
+    with pytest.warns(errors.VidjaxWarning, match="1 of 3 frames are left out"):
         memory.load_clips(tmp_path / "official", {"face": 4}, ())

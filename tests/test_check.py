@@ -99,7 +99,7 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     assert check(*words, official)[1][-1] == "all good"
     for message, *given in (
         ("nowhere", f"--config.data.dir={tmp_path}/nowhere"),
-        ("no feature pickles", f"--config.data.dir={tmp_path}"),
+        ("contains no feature pickles", f"--config.data.dir={tmp_path}"),
         ("config.data.dir",),
         ("'head'", official, "--config.modalities=haed"),
         ("file'", official, f"--config.data.cache_dir={tmp_path}/file"),

@@ -83,7 +83,7 @@ def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch
     read, digest = [], cache._sha256_each
     monkeypatch.setattr(cache, "TICK_NS", 0)
     monkeypatch.setattr(cache, "_sha256_each", lambda x: read.append(len(x)) or digest(x))
-    with pytest.raises(ValueError, match="changed during the conversion"):
+    with pytest.raises(ValueError, match="changed while they were converted"):
         convert(Changing(folder, workers=1), tmp_path, workers=1)
     assert read == [40, 31, 31], "the files of train are as they were"
     arrays.FeatureFolder(folder).fingerprint()
@@ -159,7 +159,7 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     [
         pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
         ("time", UserError, r"film\.mp4: .* 1 s of CPU time"),
-        ("crash", UserError, r"film\.mp4: damaged or hostile: .* SIGABRT"),
+        ("crash", UserError, r"film\.mp4: is damaged or hostile, .* SIGABRT"),
         ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),
         ("mistake", UserError, r"^film\.mp4: give another film$"),
         ("missing", DiskError, r"nowhere(.|\n)*correct the path"),

@@ -172,7 +172,7 @@ def test_enrol_refuses_subfolders_that_are_splits_and_clips_without_a_person(
     words = ("enrol", folder, f"--input={tmp_path / 'photos'}")
     for split in ("train", "val"):
         write_clips(tmp_path / "photos" / split, "Ada")
-    assert "splits of a dataset, not people" in tell(*words, code=2)
+    assert "splits of a dataset, not names of people" in tell(*words, code=2)
     write_clips(tmp_path / "photos", "Eve")
     error = tell(*words, code=2)
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
@@ -246,7 +246,7 @@ MISTAKES = {
     "identify G --split=vla": "vla",
     "identify G --split=val --k=nan": "wants a whole number from 1",
     "identify G --split=val --run=/absent": "/absent",
-    "enrol G --input=x": "x: no such file",
+    "enrol G --input=x": "x: does not exist",
     "enrol G --split=test": "no clip has a label",
     "enrol G --split=train --config.data.dir=/absent": "/absent",
     "remove G --identity=13": "no identity '13' is enrolled",
@@ -499,7 +499,7 @@ def test_many_tables_need_a_folder_for_the_results(ask, folder, day, tmp_path):
 
 def test_folder_of_tables_holds_nothing_else(day):
     (day / "one.npz").touch()
-    with pytest.raises(UserError, match=r"one\.npz: .*because the folder has tables"):
+    with pytest.raises(UserError, match=r"one\.npz: .*because the folder also contains tables"):
         bulk.list_tables(day)
     for split in ("train", "val"):  # a dataset of two splits is no folder of tables
         (day / f"{split}.parquet").touch()

@@ -129,7 +129,7 @@ def test_identities_only_in_the_test_split_get_no_class(converted, tmp_path):
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
     truth = load_official_truth(tmp_path, records.clips)
-    with pytest.warns(UserWarning, match="1 clips of test show identities without a class"):
+    with pytest.warns(UserWarning, match="1 clips of test show identities that are not in"):
         identities, labels, report = label_records(records, truth)
     assert identities == ("4", "6")
     assert labels["test"].labels.tolist() == [2, *[0] * 20]
@@ -225,7 +225,7 @@ def test_records_whose_sizes_do_not_match_the_lengths_are_refused(records):
     split = records.splits["train"]
     lengths = {**split.lengths, "face": split.lengths["face"] + 1}
     other = records._replace(splits={"train": split._replace(lengths=lengths)})
-    with pytest.raises(UserError, match=r"do not match the lengths(.|\n)*delete this folder"):
+    with pytest.raises(UserError, match=r"do not match the clips(.|\n)*delete this folder"):
         Reader(other, ["train"])
 
 

@@ -67,8 +67,8 @@ def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
     out.mkdir()
     (out / "features.bin").symlink_to("/dev/full")
     for file, folder, message in (
-        (tmp_path / "gone.pickle", out, "gone.pickle: no such file"),
-        (tmp_path / "pipe", out, "pipe: not a regular file"), (path, out, "out: No space left"),
+        (tmp_path / "gone.pickle", out, "gone.pickle: does not exist"),
+        (tmp_path / "pipe", out, "pipe: is not a regular file"), (path, out, "out: No space left"),
         (path, path, "face_val"),
     ):  # fmt: skip
         refused(functools.partial(sandbox.unpack, file, "face", folder), message)
@@ -89,9 +89,9 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     assert list(stems) == sorted(stems)
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
     (tmp_path / "fa ce_train.pickle").touch()
-    refused(lambda: find_pickles(tmp_path), "may have letters, digits")
-    refused(lambda: find_pickles(tmp_path / "gone"), "no such directory")
-    refused(lambda: labels_lib.find_ground_truth(tmp_path / "train_gt.txt"), "not a directory")
+    refused(lambda: find_pickles(tmp_path), "may have only letters, digits")
+    refused(lambda: find_pickles(tmp_path / "gone"), "does not exist")
+    refused(lambda: labels_lib.find_ground_truth(tmp_path / "train_gt.txt"), "is not a directory")
 
 
 def truth(folder, text, name="gt.txt", **kwargs):
@@ -130,9 +130,9 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     assert truth(tmp_path, "x%20y 2\n", "train_gt.txt") == {"x y": "2"}
     assert truth(tmp_path, "x%20y 2\n", "train_gt.txt", known_clips={"x%20y"}) == {"x%20y": "2"}
     for text in (both, "1 2\n3 4\n"):
-        with pytest.raises(ValueError, match=r"gt\.txt: are the lines 'CLIP ID' or 'ID CLIP"):
+        with pytest.raises(ValueError, match=r"gt\.txt: no name ends in \.mp4"):
             truth(tmp_path, text)
-    refused(lambda: labels_lib.load_ground_truth(tmp_path / "no.txt"), "no.txt: no such file")
+    refused(lambda: labels_lib.load_ground_truth(tmp_path / "no.txt"), "no.txt: does not exist")
 
 
 def weights(folder, text, clips: Any = "abcde"):
@@ -145,25 +145,25 @@ def weights(folder, text, clips: Any = "abcde"):
 
 WRONG_LABELS = (
     ("\ufeff\n \n", "is empty: write one line per clip"),
-    (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
-    ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
+    (b"a.mp4 1\n\xff.mp4 2\n", "line 2: is not UTF-8 text (byte 8)"),
+    ("a.mp4 1\nb.mp4 2 3\n", "line 2: the line has 3 words: write a clip and its"),
     ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
     ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
     ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
-    ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with label 1: delete one"),
-    ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: label x is not a whole number, unlike most labels"),
-    ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: label ² is not a whole number"),
-    ("0 b.mp4\n1 a.mp4\n", "line 1: label 0 is out of range"),
+    ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with the identity 1"),
+    ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: identity x is not a whole number, unlike most"),
+    ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: identity ² is not a whole number"),
+    ("0 b.mp4\n1 a.mp4\n", "line 1: identity 0 is less than 1"),
     ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
 )
 WRONG_WEIGHTS = (
-    ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
+    ("a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 words: write a clip and its w"),
     ("a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
     ("a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
     ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
     ("a.mp4 1\nb 1\na 1\n", "line 3: clip a is already in line 1: delete one of the two"),
-    ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, for example x\nthe limit is 1%"),
-    ("a.avi 1\nb.avi 1\n", "none of its 2 clips is in a feature file\nit names a.avi, "),
+    ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips have no features, for example x\nat most 1% is allowed"),
+    ("a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe file names a.avi, "),
 )
 
 
@@ -181,12 +181,12 @@ def test_identities_sort_as_numbers_if_all_are_numbers():
     assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
     digits = "7" * 5000
     assert labels_lib.sort_identities(["9", digits, "10"]) == ("10", digits, "9")
-    with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use only one"):
+    with pytest.raises(ValueError, match="identity 7 is written in 2 ways, 007, 7: use only one"):
         labels_lib.sort_identities(["7", "1", "007"])
 
 
 def test_weights_with_few_unknown_clips_warn_only(tmp_path):
     clips = [f"c{i:03d}" for i in range(200)]
     text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
-    with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, for example x$"):
+    with pytest.warns(UserWarning, match=r"1 of 200 clips have no features, for example x$"):
         assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]

@@ -226,9 +226,9 @@ def faces(count):
 
 
 @pytest.mark.parametrize(("features", "message"), [
-    (np.zeros((2, WIDTH - 1)), f"clip bad, face: .* {WIDTH - 1} wide, .* {WIDTH}"),
+    (np.zeros((2, WIDTH - 1)), f"clip bad, face: .*width {WIDTH - 1}, .*width {WIDTH}"),
     (np.zeros((2, WIDTH), np.int64), "clip bad, face: .*int64"),
-    ([[0.0] * WIDTH, [0.0]], "clip bad, face: .*rows of different lengths"),
+    ([[0.0] * WIDTH, [0.0]], "clip bad, face: .*rows have different lengths"),
     (None, "no clips"),
 ])  # fmt: skip
 def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(run, features, message):

@@ -137,14 +137,14 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
         np.savez(flat / f"{name}.npz", face=np.ones((1, DIM), np.float32))
     for path, names in ((table, {*clips}), (tmp_path, {*clips}), (flat, {"Ada Byron", "b.mp4"})):
         assert {*load_clips(path, widths, NAMES).names} == names
-    refused(lambda: load_clips(tmp_path / "none.parquet", widths, ()), "no such file")
+    refused(lambda: load_clips(tmp_path / "none.parquet", widths, ()), "does not exist")
     widths = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
     val = load_clips(official_dir, widths, (), split="val")
     assert len(val.names) == len(val.split("any").clips) > 10
     for words, split, message in (
         (widths, None, r"--config\.eval\.split="),
         (widths, "dev", r"no split 'dev'.*\n.*--config\.eval\.split="),
-        ({"voice": 3}, "val", r"it has .*audio.*, wanted voice"),
+        ({"voice": 3}, "val", r"modalities .*audio.*, but the run reads voice"),
     ):
         with pytest.raises(ValueError, match=message):
             load_clips(official_dir, words, (), split=split)

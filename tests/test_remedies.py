@@ -40,9 +40,9 @@ COMMANDS = [
     ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
      "config --config=knn {}=1"),
     ("check run", r"did you mean (--workdir=\S+)\?", "check {}"),
-    ("rank --workdir=run --input=official --out=b.tsv", r"take (--config\S+)",
+    ("rank --workdir=run --input=official --out=b.tsv", r"embed, add (--config\S+)",
      "rank --workdir=run --input=official {} --out=b.tsv"),
-    ("gallery identify g --input=official", r"takes (--split.*) in place", "gallery identify g {}"),
+    ("gallery identify g --input=official", r"--input by (--split.*)", "gallery identify g {}"),
     ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
 ]  # fmt: skip
 

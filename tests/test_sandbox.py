@@ -183,9 +183,9 @@ WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
 @pytest.mark.parametrize(("value", "modality", "expected"), [
     ([1, 2], "face", "contains a list, not a dict"),
     ({b"a": None}, "face", "clip a, face is of type NoneType"),
-    ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16, wanted list"),
-    ({b"a": [[face()]]}, "face", "entry 0, entry has 1 fields, wanted [frame, bbox,"),
-    ({b"a": [[1] * 6]}, "new", "entries have 6 fields, wanted 2 to 5"),
+    ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16: write a list"),
+    ({b"a": [[face()]]}, "face", "entry 0 has 1 fields: write [frame, bbox,"),
+    ({b"a": [[1] * 6]}, "new", "entries of new have 6 fields: give 2 to 5"),
     ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature is array [4] of"),
     ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
     ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),
@@ -199,7 +199,7 @@ WIDE, SINGLE = feature(1, 2, 3, 4), feature(dtype="<f4")
     ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
     ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),
     ({b"\xff\xfe": []}, "face", r"clip name '\xff\xfe' is not UTF-8"),
-    (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid unicode"),
+    (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid Unicode"),
     ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
 ])  # fmt: skip
 def test_layout_errors_name_the_clip_and_the_field(value, modality, expected, tmp_path):

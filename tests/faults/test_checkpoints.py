@@ -233,7 +233,7 @@ def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, f
 
 
 def test_resuming_with_another_list_of_identities_is_refused(config, data, parts):
-    with pytest.warns(UserWarning, match="without a class"):
+    with pytest.warns(UserWarning, match="not in the training data"):
         data = data.with_identities(("999", *data.identities[1:]))
     with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
         run(config, parts, data)

@@ -111,7 +111,7 @@ def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_pa
     with pytest.warns(UserWarning, match="left out"):
         load(official, cache_dir=cache)
     # The converted records lack the frames, but the option still has to raise the error.
-    assert refused_by(strict) == wanted
+    assert refused_by(strict).startswith(wanted)
 
 
 def test_error_for_features_of_another_width_names_clip_or_modality(official, refused):
@@ -264,13 +264,13 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
     refused_by(train, "check train_gt.txt")
     for split in ("train", "val"):
         write_pickle(official, "face", split, {})
-    refused(official, "no clip has a usable frame")
+    refused(official, "no clip has a frame")
     write_pickle(official, "face", "train", clips_of("train", 20))
     refused(official, "face_val.pickle: no clip in split 'val'")
     for path in official.glob("*.pickle"):
         path.unlink()
-    refused(official, f"{official}: no feature pickles here")
-    refused(official / "gone", "gone: no such directory")
+    refused(official, f"{official}: contains no feature pickles")
+    refused(official / "gone", "gone: does not exist")
 
 
 def test_declared_identities_without_clips_keep_their_columns(official):
@@ -279,6 +279,6 @@ def test_declared_identities_without_clips_keep_their_columns(official):
     split = data.split("train")
     assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
     assert set(split.labels.tolist()) == {0, 1, 2, 3, 4}
-    with pytest.warns(UserWarning, match="show identities without a class in the training data"):
+    with pytest.warns(UserWarning, match="show identities that are not in the training data"):
         fewer = load(official).with_identities(("1", "2", "9"))
     assert set(fewer.split("train").labels.tolist()) == {0, 1, 2}

@@ -122,9 +122,9 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):
         damaged[places[17] + at] ^= 16  # in content, length, or checksum of the length
     cases = (
-        (whole[: places[8]], "found 8\n"), (whole + whole[: places[1]], "found 31\n"),
-        *((damaged, "found 17: record 18 is damaged\n") for damaged in flipped),
-        (whole[: places[8] + 5], "found 8: record 9 is damaged\n"), (b"", "found 0\n"),
+        (whole[: places[8]], "has 8 records"), (whole + whole[: places[1]], "has 31 records"),
+        *((damaged, "record 18 of 30 is damaged\n") for damaged in flipped),
+        (whole[: places[8] + 5], "record 9 of 30 is damaged\n"), (b"", "has 0 records"),
     )  # fmt: skip
     for number, (content, wanted) in enumerate(cases):
         shard.path.write_bytes(content)
@@ -134,13 +134,13 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
             data = labelled(opened, source)
             for read in READERS if number == 1 else READERS[number % 3 :][:1]:
                 messages.append(refused(functools.partial(read, data)))
-        expected = f"{shard.path}: expected 30 records, {wanted}"
+        expected = f"{shard.path}: {wanted}"
         assert all(expected in message for message in messages)
     shard.path.unlink()
     data = labelled(copied, source)
     for read in (*READERS, lambda _: manifest_lib.load_records(copied.folder)):
         error = refused(functools.partial(read, data))
-        assert f"{shard.path}: no such file, expected 30 records" in error
+        assert f"{shard.path}: does not exist, but must have 30 records" in error
 
 
 def keep_times(path, content):
@@ -195,7 +195,8 @@ def test_random_damage_of_manifest_index_or_report_is_found_at_load(copied, name
             keep_times(path, content)
             error = refused(lambda: manifest_lib.load_records(copied.folder))
             for message in (error, *verify(copied)):
-                assert f"{copied.folder}: damaged records: " in message and name in message
+                assert f"{copied.folder}: the converted data are damaged: " in message
+                assert name in message
     path.unlink()
     assert name in refused(lambda: manifest_lib.load_records(copied.folder))
     assert len(verify(copied)) == 1
@@ -206,7 +207,7 @@ def test_conversion_onto_damaged_records_is_one_short_error(source, tmp_path, co
     path = sorted(folder.rglob("*.tfrecord*"))[4]
     path.write_bytes(path.read_bytes()[: boundaries(path)[11]])
     done = command(source, f"--cache_dir={tmp_path}", program=iqiyi_vid.main)
-    error = f"{path}: expected 30 records, found 11\ndelete {folder} to convert again\n"
+    error = f"{path}: has 11 records instead of 30\ndelete {folder} to convert again\n"
     assert (done.code, done.out, done.err) == (2, "", f"vidjax: {error}")
     shutil.rmtree(folder)
     # A lock that nobody holds, or one of another conversion, is not waited for.

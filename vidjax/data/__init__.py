@@ -1,4 +1,5 @@
-"""Data for training and evaluation: sources, labels, clips and batches, mostly as numpy arrays.
+"""Reads features and labels of video clips, checks them, and makes batches of numpy arrays.
 
-Only `records/` imports TensorFlow. `untrusted/` reads files that may come from strangers.
+`records/` stores checked features on disk. Only this folder imports TensorFlow. `untrusted/` reads
+files that may come from strangers.
 """

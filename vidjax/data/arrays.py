@@ -1,23 +1,21 @@
-"""Your own features: arrays in memory, a folder of `.npz` files or of parquet tables.
+"""Reads a user's own features: arrays in memory, `.npz` files or parquet tables.
 
-A folder contains for each split (`train`, `val`, `test`)
+For each split (`train`, `val`, `test`), a folder contains either one `.npz` file per clip or one
+parquet table:
 
-    train/CLIP.npz    an array [T, D] per modality, with its name: `face`; and optionally
-                      `face_quality`, `face_detection`, `face_number` [T], `face_box` [T, 4]
+    train/CLIP.npz    contains an array [T, D] for each modality, under the name of the modality,
+                      such as `face`. The arrays `face_quality`, `face_detection` and `face_number`
+                      [T], and `face_box` [T, 4] are optional.
+    train.parquet     has a row for each frame, with the columns `clip`, `modality` and `features`
+                      (a list). The columns `quality`, `detection` and `number` are optional.
 
-or
+Labels are optional. They are in `labels.csv`, with the columns `clip` and `identity`, or in
+`train_gt.txt` and `val_gt.txt`, in the format of the iQIYI-VID dataset. The default quality of a
+frame is the L2 norm of its feature.
 
-    train.parquet     a row per frame: `clip`, `modality`, `features` (a list), and optionally
-                      `quality`, `detection`, `number`
-
-Labels are optional: `labels.csv` with the columns `clip` and `identity`, or official ground truth,
-`train_gt.txt` and `val_gt.txt`. The default of the quality is the L2 norm of the feature. The
-defaults of other fields are in `vidjax.data.frame_fields`. All features are checked, converted and
-reported like official files.
+This command converts the features in DIR to TFRecords, as the first training would:
 
     python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
-
-converts a folder without training.
 """
 
 import argparse
@@ -43,11 +41,11 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 
 QUALITIES = typing.get_args(Quality)
-VERSION = 2  # part of the key of a cache folder: increase it if the code reads different frames
+VERSION = 2  # increase it if other frames are read from the same file: the cache is then refilled
 
 
 class FeatureDict:
-    """Features in memory as a `RecordSource`."""
+    """Features in memory, which can be converted to TFRecords."""
 
     kind = place = title = "arrays"
     origin = Origin("arrays")
@@ -55,12 +53,17 @@ class FeatureDict:
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
-        """`splits` is split -> clip -> modality -> features. See `vidjax.load_data`."""
+        """Takes features and labels.
+
+        Args:
+          splits: a dict, split -> clip -> modality -> features [T, D].
+          labels, quality: see `vidjax.load_data`.
+        """
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
-                    f"'{show(str(split))}' is not the name of a split, or has no dict as value\n"
-                    "wanted {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
+                    f"'{show(str(split))}' is not the name of a split, or its value is not a dict\n"
+                    "give {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
         check_choice("config.data.quality", quality, QUALITIES)
         self._splits, self._labels = splits, labels
@@ -70,7 +73,7 @@ class FeatureDict:
         return read_dict(self._splits[split], split)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a digest of the arrays of each split."""
+        """Returns the sha256 of the arrays of each split, and the settings that change frames."""
         return [
             {
                 "arrays": VERSION,
@@ -82,24 +85,27 @@ class FeatureDict:
         ]
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the split as a path for messages, because arrays in memory have no file."""
+        """Returns the name of the split for messages, because arrays in memory have no file."""
         del modality
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads and checks all clips. Their arrays are written to raw files below `scratch`."""
+        """Checks all clips, and copies their frames to files in the folder `scratch`.
+
+        See `RecordSource.read` for `non_finite`.
+        """
         return {
             split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns the labels, see `load_label_table`."""
+        """Returns a dict, split -> clip -> identity. `clips` is split -> names of its clips."""
         return load_label_table(self._labels, clips)
 
 
 class FeatureFolder:
-    """A folder of `.npz` files or parquet tables as a `RecordSource`."""
+    """A folder of `.npz` files or parquet tables, which can be converted to TFRecords."""
 
     kind = "arrays"
 
@@ -114,10 +120,11 @@ class FeatureFolder:
         """Finds the files of each split.
 
         Args:
+          folder: the folder of the features.
           labels, quality: see `vidjax.load_data`.
-          workers: number of processes that read files; None: the number of cores, or fewer
+          workers: number of processes that read files. If None, it is the number of cores, or less
             for little data.
-          cache_dir: folder for the digests of files.
+          cache_dir: folder in which the digests of unchanged files are kept.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         check_choice("config.data.quality", quality, QUALITIES)
@@ -129,7 +136,7 @@ class FeatureFolder:
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a digest of the files of each split; reads only files that have changed."""
+        """Returns the sha256 of the files of each split. Only changed files are read."""
         return [
             {
                 "arrays": VERSION,
@@ -142,13 +149,16 @@ class FeatureFolder:
         ]
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the path that messages name: the table of a split, or the folder of its files."""
+        """Returns the table of a split, or the folder of its `.npz` files, for messages."""
         del modality
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads and checks all clips. Their arrays are written to raw files below `scratch`."""
+        """Reads and checks all clips, and copies their frames to files in the folder `scratch`.
+
+        See `RecordSource.read` for `non_finite`.
+        """
         options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
@@ -160,29 +170,39 @@ class FeatureFolder:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns split -> clip -> identity; `clips` is split -> clips."""
+        """Returns a dict, split -> clip -> identity. `clips` is split -> names of its clips."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)
 
 
 EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # see `apps.video.features_folder`
-NPY_HINT = "\nan .npy file has no modality; write a clip by numpy.savez('CLIP.npz', face=array)"
+NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLIP.npz', face=array)"
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> its parquet table or `.npz` files. Raises UserError if a file is ignored."""
+    """Finds the feature files of each split in a folder.
+
+    Returns:
+      A dict, split -> a list with its parquet table, or the list of its `.npz` files.
+
+    Raises:
+      UserError: a file with features would be ignored, for example because its name is misspelt.
+      NoFileError: the folder does not exist, or has no features.
+    """
     if not folder.is_dir():
-        problem = "not a folder" if folder.exists() else "no such folder"
-        raise NoFileError(f"{folder}: {problem}")
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise NoFileError(f"{folder}: {problem}: name the folder of the features")
     files: dict[str, list[Path]] = {}
     for split in SPLITS:
         table, clips = folder / f"{split}.parquet", folder / split
         check_file(table)
         if os.path.lexists(clips) and not clips.is_dir():
-            raise UserError(f"{clips}: a file, not a folder of CLIP.npz files: move it elsewhere")
+            raise UserError(f"{clips}: is a file, not a folder of CLIP.npz files: move it away")
         if table.is_file() and clips.is_dir():
-            raise UserError(f"{folder}: it has {split}.parquet and a folder {split}: keep one")
+            raise UserError(
+                f"{folder}: contains both {split}.parquet and a folder {split}: remove one of them"
+            )
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():
@@ -195,19 +215,19 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
     if not files:
         hint = NPY_HINT if any(folder.glob("*.npy")) else ""
         raise NoFileError(
-            f"{folder}: no features here: looked for SPLIT/CLIP.npz and SPLIT.parquet,\n"
-            f"such as train/clip1.npz; splits are train, val and test{hint}"
+            f"{folder}: contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
+            f"name a folder with files such as train/clip1.npz; splits are train, val, test{hint}"
         )
     return files
 
 
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
-    """Refuses tables that look like parts of a split, such as train-00000-of-00002.parquet."""
+    """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet."""
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):
             raise UserError(
-                f"{parts[0]}: is not read: a split is a single table, {split}.parquet\n"
+                f"{parts[0]}: would be ignored, because a split is one table, {split}.parquet\n"
                 f"join the tables, or write a file {split}/CLIP.npz for each clip"
             )
 
@@ -218,7 +238,7 @@ def _list_npz_files(folder: Path) -> list[Path]:
     Raises:
       UserError: the folder has a file that is neither a clip nor written by `vidjax extract`.
     """
-    with os.scandir(folder) as iterator:  # a split may have a hundred thousand clips
+    with os.scandir(folder) as iterator:  # faster than `list_entries`, for 100 000 clips
         entries = [entry for entry in iterator if entry.name[0] != "."]
     entries.sort(key=lambda entry: entry.name)
     if any(entry.name == EXTRACT_FILES[0] for entry in entries):
@@ -227,22 +247,22 @@ def _list_npz_files(folder: Path) -> list[Path]:
         if not entry.name.endswith(".npz") or not entry.is_file():
             hint = NPY_HINT if entry.name.endswith(".npy") else ""
             raise UserError(
-                f"{entry.path}: not a clip: the folder {folder.name} may contain only CLIP.npz\n"
-                f"move this file away{hint}"
+                f"{entry.path}: is not a clip: the folder {folder.name} may contain only CLIP.npz\n"
+                f"move it away{hint}"
             )
     if not entries:
-        raise NoFileError(f"{folder}: the folder contains no CLIP.npz")
+        raise NoFileError(f"{folder}: contains no CLIP.npz: add clips, or remove the folder")
     return [folder / entry.name for entry in entries]
 
 
 def _digest(clips: Iterable[Clip]) -> str:
-    """Returns the sha256 of clips in memory. It does not depend on their order."""
+    """Returns the sha256 of clips. It does not depend on the order of the clips."""
     digests = []
     for clip in clips:
         sha256 = hashlib.sha256(clip.name.encode())
         for modality, value in sorted(clip.modalities.items()):
             frames = read_frames(value, locate(clip, modality))
-            if not frames:  # a modality without frames counts, too
+            if not frames:  # a modality without frames changes the digest, too
                 sha256.update(repr((modality, None)).encode())
             for field, array in frames.items():
                 sha256.update(repr((modality, field, array.dtype.str, array.shape)).encode())
@@ -252,13 +272,16 @@ def _digest(clips: Iterable[Clip]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a folder, prints its report and returns the exit code."""
+    """Converts the features of a folder to TFRecords, prints a report, and returns the exit code.
+
+    `argv` are the words of the command line. If it is None, they come from `sys.argv`.
+    """
     from vidjax.data.records.conversion import run_command
 
     def open_source(args: argparse.Namespace) -> FeatureFolder:
         return FeatureFolder(args.directory, workers=args.workers, cache_dir=args.cache_dir)
 
-    description = "Convert a folder of your own features."
+    description = "Convert a folder of your own features to TFRecords."
     return run_command(argv, "vidjax.data.arrays", description, open_source)
 
 

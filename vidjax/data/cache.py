@@ -1,5 +1,6 @@
-"""The cache of converted data. A folder is filled under a lock, and renamed when it is complete.
+"""Finds and locks folders of the cache, where converted data are kept for later runs.
 
+A folder is filled under a temporary name while a lock is held, and is renamed when it is complete.
 Features identify people, so only the user may read the files of the cache.
 """
 
@@ -23,18 +24,26 @@ TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two sec
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the folder `cache_dir/kind/DIGEST` with the digest of the JSON value `key`."""
+    """Returns the path `cache_dir/kind/DIGEST`, where DIGEST is a digest of the JSON value `key`.
+
+    If `cache_dir` is None, the path is in the default cache.
+    """
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
 def digest_files(
     paths: Sequence[Path], cache_dir: str | Path | None = None, workers: int | None = None
 ) -> str:
-    """Returns the sha256 of the names and contents of files. Unchanged files are not read again.
+    """Returns the sha256 of the names and contents of files, in hexadecimal.
 
-    The cache stores the digest under the paths and the state of the files (`_read_file_state`). If
-    a file changed less than TICK_NS before this call, the digest is not stored: a second change in
-    the same tick would go unnoticed.
+    The digest is stored in the cache, so unchanged files are not read again. If a file changed less
+    than 2 seconds before this call, the digest is not stored, because a second change could leave
+    the time of the file equal.
+
+    Args:
+      paths: the files, in the order that determines the digest.
+      cache_dir: the cache. If None, it is the default cache.
+      workers: number of threads. If None, it is the number of cores.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -60,7 +69,7 @@ def digest_files(
 
 
 def _read_file_state(path: Path) -> tuple[int, ...]:
-    """Returns inode, size and times of a file. Every write changes some of them."""
+    """Returns inode, size and times of a file. Every write changes at least one of them."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -71,7 +80,10 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache, and deletes unfinished copies that killed processes left."""
+    """Locks a folder of the cache during a `with` block, so that only one process fills it.
+
+    Unfinished copies of the folder that killed processes left behind are deleted first.
+    """
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -82,7 +94,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left_over in files.list_partials(folder):
-            # A child of a killed process may still write there. The next call then deletes it.
+            # A child of a killed process may still write there. The next call deletes the rest.
             shutil.rmtree(left_over, ignore_errors=True)
         yield
 

@@ -1,4 +1,4 @@
-"""Refuses misspelt file names, and warns of features that no system can learn from."""
+"""Finds misspelt file names, and features from which no model can learn."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,29 +19,33 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """
     directory = Path(directory)
     if not directory.exists():
-        raise NoFileError(f"{directory}: no such directory; is the path (config.data.dir) right?")
+        raise NoFileError(f"{directory}: does not exist: correct --config.data.dir")
     if not directory.is_dir():
-        raise NoFileError(f"{directory}: not a directory; name the folder of the files")
+        raise NoFileError(f"{directory}: is not a directory: name the directory of the files")
     return sorted(path for path in directory.iterdir() if path.name[0] != ".")
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path exists but is not a file: a folder, broken link or device."""
+    """Raises UserError if a path is a folder, a broken link or a device.
+
+    If nothing is at the path, there is no error.
+    """
     if path.is_file() or not os.path.lexists(path):
         return
-    kind = "a folder" if path.is_dir() else "not a regular file"
+    kind = "is a folder" if path.is_dir() else "is not a regular file"
     if not path.exists():
-        kind = f"a link to '{path.readlink()}', which does not exist"
-    raise UserError(f"{path}: {kind}, wanted a file: put the file there, or rename it")
+        kind = f"is a link to '{path.readlink()}', which does not exist"
+    raise UserError(f"{path}: {kind}: put a file there, or rename it")
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
-    """Raises UserError if the name of a path contains a misspelt split, such as `valid`.
+    """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
     Args:
-      path: a file or folder that would be ignored.
-      word: the part of its name that is in the place of a split.
-      present: the splits that already have files. A word that resembles one of them is accepted.
+      path: a file or folder that would be ignored, such as `face_valid.pickle`.
+      word: the part of the file name where the name of a split is expected.
+      present: the splits that already have files. A word that resembles one of these splits is not
+        refused, because the split itself is not missing.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -49,8 +53,8 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     if split and split not in present:
         head, _, tail = path.name.rpartition(word)
         raise UserError(
-            f"{path}: '{word}' is not a split, so this would not be read\n"
-            f"rename it to {head}{split}{tail}, or move it away; splits are {', '.join(SPLITS)}"
+            f"{path}: would be ignored, because '{word}' is not one of {', '.join(SPLITS)}\n"
+            f"rename it to {head}{split}{tail}, or move it away"
         )
 
 
@@ -58,31 +62,32 @@ FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if a path contains features that would be ignored.
+    """Raises UserError if an ignored file or folder contains features.
 
-    `wanted` describes the files that are read, such as CLIP.npz, for the message.
+    Args:
+      entries: the ignored files and folders.
+      wanted: the kind of files that are read, such as CLIP.npz, for the message.
     """
     for path in entries:
         patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
         has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
         if has_features or path.suffix.lower() in FEATURE_SUFFIXES:
             raise UserError(
-                f"{path}: would be ignored, because the folder has {wanted}\n"
+                f"{path}: would be ignored, because the folder also contains {wanted}\n"
                 "move it away, or run the command on this path"
             )
 
 
-# Limits of feature norms. The sum of squares of a longer feature overflows in float32; the sum of a
-# shorter feature becomes 0.
+# In float32, the sum of squares of a feature overflows beyond MAX_NORM, and is 0 below MIN_NORM.
 MAX_NORM, MIN_NORM = 1e18, 1e-12
 MIN_TRANSPOSED_RATIO = 4  # features look transposed if T is at least this multiple of D
 MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for each pair of modalities with similar names and no common clip.
+    """Yields a message for each two modalities with similar names that no clip has both of.
 
-    `splits` is split -> modality -> [N] int, number of frames of each clip.
+    `splits` is a dict, split -> modality -> [N] int, the number of frames of each of N clips.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
     for number, name in enumerate(names):
@@ -94,19 +99,19 @@ def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[st
                 if name in lengths and other in lengths
             )
             if not together:
-                yield f"no clip has both '{name}' and '{other}': is either misspelt?"
+                yield f"no clip has both '{name}' and '{other}': is one of them misspelt? Rename it"
 
 
 def find_transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message for each modality whose features look like [D, T] instead of [T, D].
+    """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
 
-    In such a modality, all clips have the same T >= MIN_TRANSPOSED_RATIO * D.
+    A modality is reported if all its clips have an equal number of frames T, and T >= 4 D.
 
     Args:
-      splits: as in `find_misspelt`.
-      widths: modality -> D.
+      splits: a dict, split -> modality -> [N] int, the number of frames of each of N clips.
+      widths: a dict, modality -> D.
     """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
@@ -117,15 +122,19 @@ def find_transposed(
             and sum(map(np.count_nonzero, lengths)) > 1
         ):
             yield (
-                f"{name}: every clip has {counts[0]} frames of {width} numbers: are rows and "
-                f"columns swapped?\nfeatures are [frames, width]: use features.T"
+                f"{name}: every clip has {counts[0]} frames of {width} numbers\n"
+                "are rows and columns swapped? Rows must be frames: use features.T"
             )
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality whose quality is the norm of a feature of constant norm.
+    """Yields a message for each modality that uses norms as quality, if all norms are equal.
 
-    Quality does not matter in a modality with a single frame per clip, so it gets no message.
+    A modality with at most one frame per clip is not reported, because its quality has no effect.
+
+    Args:
+      report: the data report, with histograms of norms and qualities.
+      modalities: the names of the modalities to check.
     """
     for modality in modalities:
         reports = [
@@ -135,18 +144,18 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
         ]
         if any(_has_equal_norms(part) for part in reports if part["frames_per_clip"]["max"] > 1):
             yield (
-                f"{modality}: the quality of frames is the norm of their features, and all norms "
-                f"are equal:\nall frames have equal weights, and the best frames are the first\n"
+                f"{modality}: all frames have the same quality, so blurred frames count as much as "
+                "sharp frames\nthe quality is the norm of the features, and all norms are equal\n"
                 f"add {modality}_quality, or write the features before they are normalised"
             )
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the quality is the norm of the feature, and the norm is nearly constant."""
+    """Returns True if the quality of frames is the norm of features, and is nearly constant."""
     norm = report["norm"]
     if report["quality"] != norm or not norm["counts"] or not MIN_NORM < norm["mean"] < MAX_NORM:
         return False
-    # The bins of a constant norm extend beyond it on both sides, so that the first bin is empty.
+    # The histogram of a constant extends to both sides of the value, so its first bin is empty.
     width = norm["edges"][-1] - norm["edges"][0]
     return not norm["counts"][0] or width < MAX_EQUAL_RANGE * norm["mean"]
 
@@ -154,7 +163,13 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality with missing, infinite or out-of-range features."""
+    """Yields a message for each modality without a usable frame or with out-of-range norms.
+
+    Args:
+      report: the data report, which counts the frames of each split and modality.
+      splits: the names of the splits to check.
+      modalities: the names of the modalities to check.
+    """
     place = ", ".join(splits)
     for modality in modalities:
         counts = [
@@ -168,14 +183,17 @@ def find_unusable(
         if not seen:
             yield f"{modality}: no clip of {place} has a frame{remedy}"
         elif not any(count["frames"] for count in counts):
-            yield f"{modality}: all {seen} frames of {place} have a NaN or an Inf{remedy}"
+            yield f"{modality}: all {seen} frames of {place} contain a NaN or an Inf{remedy}"
         else:
             norms = [count["norm"] for count in counts if count["frames"]]
             yield from _check_norms(modality, place, norms)
 
 
 def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message if float32 cannot represent the squares of features."""
+    """Yields a message if squares of features overflow in float32, or become 0.
+
+    `place` names the splits. `norms` are histograms of feature norms.
+    """
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
     if longest > MAX_NORM:
         yield (

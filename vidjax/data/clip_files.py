@@ -1,8 +1,8 @@
-"""Reads and writes files of your own features: `.npz` files and parquet tables.
+"""Reads and writes files of a user's own features: `.npz` files and parquet tables.
 
-An `.npz` file of several clips contains their names in `clips` [N], and the joined frames of all
-clips: `face` [T, D], `face_quality` [T] and so on. `face_length` [N] counts the frames of each
-clip. A table has a row per frame.
+An `.npz` file usually contains a single clip. It may also contain several clips: their names are in
+`clips` [N], and the frames of all clips are joined in `face` [T, D], `face_quality` [T] and so on.
+`face_length` [N] counts the frames of each clip. A parquet table has a row per frame.
 """
 
 import io
@@ -26,12 +26,12 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.machine import memory_bytes, num_cores
 
-MAX_CLIP_BYTES = 2 << 30  # of the arrays of a clip, enough for hours of video
-FLOAT_BYTES = 4  # of a float32
+MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
+FLOAT_BYTES = 4  # bytes of a float32
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files, with a single file in memory."""
+    """Yields the clips of `.npz` files. Only one file is in memory at a time."""
     limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
@@ -48,15 +48,15 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Returns True for an `.npz` of several clips, with text in `clips`.
+    """Returns True if the arrays of an `.npz` file contain several clips, with names in `clips`.
 
-    In an `.npz` of a single clip, `clips` may be a modality with numbers.
+    If `clips` contains numbers, it is a modality of a single clip.
     """
     return "clips" in arrays and arrays["clips"].dtype.kind == "U"
 
 
 def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
-    """Yields the clips of an `.npz` of several clips."""
+    """Yields the clips of an `.npz` file of several clips. `path` is for messages."""
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -72,7 +72,10 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
             count.dtype.kind not in "iu" or count.shape != names.shape or (count < 0).any()
             or any(len(np.atleast_1d(array)) != count.sum() for array in fields.values())
         ):  # fmt: skip
-            raise UserError(f"{path}: '{modality}_length' must count the frames of each clip")
+            raise UserError(
+                f"{path}: '{modality}_length' does not match the clips and frames of '{modality}'\n"
+                "write the number of frames of each clip into it"
+            )
         ends = np.cumsum(count)[:-1]
         for field, array in fields.items():
             for part, values in zip(parts, np.split(array, ends), strict=False):
@@ -82,7 +85,10 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes an `.npz` of several clips; `clips` is name -> arrays of the clip."""
+    """Writes several clips into an `.npz` file.
+
+    `clips` is a dict, clip -> key of the file, such as `face` or `face_quality` -> array.
+    """
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     for key in keys:
@@ -96,11 +102,16 @@ def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None
 
 
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
-    """Reads the clip of an `.npz` in memory.
+    """Reads a clip from the content of an `.npz` file in memory.
+
+    Args:
+      content: the bytes of the file.
+      name: the name of the clip.
+      limit: maximum number of bytes of the arrays as float32. They are counted before the arrays
+        are unpacked.
 
     Raises:
-      UserError: the `.npz` is damaged, has several clips, or takes more than `limit` bytes as
-        float32 (`files.npz_bytes` counts them before arrays are unpacked).
+      UserError: the content is damaged, has several clips, or exceeds `limit`.
     """
     clean = clean_name_at("clip:", name)
     try:
@@ -108,21 +119,29 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     except ValueError as error:
         raise UserError(f"clip {show(clean)}: {error}") from error
     if has_several_clips(arrays):
-        raise UserError(f"clip {show(clean)}: an .npz of several clips\nsend each clip separately")
+        raise UserError(
+            f"clip {show(clean)}: the .npz contains several clips\nsend each clip separately"
+        )
     return Clip(clean, "npz", _group_by_modality(arrays, "npz"), name)
 
 
 def read_json(value: object, place: str) -> Clip:
-    """Reads a clip from JSON: {"clip": NAME, "face": [T lists of D numbers], ...}.
+    """Reads a clip from parsed JSON, {"clip": NAME, "face": [[D numbers for each of T frames]]}.
 
-    The other keys are as in an `.npz` file, `face_quality` for example. The features of a single
-    frame may be a plain list of D numbers.
+    There may be more modalities, and fields of frames such as `face_quality`. The features of a
+    single frame may be a plain list of D numbers.
+
+    Args:
+      value: the parsed JSON.
+      place: the start of an error message, such as a file and a line.
 
     Raises:
-      UserError: the JSON has a different form; the message names `place` and the key.
+      UserError: the JSON has a different form.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
-        raise UserError(f'{place}: no clip: wanted {{"clip": "NAME", "face": [[...], ...]}}')
+        raise UserError(
+            f'{place}: the clip has no name: write {{"clip": "NAME", "face": [[...], ...]}}'
+        )
     name = clean_name_at(f"{place}:", given)
     arrays = {}
     for key, numbers in value.items():
@@ -133,10 +152,10 @@ def read_json(value: object, place: str) -> Clip:
                 array = np.asarray(None)
             if array.dtype.kind not in "iuf" or not array.ndim:
                 raise UserError(
-                    f"{place}: clip {show(name)}: '{show(key)}': wanted a list of numbers, or "
-                    "lists of equal length"
+                    f"{place}: clip {show(name)}: '{show(key)}' is not a list of numbers: "
+                    "write a list of numbers, or a list of such lists of equal length"
                 )
-            with np.errstate(over="ignore"):  # a frame with an Inf is left out, with a warning
+            with np.errstate(over="ignore"):  # `pack` leaves out frames with an Inf
                 # Frame numbers stay integers, because float32 rounds integers from 2**24 on.
                 arrays[key] = array if key.endswith("_number") else array.astype(np.float32)
     return Clip(name, place, _group_by_modality(arrays, place), given)
@@ -145,7 +164,14 @@ def read_json(value: object, place: str) -> Clip:
 def _group_by_modality(
     arrays: Mapping[str, np.ndarray], place: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
+    """Groups arrays with names such as `face` and `face_quality` by modality.
+
+    Args:
+      arrays: a dict, name -> array.
+      place: the start of an error message.
+
+    Returns:
+      A dict, modality -> field -> array. The field of `face` is `features`.
 
     Raises:
       UserError: a field is misspelt, such as `face_qualty`, or an array has no name.
@@ -155,20 +181,27 @@ def _group_by_modality(
         if re.fullmatch(r"arr_\d+", key):
             raise UserError(
                 f"{place}: '{key}' is an array without a name\n"
-                "name its modality: numpy.savez(file, face=array)"
+                "name the modality: numpy.savez(file, face=array)"
             )
         name, _, field = key.rpartition("_")
         if name in arrays and field in FRAME_FIELDS:
             modalities.setdefault(name, {})[field] = array
         elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
-            raise UserError(f"{place}: no field '{show(key)}'; did you mean '{name}_{similar}'?")
+            raise UserError(
+                f"{place}: '{show(key)}' is not a field of frames: rename it to "
+                f"'{name}_{similar}', or, if it is a modality, to another name"
+            )
         else:
             modalities.setdefault(key, {})["features"] = array
     return modalities
 
 
 def read_parquet(path: Path) -> Iterator[Clip]:
-    """Yields the clips of a parquet table. Rows may have any order; the table fits into memory."""
+    """Yields the clips of a parquet table. Rows may have any order.
+
+    Raises:
+      UserError: the table is malformed, or does not fit into memory.
+    """
     columns, values, width = parquet.read(path)
     start = np.cumsum(width, dtype=np.int64) - width
     scalars = {
@@ -185,12 +218,12 @@ def read_parquet(path: Path) -> Iterator[Clip]:
         if odd.any():
             row = int(rows[np.argmax(odd)])
             raise UserError(
-                f"{place}: features are {width[row]} wide in row {row + 1}, "
-                f"{width[rows[0]]} in row {rows[0] + 1}"
+                f"{place}: features have width {width[row]} in row {row + 1}, but width "
+                f"{width[rows[0]]} in row {rows[0] + 1}: write features of equal width"
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place}: is in the table with and without .mp4: delete either")
+            raise UserError(f"{place}: is in the table with and without .mp4: delete one of them")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _stack_lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}
@@ -199,7 +232,10 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns [n, width], the lists in `values` that begin at `starts` [n]; a view if possible."""
+    """Returns [n, width], the rows of `width` numbers in `values` that begin at `starts` [n].
+
+    If the rows follow each other, the result is a view of `values`.
+    """
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
         return values[first : first + width * count].reshape(count, width)
@@ -207,7 +243,14 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 
 
 def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields clip, modality, and [n] int, the numbers of their rows in ascending order."""
+    """Groups the rows of a table by clip and modality.
+
+    Args:
+      clips, modalities: the dictionary-encoded columns of the table (pyarrow).
+
+    Yields:
+      The clip, the modality, and [n] int, the numbers of their rows in ascending order.
+    """
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")
@@ -216,19 +259,22 @@ def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndar
         yield names[value // len(kinds)], kinds[value % len(kinds)], rows
 
 
-MIN_READER_BYTES = 64 << 20  # with less data, another process would start too late to help
+MIN_READER_BYTES = 64 << 20  # for less data, another process takes longer to start than it saves
 COPY_BYTES = 4 << 20
 NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000  # the files come from the user
 OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
 
 
 def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of a split, from a parquet table or from `.npz` files."""
+    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files."""
     return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
 
 
 def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns the best number of reading processes: bytes / MIN_READER_BYTES, at most the cores."""
+    """Returns the number of processes that read files: one for each 64 MB, but at most the cores.
+
+    `files` is a dict, split -> paths.
+    """
     paths = [path for split in files.values() for path in split]
     size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
     return max(1, min(num_cores(), size // MIN_READER_BYTES))
@@ -241,22 +287,22 @@ def read_at_once(
     non_finite: NonFinite,
     quality: Quality,
 ) -> dict[str, dict[str, PackedClips]]:
-    """Reads clips with several processes.
+    """Reads the clips of several splits with several processes.
 
     Args:
-      files: split -> the files of its clips.
-      scratch: folder for flat files, which must outlive the arrays.
+      files: a dict, split -> the files of its clips.
+      scratch: folder for the frames. It must exist as long as the returned arrays.
       workers: number of processes.
-      non_finite, quality: as in `pack`.
+      non_finite, quality: as in `packing.pack`.
 
     Returns:
-      split -> modality -> PackedClips.
+      A dict, split -> modality -> the frames of all clips.
 
     Raises:
       RetrySerially: a process failed, or the results of two processes contradict each other, for
         example because both read the same clip.
     """
-    # Some parts take longer than others, so there are twice as many parts as processes.
+    # The files are divided into twice as many parts as processes, because some take longer.
     length = -(-sum(map(len, files.values())) // (2 * workers))
     parts = [
         (split, paths[first : first + length])
@@ -286,21 +332,24 @@ def read_at_once(
 
 
 class RetrySerially(Exception):
-    """A single process must read all clips, because it can report exactly what is wrong."""
+    """Asks the caller to read all clips in one process, which can report exactly what is wrong."""
 
 
 _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `PackedClips.summary`
 
 
 def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
-    """Appends the flat files of all parts of a split to the files of the first part.
+    """Joins the clips of a split that several processes read, by appending their files of frames.
+
+    Args:
+      parts: for each process, modality -> the folder of its files, and `PackedClips.summary`.
 
     Returns:
-      modality -> PackedClips.
+      A dict, modality -> the frames of all clips.
 
     Raises:
-      RetrySerially: parts share a clip or differ in width or dtype, or the names of two modalities
-        differ only in the case of letters.
+      RetrySerially: two processes read the same clip, or features of different width or dtype, or
+        the names of two modalities differ only in the case of letters.
     """
     names = [{name for _, packed in part.values() for name in packed["names"]} for part in parts]
     modalities = sorted({name for part in parts for name in part})
@@ -332,13 +381,21 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Packs the clips of a part in a child process; returns modality -> `PackedClips.summary`."""
+    """Reads clips in a child process, and writes their frames to files.
+
+    Args:
+      arguments: a dict with `paths` (the files to read), `out_dir` (the folder for frames) and
+        `options` (the arguments `non_finite` and `quality` of `pack`).
+
+    Returns:
+      A dict, modality -> `PackedClips.summary`.
+    """
 
     def clips() -> Iterator[Clip]:
         for clip in read_clips(list(map(Path, arguments["paths"]))):
             if not clip.modalities:
-                # `pack` adds such a clip to the first modality of all parts, unknown here. This
-                # error makes `read_at_once` raise RetrySerially.
+                # `pack` would add the clip to the first modality, which may differ between
+                # processes. This error makes `read_at_once` raise RetrySerially.
                 raise UserError("a clip without modalities")
             yield clip
 

@@ -1,7 +1,8 @@
-"""The clips of a split, the plans of their batches, and the protocols of sources of clips.
+"""Describes the clips of a split, plans batches of clips, and defines what a dataset can do.
 
-The sources are `Dataset` (records on disk), `Resident` (arrays on the devices) and `MemoryClips`
-(arrays in memory). Training and evaluation use only these protocols. This module needs only numpy.
+Training and evaluation read clips through two protocols, `ClipSource` and `TrainingData`. The
+classes with these methods are `Dataset` (clips on disk), `Resident` (clips on the devices) and
+`MemoryClips` (clips in memory). This module needs only numpy.
 """
 
 import itertools
@@ -17,17 +18,19 @@ from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.utils.errors import UserError, closest, suggest
 
 SPLITS = ("train", "val", "test")
-BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
+# In evaluation, clips of similar length (in their longest modality) form a bucket. These are the
+# largest numbers of frames of a clip in each bucket.
+BUCKETS = (32, 128, 512)
 MAX_EVAL_FRAMES = BUCKETS[-1]
-# A modality is padded at most to its longest clip of the split, rounded up to any of these lengths:
+# A modality is padded to its longest clip of the split, rounded up to one of these lengths. So
 # audio with a vector per clip keeps T = 1, and splits of similar clips share compiled programs.
 PAD_LENGTHS = (1, 8, *BUCKETS)
-# Computing this many frames of padding is faster than compiling a program for another length.
+# Processing this many padding frames is faster than compiling a program for another length.
 MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The feature width D of a modality, and the name of its stored dtype, such as 'float16'."""
+    """The number of values D of each feature, and the dtype on disk, such as 'float16'."""
 
     dim: int
     dtype: str
@@ -39,14 +42,13 @@ class Split:
 
     Attributes:
       name: 'train', 'val' or 'test'.
-      clips: N clip names in byte order; `clip_index` is a position in this tuple.
-      labels: [N] int32, class column 1..C, or 0 for a distractor or an unlabelled clip.
+      clips: N clip names in byte order. Elsewhere, `clip_index` is a position in this tuple.
+      labels: [N] int32, the class 1..C of each clip. It is 0 if the clip shows no known identity.
       labelled: False if the split has no ground truth.
       positives: [C] int64, number of clips that the ground truth lists for each identity. Clips
         without features count, too.
-      num_others: number of identities in the ground truth that have no column.
-      lengths: modality -> [N] int32, number of frames of each clip, for the modalities of the
-        split.
+      num_others: number of identities in the ground truth that are not among the C classes.
+      lengths: a dict, modality -> [N] int32, the number of frames of each clip.
     """
 
     name: str
@@ -59,11 +61,14 @@ class Split:
 
 
 class EvalPlan(NamedTuple):
-    """The evaluated clips of a split, grouped by length.
+    """The evaluated clips of a split, grouped by length, so that similar clips are padded together.
 
     Attributes:
-      bucket: [N] int, index into BUCKETS for each clip, or -1 for a clip that is left out.
-      padded_lengths: modality -> T of each bucket in BUCKETS.
+      split: the name of the split.
+      modalities: the names of the modalities.
+      bucket: [N] int, the group of each clip: 0 for at most 32 frames, 1 for at most 128, and 2 for
+        longer clips. It is -1 for a clip that is left out.
+      padded_lengths: a dict, modality -> the number of frames to which each group is padded.
     """
 
     split: str
@@ -73,19 +78,20 @@ class EvalPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """How clips form training batches. Streaming and resident data share the plan.
+    """Settings that determine which clips and frames form each training batch.
 
     Attributes:
-      splits: names of the training splits; `clip_index` counts through their clips, in order.
-      batch_size: B.
+      splits: names of the training splits. `clip_index` numbers the clips of all splits, in order.
+      batch_size: B, the number of clips of a batch.
       num_clips: N, the number of clips of an epoch.
-      padded_lengths: modality -> T.
+      padded_lengths: a dict, modality -> T, the number of frames to which clips are padded.
       longer: modalities in which some clip has more than T frames.
-      crop: how a longer clip is cut to T frames: 'window' takes consecutive frames from a random
-        start, 'quality' takes the best T frames in time order.
-      seed: seed of the order of clips and of the windows.
+      crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
+        start. 'quality' takes the T frames of the best quality, in time order.
+      seed: the seed for the order of the clips and for random windows.
       epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch
-        may be short. If it is None, an epoch has all clips, and a batch may span two epochs.
+        may then have empty rows. If it is None, an epoch has all clips, and a batch may contain
+        clips of two epochs.
     """
 
     splits: tuple[str, ...]
@@ -99,7 +105,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def num_places(self) -> int:
-        """The number of rows of an epoch: N plus the empty rows of the short batch."""
+        """The number of rows of all batches of an epoch, including empty rows of the last batch."""
         if self.epoch_clips is None:
             return self.num_clips
         return math.ceil(self.num_clips / self.batch_size) * self.batch_size
@@ -111,7 +117,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The names of the modalities, in order."""
+        """The names of the modalities."""
         return tuple(self.padded_lengths)
 
     @property
@@ -121,14 +127,15 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Splits the clips of each bucket into blocks of at most `rows` clips.
+    """Splits clips into blocks of at most `rows` clips of the same bucket.
 
     Args:
-      bucket: [N] int, the bucket of each clip, or -1 for a clip that is left out.
+      bucket: [N] int, the bucket (the group of similar length) of each clip, or -1 for a clip that
+        is left out.
       rows: maximum number of clips in a block.
 
     Yields:
-      The number of the bucket, and [n] int, the positions of the n clips of the block in `bucket`.
+      The bucket of a block, and [n] int, the positions of its n clips in `bucket`.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -137,23 +144,27 @@ def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarra
 
 
 class ClipSource(Protocol):
-    """Clips, with or without labels, that can be scored and evaluated."""
+    """Clips, with or without labels, that a model can score."""
 
     @property
     def identities(self) -> tuple[str, ...]:
-        """Names of the class columns: column c is `identities[c - 1]`."""
+        """The names of the classes. Label c of a clip means `identities[c - 1]`."""
         ...
 
     def split(self, name: str) -> Split:
-        """Returns a split. Raises UserError if no split has this name."""
+        """Returns the clips and labels of a split.
+
+        Raises:
+          UserError: no split has this name.
+        """
         ...
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows from the same bucket.
+        """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        The last block of a bucket is filled up with rows whose batch_mask is False. From a clip of
-        more than 512 frames, the best 512 by quality are taken, in time order. Among frames of
-        equal quality, the earlier frame is preferred. T depends only on the plan, not on `rows`.
+        The last batch of each group of similar length may have empty rows, where `batch_mask` is
+        False. From a clip of more than 512 frames, the 512 frames of the best quality are taken, in
+        time order. Among frames of equal quality, the earlier frame is preferred.
         """
         ...
 
@@ -163,7 +174,7 @@ class TrainingData(ClipSource, Protocol):
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
-        """Modality -> the width and the stored dtype of its features."""
+        """A dict, modality -> the width and the dtype on disk of its features."""
         ...
 
     @property
@@ -172,33 +183,36 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips with labels for the class columns `identities`."""
+        """Returns the same clips, labelled with other classes.
+
+        Label c means `identities[c - 1]`. Clips of other identities have the label 0.
+        """
         ...
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clip indices of a split in the order of the stored clips."""
+        """Returns [N] int32, the position in `Split.clips` of each clip, in the order on disk."""
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the batches from `step` on, with the clips that `order.draw_batch_clips` returns.
+        """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
-        Rows whose batch_mask is False have no frames.
+        Rows whose `batch_mask` is False have no frames.
         """
         ...
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields every clip of a split once, with all frames, in chunks.
+        """Reads every clip of a split once, with all frames, a few clips at a time.
 
         Yields:
-          clip_index [n] int32 of the n clips of a chunk, and modality -> Packed.
+          The `clip_index` of n clips [n] int32, and a dict, modality -> their joined frames.
         """
         ...
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width of the chosen modalities.
+    """Returns a dict, name -> feature width, of the modalities `names`.
 
     Raises:
       UserError: `names` is empty, has a name twice, or has a name that is not in `known`.
@@ -207,7 +221,7 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
     for name in names:
         if name not in known:
             raise UserError(
-                f"config.modalities: the data has no modality '{name}'; {suggest(name, known)}"
+                f"config.modalities: the data have no modality '{name}': {suggest(name, known)}"
             )
     return {name: known[name].dim for name in names}
 
@@ -218,15 +232,19 @@ def _check_distinct(names: Sequence[str]) -> None:
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Raises UserError if `modalities` is empty, or has a name twice or a name not in `split`."""
+    """Checks that a split has features of all `modalities`.
+
+    Raises:
+      UserError: `modalities` is empty, has a name twice, or has a name that is not in the split.
+    """
     _check_distinct(modalities)
     for name in modalities:
         if name not in split.lengths:
             close = closest(name, split.lengths)
-            hint = f"; did you mean '{close}'?" if close else ""
+            hint = f" (did you mean '{close}'?)" if close else ""
             raise UserError(
                 f"split '{split.name}' has no features of '{name}'{hint}\n"
-                f"choose among {', '.join(split.lengths)} with config.modalities"
+                f"choose config.modalities among {', '.join(split.lengths)}"
             )
 
 
@@ -237,7 +255,11 @@ def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns T: `longest` rounded up to a length of PAD_LENGTHS, but at most `limit`."""
+    """Returns the number of frames to which a modality is padded.
+
+    This is `longest`, the length of its longest clip, rounded up to 1, 8, 32, 128 or 512, but at
+    most `limit`.
+    """
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
@@ -251,16 +273,17 @@ def make_eval_plan(
 ) -> EvalPlan:
     """Groups the clips of a split by length for evaluation.
 
-    The padding of a modality depends on the whole split, so it is the same for every `only`.
+    The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      lengths: [N] int, the number of frames that decides the bucket of each clip; at least
-        `longest(split, modalities)`, which is the default. Two sources of the same clips form equal
-        blocks if they get equal `lengths`.
-      only: [N] bool, True for the clips to evaluate; None: all clips.
-      join: True to evaluate short clips together with longer clips if that adds at most
-        MAX_EXTRA_FRAMES of padding, so that a small split needs only a single compiled program.
-        Joining does not help models of single frames: their time grows with the padding.
+      split: the split.
+      modalities: the names of the modalities.
+      lengths: [N] int, the number of frames that decides the group of each clip. If it is None,
+        this is the number of frames in the longest modality; other values must not be smaller.
+      only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
+      join: if True, short clips are evaluated together with longer clips if that adds at most 65536
+        frames of padding. So a small split needs only one compiled program. Models of single frames
+        do not benefit, because their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)
@@ -287,15 +310,15 @@ def make_batch_plan(
     seed: int,
     epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
-    """Plans the batches of training.
+    """Plans the training batches.
 
     Args:
-      splits: the training splits; `clip_index` counts through their clips, in order.
-      batch_size: B; may exceed the number of clips.
-      max_frames: the largest T. If all clips of a modality are shorter, T is the length of the
-        longest clip, rounded up.
-      crop, epoch_clips: see BatchPlan.
-      seed: seed of the order of clips and of the windows.
+      splits: the training splits.
+      modalities: the names of the modalities.
+      batch_size: number of clips of a batch. It may exceed the number of clips.
+      max_frames: maximum number of frames to which a modality is padded. If all clips are shorter,
+        the modality is padded to the length of the longest clip, rounded up.
+      crop, seed, epoch_clips: see BatchPlan.
     """
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):
@@ -330,11 +353,10 @@ def make_batch_plan(
 def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts what `max_frames` cuts off.
+    """Counts the clips and frames that a limit of `max_frames` frames per clip cuts off.
 
     Returns:
-      modality -> the number of `clips` with more than `max_frames` frames, and of the `frames` that
-      exceed it.
+      A dict, modality -> {"clips": number of longer clips, "frames": number of lost frames}.
     """
     for split in splits:
         check_modalities(split, modalities)
@@ -347,16 +369,26 @@ def count_cropped(
 
 
 def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
-    """Returns [count] int, the positions of the frames of the best `quality` [T], in time order.
+    """Returns the positions of the `count` frames of the highest quality, in ascending order.
 
-    NaN counts as the lowest quality. Among frames of equal quality, the earlier is preferred.
+    A NaN counts as the lowest quality. Among frames of equal quality, earlier frames are preferred.
+
+    Args:
+      quality: [T], the quality of each frame.
+      count: number of frames to choose, at most T.
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
     return np.sort(np.argsort(-ordered, kind="stable")[:count])
 
 
 def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
-    """Returns a batch of `rows` rows: first the clips of `clip_index`, then empty rows."""
+    """Returns a batch of `rows` rows. The first rows are the clips, the other rows are empty.
+
+    Args:
+      frames: a dict, modality -> Frames with `rows` rows.
+      clip_index: [n] int32, the number of each clip, with n <= `rows`.
+      rows: number of rows of the batch.
+    """
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 
@@ -364,10 +396,12 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
 def pad(
     frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
 ) -> Frames:
-    """Pads clips with 0 to Frames [B, T]; a clip of more than T frames keeps its best by quality.
+    """Joins clips in arrays [B, T], which are padded with zeros.
+
+    Of a clip with more than T frames, the T frames of the highest quality are kept.
 
     Args:
-      frames: field -> the values of each of n <= B clips, [t] or [t, D].
+      frames: a dict, field -> the values of each clip, [t] or [t, D]. There are at most B clips.
       shape: (B, T).
       modality: the width and the dtype of the features.
     """

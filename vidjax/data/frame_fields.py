@@ -1,6 +1,6 @@
-"""The fields of a frame, in a table that all code for reading and writing frames uses.
+"""Defines the values that are stored with each frame, such as its number and its quality.
 
-To store another attribute per frame, add a line to FRAME_FIELDS. To use it in a model, add it to
+To store another value per frame, add a line to FRAME_FIELDS. To use it in a model, add it to
 `vidjax.core.batch.Frames` and `Packed`, too.
 """
 
@@ -13,21 +13,23 @@ import numpy as np
 
 from vidjax.utils import files
 
-NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `find_usable_rows`
-# Quality of a frame of your own features: `norm` is the L2 norm of the feature; `given` is the
-# quality in the file, or the norm if the file has no quality.
+# A frame whose feature has a NaN, an Inf or a value beyond float32 is left out, or is an error.
+NonFinite = Literal["drop", "error"]
+# `given` uses the quality of frames in the file, or the L2 norm of the feature if the file has no
+# quality. `norm` always uses the norm.
 Quality = Literal["given", "norm"]
-LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32
+LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 class FrameField(NamedTuple):
-    """A field of a frame, in addition to the feature.
+    """A value that is stored with each frame, in addition to its feature.
 
     Attributes:
-      dtype: numpy dtype.
-      width: number of values per frame.
-      missing: the default value; None: the position of the frame in its clip.
-      official: name of the field in the official feature pickles.
+      dtype: the numpy dtype.
+      width: the number of values per frame.
+      missing: the default value. If it is None, the default is the position of the frame in its
+        clip.
+      official: the name of the value in the pickles of the iQIYI-VID dataset.
     """
 
     dtype: str
@@ -36,7 +38,7 @@ class FrameField(NamedTuple):
     official: str
 
     def shape(self, num_frames: int) -> tuple[int, ...]:
-        """Returns the shape of F frames: [F] if the width is 1, or [F, width]."""
+        """Returns the shape of the values of F frames, [F, width], or [F] if the width is 1."""
         return (num_frames,) if self.width == 1 else (num_frames, self.width)
 
     def default(self, num_frames: int) -> np.ndarray:
@@ -48,19 +50,19 @@ class FrameField(NamedTuple):
 
 # The order is part of the cache key of features in memory: append new fields at the end.
 FRAME_FIELDS = {
-    "number": FrameField("int32", 1, None, official="frame"),  # frame number, non-decreasing
+    "number": FrameField("int32", 1, None, official="frame"),  # never decreases within a clip
     "quality": FrameField("float32", 1, 0.0, official="quality_score"),
     "detection": FrameField("float32", 1, 1.0, official="det_score"),  # detection score
     "box": FrameField("float32", 4, 0.0, official="bbox"),  # x1, y1, x2, y2 in pixels
 }
-STORED = ("features", *FRAME_FIELDS)  # the modality decides dtype and width of the feature
+STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on the modality
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """Maps each field to its frames [F, ...] in the flat file `FIELD.bin` of a folder.
+    """A dict, field -> its values for all frames, which are in the file `FIELD.bin` of a folder.
 
-    Each look-up memory-maps the file as long as the array exists. Mapped files count towards the
-    limit of open files.
+    Each access to a field memory-maps the file again, and the file stays open while the array
+    exists.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | str, width: int, num_frames: int):
@@ -88,19 +90,19 @@ COUNT_NAMES = ("seen", "skipped", "skipped_clips", "warnings")
 
 @dataclass(frozen=True, eq=False)
 class PackedClips:
-    """A modality of a split in flat arrays: N clips, F frames of width D.
+    """The joined frames of N clips in one modality, F frames in total.
 
     Attributes:
       names: N clip names without `.mp4`, in the order of the file.
       lengths: [N] int32, number of frames of each clip.
-      frames: field -> [F, ...]: `features` [F, D] in the stored dtype (float16, float32, float64 or
-        int8, native byte order), and the fields of FRAME_FIELDS. Without frames, D is 0.
-      seen: number of frames in the file: F + sum(skipped.values()).
-      skipped: reason -> number of frames that were left out; the reason is `non_finite`.
-      skipped_clips: reason -> number of clips of length 0. The reason is `empty` (no frames in the
-        file) or `non_finite` (all frames were left out).
-      warnings: `non_finite_quality`, `non_finite_detection` or `non_finite_box` -> number of frames
-        whose value was replaced by 0.
+      frames: a dict, field -> array with a row per frame. `features` is [F, D] float16, float32,
+        float64 or int8; D is 0 if there are no frames. The other fields are in FRAME_FIELDS.
+      seen: number of frames in the file. This is F plus the number of skipped frames.
+      skipped: {"non_finite": number of frames that were left out because of a NaN or an Inf}.
+      skipped_clips: number of clips without frames, by reason. The reason is `empty` if the file
+        has no frames of the clip, and `non_finite` if all its frames were left out.
+      warnings: number of frames in which a value was not finite and was replaced by 0, by field.
+        The keys are `non_finite_quality`, `non_finite_detection` and `non_finite_box`.
     """
 
     names: tuple[str, ...]
@@ -113,9 +115,9 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Opens the arrays that a child process wrote to `folder`, as one raw file per field.
+        """Opens frames that another process wrote to `folder`, with one file per field.
 
-        `summary` has the names, lengths, width, dtype and counts of the clips.
+        `summary` is the result of `summary()` in the other process.
         """
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
@@ -127,7 +129,10 @@ class PackedClips:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Returns the attributes that are not in flat files as JSON values, for another process."""
+        """Returns all attributes except the arrays of frames as a JSON dict, for another process.
+
+        The dict also contains the width and the dtype of the features.
+        """
         return {
             "names": list(self.names),
             "lengths": self.lengths.tolist(),
@@ -142,21 +147,31 @@ class PackedClips:
         return self.frames["features"]
 
     def starts(self) -> np.ndarray:
-        """Returns [N] int64, the first frame of each clip."""
+        """Returns [N] int64, the row of the first frame of each clip."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
 
 def find_usable_rows(features: np.ndarray) -> np.ndarray:
-    """Returns [F] bool, False for features [F, D] with a NaN, an Inf or a value beyond float32."""
+    """Returns [F] bool, True for the frames whose features are finite in float32.
+
+    `features` is [F, D].
+    """
     if features.dtype != np.float64:
         return np.asarray(np.isfinite(features).all(axis=1))
     return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
 def compute_feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
-    """Returns [F] float32, the L2 norms of features [F, D], computed `rows` frames at a time.
+    """Returns the L2 norms of features, which measure the quality of frames.
 
-    Face nets produce short vectors for blurred faces and side views, so the norm measures quality.
+    Face nets produce short vectors for blurred faces and for side views.
+
+    Args:
+      features: [F, D], of any real dtype.
+      rows: number of frames that are computed at a time, to save memory.
+
+    Returns:
+      [F] float32.
 
     Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
     """
@@ -169,12 +184,12 @@ def compute_feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
 
 
 def count_frames(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the attributes COUNT_NAMES of `PackedClips`.
+    """Returns the attributes `seen`, `skipped`, `skipped_clips` and `warnings` of `PackedClips`.
 
     Args:
       seen: [N] int, number of frames of each clip in the file.
       kept: [N] int, number of frames of each clip that were not left out.
-      warnings: see `PackedClips`.
+      warnings: the attribute `warnings`.
     """
     skipped_clips = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
     dropped = int(seen.sum() - kept.sum())
@@ -188,16 +203,16 @@ def count_frames(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]
     }
 
 
-# Split -> modality -> its clips.
+# A dict, split -> modality -> the frames of its clips.
 Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
 class Origin(NamedTuple):
-    """The origin of a dataset in result files.
+    """The name and folder of a dataset, as result files list them.
 
     Attributes:
-      name: a key of `sources.DATASETS`.
-      dir: the absolute path of its folder; None: generated clips, or arrays in memory.
+      name: the name of the dataset, as in `config.data.name`.
+      dir: the absolute path of the folder. It is None for generated clips and arrays in memory.
     """
 
     name: str
@@ -205,19 +220,19 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_folder(cls, name: str, folder: str | Path | None) -> "Origin":
-        """Returns the origin of a dataset in a folder; None: a dataset without a folder."""
+        """Returns the origin of the dataset `name`. If `folder` is None, it has no folder."""
         return cls(name, str(files.absolute(folder)) if folder else None)
 
 
 class RecordSource(Protocol):
-    """Frames that can be converted to records, and their labels.
+    """A dataset whose frames can be converted to records (TFRecord files), with labels.
 
-    To add a dataset, write a class of this protocol, and a line in `vidjax.data.sources.DATASETS`.
+    To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
     """
 
     @property
     def kind(self) -> str:
-        """The subfolder of the cache for the records."""
+        """The name of the folder in the cache for the records of such datasets."""
         ...
 
     @property
@@ -231,7 +246,7 @@ class RecordSource(Protocol):
         ...
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the key in the cache: a JSON value that changes if the content changes."""
+        """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
         ...
 
     def path_of(self, modality: str, split: str) -> Path:
@@ -242,15 +257,16 @@ class RecordSource(Protocol):
         """Reads all frames. A modality has the same width and dtype in all clips of a split.
 
         Args:
-          scratch: a folder for flat files; it must outlive the arrays.
-          non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+          scratch: a folder for files of frames. It must exist as long as the returned arrays, which
+            may be memory maps.
+          non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
             'error' raises UserError.
         """
         ...
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns split -> clip -> identity for the splits with labels.
+        """Returns a dict, split -> clip -> identity, of the splits with labels.
 
-        `clips` is split -> the names of its clips.
+        `clips` is a dict, split -> the names of its clips.
         """
         ...

@@ -1,9 +1,11 @@
-"""The official iQIYI-VID files: feature pickles and their ground truth as a source of records.
+"""Reads the official files of the iQIYI-VID dataset: pickles of features, and ground truth.
+
+This command converts the pickles in DIR to TFRecords, as the first training would:
 
     python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N]
 
-converts a directory and prints its report. Records contain only features. Labels are read from the
-ground-truth files at every load, so a corrected label does not require a new conversion.
+TFRecords contain no labels. Labels are read from the ground-truth files at the start of each run,
+so a corrected label does not require a new conversion.
 """
 
 import argparse
@@ -26,11 +28,11 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
 
-VERSION = 2  # part of the key of a cache folder: increase it if the code reads different frames
+VERSION = 2  # increase it if other frames are read from the same file: the cache is then refilled
 
 
 class OfficialFiles:
-    """A directory of official files as a `RecordSource`."""
+    """A directory of official files, which can be converted to TFRecords."""
 
     kind = "iqiyi_vid"
 
@@ -44,20 +46,21 @@ class OfficialFiles:
         """Finds the feature pickles.
 
         Args:
-          workers: number of pickles that are read at once; None: the number of cores, or fewer if
-            the memory is small.
-          cache_dir: folder for the digests of files.
-          origin: the origin of the dataset; None: the official files in `directory`.
+          directory: the directory of the files.
+          workers: number of pickles that are read at once. If None, it is the number of cores, or
+            less if the memory is small.
+          cache_dir: folder in which the digests of unchanged files are kept.
+          origin: the name of the dataset in result files. If None, it is "iqiyi_vid".
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
         if not self._files:
             raise NoFileError(
-                f"{self._directory}: no feature pickles here: looked for\n"
-                "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
+                f"{self._directory}: contains no feature pickles, such as face_train.pickle\n"
+                "name a folder of MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle"
                 + _hint(self._directory)
             )
-        find_ground_truth(self._directory)  # reports wrong file names before features are read
+        find_ground_truth(self._directory)  # so wrong names are reported before features are read
         self._workers, self._cache_dir = workers, cache_dir
         self.origin = origin or Origin.from_folder("iqiyi_vid", directory)
         self.place = str(self._directory)
@@ -65,11 +68,11 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> 0: file names do not contain the width (see `sources.read_modalities`)."""
+        """A dict, modality -> 0. The 0 means that the feature width is not known yet."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a digest of each pickle; reads only pickles that have changed."""
+        """Returns the sha256 of each pickle. Only changed pickles are read."""
         return [
             {
                 "official": VERSION,
@@ -85,7 +88,16 @@ class OfficialFiles:
         return self._files[modality, split]
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Unpacks all pickles in sandboxes, several at once, the largest first."""
+        """Reads all pickles in child processes, several at once, the largest first.
+
+        Args:
+          scratch: folder for the frames. It must exist as long as the returned arrays.
+          non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
+            'error' raises UserError.
+
+        Returns:
+          A dict, split -> modality -> the frames of all clips.
+        """
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
@@ -102,28 +114,41 @@ class OfficialFiles:
         return unpacked
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Reads `{split}_gt.txt`; see `load_official_truth`."""
+        """Reads the ground-truth files. Returns a dict, split -> clip -> identity.
+
+        `clips` is a dict, split -> the names of its clips.
+        """
         return load_official_truth(self._directory, clips)
 
 
 def _choose_num_readers(sizes: Collection[int]) -> int:
-    """Returns the number of pickles of `sizes` bytes that fit into half of the memory at once."""
+    """Returns how many pickles can be read at once with half of the memory, at most the cores.
+
+    `sizes` are the bytes of the pickles.
+    """
     largest = sorted(sizes, reverse=True)
-    # A reader that cannot read in pieces needs about twice the size of its pickle.
+    # A pickle that cannot be read in pieces needs about twice its size.
     fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
     return max(1, min(num_cores(), len(fitting)))
 
 
 def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Path]:
-    """Returns (modality, split) -> path of each feature pickle, sorted.
+    """Finds the pickles of features in a directory.
 
     A file is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
-    `_v2` is used. The name of a modality has letters, digits, '-' and '_'.
+    `_v2` is used.
+
+    Returns:
+      A sorted dict, (modality, split) -> path.
+
+    Raises:
+      UserError: a file is not a pickle, its split is misspelt, or the name of its modality contains
+        other characters than letters, digits, '-' and '_'.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"
-    # `_v2` files come last, so they replace the first version.
     entries = list_entries(directory)
+    # `_v2` files come last, so they replace the first version.
     for path in sorted(entries, key=lambda path: (path.stem.endswith("_v2"), path.name)):
         match = re.fullmatch(pattern, path.name, re.DOTALL)
         if not match:
@@ -131,7 +156,8 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
         check_file(path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", match[1]):
             raise UserError(
-                f"{path}: the name of a modality may have letters, digits, '-' and '_': rename it"
+                f"{path}: the name of a modality may have only letters, digits, '-' and '_': "
+                "rename the file"
             )
         with path.open("rb", buffering=0) as file:
             refuse_others(file, f"{path}: ")
@@ -144,22 +170,25 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line with the probable place of missing pickles, or ""."""
+    """Returns a line for a message: where missing pickles probably are, or "" if unknown."""
     for inner in sorted(directory.glob("*/*_train*.pickle")):
-        return f"\nthey are in {inner.parent}: --config.data.dir={inner.parent}"
+        return f"\nthey are in a folder below: --config.data.dir={inner.parent}"
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):
         return f"\nunpack {archive.name} first"
     return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory, prints its report and returns the exit code."""
+    """Converts a directory to TFRecords, prints a report, and returns the exit code.
+
+    `argv` are the words of the command line. If it is None, they come from `sys.argv`.
+    """
     from vidjax.data.records.conversion import run_command
 
     def open_source(args: argparse.Namespace) -> OfficialFiles:
         return OfficialFiles(args.directory, args.workers, args.cache_dir)
 
-    description = "Convert a directory of official files."
+    description = "Convert a directory of official files to TFRecords."
     return run_command(argv, "vidjax.data.iqiyi_vid", description, open_source)
 
 

@@ -1,4 +1,4 @@
-"""Reads labels and weights of clips, from ground-truth files, tables or dicts."""
+"""Reads labels and weights of clips from ground-truth files, tables or dicts."""
 
 import csv
 import io
@@ -18,20 +18,24 @@ from vidjax.utils import files
 from vidjax.utils.errors import NoFileError, UserError, check_argument, closest, prefix_errors, warn
 
 TABLE = "labels.csv"
-Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
+Truth = Mapping[str, Mapping[str, str]]  # split with labels -> clip -> identity
 LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of labels
 
 
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads every `{split}_gt.txt`.
+    """Reads the ground-truth file `{split}_gt.txt` of every split that has one.
 
     Args:
-      clips: split -> the clips with features.
+      directory: the directory of the files.
+      clips: a dict, split -> the clips that have features.
 
     Returns:
-      split -> clip -> identity.
+      A dict, split -> clip -> identity.
+
+    Raises:
+      UserError: a file is malformed, or lists too many clips without features.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -46,8 +50,15 @@ def load_folder_truth(
 ) -> dict[str, dict[str, str]]:
     """Reads `labels.csv` of a folder, or its ground-truth files if there is no `labels.csv`.
 
+    Args:
+      folder: the folder.
+      clips: a dict, split -> the clips that have features.
+
+    Returns:
+      A dict, split -> clip -> identity.
+
     Raises:
-      UserError: the folder has both kinds of labels, or a file such as `label.csv`.
+      UserError: the folder has both kinds of labels, or a misspelt file such as `label.csv`.
     """
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
@@ -56,7 +67,10 @@ def load_folder_truth(
             _refuse_near_table(folder)
         return load_official_truth(folder, clips)
     if official:
-        raise UserError(f"{folder}: {TABLE} and {next(iter(official.values())).name}: keep one")
+        raise UserError(
+            f"{folder}: contains both {TABLE} and {next(iter(official.values())).name}: "
+            "remove one of them"
+        )
     return load_label_table(table, clips)
 
 
@@ -64,25 +78,31 @@ def _refuse_near_table(folder: Path) -> None:
     """Raises UserError if the folder has a file such as `label.csv`, which would be ignored."""
     for path in list_entries(folder):
         if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
-            raise UserError(f"{path}: labels are read from {TABLE}: rename it to {TABLE}")
+            raise UserError(
+                f"{path}: would be ignored, because labels are read from {TABLE}: "
+                f"rename it to {TABLE}"
+            )
 
 
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads labels that do not contain the split.
+    """Reads labels, and groups them by the split of their clips.
 
     Args:
-      labels: clip -> identity; a `.csv` file with the columns `clip` and `identity`; a file of
-        official ground truth (see `load_ground_truth`); None: no labels.
-      clips: split -> the clips with features.
+      labels: a dict, clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or
+        a ground-truth file (see `load_ground_truth`). If it is None, there are no labels.
+      clips: a dict, split -> the clips that have features.
 
     Returns:
-      split -> clip -> identity, without the splits that have no label.
+      A dict, split -> clip -> identity. It lacks splits without a label.
+
+    Raises:
+      UserError: labels are malformed, or name too many clips without features.
     """
     if labels is None:
         return {}
-    wanted = "a dict {clip: identity}, or a file of them"
+    wanted = "a dict {clip: identity}, or a file of labels"
     check_argument("labels", labels, (Mapping, str, os.PathLike), wanted)
     split_of = {name: split for split, names in clips.items() for name in names}
     place = Path("labels")
@@ -102,9 +122,9 @@ def load_label_table(
 
 
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields place (the start of a message), clip and identity from each row of a table."""
+    """Yields the start of an error message, the clip and the identity of each row of a table."""
     if not path.exists():
-        raise NoFileError(f"{path}: no such file")
+        raise NoFileError(f"{path}: does not exist: correct the path of the labels")
     try:
         with io.TextIOWrapper(
             io.BufferedReader(files.open_input(path)), encoding="utf-8-sig", newline=""
@@ -113,31 +133,35 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
             header = tuple(table.fieldnames or ())
             if not {"clip", "identity"} <= set(header):
                 raise UserError(
-                    f"{path}: line 1: wanted the columns clip,identity; "
-                    f"got {show(','.join(header)) or 'nothing'}"
+                    f"{path}: line 1: the columns are '{show(','.join(header))}': "
+                    "write clip,identity into the first line"
                 )
             for row in table:
                 if row["clip"] is None or row["identity"] is None:
                     raise UserError(
-                        f"{path}: line {table.line_num}: fewer fields than columns\n"
-                        "complete the line"
+                        f"{path}: line {table.line_num}: the line lacks a value: "
+                        "write a clip and its identity"
                     )
                 if any(row.get(None) or ()):  # pyright: ignore[reportArgumentType]
                     raise UserError(
-                        f"{path}: line {table.line_num}: more fields than columns\n"
-                        'put a name that contains a comma into double quotes: "Smith, John"'
+                        f"{path}: line {table.line_num}: the line has more values than columns\n"
+                        'write names that contain a comma in double quotes: "Smith, John"'
                     )
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
-            f"{path}: not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
+            f"{path}: is not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
         ) from None
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
-    """Returns clip -> identity from rows of place (the start of a message), clip and identity.
+    """Checks labels, and returns a dict, clip -> identity.
 
-    A clip whose identity is None is a distractor. A warning counts clips with an empty identity.
+    A clip whose identity is None or empty is left out: it shows no known person. A warning counts
+    the clips with an empty identity.
+
+    Args:
+      rows: for each label, the start of an error message, the clip and the identity.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -152,20 +176,22 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
             kind = type(identity).__name__
             raise UserError(
-                f"{place}: an identity is text or int, not {kind}: use str(), or None for a "
-                "distractor"
+                f"{place}: the identity is of type {kind}, but must be text or int\n"
+                "convert it with str(), or use None if the clip shows no known person"
             )
         with prefix_errors(place):
             text = clean_identity(str(identity))
         if re.fullmatch("-[0-9]+", text):
             raise UserError(
-                f"{place}: identity {text} is negative: leave out clips that show no identity"
+                f"{place}: identity {text} is negative: leave out clips that show no known person"
             )
         if pairs.setdefault(name, text) != text:
-            raise UserError(f"{place} is labelled {show(pairs[name])} and {show(text)}: keep one")
+            raise UserError(
+                f"{place} has the labels {show(pairs[name])} and {show(text)}: delete one of them"
+            )
     if empty:
         warn(
-            f"{empty[0]}: {len(empty)} clips have an empty identity and count as distractors\n"
+            f"{empty[0]}: {len(empty)} clips have an empty identity: they show no known person\n"
             "to avoid this warning, leave out these clips, or use None in Python"
         )
     return pairs
@@ -175,7 +201,11 @@ MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test."""
+    """Returns a dict, split -> path of `{split}_gt.txt`, in the order train, val, test.
+
+    Raises:
+      UserError: a file name is misspelt, such as `valid_gt.txt` or `val_gt.csv`.
+    """
     entries = list_entries(directory)
     words = {
         path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")
@@ -186,8 +216,8 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
     for path in entries:
         if path.stem in {f"{split}_gt" for split in {*SPLITS} - {*paths}}:
             raise UserError(
-                f"{path}: ground truth is read from {path.stem}.txt, lines 'NAME.mp4 IDENTITY'\n"
-                "write this file in that form, or move it away"
+                f"{path}: would be ignored, because ground truth is read from {path.stem}.txt\n"
+                f"write {path.stem}.txt with lines 'NAME.mp4 IDENTITY', or move this file away"
             )
     for word, path in words.items():
         refuse_split(path, word, paths)
@@ -197,22 +227,25 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 def load_ground_truth(
     path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Reads a ground-truth file.
+    """Reads a ground-truth file, which has one of two forms.
 
-    The direct form has a clip per line: `NAME.mp4 ID`. The inverted form has an identity per
-    line: `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no name
-    has the suffix, the name of the file decides: train_gt is direct, val_gt and test_gt are
-    inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are ignored. White
-    space within a name is written as in a URL, `First%20Last`, unless `known_clips` (without
-    `.mp4`) contains the name as it is written.
+    The direct form has a line for each clip, `NAME.mp4 ID`. The inverted form has a line for each
+    identity, `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no
+    name has the suffix, the name of the file decides: train_gt.txt is direct, val_gt.txt and
+    test_gt.txt are inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are
+    ignored. A blank within a name is written as in a URL, `First%20Last`.
+
+    Args:
+      path: the file.
+      known_clips: clips without `.mp4`. If one of them contains a `%20`, it is not changed.
 
     Returns:
-      clip (without `.mp4`) -> identity, in the order of the file.
+      A dict, clip (without `.mp4`) -> identity, in the order of the file.
 
     Raises:
-      UserError: names the line. The text is not UTF-8; the form is ambiguous; a line has the other
-        form; a clip or an identity comes twice; an identity has no clips; or most labels are whole
-        numbers from 1 up, but a label is not.
+      UserError: the text is not UTF-8; the form is ambiguous; a line has the other form; a clip or
+        an identity comes twice; an identity has no clips; or most labels are whole numbers from 1
+        up, but a label is not. The message contains the number of the line.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")
@@ -225,7 +258,7 @@ def load_ground_truth(
         others = fields[:1] if inverted else fields[1:]
         if any(name.endswith(".mp4") for name in others):
             raise UserError(
-                f"{where} the clip is not in the same column as in other lines\n"
+                f"{where} the clip is not in the same column as in the other lines\n"
                 "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all lines"
             )
         identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
@@ -237,7 +270,8 @@ def load_ground_truth(
             )
         if not inverted and len(fields) != 2:
             raise UserError(
-                f"{where} {len(fields)} fields, wanted a clip and its identity: NAME.mp4 ID"
+                f"{where} the line has {len(fields)} words: write a clip and its identity, "
+                "NAME.mp4 ID"
             )
         if inverted and line_of_identity.setdefault(identity, number) != number:
             raise UserError(
@@ -248,8 +282,8 @@ def load_ground_truth(
             name = _parse_clip(text, known, where)
             if name in labels:
                 raise UserError(
-                    f"{where} clip {show(name)} is already in line {line_of_clip[name]}, with "
-                    f"label {show(labels[name])}: delete one of the two"
+                    f"{where} clip {show(name)} is already in line {line_of_clip[name]}, with the "
+                    f"identity {show(labels[name])}: delete one of the two"
                 )
             labels[name], line_of_clip[name] = identity, number
     _check_identities(path, labels, line_of_clip)
@@ -257,32 +291,46 @@ def load_ground_truth(
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True if a file has the inverted form; see `load_ground_truth`."""
+    """Returns True if the lines of a ground-truth file begin with identities instead of clips.
+
+    Args:
+      path: the file. If no name ends in .mp4, its name decides.
+      lines: the words of each line.
+    """
     for fields in lines:
         for column, name in enumerate(fields):
             if name.endswith(".mp4"):
                 return column > 0
     if path.name not in [f"{split}_gt.txt" for split in SPLITS]:
         raise UserError(
-            f"{path}: are the lines 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4\n"
-            "name the file train_gt.txt (the first form) or val_gt.txt (the second form)"
+            f"{path}: no name ends in .mp4, so clips and identities cannot be distinguished\n"
+            "rename the file to train_gt.txt if its lines are 'CLIP ID'\n"
+            "rename it to val_gt.txt if its lines are 'ID CLIP CLIP ...'"
         )
     return path.name != "train_gt.txt"
 
 
 def _parse_clip(text: str, known: Collection[str], where: str) -> str:
-    """Returns the name of a clip. `%20` becomes a blank, unless `known` contains `text`.
+    """Returns the name of a clip without `.mp4`. A `%20` becomes a blank.
 
-    The message of an error begins with `where`.
+    If `known` contains the name as it is written, `%20` stays. Error messages begin with `where`.
     """
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns (line number, fields) of each non-blank line. Raises UserError if there is none."""
+    """Returns the number and the words of each line of a text file, without blank lines.
+
+    Args:
+      path: the file.
+      form: the form of a line, for messages.
+
+    Raises:
+      UserError: the text is not UTF-8, or all lines are blank.
+    """
     if not path.exists():
-        raise NoFileError(f"{path}: no such file")
+        raise NoFileError(f"{path}: does not exist: correct the path")
     with files.open_input(path) as file:
         data = file.readall()
     try:
@@ -290,7 +338,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}: line {line}: not UTF-8 text (byte {error.start}): save the file as UTF-8"
+            f"{path}: line {line}: is not UTF-8 text (byte {error.start}): save the file as UTF-8"
         ) from None
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]
@@ -300,42 +348,47 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
 
 
 def _is_integer(text: str) -> bool:
-    """Returns True for a whole number of at most 100 digits: Python cannot parse thousands."""
+    """Returns True if a text is a whole number of at most 100 digits."""
+    # Python refuses to parse numbers of thousands of digits.
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most labels are whole numbers of 1 or more, but a label is not.
+    """Raises UserError if most identities are whole numbers, but one is not, or is less than 1.
 
     Args:
-      labels: clip -> identity.
-      lines: clip -> line number.
+      path: the file of the labels, for messages.
+      labels: a dict, clip -> identity.
+      lines: a dict, clip -> number of its line.
     """
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
-        where = f"{path}: line {lines[name]}: label {show(identity)}"
+        where = f"{path}: line {lines[name]}: identity {show(identity)}"
         if not _is_integer(identity):
             raise UserError(
-                f"{where} is not a whole number, unlike most labels\n"
+                f"{where} is not a whole number, unlike most identities\n"
                 "correct it, or give all identities names that are not numbers"
             )
         if int(identity) < 1:
-            raise UserError(f"{where} is out of range: number identities from 1, not from 0")
+            raise UserError(f"{where} is less than 1: number identities from 1")
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
     """Reads the weights of N clips from a text file of lines `NAME.mp4 WEIGHT`.
 
-    As in the ground truth, a byte order mark, CRLF, tabs, blank lines, additional spaces and a
-    missing `.mp4` are ignored.
+    A byte order mark, CRLF, tabs, blank lines, additional spaces and a missing `.mp4` are ignored.
+
+    Args:
+      path: the file.
+      clips: the names of the N clips.
 
     Returns:
-      [N] float32; the weight of an unlisted clip is 1.
+      [N] float32. The weight of a clip that is not in the file is 1.
 
     Raises:
       UserError: the file is empty, a weight is not a finite number of 0 or more, a clip comes
-        twice, or `check_known` refuses the clips.
+        twice, or more than 1 % of the clips in the file are not in `clips`.
     """
     path = Path(path)
     lines = _read_lines(path, "NAME.mp4 WEIGHT")
@@ -346,7 +399,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise UserError(
-                f"{where} {len(fields)} fields, wanted a clip and its weight: NAME.mp4 1"
+                f"{where} the line has {len(fields)} words: write a clip and its weight, NAME.mp4 1"
             )
         name = _parse_clip(fields[0], known, where)
         if line_of_clip.setdefault(name, number) != number:
@@ -358,21 +411,27 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
             weights[name] = float(fields[1])
         except ValueError:
             raise UserError(
-                f"{where} weight {show(fields[1])} is not a number: write one, 0 or more"
+                f"{where} weight {show(fields[1])} is not a number: write a number of 0 or more"
             ) from None
         if not 0 <= weights[name] <= float(np.finfo(np.float32).max):
             raise UserError(
-                f"{where} weight {show(fields[1])} is negative or not finite: write 0 or more"
+                f"{where} weight {show(fields[1])} is negative or not finite: "
+                "write a number of 0 or more"
             )
     check_known(path, weights, clips)
     return np.array([weights.get(name, 1.0) for name in clips], np.float32)
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
-    """Warns if a text file names clips without features.
+    """Warns if a file of labels or weights names clips that have no features.
+
+    Args:
+      path: the file.
+      named: the clips in the file.
+      clips: the clips that have features.
 
     Raises:
-      UserError: more than 1 % of the named clips, or all of them, have no features.
+      UserError: more than 1 % of the named clips have no features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
@@ -380,24 +439,24 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
         return
     if len(unknown) == len(named):
         raise UserError(
-            f"{path}: none of its {len(named)} clips is in a feature file\n"
-            f"it names {show(unknown[0])}, the feature files name {show(min(known))}\n"
+            f"{path}: none of its {len(named)} clips has features\n"
+            f"the file names {show(unknown[0])}, but the features belong to {show(min(known))}\n"
             "give the clips the same names in both"
         )
     message = (
-        f"{path}: {len(unknown)} of {len(named)} clips are in no feature file, for example "
+        f"{path}: {len(unknown)} of {len(named)} clips have no features, for example "
         f"{show(unknown[0])}"
     )
     if len(unknown) > MAX_UNKNOWN_RATE * len(named):
         raise UserError(
             f"{message}\n"
-            f"the limit is {MAX_UNKNOWN_RATE:.0%}: remove these lines, or add the features"
+            f"at most {MAX_UNKNOWN_RATE:.0%} is allowed: remove these lines, or add the features"
         )
     warn(message)
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the distinct identities, sorted by number if all are whole numbers, or by name.
+    """Returns the distinct names, sorted by number if all are whole numbers, or by name.
 
     Raises:
       UserError: a number is written in two ways, such as 7 and 007.
@@ -409,6 +468,6 @@ def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     if count > 1:
         spellings = ", ".join(name for name in distinct if int(name) == value)
         raise UserError(
-            f"identity {value} is written in {count} ways: {spellings}; use only one of them"
+            f"identity {value} is written in {count} ways, {spellings}: use only one of them"
         )
     return tuple(sorted(distinct, key=int))

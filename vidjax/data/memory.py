@@ -1,11 +1,7 @@
-"""Loads clips without labels into memory.
+"""Loads clips without labels into memory, for a trained model or a gallery.
 
-A path has any of these forms:
-
-FOLDER            official pickles, or your own features as in `vidjax.data.arrays`
-FOLDER/CLIP.npz   the clips of a split
-CLIP.npz          a single clip
-TABLE.parquet     the clips of a split
+Clips are read from a `.npz` file, from a parquet table, or from a folder. The folder contains
+`.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the iQIYI-VID dataset.
 """
 
 import shlex
@@ -29,15 +25,16 @@ from vidjax.data.untrusted.names import clean_identity, show
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
 
-MAX_BLOCK_FRAMES = 1 << 12  # frames that are averaged at once
+MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once
 
 
 class MemoryClips:
-    """Clips in memory: a `ClipSource` with a single split, `clips`.
+    """Clips in memory that a model can score. They form a single split, which is called `clips`.
 
     Attributes:
+      identities: the names of the classes of the model.
       names: N clip names as in the input, in the order of the input.
-      places: [N] int, the clip_index of each name.
+      places: [N] int, the position in `split("clips").clips` of each clip of `names`.
     """
 
     def __init__(
@@ -47,19 +44,19 @@ class MemoryClips:
         modalities: Mapping[str, int],
         identities: Sequence[str],
     ):
-        """Takes checked clips.
+        """Takes the frames of clips that `packing.pack` has checked.
 
         Args:
-          packed: modality of the run -> its frames.
-          names: for N clips, clean name -> name as in the input.
-          modalities: modality -> feature width.
-          identities: names of the class columns.
+          packed: a dict, modality -> the frames of all clips.
+          names: a dict, name of a clip -> its name in the input, which may end in `.mp4`.
+          modalities: a dict, modality that the model reads -> feature width.
+          identities: the names of the classes.
 
         Raises:
-          UserError: there are no clips, or features have a different width.
+          UserError: there are no clips, or the width of features differs from `modalities`.
         """
         if not names:
-            raise UserError("there are no clips: give one or more")
+            raise UserError("the input contains no clips: give one or more clips")
         self.identities, self.names = tuple(identities), tuple(names.values())
         self._packed, self._widths = packed, dict(modalities)
         for name, flat in packed.items():
@@ -67,8 +64,9 @@ class MemoryClips:
             if len(flat.features) and width != modalities[name]:
                 clip = flat.names[int(np.argmax(flat.lengths > 0))]
                 raise UserError(
-                    f"clip {show(clip)}, {name}: features are {width} wide, "
-                    f"wanted {modalities[name]}"
+                    f"clip {show(clip)}, {name}: features have width {width}, but the run needs "
+                    f"width {modalities[name]}\n"
+                    "compute them with the same program as the training features"
                 )
             _warn_of_unused(name, flat)
         staged = stage("clips", packed)
@@ -93,10 +91,14 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Packs a dict, clip -> modality -> features. See `pack` for the other arguments."""
+        """Checks and takes the clips of a dict, clip -> modality -> features [T, D].
+
+        See `pack` for the other arguments.
+        """
         if not isinstance(clips, Mapping):
             raise UserError(
-                f"clips must be a dict {{clip: {{modality: features}}}}, not {type(clips).__name__}"
+                f"clips are of type {type(clips).__name__}: "
+                "give a dict {clip: {modality: features}}"
             )
         return cls.pack(read_dict(clips, "clips"), modalities, identities, quality)
 
@@ -108,15 +110,17 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks and packs clips.
+        """Checks and takes clips.
 
-        If no clip has a modality of the run, and a clip has an unknown modality, a warning asks
-        whether its name is misspelt.
+        If no clip has a modality that the model reads, but a clip has another modality, a warning
+        asks whether the name is misspelt.
 
         Args:
-          modalities: modality -> feature width.
-          identities: names of the class columns.
-          quality: the quality of frames in the training; see `frame_fields.Quality`.
+          clips: the clips.
+          modalities: a dict, modality that the model reads -> feature width.
+          identities: the names of the classes.
+          quality: 'given' takes the quality of frames from the clips, or the norm of the feature
+            if there is no quality. 'norm' always takes the norm. Use the value of the training.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
@@ -125,20 +129,20 @@ class MemoryClips:
         missing = [name for name in modalities if name not in packed]
         if missing and unread:
             similar = [closest(name.lower(), missing) for name in sorted(unread)]
-            hint = next((f"; did you mean '{name}'?" for name in similar if name), "")
+            hint = next((f": did you mean '{name}'?" for name in similar if name), "")
             warn(
-                f"no clip has the modality {', '.join(missing)} of the run; the clips have "
+                f"no clip has the modality {', '.join(missing)} of the run\nthe clips have "
                 f"{show(', '.join(sorted(unread)))}, which the run does not use{hint}"
             )
         return cls(packed, names, modalities, identities)
 
     def split(self, name: str) -> Split:
-        """Returns the only split, whatever `name` is."""
+        """Returns the only split. `name` is ignored."""
         del name
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
+        """Yields every clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
         for bucket, places in split_blocks(plan.bucket, rows):
             chosen = places.astype(np.int32)
             frames = {
@@ -148,10 +152,10 @@ class MemoryClips:
             yield make_batch(frames, chosen, rows)
 
     def mean_vectors(self, modality: str) -> np.ndarray:
-        """Returns [N, D] float32, the mean feature of each clip; 0 if a clip has no frame.
+        """Returns [N, D] float32, the mean feature of each clip of `names`.
 
-        Frames are weighted by quality. If no frame of a clip has a quality above 0, its frames have
-        equal weights.
+        Frames are weighted by quality. If no frame of a clip has a quality above 0, all frames of
+        the clip have equal weights. The mean of a clip without frames is 0.
         """
         vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
         flat = self._packed.get(modality)
@@ -159,7 +163,7 @@ class MemoryClips:
             return vectors
         lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
         quality, features = flat.frames["quality"], flat.features
-        # Computes a block at a time: all frames as float64 would take up to 8 times their memory.
+        # A few clips at a time, because all frames as float64 would take up to 8 times the memory.
         ends = np.cumsum(lengths, dtype=np.int64)
         blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
         for clips in np.split(np.arange(len(lengths)), blocks):
@@ -182,7 +186,13 @@ class MemoryClips:
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
-        """Returns the frames of up to B clips, padded with empty frames to `shape` = [B, T]."""
+        """Returns the frames of a modality of some clips, padded with zeros.
+
+        Args:
+          modality: the modality.
+          clips: [n] int, positions of clips.
+          shape: (B, T), the padded number of clips and of frames.
+        """
         frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
         flat, dtype = self._packed.get(modality), "float32"
         if flat is not None and len(flat.features):  # without frames, features have no width
@@ -198,11 +208,13 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Removes from each clip the modalities that a run does not read.
+    """Yields clips without the modalities that the model does not read.
 
     Args:
-      names: a dict to fill, clean name -> name as in the input.
-      unread: a set to fill, the names of the removed modalities.
+      clips: the clips.
+      modalities: a dict, modality that the model reads -> feature width.
+      names: a dict to which the names are added, name of a clip -> its name in the input.
+      unread: a set to which the names of the removed modalities are added.
 
     Raises:
       UserError: a clip has modalities, but none of `modalities`.
@@ -214,17 +226,18 @@ def _select(
         if others and not selected:
             similar = closest(others[0].lower(), modalities)
             raise UserError(
-                f"clip {show(clip.name)}: it has {show(', '.join(others))}, wanted "
-                f"{', '.join(modalities)}{f': did you mean {similar!r}?' if similar else ''}"
+                f"clip {show(clip.name)}: its modalities are {show(', '.join(others))}\n"
+                f"the run reads {', '.join(modalities)}: add one of them, or rename the modality"
+                f"{f' to {similar!r}' if similar else ''}"
             )
         unread.update(others)
-        # A clip that has no modalities at all is kept, with no frames.
+        # A clip without modalities is kept as a clip without frames.
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 
 def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
-    """Yields clips. Raises UserError if they take more than a third of the memory."""
-    left = limit = memory_bytes() // 3  # joining the clips copies them once
+    """Yields `clips` unchanged. Raises UserError if they take more than a third of the memory."""
+    left = limit = memory_bytes() // 3  # the rest is for a copy of the clips and for the model
     for clip in clips:
         for value in clip.modalities.values():
             for array in value.values() if isinstance(value, Mapping) else (value,):
@@ -232,25 +245,25 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
         if left < 0:
             raise UserError(
                 f"{clip.place}: clip {show(clip.name)}: the clips up to this clip take more "
-                f"than {limit:,} bytes, a third of the memory\nuse fewer clips at once"
+                f"than {limit:,} bytes, which is a third of the memory\nuse fewer clips at once"
             )
         yield clip
 
 
 def _warn_of_unused(modality: str, flat: PackedClips) -> None:
-    """Warns of frames that are left out, and of values that are replaced by 0."""
+    """Warns if frames were left out or values were replaced, because they are not finite."""
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
-        lost = f"; {clips:,} clips lose all frames" if clips else ""
+        lost = f"\n{clips:,} clips lose all frames" if clips else ""
         warn(
-            f"{modality}: {frames:,} of {flat.seen:,} frames are not read: their features are not "
-            f"finite{lost}"
+            f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
+            f"are not finite{lost}"
         )
     for name, count in flat.warnings.items():
         field = name.removeprefix("non_finite_")
         warn(
             f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
-            "0 is used"
+            "it is replaced by 0"
         )
 
 
@@ -262,25 +275,25 @@ def load_clips(
     split: str | None = None,
     quality: Quality = "given",
 ) -> MemoryClips:
-    """Loads the clips of a folder or of a parquet table.
+    """Loads the clips of a folder, a parquet table or a `.npz` file for a trained model.
 
-    Frames that are not finite are left out, with a warning that counts them. The sandbox reads
-    official pickles into memory-mapped files. Clip names in tables and `.npz` files are not
-    changed; clip names in pickles lose their `.mp4`. Only the pickles of the run's modalities are
-    read, so a clip that is in none of these pickles is left out.
+    Frames that are not finite are left out, and a warning counts them. Pickles of the iQIYI-VID
+    dataset are read in a child process. Their clip names lose the suffix `.mp4`. Only pickles of
+    the modalities that the model reads are opened, so a clip that is in none of them is left out.
 
     Args:
-      path: the folder or the table.
-      modalities: modality of the run -> feature width.
-      identities: names of the class columns.
-      split: the split to read; None if the folder has a single split.
-      quality: the quality of frames in the training; see `frame_fields.Quality`. With `given`,
-        frames of official pickles without a quality have the quality 0, as in training.
+      path: the folder or the file.
+      modalities: a dict, modality that the model reads -> feature width.
+      identities: the names of the classes.
+      split: the split to read. It may be None if the folder has a single split.
+      quality: 'given' takes the quality of frames from the files. If there is none, the norm of the
+        feature is used, except that it is 0 for official pickles. 'norm' always takes the norm.
+        Use the value of the training.
 
     Raises:
-      UserError: clips are malformed (the message names file, clip and field), the folder has
-        several splits and `split` is None, or the run knows none of the modalities.
-      FileNotFoundError: the folder or table does not exist, or has no clips.
+      UserError: clips are malformed, the folder has several splits and `split` is None, or no clip
+        has a modality that the model reads.
+      FileNotFoundError: the path does not exist, or has no clips.
     """
     path = Path(path).expanduser()
     paths = find_files(path, split)
@@ -288,20 +301,26 @@ def load_clips(
         return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
     if not paths.keys() & modalities.keys():
         raise UserError(
-            f"{path}: it has {', '.join(sorted(paths))}, wanted {', '.join(modalities)}"
+            f"{path}: contains the modalities {', '.join(sorted(paths))}, but the run reads "
+            f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
         )
     return _load_pickles(paths, modalities, identities, quality)
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
-    """Returns the files of clips, without reading a file; see `load_clips` for the errors.
+    """Finds the files that contain the clips of a folder or file. The files are not read.
 
     Args:
-      path: a folder, or a file of clips.
-      split: the split; None if the folder has a single split.
+      path: a folder, a parquet table or a `.npz` file.
+      split: the split to find. It may be None if the folder has a single split.
 
     Returns:
-      The `.npz` and `.parquet` files; for official pickles, modality -> pickle.
+      A list of `.npz` files or of one parquet table. For pickles of the iQIYI-VID dataset, a dict,
+      modality -> pickle.
+
+    Raises:
+      UserError: features would be ignored, or the folder has several splits and `split` is None.
+      FileNotFoundError: the path does not exist, or has no clips.
     """
     check_path(path)
     if path.is_file():
@@ -338,11 +357,20 @@ def _load_pickles(
 def load_people(
     path: str | Path, modalities: Mapping[str, int], *, quality: Quality = "given"
 ) -> tuple[MemoryClips, dict[str, str]]:
-    """Loads the clips `path/PERSON/CLIP.npz`.
+    """Loads the clips of people, which are in files `path/PERSON/CLIP.npz`.
+
+    Args:
+      path: the folder that contains a folder for each person.
+      modalities: a dict, modality to read -> feature width.
+      quality: 'given' or 'norm', as in `load_clips`.
 
     Returns:
-      The clips, with names `PERSON/CLIP` (the file names of two people may be equal), and clip ->
-      person.
+      The clips, and a dict, clip -> person. A clip is called `PERSON/CLIP`, because two people may
+      have files of the same name.
+
+    Raises:
+      NoFileError: there are no such files, or there are clips directly in `path`.
+      UserError: the folders are splits of a dataset, or a clip is malformed.
     """
     path = Path(path).expanduser()
     people = dict[str, list[Path]]()
@@ -350,12 +378,12 @@ def load_people(
         if folder.is_dir() and (paths := sorted(folder.glob("*.npz"))):
             people.setdefault(clean_identity(folder.name), []).extend(paths)
     if not people or next(path.glob("*.npz"), None):
-        problem = "has clips outside the folders of people" if people else "has no clips"
-        raise NoFileError(f"{path}: {problem}\nwanted {path}/PERSON/CLIP.npz")
+        problem = "has clips outside the folders of people" if people else "has no clips of people"
+        raise NoFileError(f"{path}: {problem}\nput each clip into {path}/PERSON/CLIP.npz")
     if people.keys() <= set(SPLITS):
         raise UserError(
-            f"{path}: {', '.join(people)} are splits of a dataset, not people\n"
-            f"add --split=S to read a split, or name it: --input={path / next(iter(people))}"
+            f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
+            f"choose a split with --split, or name its folder: --input={path / next(iter(people))}"
         )
     identity: dict[str, str] = {}
 
@@ -375,28 +403,32 @@ def check_path(path: Path) -> None:
         return
     if path.suffix == ".npy" and path.exists():
         raise NoFileError(
-            f"{path}: an array without a modality; to name it: "
-            f"numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
+            f"{path}: is an array without the name of its modality\n"
+            f"name it: numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
         )
-    problem = "neither a folder nor NAME.parquet or CLIP.npz" if path.exists() else "no such file"
-    raise NoFileError(f"{path}: {problem}")
+    problem = "is not a folder, nor a .parquet or .npz file" if path.exists() else "does not exist"
+    raise NoFileError(f"{path}: {problem}: name a folder or file of features")
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns the split to read. Raises UserError if there are several and `split` is None."""
+    """Returns `split`, or the only split if `split` is None.
+
+    Raises:
+      UserError: `split` is None and there are several splits, or there is no split of this name.
+    """
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:
-        problem = f"no split '{split}'" if split else "several splits"
+        problem = f"has no split '{split}', only" if split else "has several splits,"
         names = ", ".join(sorted(splits))
         places = (path / f"{sorted(splits)[0]}{ending}" for ending in ("", ".parquet"))
         place = next((place for place in places if place.exists()), None)
-        remedy = f"name a single table: --input={shlex.quote(str(place))}"
+        remedy = f"name one of them: --input={shlex.quote(str(place))}"
         if place is None:  # official pickles: all splits are in the same folder
             remedy = (
-                f"vidjax rank and embed take --config.eval.split={sorted(splits)[0]}\n"
-                f"a gallery takes --split={sorted(splits)[0]} --config.data.name=iqiyi_vid "
-                f"--config.data.dir={shlex.quote(str(path))} in place of --input"
+                f"for vidjax rank and embed, add --config.eval.split={sorted(splits)[0]}\n"
+                f"for a gallery, replace --input by --split={sorted(splits)[0]} "
+                f"--config.data.name=iqiyi_vid --config.data.dir={shlex.quote(str(path))}"
             )
-        raise UserError(f"{path}: {problem}; it has {names}\n{remedy}")
+        raise UserError(f"{path}: {problem} {names}\n{remedy}")
     return split

@@ -1,7 +1,7 @@
-"""The random order of training: the clips of each step, and the windows of long clips.
+"""Draws the clips of each training step, and the windows that are cut from long clips.
 
-The order is a function of (seed, step), so a resumed run needs only its step. Resident and
-streamed clips have the same order.
+The draw depends only on the seed and the number of the step, so a resumed run continues with the
+same clips. Clips that stay on the devices and clips that are read from disk have the same order.
 """
 
 import math
@@ -15,17 +15,18 @@ import numpy as np
 from vidjax.core.batch import Array
 from vidjax.data.clips import BatchPlan
 
-_ORDER_STREAM = np.uint32(2**32 - 1)  # folded into the seed; no member has this number
-NUM_ROUNDS = 16  # with 8 rounds, the orders of six clips are not equally likely
+_ORDER_STREAM = np.uint32(2**32 - 1)  # folded into the seed; no net of an ensemble has this number
+NUM_ROUNDS = 16  # with 8 rounds, the possible orders of six clips are not equally likely
 
 
 class DrawnClips(NamedTuple):
-    """The clips of a step.
+    """The clips of a training step.
 
     Attributes:
-      clip_index: [B] int32.
-      batch_mask: [B] bool, False for the empty rows of a short batch.
-      windows: modality of `plan.windowed` -> [B] float32 in [0, 1), see `choose_first_frame`.
+      clip_index: [B] int32, the number of each clip in the training splits.
+      batch_mask: [B] bool, False for empty rows of the last batch of an epoch.
+      windows: a dict, modality whose clips are cut -> [B] float32, uniformly distributed in [0, 1).
+        `choose_first_frame` turns these numbers into the first frame of a window.
     """
 
     clip_index: Array
@@ -34,12 +35,14 @@ class DrawnClips(NamedTuple):
 
 
 def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
-    """Draws the B clips of a step. Each clip of `plan` comes once per epoch.
+    """Draws the B clips of a training step. Each clip of `plan` is drawn once per epoch.
 
     Args:
+      plan: the plan of the batches.
       step: [] int32, number of the step, from 0.
-      epoch, place: [B] int32, the quotient and the remainder of `step * B + arange(B)` divided by
-        `plan.num_places`.
+      epoch: [B] int32, the epoch of each row, that is, `(step * B + arange(B)) // plan.num_places`.
+      place: [B] int32, the position of each row in its epoch, that is, the remainder of this
+        division.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
@@ -59,35 +62,39 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
 
 
 def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
-    """Returns the first frames of random windows.
+    """Returns the first frame of a random window of `size` frames in each clip.
 
     Args:
-      uniform: [B] float32 in [0, 1), uniformly distributed.
+      uniform: [B] float32 in [0, 1), uniformly distributed random numbers.
       length: [B] int32, number of frames of each clip.
       size: number of frames of a window.
 
     Returns:
-      [B] int32, uniformly distributed over the possible windows of each clip.
+      [B] int32, uniformly distributed over the windows that lie in the clip. If a clip is shorter
+      than a window, it is 0.
     """
     places = jnp.maximum(length - size, 0) + 1
     return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)
 
 
 def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns [B] int32: the clip at position `place[i]` in the random order of epoch `epoch[i]`.
+    """Returns the clips at given positions of random orders, without computing whole orders.
 
-    The positions 0 to N - 1 of an epoch map to N different clips.
+    Each epoch has another order of all N clips. Sorting N random numbers for each epoch would take
+    as long as many training steps, but this function takes a time of O(B).
 
     Args:
-      rng: the key of the orders of all epochs.
-      epoch: [B] int32.
-      place: [B] int32, position in the epoch, 0 to N - 1.
+      rng: the random key. It determines the orders of all epochs.
+      epoch: [B] int32, numbers of epochs.
+      place: [B] int32, positions in the orders of these epochs, 0 to N - 1.
       num_clips: N.
 
-    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a generalised Feistel
-    network on the smallest rectangle of at least N places, repeated while a place is mapped beyond
-    N. Unlike the paper, the round function is a hash (the finaliser of MurmurHash3). The cost is
-    O(B); sorting N random numbers would take as long as many training steps.
+    Returns:
+      [B] int32, the clip at each position, 0 to N - 1.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. A generalised Feistel
+    network permutes the smallest rectangle of at least N places. It is repeated while a place is
+    mapped to N or beyond. Unlike the paper, the round function is the finaliser of MurmurHash3.
     """
     rows = math.isqrt(num_clips - 1) + 1
     columns = -(-num_clips // rows)
@@ -112,7 +119,7 @@ def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
 
 
 def _hash(x: Array, key: Array) -> Array:
-    """Returns [B] uint32, a hash of x and a key."""
+    """Returns [B] uint32, a hash of `x` [B] uint32 and `key` [B] uint32."""
     x = (x * np.uint32(0x9E3779B9)) ^ key
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * np.uint32(factor)

@@ -1,4 +1,4 @@
-"""Checks clips of dicts, `.npz` files or tables, and packs them into flat arrays."""
+"""Checks clips, and joins the frames of all clips in one array per modality and field."""
 
 import contextlib
 import re
@@ -36,10 +36,10 @@ class Clip(NamedTuple):
     """A clip that has not been checked.
 
     Attributes:
-      name: the name without `.mp4`, see `clean_name`.
-      place: the file or split, as the start of an error message.
-      modalities: modality -> frames, as `read_frames` takes them.
-      given: the name in the source, which may end in `.mp4`; "" if it equals `name`.
+      name: the name of the clip, without `.mp4`.
+      place: the file or split of the clip, with which an error message begins.
+      modalities: a dict, modality -> the argument `value` of `read_frames`.
+      given: the name in the source, which may end in `.mp4`. If it equals `name`, it may be "".
     """
 
     name: str
@@ -49,19 +49,23 @@ class Clip(NamedTuple):
 
 
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
-    """Yields the clips of a dict; `place` is the start of an error message."""
+    """Yields the clips of a dict, clip -> modality -> features. Error messages begin with `place`.
+
+    Raises:
+      UserError: a name is not text, or is refused, or its value is not a dict.
+    """
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
         if not isinstance(modalities, Mapping):
             raise UserError(
-                f"{place}: clip {show(name)} is of type {type(modalities).__name__}, "
-                "wanted {modality: features}"
+                f"{place}: clip {show(name)} is of type {type(modalities).__name__}: "
+                "give a dict {modality: features}"
             )
         yield Clip(name, place, modalities, given)
 
 
 def locate(clip: Clip, modality: str) -> str:
-    """Returns place, clip and modality as the start of an error message."""
+    """Returns the start of an error message: the file, the clip and the modality."""
     return f"{clip.place}: clip {show(clip.name)}, {modality}"
 
 
@@ -69,31 +73,41 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     """Checks the frames of a clip in a modality, and sorts them by frame number.
 
     Args:
-      value: features [T, D] or [D], or a dict of `features` and fields of FRAME_FIELDS.
+      value: features [T, D], or [D] of a single frame; or a dict of `features` and optionally
+        `number`, `quality`, `detection` and `box`.
       place: the start of an error message.
-      quality: the quality of frames, see `frame_fields.Quality`.
+      quality: 'given' takes the quality from `value`, or the norm of the feature if `value` has no
+        quality. 'norm' always takes the norm.
 
     Returns:
-      field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS.
-      The dict is empty if the clip has no frames.
+      A dict, field -> array, of all five fields. `features` [T, D] keep their dtype. If the clip
+      has no frames, the dict is empty.
+
+    Raises:
+      UserError: a field is unknown, or has a wrong shape, dtype or value.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
-        raise UserError(f"{place}: no field '{show(unknown[0])}'; choose from {', '.join(STORED)}")
+        raise UserError(
+            f"{place}: '{show(unknown[0])}' is not a field of frames: "
+            f"choose from {', '.join(STORED)}"
+        )
     features = _to_real_array(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
             if column is not None and np.size(column):
-                raise UserError(f"{place}: there is a {name} of frames, but no features [T, D]")
+                raise UserError(
+                    f"{place}: the clip has a {name} but no features: add features [T, D]"
+                )
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
         raise UserError(
             f"{place}: features have shape {list(features.shape)}: "
-            "give an array [T, D]: D numbers for each of T frames"
+            "give an array [T, D], with D numbers for each of T frames"
         )
     if features.dtype not in DTYPES:
-        kinds = "float16, float32, float64 and int8"
+        kinds = "float16, float32, float64 or int8"
         raise UserError(
             f"{place}: features are {features.dtype}, but must be {kinds}: "
             "use features.astype('float32')"
@@ -116,35 +130,47 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
 def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
-    """Returns a field of T frames in its dtype. Raises UserError if its shape is wrong."""
+    """Returns the field `name` of `num_frames` frames as an array with the dtype of the field.
+
+    Raises:
+      UserError: the shape is wrong, or a frame number is not a whole number of 0 or more.
+    """
     column, shape = _to_real_array(values, place), field.shape(num_frames)
     if column.size == 1 and shape == (1,):
-        column = column.reshape(1)  # a single frame may come as a scalar, like its feature as [D]
+        column = column.reshape(1)  # the value of a single frame may be a scalar
     if column.shape != shape:
-        raise UserError(f"{place} has shape {list(column.shape)}, wanted {list(shape)}")
+        raise UserError(
+            f"{place} has shape {list(column.shape)}: give {list(shape)}, a value for each frame"
+        )
     if name == "number":
         whole = (column >= 0) & (column < 2**31)  # also false for a NaN
         if column.dtype.kind == "f":
             whole &= column % 1 == 0
         if not whole.all():
-            raise UserError(f"{place} {column[~whole][0]} is not a whole number of 0 or more")
+            raise UserError(
+                f"{place} {column[~whole][0]} is not a whole number of 0 or more: "
+                "count frames from 0"
+            )
     with np.errstate(over="ignore"):
         return column.astype(field.dtype)
 
 
 def _to_real_array(values: Any, place: str) -> np.ndarray:
-    """Returns an array of real numbers in native byte order."""
+    """Returns an array of real numbers in native byte order. Error messages begin with `place`."""
     try:
         array = np.asarray(() if values is None else values)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged, or on a device of torch
         reason = str(error).splitlines()[0]
         if "inhomogeneous" in reason:
-            reason = "rows of different lengths"
-        raise UserError(f"{place}: not an array: {reason[:200]}") from None
-    if array.dtype == object:
-        raise UserError(f"{place}: an array of Python objects, wanted an array of numbers")
+            reason = "its rows have different lengths"
+        raise UserError(
+            f"{place} must be an array of numbers, but numpy cannot make one: {reason[:200]}"
+        ) from None
     if array.dtype.kind not in "fiu" or array.ndim > 2:
-        raise UserError(f"{place}: {array.dtype} {list(array.shape)}, wanted numbers [T, D]")
+        raise UserError(
+            f"{place} must be an array of numbers with at most 2 axes, "
+            f"not {list(array.shape)} of {array.dtype}"
+        )
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -154,16 +180,18 @@ def pack(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> dict[str, PackedClips]:
-    """Checks the clips of a split and joins their frames in flat arrays.
+    """Checks the clips of a split, and joins their frames in one array per modality and field.
 
     Args:
-      out_dir: folder for flat files, which must outlive the arrays; None: arrays stay in memory.
-      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+      clips: the clips.
+      out_dir: folder to which the arrays are written. It must exist as long as the returned arrays,
+        which are memory maps. If it is None, the arrays are in memory.
+      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
         'error' raises UserError.
-      quality: the quality of frames, see `frame_fields.Quality`.
+      quality: 'given' or 'norm', as in `read_frames`.
 
     Returns:
-      modality -> PackedClips.
+      A dict, modality -> the frames of all clips.
 
     Raises:
       UserError: a clip comes twice, is malformed, or differs from most clips in width or dtype.
@@ -175,7 +203,7 @@ def pack(
         for clip in clips:
             if clip.name in seen:
                 places = " and ".join(dict.fromkeys((seen[clip.name], clip.place)))
-                raise UserError(f"{places}: clip {show(clip.name)} comes twice")
+                raise UserError(f"{places}: clip {show(clip.name)} comes twice: delete one of them")
             seen[clip.name] = clip.place
             if not clip.modalities:
                 empty.append(clip)
@@ -192,22 +220,26 @@ def pack(
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if a modality cannot name a new folder, given the `known` modalities."""
+    """Raises UserError if the name of a modality cannot be the name of a new folder.
+
+    `known` are the modalities that already have a folder.
+    """
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-        problem = ": the name may have only letters, digits, '-' and '_'"
+        problem = " may have only letters, digits, '-' and '_': rename it"
     elif name.casefold() in map(str.casefold, known):  # would be the same folder on macOS
-        problem = " differs only in the case of letters from a modality of another clip"
+        problem = " differs only in upper and lower case from another modality: rename one of them"
     if problem:
         place = f"{clip.place}: clip {show(clip.name)}"
         raise UserError(f"{place}: modality '{show(str(name))}'{problem}")
 
 
 class Packer(contextlib.ExitStack):
-    """Checks the frames of a modality in a split, clip by clip, and writes them in blocks.
+    """Joins the frames of one modality of many clips, clip by clip, in one array per field.
 
-    Frames are written to flat files in a new folder, or to memory if `folder` is None. Values of
-    FRAME_FIELDS that are not finite become 0. As a context manager, it closes its files.
+    The frames are checked, and are written in blocks to files in `folder`. If `folder` is None,
+    they stay in memory. Qualities, detections and boxes that are not finite become 0. A `with`
+    block closes the files.
     """
 
     def __init__(
@@ -223,7 +255,7 @@ class Packer(contextlib.ExitStack):
         self._quality: Quality = quality
         self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
         self._bytes = 0
-        self._kind: tuple[int, np.dtype] | None = None  # width and dtype; None: not decided
+        self._kind: tuple[int, np.dtype] | None = None  # width and dtype, None until decided
         self._names: list[str] = []
         self._seen: list[int] = []
         self._kept: list[int] = []
@@ -236,7 +268,7 @@ class Packer(contextlib.ExitStack):
                 self._files[name] = self.enter_context((folder / f"{name}.bin").open("wb"))
 
     def add(self, clip: Clip, value: Any) -> None:
-        """Checks and adds a clip; `value` is as in `read_frames`."""
+        """Checks and adds the frames `value` of a clip. See `read_frames` for their form."""
         frames = read_frames(value, locate(clip, self._modality), self._quality)
         self._waiting.append((clip, frames))
         self._bytes += frames["features"].nbytes if frames else 0
@@ -245,9 +277,10 @@ class Packer(contextlib.ExitStack):
             self._write()
 
     def _write(self) -> None:
-        """Writes the waiting clips. At the first call, their majority decides width and dtype.
+        """Writes the frames of all clips that were added since the last call.
 
-        So an error names the clip that differs from most clips, even if it is the first clip.
+        At the first call, the majority of the clips decides the width and the dtype. So an error
+        names the clip that differs from most clips, even if it is the first clip.
         """
         filled = [(clip, frames) for clip, frames in self._waiting if frames]
         if filled and not self._kind:
@@ -280,18 +313,23 @@ class Packer(contextlib.ExitStack):
         if features.shape[1] != width:
             shape = list(features.shape)
             problem = (
-                f"{shape[1]} wide, in other clips {width}: "
-                f"an array is [frames, width], here {shape}"
+                f"{shape[1]} wide, but {width} wide in other clips: "
+                f"give arrays [frames, {width}] instead of {shape}"
             )
         elif features.dtype != dtype:
-            problem = f"{features.dtype}, in other clips {dtype}: use features.astype('{dtype}')"
+            problem = (
+                f"{features.dtype}, but {dtype} in other clips: use features.astype('{dtype}')"
+            )
         if problem:
             raise UserError(f"{place}: features are {problem}")
         if self._non_finite == "error" and not (keep := find_usable_rows(features)).all():
-            raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
+            raise UserError(
+                f"{place}: the feature of frame {np.argmin(keep)} is not finite: compute it again, "
+                "or leave the frame out with --config.data.non_finite=drop"
+            )
 
     def _write_field(self, name: str, column: np.ndarray) -> None:
-        """Writes a field of a block of frames."""
+        """Writes the values of a field for several frames. Values that are not finite become 0."""
         if name in FRAME_FIELDS and column.dtype.kind == "f":
             finite = np.isfinite(column)
             if not finite.all():
@@ -304,7 +342,7 @@ class Packer(contextlib.ExitStack):
             self._arrays[name].append(column)
 
     def finish(self) -> PackedClips:
-        """Writes the waiting clips and returns all clips."""
+        """Writes the last clips, closes the files, and returns the frames of all clips."""
         self._write()
         self.close()
         width, dtype = self._kind or (0, np.dtype(np.float16))
@@ -321,14 +359,14 @@ class Packer(contextlib.ExitStack):
 
 
 class StagedSplit(NamedTuple):
-    """The clips of a split before they are divided into shards.
+    """The clips of a split, with the place of their frames in the arrays of each modality.
 
     Attributes:
       clips: N clip names in byte order.
-      order: [N] int32, clip index of each record.
-      packed: modality -> PackedClips.
-      starts: modality -> [N] int64, the first frame of each clip, by clip index.
-      lengths: modality -> [N] int32, number of frames of each clip, by clip index.
+      order: [N] int32, the order in which clips are stored, as positions in `clips`.
+      packed: a dict, modality -> the frames of all clips.
+      starts: a dict, modality -> [N] int64, the first frame of each clip of `clips`.
+      lengths: a dict, modality -> [N] int32, number of frames of each clip of `clips`.
     """
 
     clips: tuple[str, ...]
@@ -339,7 +377,14 @@ class StagedSplit(NamedTuple):
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Joins the modalities of each clip of a split by name, and shuffles the clips of 'train'."""
+    """Finds the frames of each clip in all modalities, and chooses the order of the clips.
+
+    The clips of 'train' are shuffled; in other splits they are sorted by name.
+
+    Args:
+      split: the name of the split.
+      packed: a dict, modality -> the frames of all clips.
+    """
     # Python orders str by code point, which is the byte order of UTF-8.
     clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
     index = {name: position for position, name in enumerate(clips)}
@@ -350,8 +395,8 @@ def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
         lengths[modality] = np.zeros(len(clips), np.int32)
         starts[modality][rows] = flat.starts()
         lengths[modality][rows] = flat.lengths
-    # Names are often sorted by identity. A shuffle buffer would mix only neighbouring clips, so
-    # all training clips are permuted here.
+    # Sorted names often group the clips of an identity, and programs that read a few neighbouring
+    # records at a time would then see only a few identities.
     shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
     order = shuffled if split == "train" else np.arange(len(clips))
     return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)

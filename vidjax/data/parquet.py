@@ -1,7 +1,8 @@
-"""Reads tables of frames within limits of memory, even if a stranger made the file.
+"""Reads parquet tables of frames within a limit of memory, even if a stranger made the file.
 
-A table may contain more values than its footer lists, and pyarrow would decode them all. So the
-values in the headers of all pages are counted before a page is unpacked.
+A parquet file consists of compressed pages. It may contain more values than its footer lists, and
+pyarrow would decode all of them. So the values are counted in the headers of all pages before a
+page is unpacked.
 
 Source: the format of Apache Parquet, `PageHeader` in `parquet.thrift`; Thrift's compact protocol.
 """
@@ -28,20 +29,21 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("clip", "modality")
 COLUMNS = (*TEXT_COLUMNS, "features")
 OPTIONAL_COLUMNS = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
-MAX_PAGES = 300_000  # of a table; most writers make pages of 1 MB
-HEADER_BYTES = (1 << 10, 1 << 20)  # first attempt to read the header of a page, and second attempt
+MAX_PAGES = 300_000  # most writers make pages of 1 MB
+HEADER_BYTES = (1 << 10, 1 << 20)  # bytes that are read for a page header, and if they are too few
 BATCH_VALUES = 1 << 20  # numbers of features that are decoded at once
-MAX_HEADER_DEPTH = 8  # of nested structs
-# Physical type -> bytes of a value in memory. Text is dictionary-encoded: a value is an index.
+MAX_HEADER_DEPTH = 8  # nested structs
+# Physical type -> bytes of a value in memory. Text is dictionary-encoded: its values are indices.
 VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
 class Rows(NamedTuple):
-    """The rows of a table.
+    """The F rows of a table, one for each frame.
 
     Attributes:
-      columns: name -> pyarrow column without nulls; clip and modality are dictionary-encoded.
-      values: the numbers of all features, row after row.
+      columns: a dict, name -> pyarrow column without nulls, except `features`. The columns `clip`
+        and `modality` are dictionary-encoded.
+      values: the features of all rows, joined in one array.
       width: [F] int, the number of values of each feature.
     """
 
@@ -51,7 +53,11 @@ class Rows(NamedTuple):
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a table. Raises UserError if it is damaged or needs too much memory."""
+    """Reads all rows of a parquet table.
+
+    Raises:
+      UserError: the table is damaged, needs too much memory, or lacks a column.
+    """
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
         names = _check_names(path, file.schema_arrow.names)
@@ -61,7 +67,7 @@ def read(path: Path) -> Rows:
 
 
 def read_clip_names(path: Path) -> list[str]:
-    """Returns the distinct clip names of a table, in any order."""
+    """Returns the distinct clip names of a parquet table, in any order."""
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
         _check_pages(path, opened, file, ["clip"])
@@ -70,13 +76,13 @@ def read_clip_names(path: Path) -> list[str]:
 
 
 def count_rows(path: Path) -> int:
-    """Returns the number of rows of a table."""
+    """Returns the number of rows of a parquet table."""
     with files.open_input(path) as opened, _Errors(path):
         return _open(path, opened).metadata.num_rows
 
 
 class _Errors:
-    """A context manager that turns errors of pyarrow into UserError."""
+    """Turns errors of pyarrow in a `with` block into UserError. System errors stay as they are."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -94,11 +100,11 @@ class _Errors:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: damaged, or not a parquet table: write it again ({reason})")
+    return UserError(f"{path}: is not a parquet table, or is damaged ({reason}): write it again")
 
 
 def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
-    """Opens a table. A dictionary holds each distinct text only once in memory."""
+    """Opens a table. Text is dictionary-encoded, so that each distinct text is in memory once."""
     import pyarrow
     from pyarrow import parquet
 
@@ -110,33 +116,38 @@ def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
         if column.name in TEXT_COLUMNS and column.type in kinds
     ]
     if file.schema_arrow.names.count("clip") > 1:
-        raise UserError(f"{path}: two columns are named clip: keep one")
+        raise UserError(f"{path}: two columns are named clip: delete one of them")
     return parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the columns to read. Raises UserError if a column is missing or misspelt."""
+    """Returns the names of the columns to read.
+
+    Raises:
+      UserError: a column is missing, misspelt, or comes twice.
+    """
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
         if name not in known and similar and similar not in names:
             raise UserError(
-                f"{path}: column '{show(name)}' would not be read; did you mean '{similar}'?"
+                f"{path}: column '{show(name)}' would be ignored: rename it to '{similar}', "
+                "or delete it"
             )
     for name in known:
         if name in COLUMNS and name not in names:
             raise UserError(
-                f"{path}: no column {name}; it has {show(', '.join(names))}\n"
-                "write a row per frame: clip (text), modality (text), features (a list of "
-                "numbers)\nand optionally quality, detection, number; or a file CLIP.npz per clip"
+                f"{path}: the table has no column {name}, only {show(', '.join(names))}\n"
+                "write a row for each frame, with clip, modality and features (a list of numbers)\n"
+                "quality, detection and number are optional"
             )
         if names.count(name) > 1:
-            raise UserError(f"{path}: two columns are named {name}: delete either")
+            raise UserError(f"{path}: two columns are named {name}: delete one of them")
     return [name for name in known if name in names]
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Raises UserError unless features are lists of numbers, and optional columns are numbers."""
+    """Raises UserError if features are not lists of numbers, or an optional column not numbers."""
     from pyarrow import types
 
     list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -149,13 +160,21 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
             if not any(is_kind(column.type) for is_kind in list_kinds):
                 kind = None
         if kind is None or not (types.is_integer(kind) or types.is_floating(kind)):
-            raise UserError(f"{path}: column {column.name} is {column.type}, wanted {wanted}")
+            raise UserError(
+                f"{path}: column {column.name} is of type {column.type}: write {wanted}"
+            )
 
 
 def _check_pages(
     path: Path, opened: io.FileIO, file: "parquet.ParquetFile", names: Sequence[str]
 ) -> int:
-    """Counts the values of the features in the headers of their pages: an upper limit.
+    """Counts the values of all features in the headers of pages, before a page is unpacked.
+
+    Args:
+      path: the path of the table, for messages.
+      opened: the opened file.
+      file: the same file, opened by pyarrow.
+      names: the columns to read.
 
     Raises:
       UserError: the headers and the footer count different numbers of values, or the columns need
@@ -173,10 +192,12 @@ def _check_pages(
             for page in _walk_pages(opened, column):
                 values, unpacked, pages = values + page.values, unpacked + page.size, pages + 1
                 if pages > MAX_PAGES:
-                    raise _damaged(path, f"more than {MAX_PAGES:,} pages")
+                    raise _damaged(path, f"it has more than {MAX_PAGES:,} pages")
             if values != column.num_values:
                 raise _damaged(
-                    path, f"{values:,} values of {name}, but {column.num_values:,} in the footer"
+                    path,
+                    f"it has {values:,} values of {name}, but its footer lists "
+                    f"{column.num_values:,}",
                 )
             width = VALUE_BYTES.get(column.physical_type, 4)
             if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
@@ -186,8 +207,8 @@ def _check_pages(
     limit, room = memory_bytes() // 3, files.max_unpacked_bytes(os.fstat(opened.fileno()).st_size)
     if size > limit:
         raise UserError(
-            f"{path}: its columns take {size:,} bytes, and a third of the memory is {limit:,}\n"
-            "for rank, embed and gallery identify, split it into several tables\n"
+            f"{path}: its columns take {size:,} bytes, but only {limit:,} are allowed, a third of "
+            "the memory\nfor rank, embed and gallery identify, split it into several tables\n"
             "for training, write a file SPLIT/CLIP.npz for each clip"
         )
     if size > room:
@@ -196,57 +217,56 @@ def _check_pages(
 
 
 class _Page(NamedTuple):
-    """The header of a page: the numbers of unpacked bytes and of values."""
+    """The size of a page in unpacked bytes, and its number of values."""
 
     size: int
     values: int
 
 
 def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
-    """Yields the pages of a column in a row group, up to the number of values in the footer."""
+    """Yields the pages of a column, until they have the number of values that the footer lists."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
     end, left = at + column.total_compressed_size, column.num_values
     while left > 0 and at < end:
         length, fields = _read_header(opened, at)
-        data = fields.get(5) or fields.get(8) or {}  # data page of version 1 or 2, or dictionary
+        data = fields.get(5) or fields.get(8) or {}  # data page of version 1 or 2; or a dictionary
         packed, unpacked, values = fields.get(3, -1), fields.get(2, -1), data.get(1, 0)
         if min(packed, unpacked, values) < 0:
-            raise ValueError("a page of negative size")
+            raise ValueError("a page has a negative size")
         yield _Page(unpacked, values)
         at += length + packed
         left -= values
 
 
 def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
-    """Returns the length and the fields of the header of the page that begins at byte `at`."""
+    """Reads the header of the page that begins at byte `at`.
+
+    Returns:
+      The length of the header, and a dict, field number of `PageHeader` -> value.
+    """
     for size in HEADER_BYTES:
         header = _Compact(os.pread(opened.fileno(), size, at))
         with contextlib.suppress(IndexError):
             fields = header.struct()
             return header.at, fields
-    raise ValueError("a page without a header")
+    raise ValueError("a page has no header")
 
 
 class _Compact:
-    """Reads a struct of Thrift's compact protocol from bytes.
-
-    Raises:
-      IndexError: the bytes are incomplete.
-    """
+    """Parses bytes in Thrift's compact protocol. Incomplete bytes raise IndexError."""
 
     def __init__(self, content: bytes):
         self._content, self.at = content, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Reads the next struct. Returns field number -> value.
+        """Parses the next struct, and returns a dict, field number -> value.
 
-        The value of an integer is an int, and the value of a nested struct is a dict. Values of
-        other types are skipped: they are None.
+        Only integers and nested structs are needed. The value of any other type is None.
         """
         if depth > MAX_HEADER_DEPTH:
-            raise ValueError("too many nested structs")
+            raise ValueError("a page header has too many nested structs")
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -256,7 +276,7 @@ class _Compact:
 
     def _value(self, kind: int, depth: int) -> Any:  # noqa: ANN401 (`kind` decides the type)
         match kind:
-            case 1 | 2:  # the kind is the value of a bool
+            case 1 | 2:  # True and False have no further bytes
                 return None
             case 4 | 5 | 6:
                 return self._int()
@@ -296,7 +316,7 @@ class _Compact:
 
 
 def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
-    """Reads the rows of all row groups, whose features have at most `counted` values."""
+    """Reads the columns `names` of a table. `counted` is the number of values of all features."""
     import pyarrow
     from pyarrow import compute
 
@@ -314,7 +334,7 @@ def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted
             first += len(chunk)
             flat = chunk.flatten()
             if flat.null_count:
-                raise UserError(f"{path}: column features: a list contains a null")
+                raise UserError(f"{path}: column features: a list contains a null: remove the row")
             flat = flat.to_numpy(zero_copy_only=False)
             width = compute.call_function("list_value_length", [chunk])
             widths.append(width.to_numpy(zero_copy_only=False))
@@ -335,16 +355,16 @@ def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted
 def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # noqa: ANN401 (pyarrow)
     if column.null_count:
         row = first + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise UserError(f"{path}: row {row + 1}: {name} is missing")
+        raise UserError(f"{path}: row {row + 1}: {name} is missing: add it, or delete the row")
 
 
 def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (pyarrow)
-    """Returns a dictionary-encoded column. Raises UserError if the column is not text."""
+    """Dictionary-encodes a column of text. Raises UserError if the column is not text."""
     import pyarrow
 
     try:
         codes = column.dictionary_encode()
         values = codes.dictionary.cast(pyarrow.string())
     except pyarrow.ArrowException:
-        raise UserError(f"{path}: column {name} is {column.type}, wanted text") from None
+        raise UserError(f"{path}: column {name} is of type {column.type}: write text") from None
     return pyarrow.DictionaryArray.from_arrays(codes.indices, values)

@@ -1,13 +1,13 @@
-"""Runs child processes, and limits the processes that read files from strangers.
+"""Runs functions in child processes with limits, so that they can read files from strangers.
 
-Python's process pools import the user's program again in each child. This would run a program
-without `if __name__ == "__main__"` again. So a child here runs a module of this package instead.
+A child process runs a module of this package that ends with `sys.exit(processes.serve(work))`.
+`run_limited` starts the module, passes arguments to its function `work`, and returns the result of
+`work`. Arguments and result are JSON values; arrays are passed in files. The child has limits of
+CPU time and, on Linux, of address space. On Linux it can neither open connections nor start
+programs, and it ends when its parent process ends.
 
-The module of a job ends with `sys.exit(processes.serve(work))`. `run_limited` starts the module,
-passes arguments to `work` and returns its answer. Both are JSON; arrays are passed in files.
-`run_limited_each` calls `work` several times in the same process. A job has limits of address space
-(on Linux) and CPU time. On Linux it can neither open connections nor start programs, and it ends
-when its parent process ends.
+The process pools of Python are not used, because each of their processes imports the user's program
+again. A program without `if __name__ == "__main__"` would then run again.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from vidjax.utils.machine import max_open_files
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
-# Elapsed time exceeds CPU time if the disk is slow or other processes use the cores.
+# Limits of elapsed time: it exceeds CPU time if the disk is slow or other processes use the cores.
 WALL_SECONDS = 60
 WALL_PER_CPU = 20
 
-# Machine -> its number in the headers of Linux, and the numbers of the system calls socket, execve,
-# execveat, ptrace and io_uring_setup (which can open sockets, too).
+# Machine -> its number in the headers of Linux, and the numbers of the forbidden system calls:
+# socket, execve, execveat, ptrace and io_uring_setup (which can open sockets, too).
 _CALLS = {
     "x86_64": (0xC000003E, (41, 59, 322, 101, 425)),
     "aarch64": (0xC00000B7, (198, 221, 281, 117, 425)),
@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 
 
 class Children:
-    """A group of child processes that can be killed together. Several threads may start them."""
+    """Starts child processes, and can kill all of them. Several threads may share it."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
@@ -62,20 +62,23 @@ class Children:
     def run(
         self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a module of this package, waits until it ends, and returns the ended process.
+        """Runs a Python module in a child process, and waits until it ends.
 
         Args:
           module: the name of the module.
-          words: arguments of the module.
+          words: the command-line arguments.
           given: bytes for standard input.
-          timeout: seconds after which the child is killed.
+          timeout: seconds after which the child is killed. If it is None, there is no limit.
+
+        Returns:
+          The ended process with its exit code and its output.
 
         Raises:
           subprocess.TimeoutExpired: the child was killed after `timeout`.
         """
-        # PYTHONPATH: the child imports from the same folders as this process, but not from the
-        # current directory. Threads: each BLAS thread would reserve address space. MALLOC: glibc
-        # would return the memory of each batch, and the system would clear the pages of the next.
+        # PYTHONPATH makes the child import from the same folders as this process. THREADS is 1,
+        # because each BLAS thread would reserve address space. MALLOC makes glibc keep freed
+        # memory, because the system would clear the pages again at the next allocation.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
@@ -87,7 +90,7 @@ class Children:
         pipe = subprocess.PIPE
         with self._lock:
             if self._stopped:
-                raise InterruptedError("stopped")  # `map_children` has already raised
+                raise InterruptedError("stopped")  # nobody reads this error of a late thread
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *map(str, words)],
                 stdin=pipe,
@@ -105,7 +108,7 @@ class Children:
         return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
 
     def stop(self) -> None:
-        """Kills all children, and prevents new ones."""
+        """Kills all children. After this call, `run` starts no more children."""
         with self._lock:
             self._stopped = True
             for child in self._started:
@@ -119,16 +122,23 @@ def map_children(
     *,
     progress: str = "",
 ) -> list[Result]:
-    """Returns `[function(children, item) for item in items]`, with `workers` calls at once.
+    """Calls a function for each item, several calls at once, each in a thread.
 
-    Each call runs in a thread and waits for a child process. Calls start in the order of the items.
-    The first error kills all children and is raised. `progress` is the title of a progress bar; "":
-    no bar.
+    The first error kills all child processes and is raised.
+
+    Args:
+      function: a function of `children`, with which it starts child processes, and an item.
+      items: the items. Calls start in this order.
+      workers: number of calls at once.
+      progress: the title of a progress bar. If it is "", there is no progress bar.
+
+    Returns:
+      The results, in the order of the items.
     """
     from tqdm import tqdm
 
     children = Children()
-    # A child needs three pipes, and a few more files during its start.
+    # A child needs three open files, and a few more during its start.
     with ThreadPoolExecutor(max(1, int(min(workers, max_open_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
         try:
@@ -148,7 +158,10 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limits the address space of this process (on Linux), and its CPU time from now on."""
+    """Limits the address space of this process in bytes (only on Linux) and its CPU time.
+
+    `cpu_seconds` are counted from now on.
+    """
     import resource
 
     cpu = int(time.process_time()) + cpu_seconds
@@ -162,10 +175,10 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def forbid_connections() -> bool:
-    """Prevents this process from opening sockets and starting programs.
+    """Prevents this process from opening sockets and starting programs, until it ends.
 
     Returns:
-      False if the system does not support this.
+      True if the system supports this.
 
     Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
     """
@@ -194,16 +207,22 @@ def forbid_connections() -> bool:
 
 
 def end_with_parent() -> None:
-    """Makes the system kill this process when its parent process ends (on Linux)."""
+    """Makes the system kill this process when its parent process ends. Works only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """Reads jobs from standard input, calls `work` under their limits, and prints the answers.
+    """Runs in a child process: calls `work` with each job that `run_limited_each` sends.
 
-    `work` takes the arguments of a job and returns its answer; both are JSON values. The output of
-    libraries is redirected to standard error. Returns 0, the exit status.
+    Jobs are read from standard input as JSON, and the results are written to standard output. What
+    libraries print is redirected to standard error.
+
+    Args:
+      work: a function that takes the arguments of a job, and returns its result, both JSON values.
+
+    Returns:
+      0, the exit code.
     """
     end_with_parent()
     with open(0, "rb", closefd=False) as given:
@@ -221,11 +240,14 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
 def _answer(
     work: Callable[[dict[str, Any]], dict[str, Any]], path: str, given: dict[str, Any], limit: str
 ) -> dict[str, Any]:
-    """Calls `work`; returns a dict with its `result` or its error, for `_parse_answer`."""
+    """Calls `work`, and returns its result or its error as JSON, for `_parse_answer`."""
     try:
         return {"result": work(given)}
     except MemoryError:
-        return {"error": f"{path}: refused: reading it needs more memory than {limit}"}
+        return {
+            "error": f"{path}: is refused, because reading it needs more memory than {limit}: "
+            "split it into smaller files"
+        }
     except UserError as error:
         kind = "os_error" if isinstance(error, OSError) else "error"
         return {kind: str(error), "errno": getattr(error, "errno", None)}
@@ -242,19 +264,22 @@ def run_limited(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> dict[str, Any]:
-    """Runs a module that calls `serve` in a limited child process, and returns its answer.
+    """Runs the function `work` of a module in a child process with limits.
 
     Args:
-      module: the name of the module.
-      path: the file that the job reads, for messages.
+      module: the name of a module that ends with `sys.exit(processes.serve(work))`.
+      path: the file that `work` reads, for messages.
       arguments: the arguments of `work`, JSON values.
-      memory_bytes, cpu_seconds: the limits. The elapsed time is limited to WALL_SECONDS plus
-        WALL_PER_CPU times `cpu_seconds`.
-      children: the group of the child, so that another thread can kill it.
+      memory_bytes: limit of the address space, in bytes.
+      cpu_seconds: limit of the CPU time. The elapsed time may be 60 seconds + 20 times as long.
+      children: starts the child, so that another thread can kill it. It may be None.
+
+    Returns:
+      The result of `work`.
 
     Raises:
-      UserError: the job raised UserError, exceeded a limit, or crashed.
-      DiskError: the job could not read or write a file.
+      UserError: `work` raised UserError, exceeded a limit, or crashed.
+      DiskError: `work` could not read or write a file.
     """
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
     (answer,) = run_limited_each(module, [(path, arguments)], **limits, children=children)
@@ -271,16 +296,18 @@ def run_limited_each(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> list[dict[str, Any] | UserError]:
-    """Runs several jobs of a module in the same limited child process, in turn.
+    """Calls the function `work` of a module several times, in the same child process with limits.
 
     Args:
-      given: the path and the arguments of each job; see `run_limited` for the others.
+      module: the name of a module that ends with `sys.exit(processes.serve(work))`.
+      given: for each call, the file that `work` reads, and its arguments.
+      memory_bytes, cpu_seconds, children: see `run_limited`. All calls share the limits.
 
     Returns:
-      The answer or the error of each job.
+      The result of each call, or its error.
 
     Raises:
-      UserError: the process exceeded a limit or crashed. The message names the first path.
+      UserError: the process exceeded a limit or crashed. The message names the first file.
     """
     path = given[0][0]
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
@@ -291,11 +318,12 @@ def run_limited_each(
         child = (children or Children()).run(module, given=input_, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{path}: refused: reading it needs more than {seconds} s: split it into smaller files"
+            f"{path}: is refused, because reading it needs more than {seconds} s: "
+            "split it into smaller files"
         ) from None
     if child.returncode == -signal.SIGXCPU:
         raise UserError(
-            f"{path}: refused: reading it needs more than {cpu_seconds} s of CPU time: "
+            f"{path}: is refused, because reading it needs more than {cpu_seconds} s of CPU time: "
             "split it into smaller files"
         )
     if child.returncode == -signal.SIGKILL:
@@ -308,7 +336,7 @@ def run_limited_each(
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
         raise UserError(
-            f"{path}: damaged or hostile: the process that reads it ended with {name}: "
+            f"{path}: is damaged or hostile, because the process that reads it ended with {name}: "
             "write the file again, or leave it out"
         )
     if child.returncode:
@@ -321,7 +349,7 @@ def run_limited_each(
 
 
 def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
-    """Returns the result or the error of a job."""
+    """Returns the result or the error that `_answer` wrote."""
     if "os_error" in answer:
         failed = DiskError(answer["os_error"])
         failed.errno = answer.get("errno")

@@ -1,7 +1,8 @@
-"""Clips that stay on the devices, as flat arrays of frames.
+"""Keeps the clips of a dataset on the devices during training, if they fit.
 
-A training step reads only the frames that its fusion chooses. The devices compute each batch from
-(seed, step): several steps run without the host, and a resumed run needs only its step.
+The frames of all clips are joined in one array per modality and field. The devices draw each batch
+from the seed and the number of the step, so several steps run without the host. A step reads only
+the frames that its fusion chooses.
 """
 
 import functools
@@ -33,16 +34,20 @@ from vidjax.utils.errors import UserError
 
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
-# Bytes of a resident frame without its feature.
+# Bytes of a frame without its feature.
 SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in BATCHED[1:])
-CHUNK_BYTES = 32 << 20  # copied to the devices at once
+CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the B clips of a training step, see `order.draw_batch_clips`, with LazyFeatures.
+    """Draws the batch of a training step from clips on the devices.
+
+    The features of the batch are not gathered yet, because a fusion may choose only some frames.
 
     Args:
-      clips: modality -> Packed of N clips. The last frame is zeros and serves as padding.
+      clips: a dict, modality -> the joined frames of all clips. The last frame consists of zeros,
+        and is used as padding.
+      plan: the plan of the batches.
       step: [] int32, number of the step, from 0.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
@@ -63,15 +68,19 @@ def gather_frames(
     *,
     lazy: bool = True,
 ) -> Frames:
-    """Returns Frames [B, size] of B clips.
+    """Gathers the frames of B clips in a modality, padded to `size` frames.
 
     Args:
-      clips: N clips of a modality. The last frame is zeros and serves as padding.
-      clip_index: [B] int32, the clips to take.
+      clips: the joined frames of N clips. The last frame consists of zeros, and is used as padding.
+      clip_index: [B] int32, the clips to gather.
       batch_mask: [B] bool, False for rows that stay empty.
-      size: T.
-      window: [B] float32, the random windows (see `choose_first_frame`); None: the first T frames.
-      lazy: True for LazyFeatures, which are gathered after a fusion has chosen frames.
+      size: number of frames.
+      window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
+        None, the first `size` frames are taken.
+      lazy: if True, features are gathered later, after a fusion has chosen frames.
+
+    Returns:
+      Frames [B, size].
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
@@ -88,22 +97,23 @@ def gather_frames(
 
 
 def _take(values: Array, index: Array) -> Array:
-    """Returns values[index]; the index must be valid."""
+    """Returns values[index]. All indices must be in range, because they are not checked."""
     return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
 
 
 class ResidentPlan(NamedTuple):
-    """The clips and frames that will be resident on the devices.
+    """The clips that are copied to the devices, and the memory that they need.
 
     Attributes:
-      train_splits: the training splits; `clip_index` counts through their clips, in order.
+      train_splits: the training splits. `clip_index` numbers the clips of all of them, in order.
       splits: the training splits and the split to evaluate.
       modalities: the names of the modalities.
-      num_frames: modality -> number of frames, including the copies of `best`.
-      best: (split, phase, modality) -> T, where the phase is `train` or `eval`. In this phase, a
-        clip of more than T frames is reduced to its best T frames, which are stored as a copy.
-      nbytes: bytes of all frames.
-      widths: modality -> D.
+      num_frames: a dict, modality -> number of frames, including the copies of `best`.
+      best: a dict, (split, phase, modality) -> T. The phase is 'train' or 'eval'. In this phase,
+        only the T frames of the highest quality of a longer clip are used. They are stored as a
+        copy.
+      nbytes: number of bytes of all frames.
+      widths: a dict, modality -> feature width.
     """
 
     train_splits: tuple[str, ...]
@@ -116,7 +126,13 @@ class ResidentPlan(NamedTuple):
 
 
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
-    """Plans which clips are resident. Only the lengths of the clips are read."""
+    """Computes which clips training and evaluation need on the devices, and their size.
+
+    Args:
+      data: the dataset. Only the lengths of its clips are read.
+      plan: the plan of the training batches.
+      eval_split: the split to evaluate.
+    """
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
     for split in splits.values():
@@ -143,15 +159,18 @@ def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> 
 def step_bytes(
     layout: ResidentPlan, plan: BatchPlan, params: int, columns: int, mesh: Mesh
 ) -> float:
-    """Estimates the bytes that a training step needs on a device, in addition to the state.
+    """Estimates the bytes that a training step needs on a device for intermediate results.
 
-    The estimate counts, as float32, the batch, the fused frames and their gradients; the logits,
-    losses and their gradients; and the gradients and updates of the parameters. The parameters and
-    the state of the optimiser are already on the device.
+    The results are the batch, the fused frames, the logits, the losses and the gradients of all of
+    them, as float32. The gradients and the updates of the parameters are also counted. The
+    parameters and the state of the optimiser are not counted.
 
     Args:
+      layout: the clips on the devices.
+      plan: the plan of the training batches.
       params: bytes of the parameters.
-      columns: number of class columns.
+      columns: number of classes.
+      mesh: the devices.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip
@@ -161,21 +180,23 @@ def step_bytes(
 def choose_mode(
     mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
 ) -> str:
-    """Returns `resident` or `streaming`.
+    """Chooses whether clips stay on the devices ('resident') or are read from disk ('streaming').
 
     Args:
-      mode: `config.data.mode`. With `auto`, the free memory decides.
+      mode: the mode in the configuration. If it is 'auto', the free memory decides.
+      layout: the clips that would stay on the devices.
+      mesh: the devices.
       num_drawn: the number of clips in all batches of the run.
-      taken: bytes of a training step, see `step_bytes`.
+      taken: bytes that a training step needs, see `step_bytes`.
 
     Raises:
-      UserError: the mode is `resident`, and an int32 cannot count the clips or frames.
+      UserError: `mode` is 'resident', but there are more clips or frames than an int32 can count.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
         raise UserError(
-            f"config.data.mode='resident': {num_drawn:,} clips to draw and "
-            f"{max(layout.num_frames.values()):,} frames are too many for an int32\n"
+            f"config.data.mode='resident' is not possible: {num_drawn:,} clips in all batches, or "
+            f"{max(layout.num_frames.values()):,} frames, are too many for an int32\n"
             "use --config.data.mode=streaming"
         )
     if mode != "auto":
@@ -188,9 +209,9 @@ def choose_mode(
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
-    """Returns the free bytes of the fullest local device.
+    """Returns the free memory in bytes of the local device with the least free memory.
 
-    On a CPU, the free memory of the host is divided by the number of emulated devices.
+    If the devices are emulated on a CPU, they share the free memory of the host equally.
     """
     free = []
     for device in mesh.local_devices:
@@ -201,15 +222,25 @@ def find_least_free_bytes(mesh: Mesh) -> float:
 
 
 class Resident:
-    """A `ClipSource` that keeps the clips of some splits on the devices.
+    """Clips of a dataset that are copied to the devices.
 
     Attributes:
-      train: modality -> Packed of the training clips in the order of `clip_index`. The last frame
-        is zeros, and is used as padding.
+      identities: the names of the classes. Label c of a clip means `identities[c - 1]`.
+      train: a dict, modality -> the joined frames of the training clips. The last frame consists of
+        zeros, and is used as padding.
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Copies the clips of the layout to the devices. Raises UserError for damaged records."""
+        """Copies clips to the devices.
+
+        Args:
+          data: the dataset.
+          layout: the clips to copy.
+          mesh: the devices.
+
+        Raises:
+          UserError: a file of the dataset is damaged.
+        """
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = jax.jit(
@@ -238,7 +269,7 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns modality -> Packed of the clips of `splits` in a phase."""
+            """Returns a dict, modality -> the frames of the clips of `splits`, for `phase`."""
             located = {}
             for name, packed in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
@@ -250,14 +281,14 @@ class Resident:
         self._eval = {split: locate([split], "eval") for split in layout.splits}
 
     def split(self, name: str) -> Split:
-        """Returns a split of the dataset."""
+        """Returns the clips and labels of a split. Raises UserError if no split has this name."""
         return self._data.split(name)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
+        """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        Within a bucket, clips are sorted by name. If the split or a modality is not resident, all
-        frames are read from the dataset.
+        See `ClipSource`. Clips of similar length are sorted by name. If the split or a modality is
+        not on the devices, all frames are read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows)
@@ -276,7 +307,7 @@ class Resident:
 def gather_modalities(
     clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
 ) -> list[Frames]:
-    """Returns the Frames of B clips in each modality, see `gather_frames`."""
+    """Returns the frames of B clips in each modality. See `gather_frames`."""
     return [
         gather_frames(packed, clip_index, batch_mask, size, lazy=False)
         for packed, size in zip(clips, sizes, strict=True)
@@ -284,29 +315,29 @@ def gather_modalities(
 
 
 def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
-    """Returns the best `count` frames of a clip, in time order."""
+    """Returns the `count` frames of the highest quality of the clip `row`, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     chosen = choose_best_frames(np.asarray(packed.quality[clip]), count)
     return _make_flat_arrays([getattr(packed, name)[clip][chosen] for name in BATCHED])
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns Packed with empty `start` and `length`; `fields` are the arrays of BATCHED."""
+    """Returns frames that are not divided into clips yet. `fields` are arrays as in BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 
 
 class _Filler:
-    """Fills flat arrays on the devices, from the front. The host needs memory for a chunk."""
+    """Copies frames to arrays on the devices, in chunks, so that the host needs little memory."""
 
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
-        """Allocates `num_frames` frames of a modality, and another frame of zeros."""
+        """Allocates arrays for `num_frames` frames of a modality, and a last frame of zeros."""
         self._mesh = mesh
         dtype = np.dtype(modality.dtype)
         scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in BATCHED[1:]]
         fields = [((modality.dim,), dtype), *scalars]
         rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
-        self._waiting = self._done = 0  # frames in the chunk, and on the devices
+        self._waiting = self._done = 0  # frames in the chunk, and frames on the devices
         self._arrays: list[Array] = []
         if num_frames < rows:  # the chunk becomes the arrays, so no program is compiled
             self._chunk = [np.zeros((num_frames + 1, *shape), dtype) for shape, dtype in fields]
@@ -322,7 +353,7 @@ class _Filler:
         self._arrays = zeros()
 
     def append(self, packed: Packed) -> int:
-        """Appends frames, and returns the index of the first."""
+        """Appends frames, and returns the index of the first frame."""
         fields = [getattr(packed, name) for name in BATCHED]
         begin = self._done + self._waiting
         taken, count = 0, len(packed.quality)
@@ -345,7 +376,7 @@ class _Filler:
         self._waiting = 0
 
     def finish(self) -> Packed:
-        """Returns Packed of all frames, with empty `start` and `length`."""
+        """Copies the last chunk, and returns all frames, not divided into clips."""
         if not self._arrays:
             return _make_flat_arrays(devices.replicate(self._mesh, self._chunk))
         if self._waiting:

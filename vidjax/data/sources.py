@@ -1,4 +1,4 @@
-"""Opens sources of features: a dataset of `config.data`, a folder, or a dict of arrays."""
+"""Opens datasets: a dataset that a configuration names, a folder, or a dict of arrays."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,24 +18,28 @@ from vidjax.data.synthetic import SyntheticOptions
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument, check_entry
 
-if TYPE_CHECKING:  # it imports TensorFlow
+if TYPE_CHECKING:
     from vidjax.data.records.dataset import Dataset
 
-Section = Mapping[str, Any]  # `config.data`
+Section = Mapping[str, Any]  # the section `data` of a configuration
 CacheDir = str | Path | None
 _LOG = logging.getLogger(__name__)
 
 
 def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
-    """Returns the synthetic dataset as official files, generated at the first call."""
+    """Opens the synthetic dataset. At the first call, it is generated in the cache.
+
+    Its files have the layout of the iQIYI-VID dataset. `data` is the section `data` of a
+    configuration.
+    """
     if data["dir"]:
         raise UserError(
-            f"config.data.dir={data['dir']}: config.data.name=synthetic does not read a folder\n"
-            "to read it: --config.data.name=arrays, or --config.data.name=iqiyi_vid for official "
-            "files\nfor the synthetic dataset: --config.data.dir="
+            f"config.data.dir={data['dir']} would be ignored, because config.data.name=synthetic\n"
+            "to read the folder, add --config.data.name=arrays (or iqiyi_vid for official files)\n"
+            "for the synthetic dataset, add --config.data.dir="
         )
     options = _parse_synthetic_options(data)
-    # The digest of the source code is the version: any change of the code makes a new dataset.
+    # The key contains a digest of the source code, because other code makes another dataset.
     version = files.sha256_file(Path(synthetic.__file__))
     key = [data["size"], data["seed"], options._asdict(), version]
     folder = cache_folder(cache_dir, "synthetic", key)
@@ -50,12 +54,12 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
 
 
 def open_iqiyi_vid(data: Section, cache_dir: CacheDir) -> RecordSource:
-    """Returns the official files in the folder `config.data.dir`."""
+    """Opens the official iQIYI-VID files in the folder `data.dir` of a configuration."""
     return OfficialFiles(_get_directory(data, "official files"), cache_dir=cache_dir)
 
 
 def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
-    """Returns your own features in the folder `config.data.dir`, see `vidjax.data.arrays`."""
+    """Opens the user's own features in the folder `data.dir` of a configuration."""
     folder = _get_directory(data, "features")
     return FeatureFolder(folder, quality=data["quality"], cache_dir=cache_dir)
 
@@ -63,9 +67,9 @@ def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
 def _get_directory(data: Section, content: str) -> Path:
     if not data["dir"]:
         raise UserError(
-            f"config.data.dir is not set: name the folder of the {content}: "
+            f"config.data.dir is not set: name the folder of the {content} with "
             "--config.data.dir=FOLDER\n"
-            "for data in memory, use Python: vidjax.evaluate(workdir, data)"
+            "if the data are in memory, call vidjax.evaluate(workdir, data) in Python"
         )
     return files.local(data["dir"])
 
@@ -85,15 +89,16 @@ def open_source(
     cache_dir: CacheDir = None,
     quality: Quality = "given",
 ) -> RecordSource:
-    """Opens features and labels.
+    """Opens a dataset, without reading its features.
 
     Args:
-      given: the section `config.data`, which replaces all other arguments; a folder of official
-        pickles or of your own features; or split -> clip -> modality -> features.
-      labels, cache_dir, quality: see `vidjax.load_data`.
+      given: the section `data` of a configuration; or a folder of official pickles or of a user's
+        own features; or a dict, split -> clip -> modality -> features.
+      labels, cache_dir, quality: see `vidjax.load_data`. They are ignored if `given` is a
+        configuration.
 
     Raises:
-      UserError: there are no features, or official pickles come with `labels` or `quality`.
+      UserError: there are no features, or `labels` or `quality` are given for official pickles.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -112,8 +117,8 @@ def open_source(
     ):
         if value != default:
             raise UserError(
-                f"{name}: {folder} contains official pickles\n"
-                f"leave `{name}` out: it is read from {where}"
+                f"load_data: `{name}` would be ignored, because {folder} contains official "
+                f"pickles\nleave it out: it is read from {where}"
             )
     return OfficialFiles(folder, cache_dir=cache_dir)
 
@@ -126,7 +131,10 @@ def load(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> "Dataset":
-    """Loads a dataset. If the cache does not have it, it is converted. See `vidjax.load_data`."""
+    """Loads a dataset. At the first call, it is converted to TFRecords in the cache.
+
+    See `vidjax.load_data` for the arguments.
+    """
     from vidjax.data.records.conversion import convert
     from vidjax.data.records.dataset import Dataset
 
@@ -140,12 +148,13 @@ def load(
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:
-    """Returns modality -> feature width, without reading a file.
+    """Returns a dict, modality -> feature width, without reading a file.
 
-    The width is 0 if it is unknown. The dict is empty if file names do not contain the modalities.
+    If the width is unknown, it is 0. If file names do not contain modalities, the dict is empty.
+    `data` is the section `data` of a configuration.
 
     Raises:
-      UserError: a folder has no features.
+      UserError: the folder has no features.
     """
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims
@@ -153,7 +162,7 @@ def read_modalities(data: Section) -> Mapping[str, int]:
 
 
 def is_generated(name: str) -> bool:
-    """Returns True if a dataset is generated (from `config.data.size` and `seed`), not read."""
+    """Returns True if the dataset `name` is generated, and False if it is read from files."""
     return name == "synthetic"
 
 
@@ -163,7 +172,10 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset, and the size, seed and changed options if it is generated."""
+    """Describes a dataset in a few words: its name, and how it was generated.
+
+    `data` is the section `data` of a configuration. Options with the default value are left out.
+    """
     name = data.get("name", "")
     if not is_generated(name):
         return name

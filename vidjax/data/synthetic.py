@@ -1,21 +1,22 @@
-"""A synthetic iQIYI-VID: feature pickles in the official layout, and their ground truth.
+"""Generates a dataset like iQIYI-VID: pickles of features in the official layout, and ground truth.
 
-A person is a unit vector per modality, in a subspace of `RANK` dimensions. Each clip displaces the
-vector, half of it along a few pose directions that all people share. Frames are spread around the
-displaced point, further if their quality is lower. So the difficulty is mostly in the clip, not in
-the frame. There are also look-alikes, strangers, frames of the wrong person, clips and modalities
-without information, and missing modalities.
+In each modality, a person is a unit vector in a subspace of 64 dimensions. In each clip, the vector
+is displaced, partly along a few directions that all people share, as if by the pose. The frames of
+the clip are spread around the displaced vector, further if their quality is lower. So clips of a
+person differ more than frames of a clip. There are also look-alikes, strangers, frames of the wrong
+person, modalities without information, and missing modalities.
 
-The displacement `Size.spread` was calibrated on single modalities and then fixed. A plain MLP (two
-layers of 1024, 1 to 5 random frames fused) reaches this val MAP@100, distractors included:
+The displacement (`Size.spread`) was calibrated on single modalities and then fixed. An MLP (two
+layers of 1024, 1 to 5 random frames fused) reaches this MAP@100 on val, including distractors. W(x)
+weights the frames by quality.
 
 | size | face, W(x) | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
 | standard, seed 0 | 0.85 | 0.72 | 0.54 | 0.12 | 0.05 | 0.19 |
 | small, mean of seeds 0-2 | 0.86 (0.83-0.89) | 0.73 | 0.54 | 0.14 | 0.06 | 0.20 |
 
-Source: our design. Sizes, missing rates and score distributions follow published figures of
-iQIYI-VID-2019; unpublished properties (programmes, strangers, boxes) are invented.
+Source: our design. Sizes, rates of missing modalities and distributions of scores follow published
+figures of iQIYI-VID-2019. Unpublished properties (TV programmes, strangers, boxes) are invented.
 """
 
 import pickle
@@ -31,15 +32,15 @@ from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_choice
 
 RANK = 64  # dimensions in which people differ
-_SINGLETON_RATE = 0.4
-_CLUSTER_SIZE = 5
+_SINGLETON_RATE = 0.4  # share of distractors whose stranger has only one clip
+_CLUSTER_SIZE = 5  # mean number of clips of other strangers
 _LOOKALIKE_COSINE = 0.75
 _POSE_RANK = 8
 _CLIPS_PER_IDENTITY = {"train": 5.76, "val": 4.55, "test": 4.55}
 _DISTRACTOR_RATE = 0.375
-_NEAR_RATE = 0.1
-_LOOKALIKE_RATE = 0.15
-_UNRECOGNISABLE_RATE = 0.065
+_NEAR_RATE = 0.1  # share of strangers who look like an identity
+_LOOKALIKE_RATE = 0.15  # share of identities who look like another identity
+_UNRECOGNISABLE_RATE = 0.065  # share of labelled clips that do not show the person
 _WRONG_FRAME_RATE = 0.025
 _CHUNK_CLIPS = 256
 _MAX_FRAMES = 300
@@ -47,13 +48,14 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 
 
 class _Modality(NamedTuple):
-    """The properties of a modality that do not depend on the size of the set.
+    """The properties of a modality that do not depend on the size of the dataset.
 
     Attributes:
-      every: distance in frames between two features; 0: a single feature per clip.
+      every: distance in frames between two features. If it is 0, a clip has a single feature.
       blank_rate: share of clips in which the modality has no information about the person.
       missing_rate: share of clips without the modality.
-      resembles: True if look-alikes resemble each other in the modality, and hard clips are hard.
+      resembles: True if look-alikes resemble each other in this modality. Its displacement then
+        also varies more between clips.
     """
 
     every: int
@@ -72,13 +74,14 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size and difficulty of a set. After a change, `spread` must be calibrated again.
+    """The size and the difficulty of a dataset. After a change, `spread` must be calibrated again.
 
     Attributes:
       identities: number of identities.
       mean_frames: mean number of frames per clip.
-      dims: modality -> feature width.
-      spread: modality -> median displacement of a clip, in lengths of an identity.
+      dims: a dict, modality -> feature width.
+      spread: a dict, modality -> median length of the displacement of a clip. The vector of a
+        person has the length 1.
     """
 
     identities: int
@@ -87,8 +90,8 @@ class Size(NamedTuple):
     spread: Mapping[str, float]
 
 
-# A first run should take less than a minute. So the small set has the official number of clips per
-# identity and share of distractors, but shorter clips and narrower features than 29.5 and 512.
+# The small dataset has shorter clips and narrower features than the official dataset, so that a
+# first run takes less than a minute.
 SIZES = {
     "small": Size(
         100,
@@ -106,30 +109,30 @@ SIZES = {
 
 
 class SyntheticOptions(NamedTuple):
-    """The difficulty of the set; the defaults are the calibrated values.
+    """The difficulty of the dataset. The defaults are the calibrated values.
 
     Each option except `train_distractors` changes only the property that it describes. All other
-    values stay equal to the bit, so two sets that differ in an option are directly comparable.
+    values stay equal to the bit, so two datasets that differ in an option are directly comparable.
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames, in a row, shows another person,
-        with a quality that is lower by 20. No rate is published. The iQIYI-VID paper keeps clips in
-        which more than 30 % of the frames show a single head, or a head that is much larger than
-        all others (section 3.2); so up to 70 % may show several people.
-      blur: how strongly blur depends on quality: the noise of a frame is exp(blur (78 - quality) /
-        50). At 0, all frames are blurred alike. With nearest neighbours on the small set, the
-        weights W(x) improve the MAP of the mean face by 0.002, 0.005, 0.009 and 0.021 at 0, 1, 1.5
-        and 2; quality fusion (4th place 2019) reports gains of 0.01 by weighting frames and of 0.02
-        by filtering them.
-      label_noise: share of train clips with the label of another person. The iQIYI-VID paper
-        reports at most 0.002, checked by its authors (section 3.4).
+        with a quality that is lower by 20. No rate is published. The iQIYI-VID paper keeps a clip
+        if more than 30 % of its frames show a single head, or a head that is much larger than all
+        others (section 3.2). So up to 70 % of the frames may show several people.
+      blur: how strongly blur depends on quality. The noise of a frame is
+        exp(blur (78 - quality) / 50), so at 0 all frames are blurred alike. At 0, 1, 1.5 and 2, the
+        weights W(x) improve the MAP of the mean face by 0.002, 0.005, 0.009 and 0.021, with nearest
+        neighbours on the small dataset. The 4th place of 2019 reports gains of 0.01 by weighting
+        frames by quality, and of 0.02 by filtering them.
+      label_noise: share of train clips with the label of another person. The authors of the
+        iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. The official train split has
-        none; val, on which the teams of 2018 and 2019 trained, has 0.375.
-      missing_rate: share of clips without face, head, body or audio, drawn independently, in
-        addition to the 0.02, 0.02, 0.05 and 0.15 in every set. No rate is published; the small real
-        set of our tests lacks 0.1 of the faces and of the voices.
+        none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
+      missing_rate: share of clips without face, head, body or audio, drawn independently. It is
+        added to the 0.02, 0.02, 0.05 and 0.15 in every dataset. No rate is published. The small
+        real dataset of our tests lacks 0.1 of the faces and of the voices.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
-        to another person in all frames: a tracker followed the wrong face, or there is a
+        to another person in all frames, because a tracker followed the wrong face, or there is a
         voice-over. The iQIYI-VID paper mentions both (sections 1 and 6.4) without a rate.
     """
 
@@ -150,19 +153,24 @@ class SyntheticOptions(NamedTuple):
 
 
 CALIBRATED = SyntheticOptions()
-LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; the lower limits are 0
+LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; all lower limits are 0
 
 
 def write(
     out_dir: str | Path, *, size: str, seed: int = 0, options: SyntheticOptions = CALIBRATED
 ) -> None:
-    """Writes the synthetic set into `out_dir`, which must be empty or missing.
+    """Writes the synthetic dataset to a folder, in the layout of the official files.
 
-    The files are fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face
-    train and val are `_v2`), `train_gt.txt` (a clip and its identity per line, sorted by identity),
-    `val_gt.txt` and `test_gt.txt` (an identity and its clips per line, without distractors). The
-    official test ground truth is not published; with this ground truth, a test ranking can be
-    scored. Equal sizes and seeds give equal bytes with the same machine and numpy.
+    For each modality and split there is a pickle, `{face,head,body,audio,scene}_{train,val,test}`,
+    where face train and face val end in `_v2`. `train_gt.txt` has a clip and its identity per line.
+    `val_gt.txt` and `test_gt.txt` have an identity and its clips per line. Equal arguments give
+    equal bytes on the same machine with the same version of numpy.
+
+    Args:
+      out_dir: the folder. It must be empty, or must not exist.
+      size: 'small' or 'standard'.
+      seed: the random seed, 0 or more.
+      options: the difficulty.
 
     Raises:
       UserError: `out_dir` is not empty, the size is unknown, the seed is negative, or an option is
@@ -170,14 +178,14 @@ def write(
     """
     check_choice("size", size, SIZES)
     if seed < 0:
-        raise UserError(f"seed must not be negative, got {seed}")
+        raise UserError(f"seed={seed} is negative: choose 0 or more")
     for name, value in options._asdict().items():
         if not 0 <= value <= (largest := getattr(LARGEST, name)):
-            raise UserError(f"config.data.{name}={value}: must lie between 0 and {largest:g}")
+            raise UserError(f"config.data.{name}={value} is out of range: choose 0 to {largest:g}")
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} exists and is not an empty folder\nname a new folder")
-    # Files are moved when all are complete, so an interrupted set does not look complete.
+        raise UserError(f"{out_dir}: exists and is not an empty folder\nname a new folder")
+    # Files are moved when all are complete, so that an interrupted call leaves no files.
     partial = out_dir / ".partial"
     partial.mkdir(parents=True)
     try:
@@ -218,14 +226,14 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 
 
 class _FlatFrames(NamedTuple):
-    """The frames of n clips, clip by clip.
+    """The F frames of n clips in a modality, clip by clip.
 
     Attributes:
       present: [n] bool, True if the clip has the modality. Otherwise, its frames are not written.
-      lengths: [n] int, number of frames of the clip.
-      number: [F] int, frame number.
+      lengths: [n] int, number of frames of each clip.
+      number: [F] int, number of the frame in the video.
       box: [F, 4] float64, x1, y1, x2, y2 in pixels.
-      detection, quality: [F] float64.
+      detection, quality: [F] float64, scores of the frame.
       features: [F, D] float16 or float32.
     """
 
@@ -238,7 +246,7 @@ class _FlatFrames(NamedTuple):
     features: np.ndarray
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """Yields the name and the value of each clip in the official pickle of a modality."""
+        """Yields the name of each clip, and its value in the official pickle of a modality."""
         columns = [list(map(str, self.number.tolist()))]
         columns += [x.tolist() for x in (self.box, self.detection, self.quality)]
         columns = columns[: {"face": 4, "head": 3}.get(modality, 2)]
@@ -257,7 +265,7 @@ class _FlatFrames(NamedTuple):
 
 
 class _World:
-    """The properties that all splits share: identities, programmes, and points in each modality."""
+    """The people and TV programmes that all splits share, with their vectors in each modality."""
 
     def __init__(self, size: Size, rng: np.random.Generator) -> None:
         self.size = size
@@ -276,12 +284,12 @@ class _World:
             self.garbage[modality] = _draw_unit_points(rng, 1, dim)  # [1, D]
         self.popularity = rng.lognormal(0.0, 0.85, count)
         self.popularity /= self.popularity.mean()
-        # A person appears mostly in the first programme, sometimes in the second or third.
+        # Each person appears in three programmes, and mostly in the first.
         self.programmes = rng.integers(0, count // 2, (count, 3))
 
 
 class _Clips:
-    """The clips of a split in random order, with the person and the quality of each clip."""
+    """The clips of a split in random order, with the person, length and quality of each clip."""
 
     def __init__(
         self, world: _World, split: str, seeds: Sequence[int], options: SyntheticOptions
@@ -301,7 +309,7 @@ class _Clips:
         self.labels = np.where(person < count, person + 1, 0)
         self.names = [f"SYNTHETIC_{split.upper()}_{i:07d}" for i in 1 + rng.permutation(total)]
 
-        # Rows of a person table: identities, strangers, then a passer-by for each clip.
+        # Numbers of people: first the identities, then strangers, then a passer-by for each clip.
         num_strangers = int(person.max()) + 1 - count if num_strange else 0
         passer_by = count + num_strangers + np.arange(total)
         near = np.flatnonzero(rng.random(num_strangers) < _NEAR_RATE)
@@ -335,13 +343,13 @@ class _Clips:
         self.missing = {m: rng.random(total) < k.missing_rate for m, k in _MODALITIES.items()}
         self.blank = {m: rng.random(total) < k.blank_rate for m, k in _MODALITIES.items()}
 
-        # Each option has a separate generator, so that it does not change other random values.
+        # These options have separate generators, so that they do not change other random values.
         generators = (np.random.default_rng([*seeds, number]) for number in (1, 2, 3))
         label_rng, missing_rng, false_rng = generators
         self.truth = self.labels
         if split == "train":
             wrong = (self.labels > 0) & (label_rng.random(total) < options.label_noise)
-            step = label_rng.integers(1, count, total)  # distance to another identity, never 0
+            step = label_rng.integers(1, count, total)  # never 0, so the label changes
             self.truth = np.where(wrong, 1 + (self.labels - 1 + step) % count, self.labels)
         # Every clip keeps its scene, so that every clip has a modality.
         rates = {m: options.missing_rate if m != "scene" else 0.0 for m in _MODALITIES}
@@ -350,14 +358,17 @@ class _Clips:
         self.false = {"face": is_false & of_face, "audio": is_false & ~of_face}
 
     def frames(self, rows: np.ndarray) -> dict[str, _FlatFrames]:
-        """Draws the frames of the clips `rows`, modality by modality."""
+        """Draws the frames of some clips. Returns a dict, modality -> frames.
+
+        `rows` [n] are the numbers of the clips.
+        """
         rng = self.rng
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-        # In wrong clips, a third of the frames, in a row, shows another person. In other clips, a
-        # few frames do.
+        # In `wrong_clip`, a third of the frames, in a row, shows another person. In other clips,
+        # only a few frames do.
         run = np.rint(lengths / 3).astype(np.int64)
         first = rng.integers(0, lengths - run + 1)[clip]
         in_run = self.wrong_clip[rows][clip] & (position >= first) & (position < first + run[clip])
@@ -369,7 +380,7 @@ class _Clips:
         centre = rng.uniform((300, 200), (980, 420), (len(rows), 2))[clip]
         centre += rng.normal(0, 6, centre.shape)
 
-        # A second person in a clip has a different displacement and drift.
+        # The frames of another person in a clip are a track of their own.
         track = clip + len(rows) * wrong
         result = {}
         for modality, kind in _MODALITIES.items():
@@ -395,9 +406,12 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns the points [F, R] of the people in frames of the clips `rows` [F].
+        """Returns the vectors [F, R] of the people that F frames show.
 
-        `wrong` [F] is True for the frames that show another person.
+        Args:
+          modality: the modality.
+          rows: [F] int, the clip of each frame.
+          wrong: [F] bool, True for frames that show another person than their clip.
         """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
@@ -416,16 +430,21 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Returns the features [F, D] of frames that show `points` [F, R] with `quality` [F].
+        """Draws the features [F, D] of F frames.
 
-        A track is a person in a clip; `track` [F] is its number. All its frames are displaced by
-        the same vector of length `spread` (a vector per track).
+        Args:
+          modality: the modality.
+          points: [F, R], the vector of the person that each frame shows.
+          spread: the length of the displacement of each track. A track is a person in a clip.
+          track: [F] int, the track of each frame. Its frames share a displacement.
+          position: [F] int, the position of each frame in its clip, in which features drift slowly.
+          quality: [F], the quality of each frame.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
         shift = np.sqrt(0.5) * (pose + _draw_unit_points(rng, num_tracks))
         latent = points + (spread.astype(np.float32)[:, None] * shift)[track]  # [F, R]
-        # The mean over frames reduces their noise, but not this slow drift.
+        # A mean over frames reduces the noise of frames, but not this slow drift.
         phase = rng.uniform(0, 2 * np.pi, num_tracks)[track] + position / 15
         drift = _draw_unit_points(rng, 2 * num_tracks).reshape(2, num_tracks, RANK)
         for wave, direction in zip((np.cos(phase), np.sin(phase)), drift, strict=True):
@@ -445,25 +464,25 @@ class _Clips:
 
 
 def _draw_unit_points(rng: np.random.Generator, count: int, dim: int = RANK) -> np.ndarray:
-    """Returns points [count, dim] float32, uniformly distributed on the unit sphere."""
+    """Draws unit vectors [count, dim] float32 with uniformly distributed directions."""
     points = rng.standard_normal((count, dim), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def _draw_resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Returns [n, R] float32 unit vectors whose cosine to `points` is about _LOOKALIKE_COSINE."""
+    """Draws unit vectors [n, R] float32 whose cosines to the rows of `points` are about 0.75."""
     side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
     mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _draw_unit_points(rng, len(points))
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
 
 
 def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
-    """Returns orthonormal rows [rank, dim] float32."""
+    """Draws an array [rank, dim] float32 with orthonormal rows."""
     return np.linalg.qr(rng.standard_normal((dim, rank)))[0].T.astype(np.float32)
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Returns the stranger of each clip, [count] int. Some have a clip, others about five."""
+    """Draws the number of the stranger in each clip, [count] int. Many have one clip."""
     singles = round(count * _SINGLETON_RATE)
     sizes = [1] * singles
     while sum(sizes) < count:
@@ -474,9 +493,13 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Returns frame numbers [F], relative to the first frame of each clip.
+    """Draws frame numbers [F], counted from 0 in each clip.
 
     A number may repeat, because a frame may contain two faces.
+
+    Args:
+      clip: [F] int, the clip of each frame.
+      position: [F] int, the position of each frame in its clip.
     """
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
@@ -484,13 +507,16 @@ def _draw_frame_steps(
 
 
 def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Returns boxes [F, 4] of `width` [F] around `centre` [F, 2], to a hundredth of a pixel."""
+    """Returns boxes x1, y1, x2, y2 [F, 4] of `width` [F] around `centre` [F, 2], in pixels."""
     half = np.stack([width / 2, width * 0.65], axis=1)
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command that writes the synthetic dataset, and returns the exit code.
+
+    `argv` are the words of the command line. If it is None, they come from `sys.argv`.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(
         prog="python -m vidjax.data.synthetic",

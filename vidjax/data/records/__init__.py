@@ -1,7 +1,7 @@
-"""Records on disk, in a format that tf.data and TFDS can read.
+"""Stores the features of a dataset in TFRecord files, and reads them for training and evaluation.
 
-`conversion` writes a source of frames to the cache as shards (`shard_files`), `codec` adds the
-metadata of TFDS, and `manifest` and `data_report` describe the result. `dataset` reads records as
-`TrainingData`, with `record_reader`; `streaming` reads training batches. Only `streaming` needs
-TensorFlow, and no other folder imports TensorFlow.
+`conversion` checks the features and writes the files (shards) to the cache. A record of a shard is
+a clip. `manifest` lists the shards and their digests, `data_report` counts frames and labels, and
+`codec` writes metadata with which TFDS can read the shards. `dataset` makes batches from the shards
+without TensorFlow; only `streaming` needs TensorFlow.
 """

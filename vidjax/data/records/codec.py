@@ -1,8 +1,8 @@
-"""The metadata with which TFDS can read records.
+"""Writes the metadata with which TFDS can read the TFRecord files.
 
-Each field of a modality is stored as a bytes string, because `tf.train.Example` has no float16, and
-a ragged list of floats decodes several times slower. `PackedFrames` decodes clip by clip, for TFDS;
-`streaming` decodes whole batches, which is much faster. Only decoding needs TensorFlow.
+The values of all frames of a clip are stored as one bytes string per field, because
+`tf.train.Example` has no float16, and a list of floats takes several times as long to decode.
+vidjax does not use the metadata: `streaming` decodes whole batches, which is much faster.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.manifest import NAME, VERSION
 from vidjax.data.records.shard_files import Shard
 
-# TFDS has types for type checkers, which cover half of it.
+# The types of TFDS for type checkers cover only half of it.
 tfds: Any = tensorflow_datasets
 tfds.disable_progress_bar()
 
 
 class PackedFrames(tfds.features.FeatureConnector):
-    """The frames of a clip in a modality as bytes: features [T, D] and FRAME_FIELDS."""
+    """Encodes the frames of a clip in one modality for TFDS, as one string per field."""
 
     def __init__(self, *, dim: int, dtype: str, doc: Any = None):
         super().__init__(doc=doc)
@@ -41,18 +41,18 @@ class PackedFrames(tfds.features.FeatureConnector):
         return self._info
 
     def get_serialized_info(self) -> dict[str, Any]:
-        """Returns the shape and dtype of each field in the record, where it is a string."""
+        """Returns the shape and dtype of each encoded field, which is a string."""
         return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """Returns the T >= 0 frames of a clip as bytes."""
+        """Encodes the frames of a clip. The values are little-endian, frame after frame."""
         return {
             field: example_data[field].astype(np.dtype(info.np_dtype).newbyteorder("<")).tobytes()
             for field, info in self._info.items()
         }
 
     def decode_example(self, tfexample_data: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of a clip as tensors, see `get_tensor_info`."""
+        """Decodes the fields of a clip to tensors with T rows, such as features [T, D]."""
         from vidjax.data.records.streaming import tf
 
         decoded = {}
@@ -62,14 +62,20 @@ class PackedFrames(tfds.features.FeatureConnector):
         return decoded
 
     def to_json_content(self) -> dict[str, Any]:
-        """Returns the arguments of `__init__`, with which TFDS recreates this connector."""
+        """Returns the arguments with which TFDS calls `__init__` to make an equal object."""
         return self._modality._asdict()
 
 
 def write_info(
     folder: Path, modalities: Mapping[str, Modality], splits: Mapping[str, Sequence[Shard]]
 ) -> None:
-    """Writes the metadata of the shards in `folder` for TFDS."""
+    """Writes metadata with which TFDS can read the TFRecord files of a folder.
+
+    Args:
+      folder: the folder of the files.
+      modalities: a dict, modality -> width and dtype of its features.
+      splits: a dict, split -> its files.
+    """
     frames = {
         name: PackedFrames(dim=kind.dim, dtype=kind.dtype) for name, kind in modalities.items()
     }
@@ -78,7 +84,7 @@ def write_info(
         "clip_index": tfds.features.Scalar(dtype=np.int64),
         "frames": tfds.features.FeaturesDict(frames),
     }
-    # Do not change name or module: equal data must give equal files.
+    # Do not change the name or the module, because equal data must give equal files.
     module, version = "vidjax.data.iqiyi_vid", tfds.core.Version(VERSION)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(NAME, version, str(folder), module),

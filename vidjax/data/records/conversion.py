@@ -1,7 +1,7 @@
-"""Converts a source of frames to records in the cache. Records are checked at every load.
+"""Converts the features of a dataset to TFRecord files (shards) in the cache.
 
-The clips are divided, in their order, into shards of about SHARD_BYTES. Several threads write
-shards; the bytes of a shard do not depend on the thread.
+The clips are divided, in their order, into shards of about 256 MB, which several threads write.
+Equal datasets give equal files.
 """
 
 import argparse
@@ -47,20 +47,25 @@ def convert(
     non_finite: NonFinite = "drop",
     workers: int | None = None,
 ) -> Records:
-    """Returns the records of a source. If the cache does not have them, the source is converted.
+    """Converts a dataset to TFRecord files, if the cache does not contain them yet.
 
     Args:
-      cache_dir: the cache; None: `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+      source: the dataset.
+      cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
         'error' raises UserError.
-      workers: number of threads that write records; None: the number of cores.
+      workers: number of threads that write files. If it is None, it is the number of cores.
+
+    Returns:
+      The list of the files, with the names and lengths of all clips.
 
     Raises:
-      UserError: the source contradicts itself or has a refused feature, or records are damaged.
+      UserError: a feature is refused, a clip is in two splits, files of the dataset change during
+        the conversion, or files of the cache are damaged.
     """
     check_choice("config.data.non_finite", non_finite, ("drop", "error"))
     if workers is not None and workers < 1:
-        raise UserError(f"--workers={workers}: wanted 1 or more")
+        raise UserError(f"--workers={workers}: is less than 1: choose 1 or more")
     fingerprint = source.fingerprint()
     folder = cache_folder(cache_dir, source.kind, [VERSION, fingerprint])
     if not (folder / "manifest.json").exists():
@@ -71,8 +76,8 @@ def convert(
                     write_records(source, fingerprint, partial, non_finite, workers)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
-                            f"{source.place}: changed during the conversion\n"
-                            "run the command again when no program writes to it"
+                            f"{source.place}: files were changed while they were converted\n"
+                            "run the command again when no program writes to them"
                         )
     records = load_records(folder)
     mark_used(folder)
@@ -82,7 +87,8 @@ def convert(
         for counts in split["modalities"].values()
     )
     if non_finite == "error" and skipped:
-        # An earlier conversion had 'drop'. Reading the source raises an error that names the clip.
+        # An earlier call with 'drop' made these records. Reading the source again raises an error
+        # that names the clip.
         with tempfile.TemporaryDirectory() as scratch:
             source.read(Path(scratch), "error")
     return records
@@ -98,7 +104,13 @@ def write_records(
     non_finite: NonFinite,
     workers: int | None,
 ) -> None:
-    """Writes the records of a source to a folder; see `convert`."""
+    """Writes the TFRecord files of a dataset, and their manifest, to an empty folder.
+
+    Args:
+      source, non_finite, workers: see `convert`.
+      fingerprint: the result of `source.fingerprint()`, for the manifest.
+      folder: the folder.
+    """
     # During its import, TFDS replaces the import function of all threads. So it is imported before
     # the threads start.
     from vidjax.data.records import codec
@@ -112,7 +124,8 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    # Each thread maps the files of all fields: together at most half of the files of a process.
+    # Each thread opens a file per field and modality. All threads may open half of the files that a
+    # process may open.
     max_threads = max_open_files() / 2 / (len(STORED) * len(modalities))
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
@@ -147,13 +160,17 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
     for name, split in staged.items():
         if not split.clips:
             paths = ", ".join(str(source.path_of(modality, name)) for modality in split.packed)
-            raise UserError(f"{paths or source.place}: no clip in split {name!r}")
+            raise UserError(
+                f"{paths or source.place}: split {name!r} has no clips: add clips, or remove it"
+            )
 
 
 def _join_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns the width of each modality, and a dtype that represents all values exactly.
+    """Returns a dict, modality -> width and dtype of its features in all splits.
+
+    If the dtype differs between splits, a dtype that represents all values exactly is returned.
 
     Raises:
       UserError: the width of a modality differs between splits, or there are no frames.
@@ -171,18 +188,18 @@ def _join_modalities(
             known = modalities.get(name, modality)
             if known.dim != modality.dim:
                 raise UserError(
-                    f"{name}: features are {known.dim} wide in {source.path_of(name, first)}\n"
-                    f"but {modality.dim} wide in {source.path_of(name, split)}"
+                    f"{name}: features have width {known.dim} in {source.path_of(name, first)}, "
+                    f"but width {modality.dim} in {source.path_of(name, split)}\n"
+                    "compute the features of all splits with the same program"
                 )
             dtype = np.result_type(known.dtype, modality.dtype)
             modalities[name] = Modality(known.dim, dtype.name)
     if not modalities:
-        reason = "all are empty"
+        reason = "no clip has a frame"
         if dropped:
             reason = f"all {dropped} frames have a NaN, an Inf or a value beyond float32"
         raise UserError(
-            f"{source.place}: no clip has a usable frame: {reason}\n"
-            "compute the features again, or name another dataset"
+            f"{source.place}: {reason}\ncompute the features again, or name another dataset"
         )
     return dict(sorted(modalities.items()))
 
@@ -198,7 +215,7 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
     if shared:
         more = ", ..." if len(shared) > 5 else ""
         raise UserError(
-            f"{place}: {len(shared)} clips are in two splits: remove each from either split\n"
+            f"{place}: {len(shared)} clips are in two splits: remove each of them from one split\n"
             f"{', '.join(shared[:5])}{more}"
         )
 
@@ -206,7 +223,16 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Divides a split into shards; returns the path and the clip indices [n >= 1] of each."""
+    """Divides the clips of a split into shards of about 256 MB.
+
+    Args:
+      split: the clips.
+      modalities: a dict, modality -> width and dtype of its features.
+      prefix: the beginning of the paths of the shards.
+
+    Returns:
+      For each shard, its path, and the positions of its clips in `split.clips` [n] int32.
+    """
     size = sum(
         int(lengths.sum(dtype=np.int64))
         * shard_files.count_frame_bytes(modalities[name])["features"]
@@ -225,7 +251,17 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips `order` [n] int32 of a split; returns the entry of the manifest."""
+    """Writes some clips of a split to a TFRecord file.
+
+    Args:
+      path: the new file.
+      order: [n] int32, the positions of the clips in `split.clips`.
+      split: the clips.
+      modalities: a dict, modality -> width and dtype of its features.
+
+    Returns:
+      The number of records, the size and the sha256 of the file.
+    """
     with path.open("wb") as file:
         for at in range(0, len(order), CLIPS_AT_ONCE):
             _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
@@ -235,12 +271,11 @@ def write_shard(
 def _write_clips(
     file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> None:
-    # Each call maps the files again, so that the memory of its pages is freed afterwards.
+    # Each call maps the files of frames again, so that the memory of their pages is freed.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
     empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
 
     def read_frames(name: str, clip: int) -> dict[str, np.ndarray]:
-        """Returns field -> frames of a clip."""
         length = int(split.lengths[name][clip]) if name in split.lengths else 0
         if not length:
             modality = modalities[name]
@@ -260,7 +295,13 @@ def _encode_clip(
     frames: Mapping[str, Mapping[str, np.ndarray]],
     modalities: Mapping[str, Modality],
 ) -> bytes:
-    """Returns the message of a clip; `codec.write_info` describes its content for TFDS."""
+    """Encodes a clip as a `tf.train.Example`.
+
+    Args:
+      clip, index: the name of the clip, and its position in the sorted names of its split.
+      frames: a dict, modality -> field -> the values of all frames.
+      modalities: a dict, modality -> width and dtype of its features.
+    """
     values: dict[str, bytes | int] = {"clip": clip.encode(), "clip_index": index}
     for name, fields in frames.items():
         for field, array in fields.items():
@@ -276,21 +317,30 @@ def run_command(
     description: str,
     open_source: Callable[[argparse.Namespace], RecordSource],
 ) -> int:
-    """Runs `python -m MODULE DIR`: converts a folder, prints its report, returns the exit code.
+    """Runs the command `python -m MODULE DIR`, which converts a folder and prints a report.
 
     Args:
-      argv: the words of the command line; None: `sys.argv`.
+      argv: the words of the command line. If it is None, they come from `sys.argv`.
       module, description: the name of the module and a sentence, for `--help`.
-      open_source: takes the parsed arguments and returns the source.
+      open_source: a function that opens the dataset of the parsed arguments.
+
+    Returns:
+      The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument(
-        "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
+        "--cache_dir",
+        metavar="C",
+        type=Path,
+        help="folder for the TFRecords; by default $VIDJAX_CACHE or ~/.cache/vidjax",
     )
     parser.add_argument(
-        "--workers", metavar="N", type=int, help="files at once; by default the number of cores"
+        "--workers",
+        metavar="N",
+        type=int,
+        help="files that are read or written at once; by default the number of cores",
     )
 
     def command() -> int:

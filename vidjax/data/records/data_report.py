@@ -1,4 +1,4 @@
-"""The data report: counts of loaded and skipped frames and clips, histograms, and labels."""
+"""Makes the data report, which counts used and skipped frames, clips and labels of a dataset."""
 
 import copy
 import itertools
@@ -17,12 +17,15 @@ from vidjax.utils.errors import warn
 from vidjax.utils.files import sha256_json
 
 HISTOGRAM_BINS = 20
-FRAMES_PER_MAP = 1 << 16  # a look-up maps the file of features again, to free the memory of pages
+FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again, to free memory
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
 def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any]:
-    """Returns the report of a split; `paths` is modality -> file."""
+    """Counts the clips and frames of a split, for its data report.
+
+    `paths` is a dict, modality -> the file of its features.
+    """
     without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
     modalities = {
         name: _report_modality(flat, split.lengths[name], paths[name])
@@ -60,7 +63,7 @@ def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict
 
 
 def _make_histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts values in equal bins between the smallest and the largest finite value."""
+    """Counts values in bins of equal width, from the smallest to the largest finite value."""
     finite = values[np.isfinite(values)].astype(np.float64)
     counts, edges = [], []
     if finite.size:
@@ -81,15 +84,16 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Labels the clips of records.
+    """Adds labels to the converted clips of a dataset.
 
     Args:
-      truth: split -> clip -> identity.
-      identities: names of the class columns 1..C; None: all identities of the train and val ground
-        truth, even if they have no clip.
+      records: the converted clips.
+      truth: a dict, split -> clip -> identity.
+      identities: the names of the classes 1..C. If it is None, they are all identities in the
+        ground truth of train and val, even if they have no clip.
 
     Returns:
-      The identities of the class columns, name -> labelled Split, and the data report.
+      The names of the classes; a dict, split -> its clips and labels; and the data report.
     """
     if identities is None:
         identities = sort_identities(
@@ -114,8 +118,8 @@ def label_records(
         )
         if positives[0]:
             warn(
-                f"{positives[0]} clips of {name} show identities without a class in the training "
-                "data\nthese clips count as distractors, and these identities count as 0 in MAP"
+                f"{positives[0]} clips of {name} show identities that are not in the training data"
+                "\nthese clips count as distractors, and the MAP of these identities is 0"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
         report["splits"][name]["sha256"] = _digest_split(records, truth, name)
@@ -123,7 +127,7 @@ def label_records(
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns the number of clips and the modalities of a split, and the sha256 of its content."""
+    """Returns the number of clips, the modalities, and digests of names, features and labels."""
     clips, shards = records.splits[split].clips, records.splits[split].shards
     features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
     return {
@@ -136,10 +140,10 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 
 
 def digest_data(records: Records, truth: Truth) -> str:
-    """Returns the sha256 of clips, frames and labels, in hexadecimal.
+    """Returns the sha256 of all clip names, frames and labels, in hexadecimal.
 
-    It does not depend on paths, times and class columns, so equal data have equal digests on all
-    machines.
+    `truth` is a dict, split -> clip -> identity. The digest does not depend on paths and times, so
+    equal data have equal digests on all machines.
     """
     splits = {
         name: {
@@ -155,7 +159,13 @@ def digest_data(records: Records, truth: Truth) -> str:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Counts the labels of a split for its report. `truth` is clip -> identity, or None."""
+    """Counts the labels of a split, for the data report.
+
+    Args:
+      truth: a dict, clip -> identity. It is None if the split has no ground truth.
+      clips: the clips of the split.
+      identities: the names of the classes.
+    """
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))
@@ -179,7 +189,7 @@ def _report_labels(
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Formats the report as lines for a terminal."""
+    """Formats the data report as lines for a terminal."""
     lines = [f"{report['identities']} identities"]
     for name, split in report["splits"].items():
         labels = "no ground truth"

@@ -1,6 +1,6 @@
-"""Converted clips with their labels, as training data.
+"""Reads the converted clips of a dataset, with labels, for training and evaluation.
 
-TensorFlow is imported only to stream batches.
+TensorFlow is imported only if training batches are read from disk while the training runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ MAX_PACKED_CLIPS = 256  # clips in a chunk of `Dataset.packed`
 
 
 class Dataset:
-    """Converted clips with their labels: a `TrainingData`.
+    """The converted clips of a dataset with their labels.
 
     Attributes:
-      identities: names of the class columns: column c is `identities[c - 1]`.
-      modalities: modality -> width and stored dtype.
-      report: counts of frames, clips and labels. The entry `data` has the origin of the clips and
-        the digest of clips and labels.
+      identities: the names of the classes. Label c of a clip means `identities[c - 1]`.
+      modalities: a dict, modality -> width and dtype of its features.
+      report: the data report, which counts frames, clips and labels. Its entry `data` has the name,
+        the folder and the digest of the dataset.
     """
 
     def __init__(
@@ -39,13 +39,14 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Labels records.
+        """Labels converted clips.
 
         Args:
-          truth: split -> clip -> identity, for the splits with labels.
-          identities: names of the class columns; None: all identities of the train and val ground
-            truth.
-          origin: the origin of the clips, for results.
+          records: the converted clips.
+          truth: a dict, split -> clip -> identity, of the splits with labels.
+          identities: the names of the classes. If it is None, they are all identities in the ground
+            truth of train and val.
+          origin: the name and the folder of the dataset, for result files.
         """
         self._records = records
         self._truth = truth
@@ -72,34 +73,34 @@ class Dataset:
         return f"<data '{place}': {clips}; {widths}; {len(self.identities):,} identities>"
 
     def split(self, name: str) -> Split:
-        """Returns a split. Raises UserError if no split has this name."""
+        """Returns the clips and labels of a split. Raises UserError if no split has this name."""
         if name not in self._splits:
             raise UserError(
-                f"no split {name!r} in the data, only {', '.join(self._splits)}\n"
-                "to evaluate on left-out clips of train: --config.eval.split=train "
-                "--config.ensemble.folds=5"
+                f"the data have no split {name!r}, only {', '.join(self._splits)}\n"
+                "choose one of them, or evaluate on left-out clips of train:\n"
+                "--config.eval.split=train --config.ensemble.folds=5"
             )
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips with labels for the class columns `identities`."""
+        """Returns the same clips, labelled with other classes. See `TrainingData`."""
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clip index of each record of a split."""
+        """Returns [N] int32, the position in `Split.clips` of each clip, in the order on disk."""
         return self._records.splits[self.split(split).name].order
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields an endless stream of batches; see `TrainingData`.
+        """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
         Raises:
-          UserError: a split is unknown or lacks a modality, `step` is negative, or records are
+          UserError: a split is unknown or lacks a modality, `step` is negative, or a file is
             damaged.
         """
         if step < 0:
-            raise UserError(f"step={step}: must be 0 or more")
+            raise UserError(f"step={step}: is negative: choose 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
@@ -111,12 +112,12 @@ class Dataset:
         return streaming.train_batches(self._records, plan, step)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`.
+        """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        Within a bucket, clips come in the order of the records: by name, except in 'train'.
+        See `ClipSource`. Clips of similar length come in the order on disk.
 
         Raises:
-          UserError: the split is unknown or lacks a modality, or records are damaged.
+          UserError: the split is unknown or lacks a modality, or a file is damaged.
         """
         check_modalities(self.split(plan.split), plan.modalities)
         return eval_batches(self._records, plan, rows)
@@ -124,13 +125,14 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Yields every clip of a split once, with all frames, in the order of the records.
+        """Reads every clip of a split once, with all frames, in the order on disk.
 
         Yields:
-          clip_index [n] int32 of a chunk of n <= MAX_PACKED_CLIPS clips, and modality -> Packed.
+          The position in `Split.clips` of n <= 256 clips [n] int32, and a dict, modality -> their
+          joined frames.
 
         Raises:
-          UserError: the split is unknown or lacks a modality, or records are damaged.
+          UserError: the split is unknown or lacks a modality, or a file is damaged.
         """
         check_modalities(self.split(split), modalities)
         reader = Reader(self._records, [split])
@@ -151,13 +153,22 @@ def _warn_of_gaps(
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Warns if a split lacks modalities, or frames were left out."""
+    """Warns if a split lacks modalities, or if frames were left out.
+
+    Args:
+      name, split: the name of the split, and its clips.
+      modalities: a dict with the modalities of all splits as keys.
+      report: a dict, modality -> the counts of frames in the data report.
+    """
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
-        warn(f"{name}: no file of {', '.join(absent)}: these features are missing")
+        warn(
+            f"{name}: the split has no features of {', '.join(absent)}, unlike other splits\n"
+            "add them, or leave these modalities out of config.modalities"
+        )
     for modality, counts in report.items():
         if dropped := counts["frames_skipped"].get("non_finite"):
             warn(
-                f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN, an Inf or a value beyond float32: they are left out"
+                f"{counts['file']}: {dropped} of {counts['frames_seen']} frames are left out, "
+                f"because their {modality} features have a NaN, an Inf or a value beyond float32"
             )

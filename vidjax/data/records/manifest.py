@@ -1,8 +1,9 @@
-"""The manifest of a folder of records: counts, sizes and digests, which every read checks.
+"""Lists the TFRecord files (shards) of a dataset, with their sizes and digests.
 
-A folder contains TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json`
-and `manifest.json`. The manifest is written last, with the sha256 of all files and of its content.
-It is needed because a TFRecord file that was cut between two records can be read without an error.
+A folder of the cache contains the shards, `index.npz` (names, order and lengths of the clips),
+`data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of all
+files and of its own content. Without it, a shard that was cut between two records would be read
+without an error.
 """
 
 import contextlib
@@ -19,20 +20,20 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 
-# Part of the key of a cache folder: increase it if the meaning of a record or the manifest changes.
+# Increase it if the meaning of a record or of the manifest changes: the cache is then refilled.
 VERSION = "1.3.0"
-NAME = "iqiyi_vid"  # name of the dataset in TFDS, for all sources
-MAX_INDEX_BYTES = 4096  # of a clip
+NAME = "iqiyi_vid"  # the name of every dataset in TFDS
+MAX_INDEX_BYTES = 4096  # limit per clip
 DTYPES = ("float16", "float32", "float64", "int8")
 
 
 class SplitRecords(NamedTuple):
-    """The records of a split.
+    """The converted clips of a split.
 
     Attributes:
       clips: N clip names in byte order.
-      order: [N] int32, the clip index of each record, in the order of the shards.
-      lengths: modality of the split -> [N] int32, number of frames by clip index.
+      order: [N] int32, the order of the clips on disk, as positions in `clips`.
+      lengths: a dict, modality -> [N] int32, the number of frames of each clip of `clips`.
       shards: the TFRecord files.
     """
 
@@ -43,7 +44,14 @@ class SplitRecords(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A finished conversion; `report` counts frames and clips, but not labels."""
+    """The converted clips of a dataset.
+
+    Attributes:
+      folder: the folder of the files.
+      modalities: a dict, modality -> width and dtype of its features.
+      splits: a dict, split -> its clips and files.
+      report: the data report without labels, which counts frames and clips.
+    """
 
     folder: Path
     modalities: dict[str, Modality]
@@ -52,12 +60,15 @@ class Records(NamedTuple):
 
     @property
     def clips(self) -> dict[str, tuple[str, ...]]:
-        """Split -> clip names, by clip index."""
+        """A dict, split -> clip names in byte order."""
         return {name: split.clips for name, split in self.splits.items()}
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
-    """Writes the index, the report and finally the manifest, which marks the folder as complete."""
+    """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files.
+
+    A folder with a manifest is complete. `fingerprint` describes the files that were converted.
+    """
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     files.write_json(folder / "data_report.json", records.report)
@@ -80,13 +91,13 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
 
 
 def remove(folder: Path) -> bool:
-    """Removes a conversion, even if it is unfinished.
+    """Removes a folder of converted clips, even if the conversion was not finished.
 
-    The manifest is removed first, so that the conversion counts as incomplete if the removal is
-    interrupted.
+    The manifest is removed first. So the folder counts as incomplete if the removal is interrupted.
 
     Returns:
-      False if the folder contains other files; they stay.
+      True if the folder is gone. If it contains files of other programs, the folder and these files
+      stay.
     """
     place = folder / NAME
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
@@ -99,7 +110,13 @@ def remove(folder: Path) -> bool:
 
 
 def load_records(folder: Path) -> Records:
-    """Loads a finished conversion. Only shards whose size or time has changed are read."""
+    """Loads the list of the converted clips, and checks the TFRecord files.
+
+    Only files whose size or time has changed are read and compared with their sha256.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
     records = load_index(folder)
     splits = {
         name: split._replace(shards=check_changed(split.shards))
@@ -109,10 +126,10 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads the manifest, index and report, but no shards.
+    """Loads the list of the converted clips, without a look at the TFRecord files.
 
     Raises:
-      UserError: a file is missing or damaged.
+      UserError: `manifest.json`, `index.npz` or `data_report.json` is missing or damaged.
     """
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
@@ -129,19 +146,20 @@ def load_index(folder: Path) -> Records:
             for name, split in manifest["splits"].items()
         }
         if not all(isinstance(report["splits"][name]["modalities"], dict) for name in splits):
-            raise UserError("data_report.json belongs to other records")
+            raise UserError("data_report.json belongs to other data")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         is_clear = isinstance(error, (FileNotFoundError, UserError))
-        reason = str(error).splitlines()[0] if is_clear else "entries of a different layout"
+        reason = str(error).splitlines()[0] if is_clear else "a file has an unknown layout"
         raise UserError(
-            f"{folder}: damaged records: {reason}\ndelete this folder to convert again"
+            f"{folder}: the converted data are damaged: {reason}\n"
+            "delete this folder to convert again"
         ) from error
     return Records(folder, modalities, splits, report)
 
 
 @contextlib.contextmanager
 def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
-    """Opens a file whose sha256 is in the manifest. Raises UserError if the sha256 differs."""
+    """Opens a file in a `with` block. Raises UserError if its sha256 is not as in the manifest."""
     with files.open_regular(path, below=path.parents[2]) as file:
         if hash_opened(file) != manifest["files"][path.name]:
             raise UserError(f"{path.name} does not match its sha256")
@@ -151,14 +169,24 @@ def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
 
 def _parse_modality(dim: int, dtype: str) -> Modality:
     if not 1 <= dim <= 1 << 24 or dtype not in DTYPES:
-        raise UserError(f"features of width {dim!r} and dtype {dtype!r} are not supported")
+        raise UserError(f"features cannot have the width {dim!r} and the dtype {dtype!r}")
     return Modality(dim, dtype)
 
 
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
-    """Returns a split. Raises UserError if manifest and index contradict each other."""
+    """Returns the converted clips of the split `name`.
+
+    Args:
+      folder: the folder of the files.
+      name: the split.
+      manifest: the entry of the split in `manifest.json`.
+      index: the arrays of `index.npz`.
+
+    Raises:
+      UserError: `manifest` and `index` contradict each other.
+    """
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
     split = SplitRecords(
@@ -192,7 +220,7 @@ def _parse_shard(
 def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
     arrays = {}
     for name, split in splits.items():
-        # Joined by newlines, which no name contains: an array of str pads to the longest name.
+        # Names are joined by newlines, because an array of str pads all names to the longest name.
         clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
         arrays[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
         arrays[f"{name}/order"] = split.order

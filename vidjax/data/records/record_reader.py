@@ -1,6 +1,6 @@
-"""Reads clips from shards without TensorFlow.
+"""Reads clips from TFRecord files (shards) without TensorFlow.
 
-The lengths of the clips determine the place of each value, see `shard_files.locate_values`.
+The number of frames of each clip is known, so the place of each value in a file can be computed.
 """
 
 import contextlib
@@ -30,21 +30,23 @@ from vidjax.utils.errors import UserError
 
 
 class Reader:
-    """Reads the clips of several splits. A place is the number of a record, split after split.
+    """Reads the clips of several splits from TFRecord files.
 
-    Files do not stay open, because a process may not open as many files as there may be shards.
-    Files are not mapped, because the system kills a process if a mapped file is truncated.
+    The N records of all splits are numbered in the order on disk, split after split. Files do not
+    stay open, because there may be more files than a process may open. Files are not memory-mapped,
+    because the system kills a process if a mapped file is truncated.
 
     Attributes:
-      clip_index: [N] int32, the clip of each place, numbered through all splits.
-      lengths: modality -> [N] int32, number of frames of each place.
+      clip_index: [N] int32, the clip of each record, as a position in the sorted names of its
+        split, counted through all splits.
+      lengths: a dict, modality -> [N] int32, number of frames of each record.
       shards: the files.
-      shard: [N] int32, the number of the file of each place.
+      shard: [N] int32, the number of the file of each record.
       start: [N] int64, the first byte of each record in its file.
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
-        """Computes the place of each record. Raises UserError if a file has another size."""
+        """Computes the place of each record. Raises UserError if a file has an unexpected size."""
         self._modalities = records.modalities
         parts = [records.splits[name] for name in splits]
         before = np.cumsum([0, *(len(split.clips) for split in parts)])
@@ -77,14 +79,14 @@ class Reader:
             for shard in self.shards:
                 check_shard(shard)
             raise UserError(
-                f"{records.folder}: the sizes of shards do not match the lengths of clips\n"
+                f"{records.folder}: the sizes of the files do not match the clips in index.npz\n"
                 "delete this folder to convert again"
             )
         begins = np.cumsum(sizes) - sizes
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns the result of `locate_values` for the records at `places`."""
+        """Computes the place of each value in some records. See `locate_values` for the result."""
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
@@ -93,10 +95,15 @@ class Reader:
         return locate_values(sizes)
 
     def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
-        """Returns the messages at `places`.
+        """Reads some records.
 
-        If `whole`, the sha256 of a file is checked at its first use, which reads the whole file. If
-        not, the checksums of the records are checked.
+        Args:
+          places: [n] int, the numbers of the records.
+          whole: if True, the sha256 of a file is checked at its first use, which reads the whole
+            file. If False, only the checksums of the records are checked.
+
+        Returns:
+          The content of each record, a serialised `tf.train.Example`.
 
         Raises:
           UserError: a file is damaged, or it changed between two reads.
@@ -118,7 +125,7 @@ class Reader:
 
     @contextlib.contextmanager
     def _open(self, number: int, *, whole: bool = True) -> Iterator[io.FileIO]:
-        """Opens a shard. If `whole`, its sha256 is checked at the first use."""
+        """Opens a file in a `with` block. If `whole`, its sha256 is checked at the first use."""
         shard = self.shards[number]
         if not files.exists(shard.path):
             check_shard(shard)
@@ -138,16 +145,25 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error for a changed file, or raises an error that names a damaged record."""
+        """Returns an error for a file that changed. If it is damaged, raises a more exact error."""
         check_shard(self.shards[number])
-        return UserError(f"{self.shards[number].path}: changed while it was read")
+        return UserError(
+            f"{self.shards[number].path}: the file was changed while it was read\n"
+            "run the command again when no program writes to it"
+        )
 
     def frames(
         self, name: str, places: np.ndarray, messages: Sequence[bytes]
     ) -> dict[str, list[np.ndarray]]:
-        """Returns field -> the frames of each clip in a modality: features [t, D], others [t].
+        """Decodes the frames of some records in a modality.
 
-        `messages` are the result of `read(places)`.
+        Args:
+          name: the modality.
+          places: [n] int, the numbers of the records.
+          messages: the result of `read(places)`.
+
+        Returns:
+          A dict, field -> the values of each record: features [t, D], or other fields [t].
         """
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)
@@ -166,9 +182,9 @@ class Reader:
 
 
 def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
-    """Yields each clip of the plan once, in blocks of `rows` rows."""
+    """Yields each clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
     reader = Reader(records, [plan.split])
-    # Sorted by the last record of each block, so that records are read in order.
+    # Batches are sorted by their last record, so that files are read roughly in order.
     blocks = sorted(
         split_blocks(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1]
     )

@@ -1,7 +1,7 @@
-"""Reads and writes shards without TensorFlow, whose import takes longer than most reads.
+"""Reads and writes TFRecord files (shards) without TensorFlow, which takes long to import.
 
-All records have the same keys in the same order (`encode` sorts them). So the lengths of the values
-determine the place of each value (`locate_values`).
+A record is a serialised `tf.train.Example`. All records have the same keys in the same order, so
+the lengths of the values determine the place of each value.
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.
@@ -25,14 +25,14 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 
 FRAMING = 8 + 4 + 4  # bytes of a record around its content: length and two checksums
-# Tags of message fields: (number of the field << 3) + 2, where 2 means a length and bytes.
+# The tag of a field of a message is (number of the field << 3) + 2, where 2 is the type of bytes.
 FIRST_TAG, SECOND_TAG, THIRD_TAG = b"\x0a", b"\x12", b"\x1a"
 
-DEPTH = 3  # levels from the folder of the manifest to a shard: NAME/VERSION/SHARD
+DEPTH = 3  # a shard is FOLDER/NAME/VERSION/SHARD, where FOLDER contains the manifest
 
 
 class Shard(NamedTuple):
-    """A TFRecord file of `size` bytes; `mtime_ns` is in ns since 1970."""
+    """A TFRecord file as the manifest lists it: number of records, bytes, time and digest."""
 
     path: Path
     records: int
@@ -42,19 +42,23 @@ class Shard(NamedTuple):
 
 
 def describe_shard(path: Path, num_records: int) -> Shard:
-    """Returns the entry of the manifest for a new file."""
+    """Returns the number of records, size, time and sha256 of a file, for the manifest."""
     stat = path.stat()
     return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, sha256_file(path))
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Compares shards whose size or time has changed with their sha256.
+    """Compares files whose size or time has changed with their sha256.
 
-    Returns all shards with their present times.
+    Returns:
+      `shards` with the present times of the files.
+
+    Raises:
+      UserError: a file is missing or damaged.
     """
     checked = []
     for shard in shards:
-        # A replaced file has a new time. The shards of a copied folder are checked once.
+        # A replaced file has a new time. Files of a copied folder have new times, too.
         stat = os.lstat(shard.path) if files.exists(shard.path) else None
         is_same = stat and (stat.st_size, stat.st_mtime_ns) == (shard.size, shard.mtime_ns)
         if not stat or not is_same or not S_ISREG(stat.st_mode):
@@ -64,17 +68,22 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Compares a shard with its sha256. The UserError names the first damaged record."""
+    """Compares a file with its sha256.
+
+    Raises:
+      UserError: the file is missing or damaged. The message names the first damaged record.
+    """
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
-    expected = f"{shard.path}: expected {shard.records} records, found"
     if not files.exists(shard.path):
-        raise UserError(f"{shard.path}: no such file, expected {shard.records} records\n{hint}")
+        raise UserError(
+            f"{shard.path}: does not exist, but must have {shard.records} records\n{hint}"
+        )
     try:
         with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
             same_size = os.fstat(file.fileno()).st_size == shard.size
             if same_size and hash_opened(file) == shard.sha256:
                 return
-    except UserError as error:  # a link or a pipe, for which the code below would wait
+    except UserError as error:  # a link, or a pipe for which the code below would wait
         raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
     except OSError:
         pass  # the code below counts the readable records
@@ -83,14 +92,14 @@ def check_shard(shard: Shard) -> None:
     except OSError as error:
         raise UserError(f"{shard.path}: {error.strerror}\n{hint}") from error
     if not whole:
-        raise UserError(f"{expected} {count}: record {count + 1} is damaged\n{hint}")
+        raise UserError(f"{shard.path}: record {count + 1} of {shard.records} is damaged\n{hint}")
     if count != shard.records:
-        raise UserError(f"{expected} {count}\n{hint}")
-    raise UserError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
+        raise UserError(f"{shard.path}: has {count} records instead of {shard.records}\n{hint}")
+    raise UserError(f"{shard.path}: does not match its sha256\n{hint}")
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:
-    """Counts the records before the first damaged record; returns also True if none is damaged."""
+    """Counts the records before the first damaged record. Returns also True if none is damaged."""
     with files.open_regular(path) as file:
         left, count = os.fstat(file.fileno()).st_size, 0
         while left:
@@ -106,32 +115,32 @@ def _count_intact(path: Path) -> tuple[int, bool]:
     return count, True
 
 
-HEADER = 8 + 4  # bytes before a message: its length, and the checksum of the length
-SUM = 4  # bytes after a message: its checksum
+HEADER = 8 + 4  # bytes before the content of a record: its length, and the checksum of the length
+SUM = 4  # bytes after the content: its checksum
 
 
 def make_record(content: bytes) -> bytes:
-    """Returns a record of a TFRecord file: length, checksum, message `content`, checksum."""
+    """Returns a record of a TFRecord file with the given content: adds its length and checksums."""
     return b"".join([make_header(len(content)), content, mask_checksum(content)])
 
 
 def make_header(size: int) -> bytes:
-    """Returns the header of a message of `size` bytes: the size and its checksum."""
+    """Returns the bytes before a content of `size` bytes: the size and its checksum."""
     packed = struct.pack("<Q", size)
     return packed + mask_checksum(packed)
 
 
 def mask_checksum(content: bytes) -> bytes:
-    """Returns the masked CRC-32C of TFRecord, 4 bytes."""
+    """Returns the checksum of the TFRecord format, a masked CRC-32C of 4 bytes."""
     crc = google_crc32c.value(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def encode(values: Mapping[str, bytes | int]) -> bytes:
-    """Serialises an `Example` with a value per key, in the deterministic key order of protobuf.
+    """Serialises a `tf.train.Example` with one value per key.
 
-    This order is alphabetical, but a key comes after all longer keys that begin with it. Integers
-    must not be negative.
+    The keys are in the order of protobuf's deterministic serialisation: alphabetical, but a key
+    comes after all longer keys that begin with it. Integers must not be negative.
     """
     parts = []
     for key in sorted(values, key=_sort_key):
@@ -145,7 +154,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
 
 
 def count_frame_bytes(modality: Modality) -> dict[str, int]:
-    """Returns field -> the bytes of a frame in a record."""
+    """Returns a dict, field -> bytes per frame, of a modality."""
     sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
     for name, field in FRAME_FIELDS.items():
         sizes[name] = np.dtype(field.dtype).itemsize * field.width
@@ -153,17 +162,18 @@ def count_frame_bytes(modality: Modality) -> dict[str, int]:
 
 
 def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Computes the places of values in N messages of `encode`.
+    """Computes where the values are in N results of `encode`.
 
     Args:
-      sizes: key -> [N] int64, the number of bytes of each value.
+      sizes: a dict, key -> [N] int64, the number of bytes of each value.
 
     Returns:
-      key -> [N] int64, the first byte of each value; and [N] int64, the size of each message.
+      A dict, key -> [N] int64, the position of the first byte of each value. And [N] int64, the
+      number of bytes of each result.
     """
     ends, end = {}, np.zeros(1, np.int64)
     for key in sorted(sizes, key=_sort_key):
-        # A value is in a list, in a feature, in an entry.
+        # A value is in a list, which is in a feature, which is in an entry of the message.
         value = _count_field_bytes(_count_field_bytes(_count_field_bytes(sizes[key])))
         end = end + _count_field_bytes(_count_field_bytes(np.array(len(key.encode()))) + value)
         ends[key] = end  # an entry ends with its value
@@ -176,18 +186,18 @@ def _sort_key(key: str) -> str:
 
 
 def _count_field_bytes(size: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of fields whose contents have `size` [N] bytes."""
+    """Returns [N] int64, the bytes of message fields with tag and length, from `size` [N] bytes."""
     return 1 + count_varint_bytes(size) + size
 
 
 def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the number of bytes of integers below 2**63 as varints."""
+    """Returns [N] int64, the bytes of integers in protobuf, 7 bits per byte; they are < 2**63."""
     return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes of an entry of `Features` before its value of `size` bytes."""
+    """Returns the bytes before a value of `size` bytes in an `Example`: key, tags and lengths."""
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature
         message = tag + _encode_varint(rest) + message
@@ -198,7 +208,7 @@ def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
 
 
 def _encode_varint(number: int) -> bytes:
-    """Returns an integer of 0 or more as a varint: 7 bits per byte, the lowest bits first."""
+    """Encodes an integer of 0 or more with 7 bits per byte, the lowest bits first."""
     content = bytearray()
     while number > 0x7F:
         content.append(number & 0x7F | 0x80)

@@ -1,12 +1,11 @@
-"""Streams training batches from records, and reads ahead while earlier batches are in use.
+"""Makes training batches from TFRecord files, while the devices work on earlier batches.
 
-The order comes from `vidjax.data.order`. Threads of Python read the records: TensorFlow would take
-four times as long to read single records of a file. A tf.data pipeline of TensorFlow operations
-makes the batches. Its threads run no Python code, because a process that ends during a Python call
-of TensorFlow hangs or aborts. Records are batched before they are parsed, because parsing each
-record separately takes three times as long.
+Threads of Python read the records, because TensorFlow would take four times as long to read single
+records. Then TensorFlow operations make the batches. Their threads run no Python code, because a
+process that ends during a Python call of TensorFlow hangs or aborts. Records are batched before
+they are parsed, because parsing each record separately takes three times as long.
 
-TensorFlow is imported and set up here, also for TFDS and SavedModel.
+All code that uses TensorFlow imports it from this module, which sets it up.
 """
 
 import collections
@@ -29,8 +28,8 @@ from vidjax.data.records.record_reader import Reader
 from vidjax.data.records.shard_files import check_shard, count_frame_bytes
 from vidjax.utils.errors import UserError
 
-# TensorFlow reads both variables during its import. Errors become exceptions, so the log is not
-# needed. oneDNN would print a message.
+# TensorFlow reads both variables during its import. Its log is not needed, because errors become
+# exceptions. oneDNN would print a message.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -44,20 +43,20 @@ finally:
     if _keras_home is not None:
         os.environ["KERAS_HOME"] = _keras_home
 
-# TensorFlow has no types, and the stubs of type checkers cover half of it.
+# TensorFlow has no types, and the stubs of type checkers cover only half of it.
 tf: Any = tensorflow
 
-# The accelerator belongs to JAX: TensorFlow would take all of its memory.
+# Only JAX uses the accelerator, because TensorFlow would take all of its memory.
 tf.config.set_visible_devices([], "GPU")
 
-NUM_AHEAD = 2  # batches that are being read, and batches in the queue of tf.data
+NUM_AHEAD = 2  # batches that are being read, and batches that wait for TensorFlow
 NUM_READERS = 16  # records that are read at once; most reads wait for the disk
 # `decode_raw` cannot pad float16, so the bits are decoded as an integer of the same size.
 CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
 
 def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batch]:
-    """Yields an endless stream of batches, see `TrainingData.train_batches`."""
+    """Yields the training batches of `plan` without end, beginning with the batch of `step`."""
     reader = Reader(records, plan.splits)
     rows = plan.batch_size
     shapes = [[rows], [rows], [rows], [len(plan.windowed), rows]]
@@ -77,12 +76,15 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
             for shard in reader.shards:
                 check_shard(shard)
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{records.folder}: cannot read the records: {reason}") from error
+            raise UserError(
+                f"{records.folder}: TensorFlow cannot read the converted data: {reason}\n"
+                "delete this folder to convert again"
+            ) from error
         yield batch  # outside `try`, because TensorFlow may be unloaded when the process ends
 
 
 def _close(queue: Any) -> None:
-    """Closes a queue now, even if the garbage collector calls this while TensorFlow traces."""
+    """Closes a queue of TensorFlow, even if this is called while TensorFlow traces a function."""
     with tf.init_scope():
         queue.close()
 
@@ -90,7 +92,11 @@ def _close(queue: Any) -> None:
 def _read_records(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields the messages of the clips of each step, from `step` on, and see `_locate_clips`."""
+    """Reads the records of each training step, beginning with `step`.
+
+    Yields:
+      The content of the B records, clip_index, batch_mask and first frames, see `_locate_clips`.
+    """
     located = _locate_clips(records, plan, reader, step)
     waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
         collections.deque()
@@ -99,7 +105,7 @@ def _read_records(
         while True:
             while len(waiting) < NUM_AHEAD:
                 places, *others = next(located)
-                in_order = np.argsort(places)  # so that a thread opens few files
+                in_order = np.argsort(places)  # so that each thread opens few files
                 parts = np.array_split(places[in_order], NUM_READERS)
                 futures = [threads.submit(reader.read, part, whole=False) for part in parts]
                 waiting.append((futures, in_order, others))
@@ -114,11 +120,11 @@ def _read_records(
 def _locate_clips(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields the clips of each step, from `step` on.
+    """Draws the clips of each training step, beginning with `step`.
 
     Yields:
-      The place of the record in `reader` [B] int64, clip_index [B] int32, batch_mask [B] bool, and
-      the first frame of the window in each of the M windowed modalities [M, B] int32.
+      The number of each record in `reader` [B] int64; clip_index [B] int32; batch_mask [B] bool;
+      and the first frame of the window in each of the M modalities in `plan.windowed` [M, B] int32.
     """
     place_of_clip = np.argsort(reader.clip_index)
     with jax.default_device(_get_host_device()):
@@ -153,7 +159,7 @@ def _locate_clips(
 
 
 def _get_host_device() -> Any:
-    """Returns the CPU device of jax, or an accelerator if jax may not use the CPU."""
+    """Returns the CPU device of JAX, or an accelerator if JAX may not use the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -161,7 +167,7 @@ def _get_host_device() -> Any:
 
 
 def _make_pipeline(records: Records, plan: BatchPlan, queue: Any) -> Any:
-    """Returns a tf.data dataset of the batches of the messages in `queue`."""
+    """Returns a `tf.data.Dataset` that makes a batch of each element of `queue`."""
     keys = [f"frames/{name}/{field}" for name in plan.modalities for field in BATCHED]
     strings = {key: tf.io.FixedLenFeature([], tf.string) for key in keys}
 
@@ -185,12 +191,15 @@ def _make_pipeline(records: Records, plan: BatchPlan, queue: Any) -> Any:
 def _decode(
     fields: Mapping[str, Any], modality: Modality, size: int, first: Any, *, best: bool
 ) -> Frames:
-    """Decodes B clips to Frames [B, size]; padding is 0.
+    """Decodes B clips to arrays with `size` frames per clip, padded with zeros.
 
     Args:
-      fields: field -> [B] strings, the bytes of all frames of each clip.
-      first: [B] int32, the first frame to take; None: all frames.
-      best: True to take the best frames of a longer clip by quality, as `clips.choose_best_frames`.
+      fields: a dict, field -> [B] strings, the bytes of all frames of each clip.
+      modality: the width and the dtype of the features.
+      size: number of frames.
+      first: [B] int32, the first frame to take from each clip. If it is None, it is frame 0.
+      best: if True, the frames of the highest quality are taken from clips of more than `size`
+        frames, in time order.
     """
     nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}
@@ -217,7 +226,7 @@ def _decode(
             count = tf.fill(tf.shape(first), size * nbytes[field])
             strings = tf.strings.substr(strings, first * nbytes[field], count)
         decoded[field] = read(field, strings, size * nbytes[field])
-    if best:  # clip by clip, because padding all to the longest clip takes too much memory
+    if best:  # clip by clip, because padding all clips to the longest takes too much memory
         kinds = {field: tf.TensorSpec([size * widths[field]], dtypes[field]) for field in fields}
         rows = tf.where(length > size)[:, 0]
         longer = {field: tf.gather(strings, rows) for field, strings in fields.items()}

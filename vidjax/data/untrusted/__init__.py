@@ -1,1 +1,4 @@
-"""Reads and checks files from strangers in a sandbox, with numpy and the standard library only."""
+"""Reads pickles from strangers in a limited child process, and checks names in their files.
+
+This folder needs only numpy and the standard library.
+"""

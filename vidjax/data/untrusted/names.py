@@ -1,4 +1,4 @@
-"""Checks names of clips and identities, and escapes text from strangers in messages."""
+"""Checks names of clips and people, and escapes text from strangers in messages."""
 
 import itertools
 import re
@@ -13,20 +13,20 @@ from vidjax.utils.errors import UserError
 # Unicode categories of control characters, and of line and paragraph separators, which would break
 # the lines of a file.
 _BREAKS = ("Cc", "Zl", "Zp")
-# Characters that `escape` replaces: white space and the byte order mark, which readers of text
-# drop; and a % before two hexadecimal digits, so that `unescape` is unambiguous.
+# Characters that `escape` replaces: white space and the byte order mark, because programs that read
+# text may drop them; and a % before two hexadecimal digits, because `unescape` would change it.
 _UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
-_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ, in Persian and Indic names and in emoji
-# Invisible letters outside the category Cf: fillers and variation selectors.
+_JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ are in Persian and Indic names and in emoji
+# Invisible letters that are not in the Unicode category Cf: fillers and variation selectors.
 _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
-MAX_STEM_BYTES = 200  # a file name, even if temporary, has at most 255 bytes
+MAX_STEM_BYTES = 200  # a file name has at most 255 bytes, including suffixes of temporary files
 
 
 def show(text: str | bytes) -> str:
-    """Shortens and escapes text from a file for a line of an error message."""
+    """Shortens and escapes a text from a file, so that it fits into a line of a message."""
     if isinstance(text, bytes):
         text = text[:400].decode("utf-8", "backslashreplace")
     text = text if len(text) <= 100 else text[:100] + "..."
@@ -34,14 +34,18 @@ def show(text: str | bytes) -> str:
 
 
 def check_name(name: str, kind: str = "clip name") -> str:
-    """Checks that text files and HTML pages can contain a name, and returns it unchanged.
+    """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
+
+    Args:
+      name: the name.
+      kind: what has this name, for messages.
 
     Raises:
-      UserError: the name is empty or blank, is not valid unicode, or contains a newline or another
+      UserError: the name is empty or blank, is not valid Unicode, or contains a newline or another
         control character.
     """
     if not name.strip():
-        raise UserError(f"{kind} '{show(name)}' is empty")
+        raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
     if name.isprintable():  # fast, and sufficient for most names
         return name
     broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
@@ -55,23 +59,24 @@ def check_name(name: str, kind: str = "clip name") -> str:
         remedy = "rename it"
         if sys.getfilesystemencoding() != "utf-8":  # the name may be valid
             remedy = "set PYTHONUTF8=1, because the locale allows only ASCII in file names"
-        raise UserError(f"{kind} '{show(name)}' is not valid unicode: {remedy}") from None
+        raise UserError(f"{kind} '{show(name)}' is not valid Unicode: {remedy}") from None
     return name
 
 
 def clean_identity(name: str) -> str:
-    """Checks the name of a person and returns its `normal_form`. All new names are checked here.
+    """Checks the name of a person, and returns it in the Unicode form NFC.
 
     Raises:
-      UserError: the name has leading or trailing blanks, `check_name` refuses it, or it contains an
-        invisible letter (category Cf). A joiner between two letters or symbols is allowed.
+      UserError: the name is empty, has leading or trailing blanks, is not valid Unicode, or
+        contains a control character or an invisible letter. An invisible joiner (ZWJ or ZWNJ)
+        between two letters or symbols is allowed.
     """
     if name != name.strip() and name.strip():
         raise UserError(
             f"identity '{show(name)}' has leading or trailing blanks: remove them with strip()"
         )
     name = normal_form(check_name(name, "identity"))
-    if name.isprintable():  # no letter is of the category Cf
+    if name.isprintable():  # then no letter is invisible
         return name
     for place, letter in enumerate(name):
         neighbours = [unicodedata.category(other)[0] for other in name[place - 1 : place + 2 : 2]]
@@ -84,23 +89,23 @@ def clean_identity(name: str) -> str:
 
 
 def normal_form(name: str) -> str:
-    """Returns a name in the Unicode form NFC, where `e` and an accent are a single letter.
+    """Returns a name in the Unicode form NFC, where `e` with an accent is a single letter.
 
-    Names of people are compared in this form. File systems and keyboards may use other forms.
+    Names of people are compared in this form, because file systems and keyboards use various forms.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def is_unknown(name: str) -> bool:
-    """Returns True for the name of an unknown person: `unknown`, or `unknown 3`."""
+    """Returns True if a name is reserved for strangers: `unknown`, or `unknown` with a number."""
     return re.fullmatch("unknown( [0-9]+)?", name.casefold()) is not None
 
 
 def fold(name: str) -> str:
-    """Returns a key that is equal for names that look alike.
+    """Returns a simplified name, which is equal for two names that look alike.
 
-    The key ignores case, compatible letters (`\ufb01` and `fi`), invisible letters and repeated
-    blanks.
+    Upper and lower case, ligatures (`\ufb01` and `fi`), invisible letters and repeated blanks make
+    no difference.
 
     Source: NFKC_Casefold of the Unicode standard.
     """
@@ -112,7 +117,11 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> another name, new or known, that looks like it."""
+    """Finds new names that look like another name.
+
+    Returns:
+      A dict, new name -> another name, new or known, that looks like it.
+    """
     seen, similar = dict[str, str](), dict[str, str]()
     new = [*new]
     for name in itertools.chain(known, new) if new else ():
@@ -122,9 +131,10 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
 
 def make_file_stems(labels: Iterable[str]) -> list[str]:
-    """Returns a distinct file name without suffix for each label, of at most MAX_STEM_BYTES.
+    """Returns a file name without suffix for each label, of at most 200 bytes.
 
-    Many file systems do not distinguish `ada` and `Ada`, so the second label becomes `ada (2)`.
+    All file names differ. Many file systems do not distinguish `ada` and `Ada`, so the file name of
+    the second label is `Ada (2)`.
     """
     stems, taken = list[str](), Counter[str]()
     for label in labels:
@@ -144,19 +154,24 @@ def _cut(text: str, max_bytes: int) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Removes `.mp4` at the end of a clip name. Raises the errors of `check_name`."""
+    """Checks the name of a clip, and returns it without `.mp4` at its end.
+
+    Raises:
+      UserError: the name is empty, is not valid Unicode, or contains a control character.
+    """
     end = len(name)
     while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
         end -= 4
     if not name[:end].strip():
-        raise UserError(f"clip name '{show(name)}' is empty")
+        raise UserError(f"clip name '{show(name)}' is empty: give the clip a name")
     return check_name(name[:end])
 
 
 def clean_name_at(place: str, name: object) -> str:
-    """Returns `clean_name`; `place` (a file, line or split) is the start of an error message."""
+    """Calls `clean_name`. Error messages begin with `place`, such as a file and a line."""
     if not isinstance(name, str):
-        raise UserError(f"{place} a clip name is text, not {type(name).__name__}: {name!r:.40}")
+        kind = type(name).__name__
+        raise UserError(f"{place} clip name {name!r:.40} is of type {kind}: convert it with str()")
     try:
         return clean_name(name)
     except ValueError as error:
@@ -164,12 +179,15 @@ def clean_name_at(place: str, name: object) -> str:
 
 
 def escape(name: str) -> str:
-    """Returns a name without white space for the official format: `First%20Last`."""
+    """Returns a name without white space, for text files that separate names by blanks.
+
+    White space is written as in a URL: `First Last` becomes `First%20Last`.
+    """
     return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
 
 
 def unescape(text: str) -> str:
-    """Reverses `escape`. Text that `escape` cannot have written is returned unchanged."""
+    """Returns the name from which `escape` makes `text`. If there is none, returns `text`."""
     if "%" not in text:
         return text
     name = urllib.parse.unquote(text)

@@ -1,10 +1,11 @@
-"""Unpickles a large dict in pieces, in little memory.
+"""Unpickles a large dict in pieces, so that it needs little memory.
 
 pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time, each time
 as a new dict. pickle also numbers most objects, to refer to them later, and an unpickler keeps all
-of them. Feature pickles refer only to objects of the same clip, and to the few objects that arrays
-share, which are in the first piece. So the numbered objects of later pieces are replaced by None.
-If a pickle refers to one of these, it has to be loaded as a whole: no value of a clip may be None.
+numbered objects. Feature pickles refer only to objects of the same clip, and to a few objects that
+all arrays share, which are in the first piece. So the numbered objects of all other pieces are
+replaced by None when the next piece is loaded. If a pickle refers to such an object, a clip gets a
+value None, which is refused. The pickle then has to be loaded as a whole.
 """
 
 import io
@@ -21,16 +22,17 @@ from vidjax.data.untrusted.unpickle import Unpickler
 from vidjax.utils.errors import UserError
 
 PIECE_BYTES = 16 << 20
-MAX_PATTERNS, MAX_RUN = 32, 200  # patterns that are tried, and their opcodes
+MAX_PATTERNS, MAX_RUN = 32, 200  # number of patterns that are tried, and of opcodes in a pattern
 
-# Opcodes whose argument begins with its size -> format of the size.
+# Opcode whose argument begins with its size -> format of the size.
 _SIZED = {
     code: struct.Struct(size)
     for size, codes in {"<B": b"UC\x8a\x8c", "<I": b"TXB", "<Q": b"\x8d\x8e\x96"}.items()
     for code in codes
 }
-_FRAME = 0x95  # followed by 8 bytes: how many bytes a reader should fetch at once
-# Opcodes with an argument of fixed size, without dicts and the end -> the size.
+_FRAME = 0x95  # opcode before 8 bytes with the number of bytes that a reader should fetch at once
+# Opcode with an argument of fixed size -> the size. Opcodes of dicts and the last opcode are left
+# out.
 _PLAIN = {
     ord(x.code): x.arg.n if x.arg else 0
     for x in pickletools.opcodes
@@ -50,14 +52,18 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 
 
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
-    """Yields the items of a pickle of `size` bytes that contains a dict, see `unpickle.load`.
+    """Yields the items of a pickled dict, a few items at a time, as new dicts.
+
+    Args:
+      file: the opened pickle.
+      size: number of bytes of the pickle.
 
     Raises:
       Exception: the pickle has to be loaded as a whole, or is damaged, or is refused.
     """
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")
-    old = range(0)  # the numbers of the objects of the piece before
+    old = range(0)  # the numbers of the objects of the previous piece
     with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
         for parts, numbers in _cut(content):
             puts = np.empty(len(old), [("opcode", "S1"), ("number", "<u4")])
@@ -77,7 +83,11 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 
 
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
-    """Yields pickles of some items, without their end, and the numbers of the objects in them."""
+    """Cuts a pickled dict into pickles of some items.
+
+    Yields:
+      The parts of a pickle, without its last opcode, and the numbers of the objects in it.
+    """
     begin = _START.match(content)
     if not begin:
         raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
@@ -108,9 +118,10 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips runs of _PLAIN opcodes, and counts the objects that they number.
+    """Skips opcodes with arguments of fixed size, and counts the objects that they number.
 
-    Most runs differ only in the arguments of their opcodes, so they match a few patterns.
+    The opcodes of most arrays differ only in their arguments. So they match a few patterns, which
+    is faster than to look at each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:
@@ -118,7 +129,11 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Returns the end of a run that begins `at`, and the number of objects that it numbers."""
+        """Skips the opcodes that begin at byte `at`.
+
+        Returns:
+          The byte after the opcodes, and the number of objects that they number.
+        """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:

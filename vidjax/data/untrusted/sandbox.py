@@ -1,13 +1,12 @@
-"""Reads feature pickles into flat arrays, in a child process with limits (a sandbox).
+"""Reads pickles of features in a child process with limits, because a stranger may have made them.
 
-`unpack` starts the child, which runs this module without jax and TensorFlow. There are three
-barriers:
+`unpack` starts the child process, which runs this module. There are three barriers:
 
-1. No code from the file runs: `unpickle` resolves only the few globals that numpy writes.
-2. The cost is limited: the limits of address space (on Linux), CPU time and output grow with the
-   size of the file. A small file that expands to gigabytes ends in a clear error.
-3. The structure is checked: `read_clips` checks every field, and `packing` checks the clips, before
-   they are written to flat arrays.
+1. No code from the file runs, because `unpickle` resolves only the few globals that numpy writes.
+2. The limits of address space (on Linux), CPU time and output grow with the size of the file. So a
+   small file that expands to gigabytes ends in an error.
+3. The type and shape of every field are checked before it is written to files, from which the
+   parent process reads arrays.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClip
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.pieces import load_pieces
-from vidjax.data.untrusted.unpickle import Array, load
+from vidjax.data.untrusted.unpickle import REMEDY, Array, load
 from vidjax.utils.errors import DiskError, NoFileError, UserError, prefix_errors
 
 MB = 1 << 20
@@ -39,13 +38,18 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Writes the clips of a pickle to flat files, in the child process.
+    """Reads a pickle in the child process, and writes the frames of its clips to files.
 
-    `arguments` are the arguments of `unpack`. Returns `PackedClips.summary`.
+    Args:
+      arguments: a dict with the arguments `path`, `modality`, `out_dir` and `non_finite` of
+        `unpack`.
+
+    Returns:
+      `PackedClips.summary` of the clips.
     """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
-    # There are no reference cycles, and garbage collection would take a third of the time.
+    # Garbage collection would take a third of the time, but there are no reference cycles.
     gc.disable()
     try:
         with path.open("rb", buffering=READ_BYTES) as file:
@@ -59,11 +63,12 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
             with contextlib.suppress(Exception):
                 return pack(load_pieces(file, size))
-            # The file is loaded as a whole if this is necessary, and for the message of an error.
+            # Some pickles have to be loaded as a whole. If a pickle is refused, this call raises
+            # the error with the right message.
             return pack(load(file, size) for _ in range(1))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DiskError(f"{path}: cannot be read, or written to {out_dir}: {reason}") from None
+        raise DiskError(f"{path}: cannot be read, or copied to {out_dir}: {reason}") from None
 
 
 def unpack(
@@ -74,26 +79,33 @@ def unpack(
     non_finite: NonFinite = "drop",
     children: processes.Children | None = None,
 ) -> PackedClips:
-    """Reads a feature pickle in a sandbox into flat files, and maps them into memory.
+    """Reads a pickle of features in a child process with limits.
+
+    The child process writes the frames to files in `out_dir`, which are then memory-mapped.
 
     Args:
-      path: the pickle: clip name -> list of entries, or clip name -> array [D] or [T, D].
-      modality: `face`, `head`, `body`, `audio` and `scene` have the entries of the official files.
-        For any other name, the majority of the clips decides which fields an entry has.
-      out_dir: a folder for only this call, made if missing. Its files must outlive the arrays.
-      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf;
+      path: the pickle. It contains a dict, clip -> array [D] or [T, D], or clip -> list of entries
+        with a feature and the other values of a frame.
+      modality: if it is 'face', 'head', 'body', 'audio' or 'scene', the entries have the fields of
+        the iQIYI-VID dataset. Otherwise the majority of the clips decides which fields they have.
+      out_dir: a folder that only this call uses. It is made if it does not exist, and must exist as
+        long as the returned arrays.
+      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
         'error' refuses the file.
-      children: the group of the child, so that another thread can kill it.
+      children: starts the child process, so that another thread can kill it. It may be None.
+
+    Returns:
+      The frames of all clips.
 
     Raises:
       UserError: the file is refused, damaged or truncated, or its structure does not match its
-        modality; the message names file, clip and field.
+        modality.
     """
     path, out_dir = Path(path), Path(out_dir)
     if not path.exists():
-        raise NoFileError(f"{path}: no such file")
+        raise NoFileError(f"{path}: does not exist: correct the path")
     if not path.is_file():
-        raise UserError(f"{path}: not a regular file: put the file there, or rename this path")
+        raise UserError(f"{path}: is not a regular file: put a file there, or rename it")
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
     arguments = {
@@ -119,14 +131,14 @@ def unpack(
         raise
 
 
-# The entries of an unpickled file. Every value comes from a stranger, so the functions below check
-# its type before they use it, to a fixed depth.
+# Every value of an unpickled file comes from a stranger. So the functions below check its type
+# before they use it, to a fixed depth.
 
-# A pickle may have MAX_EMPTY_CLIPS clips without entries, plus 1 per BYTES_PER_EMPTY_CLIP bytes.
+# A pickle may have MAX_EMPTY_CLIPS clips without frames, plus 1 per BYTES_PER_EMPTY_CLIP bytes.
 MAX_EMPTY_CLIPS, BYTES_PER_EMPTY_CLIP = 100_000, 64
 
 _FEATURE_ONLY = ("feature",)
-# Number of fields -> their names in the official files.
+# Number of fields of an entry -> their names in the official files.
 _ENTRIES: dict[int, tuple[str, ...]] = {
     5: ("frame", "bbox", "det_score", "quality_score", "feature"),
     4: ("frame", "bbox", "det_score", "feature"),
@@ -139,16 +151,17 @@ _FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 
 
 def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -> Iterator[Clip]:
-    """Yields the clips of an unpickled file, and empties its pieces to free memory.
+    """Checks unpickled dicts, and yields their clips. The dicts are emptied to free memory.
 
     Args:
-      pieces: dicts, clip name -> list of entries, or clip name -> array [D] or [T, D].
+      pieces: dicts, clip -> array [D] or [T, D], or clip -> list of entries with a feature and the
+        other values of a frame.
       modality: see `unpack`.
-      place: the file, as the start of an error message.
-      size: bytes of the file.
+      place: the file, with which error messages begin.
+      size: number of bytes of the file, which limits the clips and frames.
 
     Raises:
-      UserError: the content has a different structure; the message names clip and field.
+      UserError: the content has another structure, or exceeds the limits.
     """
     names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
@@ -162,12 +175,20 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 
 
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
-    """Returns clip name without `.mp4` -> value, and empties `content` to free memory.
+    """Checks the clip names of an unpickled dict, and removes `.mp4` from them.
 
-    `known` are the names of all pieces so far.
+    Args:
+      content: a dict, clip -> value. It is emptied to free memory.
+      known: the names in earlier dicts of the same file. The new names are added.
+      budget: the limit of empty clips.
+
+    Returns:
+      A dict, clip without `.mp4` -> value.
     """
     if type(content) is not dict:
-        raise UserError(f"the pickle contains a {type(content).__name__}, not a dict of clips")
+        raise UserError(
+            f"the pickle contains a {type(content).__name__}, not a dict of clips: {REMEDY}"
+        )
     empty = sum(_is_list(value) and not value for value in content.values())
     budget.take_empty(empty, len(content))
     clips: dict[str, Any] = {}
@@ -189,16 +210,16 @@ def _clean_key(key: object) -> str:
         try:
             key = key.decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"clip name '{show(key)}' is not UTF-8") from None
+            raise UserError(f"clip name '{show(key)}' is not UTF-8: rename the clip") from None
     if type(key) is not str:
-        raise UserError(f"a clip name is a {type(key).__name__}, not text")
+        raise UserError(f"a clip name is of type {type(key).__name__}: convert it with str()")
     return clean_name(key)
 
 
 class _Budget:
-    """The limit of frames, bytes and empty clips of a pickle of `size` bytes.
+    """Limits the frames, bytes and empty clips of a pickle of `size` bytes.
 
-    Entries may share objects, so a pickle may expand, but only up to this limit.
+    Clips of a pickle may refer to the same array, so a small pickle could expand without a limit.
     """
 
     def __init__(self, size: int) -> None:
@@ -207,21 +228,25 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts empty clips among some clips. Raises UserError if they exceed the limit."""
+        """Counts `num_clips` empty clips. Raises UserError if there are too many.
+
+        `among` is the number of all clips, for the message.
+        """
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
-                f"{num_clips} of {among} clips are empty: refused; leave out the empty clips"
+                f"{num_clips} of {among} clips are empty, which is too many: "
+                "leave out the empty clips"
             )
 
     def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes. Raises UserError if they exceed the limit."""
+        """Counts frames and bytes. Raises UserError if there are too many."""
         self._frames -= num_frames
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
             raise UserError(
-                "the pickle expands to more data than a file of this size may contain: refused; "
-                "write each array only once"
+                "the pickle is refused, because it expands to more data than a file of this size "
+                "may contain: write each array only once"
             )
 
 
@@ -230,14 +255,17 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _describe_type(value: object) -> str:
-    """Returns the type of a value, for messages."""
+    """Describes the type of a value for a message. Of an array, also shape and dtype are named."""
     if type(value) is Array:
         return f"array {list(value.shape)} of {np.dtype(value.code)}"
     return type(value).__name__
 
 
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the required fields of entries: of the official file, or of most clips."""
+    """Returns the names of the fields that the entries of a clip must have.
+
+    The fields of official modalities are fixed. In other modalities, most clips decide.
+    """
     length = _NUM_FIELDS.get(modality)
     if length is None:
         values = [v[0] if _is_list(v) else v for v in clips.values() if v or type(v) is Array]
@@ -245,14 +273,23 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         lengths = Counter(len(value) if _is_list(value) else 1 for value in probe)
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
-        raise UserError(f"{modality} entries have {length} fields, wanted 2 to 5, or only arrays")
+        raise UserError(
+            f"the entries of {modality} have {length} fields: give 2 to 5 fields, or only arrays"
+        )
     return _ENTRIES[length]
 
 
 def _read_frames(
     value: Any, fields: tuple[str, ...], where: str, budget: _Budget
 ) -> dict[str, Any]:
-    """Returns field -> frames of a clip, as input of `packing.read_frames`."""
+    """Checks the frames of a clip, and returns a dict, field -> array, for `packing.read_frames`.
+
+    Args:
+      value: the unpickled frames.
+      fields: the fields that an entry must have.
+      where: the start of an error message.
+      budget: the limit of frames and bytes.
+    """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
         if not count:
@@ -270,9 +307,9 @@ def _read_frames(
             values = [entry[column] for entry in entries]
             frames[_FIELD_NAMES[field]] = _read_column(values, field, where)
     else:
-        wanted = "array" if fields == _FEATURE_ONLY else f"list of [{', '.join(fields)}]"
-        raise UserError(f"{where} is of type {_describe_type(value)}, wanted {wanted}")
-    if "quality" not in frames and frames["features"].size:  # 0 instead of the norm
+        wanted = "an array" if fields == _FEATURE_ONLY else f"a list of [{', '.join(fields)}]"
+        raise UserError(f"{where} is of type {_describe_type(value)}: write {wanted}")
+    if "quality" not in frames and frames["features"].size:  # otherwise the norm would be used
         frames["quality"] = FRAME_FIELDS["quality"].default(count)
     return frames
 
@@ -280,18 +317,22 @@ def _read_frames(
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Returns the features [T, D] of T entries. Raises UserError if dtypes or widths differ."""
+    """Checks the T entries of a clip, and returns their features [T, D].
+
+    Raises:
+      UserError: an entry does not have `fields`, or widths or dtypes of features differ.
+    """
     features: list[Array] = []
     for number, entry in enumerate(entries):
         if not _is_list(entry) or len(entry) != len(fields):
             got = f"is of type {_describe_type(entry)}"
             if _is_list(entry):
                 got = f"has {len(entry)} fields"
-            raise UserError(f"{where} entry {number}, entry {got}, wanted [{', '.join(fields)}]")
+            raise UserError(f"{where} entry {number} {got}: write [{', '.join(fields)}]")
         feature = entry[-1]
         if type(feature) is not Array or len(feature.shape) != 1:
             got = _describe_type(feature)
-            raise UserError(f"{where} entry {number}, feature is {got}, wanted an array [D]")
+            raise UserError(f"{where} entry {number}, feature is {got}: write an array [D]")
         features.append(feature)
     kinds = [(feature.code, feature.shape[0]) for feature in features]
     common = Counter(kinds).most_common(1)[0][0]
@@ -300,8 +341,8 @@ def _join_features(
             got = _describe_type(features[number])
             others = _describe_type(features[kinds.index(common)])
             raise UserError(
-                f"{where} entry {number}, feature is {got}, but most are {others}; "
-                "all features of a clip need the same length and dtype"
+                f"{where} entry {number}, feature is {got}, but most are {others}: "
+                "write features of equal length and dtype"
             )
     budget.take(0, len(features) * len(features[0].data))
     joined = b"".join([feature.data for feature in features])
@@ -309,7 +350,11 @@ def _join_features(
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Returns a field of T entries as integers or float64, in the shape of FRAME_FIELDS."""
+    """Converts the values of a field in T entries to an array of integers or float64, [T, ...].
+
+    Raises:
+      UserError: a value has a wrong type.
+    """
     try:
         column = _convert(values, field)
     except (TypeError, OverflowError, ValueError):

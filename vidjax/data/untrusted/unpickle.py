@@ -1,8 +1,8 @@
-"""Unpickles files from strangers without running code that the file chooses.
+"""Unpickles files from strangers without running code from the file.
 
-The unpickler resolves only the globals that numpy writes into feature pickles. They resolve to
-sealed classes that check their arguments. Arrays stay plain bytes, so numpy never unpickles them.
-This prevents foreign code, but not excessive memory: a few bytes can still allocate gigabytes. Call
+A pickle can name any global of any module. Here, only the globals that numpy writes into pickles of
+arrays are resolved, and they resolve to classes of this module that check their arguments. Arrays
+stay plain bytes, so numpy never unpickles them. A few bytes can still allocate gigabytes. So call
 `load` only in the child process of `sandbox`, which has limits.
 """
 
@@ -21,7 +21,8 @@ _STRUCT_CODES = {
     "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
 }  # fmt: skip
 
-# First bytes of files that users mistake for pickles. No pickle begins with these bytes.
+# First bytes of files that users mistake for pickles -> kind of the file. No pickle begins with
+# these bytes.
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
     b"\x93NUMPY": "a .npy file",
@@ -36,24 +37,24 @@ _OTHER_FILES = {
 REMEDY = "write it again with pickle.dump, as a dict {clip name: numpy array [T, D]}"
 
 
-# The globals of a pickle resolve to the classes below, never to functions. The opcode BUILD sets
-# attributes of any object, even of classes, so the metaclass forbids it.
+# The globals of a pickle resolve to the classes below, never to functions. A pickle may set
+# attributes of any object, even of a class, so the metaclass forbids it.
 
 
 class _Sealed(type):
     def __setattr__(cls, name: str, value: object) -> None:
-        raise UserError("the pickle tries to change a class: refused")
+        raise UserError("the pickle is refused, because it tries to change a class")
 
 
 class _NdArray(metaclass=_Sealed):
-    """Replaces numpy.ndarray: valid only as the first argument of _reconstruct."""
+    """Replaces numpy.ndarray, which may only be the first argument of _reconstruct."""
 
     def __new__(cls, *args: object) -> "_NdArray":
-        raise UserError("the pickle calls numpy.ndarray, which a pickled array never does: refused")
+        raise UserError("the pickle is refused, because it calls numpy.ndarray")
 
 
 class _DType(metaclass=_Sealed):
-    """Replaces numpy.dtype, for plain numbers only."""
+    """Replaces numpy.dtype. Only dtypes of real numbers and bool are allowed."""
 
     __slots__ = ("code", "itemsize")
     code: str
@@ -62,7 +63,7 @@ class _DType(metaclass=_Sealed):
     def __new__(cls, code: object, align: object = False, copy: object = False) -> "_DType":
         name = str(code, "latin-1") if isinstance(code, bytes) else code
         if not isinstance(name, str) or name not in _STRUCT_CODES:
-            raise UserError("the pickle contains a dtype that is not a plain number: refused")
+            raise UserError("the pickle contains an array whose dtype is not a real number")
         self = object.__new__(cls)
         self.itemsize = int(name[1])
         self.code = ("<" if self.itemsize > 1 else "|") + name
@@ -73,11 +74,11 @@ class _DType(metaclass=_Sealed):
             raise UserError("the pickle contains a damaged dtype")
         version, order, subarray, names, fields, *layout = state
         if any(part is not None for part in (subarray, names, fields, *layout[3:])):
-            raise UserError("the pickle contains a dtype with fields or metadata: refused")
+            raise UserError("the pickle contains a dtype with fields or metadata")
         if type(order) is bytes:
             order = order.decode("latin-1")
         orders = ("<", ">") if self.itemsize > 1 else ("|",)
-        # Item size, alignment and flags of a plain number are -1, -1 and 0.
+        # In pickles of real numbers, item size, alignment and flags are -1, -1 and 0.
         if type(order) is not str or order not in orders:
             raise UserError("the pickle contains a dtype with an impossible byte order")
         whole = all(type(number) is int for number in (version, *layout[:3]))
@@ -87,7 +88,7 @@ class _DType(metaclass=_Sealed):
 
 
 class Array(metaclass=_Sealed):
-    """Replaces a numpy array by its dtype code, its shape, and its bytes in C order."""
+    """Replaces a numpy array: has its dtype code, its shape, and its bytes in C order."""
 
     __slots__ = ("code", "data", "shape")
     code: str
@@ -121,18 +122,21 @@ class Array(metaclass=_Sealed):
 
 
 class _Reconstruct(metaclass=_Sealed):
-    """Replaces numpy.core.multiarray._reconstruct: makes an empty array, which BUILD fills."""
+    """Replaces numpy.core.multiarray._reconstruct, and makes an empty array.
+
+    The pickle then fills the array with `Array.__setstate__`.
+    """
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
-            raise UserError("the pickle builds something other than a numpy.ndarray: refused")
+            raise UserError("the pickle is refused, because it builds an object that is no array")
         array = object.__new__(Array)
         array.code, array.shape, array.data = "|i1", (0,), b""
         return array
 
 
 class _FromBuffer(metaclass=_Sealed):
-    """Replaces numpy.core.numeric._frombuffer: makes an array of pickle protocol 5."""
+    """Replaces numpy.core.numeric._frombuffer, with which pickle protocol 5 makes an array."""
 
     def __new__(
         cls, data: object, dtype: object, shape: object, order: object, axes: object = None
@@ -145,7 +149,7 @@ class _FromBuffer(metaclass=_Sealed):
 
 
 class _Scalar(metaclass=_Sealed):
-    """Replaces numpy.core.multiarray.scalar: makes a Python number."""
+    """Replaces numpy.core.multiarray.scalar, but makes a Python number."""
 
     def __new__(cls, dtype: object, data: object) -> float:
         if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.itemsize:
@@ -187,30 +191,30 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 class Unpickler(pickle.Unpickler):
-    """The C Unpickler, with only the globals of _GLOBALS."""
+    """Python's unpickler, which resolves only the globals in _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
-        """Returns the sealed class for a global of numpy; refuses all others."""
+        """Returns the class that replaces a global. Raises UserError for all other globals."""
         sealed = _GLOBALS.get((module_name, global_name))
         if sealed is None:
             name = show(f"{module_name}.{global_name}")
-            raise UserError(f"the pickle names {name}, which no feature pickle needs: refused")
+            raise UserError(f"the pickle is refused, because it names {name}")
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        """Refuses every persistent object."""
-        raise UserError("the pickle asks for a persistent object (PERSID): refused")
+        """Raises UserError, because the objects that it would return are not in the file."""
+        raise UserError("the pickle is refused, because it refers to an object outside the file")
 
 
 def load(file: BinaryIO, size: int) -> Any:
-    """Returns the content of a pickle of `size` bytes, made of built-in types and Array.
+    """Unpickles a file of `size` bytes. Arrays become objects of the class `Array`.
 
     Raises:
       UserError: the pickle is refused, damaged or truncated, or bytes follow it.
       MemoryError: the content exceeds the memory limit of the process.
     """
     if size == 0:
-        raise UserError("the file is empty: not a pickle")
+        raise UserError("the file is empty: copy the pickle again")
     try:
         content = Unpickler(file, encoding="bytes").load()
     except MemoryError:
@@ -225,7 +229,9 @@ def load(file: BinaryIO, size: int) -> Any:
                 f"the pickle is truncated: the file ends at byte {size}: copy the file again"
             ) from None
         reason = f"{type(error).__name__}: {show(str(error))}"
-        raise UserError(f"not a readable pickle of {size:,} bytes: {reason}; {REMEDY}") from None
+        raise UserError(
+            f"the pickle ({size:,} bytes) is not readable: {reason}; {REMEDY}"
+        ) from None
     end = file.tell()
     if end != size:
         raise UserError(
@@ -235,8 +241,11 @@ def load(file: BinaryIO, size: int) -> Any:
 
 
 def refuse_others(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if a file is in _OTHER_FILES; `place` is the start of the message."""
+    """Raises UserError if a file is of a kind that users mistake for pickles, such as `.npz`.
+
+    The message begins with `place`.
+    """
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
-            raise UserError(f"{place}not a pickle: the file is {kind}")
+            raise UserError(f"{place}the file is not a pickle, but {kind}; write a pickle")
