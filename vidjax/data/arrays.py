@@ -18,7 +18,6 @@ This command converts the features in DIR to TFRecords, as the first training wo
     python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 """
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -278,11 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from vidjax.data.records.conversion import run_command
 
-    def open_source(args: argparse.Namespace) -> FeatureFolder:
-        return FeatureFolder(args.directory, workers=args.workers, cache_dir=args.cache_dir)
-
     description = "Convert a folder of your own features to TFRecords."
-    return run_command(argv, "vidjax.data.arrays", description, open_source)
+    return run_command(argv, "vidjax.data.arrays", description, FeatureFolder)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
     Raises:
       UserError: `names` is empty, has a name twice, or has a name that is not in `known`.
     """
-    _check_distinct(names)
+    _check_distinct("config.modalities", names)
     for name in names:
         if name not in known:
             raise UserError(
@@ -226,9 +226,9 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
     return {name: known[name].dim for name in names}
 
 
-def _check_distinct(names: Sequence[str]) -> None:
+def _check_distinct(field: str, names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.modalities={','.join(names)}: name at least one, each only once")
+        raise UserError(f"{field}={','.join(names)}: name at least one, and each only once")
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
@@ -237,7 +237,7 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
     Raises:
       UserError: `modalities` is empty, has a name twice, or has a name that is not in the split.
     """
-    _check_distinct(modalities)
+    _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
             close = closest(name, split.lengths)
@@ -321,10 +321,7 @@ def make_batch_plan(
       crop, seed, epoch_clips: see BatchPlan.
     """
     names = tuple(split.name for split in splits)
-    if not names or len(set(names)) < len(names):
-        raise UserError(
-            f"config.data.train_splits={','.join(names)}: name at least one, each only once"
-        )
+    _check_distinct("config.data.train_splits", names)
     if batch_size < 1 or max_frames < 1:
         raise UserError(
             f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "

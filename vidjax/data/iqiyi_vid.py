@@ -8,7 +8,6 @@ TFRecords contain no labels. Labels are read from the ground-truth files at the 
 so a corrected label does not require a new conversion.
 """
 
-import argparse
 import itertools
 import os
 import re
@@ -185,11 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from vidjax.data.records.conversion import run_command
 
-    def open_source(args: argparse.Namespace) -> OfficialFiles:
-        return OfficialFiles(args.directory, args.workers, args.cache_dir)
-
     description = "Convert a directory of official files to TFRecords."
-    return run_command(argv, "vidjax.data.iqiyi_vid", description, open_source)
+    return run_command(argv, "vidjax.data.iqiyi_vid", description, OfficialFiles)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The clips are divided, in their order, into shards of about 256 MB, which severa
 Equal datasets give equal files.
 """
 
-import argparse
 import itertools
 import logging
 import sys
@@ -315,14 +314,15 @@ def run_command(
     argv: Sequence[str] | None,
     module: str,
     description: str,
-    open_source: Callable[[argparse.Namespace], RecordSource],
+    open_source: Callable[..., RecordSource],
 ) -> int:
     """Runs the command `python -m MODULE DIR`, which converts a folder and prints a report.
 
     Args:
       argv: the words of the command line. If it is None, they come from `sys.argv`.
       module, description: the name of the module and a sentence, for `--help`.
-      open_source: a function that opens the dataset of the parsed arguments.
+      open_source: a function that opens the dataset of a directory. It also takes the arguments
+        `workers` and `cache_dir`.
 
     Returns:
       The exit code.
@@ -345,7 +345,7 @@ def run_command(
 
     def command() -> int:
         args = parser.parse_args(words)
-        source = open_source(args)
+        source = open_source(args.directory, workers=args.workers, cache_dir=args.cache_dir)
         records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.read_labels(records.clips))
         messages.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")

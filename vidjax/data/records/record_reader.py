@@ -131,18 +131,13 @@ class Reader:
             check_shard(shard)
         with files.open_regular(shard.path) as file:
             if whole:
-                self._check_opened(number, file)
+                stat = os.fstat(file.fileno())
+                state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                if number not in self._states and files.hash_opened(file) == shard.sha256:
+                    self._states[number] = state
+                if self._states.get(number) != state:
+                    raise self._damaged(number)
             yield file
-
-    def _check_opened(self, number: int, file: io.FileIO) -> None:
-        stat = os.fstat(file.fileno())
-        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if number not in self._states:
-            if files.hash_opened(file) != self.shards[number].sha256:
-                raise self._damaged(number)
-            self._states[number] = state
-        if self._states[number] != state:
-            raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
         """Returns an error for a file that changed. If it is damaged, raises a more exact error."""
