@@ -138,8 +138,8 @@ def attacks(mark: Path) -> dict[str, Attack]:
     routes = {words: Attack(data, told) for words, told, data in _routes(mark)}
     for words, told, data in (
         ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
-        ("PERSID", "PERSID", b"Pthing\n."),
-        ("BINPERSID", "PERSID", b"NQ."),
+        ("PERSID", "outside the file", b"Pthing\n."),
+        ("BINPERSID", "outside the file", b"NQ."),
         ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
         ("strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
     ):

@@ -87,7 +87,7 @@ def spoilt(folder):
 
 def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
     spoilt(official)
-    with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames have a face feature"):
+    with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames are left out"):
         data = load(official)
     loaded = features_of(data, "train")
     assert all(np.isfinite(features).all() for features in loaded.values())
@@ -121,7 +121,9 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
     path.write_bytes(pickle.dumps(content, 2))
     refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
     write_pickle(official, "face", "val", clips_of("val", 10, dim=6))
-    refused(official, "face: features are 4 wide in", "face_train.pickle", "6 wide in", str(path))
+    refused(
+        official, "face: features have width 4 in", "face_train.pickle", "width 6 in", str(path)
+    )
 
 
 def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
@@ -138,9 +140,9 @@ def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, r
     path = official / "train_gt.txt"
     text = path.read_text()
     path.write_text(text + "stranger.mp4 2\n")  # 5 % of the clips
-    refused(official, "1 of 19 clips are in no feature file, for example stranger\n", "1%")
+    refused(official, "1 of 19 clips have no features, for example stranger\n", "1%")
     path.write_text(text.replace(".mp4", ".avi.mp4"))
-    refused(official, "none of its 18 clips is in a feature file", "files name train000")
+    refused(official, "none of its 18 clips has features", "belong to train000")
 
 
 def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
@@ -148,7 +150,7 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     write_pickle(tmp_path, "face", "val", clips)
     labels = {name: "1" for i, name in enumerate(clips) if i % 3}
     write_truth(tmp_path, "val", labels | {"stranger": "1"})
-    with pytest.warns(UserWarning, match="1 of 101 clips are in no feature file, .* stranger"):
+    with pytest.warns(UserWarning, match="1 of 101 clips have no features, .* stranger"):
         data = load(tmp_path)
     split = data.split("val")
     np.testing.assert_array_equal(split.labels, [int(name in labels) for name in split.clips])
@@ -194,7 +196,7 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
 
 def test_requested_modality_without_a_feature_file_is_refused(official, refused):
     write_pickle(official, "head", "train", clips_of("train", 12))
-    with pytest.warns(UserWarning, match="val: no file of head"):
+    with pytest.warns(UserWarning, match="val: the split has no features of head"):
         data = load(official)
     (batch,) = eval_batches(data, split="train", modalities=("face", "head"), rows=20)
     has = batch.frames["head"].mask.any(axis=1)
@@ -202,7 +204,7 @@ def test_requested_modality_without_a_feature_file_is_refused(official, refused)
     assert not batch.frames["head"].features[~has].any()
     with pytest.raises(ValueError, match=r"'val' has no features of 'head'\n.*config.modalities"):
         next(eval_batches(data, split="val", modalities=("face", "head"), rows=8))
-    with pytest.raises(ValueError, match="the data has no modality 'heda'; did you mean 'head'"):
+    with pytest.raises(ValueError, match="the data have no modality 'heda': did you mean 'head'"):
         select_modalities(("face", "heda"), data.modalities)
     assert_adds_up(data.report)
 
@@ -266,7 +268,7 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
         write_pickle(official, "face", split, {})
     refused(official, "no clip has a frame")
     write_pickle(official, "face", "train", clips_of("train", 20))
-    refused(official, "face_val.pickle: no clip in split 'val'")
+    refused(official, "face_val.pickle: split 'val' has no clips")
     for path in official.glob("*.pickle"):
         path.unlink()
     refused(official, f"{official}: contains no feature pickles")

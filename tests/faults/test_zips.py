@@ -196,7 +196,7 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     assert path.stat().st_size < 2000
     refuse_table(path, "80,0", "bytes of almost equal values")
     forge_count(path, "footer", ZEROS, 1)
-    refuse_table(path, "20,000,000 values of features, but 1 in the footer")
+    refuse_table(path, "20,000,000 values of features, but its footer lists 1")
     forge_count(path, "pages", ZEROS, 1)  # both: the page is cut short
     try:
         (clip,) = clip_files.read_parquet(path)

@@ -183,26 +183,6 @@ def compute_feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
     return norms
 
 
-def count_frames(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the attributes `seen`, `skipped`, `skipped_clips` and `warnings` of `PackedClips`.
-
-    Args:
-      seen: [N] int, number of frames of each clip in the file.
-      kept: [N] int, number of frames of each clip that were not left out.
-      warnings: the attribute `warnings`.
-    """
-    skipped_clips = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
-    dropped = int(seen.sum() - kept.sum())
-    return {
-        "seen": int(seen.sum()),
-        "skipped": {"non_finite": dropped} if dropped else {},
-        "skipped_clips": {
-            reason: int(clips.sum()) for reason, clips in skipped_clips.items() if clips.any()
-        },
-        "warnings": dict(warnings),
-    }
-
-
 # A dict, split -> modality -> the frames of its clips.
 Unpacked = Mapping[str, Mapping[str, PackedClips]]
 

@@ -63,8 +63,12 @@ def load_folder_truth(
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
     if not table.is_file():
-        if not official:
-            _refuse_near_table(folder)
+        for path in () if official else list_entries(folder):
+            if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
+                raise UserError(
+                    f"{path}: would be ignored, because labels are read from {TABLE}: "
+                    f"rename it to {TABLE}"
+                )
         return load_official_truth(folder, clips)
     if official:
         raise UserError(
@@ -72,16 +76,6 @@ def load_folder_truth(
             "remove one of them"
         )
     return load_label_table(table, clips)
-
-
-def _refuse_near_table(folder: Path) -> None:
-    """Raises UserError if the folder has a file such as `label.csv`, which would be ignored."""
-    for path in list_entries(folder):
-        if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
-            raise UserError(
-                f"{path}: would be ignored, because labels are read from {TABLE}: "
-                f"rename it to {TABLE}"
-            )
 
 
 def load_label_table(

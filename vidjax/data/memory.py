@@ -304,7 +304,16 @@ def load_clips(
             f"{path}: contains the modalities {', '.join(sorted(paths))}, but the run reads "
             f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
         )
-    return _load_pickles(paths, modalities, identities, quality)
+    packed = {}
+    with tempfile.TemporaryDirectory() as scratch:  # memory maps keep the deleted files open
+        for name in [name for name in paths if name in modalities]:
+            flat = sandbox.unpack(paths[name], name, Path(scratch, name))
+            frames = dict(flat.frames)
+            if quality == "norm":
+                frames["quality"] = compute_feature_norms(flat.features)
+            packed[name] = replace(flat, frames=frames)
+    names = {name: name for flat in packed.values() for name in flat.names}
+    return MemoryClips(packed, names, modalities, identities)
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
@@ -334,24 +343,6 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
         return paths
     splits = group_files_by_split(path)
     return splits[_choose_split(path, splits, split)]
-
-
-def _load_pickles(
-    files: Mapping[str, Path],
-    modalities: Mapping[str, int],
-    identities: Sequence[str],
-    quality: Quality,
-) -> MemoryClips:
-    packed = {}
-    with tempfile.TemporaryDirectory() as scratch:  # memory maps keep the deleted files open
-        for name in [name for name in files if name in modalities]:
-            flat = sandbox.unpack(files[name], name, Path(scratch, name))
-            frames = dict(flat.frames)
-            if quality == "norm":
-                frames["quality"] = compute_feature_norms(flat.features)
-            packed[name] = replace(flat, frames=frames)
-    names = {name: name for flat in packed.values() for name in flat.names}
-    return MemoryClips(packed, names, modalities, identities)
 
 
 def load_people(

@@ -18,7 +18,6 @@ from vidjax.data.frame_fields import (
     PackedClips,
     Quality,
     compute_feature_norms,
-    count_frames,
     find_usable_rows,
 )
 from vidjax.data.untrusted.names import clean_name_at, show
@@ -353,8 +352,18 @@ class Packer(contextlib.ExitStack):
             empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
             empty["features"] = np.empty((0, width), dtype)
             frames = {name: np.concatenate([empty[name], *self._arrays[name]]) for name in STORED}
+        dropped = int(seen.sum() - lengths.sum())
+        skipped_clips = {"empty": seen == 0, "non_finite": (seen > 0) & (lengths == 0)}
         return PackedClips(
-            tuple(self._names), lengths, frames, **count_frames(seen, lengths, self._warnings)
+            names=tuple(self._names),
+            lengths=lengths,
+            frames=frames,
+            seen=int(seen.sum()),
+            skipped={"non_finite": dropped} if dropped else {},
+            skipped_clips={
+                reason: int(clips.sum()) for reason, clips in skipped_clips.items() if clips.any()
+            },
+            warnings=dict(self._warnings),
         )
 
 

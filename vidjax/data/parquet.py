@@ -115,17 +115,14 @@ def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
         for column in file.schema_arrow
         if column.name in TEXT_COLUMNS and column.type in kinds
     ]
-    if file.schema_arrow.names.count("clip") > 1:
-        raise UserError(f"{path}: two columns are named clip: delete one of them")
+    for name in (*COLUMNS, *OPTIONAL_COLUMNS):
+        if file.schema_arrow.names.count(name) > 1:
+            raise UserError(f"{path}: two columns are named {name}: delete one of them")
     return parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of the columns to read.
-
-    Raises:
-      UserError: a column is missing, misspelt, or comes twice.
-    """
+    """Returns the names of the columns to read. Raises UserError if one is missing or misspelt."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -141,8 +138,6 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
                 "write a row for each frame, with clip, modality and features (a list of numbers)\n"
                 "quality, detection and number are optional"
             )
-        if names.count(name) > 1:
-            raise UserError(f"{path}: two columns are named {name}: delete one of them")
     return [name for name in known if name in names]
 
 

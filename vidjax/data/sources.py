@@ -118,7 +118,7 @@ def open_source(
         if value != default:
             raise UserError(
                 f"load_data: `{name}` would be ignored, because {folder} contains official "
-                f"pickles\nleave it out: it is read from {where}"
+                f"pickles\nleave `{name}` out: it is read from {where}"
             )
     return OfficialFiles(folder, cache_dir=cache_dir)
 
