@@ -74,7 +74,7 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path):
     config = make_config(*words, "modalities=face,head")
     with pytest.warns(UserWarning, match="left out"):
         data = sources.load(folder, cache_dir=cache)
-    message = r"head: all 12 frames of train have a NaN[^\0]*config\.modalities"
+    message = r"head: all 12 frames of train contain a NaN[^\0]*config\.modalities"
     with pytest.raises(ValueError, match=message):
         plan.make_plan(config, data)
     assert plan.make_plan(make_config(), data).task.modalities == {"face": DIM}
@@ -191,13 +191,15 @@ def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
     path = tmp_path / "face_val.pickle"
     for kind in ("nothing", "pipe", "folder"):  # "nothing" is a link to a file that is missing
         mutations.put(path, kind, target=tmp_path / "x")
-        with pytest.raises(ValueError, match=f"{path.name}: (a folder|a link|not a regular file)"):
+        with pytest.raises(
+            ValueError, match=f"{path.name}: is (a folder|a link|not a regular file)"
+        ):
             iqiyi_vid.find_pickles(tmp_path)
 
 
 @pytest.mark.parametrize(("entry", "remedy"), [
     ("validation/a.npz", "rename it to val"), ("Testing.parquet", "rename it to test"),
-    ("val.parquet/", "val.parquet: a folder"),
+    ("val.parquet/", "val.parquet: is a folder"),
 ])  # fmt: skip
 def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remedy):
     write_npz(tmp_path, {"train": {"a": {"face": np.ones((2, DIM))}}})
@@ -221,7 +223,7 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
-    with pytest.raises(ValueError, match="did you mean 'face_quality'"):
+    with pytest.raises(ValueError, match="rename it to 'face_quality'"):
         arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
     with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
         arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})

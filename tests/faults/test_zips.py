@@ -244,4 +244,4 @@ def test_features_that_are_not_numbers_are_refused_unread(tmp_path):
     for features in ([["x"]], [[[1.0]]], some_bytes):
         columns = {"clip": ["a"], "modality": ["face"], "features": features}
         parquet.write_table(pyarrow.table(columns), path)
-        refuse_table(path, "column features is", "wanted lists of numbers")
+        refuse_table(path, "column features is", "write lists of numbers")
