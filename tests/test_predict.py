@@ -137,7 +137,7 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
     for given, split in (
         (others, None), (as_data(val=others), "val"), (as_data(test=others), "test"),
     ):  # fmt: skip
-        with pytest.warns(UserWarning, match="names of training clips, but .* all members"):
+        with pytest.warns(UserWarning, match="names of training clips, but .* as new"):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
@@ -183,7 +183,7 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
-    with pytest.raises(ValueError, match=r"98 distractors are too few .*\ngive a threshold"):
+    with pytest.raises(ValueError, match=r"98 clips of strangers are too few .*\ngive a threshold"):
         few.identify(three)
     assert few.identify(three, threshold=-1.0) == many.identify(three)
     assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
@@ -193,7 +193,7 @@ def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
     run = predict.restore(train("knn"), num_devices=1)
     monkeypatch.setattr(scoring, "find_least_free_bytes", lambda mesh: 1e6)
     run.config.eval.block_size = 2**20
-    with pytest.raises(ValueError, match=r"block_size=1048576: .* GB .*\n--config\.eval\.block_s"):
+    with pytest.raises(ValueError, match=r"block_size=1048576: .* GB .*\nadd --config\.eval\.block_s"):
         run.rank(clips["val"])
 
 

@@ -220,11 +220,6 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
     return _shard_rows(step, mesh)
 
 
-def make_embed_step(system: System) -> EvalStep:
-    """Returns a compiled `embed_step`, which computes embeddings [B, D] float32."""
-    return jax.jit(functools.partial(embed_step, system))
-
-
 def make_attention_step(system: System) -> EvalStep:
     """Returns a compiled `attention_step`."""
     return jax.jit(functools.partial(attention_step, system))

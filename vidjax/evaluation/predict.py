@@ -10,12 +10,14 @@ clip gets slightly different scores in a small and in a large request: logarithm
 than 1e-4. The scores of small requests agree to the bit. Clips in memory need no TensorFlow.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -121,20 +123,28 @@ class Predictor(NamedTuple):
         not trained on it. A new clip is scored by all members, and fewer strangers reach the
         threshold with a mean over all members.
         """
-        unknown = self._of_few_members or self._of_few_distractors
-        value = None if unknown else self.results.get(THRESHOLD)
+        value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
 
-    @property
-    def _of_few_distractors(self) -> bool:
-        """True if too few clips of strangers were evaluated to measure a rate of 1 %."""
-        count = self.results.get("num_distractors") or 0
-        return count > 0 and metrics.count_allowed(count, 0.01) < 0
+    def _explain_no_threshold(self) -> str:
+        """Returns why the threshold is unknown. If it is known or not needed, returns "".
 
-    @property
-    def _of_few_members(self) -> bool:
-        """True if the evaluated clips were scored by fewer members than new clips will be."""
-        return self.results.get("map_kind") == "out_of_fold" and len(self.training_sets.members) > 1
+        A run that evaluated no strangers needs no threshold.
+        """
+        if not self.results:
+            return f"evaluate the checkpoint first, vidjax evaluate --workdir={self.workdir}"
+        count = self.results.get("num_distractors") or 0
+        if count and metrics.count_allowed(count, 0.01) < 0:
+            return (
+                f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
+            )
+        of_few_members = self.results.get("map_kind") == "out_of_fold"
+        if of_few_members and len(self.training_sets.members) > 1 and THRESHOLD in self.results:
+            return (
+                f"{THRESHOLD} is too strict for new clips, because all members score a new clip, "
+                "but only a few members scored each evaluated clip"
+            )
+        return ""
 
     def identify(
         self,
@@ -172,23 +182,9 @@ class Predictor(NamedTuple):
                     "this run are logarithms, at most 0\n"
                     "for a probability p, give threshold=math.log(p)"
                 )
-        elif not self.results:
+        elif reason := self._explain_no_threshold():
             raise UserError(
-                f"'{self.workdir}': the threshold is unknown, because the checkpoint was not "
-                "evaluated\ngive a threshold, or float('-inf') for none, or run: "
-                f"vidjax evaluate --workdir={self.workdir}"
-            )
-        elif self._of_few_distractors:
-            count = self.results["num_distractors"]
-            raise UserError(
-                f"'{self.workdir}': the threshold is unknown, because {count} evaluated clips of "
-                "strangers are too few for a rate of 1 %: 99 are needed\n"
-                "give a threshold, or float('-inf') for none"
-            )
-        elif self._of_few_members and self.results.get(THRESHOLD) is not None:
-            raise UserError(
-                f"'{self.workdir}': {THRESHOLD} is too strict for new clips: all members score "
-                "a new clip, but only a few members scored each evaluated clip\n"
+                f"'{self.workdir}': the threshold is unknown: {reason}\n"
                 "give a threshold, or float('-inf') for none"
             )
         request = self.request(clips, split)
@@ -403,7 +399,7 @@ def restore(
         training_sets=run.training_sets,
         system=system,
         score_fn=eval_step_lib.make_eval_step(system, mesh),
-        embed_fn=eval_step_lib.make_embed_step(system),
+        embed_fn=jax.jit(functools.partial(eval_step_lib.embed_step, system)),
         mesh=mesh,
     )
 
