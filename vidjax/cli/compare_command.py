@@ -6,8 +6,9 @@ from pathlib import Path
 from vidjax.cli import shared_flags
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
-from vidjax.runs.run_folder import CONFIG, make_and_lock
-from vidjax.utils import files, messages
+from vidjax.runs.run_folder import CONFIG, RunFolder
+from vidjax.training import api
+from vidjax.utils import messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
@@ -27,25 +28,17 @@ def add_flags(parser: Parser) -> None:
 
 def compare_runs(args: argparse.Namespace) -> Result:
     """Compares runs with the first run, and writes the comparison into a folder."""
-    folders = shared_flags.split_runs(args.runs)
-    if len(folders) < 2:
-        raise UserError(
-            f"--runs={args.runs} is a single run, and a comparison needs two or more runs\n"
-            "separate their folders by commas: --runs=A,B"
-        )
-    if files.exists(Path(args.workdir).expanduser() / CONFIG):
+    folder = RunFolder(args.workdir)
+    if folder.has(CONFIG):
         raise UserError(
             f"--workdir={args.workdir} contains a run: name another folder for the comparison"
         )
     overridden = shared_flags.check_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if overridden else None
-    from vidjax.evaluation import comparison
-
-    with make_and_lock(args.workdir) as workdir:
-        result = comparison.compare([_split_seeds(name) for name in folders], split=split)
-        result.write(workdir)
-    page = f"{messages.relative_path(workdir)}/comparison.html"
+    groups = [_split_seeds(name) for name in shared_flags.split_runs(args.runs)]
+    result = api.compare(groups, out=folder.path, split=split)
+    page = f"{messages.relative_path(folder.path)}/comparison.html"
     text = f"{result.text()}\ncomparison: {page}, .json, .tex"
     return Result({"comparison": page, "table": result.text(), **result.to_dict()}, text=text)
 

@@ -194,10 +194,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
     "identify": ("names the person in each clip, or answers unknown", _add_identify),
-    "group": (
-        "groups the clips of unknown people, so that you can name them",
-        _add_group,
-    ),
+    "group": ("groups the clips of unknown people, so that you can name them", _add_group),
     "rank": ("ranks the clips for every person, and writes a file", _add_rank),
     "list": ("lists the people, with their numbers of clips", _add_list),
     "rename": ("gives a person another name", _add_rename),
