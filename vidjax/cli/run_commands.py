@@ -151,8 +151,8 @@ def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )
-    if not runs:
-        raise UserError("--runs= names no run: name two or more runs, --runs=A,B")
+    if len(runs) < 2:
+        raise UserError(f"--runs={args.runs}: a blend needs two runs; name two runs, --runs=A,B")
     if folder.has(CONFIG):
         earlier = tuple(folder.config.join.runs)
         if earlier != runs:

@@ -39,8 +39,8 @@ def blend_runs(
       command: command line, which is written to `metrics.json`.
 
     Raises:
-      ValueError: `config.join` has fewer than two runs or unusable weights, or the runs cannot be
-        blended, see `scoring.score`.
+      ValueError: `config.join.weights` are unusable, or the runs cannot be blended, see
+        `scoring.score`.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -79,11 +79,6 @@ def blend_runs(
 def _parse_weights(config: Config) -> tuple[float, ...]:
     """Returns the weight of each run of a blend. If `config.join.weights` is empty, all are 1."""
     runs, weights = config.join.runs, config.join.weights
-    if len(runs) < 2:
-        raise UserError(
-            f"--runs={','.join(runs)} is a single run, and a blend needs two or more\n"
-            "name two runs: --runs=A,B"
-        )
     if not weights:
         return (1.0,) * len(runs)
     if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
