@@ -564,7 +564,7 @@ def test_film_without_thumbnails_stays_in_results_with_thumbnails(drawn):
     other.parent.mkdir()
     write_film(other, (1.5, 40, [("Ada", 30, 30)]))
     _, output = drawn.who(other, flags=["--thumbnails", "--prune"])
-    assert "no thumbnails of" in output and "in place of" not in output
+    assert "no thumbnails of" in output and "replaces" not in output
     assert {row["path"] for row in drawn.rows()} == {str(film), str(other)}
 
 

@@ -135,9 +135,7 @@ class Predictor(NamedTuple):
             return f"evaluate the checkpoint first, vidjax evaluate --workdir={self.workdir}"
         count = self.results.get("num_distractors") or 0
         if count and metrics.count_allowed(count, 0.01) < 0:
-            return (
-                f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
-            )
+            return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
         of_few_members = self.results.get("map_kind") == "out_of_fold"
         if of_few_members and len(self.training_sets.members) > 1 and THRESHOLD in self.results:
             return (
