@@ -45,7 +45,7 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
         ({"folds": 1}, "folds=1"),
         ({"views": 17}, "at most config.ensemble.chunks=16"),
         ({"folds": 2, "bootstraps": 2}, "exclude"),
-        ({"only": (1,)}, "only=1: choose from 0 to 0"),
+        ({"only": (1,)}, "choose from 0 to 0"),
         ({"folds": 3, "only": (1, 1)}, "name each member once"),
         ({"views": 3}, "no modality has 16 or more features"),
     ],
