@@ -35,6 +35,7 @@ from vidjax.apps.export.function import Shapes
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Ratios
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.core import devices
+from vidjax.core.batch import Array, Frames
 from vidjax.evaluation import predict
 from vidjax.evaluation.predict import Predictor
 from vidjax.models.plda import PLDAIdentifier
@@ -310,9 +311,14 @@ def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict
     Returns:
       Modality -> [B, D].
     """
-    batch = function.make_batch(run, inputs)
-    fused = run.system.fuse(None, batch.frames, jax.numpy.int32(-1))
-    return {part: np.asarray(unit_mean(fused[part])) for part in run.modalities}
+
+    @jax.jit
+    def compute(frames: Mapping[str, Frames]) -> dict[str, Array]:
+        fused = run.system.fuse(None, frames, jax.numpy.int32(-1))
+        return {part: unit_mean(fused[part]) for part in run.modalities}
+
+    means = compute(function.make_batch(run, inputs).frames)
+    return {part: np.asarray(mean) for part, mean in means.items()}
 
 
 def check_gallery(
