@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.small_runs import QUICK
+
 ROOT = Path(__file__).parent.parent
 
 COSFACE = '''
@@ -105,7 +107,7 @@ def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path:
         assert count == 1, f"{file} has no table {table}"
         path.write_text(source)
     (tmp_path / "configs" / "probe.py").write_text(EXPERIMENT)
-    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, **QUICK, "VIDJAX_CACHE": str(tmp_path / "cache")}
     words = ["-m", "vidjax.main", "--config=configs/probe.py", "--workdir=run"]
     command = [sys.executable, *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -19,6 +19,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.helpers.small_runs import QUICK
+
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 # What a hosted image brings, at versions above our lower bounds.
@@ -115,7 +117,7 @@ finally:
 """
 
 
-def run(notebook, folder, cache_dir):
+def run(notebook, folder, cache_dir, **more_env):
     """Returns a notebook with the outputs of a run from top to bottom, in an empty folder.
 
     An error in a cell is in its outputs. If no kernel ran, raises RuntimeError.
@@ -129,7 +131,7 @@ def run(notebook, folder, cache_dir):
     nbformat.write(notebook, given)
     env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
     # No kernel of the user's own.
-    env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"}
+    env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"} | more_env
     command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     if ran.returncode:
@@ -152,7 +154,7 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         cell.source = cell.source.replace('main(["--config=configs/mma.py"])', f"main({words})")
         cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
     assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")
-    executed = run(shorter, tmp_path, cache_dir)
+    executed = run(shorter, tmp_path, cache_dir, **QUICK)
     for cell, before in zip(executed.cells, read(name).cells, strict=True):
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
