@@ -118,39 +118,58 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
             assert read["features"].tolist() == numbers.tolist() * len(clips)
 
 
-def test_blocks_and_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch):
+NUM_CLIPS = 40
+
+
+@pytest.fixture
+def clips_with_nan():
+    """Rows [N, 3], every fifth with NaN; clips of 0 to 8 faces with these rows; their lengths."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(0, 9, 40).tolist()
+    lengths = rng.integers(0, 9, NUM_CLIPS).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
     rows[::5, 1] = np.nan
     faces = iter([face(i, [float(i)] * 4, i, -i, row) for i, row in enumerate(rows)])
-    value = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
-    whole, kept = convert(tmp_path, value), np.isfinite(rows).all(axis=1)
-    np.testing.assert_array_equal(whole["features"], rows[kept])
-    for column in (whole["number"], -whole["quality"], whole["box"][:, 3]):
+    clips = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
+    return rows, clips, lengths
+
+
+def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
+    rows, clips, lengths = clips_with_nan
+    read, kept = convert(tmp_path, clips), np.isfinite(rows).all(axis=1)
+    np.testing.assert_array_equal(read["features"], rows[kept])
+    for column in (read["number"], -read["quality"], read["box"][:, 3]):  # the place of a frame
         np.testing.assert_array_equal(column, np.flatnonzero(kept))
-    owner = np.repeat(np.arange(40), lengths)
-    assert whole["lengths"] == np.bincount(owner[kept], minlength=40).tolist()
-    assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
+    owner = np.repeat(np.arange(NUM_CLIPS), lengths)
+    assert read["lengths"] == np.bincount(owner[kept], minlength=NUM_CLIPS).tolist()
+    assert read["seen"] == len(rows) == kept.sum() + read["skipped"]["non_finite"]
+
+
+def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
+    """A pickle is read in pieces, unless an entry refers to an entry of an earlier piece."""
+    _, clips, _ = clips_with_nan
+    whole = convert(tmp_path, clips)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)
-    shared = {**value, b"39": value[b"20"]}  # of a piece that is gone
+    shared = {**clips, b"39": clips[b"20"]}
     assert convert(tmp_path, shared)["lengths"][39] == whole["lengths"][20]
-    with monkeypatch.context() as only_pieces:
-        only_pieces.delattr(sandbox, "load")
-        for protocol in range(2, 6):
-            file = io.BytesIO()
-            python2.PYTHONS(file, protocol).dump(value)
-            np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
-        np.testing.assert_equal(convert(tmp_path, value), whole)
-        with pytest.raises(NameError):
-            convert(tmp_path, shared)
-    bare = {b"rows": rows[kept], b"one": rows[1]}
-    bare_whole = convert(tmp_path, bare, "audio")
+    monkeypatch.delattr(sandbox, "load")  # which reads a pickle at once
+    np.testing.assert_equal(convert(tmp_path, clips), whole)
+    for protocol in range(2, 6):
+        file = io.BytesIO()
+        python2.PYTHONS(file, protocol).dump(clips)
+        np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
+    with pytest.raises(NameError):
+        convert(tmp_path, shared)
+
+
+def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
+    rows, clips, _ = clips_with_nan
+    voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
+    of_faces, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
     monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
-    np.testing.assert_equal(convert(tmp_path, value), whole)
-    np.testing.assert_equal(convert(tmp_path, bare, "audio"), bare_whole)
+    np.testing.assert_equal(convert(tmp_path, clips), of_faces)
+    np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)
 
 
 def test_frame_fields_accept_any_kind_of_number(tmp_path):

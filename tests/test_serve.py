@@ -175,19 +175,17 @@ def test_concurrent_questions_get_their_own_answers(inside, people):
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_triton_client_gets_the_answers_of_python(triton, people, binary):
-    assert triton.is_server_live() and triton.is_server_ready()
-    assert triton.is_model_ready("gallery") and triton.is_model_ready("gallery", "1")
-    described = {output["name"] for output in triton.get_model_metadata("gallery")["outputs"]}
-    assert described >= {"identity", "scores", "embedding"}
-    arrays = {name: np.stack([x[name] for x in CLIPS.values()]) for name in made_galleries.WIDTHS}
-    hidden = np.nan if binary else 1e30  # in masked frames; JSON has no NaN
-    arrays["face"] = np.pad(arrays["face"], ((0, 0), (2, 0), (0, 0)), constant_values=hidden)
-    arrays["face_mask"] = np.tile(np.arange(5) >= 2, (6, 1))
-    arrays["face_quality"] = np.tile(np.arange(1, 6, dtype=np.float32), (6, 1))
-    outputs = () if binary else ("identity", "scores", "embedding")
-    answer = infer(triton, "gallery", arrays, binary, outputs, k=3)
+    """The faces have two more frames, which are masked, and qualities."""
+    tensors = {name: np.stack([x[name] for x in CLIPS.values()]) for name in made_galleries.WIDTHS}
+    hidden = np.nan if binary else 1e30  # JSON has no NaN
+    tensors["face"] = np.pad(tensors["face"], ((0, 0), (2, 0), (0, 0)), constant_values=hidden)
+    tensors["face_mask"] = np.tile(np.arange(5) >= 2, (6, 1))
+    tensors["face_quality"] = np.tile(np.arange(1, 6, dtype=np.float32), (6, 1))
+    outputs = () if binary else ("identity", "scores", "embedding")  # by default all
+    answer = infer(triton, "gallery", tensors, binary, outputs, k=3)
+    quality = np.arange(3, 6, dtype="f4")
     clips = {
-        name: {**clip, "face": {"features": clip["face"], "quality": np.arange(3, 6, dtype="f4")}}
+        name: {**clip, "face": {"features": clip["face"], "quality": quality}}
         for name, clip in CLIPS.items()
     }
     wanted = list(people.identify(clips, 3).values())
@@ -198,8 +196,16 @@ def test_triton_client_gets_the_answers_of_python(triton, people, binary):
     np.testing.assert_allclose(answer.as_numpy("scores"), best, rtol=1e-6, atol=1e-6)
     vectors = np.concatenate(list(people.embed(clips).parts.values()), axis=1)
     np.testing.assert_array_equal(answer.as_numpy("embedding"), vectors)
-    only = infer(triton, "gallery", arrays, binary, ["scores"], k=3)
-    assert only.as_numpy("scores") is not None and only.as_numpy("identity") is None
+
+
+def test_triton_client_gets_the_state_and_the_outputs_that_it_asks_for(triton):
+    assert triton.is_server_live() and triton.is_server_ready()
+    assert triton.is_model_ready("gallery") and triton.is_model_ready("gallery", "1")
+    described = {output["name"] for output in triton.get_model_metadata("gallery")["outputs"]}
+    assert described >= {"identity", "scores", "embedding"}
+    tensors = {name: np.ones((1, 1, width), "f4") for name, width in made_galleries.WIDTHS.items()}
+    answer = infer(triton, "gallery", tensors, outputs=["scores"], k=3)
+    assert answer.as_numpy("scores") is not None and answer.as_numpy("identity") is None
 
 
 def test_wrong_question_in_a_batch_does_not_affect_other_answers(people):
@@ -317,13 +323,13 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
 
         with people._store.open(write=True):
             assert "another process" in ask(503, "DELETE", "/clips/x")
-        os.link(path, tmp_path / "other name")
+        os.link(path, tmp_path / "other name")  # a change would not change the other file
         assert "cannot be changed" in ask(503, "POST", "/enrol", body)
         assert str(folder) in caplog.text
         ask(200, *query)
         (tmp_path / "other name").unlink()
         people.remove(identity=list(people.identities))
-        ask(409, *query)
+        ask(409, *query)  # nobody is enrolled
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("UPDATE clip SET words = replace(words, 'stranger 1', 'Secret\n')")
             connection.execute("UPDATE gallery SET sha256 = x'00'")
@@ -388,15 +394,18 @@ def test_wrong_requests_get_a_one_line_error(inside):
     assert inside.ask("GET", "/nothing")[0] == 404 and inside.ask("PUT", "/identify")[0] == 405
 
 
+INFER = "/v2/models/gallery/infer"
+FACE = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32"}
+
+
 def test_wrong_tensors_get_an_error(inside):
-    path = "/v2/models/gallery/infer"
-    right = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32", "data": [0.5] * 8}
+    right = FACE | {"data": [0.5] * 8}
 
     def ask(**fields):
-        return inside.ask("POST", path, {"inputs": [right | fields]})
+        return inside.ask("POST", INFER, {"inputs": [right | fields]})
 
     body = {"model_name": "gallery", "inputs": [right]}  # as the client of KServe
-    assert inside.ask("POST", path, body)[0] == ask(data=[[[0.5] * 8]])[0] == 200
+    assert inside.ask("POST", INFER, body)[0] == ask(data=[[[0.5] * 8]])[0] == 200
     wrong: tuple[dict[str, Any], ...] = (
         {"datatype": "FP64"}, {"shape": [1, 8]}, {"shape": [1, 1, 9]}, {"shape": [2, 1, 8]},
         {"shape": [1 << 29, 1, 8]}, {"shape": [-1, 1, 8]}, {"data": ["a"] * 8},
@@ -408,17 +417,20 @@ def test_wrong_tensors_get_an_error(inside):
     for fields in wrong:
         status, content = ask(**fields)
         assert (status, type(content["error"])) == (422, str), fields
-    del right["data"]
+    assert inside.ask("POST", "/v2/models/nobody/infer", body)[0] == 404
+
+
+def test_binary_tensors_need_finite_values_and_the_length_of_the_json_before_them(inside):
+    tensor = FACE | {"parameters": {"binary_data_size": 32}}
+    head = json.dumps({"inputs": [tensor]}).encode()
     values, bad = np.full(8, 0.5, "<f4").tobytes(), np.full(8, np.nan, "<f4").tobytes()
-    head = json.dumps({"inputs": [right | {"parameters": {"binary_data_size": 32}}]}).encode()
-    size = len(head)
     for tail, length, status in (
-        (values, size, 200), (values[:-1], size, 422), (values + b"x", size, 422),
-        (values, size + 1, 422), (values, 10**9, 422), (values, -1, 422), (bad, size, 422),
+        (values, len(head), 200), (values[:-1], len(head), 422), (values + b"x", len(head), 422),
+        (values, len(head) + 1, 422), (values, 10**9, 422), (values, -1, 422),
+        (bad, len(head), 422),
     ):  # fmt: skip
         headers = {"Inference-Header-Content-Length": str(length)}
-        assert inside.ask("POST", path, head + tail, headers)[0] == status
-    assert inside.ask("POST", "/v2/models/nobody/infer", head)[0] == 404
+        assert inside.ask("POST", INFER, head + tail, headers)[0] == status
 
 
 def test_requests_from_other_sites_are_refused(inside):
@@ -452,22 +464,29 @@ def test_ambiguous_or_unsupported_headers_are_refused(inside):
         assert int(answer.split()[1]) == status and words in answer
 
 
-def test_requests_need_the_token_and_its_file_must_be_private(people, tmp_path):
+@pytest.mark.parametrize(("text", "mode", "remedy"), [
+    ("short\n", 0o600, "openssl"), ("a" * 40, 0o644, "chmod 600"),
+])  # fmt: skip
+def test_token_file_must_be_long_and_private(tmp_path, text, mode, remedy):
     path = tmp_path / "token"
-    for text, mode, words in (("short\n", 0o600, "openssl"), ("a" * 40, 0o644, "chmod 600")):
-        path.write_text(text)
-        path.chmod(mode)
-        with pytest.raises(UserError, match=words):
-            limits_lib.read_token(path)
+    path.write_text(text)
+    path.chmod(mode)
+    with pytest.raises(UserError, match=remedy):
+        limits_lib.read_token(path)
+
+
+def test_requests_need_the_token(people, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("a" * 40)
     path.chmod(0o600)
-    token = limits_lib.read_token(path)
-    with Inside(people, token=token) as server:
-        for given, status in (
-            (f"Bearer {token.decode()}", 200),
-            (f"bearer  {token.decode()}", 200),  # the scheme has no case
-            ("Bearer " + "b" * 40, 401), ("ä", 401), ("", 401),
+    with Inside(people, token=limits_lib.read_token(path)) as server:
+        for authorization, status in (
+            ("Bearer " + "a" * 40, 200),
+            ("bearer  " + "a" * 40, 200),  # the scheme has no case
+            ("Bearer " + "b" * 40, 401), ("ä", 401), (None, 401),
         ):  # fmt: skip
-            headers = {"Host": "people.example"} | ({"Authorization": given} if given else {})
+            headers = {"Host": "people.example"}
+            headers |= {"Authorization": authorization} if authorization else {}
             assert server.ask("GET", "/identities", headers=headers)[0] == status
 
 
