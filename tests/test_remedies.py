@@ -115,7 +115,9 @@ def test_config_of_a_run_describes_the_data_passed_from_python(tmp_path, cache_d
 
 
 @pytest.mark.slow
-def test_run_without_a_checkpoint_accepts_another_configuration(tmp_path, data, official_dir):
+def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
+    tmp_path, data, official_dir
+):
     def train(seed):
         words = (f"--config.data.dir={official_dir}", "--config.eval.report=False")
         config = vidjax.load_config("knn:iqiyi_vid,face", *words, f"--config.seed={seed}")
