@@ -129,25 +129,33 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
+    """A table, a folder with tables, a folder of `.npz` files, and official files."""
     widths, clips = {"face": DIM}, make_clips("new", 5)
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
-    flat = tmp_path / "flat"
-    flat.mkdir()
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
     for name in ("Ada Byron", "b.mp4"):
-        np.savez(flat / f"{name}.npz", face=np.ones((1, DIM), np.float32))
-    for path, names in ((table, {*clips}), (tmp_path, {*clips}), (flat, {"Ada Byron", "b.mp4"})):
+        np.savez(arrays / f"{name}.npz", face=np.ones((1, DIM), np.float32))
+    for path, names in ((table, {*clips}), (tmp_path, {*clips}), (arrays, {"Ada Byron", "b.mp4"})):
         assert {*load_clips(path, widths, NAMES).names} == names
     refused(lambda: load_clips(tmp_path / "none.parquet", widths, ()), "does not exist")
-    widths = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
-    val = load_clips(official_dir, widths, (), split="val")
+    val = load_clips(official_dir, OFFICIAL, (), split="val")
     assert len(val.names) == len(val.split("any").clips) > 10
-    for words, split, message in (
-        (widths, None, r"--config\.eval\.split="),
-        (widths, "dev", r"no split 'dev'.*\n.*--config\.eval\.split="),
-        ({"voice": 3}, "val", r"modalities .*audio.*, but the run reads voice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_clips(official_dir, words, (), split=split)
+
+
+OFFICIAL = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
+
+
+@pytest.mark.parametrize(("widths", "split", "message"), [
+    (OFFICIAL, None, r"--config\.eval\.split="),
+    (OFFICIAL, "dev", r"no split 'dev'.*\n.*--config\.eval\.split="),
+    ({"voice": 3}, "val", r"modalities .*audio.*, but the run reads voice"),
+])  # fmt: skip
+def test_load_clips_of_official_files_needs_a_split_and_their_modalities(
+    official_dir, widths, split, message
+):
+    with pytest.raises(ValueError, match=message):
+        load_clips(official_dir, widths, (), split=split)
 
 
 @pytest.mark.slow
