@@ -155,15 +155,19 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Computes (1 - p)^gamma x cross-entropy, where -log p is the mean cross-entropy of the batch.
+    """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
+
+    -log p is the mean cross-entropy of the batch. A batch has B examples. If a model computes G
+    sets of logits for each example, each set has a separate p.
 
     Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`, with B G rows: a row for each of
-        G branches (sets of logits) of each of B examples.
-      counted: [B, G] float, weights of the B examples in the mean of each branch. None means 1.
+      logits, labels, gamma, class_mask: as in `multiclass_focal`. The first axis has B G rows, with
+        the sets of an example next to each other.
+      counted: [B, G] float, the weight of each row in the mean. By default, all rows form one set,
+        and all weights are 1.
 
     Returns:
-      [...] float.
+      The loss of each row, [...] float.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.

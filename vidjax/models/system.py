@@ -89,7 +89,15 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the initial parameters of a net. Returns them and its other flax collections."""
+        """Draws the initial parameters of the model.
+
+        Args:
+          rng: key of the parameters.
+          fuse_rng: key of the random steps of the fusion, which is run once to learn the shapes.
+
+        Returns:
+          The parameters, and a dict of the other variables of the model, such as batch statistics.
+        """
         fused = self.fuse(fuse_rng, make_blank_clip(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)

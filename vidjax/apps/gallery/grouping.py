@@ -103,8 +103,8 @@ class Groups:
         """Compares a group with every group; returns log-likelihood ratios [G] float64.
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        itself, for a group that certainly shows another person, and for a group without a common
-        part.
+        itself, for a group that certainly shows another person, and for a group that has no part
+        (such as face or audio) in common.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -159,7 +159,10 @@ def group(
         labels = np.unique(begin, return_inverse=True)[1]
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
-        """Groups the clips with the indices `rows`; returns their new labels, from 0."""
+        """Joins the groups of the clips with the indices `rows`; returns their new groups, from 0.
+
+        If `absorb` is True, small groups are then joined to larger groups.
+        """
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))

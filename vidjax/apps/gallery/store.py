@@ -602,7 +602,10 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row to `numbers`, and checks them; returns the digest of the row."""
+    """Copies the bytes of a database row to `numbers`; returns the digest of the row.
+
+    Raises UserError if a number is not finite.
+    """
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")

@@ -220,7 +220,10 @@ def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.nda
 
 
 def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns the inputs of a net for its test, by name: an image, or sound."""
+    """Returns an image or sound to test a net with, as a dict, name of an input -> array.
+
+    The values are computed from a formula, with `seed` as an offset. See `make_formula_image`.
+    """
     if card.input.layout == "mels":
         numbers = make_formula_image((160, 40), seed)[:, :, 0]
         return {card.input.name: numbers[None] / np.float32(256)}
