@@ -418,3 +418,10 @@ def test_relative_paths_in_a_saved_configuration_become_absolute(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     data = config_io.load_workdir(tmp_path).data
     assert (data.dir, data.weights) == (f"{tmp_path}/here/features", f"{tmp_path}/here/weights.txt")
+
+
+def test_finished_run_refuses_another_configuration(nearest_run, say, official_dir):
+    words = [f"--config={nearest_run}/config.json", f"--config.data.dir={official_dir}"]
+    before = contents(nearest_run)
+    error = say(*words, f"--workdir={nearest_run}", "--config.seed=5", code=2)
+    assert "another workdir" in error and contents(nearest_run) == before
