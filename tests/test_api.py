@@ -112,7 +112,7 @@ def test_errors_of_wrong_arguments_describe_the_expected_argument(
             lambda: public.train(config, new, str(new)),
             "data must be the result of vidjax.load_data",
         ),
-        (lambda: public.train(misspelt, new, made), r"learn_rate=1: .*optim\.learning_rate"),
+        (lambda: public.train(misspelt, new, made), r"learn_rate .*optim\.learning_rate"),
         (lambda: public.restore(config), "restore: workdir wants the path"),
         (lambda: public.restore(new), f"no run in '{new}'"),
     ):

@@ -1,8 +1,10 @@
 """Tracks of heads, crops of faces, shots by what the camera does, and lists of cuts."""
 
 import functools
+import os
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from vidjax.apps.video.cards import BackEnd
 from vidjax.apps.video.features_folder import FileStamp, Film
 from vidjax.utils.errors import UserError
 
+# Faces of 234 tracks of real films, in the folder next to VIDJAX_REAL_DATA.
+TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 BOX = np.array([[10, 10, 60, 70]])
 # What the card of dlib's net says of pairs of vectors.
 DLIB = BackEnd(**{**cards.PUBLISHED["dlib"]["back_end"], "centre": [0.0] * 128})
@@ -189,6 +193,22 @@ def test_track_is_split_where_another_person_appears():
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
         assert tracks.find_changes(vectors, times, True, DLIB) == places
+
+
+@pytest.mark.skipif(not TRACKS.exists(), reason="no tracks beside VIDJAX_REAL_DATA")
+def test_real_tracks_are_split_only_if_they_show_two_people():
+    """In 13 tracks, over a fifth of the faces show another person; fewer faces are a dissolve."""
+    with np.load(TRACKS) as file:
+        arrays = dict(file)
+    split = {True: [], False: []}
+    for low, high in zip(arrays["track_begin"][:-1], arrays["track_begin"][1:], strict=True):
+        person = arrays["person"][low:high]
+        count = np.unique(person, return_counts=True)[1].max()
+        vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
+        places = tracks.find_changes(vectors, times, False, DLIB)
+        split[bool(count < 0.8 * len(person))].append(bool(places))
+    assert len(split[True]) == 13 and sum(split[True]) >= 12
+    assert len(split[False]) == 221 and not any(split[False])
 
 
 def turn(angle, scale, x=0, y=0):

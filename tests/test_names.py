@@ -75,7 +75,7 @@ def test_gallery_treats_nfc_and_nfd_names_as_one_person(gallery, say):
     gallery.rename("person 1", NFD, merge=True)
     gallery.relabel("stranger 1", NFD)
     refused(lambda: gallery.relabel("x", NFD), "already")
-    refused(lambda: gallery.rename(NFC, NFD), "this name already")
+    refused(lambda: gallery.rename(NFC, NFD), "already has this name")
     words = (gallery.folder, f"--identity={NFD}", "--json")
     assert say("gallery", "list", *words)["identities"] == {NFC: 5}
     assert say("gallery", "remove", *words)["removed"] == 5 and NFC not in gallery

@@ -129,3 +129,12 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
     _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
     share = made.constants.weight[0] * counts[column]  # 0 for clips of another fold
     np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
+
+
+def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
+    run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
+    alone, everyone = small.weights(tmp_path), small.weights(whole)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(value[0], everyone[name][1], err_msg=name)
+    labels = [np.asarray(saved(folder)["train"]["labels"]) for folder in (tmp_path, whole)]
+    np.testing.assert_array_equal(labels[0][0], labels[1][1])

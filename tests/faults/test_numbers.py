@@ -167,7 +167,7 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     assert "--config.batch_size=6" in note(7)
     hint = note(7, "data.whole_epochs=True")
     assert "a step uses all clips" in hint and "--config.batch_size=3" in hint
-    with pytest.raises(ValueError, match=r"batch_size=100000000.*\n--config.batch_size=6"):
+    with pytest.raises(ValueError, match=r"batch_size=100000000.*\nuse --config.batch_size=6"):
         note(100_000_000)
 
 
