@@ -293,7 +293,7 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
 
 def test_check_mode_detects_a_damaged_gallery(folder, command):
     words = ("--mode=check", f"--workdir={folder}")
-    assert "gallery: 12 people by" in command(*words).out
+    assert "gallery: 12 people with" in command(*words).out
     content = bytearray((folder / "gallery.sqlite").read_bytes())
     content[-100] ^= 1  # any bit
     (folder / "gallery.sqlite").write_bytes(content)

@@ -87,7 +87,7 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypa
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
-    refused(lambda: predict.restore(tmp_path), "joins other runs")
+    refused(lambda: predict.restore(tmp_path), "is a blend of other runs")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)

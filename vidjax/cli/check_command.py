@@ -81,7 +81,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     config = config_io.override(api.open_run(workdir).config, args.overrides)
     if config.join.runs:
         raise UserError(
-            f"'{workdir}' joins other runs: it has no checkpoint\n"
+            f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
             f"check each of them: {', '.join(config.join.runs)}"
         )
     for step in checkpoint.list_folders(workdir):
@@ -136,4 +136,4 @@ def _check_gallery(folder: Path) -> str:
 
     gallery = Gallery(folder)
     clips, strangers = sum(gallery.identities.values()), len(gallery.strangers)
-    return f"{len(gallery.identities):,} people by {clips:,} clips, {strangers:,} strangers"
+    return f"{len(gallery.identities):,} people with {clips:,} clips, {strangers:,} strangers"

@@ -304,7 +304,7 @@ def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progre
 
 
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
-    """Computes the embeddings of the clips. Returns the start time in seconds, and embeddings."""
+    """Computes the embeddings of the clips. Returns the start time, and the embeddings."""
     clips = _load_clips(args, gallery)
     began = time.monotonic()
     split = getattr(args, "split", None)

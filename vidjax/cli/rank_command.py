@@ -70,15 +70,9 @@ def _process(
 ) -> Result:  # fmt: skip
     """Runs `vidjax rank` or `vidjax embed`.
 
-    If the input is a folder of tables, the results of every table are written into another folder.
-    All other results are written into a file.
-
-    Args:
-      args: the flags. They are checked before the run is restored.
-      kind: the name of the results in the printed output.
-      endings: the allowed endings of the file.
-      work: class that makes the results of a folder of tables.
-      write: function that makes and writes the results of other clips.
+    If the input is a folder of tables, `work` makes the results of every table, and another folder
+    receives them. For other clips, `write` makes the results, and writes a file with one of the
+    `endings`. `kind` is the name of the results in the printed output.
     """
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")

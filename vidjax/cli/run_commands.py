@@ -206,11 +206,8 @@ def summarise(
 ) -> Result:
     """Returns the printed result of a command: the scores of a run, and the paths of its files.
 
-    Args:
-      config: the configuration of the run.
-      folder: the folder of the run.
-      results: the content of `metrics.json`.
-      seconds: the duration of the command. If the run was finished before, it is None.
+    `results` is the content of `metrics.json`. `seconds` is the duration of the command. If the run
+    was finished before, it is None.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})

@@ -63,7 +63,7 @@ def cache_programs(folder: Path) -> None:
 def disable_program_cache() -> Iterator[None]:
     """Disables the cache of `cache_programs` while the context is open.
 
-    It would store programs that contain all weights of a net, as large files.
+    The cache would store programs that contain all weights of a net, as large files.
     """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]

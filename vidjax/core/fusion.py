@@ -629,7 +629,6 @@ def _fuse(
     A fused frame has float32 features and the frame number of the first pick.
 
     Args:
-      frames: Frames [B, T].
       picks, weights: S arrays of indices [B, T'] int32, and S arrays of weights [B, T'] float32, 0
         or more.
       slots: S masks [B, T'] bool, False if the pick does not count. The first pick always counts.

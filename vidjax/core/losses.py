@@ -354,8 +354,8 @@ def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
 def mask_logits(logits: Array, class_mask: Array | None) -> Array:
     """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False.
 
-    The number adds 0 to the sums of the losses. It is finite, because infinite logits have NaN
-    derivatives.
+    The number is so low that its column adds 0 to a loss. It is finite, because infinite logits
+    have NaN derivatives.
     """
     if class_mask is None:
         return logits

@@ -238,15 +238,18 @@ def read(name: str, split: str | None = None) -> RankedRun:
     (analysis, arrays), identities = analysed, folder.identities
     if len(identities) != len(arrays.get("ap", ())):
         raise UserError(
-            f"'{name}': identities.json and {paths.analysis.name} list different identities\n"
+            f"'{name}': identities.json and {paths.analysis.name} have different numbers of "
+            "identities\n"
             f"{remedy}"
         )
     ap, positives, num_others = arrays["ap"], arrays["positives"], analysis.num_others or 0
     known = positives > 0
     value = ap[known].sum() / (known.sum() + num_others)
     if abs(value - metrics["map"]) > MAX_MISMATCH:
-        both = f"{value:.4f} in {paths.analysis.name} and {metrics['map']:.4f} in"
-        raise UserError(f"'{name}': MAP is {both} {paths.metrics.name}\n{remedy}")
+        raise UserError(
+            f"'{name}' has two values of MAP: {value:.4f} in {paths.analysis.name}, and "
+            f"{metrics['map']:.4f} in {paths.metrics.name}\n{remedy}"
+        )
     return RankedRun(
         name=name,
         split=split,

@@ -186,9 +186,8 @@ def _reduce_examples(
 def _choose_num_examples(clips: int, examples: int) -> int:
     """Returns how many examples of each clip a model computes together.
 
-    To save memory, the number is 1. An exported function has sizes that are unknown when it is
-    compiled, and it may get a single clip. It computes several examples together, because the
-    iterations of a loop are slow in other runtimes.
+    The number is 1, to save memory. Only an exported function computes several examples together,
+    because the iterations of a loop are slow in other runtimes. Its sizes are symbols.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1

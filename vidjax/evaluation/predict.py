@@ -375,7 +375,7 @@ def restore(
     workdir, config = folder.path, folder.config
     if config.join.runs:
         raise UserError(
-            f"'{workdir}' joins other runs: it has no weights\n"
+            f"'{workdir}' is a blend of other runs, so it has no weights\n"
             f"name one of these runs: {', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step

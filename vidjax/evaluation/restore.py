@@ -326,9 +326,9 @@ def check_data(
     """Raises ValueError if `data` differ from the data of a run, which have the digests `own`.
 
     To continue a training (`trains`), all data must be unchanged. To evaluate, only `eval.split`
-    must be unchanged. If the run has not read this split before, the split is accepted. But if the
-    user has not `named` the folder of the data, the path is from `config.json`, and a stranger may
-    have written that file. In this case, at least one split of the run must be unchanged.
+    must be unchanged, and a split that is new to the run is accepted. If `named` is False, the
+    folder of the data is from `config.json`, which a stranger may have written. Then a new split is
+    accepted only if at least one split of the run is unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
@@ -343,6 +343,6 @@ def check_data(
         if not trains:
             other = "rank these clips: vidjax rank --input=FOLDER --out=FILE"
         raise UserError(
-            f"'{workdir}' contains a run on other data: now {', '.join(filter(None, different))}\n"
+            f"'{workdir}' was trained on other data: {', '.join(filter(None, different))}\n"
             f"name the data of the run: --config.data.dir=FOLDER\nor {other}"
         )

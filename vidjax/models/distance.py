@@ -74,21 +74,16 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Computes the effective number of clips of each of K people.
+    """Computes the effective number of clips of each of K people, [K] float64.
 
-    Clips of the same day resemble each other, so they determine a person's vector less well than
-    independent clips. The effective number of clips is the number of independent clips whose mean
-    has the same variance. With the variance W of a clip and the share r of it that the clips have
-    in common, the variance of the mean of k clips is (r + (1 - r) / k) W. The spread of the clips
-    about their mean gives an estimate of r.
+    It is the number of independent clips whose mean has the same variance. Clips of the same day
+    have a share r of their variance W = `distances.within` in common. So the mean of k clips has
+    the variance (r + (1 - r) / k) W. The spread of the clips about their mean gives an estimate of
+    r.
 
     Args:
-      distances: the distribution of distances, which contains W as `within`.
       count: [K], the number k of clips of each person.
       square: [K], squared length of the mean of the unit vectors of each person.
-
-    Returns:
-      [K] float64, the effective number of clips.
     """
     count = np.asarray(count, np.float64)
     free = count * (1 - square) / distances.within  # (k - 1) (1 - r), on average
@@ -105,7 +100,6 @@ def population(
     """Computes the posterior of the mean vector of all people, who are given in several blocks.
 
     Args:
-      distances: the distribution of distances.
       means: for each block [P, D], the mean of the unit vectors of each person.
       effective: for each block [P], the effective number of clips of each person.
       counts: for each block [P], the number of clips of each person. People without a clip are

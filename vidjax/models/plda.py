@@ -108,9 +108,9 @@ class PLDAIdentifier(Identifier):
         """Subtracts `share` of the mean from unit vectors. Returns [B, D] of each modality.
 
         `vectors` maps a modality to [B, D], with rows of length 1 or 0. If `update` is set, the
-        vectors are also added to the collection `sums`. The first occurrence of a
-        clip adds to the centre, the second adds to the sums, and later occurrences add nothing. A
-        batch may contain clips of two passes, and a clip more than once.
+        vectors are also added to the collection `sums`: at the first occurrence of a clip to the
+        mean, at the second to the other sums, and later not at all. A batch may contain clips of
+        two passes, and a clip more than once.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)

@@ -89,14 +89,10 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the initial parameters of the model.
+        """Draws the initial parameters of the model with the key `rng`.
 
-        Args:
-          rng: key of the parameters.
-          fuse_rng: key of the random steps of the fusion, which is run once to learn the shapes.
-
-        Returns:
-          The parameters, and a dict of the other variables of the model, such as batch statistics.
+        Returns the parameters, and the other variables of the model, such as batch statistics.
+        `fuse_rng` is the key for the fusion of a blank clip, which gives the shapes of the inputs.
         """
         fused = self.fuse(fuse_rng, make_blank_clip(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)

@@ -237,9 +237,7 @@ def set_aside_later(workdir: Path, step: int) -> None:
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
     """Compares the files of a checkpoint with the manifest. Returns the content of the manifest.
 
-    Args:
-      folder: the folder of the checkpoint.
-      manifest: the content of `manifest.json`. If it is None, the file is read.
+    `manifest` is the content of `manifest.json`. If it is None, the file is read.
 
     Raises:
       DamagedError: a file is missing, differs from its digest, or is not listed.
@@ -250,7 +248,7 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
         file = folder / "state" / name
         with _raise_damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
             if files.hash_opened(opened) != digest:
-                raise DamagedError(f"'{file}' is damaged, because its sha256 differs")
+                raise DamagedError(f"'{file}' is damaged: its sha256 differs from the manifest")
     return manifest
 
 

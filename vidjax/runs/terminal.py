@@ -32,11 +32,8 @@ def say(text: str) -> None:
 def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
     """Measures the time since `began`, and the number of `clips` per second.
 
-    Args:
-      began: an earlier value of `time.monotonic()`.
-
-    Returns:
-      A list with a pair (label, text) for a reader, and a dict of numbers for JSON.
+    `began` is an earlier value of `time.monotonic()`. Returns a list with a pair (label, text) for
+    a reader, and a dict of numbers for JSON.
     """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)

@@ -365,7 +365,7 @@ class TrainingRun:
             steps = checkpoint.manifests(self._workdir)
             saved = f" (the checkpoint of step {max(steps)} is finite)" if steps else ""
             raise UserError(
-                f"loss or gradient is not finite at step {done.bad_step + 1} and "
+                f"loss or gradient is not finite at step {done.bad_step + 1} and the "
                 f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
                 f"lower config.optim.learning_rate, or look for huge features in the clips{saved}\n"
                 "to find the operation that gives the first NaN, set JAX_DEBUG_NANS=1"

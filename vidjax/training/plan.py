@@ -75,7 +75,7 @@ def explain_no_identity(config: Config) -> str:
         names = "labels.csv"
         if config.data.dir and not (Path(config.data.dir).expanduser() / names).exists():
             return (
-                f"no training clip has an identity, as '{config.data.dir}/{names}' is missing\n"
+                f"no training clip has an identity: '{config.data.dir}/{names}' is missing\n"
                 "write this file with the columns clip and identity"
             )
     return f"no training clip has an identity: correct {names} or config.data.train_splits"
@@ -499,11 +499,8 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 
     A distractor of a cluster gets the column of the cluster. A distractor in no cluster gets the
     mirror column of a random identity. A mirror column is the second column of an identity, for
-    strangers who resemble it. The choice depends only on the seed and the row.
-
-    Args:
-      clusters: [n] int, cluster of each distractor, or -1 if it is in no cluster.
-      layout: the order of the columns.
+    strangers who resemble it. The choice depends only on the seed and the row. `clusters` are
+    [n] int, the cluster of each distractor, or -1 if it is in no cluster.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     columns = np.where(
@@ -524,7 +521,6 @@ def relabel(
     Args:
       labels: [...] int, present class columns of the distractors.
       predicted: [...] int, class columns with the highest score.
-      layout: the order of the columns.
       keep: what happens if the model predicts a cluster or a mirror column. `label` keeps the
         label. `prediction` takes the predicted column. With `label`, only clips in mirror columns
         move.

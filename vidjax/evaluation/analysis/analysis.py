@@ -47,8 +47,6 @@ def analyse(
     Args:
       models: the models that made the evaluation. If there are several, the analysis describes the
         modalities of the first model, and no attention.
-      evaluation: the scores of the split.
-      mesh: the devices.
       config: the configuration of the evaluation. If the data contain `data.train_splits`, the
         training clips of each identity are counted.
     """
@@ -166,11 +164,8 @@ def write_results(
     command writes the report.
 
     Args:
-      folder: the folder of the run.
       identities: the names of class columns 1..C.
-      evaluation: the scores of the split.
       values: the content of `metrics.json`, see `schemas.Metrics`.
-      paths: the files of the results.
       analysed: a function that returns the result of `analyse`. If it is None, no analysis and no
         report are written.
       ends_training: True if `values` are the results of a training that ends here.
@@ -240,10 +235,7 @@ def evaluate(
 
     Args:
       config: the settings of the evaluation.
-      run: the trained run.
-      data: the clips.
-      num_devices: the number of devices. If it is None, all are used. The scores do not depend on
-        it.
+      num_devices: the number of devices. None means all. The scores do not depend on it.
       report: if True, the analysis and the report are written, too.
     """
     began = time.monotonic()

@@ -110,8 +110,6 @@ def measure_strata(
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 
     Args:
-      scored: the ranking of the split.
-      split: the split.
       modalities: the inputs of the model, the primary modality first.
       quality: [N] float, the mean quality of each clip's frames of the primary modality.
       train_clips: [C] int, the number of training clips of each identity. If it is unknown, None.
@@ -215,10 +213,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities with the lowest average precision, worst first.
 
     `lost_to` and `mixed_with` are up to three pairs of another identity and a number of clips:
-    - `lost_to`: in the list of the other identity, this number of clips of the identity score
-      higher than in any other list. -1 stands for clips that are in no list.
-    - `mixed_with`: this number of clips of the other identity are among the first n places of the
-      identity's list, where n is the number of clips of the identity. -1 stands for distractors.
+    - `lost_to`: the number of clips of the identity that score highest in the list of the other
+      identity. -1 stands for clips that are in no list.
+    - `mixed_with`: the number of clips of the other identity among the first n places in the list
+      of the identity, if the identity has n clips. -1 stands for distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)

@@ -166,7 +166,8 @@ def read_json(
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}") from error
     if not isinstance(value, kind):
-        raise UserError(f"'{path}' is damaged: it contains no {kind.__name__}")
+        name = "object" if kind is dict else kind.__name__
+        raise UserError(f"'{path}' is damaged: it contains no JSON {name}")
     return value
 
 

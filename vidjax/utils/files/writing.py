@@ -168,7 +168,7 @@ def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
     """
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
-        raise UserError(f"'{path}' is damaged (its sha256 differs)")
+        raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
     return manifest
 
 
