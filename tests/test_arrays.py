@@ -215,7 +215,7 @@ BAD = (  # what val contains first, and words of the error
     (TWO | {"box": [1.0, 2.0]}, "box has shape [2]: give [2, 4]"),
     (TWO | {"number": [0.5, 1.0]}, "number 0.5"),
     ({"quality": [1.0]}, "no features"),
-    ({"feature": np.zeros((1, DIM))}, "'feature' is not a field"),
+    ({"feature": np.zeros((1, DIM))}, "the key 'feature' is unknown"),
 )
 
 
@@ -286,7 +286,7 @@ def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, ref
     refused(folder, str(path), "use numpy.savez")
     np.savez(path, face=np.ones((1, 2)))
     (folder / "train" / "notes.txt").write_text("mine")
-    refused(folder, "notes.txt", "may contain only CLIP.npz")
+    refused(folder, "notes.txt", "may contain only .npz files")
     (folder / "train" / "notes.txt").unlink()
     (folder / "train.parquet").write_bytes(b"")
     refused(folder, "train.parquet and a folder train: remove one")

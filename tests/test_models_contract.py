@@ -289,7 +289,7 @@ def test_dropout_is_used_only_in_training(name):
         (DENSE, {"layers": ((8, "relu"),)}, "a layer is"),
         (DENSE, {"layers": ((0, "relu", False, 0.0),)}, "width is 0, but must be a whole number"),
         (RESIDUAL, {"shortcut": "mul"}, "unknown shortcut"),
-        (RESIDUAL, {"width": 0}, "width=0: .*whole numbers, 1 or more"),
+        (RESIDUAL, {"width": 0}, "width=0: 0 is not a whole number"),
         (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
         (DEEPMEF, {"aggregation": "max"}, "unknown aggregation 'max'"),
         (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),

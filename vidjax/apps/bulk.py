@@ -244,7 +244,7 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns JSON that identifies a table by size and time, and `work` by `made_by`."""
+    """Returns a note for results: JSON with the size and time of the table, and `work.made_by`."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return msgspec.json.encode({"clips": clips, **work.made_by()})

@@ -473,7 +473,7 @@ def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Pat
 
     Args:
       names: the searched names.
-      unread: places. Only the types of compressed files among them get a command.
+      unread: places that could not be searched. Only their types of compressed files get a command.
       places: the folders to search.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}

@@ -118,8 +118,9 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
 
     if target.gallery is None:
         raise UserError(
-            f"--format={name} needs a net, but a gallery has none\n"
-            "choose --format=safetensors or --format=numpy, or export the run of the gallery"
+            f"--format={name} stores a net, but a gallery has none\n"
+            "choose --format=safetensors or --format=numpy, or export the run "
+            "from which the gallery was made"
         )
     gallery = Gallery(source)
     difference = target.gallery(gallery, folder)

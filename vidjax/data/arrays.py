@@ -246,7 +246,7 @@ def _list_npz_files(folder: Path) -> list[Path]:
         if not entry.name.endswith(".npz") or not entry.is_file():
             hint = NPY_HINT if entry.name.endswith(".npy") else ""
             raise UserError(
-                f"{entry.path}: is not a clip: the folder {folder.name} may contain only CLIP.npz\n"
+                f"{entry.path}: {folder.name} may contain only .npz files, one for each clip\n"
                 f"move it away{hint}"
             )
     if not entries:

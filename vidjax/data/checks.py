@@ -85,7 +85,7 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for each two modalities with similar names that no clip has both of.
+    """Yields a message for each pair of modalities with similar names, if no clip has both.
 
     `splits` is a dict, split -> modality -> [N] int, the number of frames of each of N clips.
     """

@@ -152,8 +152,8 @@ def read_json(value: object, place: str) -> Clip:
                 array = np.asarray(None)
             if array.dtype.kind not in "iuf" or not array.ndim:
                 raise UserError(
-                    f"{place}: clip {show(name)}: '{show(key)}' is not a list of numbers: "
-                    "write a list of numbers, or a list of such lists of equal length"
+                    f"{place}: clip {show(name)}: '{show(key)}' must be a list of numbers, "
+                    "or a list of lists of numbers with equal lengths"
                 )
             with np.errstate(over="ignore"):  # `pack` leaves out frames with an Inf
                 # Frame numbers stay integers, because float32 rounds integers from 2**24 on.
@@ -188,8 +188,8 @@ def _group_by_modality(
             modalities.setdefault(name, {})[field] = array
         elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
             raise UserError(
-                f"{place}: '{show(key)}' is not a field of frames: rename it to "
-                f"'{name}_{similar}', or, if it is a modality, to another name"
+                f"{place}: '{show(key)}' is probably misspelt: rename it to "
+                f"'{name}_{similar}'\nif it is a modality, give it another name"
             )
         else:
             modalities.setdefault(key, {})["features"] = array

@@ -278,8 +278,8 @@ def make_eval_plan(
     Args:
       split: the split.
       modalities: the names of the modalities.
-      lengths: [N] int, the number of frames that decides the group of each clip. If it is None,
-        this is the number of frames in the longest modality; other values must not be smaller.
+      lengths: [N] int, the length that decides the group of each clip. It must be at least the
+        number of frames in the longest modality of the clip, which is the default.
       only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
       join: if True, short clips are evaluated together with longer clips if that adds at most 65536
         frames of padding. So a small split needs only one compiled program. Models of single frames

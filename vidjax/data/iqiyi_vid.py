@@ -31,7 +31,7 @@ VERSION = 2  # increase it if other frames are read from the same file: the cach
 
 
 class OfficialFiles:
-    """A directory of official files, which can be converted to TFRecords."""
+    """A directory of iQIYI-VID files, which can be converted to TFRecords."""
 
     kind = "iqiyi_vid"
 

@@ -287,7 +287,7 @@ def load_clips(
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
       quality: 'given' takes the quality of frames from the files. If there is none, the norm of the
-        feature is used, except that it is 0 for official pickles. 'norm' always takes the norm.
+        feature is used, except that it is 0 for iQIYI-VID pickles. 'norm' always takes the norm.
         Use the value of the training.
 
     Raises:

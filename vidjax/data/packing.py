@@ -88,8 +88,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
         raise UserError(
-            f"{place}: '{show(unknown[0])}' is not a field of frames: "
-            f"choose from {', '.join(STORED)}"
+            f"{place}: the key '{show(unknown[0])}' is unknown: choose from {', '.join(STORED)}"
         )
     features = _to_real_array(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):

@@ -35,7 +35,7 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
     if data["dir"]:
         raise UserError(
             f"config.data.dir={data['dir']} would be ignored, because config.data.name=synthetic\n"
-            "to read the folder, add --config.data.name=arrays (or iqiyi_vid for official files)\n"
+            "to read the folder, add --config.data.name=arrays (or iqiyi_vid for iQIYI-VID)\n"
             "for the synthetic dataset, add --config.data.dir="
         )
     options = _parse_synthetic_options(data)
@@ -55,7 +55,7 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
 
 def open_iqiyi_vid(data: Section, cache_dir: CacheDir) -> RecordSource:
     """Opens the official iQIYI-VID files in the folder `data.dir` of a configuration."""
-    return OfficialFiles(_get_directory(data, "official files"), cache_dir=cache_dir)
+    return OfficialFiles(_get_directory(data, "iQIYI-VID files"), cache_dir=cache_dir)
 
 
 def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
@@ -69,7 +69,7 @@ def _get_directory(data: Section, content: str) -> Path:
         raise UserError(
             f"config.data.dir is not set: name the folder of the {content} with "
             "--config.data.dir=FOLDER\n"
-            "if the data are in memory, call vidjax.evaluate(workdir, data) in Python"
+            "if the data are in memory, pass them in Python: vidjax.evaluate(workdir, data)"
         )
     return files.local(data["dir"])
 
@@ -92,13 +92,13 @@ def open_source(
     """Opens a dataset, without reading its features.
 
     Args:
-      given: the section `data` of a configuration; or a folder of official pickles or of a user's
-        own features; or a dict, split -> clip -> modality -> features.
+      given: the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a
+        user's own features; or a dict, split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`. They are ignored if `given` is a
         configuration.
 
     Raises:
-      UserError: there are no features, or `labels` or `quality` are given for official pickles.
+      UserError: there are no features, or `labels` or `quality` are given for iQIYI-VID pickles.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -117,8 +117,8 @@ def open_source(
     ):
         if value != default:
             raise UserError(
-                f"load_data: `{name}` would be ignored, because {folder} contains official "
-                f"pickles\nleave `{name}` out: it is read from {where}"
+                f"load_data: `{name}` would be ignored, because {folder} contains pickles of "
+                f"iQIYI-VID\nleave `{name}` out: it is read from {where}"
             )
     return OfficialFiles(folder, cache_dir=cache_dir)
 

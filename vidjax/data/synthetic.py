@@ -159,7 +159,7 @@ LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; all lo
 def write(
     out_dir: str | Path, *, size: str, seed: int = 0, options: SyntheticOptions = CALIBRATED
 ) -> None:
-    """Writes the synthetic dataset to a folder, in the layout of the official files.
+    """Writes the synthetic dataset to a folder, in the layout of iQIYI-VID.
 
     For each modality and split there is a pickle, `{face,head,body,audio,scene}_{train,val,test}`,
     where face train and face val end in `_v2`. `train_gt.txt` has a clip and its identity per line.

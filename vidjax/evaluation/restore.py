@@ -300,8 +300,8 @@ def select_sets(
         return sets
     warn(
         "some clips have names of training clips, but are of other data: they are scored as new "
-        "clips\nif they are training clips, use vidjax evaluate: it leaves out the members that "
-        "were trained on a clip"
+        "clips\nif they are training clips, use vidjax evaluate: it leaves out the members of "
+        "the ensemble that were trained on a clip"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))
 

@@ -101,7 +101,8 @@ def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
     for option, value in options.items():
         sizes = value if isinstance(value, tuple | list) else (value,)
         is_size = re.fullmatch(r"num_\w+|width|\w+_dims?", option)
-        if is_size and not all(isinstance(size, int) and size >= 1 for size in sizes):
+        wrong = [size for size in sizes if not (isinstance(size, int) and size >= 1)]
+        if is_size and wrong:
             raise UserError(
-                f"model {name!r}: {option}={value}: widths and counts are whole numbers, 1 or more"
+                f"model {name!r}: {option}={value}: {wrong[0]} is not a whole number of 1 or more"
             )

@@ -68,7 +68,7 @@ class PLDAIdentifier(Identifier):
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
-                f"model 'plda' has no value of {', '.join(missing)}\ntrain the run again"
+                f"model 'plda' is not trained: it has no {', '.join(missing)}\ntrain the run again"
             )
         chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
         return Settings(**chosen)

@@ -173,8 +173,8 @@ def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     if changed := describe_changes(old, new):
         raise UserError(
             f"'{workdir}' contains a run with another configuration: {changed}\n"
-            "use another workdir: --workdir=FOLDER, or the configuration of that run "
-            "(num_epochs may grow)"
+            "use another workdir: --workdir=FOLDER, or the configuration of that run; "
+            "num_epochs may be larger"
         )
 
 

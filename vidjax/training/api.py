@@ -97,7 +97,7 @@ def load_data(
         -> clip name -> modality -> features. Features are [T, D] or [D], float16, float32, float64
         or int8. Instead of the features, there may be a dict with `features`, and optionally
         `quality` [T], `detection` [T], `number` [T] and `box` [T, 4]. A clip may lack modalities,
-        or have no frame. The second form is the path of a folder of official pickles, `.npz` files
+        or have no frame. The second form is the path of a folder of iQIYI-VID pickles, `.npz` files
         or parquet tables. The third form is a configuration. Then the fields of `config.data`
         describe the dataset, and the other arguments must not be given.
       labels: a dict, clip name -> identity, for all splits. It may also be the path of a `.csv`

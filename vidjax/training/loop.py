@@ -321,7 +321,7 @@ class TrainingRun:
         )
         (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
-            say("clips are streamed from the records")
+            say("clips are read from the disk in each epoch")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()

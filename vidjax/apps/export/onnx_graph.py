@@ -506,7 +506,7 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for the gather of JAX.
 
-    Only gathers whose slices are complete along all axes without an index are supported. Indices
+    Only gathers are supported whose slices are complete along all axes without an index. Indices
     outside of the operand are moved to its border, whatever mode JAX uses.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]

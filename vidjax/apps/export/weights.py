@@ -37,7 +37,7 @@ CHECKPOINT_ENTRIES = ("step", "files", "arrays", "sha256")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Writes the files that are listed above.
+    """Exports a run. The description of this module lists the files.
 
     Args:
       workdir: the folder of the run.
@@ -107,7 +107,7 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _select_entries(manifest: Mapping[str, Any], *, without_step: bool = False) -> dict[str, Any]:
-    """Returns the entries of checkpoint.json without those that list or sign the stored files.
+    """Returns the entries of checkpoint.json, without the list and the digest of its files.
 
     With `without_step`, the step and the list of arrays are left out, too.
     """

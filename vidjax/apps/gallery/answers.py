@@ -147,7 +147,7 @@ class NamingRule(NamedTuple):
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Raises UserError unless `fpir` is in (0, 1), `threshold` in (0, 1], and one of them None."""
+    """Raises UserError if `fpir` is not in (0, 1), `threshold` not in (0, 1], or both are given."""
     for name, value in (("fpir", fpir), ("threshold", threshold)):
         check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:

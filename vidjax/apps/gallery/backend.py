@@ -52,7 +52,7 @@ class Part(NamedTuple):
       centre: [D] float64. It is subtracted from unit vectors, which are then scaled to unit length
         again. It is 0 if the run has already subtracted a centre.
       space: the parameters of PLDA in float64. It is None if the part is compared by distances.
-      distances: the parameters from the card of a net. It is None if the part is compared by PLDA.
+      distances: the parameters from the JSON file of a net. It is None if PLDA compares the part.
     """
 
     name: str
@@ -349,7 +349,7 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class _Queries(NamedTuple):
-    """What the comparison with people needs of Q clips.
+    """Q clips that are prepared for the comparison with people.
 
     Attributes:
       coordinates: M arrays [Q, D] float64, which are multiplied with `People.linear`. The

@@ -203,7 +203,7 @@ class Draft:
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, if they were only added, or became people from strangers.
+        """The changed clips, if each was added, or was a stranger who became a person.
 
         If there are other changes, it is None.
         """

@@ -432,9 +432,9 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """What clips of this gallery must contain.
+        """The widths of the features that clips must contain, and how their quality is measured.
 
-        It is a pair: modality -> width of the features, and the value of `config.data.quality`.
+        It is a pair: modality -> width, and the value of `config.data.quality`.
         """
         if self.origin.cards:
             return self.backend.widths, "given"
@@ -894,7 +894,8 @@ def make_run_origin(run: "Predictor") -> VectorOrigin:
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Returns a `VectorOrigin` that identifies models, and the parameters that compare vectors.
 
-    The parameters are modality -> `cards.BackEnd`, from the card of each face and voice model.
+    The parameters are modality -> `cards.BackEnd`, from the JSON file (card) of each face and voice
+    model.
 
     Raises:
       UserError: no card contains such parameters.
@@ -910,7 +911,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     }  # fmt: skip
     if not back_ends:
         raise UserError(
-            f"'{path}' has no net of faces or voices whose card has the field back_end\n"
+            f"'{path}' has no net of faces or voices with a field back_end in its JSON file\n"
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}

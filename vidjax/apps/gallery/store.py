@@ -324,7 +324,7 @@ class Store:
 
         If `new` and `people` are given, only these clips and people are added to the file. All rows
         are written again if one of them is None, if the state was never written, or if more than
-        half of the entries in the file would be entries that later entries replace.
+        half of the entries in the file would be replaced by later entries.
 
         Args:
           connection: an open transaction.
@@ -640,7 +640,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("its table 'backend' contains a variance below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
-        raise UserError("its table 'backend' contains a parameter of a card that is 0 or less")
+        raise UserError("its table 'backend' contains a scale of distances that is 0 or less")
     return backend
 
 

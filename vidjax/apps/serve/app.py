@@ -455,7 +455,7 @@ def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise unprocessable(show(str(error))) from None
+        raise unprocessable(f"the query is wrong: {show(str(error))}") from None
 
 
 def _check_clips(

@@ -148,8 +148,8 @@ def read_token(path: Path) -> bytes:
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(
-            f"'{path}' must contain a single word of at least {MIN_TOKEN_LETTERS} ASCII letters\n"
-            f"make a token: (umask 077; openssl rand -hex 32 > {path})"
+            f"'{path}' must contain a token, one ASCII word of length {MIN_TOKEN_LETTERS} or more\n"
+            f"make one: (umask 077; openssl rand -hex 32 > {path})"
         )
     return token
 

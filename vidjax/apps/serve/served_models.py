@@ -163,7 +163,7 @@ def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions. If there are several, names get the question's number."""
+    """Joins the clips of all questions. If there are several questions, names get their numbers."""
     if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
     return {

@@ -136,7 +136,7 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
-    """Returns the answers without names that are given to two tracks at the same time.
+    """Returns the answers, but never gives a name to two tracks at the same time.
 
     The track with the less probable name becomes unknown.
     """

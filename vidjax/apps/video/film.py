@@ -87,7 +87,7 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """Loads the nets that cards describe.
 
     Args:
-      cards_of: the card, which describes the net, of each role.
+      cards_of: for each role, the card that describes its net.
       size: detectors shrink pictures until their longer side has this number of pixels.
 
     Raises:
@@ -104,8 +104,9 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
         if embed[part].card.around is None:
             raise UserError(
                 f"the {part} cannot be located: '{embed[part].card.path}' has no field 'around', "
-                f"and there is no {part}_detector\nadd such a detector to the folder, or add to "
-                f'the file "around": [LEFT, TOP, RIGHT, BOTTOM], where the face is [0, 0, 1, 1]'
+                f"and there is no {part}_detector\nadd such a detector, or in this file the box of "
+                f"the {part}, in units in which the box of the face is [0, 0, 1, 1]:\n"
+                '"around": [LEFT, TOP, RIGHT, BOTTOM]'
             )
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
     return Nets(detect, embed, listen)

@@ -407,7 +407,7 @@ def _check_extraction(
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
     """Chooses the stem, the first part of the names of its clips, for each file.
 
-    A file keeps its stem from an earlier call, also if it was moved. The stem of a new file is made
+    A file keeps its stem from an earlier call, even if it was moved. The stem of a new file is made
     of its name. If another file has this stem, `~` and digits of the sha256 are added. A copy of a
     file with the same name is left out.
 

@@ -269,7 +269,7 @@ class Review:
         return dict(entries)
 
     def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery; returns the old entries. None is no entry."""
+        """Replaces entries of the gallery; returns the old entries. None stands for no entry."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
@@ -310,7 +310,7 @@ class _Pages:
     """Answers the requests of a browser. All addresses begin with `/TOKEN/`, a secret word."""
 
     def __init__(self, review: Review, token: str, port: int):
-        """Stores what the answers need.
+        """Makes the pages.
 
         Args:
           review: the names and the changes.

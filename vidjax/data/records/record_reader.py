@@ -37,8 +37,8 @@ class Reader:
     because the system kills a process if a mapped file is truncated.
 
     Attributes:
-      clip_index: [N] int32, the clip of each record, as a position in the sorted names of its
-        split, counted through all splits.
+      clip_index: [N] int32, the clip of each record. Clips are numbered split after split, and by
+        name within a split.
       lengths: a dict, modality -> [N] int32, number of frames of each record.
       shards: the files.
       shard: [N] int32, the number of the file of each record.

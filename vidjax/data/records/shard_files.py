@@ -99,7 +99,7 @@ def check_shard(shard: Shard) -> None:
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:
-    """Counts the records before the first damaged record. Returns also True if none is damaged."""
+    """Counts the records before the first damaged record. Also returns True if none is damaged."""
     with files.open_regular(path) as file:
         left, count = os.fstat(file.fileno()).st_size, 0
         while left:

@@ -2,10 +2,10 @@
 
 pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time, each time
 as a new dict. pickle also numbers most objects, to refer to them later, and an unpickler keeps all
-numbered objects. Feature pickles refer only to objects of the same clip, and to a few objects that
-all arrays share, which are in the first piece. So the numbered objects of all other pieces are
-replaced by None when the next piece is loaded. If a pickle refers to such an object, a clip gets a
-value None, which is refused. The pickle then has to be loaded as a whole.
+numbered objects in its memo. Feature pickles refer only to objects of the same clip, and to a few
+objects that all arrays share, which are in the first piece. So the numbered objects of all other
+pieces are replaced by None when the next piece is loaded. If a pickle refers to such an object, a
+clip gets a value None, which is refused. The pickle then has to be loaded as a whole.
 """
 
 import io
@@ -118,7 +118,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips opcodes with arguments of fixed size, and counts the objects that they number.
+    """Skips opcodes with fixed-size arguments, and counts the objects that they put into the memo.
 
     The opcodes of most arrays differ only in their arguments. So they match a few patterns, which
     is faster than to look at each opcode.
@@ -132,7 +132,7 @@ class _Runs:
         """Skips the opcodes that begin at byte `at`.
 
         Returns:
-          The byte after the opcodes, and the number of objects that they number.
+          The byte after the opcodes, and the number of objects that they put into the memo.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)

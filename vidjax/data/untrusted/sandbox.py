@@ -264,7 +264,7 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the fields that the entries of a clip must have.
 
-    The fields of official modalities are fixed. In other modalities, most clips decide.
+    In modalities of iQIYI-VID, they are fixed. In other modalities, most clips decide.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:

@@ -293,7 +293,8 @@ def _open_arrays(
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > limit or len(entries) > MAX_ENTRIES:
             raise UserError(
-                f"it unpacks to more than {limit:,} bytes or {MAX_ENTRIES:,} arrays: save less"
+                f"it unpacks to more than {limit:,} bytes or {MAX_ENTRIES:,} arrays: "
+                "save fewer or smaller arrays"
             )
         for entry in entries:
             with open_entry(archive, entry) as opened:
@@ -309,7 +310,8 @@ def _open_arrays(
                 left -= size
                 if left < 0:
                     raise UserError(
-                        f"its arrays need more than {limit:,} bytes of memory: save less"
+                        f"its arrays need more than {limit:,} bytes of memory: "
+                        "save fewer or smaller arrays"
                     )
                 yield entry.filename.removesuffix(".npy"), opened, size
 
