@@ -331,7 +331,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
 # Kind of folder -> the function that yields its names, and the remedy in `Place`.
 READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
-    "run": (_read_names_of_run, "its weights depend on the clips: delete it, train without them"),
+    "run": (_read_names_of_run, "its weights depend on the clips: delete it; train without them"),
     "who": (
         _read_names_of_who,
         "remove the photos, and run `vidjax who` again: it replaces all files",

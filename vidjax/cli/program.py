@@ -66,7 +66,7 @@ EXAMPLES = """\
 examples:
   a result in a minute, on synthetic clips
     vidjax --config=mma
-  train on official files
+  train on the files of iQIYI-VID
     vidjax train --config=mma:iqiyi_vid --config.data.dir=PATH
   rank new clips: a folder of features, or a table
     vidjax rank --workdir=runs/mma --input=PATH --out=ranking.tsv

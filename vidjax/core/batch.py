@@ -82,7 +82,7 @@ class Frames(NamedTuple):
     """The frames of a modality of B clips, padded to T frames.
 
     Attributes:
-      features: [B, T, D] in the stored dtype, float16 for official files. Before fusion it may be
+      features: [B, T, D] in the stored dtype, float16 for iQIYI-VID. Before fusion it may be
         LazyFeatures, although its type says Array.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
         negative. It is 0 for modalities without a quality.

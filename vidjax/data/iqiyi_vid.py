@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from vidjax.data.records.conversion import run_command
 
-    description = "Convert a directory of official files to TFRecords."
+    description = "Convert a directory of iQIYI-VID files to TFRecords."
     return run_command(argv, "vidjax.data.iqiyi_vid", description, OfficialFiles)
 
 

@@ -126,8 +126,8 @@ class SyntheticOptions(NamedTuple):
         frames by quality, and of 0.02 by filtering them.
       label_noise: share of train clips with the label of another person. The authors of the
         iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
-      train_distractors: share of train clips that show a stranger. The official train split has
-        none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
+      train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
+        has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
       missing_rate: share of clips without face, head, body or audio, drawn independently. It is
         added to the 0.02, 0.02, 0.05 and 0.15 in every dataset. No rate is published. The small
         real dataset of our tests lacks 0.1 of the faces and of the voices.
@@ -521,7 +521,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = messages.Parser(
         prog="python -m vidjax.data.synthetic",
         usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0] [--OPTION=VALUE]",
-        description="Write the synthetic dataset in the layout of the official files.",
+        description="Write the synthetic dataset in the layout of iQIYI-VID.",
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument("--size", choices=tuple(SIZES), default="small")

@@ -139,8 +139,8 @@ class Predictor(NamedTuple):
         of_few_members = self.results.get("map_kind") == "out_of_fold"
         if of_few_members and len(self.training_sets.members) > 1 and THRESHOLD in self.results:
             return (
-                f"{THRESHOLD} is too strict for new clips, because all members score a new clip, "
-                "but only a few members scored each evaluated clip"
+                "the threshold in metrics.json is too strict for new clips, because all members "
+                "score a new clip, but only a few members scored each evaluated clip"
             )
         return ""
 

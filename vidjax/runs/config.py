@@ -111,7 +111,7 @@ SYNTHETIC, OWN_FEATURES = _read_if("data.name", "synthetic"), _read_if("data.nam
 FOLDER = _read_unless(
     "data.name",
     "synthetic",
-    "arrays, or --config.data.name=iqiyi_vid for official files",
+    "arrays, or --config.data.name=iqiyi_vid for iQIYI-VID",
 )
 NOISE_CLASSES = _read_if("data.distractors", "noise")
 CLASSIFICATION = _read_by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
@@ -157,9 +157,9 @@ TABLE: tuple[Field | Group, ...] = (
           "saves a checkpoint, too", low=0, high=math.inf, movable=True),
 
     Group("data", "the clips, and how training reads them"),
-    Field("data.name", "synthetic", "dataset: generated clips (`synthetic`), the official files "
-          "(`iqiyi_vid`) or your own features (`arrays`)"),
-    Field("data.dir", None, "folder of official files, or of your features", read_when=FOLDER,
+    Field("data.name", "synthetic", "dataset: generated clips (`synthetic`), the files of "
+          "iQIYI-VID (`iqiyi_vid`) or your own features (`arrays`)"),
+    Field("data.dir", None, "folder of iQIYI-VID files, or of your features", read_when=FOLDER,
           movable=True),
     Field("data.cache_dir", None, "folder of the converted records and of compiled programs; "
           "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", movable=True),
@@ -539,7 +539,7 @@ def suggest_field(name: str, known: Collection[str]) -> str:
 
 # The arguments that every configuration file takes: word -> meaning.
 SCALE_WORDS: Mapping[str, str] = {
-    "iqiyi_vid": "official files, and values for their full size",
+    "iqiyi_vid": "the files of iQIYI-VID, and values for their full size",
     "few": "with `iqiyi_vid`: values for a few thousand clips",
     "standard": "the synthetic dataset with 1,000 identities instead of 100",
     "everything": "trains on all clips of train and val, and ranks test; there is no MAP if test "
@@ -553,7 +553,7 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
     The words are keys of SCALE_WORDS, such as `iqiyi_vid` or `everything`.
 
     Returns:
-      True if the other fields should have the values for the full size of the official files.
+      True if the other fields should have the values for the full size of iQIYI-VID.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")

@@ -101,7 +101,7 @@ def load_data(
         or parquet tables. The third form is a configuration. Then the fields of `config.data`
         describe the dataset, and the other arguments must not be given.
       labels: a dict, clip name -> identity, for all splits. It may also be the path of a `.csv`
-        with the columns `clip` and `identity`, or of ground truth in the official format. A clip
+        with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID format. A clip
         without a label, or with the label None, is a distractor. A split without a labelled clip is
         ranked but not scored. None means the ground truth in the folder of the features.
       cache_dir: the cache folder. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.

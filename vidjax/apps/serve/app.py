@@ -253,7 +253,7 @@ class Application:
 
     def _check_ready(self) -> None:
         if not self.ready:
-            text = "the server is not ready, it still compiles: try again"
+            text = "the server still compiles its programs: try again"
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, 1)
 
     def _find_model(self, request: Request) -> tuple[Model, Batcher[Question, Any]]:
