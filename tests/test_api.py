@@ -60,11 +60,11 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, labels, made, cac
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
     assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]
     for call, message in (
-        (lambda: public.restore(folder, num_devices="1"), "num_devices wants a number"),
-        (lambda: public.load_data(clips, [1], cache_dir=cache_dir), "labels wants a dict"),
-        (lambda: answers.rank(str(folder)), "clips wants a dict .* not str"),
-        (lambda: answers.identify(new, "2"), "identify: k wants a number"),
-        (lambda: answers.identify(new, threshold="0.5"), "identify: threshold wants a score"),
+        (lambda: public.restore(folder, num_devices="1"), "num_devices must be a number"),
+        (lambda: public.load_data(clips, [1], cache_dir=cache_dir), "labels must be a dict"),
+        (lambda: answers.rank(str(folder)), "clips must be a dict .* not str"),
+        (lambda: answers.identify(new, "2"), "identify: k must be a number"),
+        (lambda: answers.identify(new, threshold="0.5"), "identify: threshold must be a score"),
     ):
         with pytest.raises(TypeError, match=message):
             call()
@@ -98,22 +98,22 @@ def test_errors_of_wrong_arguments_describe_the_expected_argument(
     for call, message in (
         (lambda: public.load_config("mma", {"seed": 1}), r"\{'seed': 1\}.*--config\.FIELD=VALUE"),
         (lambda: public.load_config("mma", "config.seed=1"), r"did you mean '--config\.seed=1'"),
-        (lambda: public.load_config(None), "load_config: spec wants a name .* not None"),
-        (lambda: public.load_data([clips]), "load_data: source wants a folder, .* not list"),
+        (lambda: public.load_config(None), "load_config: spec must be a name .* not None"),
+        (lambda: public.load_data([clips]), "load_data: source must be a folder, .* not list"),
         (lambda: public.load_data(config, cache_dir=new), r"set config\.data\.cache_dir"),
         (lambda: public.load_data(config, quality="norm"), r"set config\.data\.quality"),
         (lambda: public.load_data(official_dir, quality="norm"), "leave `quality` out"),
         (lambda: public.load_data(official_dir, labels, cache_dir=cache_dir), r"train_gt\.txt"),
         (lambda: public.load_data(config, labels), r"config\.data\.dir"),
         (lambda: public.load_data(new), f"{new}: does not exist"),
-        (lambda: public.train(str(new), config, made), "train: config wants a configuration"),
-        (lambda: public.train(config, made, new), "train: workdir wants the path of a folder"),
+        (lambda: public.train(str(new), config, made), "train: config must be a configuration"),
+        (lambda: public.train(config, made, new), "train: workdir must be the path of a folder"),
         (
             lambda: public.train(config, new, str(new)),
             "data must be the result of vidjax.load_data",
         ),
         (lambda: public.train(misspelt, new, made), r"learn_rate .*optim\.learning_rate"),
-        (lambda: public.restore(config), "restore: workdir wants the path"),
+        (lambda: public.restore(config), "restore: workdir must be the path"),
         (lambda: public.restore(new), f"no run in '{new}'"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

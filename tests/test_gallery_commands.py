@@ -244,7 +244,7 @@ MISTAKES = {
     "add G": "did you mean vidjax gallery enrol",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
     "identify G --split=vla": "vla",
-    "identify G --split=val --k=nan": "wants a whole number from 1",
+    "identify G --split=val --k=nan": "must be a whole number from 1",
     "identify G --split=val --run=/absent": "/absent",
     "enrol G --input=x": "x: does not exist",
     "enrol G --split=test": "no clip has a label",

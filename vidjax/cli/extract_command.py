@@ -71,7 +71,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
     """Returns a row of the printed result with up to three different remedies for failed files."""
     different = [*dict.fromkeys(filter(None, remedies))]
-    return {"to mend": "; ".join(different[:3])} if different else {}
+    return {"remedy": "; ".join(different[:3])} if different else {}
 
 
 def run_extract(args: argparse.Namespace) -> Result:

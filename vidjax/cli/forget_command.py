@@ -37,10 +37,9 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax forget`."""
     parser.description = HELP
     parser.add_argument("places", nargs="*", metavar="PLACE", type=Path, help="a folder")
-    for flag in ("identity", "clip"):
-        parser.add_argument(
-            f"--{flag}", metavar="NAME", action="append", default=[], help="may be repeated"
-        )
+    for flag, what in {"identity": "person", "clip": "clip"}.items():
+        about = f"the name of a {what}; may be repeated"
+        parser.add_argument(f"--{flag}", metavar="NAME", action="append", default=[], help=about)
     about = "deletes the names from galleries, caches and results of `vidjax who`"
     parser.add_argument("--delete", action="store_true", help=about)
     parser.command(forget_names, "--identity=Ada", "--identity=Ada --delete")

@@ -58,7 +58,7 @@ def add_flags(parser: Parser) -> None:
 def _add_create(parser: Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", metavar="W", help="the folder of a run")
-    about = "the folder of the nets of vidjax extract, for features that it makes"
+    about = "the folder of nets that vidjax extract uses, for its features; instead of --run"
     model.add_argument("--models", metavar="DIR", help=about)
     about = "makes a gallery without people"
     parser.add_argument("--empty", action="store_true", help=about)
@@ -556,8 +556,8 @@ def _export(args: argparse.Namespace) -> Result:
     """Writes a table of the enrolled clips, with the columns clip, identity, and vectors.
 
     A gallery compares clips by one or more vectors, such as one of the face and one of the voice.
-    Each has a column of unit vectors, whose dot products are cosines. If a clip lacks a vector, it
-    is 0.
+    Each has a column of unit vectors, whose dot products are cosines. If a clip lacks a vector, the
+    numbers in the column are 0.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))

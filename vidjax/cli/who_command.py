@@ -46,7 +46,7 @@ def name_people(args: argparse.Namespace) -> Result:
         "table": str(out / who.TABLES[0]),
     }
     if done.missed:
-        rows["not looked for"] = ", ".join(map(messages.shorten, done.missed[:5]))
+        rows["no usable photo"] = ", ".join(map(messages.shorten, done.missed[:5]))
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= extract_command.list_remedies(done.failed.values())
@@ -65,7 +65,7 @@ def add_flags(parser: Parser) -> None:
     about = "the folder of photos, in a folder for each person with the person's name"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
-    about = "shows faces on the page of names, also in later calls, or deletes them"
+    about = "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them"
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds added before and after each appearance in cut lists (default: 1)"
     parser.add_argument(

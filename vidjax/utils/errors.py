@@ -113,11 +113,11 @@ def describe_missing_packages(
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "`argument` wants `wanted`, not ...", if the type is not in `kinds`."""
+    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if the type is not in `kinds`."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
-        raise ArgumentError(f"{argument} wants {wanted}, not{kind}{text[:100]}")
+        raise ArgumentError(f"{argument} must be {wanted}, not{kind}{text[:100]}")
 
 
 _DISK = "free some space on that disk, or choose a folder on another disk"

@@ -117,7 +117,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
             raise argparse.ArgumentTypeError(
-                f"wants a whole number from {low} to {high:,}, not '{text[:20]}'"
+                f"must be a whole number from {low} to {high:,}, not '{text[:20]}'"
             )
         return int(text)
 
