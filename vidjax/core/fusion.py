@@ -343,7 +343,7 @@ def random_fusion(
     num_clips = len(frames.mask)
     uniforms = jax.random.uniform(rng, (num_clips, num_draws, max_frames + 1), jnp.float32)
 
-    # Without the last threshold, 1, float32 rounding cannot count more frames than slots.
+    # The last threshold is 1. It is left out: rounded down, it could count more frames than slots.
     thresholds = _cumulate_probs(probs, max_frames)[:-1]
     num_fused = 1 + jnp.sum(uniforms[..., :1] >= thresholds, axis=-1)  # [B, T']
     slots = [slot < num_fused for slot in range(max_frames)]

@@ -381,7 +381,7 @@ def score(
             ranker.add(window)
             masks = devices.fetch([block.batch_mask for block in window[0]])
             progress.advance(sum(int(np.sum(mask)) for mask in masks))
-            jax.block_until_ready(before)  # a window behind, so that the devices never wait
+            jax.block_until_ready(before)  # of the window before: the devices never wait
             check()
         progress.close()
         top = ranker.ranking.finish()

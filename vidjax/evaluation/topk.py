@@ -101,7 +101,7 @@ class _Chunk:
         order = np.argsort(identities, kind="stable")
         (num_identities, k), counts = self.keys.shape, np.bincount(identities)
         ends = np.cumsum(counts)
-        place = np.arange(len(keys)) - np.repeat(ends - counts, counts)  # of an identity
+        place = np.arange(len(keys)) - np.repeat(ends - counts, counts)  # within an identity
         most = int(counts.max())
         table = np.full((num_identities, k + most), EMPTY)
         table[:, :k] = self.keys
@@ -109,7 +109,7 @@ class _Chunk:
         table.partition(most, axis=1)
         self.keys = table[:, most:].copy()
         least = _read_keys(self.keys.min(axis=1)).scores
-        # Scores whose magnitude is below TINY equal a least score of 0.
+        # Magnitudes below TINY count as 0. So if the least score is 0, they tie with it.
         self._least = np.where(least == 0, -TINY, least)
         self._waiting, self._num_waiting = [], 0
 

@@ -32,7 +32,7 @@ class DeepMEF(Identifier):
 
     1. The features of every frame of `modality` are joined with quality / 100 and the detection
        score. ChannelAttention and AttentionAggregation turn the frames into a vector.
-    2. The mean frame of every other modality passes through separate dense layers.
+    2. The mean frame of each other modality passes through separate dense layers.
     3. The concatenated vectors x become x + f(x). f has two layers: D to `hidden_dim` to D.
     4. A cosine classifier gives the logits.
 
@@ -111,7 +111,7 @@ class DeepMEF(Identifier):
                         width, "prelu", True, rate, dtype=self.dtype, name=f"{name}_{i}", **options
                     )(vector, exists, train=train)
             vectors.append(vector * exists[:, None])
-        x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for every other modality]
+        x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for each other modality]
 
         # Without the mask, the biases would give a direction to clips without frames.
         x = self._apply_block(x, has_frames, train=train) * has_frames[:, None]

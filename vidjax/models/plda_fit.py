@@ -6,10 +6,10 @@ some of them, because enrolled people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC of known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers, so
-that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted last, with one
-enrolled clip for every other identity, because people who are enrolled later often have fewer clips
-than the training people. The prior of the settings counts as much as a clip. If too few people
-have two clips, only the prior decides, and the user is informed.
+that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted last, with a
+single enrolled clip of half of the identities, because people who are enrolled later often have
+fewer clips than the training people. The prior of the settings counts as much as a clip. If too few
+people have two clips, only the prior decides, and the user is informed.
 
 The settings of a member are fitted only on its training clips, never on clips that it scores out of
 fold. `TaskSpec` and every checkpoint store them.
@@ -243,7 +243,7 @@ class _Fold(NamedTuple):
 
     covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
-    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals with a clip of every other identity
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals, if half of the identities have one clip
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 

@@ -265,8 +265,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the order of clips "
           "by probability, and the mean over members", above=0),
-    Field("eval.top_classes", 0, "rank each clip only for so many identities with the highest "
-          "scores; 0: for all", low=0),
+    Field("eval.top_classes", 0, "number of identities for which each clip is ranked: those with "
+          "the highest scores; 0: all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),

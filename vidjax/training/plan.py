@@ -167,8 +167,8 @@ def _check_plan(
 def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
     """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
-    The `weight` [E, N] of these clips is above 0 for a member, and the fusion of `config.fusion`
-    keeps at least one of the best 512 frames.
+    A member learns from a clip if its `weight` [E, N] is above 0, and the fusion of `config.fusion`
+    keeps a frame. Of a longer clip, only the 512 frames of the best quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -461,7 +461,8 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
         a cluster. With more vectors, use a smaller value, because accidental neighbours join
         different people in a long chain.
-      min_samples: a vector can extend a chain if it has so many neighbours, including itself.
+      min_samples: least number of neighbours, including itself, with which a vector can extend a
+        chain.
 
     Returns:
       [n] int32, the cluster of every vector, or -1 if it is in no cluster. Clusters are numbered in

@@ -21,7 +21,7 @@ from vidjax.core.losses import is_argmax
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import System
 
-MAX_BAD_STEPS = 3  # training stops after so many steps without a finite loss and gradient
+MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient that stop training
 
 
 class TrainState(struct.PyTreeNode):

@@ -41,10 +41,10 @@ from vidjax.data.clip_files import write_npz
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-# A clip contains at most so many faces, spread over its time, and so many windows of its voice.
+# Maximum number of faces in a clip, spread over its time, and of windows of its voice.
 MOST_FRAMES = 32
-# A track keeps its best picture of each span of so many seconds. If it has more pictures than
-# allowed, the spans are doubled.
+# A track keeps its best picture of each span of KEPT_SECONDS. If it has more than MOST_KEPT
+# pictures, the spans are doubled.
 MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 

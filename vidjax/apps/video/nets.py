@@ -20,7 +20,7 @@ BLOCK_CROPS = 32  # at most as many crops are the input of one call of a net
 LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
 WEAK_SCORE = 0.2  # near a detection with a higher score, the frames before and after are searched
 MOST_OVERLAP = 0.3  # the largest intersection over union of two faces of an image
-MOST_CANDIDATES = 5000  # only so many of the best detections enter non-maximum suppression
+MOST_CANDIDATES = 5000  # the best detections, which enter non-maximum suppression
 # If only a square around a known face is searched, its side is 2 NEAR times the longer side of the
 # face. It is shrunk until the face has FACE_SHARE of the size to which images are shrunk.
 NEAR, FACE_SHARE = 1.0, 0.1

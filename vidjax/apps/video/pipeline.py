@@ -36,7 +36,7 @@ PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
 CPU_SECONDS = 600  # every process may use this time, and longer for large films
 PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
-BATCH_PHOTOS = 50  # a process reads so many photos
+BATCH_PHOTOS = 50  # photos that a process reads
 CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit/s may take as much CPU time as it lasts
 # The endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {

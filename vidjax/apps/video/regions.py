@@ -25,7 +25,7 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 MOST_BYTES = 4 * files.MB  # the largest size of the XMP
-END_BYTES = 2 * files.MB  # so many bytes at the start and at the end of a photo may contain XMP
+END_BYTES = 2 * files.MB  # bytes at the start and at the end of a photo that may contain XMP
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
 PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"

@@ -15,8 +15,8 @@ from vidjax.apps.video.cards import BackEnd
 LEAST_OVERLAP = 0.3  # the intersection over union of boxes that may show the same person
 GAP_SECONDS = 1.0  # a track ends if the person is not detected for this time
 PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # gains of the alpha-beta filter
-# The main person of a frame has so many times the area of any other person. A shot has a main
-# person if more than LEAST_SHARE of its frames do.
+# The main person of a frame has at least MAIN_FIGURE_RATIO times the area of any other person. A
+# shot has a main person if more than LEAST_SHARE of its frames do.
 MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
 LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # the duration of a shot with a main person
 CROWDED_OVERLAP = 0.4  # if the boxes of two tracks overlap more, one person may hide the other
@@ -123,7 +123,7 @@ class Tracker:
         """Makes a tracker without tracks.
 
         Args:
-          gap_s: a track ends at a cut, or so many seconds after its last sighting.
+          gap_s: seconds after the last sighting at which a track ends; it also ends at a cut.
           held_s: a track with only one sighting is dropped, unless it is longer than this.
         """
         self._gap, self._held = gap_s, held_s
