@@ -27,7 +27,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> Result:
-    """Runs all checks. Prints each result at once, because reading data takes time.
+    """Runs all checks. Prints each result immediately, because reading data takes time.
 
     The exit code is 0 if no check fails, 3 if a checkpoint is damaged, and 2 for other faults.
     """

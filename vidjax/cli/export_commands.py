@@ -19,11 +19,11 @@ MANIFEST = "export.json"
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the folder to read and the new folder to write.
 
-    If the folder to write exists already, raises UserError.
+    If the folder to write already exists, raises UserError.
     """
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if files.exists(to):
-        raise UserError(f"--to={to} exists already: name a new folder")
+        raise UserError(f"--to={to} already exists: name a new folder")
     to.parent.mkdir(parents=True, exist_ok=True)
     return source, to
 

@@ -153,7 +153,7 @@ def _add_list(parser: Parser) -> None:
 def _add_rename(parser: Parser) -> None:
     parser.add_argument("--identity", metavar="NAME", required=True, help="the person")
     parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
-    about = "if a person has the new name already, merges the two"
+    about = "if another person already has the new name, merges the two"
     parser.add_argument("--merge", action="store_true", help=about)
     parser.command(_rename, "G --identity=Adda --to=Ada")
 

@@ -79,7 +79,7 @@ def _make_default_name(args: argparse.Namespace, config: Config) -> str:
 
 
 def train(args: argparse.Namespace) -> Result:
-    """Trains or resumes a run. If the run is finished already, prints its results again."""
+    """Trains or resumes a run. If the run is already finished, prints its results again."""
     began = time.monotonic()
     config, path = read_train_settings(args)
     from vidjax.training import plan

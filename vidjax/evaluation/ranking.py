@@ -135,7 +135,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         if len(names) > MAX_NAMES:
             note("too many", f"{place}: the line has {len(names)} clips: name at most {MAX_NAMES}")
         if identity in ranking:
-            note("second line", f"{place}: identity {identity!r} has a line already: join the two")
+            note("second line", f"{place}: identity {identity!r} already has a line: join both")
         if identities is not None and identity not in identities:
             note("unknown identity", f"{place}: identity {identity!r} is not in the ground truth")
         ranking[identity] = names[:MAX_NAMES]
@@ -196,7 +196,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
         identity = normal_form(identity)
         if identity in positives and not direct:
-            raise UserError(f"{place}: identity {identity!r} has a line already: join the two")
+            raise UserError(f"{place}: identity {identity!r} already has a line: join both")
         for clip in clips:
             if clip in seen:
                 raise UserError(

@@ -88,10 +88,10 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     manifest = saved.manifest
     check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
-    if spoilt := describe_changes(old, folder.config):
+    if changes := describe_changes(old, folder.config):
         raise CheckpointError(
             f"'{workdir / CONFIG}' is not the configuration that the run was trained with\n"
-            f"undo these changes: {spoilt}"
+            f"undo these changes: {changes}"
         )
     task = read_task(manifest)
     if tuple(config.modalities) != tuple(task.modalities):

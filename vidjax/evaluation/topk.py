@@ -33,7 +33,7 @@ ScoreBlock = tuple[Any, Any, Any]  # scores [B, C], clip_index [B], batch_mask [
 class HostTopK:
     """Finds the k best clips of every identity from blocks of scores in memory.
 
-    A score that is lower than the k-th best score of its identity is dropped at once. The other
+    A score that is lower than the k-th best score of its identity is dropped immediately. The other
     scores are candidates. Many candidates are merged into the k best clips together.
     """
 

@@ -1,6 +1,6 @@
 """Handles SIGINT and SIGTERM.
 
-After the first signal, a run saves its state and stops. A second signal ends the process at once.
+At the first signal, a run saves its state and stops. A second signal immediately ends the process.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Makes SIGINT and SIGTERM end this process at once.
+    """Makes SIGINT and SIGTERM end this process immediately.
 
     Inside `catch_interruption`, only the second signal ends the process. A thread ends the process,
     because Python runs no signal handler during a compilation by XLA, which can take minutes.

@@ -301,7 +301,7 @@ class Store:
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Makes the file and writes the first state. A file without tables may exist already."""
+        """Makes the file and writes the first state. A file without tables may already exist."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
