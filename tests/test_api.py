@@ -105,7 +105,7 @@ def test_errors_of_wrong_arguments_describe_the_expected_argument(
         (lambda: public.load_data(official_dir, quality="norm"), "leave `quality` out"),
         (lambda: public.load_data(official_dir, labels, cache_dir=cache_dir), r"train_gt\.txt"),
         (lambda: public.load_data(config, labels), r"config\.data\.dir"),
-        (lambda: public.load_data(new), f"{new}: does not exist"),
+        (lambda: public.load_data(new), f"'{new}' does not exist"),
         (lambda: public.train(str(new), config, made), "train: config must be a configuration"),
         (lambda: public.train(config, made, new), "train: workdir must be the path of a folder"),
         (

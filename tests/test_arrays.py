@@ -275,7 +275,7 @@ def test_folder_with_missing_damaged_or_ambiguous_files_is_refused(tmp_path, ref
     folder.mkdir()
     refused(folder, "contains no features", "SPLIT/CLIP.npz")
     (folder / "train").mkdir()
-    refused(folder, "train: contains no CLIP.npz")
+    refused(folder, "train' contains no CLIP.npz")
     path = folder / "train" / "one.npz"
     np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))
     refused(folder, str(path), "clip one, face: quality")
@@ -429,7 +429,9 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     content = path.read_bytes()
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
-        refused_input(path, of_path + "is not a parquet table, or is damaged (", "write it again")
+        refused_input(
+            path, "clips.parquet' is not a parquet table, or is damaged (", "write it again"
+        )
     columns = [pyarrow.array(column) for column in (*good.values(), ["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(columns, [*good, "clip"]), path)
     refused_input(path, of_path + "two columns are named clip: delete one")

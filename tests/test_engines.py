@@ -158,8 +158,8 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     ("wanted", "kind", "message"),
     [
         pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
-        ("time", UserError, r"film\.mp4: .* 1 s of CPU time"),
-        ("crash", UserError, r"film\.mp4: is damaged or hostile: .* SIGABRT"),
+        ("time", UserError, r"film\.mp4' is refused.* 1 s of CPU time"),
+        ("crash", UserError, r"film\.mp4' is damaged or hostile: .* SIGABRT"),
         ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),
         ("mistake", UserError, r"^film\.mp4: give another film$"),
         ("missing", DiskError, r"nowhere(.|\n)*correct the path"),

@@ -246,7 +246,7 @@ MISTAKES = {
     "identify G --split=vla": "vla",
     "identify G --split=val --k=nan": "must be a whole number from 1",
     "identify G --split=val --run=/absent": "/absent",
-    "enrol G --input=x": "x: does not exist",
+    "enrol G --input=x": "x' does not exist",
     "enrol G --split=test": "no clip has a label",
     "enrol G --split=train --config.data.dir=/absent": "/absent",
     "remove G --identity=13": "no identity '13' is enrolled",
@@ -499,7 +499,7 @@ def test_many_tables_need_a_folder_for_the_results(ask, folder, day, tmp_path):
 
 def test_folder_of_tables_holds_nothing_else(day):
     (day / "one.npz").touch()
-    with pytest.raises(UserError, match=r"one\.npz: .*because the folder also contains tables"):
+    with pytest.raises(UserError, match=r"one\.npz' .*because the folder also contains tables"):
         bulk.list_tables(day)
     for split in ("train", "val"):  # a dataset of two splits is no folder of tables
         (day / f"{split}.parquet").touch()

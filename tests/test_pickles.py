@@ -67,8 +67,8 @@ def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
     out.mkdir()
     (out / "features.bin").symlink_to("/dev/full")
     for file, folder, message in (
-        (tmp_path / "gone.pickle", out, "gone.pickle: does not exist"),
-        (tmp_path / "pipe", out, "pipe: is not a regular file"), (path, out, "out: No space left"),
+        (tmp_path / "gone.pickle", out, "gone.pickle' does not exist"),
+        (tmp_path / "pipe", out, "pipe' is not a regular file"), (path, out, "out: No space left"),
         (path, path, "face_val"),
     ):  # fmt: skip
         refused(functools.partial(sandbox.unpack, file, "face", folder), message)
@@ -132,7 +132,7 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     for text in (both, "1 2\n3 4\n"):
         with pytest.raises(ValueError, match=r"gt\.txt: no name ends in \.mp4"):
             truth(tmp_path, text)
-    refused(lambda: labels_lib.load_ground_truth(tmp_path / "no.txt"), "no.txt: does not exist")
+    refused(lambda: labels_lib.load_ground_truth(tmp_path / "no.txt"), "no.txt' does not exist")
 
 
 def weights(folder, text, clips: Any = "abcde"):
@@ -145,7 +145,7 @@ def weights(folder, text, clips: Any = "abcde"):
 
 WRONG_LABELS = (
     ("\ufeff\n \n", "is empty: write one line per clip"),
-    (b"a.mp4 1\n\xff.mp4 2\n", "line 2: is not UTF-8 text (byte 8)"),
+    (b"a.mp4 1\n\xff.mp4 2\n", "line 2 is not UTF-8 text (byte 8)"),
     ("a.mp4 1\nb.mp4 2 3\n", "line 2: the line has 3 words: write a clip and its"),
     ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
     ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),

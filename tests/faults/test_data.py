@@ -271,8 +271,8 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
     refused(official, "face_val.pickle: split 'val' has no clips")
     for path in official.glob("*.pickle"):
         path.unlink()
-    refused(official, f"{official}: contains no feature pickles")
-    refused(official / "gone", "gone: does not exist")
+    refused(official, f"{official}' contains no feature pickles")
+    refused(official / "gone", "gone' does not exist")
 
 
 def test_declared_identities_without_clips_keep_their_columns(official):

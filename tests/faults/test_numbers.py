@@ -192,14 +192,14 @@ def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
     for kind in ("nothing", "pipe", "folder"):  # "nothing" is a link to a file that is missing
         mutations.put(path, kind, target=tmp_path / "x")
         with pytest.raises(
-            ValueError, match=f"{path.name}: is (a folder|a link|not a regular file)"
+            ValueError, match=f"{path.name}' is (a folder|a link|not a regular file)"
         ):
             iqiyi_vid.find_pickles(tmp_path)
 
 
 @pytest.mark.parametrize(("entry", "remedy"), [
     ("validation/a.npz", "rename it to val"), ("Testing.parquet", "rename it to test"),
-    ("val.parquet/", "val.parquet: is a folder"),
+    ("val.parquet/", "val.parquet' is a folder"),
 ])  # fmt: skip
 def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remedy):
     write_npz(tmp_path, {"train": {"a": {"face": np.ones((2, DIM))}}})

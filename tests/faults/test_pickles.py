@@ -78,7 +78,8 @@ def check_refused(ends, *, strict):
     Elapsed time counts where `strict`, on a machine without other work; CPU time everywhere.
     """
     for name, (error, cpu, seconds, megabytes) in ends.items():
-        assert f"/{name}: " in error and error.isprintable() and len(error) < 500, (name, error)
+        assert any(f"/{name}{end} " in error for end in ":'"), (name, error)
+        assert error.isprintable() and len(error) < 500, (name, error)
         assert "that reads it failed" not in error, (name, error)
         assert cpu < 5 * limits.slowness() and (seconds < 5 or not strict), name
         assert megabytes < 1024, name

@@ -191,16 +191,16 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
     """
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise NoFileError(f"{folder}: {problem}: name the folder of the features")
+        raise NoFileError(f"'{folder}' {problem}: name the folder of the features")
     files: dict[str, list[Path]] = {}
     for split in SPLITS:
         table, clips = folder / f"{split}.parquet", folder / split
         check_file(table)
         if os.path.lexists(clips) and not clips.is_dir():
-            raise UserError(f"{clips}: is a file, not a folder of CLIP.npz files: move it away")
+            raise UserError(f"'{clips}' is a file, not a folder of CLIP.npz files: move it away")
         if table.is_file() and clips.is_dir():
             raise UserError(
-                f"{folder}: contains both {split}.parquet and a folder {split}: remove one of them"
+                f"'{folder}' contains both {split}.parquet and a folder {split}: remove one of them"
             )
         if table.is_file():
             files[split] = [table]
@@ -214,7 +214,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
     if not files:
         hint = NPY_HINT if any(folder.glob("*.npy")) else ""
         raise NoFileError(
-            f"{folder}: contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
+            f"'{folder}' contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
             f"name a folder with files such as train/clip1.npz; splits are train, val, test{hint}"
         )
     return files
@@ -226,7 +226,7 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):
             raise UserError(
-                f"{parts[0]}: would be ignored, because a split is one table, {split}.parquet\n"
+                f"'{parts[0]}' would be ignored, because a split is one table, {split}.parquet\n"
                 f"join the tables, or write a file {split}/CLIP.npz for each clip"
             )
 
@@ -250,7 +250,7 @@ def _list_npz_files(folder: Path) -> list[Path]:
                 f"move it away{hint}"
             )
     if not entries:
-        raise NoFileError(f"{folder}: contains no CLIP.npz: add clips, or remove the folder")
+        raise NoFileError(f"'{folder}' contains no CLIP.npz: add clips, or remove the folder")
     return [folder / entry.name for entry in entries]
 
 

@@ -19,9 +19,9 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """
     directory = Path(directory)
     if not directory.exists():
-        raise NoFileError(f"{directory}: does not exist: correct --config.data.dir")
+        raise NoFileError(f"'{directory}' does not exist: correct --config.data.dir")
     if not directory.is_dir():
-        raise NoFileError(f"{directory}: is not a directory: name the directory of the files")
+        raise NoFileError(f"'{directory}' is not a directory: name the directory of the files")
     return sorted(path for path in directory.iterdir() if path.name[0] != ".")
 
 
@@ -35,7 +35,7 @@ def check_file(path: Path) -> None:
     kind = "is a folder" if path.is_dir() else "is not a regular file"
     if not path.exists():
         kind = f"is a link to '{path.readlink()}', which does not exist"
-    raise UserError(f"{path}: {kind}: put a file there, or rename it")
+    raise UserError(f"'{path}' {kind}: put a file there, or rename it")
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
@@ -53,7 +53,7 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     if split and split not in present:
         head, _, tail = path.name.rpartition(word)
         raise UserError(
-            f"{path}: would be ignored, because '{word}' is not one of {', '.join(SPLITS)}\n"
+            f"'{path}' would be ignored, because '{word}' is not one of {', '.join(SPLITS)}\n"
             f"rename it to {head}{split}{tail}, or move it away"
         )
 
@@ -73,7 +73,7 @@ def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
         has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
         if has_features or path.suffix.lower() in FEATURE_SUFFIXES:
             raise UserError(
-                f"{path}: would be ignored, because the folder also contains {wanted}\n"
+                f"'{path}' would be ignored, because the folder also contains {wanted}\n"
                 "move it away, or run the command on this path"
             )
 

@@ -223,7 +223,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place}: is in the table with and without .mp4: delete one of them")
+            raise UserError(f"{place} is in the table with and without .mp4: delete one of them")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _stack_lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}

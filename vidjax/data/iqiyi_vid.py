@@ -55,7 +55,7 @@ class OfficialFiles:
         self._files = find_pickles(self._directory)
         if not self._files:
             raise NoFileError(
-                f"{self._directory}: contains no feature pickles, such as face_train.pickle\n"
+                f"'{self._directory}' contains no feature pickles, such as face_train.pickle\n"
                 "name a folder of MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle"
                 + _hint(self._directory)
             )

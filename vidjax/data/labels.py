@@ -66,13 +66,13 @@ def load_folder_truth(
         for path in () if official else list_entries(folder):
             if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
                 raise UserError(
-                    f"{path}: would be ignored, because labels are read from {TABLE}: "
+                    f"'{path}' would be ignored, because labels are read from {TABLE}: "
                     f"rename it to {TABLE}"
                 )
         return load_official_truth(folder, clips)
     if official:
         raise UserError(
-            f"{folder}: contains both {TABLE} and {next(iter(official.values())).name}: "
+            f"'{folder}' contains both {TABLE} and {next(iter(official.values())).name}: "
             "remove one of them"
         )
     return load_label_table(table, clips)
@@ -118,7 +118,7 @@ def load_label_table(
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields the start of an error message, the clip and the identity of each row of a table."""
     if not path.exists():
-        raise NoFileError(f"{path}: does not exist: correct the path of the labels")
+        raise NoFileError(f"'{path}' does not exist: correct the path of the labels")
     try:
         with io.TextIOWrapper(
             io.BufferedReader(files.open_input(path)), encoding="utf-8-sig", newline=""
@@ -144,7 +144,7 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
-            f"{path}: is not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
+            f"'{path}' is not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
         ) from None
 
 
@@ -210,7 +210,7 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
     for path in entries:
         if path.stem in {f"{split}_gt" for split in {*SPLITS} - {*paths}}:
             raise UserError(
-                f"{path}: would be ignored, because ground truth is read from {path.stem}.txt\n"
+                f"'{path}' would be ignored, because ground truth is read from {path.stem}.txt\n"
                 f"write {path.stem}.txt with lines 'NAME.mp4 IDENTITY', or move this file away"
             )
     for word, path in words.items():
@@ -324,7 +324,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
       UserError: the text is not UTF-8, or all lines are blank.
     """
     if not path.exists():
-        raise NoFileError(f"{path}: does not exist: correct the path")
+        raise NoFileError(f"'{path}' does not exist: correct the path")
     with files.open_input(path) as file:
         data = file.readall()
     try:
@@ -332,7 +332,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}: line {line}: is not UTF-8 text (byte {error.start}): save the file as UTF-8"
+            f"{path}: line {line} is not UTF-8 text (byte {error.start}): save the file as UTF-8"
         ) from None
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]

@@ -301,7 +301,7 @@ def load_clips(
         return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
     if not paths.keys() & modalities.keys():
         raise UserError(
-            f"{path}: contains the modalities {', '.join(sorted(paths))}, but the run reads "
+            f"'{path}' contains the modalities {', '.join(sorted(paths))}, but the run reads "
             f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
         )
     packed = {}
@@ -370,7 +370,7 @@ def load_people(
             people.setdefault(clean_identity(folder.name), []).extend(paths)
     if not people or next(path.glob("*.npz"), None):
         problem = "has clips outside the folders of people" if people else "has no clips of people"
-        raise NoFileError(f"{path}: {problem}\nput each clip into {path}/PERSON/CLIP.npz")
+        raise NoFileError(f"'{path}' {problem}\nput each clip into {path}/PERSON/CLIP.npz")
     if people.keys() <= set(SPLITS):
         raise UserError(
             f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
@@ -394,11 +394,11 @@ def check_path(path: Path) -> None:
         return
     if path.suffix == ".npy" and path.exists():
         raise NoFileError(
-            f"{path}: is an array without the name of its modality\n"
+            f"'{path}' is an array without the name of its modality\n"
             f"name it: numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
         )
     problem = "is not a folder, nor a .parquet or .npz file" if path.exists() else "does not exist"
-    raise NoFileError(f"{path}: {problem}: name a folder or file of features")
+    raise NoFileError(f"'{path}' {problem}: name a folder or file of features")
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
@@ -421,5 +421,5 @@ def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str
                 f"for a gallery, replace --input by --split={sorted(splits)[0]} "
                 f"--config.data.name=iqiyi_vid --config.data.dir={shlex.quote(str(path))}"
             )
-        raise UserError(f"{path}: {problem} {names}\n{remedy}")
+        raise UserError(f"'{path}' {problem} {names}\n{remedy}")
     return split

@@ -100,7 +100,7 @@ class _Errors:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: is not a parquet table, or is damaged ({reason}): write it again")
+    return UserError(f"'{path}' is not a parquet table, or is damaged ({reason}): write it again")
 
 
 def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":

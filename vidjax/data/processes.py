@@ -245,7 +245,7 @@ def _answer(
         return {"result": work(given)}
     except MemoryError:
         return {
-            "error": f"{path}: is refused, because reading it needs more memory than {limit}: "
+            "error": f"'{path}' is refused, because reading it needs more memory than {limit}: "
             "split it into smaller files"
         }
     except UserError as error:
@@ -318,12 +318,12 @@ def run_limited_each(
         child = (children or Children()).run(module, given=input_, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{path}: is refused, because reading it needs more than {seconds} s: "
+            f"'{path}' is refused, because reading it needs more than {seconds} s: "
             "split it into smaller files"
         ) from None
     if child.returncode == -signal.SIGXCPU:
         raise UserError(
-            f"{path}: is refused, because reading it needs more than {cpu_seconds} s of CPU time: "
+            f"'{path}' is refused, because reading it needs more than {cpu_seconds} s of CPU time: "
             "split it into smaller files"
         )
     if child.returncode == -signal.SIGKILL:
@@ -336,7 +336,7 @@ def run_limited_each(
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
         raise UserError(
-            f"{path}: is damaged or hostile: the process that reads it ended with {name}\n"
+            f"'{path}' is damaged or hostile: the process that reads it ended with {name}\n"
             "write the file again, or leave it out"
         )
     if child.returncode:

@@ -64,7 +64,7 @@ def convert(
     """
     check_choice("config.data.non_finite", non_finite, ("drop", "error"))
     if workers is not None and workers < 1:
-        raise UserError(f"--workers={workers}: is less than 1: choose 1 or more")
+        raise UserError(f"--workers={workers} is less than 1: choose 1 or more")
     fingerprint = source.fingerprint()
     folder = cache_folder(cache_dir, source.kind, [VERSION, fingerprint])
     if not (folder / "manifest.json").exists():

@@ -100,7 +100,7 @@ class Dataset:
             damaged.
         """
         if step < 0:
-            raise UserError(f"step={step}: is negative: choose 0 or more")
+            raise UserError(f"step={step} is negative: choose 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"

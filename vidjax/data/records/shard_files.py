@@ -76,7 +76,7 @@ def check_shard(shard: Shard) -> None:
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     if not files.exists(shard.path):
         raise UserError(
-            f"{shard.path}: does not exist, but must have {shard.records} records\n{hint}"
+            f"'{shard.path}' does not exist, but must have {shard.records} records\n{hint}"
         )
     try:
         with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
@@ -94,8 +94,8 @@ def check_shard(shard: Shard) -> None:
     if not whole:
         raise UserError(f"{shard.path}: record {count + 1} of {shard.records} is damaged\n{hint}")
     if count != shard.records:
-        raise UserError(f"{shard.path}: has {count} records instead of {shard.records}\n{hint}")
-    raise UserError(f"{shard.path}: does not match its sha256\n{hint}")
+        raise UserError(f"'{shard.path}' has {count} records instead of {shard.records}\n{hint}")
+    raise UserError(f"'{shard.path}' does not match its sha256\n{hint}")
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:

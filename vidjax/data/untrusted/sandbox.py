@@ -68,7 +68,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             return pack(load(file, size) for _ in range(1))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DiskError(f"{path}: cannot be read, or copied to {out_dir}: {reason}") from None
+        raise DiskError(f"'{path}' cannot be read, or copied to {out_dir}: {reason}") from None
 
 
 def unpack(
@@ -103,9 +103,9 @@ def unpack(
     """
     path, out_dir = Path(path), Path(out_dir)
     if not path.exists():
-        raise NoFileError(f"{path}: does not exist: correct the path")
+        raise NoFileError(f"'{path}' does not exist: correct the path")
     if not path.is_file():
-        raise UserError(f"{path}: is not a regular file: put a file there, or rename it")
+        raise UserError(f"'{path}' is not a regular file: put a file there, or rename it")
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
     arguments = {
