@@ -317,7 +317,6 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns the number and the words of each line of a text file, without blank lines.
 
     Args:
-      path: the file.
       form: the form of a line, for messages.
 
     Raises:

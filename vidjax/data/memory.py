@@ -189,7 +189,6 @@ class MemoryClips:
         """Returns the frames of a modality of some clips, padded with zeros.
 
         Args:
-          modality: the modality.
           clips: [n] int, positions of clips.
           shape: (B, T), the padded number of clips and of frames.
         """
@@ -211,7 +210,6 @@ def _select(
     """Yields clips without the modalities that the model does not read.
 
     Args:
-      clips: the clips.
       modalities: a dict, modality that the model reads -> feature width.
       names: a dict to which the names are added, name of a clip -> its name in the input.
       unread: a set to which the names of the removed modalities are added.

@@ -167,8 +167,7 @@ def _check_pages(
 
     Args:
       path: the path of the table, for messages.
-      opened: the opened file.
-      file: the same file, opened by pyarrow.
+      file: the file `opened`, as pyarrow opens it.
       names: the columns to read.
 
     Raises:

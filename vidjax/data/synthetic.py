@@ -409,7 +409,6 @@ class _Clips:
         """Returns the vectors [F, R] of the people that F frames show.
 
         Args:
-          modality: the modality.
           rows: [F] int, the clip of each frame.
           wrong: [F] bool, True for frames that show another person than their clip.
         """
@@ -433,7 +432,6 @@ class _Clips:
         """Draws the features [F, D] of F frames.
 
         Args:
-          modality: the modality.
           points: [F, R], the vector of the person that each frame shows.
           spread: the length of the displacement of each track. A track is a person in a clip.
           track: [F] int, the track of each frame. Its frames share a displacement.

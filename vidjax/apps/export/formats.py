@@ -326,12 +326,8 @@ def check_gallery(
 ) -> float:
     """Compares the scores of an exported gallery with the gallery, for random vectors.
 
-    Args:
-      gallery: the gallery.
-      read: returns the scores of the exported file for vectors, part -> [Q, D].
-
-    Returns:
-      The largest difference.
+    `read` returns the scores of the exported file for Q clips. Its argument maps each part of a
+    vector, such as face or audio, to [Q, D]. Returns the largest difference.
 
     Raises:
       UserError: the scores differ by more than `function.TOLERANCE`.

@@ -480,7 +480,6 @@ def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) ->
     again, by keys that are never equal.
 
     Args:
-      graph: the graph.
       ordered: the sorted values, from TopK.
       places: the indices of these values before the sort, from TopK.
       size: the number of values along `axis`.

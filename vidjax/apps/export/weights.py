@@ -120,7 +120,6 @@ def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> d
     """Returns the shapes and dtypes of all weights, in nested dicts like the weights.
 
     Args:
-      config: the configuration of the run.
       manifest: the entries of checkpoint.json, which describe the data.
       members: the number of ensemble members.
     """

@@ -687,7 +687,6 @@ class Index:
             first array is overwritten by the logits.
           rows: the indices of the R people.
           owner: the indices of the clips, [Q, 1] for all pairs, or [R] for R pairs.
-          queries: the clips.
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):

@@ -462,8 +462,6 @@ def _append(
     """Adds N people or clips to a table. The last row is filled before a new row is added.
 
     Args:
-      connection: an open transaction.
-      table: the table.
       words: lists of N names: of people, or of clips and then of their people.
       numbers: [N], a structured array in the layout of the table.
 
@@ -571,8 +569,6 @@ def _read_table(
     """Reads and checks a table with N people or clips.
 
     Args:
-      connection: an open transaction.
-      table: the table.
       layout: the dtype of an entry of its numbers.
       num_words: the number of names of an entry: 1 for a person, 2 for a clip and its person.
 

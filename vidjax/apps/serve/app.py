@@ -464,9 +464,7 @@ def _check_clips(
     """Checks the clips of a request, and removes modalities that the gallery does not use.
 
     Args:
-      clips: the clips.
       widths: modality -> width of its features in the gallery.
-      limits: the limits of a request.
 
     Returns:
       Name of the clip as in the request -> modality -> field -> frames.

@@ -412,7 +412,6 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path
     file with the same name is left out.
 
     Args:
-      paths: the files.
       known: the films of earlier calls, by stem.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}

@@ -16,7 +16,7 @@ from vidjax.apps.video.nets import LEAST_SCORE, NO_FACES, Detector, Faces
 from vidjax.apps.video.tracks import LEAST_OVERLAP, measure_overlaps
 
 MOST_FRAMES = 5  # frames of a group
-LEAST_SECONDS = 1.0  # a frame that is so much later than the first of a group begins a new group
+LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins a new group
 
 
 class SearchedFrame(NamedTuple):
@@ -47,7 +47,7 @@ class FilmSearch:
         self._before: Mapping[str, Faces] = {}  # detections of the last frame of the group before
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If it begins a new group, yields the searched frames of the last group."""
+        """Adds a frame. If the group of frames before it is complete, searches and yields them."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()

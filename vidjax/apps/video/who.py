@@ -478,7 +478,6 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
     Args:
       names: the people whose photo is a file in the folder `people`.
-      people: the folder of people.
       only_files: whether the folder contains only files. It may then be the folder of one person.
     """
     if only_files and len(names) > 1:
@@ -522,9 +521,7 @@ def _enrol_photos(
     is ignored.
 
     Args:
-      gallery: the gallery of the people.
       outcomes_of: the extracted photos of each folder of features.
-      people: the folder of people.
 
     Returns:
       The remedies for unusable photos by path, and the names of all people.
@@ -624,7 +621,6 @@ def _enrol(
     """Enrols the clips of a folder of photos, and removes clips whose photo is no longer there.
 
     Args:
-      gallery: the gallery of the people.
       folder: the folder with the features of the photos.
       usable: the person of each clip to enrol.
       labels: the label of each person in the gallery.
@@ -717,10 +713,8 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     fails before it writes them again.
 
     Args:
-      gallery: the gallery of the people.
       names: the people who have photos.
       places: the names of the existing folders of photos.
-      out: the folder of results.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}

@@ -163,7 +163,6 @@ def _report_labels(
 
     Args:
       truth: a dict, clip -> identity. It is None if the split has no ground truth.
-      clips: the clips of the split.
       identities: the names of the classes.
     """
     if truth is None:

@@ -179,8 +179,6 @@ def _load_split(
     """Returns the converted clips of the split `name`.
 
     Args:
-      folder: the folder of the files.
-      name: the split.
       manifest: the entry of the split in `manifest.json`.
       index: the arrays of `index.npz`.
 
