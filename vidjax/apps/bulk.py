@@ -228,7 +228,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
         content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
         _write(out_folder / RANKING, content, JOINED_NOTE)
     skipped = len(inputs) - len(left)
-    count = f"{len(inputs):,}" + (f", {skipped:,} of them before" if skipped else "")
+    count = f"{len(inputs):,}" + (f", {skipped:,} of them finished before" if skipped else "")
     results = str(out_folder / RANKING if work.joined else out_folder)
     content = {"tables": len(inputs), "skipped": skipped, "results": results}
     return Result(content, {"tables": count, "results": results})

@@ -199,8 +199,8 @@ def check_size(training_sets: TrainingSets) -> None:
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
     if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
         raise UserError(
-            f"{count:,} training clips of {members} members need {size:,} bytes: the limits are "
-            f"{MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES:,} bytes\n"
+            f"the list of the {count:,} training clips of {members} members has {size:,} bytes\n"
+            f"the limits are {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES:,} bytes\n"
             "leave some clips out, or train with fewer members"
         )
 

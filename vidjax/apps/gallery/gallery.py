@@ -998,7 +998,8 @@ def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
-    place = f"identities: no clip is called '{show(stray[0])}'; a clip is '{show(min(clips))}'"
+    example = show(min(clips))
+    place = f"identities: no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
     if len(stray) == len(identities):
         raise UserError(f"{place}\nuse the clip names of the features")
     warn(f"{place}\n{len(stray):,} of {len(identities):,} names are not used")

@@ -369,7 +369,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     except store.NoGalleryError:  # also if an earlier call was killed before it wrote the tables
         return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
     if roles := gallery.widen(models):
-        say(f"there are new nets ({', '.join(roles)}): all files are read again, names are kept")
+        say(f"there are new nets ({', '.join(roles)}): all files are read again; names are kept")
     return gallery
 
 

@@ -274,7 +274,8 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
         raise UserError(
-            f"the entries of {modality} have {length} fields: give 2 to 5 fields, or only arrays"
+            f"the entries of {modality} have {length} fields, but may have only "
+            f"{', '.join(_ENTRIES[5])}"
         )
     return _ENTRIES[length]
 
