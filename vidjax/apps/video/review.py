@@ -395,7 +395,7 @@ class _Pages:
                     review.undo()
                 elif "person" in form and (other := review.similar(name, of)):
                     problem = problem._replace(similar=other)
-                    raise UserError(f"there is already {other}: who is it?")
+                    raise UserError(f"there is already {other}: is it the same person?")
                 else:
                     review.change(form.get("do", ""), of, name, form.get("next", ""))
                     if view.get("person") == of and name:
