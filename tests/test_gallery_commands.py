@@ -477,7 +477,7 @@ def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_pa
 
     monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
     words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}")
-    assert "has changed" in ask(*words, code=2)
+    assert "was changed during the command" in ask(*words, code=2)
     assert [*tables_in(out)] == ["part-0.parquet"]
 
 

@@ -215,7 +215,8 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
         else:
             if _make_note(table, work) != notes[table]:
                 raise UserError(
-                    f"'{table}' was changed while it was processed\nrun the command again"
+                    f"'{table}', the gallery or the run was changed during the command\n"
+                    "run the command again"
                 )
             _write(folder / table.name, content, notes[table])
         progress.advance(1)
