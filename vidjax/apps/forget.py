@@ -117,9 +117,9 @@ class SimilarNames:
             self._few |= names
 
     def similar(self, *, closely: bool) -> dict[str, str]:
-        """Returns searched name -> a stored name that looks the same.
+        """Returns a dict, name that is searched -> stored name that looks the same.
 
-        With `closely`, the result also contains names with a similar spelling.
+        If `closely` is True, stored names with a similar spelling are added.
         """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near

@@ -64,8 +64,8 @@ def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
 def _make_default_name(args: argparse.Namespace, config: Config) -> str:
     """Returns the default name of a run's folder, made of the configuration file and the overrides.
 
-    The name contains only the last part of `data.dir`. If a dataset in another folder has the same
-    last part, the run refuses to train on it.
+    The name contains only the last part of `data.dir`, so two datasets can get the same default
+    folder. Then the run of the first dataset refuses to train on the second.
     """
     name, _, words = args.config.partition(":")
     file = Path(name)

@@ -323,9 +323,10 @@ class Predictor(NamedTuple):
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model and the clips of a request.
+        """Returns the model that answers a request.
 
-        The `training_sets` of the model decide which members of an ensemble score a clip.
+        Its `training_sets` contain the clips of the request, and decide which members of an
+        ensemble score each clip.
         """
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)

@@ -42,8 +42,9 @@ class Distances(NamedTuple):
     Attributes:
       within: W, the variance of the vectors of a person, summed over the dimensions.
       between: B, the variance of the means of people, summed over the dimensions.
-      same: n_same / 2, shape of the gamma distribution of squared distances within a person.
-      different: n_different / 2, shape of the distribution between two people.
+      same: the shape of the gamma distribution of squared distances within a person, half of its
+        degrees of freedom.
+      different: the same shape for squared distances between two people.
     """
 
     within: float

@@ -209,7 +209,7 @@ def _add(
 
 
 def _count_occurrences(index: Array, mask: Array) -> Array:
-    """Counts the earlier rows of the batch that have the same clip. Returns [B] int32."""
+    """Counts, for each row of the batch, the rows above it that have the same clip, [B] int32."""
     key = jnp.where(mask, index, -1)
     order = jnp.argsort(key, stable=True)
     ordered = key[order]

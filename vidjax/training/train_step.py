@@ -239,7 +239,7 @@ def _update_if_finite(
     added: Mapping[str, Array],
     loss: Array,
 ) -> TrainState:
-    """Updates the parameters with `grads`, and adds `added` to the sums.
+    """Updates the parameters with `grads`, and adds `added` to the sums of the state.
 
     If the loss or a gradient is not finite, only `bad_steps` changes.
     """

@@ -761,8 +761,8 @@ class Gallery:
             raise UserError(f"k={k} is below 1: give the number of identities to list")
         if groups is not None and not self.origin.cards:
             raise UserError(
-                "groups can be used only in a gallery of models, but this gallery has a run\n"
-                "leave out groups"
+                "groups need a gallery that was created with --models; this gallery has a run\n"
+                "leave groups out"
             )
         if not isinstance(clips, Vectors):  # computing vectors takes long, so mistakes come first
             self.rule(fpir=fpir, threshold=threshold)
@@ -994,7 +994,11 @@ def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
-    """Warns if some keys of `identities` are not clips. If all are not, UserError is raised."""
+    """Warns about keys of `identities` that are not in `clips`.
+
+    Raises:
+      UserError: no key is in `clips`.
+    """
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return

@@ -83,10 +83,11 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 
 
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
-    """Cuts a pickled dict into pickles of some items.
+    """Cuts a pickled dict into smaller pickles, each with some of its items.
 
     Yields:
-      The parts of a pickle, without its last opcode, and the numbers of the objects in it.
+      The byte strings of a smaller pickle, without the opcode STOP at its end, and the range of
+      the memo indices of its objects.
     """
     begin = _START.match(content)
     if not begin:

@@ -198,7 +198,7 @@ class Unpickler(pickle.Unpickler):
         sealed = _GLOBALS.get((module_name, global_name))
         if sealed is None:
             name = show(f"{module_name}.{global_name}")
-            raise UserError(f"the pickle is refused, because it names {name}")
+            raise UserError(f"the pickle is refused, because it refers to {name}")
         return sealed
 
     def persistent_load(self, pid: object) -> object:
