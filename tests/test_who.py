@@ -314,7 +314,7 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     assert "replaces another" in drawn.who(other, flags=["--check"])[1]
     moved.unlink()
     assert "1 film cannot be found, such as the party.mkv: --prune" in drawn.who(other)[1]
-    assert f"{moved}: the file is missing" in drawn.who(other, flags=["--prune"])[1]
+    assert f"{moved} no longer exists" in drawn.who(other, flags=["--prune"])[1]
     assert films() == ({"party.mkv"}, {"party"})
     assert not list((drawn.out / "features").glob("party.s002*"))
 

@@ -256,14 +256,14 @@ def test_ascii_locale_gets_a_hint_if_a_file_name_is_not_ascii(tmp_path):
     words = ("-m", "vidjax.data.arrays", tmp_path, f"--cache_dir={tmp_path / 'cache'}")
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = execute(words, tmp_path, **ascii_alone)
-    assert done.returncode == 2 and "LC_ALL=C.UTF-8" in done.stderr, done.stderr
+    assert done.returncode == 2 and "PYTHONUTF8=1" in done.stderr, done.stderr
 
 
 def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp_path):
     (official / "train_gt.txt").rename(tmp_path / "train_gt.txt")
     config = small_runs.shrunk("--config.modalities=face")
     train = functools.partial(small_runs.run, config, tmp_path / "run", load(official))
-    refused_by(train, "check train_gt.txt")
+    refused_by(train, "correct train_gt.txt")
     for split in ("train", "val"):
         write_pickle(official, "face", split, {})
     refused(official, "no clip has a frame")

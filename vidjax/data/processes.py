@@ -336,7 +336,7 @@ def run_limited_each(
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
         raise UserError(
-            f"'{path}' is damaged or hostile: the process that reads it ended with {name}\n"
+            f"'{path}' is damaged or hostile: the process that reads it ended with {name}: "
             "write the file again, or leave it out"
         )
     if child.returncode:

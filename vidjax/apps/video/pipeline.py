@@ -350,7 +350,7 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
     """
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
-        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another --out")
+        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
 def find_foreign(out: Path) -> str | None:

@@ -430,7 +430,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         )
     if out.resolve().parent == people.resolve():
         raise UserError(
-            f"--out={out} is inside '{people}', where each folder is a person\nname another --out"
+            f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
         )
     photos_of: dict[str, list[Path]] = {}
     pipeline.say_left_out([people])
