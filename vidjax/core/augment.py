@@ -44,12 +44,12 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops the frames whose quality is below `clips.min_quality`.
 
-    If all frames of a clip in a modality are below it, the clip keeps these frames. If this is the
-    first modality of `clips.frames` and `poor_clips` is `drop`, the weight of the clip becomes 0.
-    `rng` is not used.
+    If all frames of a clip in a modality are below this quality, the clip keeps them. If
+    `poor_clips` is `drop` and this happens in the first modality of `clips.frames`, the weight of
+    the clip becomes 0. `rng` is not used.
 
-    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Unlike the
-    paper, `keep` exists, and frames of exactly the lowest quality are kept.
+    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
+    `keep`, and drops frames of exactly the lowest quality.
     """
     frames = {
         name: fusion.filter_frames(frames, min_quality=clips.min_quality)
@@ -147,8 +147,8 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Replaces every clip by share x clip + (1 - share) x a random clip of the batch.
 
     The share is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is above 0.
-    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1.
-    Otherwise a member would be trained on clips of its held-out fold.
+    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1,
+    because this clip may belong to the fold that the member is not trained on.
 
     Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """

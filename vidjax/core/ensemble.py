@@ -68,8 +68,8 @@ class TrainingSets(NamedTuple):
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     """Builds a member for each combination of the options in `spec`.
 
-    `spec` contains the fields of `config.ensemble`. Members are numbered from 0. From a member to
-    the next, seeds vary fastest, then qualities, then views, and last folds or bootstraps. If
+    `spec` contains the fields of `config.ensemble`. Members are numbered from 0, in the order of
+    nested loops: over folds or bootstraps (the outermost loop), views, qualities, and seeds. If
     `spec["only"]` lists numbers, only these members are built.
     """
     if spec["folds"] == 1:
@@ -233,9 +233,9 @@ def choose_scoring_members(
 ) -> tuple[np.ndarray, bool]:
     """Decides which members score each of n clips.
 
-    A clip is scored by the members that were not trained on a clip of the same name. If all members
-    were trained on all training clips, and `clips` contains a training clip, then all members score
-    all of `clips`.
+    A clip is scored by the members that were not trained on a clip of the same name. But if all
+    members were trained on all training clips, no member could score a training clip. Then, if
+    `clips` contains a training clip, all members score all of `clips`.
 
     Returns:
       [E, n] bool, True where a member scores a clip; and a bool, True if members score clips that

@@ -37,15 +37,15 @@ def filter_frames(
         traced.
       top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
         Among equal qualities the earlier frame is better; NaN is the lowest quality.
-      poor_clips: for clips that would lose all frames. With `keep` they keep all frames. With
-        `drop` they lose all frames, and train nothing if no other modality has frames.
+      poor_clips: what happens to a clip that would lose all frames. With `keep` it keeps them. With
+        `drop` it loses them. Training ignores a clip that has no frames in any modality.
 
     Returns:
       Frames [B, T] with a new mask.
 
     Source: thresholds on quality and detection from quality fusion (4th place 2019), whose code
     (training.py:98 at 60f5127) drops poor clips; the best 70 % by quality from Residual Dense Net
-    (2nd place 2019). The paper has no `keep`.
+    (2nd place 2019). The papers have no `keep`.
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
@@ -100,14 +100,14 @@ def sample_frames(
 ) -> Frames:
     """Selects `num_frames` frames of every clip, independently of quality.
 
-    If `rng` is a key, frames are drawn at random without replacement. A shorter clip keeps all
-    frames and repeats random ones. If `rng` is None, the frames are evenly spaced over the clip.
+    If `rng` is a key, frames are drawn at random. A clip with fewer than `num_frames` frames keeps
+    all and repeats random ones. If `rng` is None, the frames are evenly spaced over the clip.
 
     Args:
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
-      replacement: if True, clips with fewer than `num_frames` frames are drawn with replacement.
-        If `rng` is None, this draw is fixed: it is the same for all clips of equal length.
+      replacement: if True, clips with fewer than `num_frames` frames are drawn with replacement. If
+        `rng` is None, all clips are then drawn, with the same draws for clips of equal length.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -232,7 +232,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Returns Frames whose fields are the results of `fn` for the same field of all `frames`.
+    """Applies `fn` to each field: from Frames a and b, the new mask is fn(a.mask, b.mask).
 
     If the features are LazyFeatures, `fn` is applied to their `index`.
     """
@@ -432,8 +432,8 @@ def _average_over_frames(
 ) -> Array:
     """Computes weighted means over the frames, [B, ...].
 
-    `value_of` maps a place t to the values [B, ...] of the t-th frames, and None to the values
-    [B, T, ...] of all frames. A clip whose weights [B, T] are all 0 has the mean 0.
+    `value_of(t)` returns the value of frame t of every clip, [B, ...]. `value_of(None)` returns the
+    values of all frames, [B, T, ...]. A clip whose weights [B, T] are all 0 has the mean 0.
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]

@@ -157,17 +157,16 @@ def batch_focal(
 ) -> Array:
     """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
-    -log p is the mean cross-entropy of the batch. A batch has B examples. If a model computes G
-    sets of logits for each example, each set has a separate p.
+    -log p is the weighted mean of all cross-entropies in the batch. If a model computes G sets of
+    logits for each of B examples, each of the G sets has a separate p.
 
     Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`. The first axis has B G rows, with
-        the sets of an example next to each other.
-      counted: [B, G] float, the weight of each row in the mean. By default, all rows form one set,
-        and all weights are 1.
+      logits, labels, gamma, class_mask: as in `multiclass_focal`. If there are G sets, the first
+        axis has B G rows, with the G rows of an example next to each other.
+      counted: [B, G] float, the weights of the means. None means a single set with equal weights.
 
     Returns:
-      The loss of each row, [...] float.
+      The loss of each label, [...] float.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.
@@ -213,8 +212,8 @@ def make_objective(
 
     A model may return several sets of logits, its branches. The loss of an example is the sum of
     `ModelOutput.train_weight` x loss over the branches. If `spec["mean_over"]` is `branches`, each
-    `train_weight` is divided by the share of the examples that its branch learns from. So the loss
-    of a branch is a mean over these examples only. For the arguments see `make_loss`.
+    `train_weight` is divided by the share of the examples that its branch learns from. Then the
+    loss of a branch is averaged over these examples only. For the arguments see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -386,10 +385,7 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:
-    """Computes the focal loss of each logit if its class is wrong.
-
-    It is -p^gamma log(1 - p) with p = sigmoid(logit).
-    """
+    """Computes -p^gamma log(1 - p), the focal loss of a wrong class, where p = sigmoid(logit)."""
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)
     return jnp.exp(gamma * (logits - log_rest)) * log_rest
 

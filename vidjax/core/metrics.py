@@ -26,7 +26,7 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
     Args:
       hits: [C, k] bool, True where the clip at that rank shows the identity; best rank first.
-      positives: [C] int, ground-truth positives of the identity, listed or not.
+      positives: [C] int, number of clips that show the identity, ranked or not.
 
     Returns:
       [C] float64 from 0 to 1; 0 for an identity without positives.
@@ -49,7 +49,7 @@ def mean_average_precision(
       index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
         0..N-1 marks an empty place.
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
-      positives: [C] int, ground-truth positives. Identities without positives are left out.
+      positives: [C] int, number of clips that show the identity. Identities with 0 are left out.
       num_others: number of further identities in the ground truth, for which nothing is ranked.
         The AP of each of them is 0.
 
@@ -169,8 +169,8 @@ def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
 def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
     """Returns the 95 % confidence interval (low, high) of FPIR on new distractors.
 
-    The threshold was set on S = `num_distractors` distractors, of which r = `num_passing` reach it.
-    It lies just above the best score of the other S - r. So FPIR on new distractors is distributed
+    Of S = `num_distractors` distractors, r = `num_passing` reach the threshold, which was set just
+    above the best score of the other S - r distractors. So FPIR on new distractors is distributed
     as Beta(r + 1, S - r).
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
@@ -213,7 +213,7 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Computes the AUROC of best scores that separate labelled clips from distractors.
+    """Computes how well the best scores separate labelled clips from distractors, as AUROC.
 
     For the arguments see `top1`.
     """
@@ -271,7 +271,7 @@ for fpir in (0.01, 0.1):
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics that every evaluation logs from `results`, if they are defined.
+    """Returns name -> value of MAP and the metrics with `log=True` in `results`, if not None.
 
     `results` is the content of a `metrics.json`.
     """

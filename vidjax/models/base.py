@@ -18,9 +18,9 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 class TrainingClips(NamedTuple):
     """The N training clips of a run, as `Identifier.prepare` receives them.
 
-    `values(modality, value_of, wanted)` computes a value of each clip for which `wanted` [N] bool
-    is True. It returns [n, ...] for these n clips. `value_of` is a function that maps all frames of
-    B clips, Frames [B, T], to [B, ...].
+    `values(modality, value_of, wanted)` returns the values [n, ...] of the n clips for which
+    `wanted` [N] bool is True. `value_of` is a function that computes them in blocks of B clips: it
+    maps all frames of a block in the modality, Frames [B, T], to [B, ...].
     """
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
@@ -46,10 +46,10 @@ class Identifier(nn.Module):
         value, and `ModelOutput.logit_scale` is its current value.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
-      is_closed_form: True if training only adds up or stores the clips, without a loss and an
+      is_closed_form: True if training only sums or stores vectors of clips, without a loss and an
         optimiser. Then no option of the configuration may change or repeat clips.
-      scores_unknown: True if the model computes the logit of column 0, "other", without training
-        clips of column 0.
+      scores_unknown: True if the model computes the logit of column 0, "other", even if no training
+        clip has this column.
       min_epochs: number of passes over the training clips that the model needs.
       parts: maps each field that is itself a model to the field that lists its modalities.
     """
@@ -126,7 +126,7 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Computes the collections that evaluation needs from the collections after training.
+        """Converts the collections after training to the collections that evaluation needs.
 
         All arrays are [E, ...], for the E members (nets) of an ensemble.
         """

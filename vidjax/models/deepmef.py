@@ -159,8 +159,8 @@ class ChannelAttention(nn.Module):
     Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
     The map out and gamma start at 0, so the block starts as the identity. With `norm`, maps have no
     bias, BatchNorm follows theta, phi and out, and theta and phi also start at 0. Then theta and
-    phi never change, because the gradient of each is a product with the other. So A stays
-    1 / its width, and out(A g(x)) maps the mean of g(x).
+    phi never change, because the gradient of each is a product with the other. So all entries
+    of the attention A (see below) stay equal, and out(A g(x)) maps the mean of g(x).
 
     Form `features` (not published): the maps act on the features, D -> D/2. The attention is
     A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is

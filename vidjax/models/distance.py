@@ -12,8 +12,8 @@ dimensions:
 The sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The vector e
 has a direction that is uniform in n_different dimensions, and its squared length has a gamma
 distribution. The vectors of the population are Gaussian in these dimensions. So all densities are
-densities of the same space, and probabilities computed from their ratios sum to 1 for any number N
-of people.
+defined on the same space, and probabilities computed from their ratios sum to 1 for any number N of
+people.
 
 The N enrolled people determine m. If each has a single clip, the posterior of m has the variance
 (W + B) / N. For N = 1 the ratio is the ratio of the two gamma densities.

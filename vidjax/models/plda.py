@@ -31,10 +31,10 @@ class PLDAIdentifier(Identifier):
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. The sum over modalities and its scale are not published.
 
-    Three attempts did not help (their code is in the history up to a538f79): maps x + x A of each
-    modality, learned from the closed form on with decay towards it (NPLDA, Ramoji et al. 2020; MAP
-    .910 on synthetic and .935 on real clips, the same as without); a scale per modality; a prior
-    that depends on the number of clips.
+    Three attempts did not help (their code is in the history up to a538f79): a learned map x + x A
+    of the vectors of each modality, where A starts at 0 and decays towards 0 (NPLDA, Ramoji et al.
+    2020; MAP .910 on synthetic and .935 on real clips, the same as without); a scale per modality;
+    a prior that depends on the number of clips.
     """
 
     modalities: Mapping[str, int]
@@ -187,7 +187,10 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds x [B, D] to the sums of a modality; `turn` [B] counts earlier occurrences of a clip."""
+    """Adds vectors x [B, D] to the sums of a modality, as `PLDAIdentifier._add_up` describes.
+
+    `turn` [B] is 0 at the first occurrence of a clip in the training, 1 at the second, and so on.
+    """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     new = {

@@ -4,12 +4,12 @@ For the fit, some clips are held out and the rest are enrolled. Some identities 
 of their clips is enrolled. If there are several modalities, some identities are not enrolled in
 some of them, because enrolled people may lack a modality.
 
-The shares of shrinkage are chosen by MAP and by AUROC of known clips against strangers. The other
-settings maximise the probability of the right answers, with half of the weight on strangers, so
-that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted last, with a
-single enrolled clip of half of the identities, because people who are enrolled later often have
-fewer clips than the training people. The prior of the settings counts as much as a clip. If too few
-people have two clips, only the prior decides, and the user is informed.
+`within` and `between` (see `Settings`) are chosen by MAP and by AUROC of known clips against
+strangers. The other settings maximise the probability of the right answers, with half of the weight
+on strangers, so that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted
+last, with a single enrolled clip for half of the identities, because people who are enrolled later
+often have fewer clips than the training people. The prior of the settings weighs as much as a clip.
+If too few people have two clips, only the prior decides, and the user is informed.
 
 The settings of a member are fitted only on its training clips, never on clips that it scores out of
 fold. `TaskSpec` and every checkpoint store them.
@@ -88,9 +88,10 @@ def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
 def combine_modalities(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Computes the logits of clips from their log-likelihood ratios in each modality.
 
-    The logit of an identity is a sum over the modalities of the clip. It adds scale x ratio, or
-    `unenrolled` if no clip of the identity has the modality. `compute_stranger_logit` gives the
-    logit of a stranger: among more people, it is more likely that someone resembles a stranger.
+    The logit of an identity is a sum over the modalities of the clip. The term of a modality is
+    scale x ratio, or `unenrolled` if no clip of the identity has the modality. The logit of a
+    stranger, see `compute_stranger_logit`, grows with the number of identities, because among more
+    people it is more likely that someone resembles a stranger.
 
     Args:
       ratios: [M, B, K] float.
@@ -174,8 +175,8 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Chooses the clips on which settings are fitted. Returns [N] bool, True for these clips.
 
-    Clips with a label above 0 are chosen. If there are more than MAX_FITTED_CLIPS, only all clips
-    of a few random identities are chosen.
+    Clips with a label above 0 are chosen. If there are more than MAX_FITTED_CLIPS, the choice is
+    limited to a few random identities, each with all its clips.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -200,8 +201,7 @@ def fit_settings(
       vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
       labels: [N] int from 1 on.
       given: settings that are not fitted.
-      enrolled: the vectors of the same clips in the role of enrolled clips, if they are computed
-        differently from `vectors`.
+      enrolled: the vectors of the clips when they are enrolled. None means `vectors`.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))

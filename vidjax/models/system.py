@@ -157,7 +157,7 @@ class TaskSpec(NamedTuple):
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
       settings: name -> value of the attributes that `Identifier.prepare` computed, or None.
-      num_places: rows of all batches of an epoch, see `BatchPlan`. None means `num_clips`.
+      num_places: total rows of the batches of an epoch, see `BatchPlan`. None means `num_clips`.
     """
 
     modalities: Mapping[str, int]

@@ -97,8 +97,8 @@ def covariances(sums: Sums) -> Covariances:
     W is pooled over N - C degrees of freedom, for N clips and C classes. B is the second moment
     minus W. At least one clip is needed. Both are averaged with typical covariances of embeddings,
     which count as PRIOR clips and PRIOR people. This matters for few data: a single photo of each
-    person gives no information about W, and a single person gives none about B. The mean is
-    multiplied by `centre_share`.
+    person gives no information about W, and a single person gives none about B. The mean in the
+    result is the mean of all vectors multiplied by `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))

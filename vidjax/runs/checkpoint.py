@@ -1,10 +1,10 @@
 """Saves, finds and loads checkpoints with Orbax, and compares them with sha256 digests.
 
 The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes, and
-`manifest.json`. The manifest lists the sha256 of every file in `state`. It also contains a sha256
-of itself. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest is
-complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file that
-the manifest does not list, or if a path contains a link.
+`manifest.json`. The manifest lists the sha256 of every file in `state`, and contains the sha256 of
+its other entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest
+is complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file
+that the manifest does not list, or if a path contains a link.
 
 At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
 evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the one before the

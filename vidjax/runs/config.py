@@ -85,8 +85,8 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses whose weight is above 0 at some epoch.
 
-    To decide whether a field is read, `GAMMA` and `SMOOTHING` subtract the losses that do not read
-    it. A loss that a user has added remains, because it may read the field.
+    `GAMMA` and `SMOOTHING` remove from this set the losses of vidjax that do not read a field. If a
+    loss remains, the field is read. A loss that a user has added always remains.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()

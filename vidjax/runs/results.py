@@ -180,7 +180,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. Without a file, returns [].
 
     Damaged lines are skipped, because a run may still write the last line. If the log has more than
-    20,000 lines, about 20,000 evenly spaced lines are returned, and up to 20,000 evaluations.
+    20,000 lines, about 20,000 evenly spaced lines and the first 20,000 evaluations are returned.
     """
     if not files.exists(path):
         return []

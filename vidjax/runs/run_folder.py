@@ -156,7 +156,7 @@ def refuse_folder_of_data(folder: Path) -> None:
 
 
 def describe_changes(old: Config, new: Config) -> str:
-    """Returns a text of the fields that differ, although a resumed run must not change them.
+    """Returns a text of the fields that differ and that a resumed run must not change.
 
     Fields that do not affect the results may change, and `num_epochs` may grow. If no other field
     differs, returns "". The text has at most 300 characters.

@@ -15,7 +15,7 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 def is_quiet() -> bool:
     """Returns True if this process must print no messages.
 
-    TQDM_DISABLE may be set, or another process of the run may be the one that prints.
+    This is so if TQDM_DISABLE is set, and in every process of a run except the first.
     """
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 

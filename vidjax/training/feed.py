@@ -81,9 +81,9 @@ class Feed(abc.ABC):
     ) -> tuple[list[TrainState], list[list[LoopResult]]]:
         """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
-        The inner lists have a result for each group of members. The outer list has an entry for
-        each of the last one or two calls of the compiled loop. Results of earlier calls are not
-        needed, because the loop has been called again only if they were finite.
+        The outer list has an entry for the last call of the compiled loop, or for the last two. An
+        entry is a list of the results of all groups of members. Results of earlier calls are left
+        out: they were finite, as otherwise the loop would not have been called again.
         """
 
 
@@ -91,9 +91,9 @@ class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
     The host reads the result of a step after it has started the next step, so that no device waits
-    for the host. The devices store at most two batches. `waited` is an estimate: if the devices
-    finish a step before the host has read the next batch, the time of reading minus the time of the
-    fastest step is added.
+    for the host. The devices store at most two batches. `waited` is an estimate. If a step ends
+    before the host has read the next batch, the time of reading is added, minus the time of the
+    fastest step.
     """
 
     mode = "streaming"

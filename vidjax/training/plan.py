@@ -168,7 +168,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
     A member learns from a clip if its `weight` [E, N] is above 0, and the fusion of `config.fusion`
-    keeps a frame. Of a longer clip, only the 512 frames of the best quality are tried.
+    keeps a frame. Of a clip with more frames, only the 512 frames of the best quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -297,9 +297,9 @@ def make_training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or does not read a changed field.
+    """Raises UserError if the model needs more epochs, or a changed field has no effect on it.
 
-    A model in closed form has no loss, no optimiser and no augmentation.
+    A model in closed form reads no fields of the loss, the optimiser or the augmentation.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)

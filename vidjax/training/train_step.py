@@ -239,9 +239,9 @@ def _update_if_finite(
     added: Mapping[str, Array],
     loss: Array,
 ) -> TrainState:
-    """Updates the parameters with `grads`, and adds `added` to the sums of the state.
+    """Returns `learned`, updated by `grads`, with `model_state` and with `added` in its sums.
 
-    If the loss or a gradient is not finite, only `bad_steps` changes.
+    If the loss or a gradient is not finite, only the two counts of bad steps change.
     """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
     old = learned.replace(model_state=dict(learned.model_state))

@@ -214,7 +214,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
     """Raises UserError unless `name`, the value of `field`, is in `table`.
 
-    A configuration file may add entries to `table`. So the message also explains how to load it.
+    A configuration file may add entries to `table`. So the message explains how to load one.
     """
     if name not in table:
         raise UserError(

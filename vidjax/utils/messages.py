@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     def fields(self, group: str = "") -> None:
         """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`.
 
-        An example is `data.`. If `group` is "", all fields are accepted.
+        `group` ends in a dot, as `data.` does. If it is "", all fields are accepted.
         """
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"

@@ -94,7 +94,7 @@ def open_regular(
 
 
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
-    """Raises UserError unless `path` is a regular file. Examines `descriptor`, if it is open."""
+    """Raises UserError unless `path` is a regular file. If it is open, `descriptor` is examined."""
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
         return
@@ -246,10 +246,10 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns the limit, in bytes, for unpacking an archive of `size` bytes. More is a zip bomb.
+    """Returns how many bytes an archive of `size` bytes may contain. With more, it is a zip bomb.
 
-    The limit is 100 times the size. Compression makes real features at most 10 times smaller. Only
-    arrays of nearly equal values become 1,000 times smaller.
+    The limit is 100 times the size, and at least LARGE_BYTES. Compression makes real features at
+    most 10 times smaller. Only arrays of nearly equal values become 1,000 times smaller.
     """
     return max(LARGE_BYTES, 100 * size)
 

@@ -68,7 +68,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
-    """Removes files that vidjax wrote from a folder, and then the folder if it is empty.
+    """Removes the files of vidjax from a folder, and then removes the folder if it is empty.
 
     A file is removed if the regular expression `ours` matches its whole name. If the file is a
     link, its target stays. If `folder` is a link, nothing is removed. Returns True if the folder
@@ -164,7 +164,7 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
     """Reads the entries that `write_manifest` wrote. For `below`, see `open_regular`.
 
-    Raises UserError if the digest of the entries is not their entry `sha256`.
+    Raises UserError if the entry `sha256` is not the digest of the other entries.
     """
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
@@ -201,7 +201,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def list_partials(folder: Path) -> list[Path]:
-    """Returns the unfinished folders that killed processes have left in `atomic_folder`."""
+    """Returns the unfinished folders that killed calls of `atomic_folder(folder)` have left."""
     ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
     return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
 
