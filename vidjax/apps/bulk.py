@@ -187,14 +187,10 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
     `Rank`, OUT/parts contains a ranking of each table, and OUT/ranking.parquet the joint ranking.
 
-    Args:
-      inputs: the paths of the tables.
-      out: the output folder.
-      work: makes the results of a table.
-
     Raises:
-      UserError: the folder contains results of other clips, or results that another run, gallery or
-        rule made. Or a table cannot be read; then all other tables are processed first.
+      UserError: the folder `out` contains results of other clips, or of another run, gallery or
+        rule. If a table of `inputs` cannot be read, the error is raised after all other tables are
+        processed.
     """
     out_folder = Path(out).expanduser()
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")

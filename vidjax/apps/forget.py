@@ -117,9 +117,9 @@ class SimilarNames:
             self._few |= names
 
     def similar(self, *, closely: bool) -> dict[str, str]:
-        """Returns a dict, name that is searched -> stored name that looks the same.
+        """Returns searched name -> a stored name that looks the same.
 
-        If `closely` is True, stored names with a similar spelling are added.
+        If no name looks the same and `closely` is True, it is a name with a similar spelling.
         """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
@@ -132,12 +132,11 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Finds people, their clips, and other clips in all files below some folders.
+    """Finds people, their clips, and other clips in all files below the folders `places`.
 
     Args:
       identities: the names of the people.
       clips: the names of the other clips.
-      places: the folders.
       delete: True to delete the clips from galleries, and to delete converted datasets that
         contain any of the clips.
 
@@ -252,9 +251,9 @@ def _search_gallery(
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
-    """Searches a converted dataset for clips; returns a list with the folder if it has any.
+    """Searches a converted dataset for clips. With `delete`, it is deleted if it contains any.
 
-    With `delete`, the dataset is deleted then.
+    Returns a list with the folder if the dataset contains any of the clips, or cannot be read.
     """
     path = folder / "index.npz"
     try:
@@ -286,7 +285,7 @@ def _lines(content: bytes) -> Iterator[str]:
 
 
 def _read_names_of_run(folder: Path) -> Iterator[str]:
-    """Yields the names of people and clips in the files of a run, which may be exported."""
+    """Yields the names of people and clips in the files of a run or of an exported run."""
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
@@ -469,12 +468,10 @@ def _unpack(path: Path) -> str | None:
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that list the compressed files with a name, one for each file type.
+    """Returns shell commands that search compressed files for names, one for each type of file.
 
-    Args:
-      names: the searched names.
-      unread: places that could not be searched. Only their types of compressed files get a command.
-      places: the folders to search.
+    The commands search the folders `places`. Only types of files in `unread`, the places that could
+    not be searched, get a command.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

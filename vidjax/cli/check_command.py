@@ -54,8 +54,8 @@ def check(args: argparse.Namespace) -> Result:
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     """Returns subject -> function that checks it.
 
-    The flags decide whether data, a run or a gallery is checked. The function returns a summary. If
-    the check fails, it raises an error.
+    The flags decide whether data, a run or a gallery is checked. Each function returns a
+    summary, or raises an error if the check fails.
     """
     if args.workdir and args.config:
         raise UserError("--workdir and --config cannot be checked together: leave one of them out")

@@ -113,7 +113,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line.
 
     Returns:
-      An object with the value of each flag, and five attributes more. `command` is the name of the
+      An object with the value of each flag, and five more attributes. `command` is the name of the
       command, `execute` its function, and `parser` its parser. `overrides` are the words
       `--config.FIELD=VALUE`. `line` is the command line as text.
 
@@ -159,10 +159,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _parse_known(
     parser: Parser, subparser: Parser | None, words: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the words, and returns the values of flags, and the unknown words.
+    """Parses the words of a command line; returns the values of flags, and the unknown words.
 
-    If a required flag is missing and a word is unknown, the unknown word is returned: the required
-    flag is probably misspelt. If no word is unknown, raises UserError.
+    If a required flag is missing, raises UserError, unless there are unknown words: one of them is
+    probably the misspelt flag.
     """
     try:
         return parser.parse_known_args(words)

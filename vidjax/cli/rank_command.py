@@ -70,8 +70,8 @@ def _process(
 ) -> Result:  # fmt: skip
     """Runs `vidjax rank` or `vidjax embed`.
 
-    If the input is a folder of tables, `work` makes the results of every table, and another folder
-    receives them. For other clips, `write` makes the results, and writes a file with one of the
+    If the input is a folder of tables, `work` makes the results of each table, and the output is
+    another folder. Otherwise, `write` makes the results, and the output is a file with one of the
     `endings`. `kind` is the name of the results in the printed output.
     """
     if not Path(args.input).expanduser().exists():

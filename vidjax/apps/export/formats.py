@@ -6,18 +6,18 @@ that the results can be compared with vidjax.
 The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
 scores clips:
 
-    scale, unenrolled, stranger, temperature   [E], of `two_covariance.Settings` and `config.eval`
+    scale, unenrolled, stranger, temperature   [E], see `two_covariance.Settings`, `config.eval`
     PART/centre, PART/mean      [E, D], subtracted from vectors before and after they are scaled
     PART/transform              [E, D, D], columns are the axes of the coordinates z
     PART/linear, PART/constant  [E, N, D] and [E, N], coefficients of z, and the constant
-    PART/curve, PART/kind       [E, U, D] and [E, N], coefficients of z^2, and each person's row
+    PART/curve, PART/kind       [E, U, D], coefficients of z^2, and [E, N], a person's row in curve
     PART/known                  [E, N], 1 for people with a clip that has the part
-    PART/scale, PART/limit      [E], factor of the ratios, and their bound if there are other parts
+    PART/scale, PART/limit      [E], factor of the ratios, and their bound if a clip has other parts
 
 PART is a modality. N is the number of people, in the order of identities.json. E is the number of
-ensemble members. U is the number of different rows of `curve`. `kind` and `known` are int32. All
-other arrays are float32 or float64. Parts that are compared by distances have other arrays, see
-`make_gallery_arrays`.
+ensemble members. People with the same number of clips share one of the U rows of `curve`. `kind`
+and `known` are int32. All other arrays are float32 or float64. Parts that are compared by distances
+have other arrays, see `make_gallery_arrays`.
 """
 
 import functools

@@ -113,8 +113,8 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
         order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
         return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
 
-    # If all clips are short, the loop does nothing. It stands for a conditional, because
-    # `onnx_graph` does not support conditionals.
+    # If all clips are short, the loop does nothing. It is used instead of a
+    # conditional, because `onnx_graph` does not support conditionals.
     long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
     return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
 
@@ -122,9 +122,10 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
     """Fuses the frames of each clip as if it were the only clip of the batch.
 
-    If a clip has only one frame of a modality, a run repeats this frame for all frames of the other
-    modalities (`System.to_examples`). It does so only if the modalities of the batch have different
-    lengths. Here all modalities are padded to the same length, so the frame is repeated here.
+    If a clip has only one frame of a modality, a run combines this frame with every frame of the
+    other modalities (`System.to_examples`). `to_examples` recognises a single frame by the length
+    of its array. But an exported function pads all modalities to the same length, so single frames
+    are repeated here.
     """
     fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
     padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
@@ -149,8 +150,8 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 def get_members(run: Predictor) -> list[Member]:
     """Returns the weights of each ensemble member on the host.
 
-    A member is a tuple of its parameters, other Flax collections, and `view`, the number of the
-    part of the features that it does not see.
+    A member is a tuple of its parameters, other Flax collections, and `view`, the index of the part
+    of the features that the member does not see.
     """
     weights = run.params, run.model_state
     return [
@@ -275,7 +276,6 @@ def check(
 
     Args:
       format_name: the format, which appears in the error.
-      run: the run.
       predict: computes the outputs of the exported model from its inputs.
 
     Raises:

@@ -283,7 +283,6 @@ class Graph:
         """Adds the nodes of a jaxpr.
 
         Args:
-          jaxpr: the jaxpr.
           consts: the values of the constants of the jaxpr.
           inputs: the names of the inputs in the graph.
 
@@ -316,9 +315,9 @@ class Graph:
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns True if an equation with constant inputs can be computed while it is converted.
+    """Returns True if an equation with constant inputs can be computed during the conversion.
 
-    The sizes of all results must be known.
+    The sizes of all results must be known. Functions with a custom derivative are not computed.
     """
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
@@ -565,12 +564,10 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a scatter of JAX that combines rows [N, ...] with rows [K, ...].
+    """Adds nodes for a scatter of JAX that adds N rows to K rows, or takes the maximum of them.
 
-    Rows with the same index are added, or the largest of them is taken.
-
-    Rows with an index outside of 0 to K - 1 are dropped. They are written to an additional row K,
-    which is then removed.
+    Each of the N rows has the index of one of the K rows. If its index is outside of 0 to K - 1, it
+    is dropped: it is written to an additional row K, and row K is then removed.
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:

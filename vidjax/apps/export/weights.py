@@ -37,12 +37,9 @@ CHECKPOINT_ENTRIES = ("step", "files", "arrays", "sha256")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Exports a run. The description of this module lists the files.
+    """Exports the run in `workdir` to `folder`. The description of this module lists the files.
 
-    Args:
-      workdir: the folder of the run.
-      folder: the folder for the files.
-      step: the checkpoint, `latest` or `best`.
+    `step` is the checkpoint, `latest` or `best`.
     """
     from safetensors.numpy import save_file
 
@@ -107,7 +104,7 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _select_entries(manifest: Mapping[str, Any], *, without_step: bool = False) -> dict[str, Any]:
-    """Returns the entries of checkpoint.json, without the list and the digest of its files.
+    """Returns the entries of checkpoint.json, without the list of files and the digest.
 
     With `without_step`, the step and the list of arrays are left out, too.
     """

@@ -134,7 +134,8 @@ class NamingRule(NamedTuple):
 
         Args:
           nearest: the most probable people of the clip.
-          cards: True in a gallery of models, and False in a gallery of a training run.
+          cards: True in a gallery of models. The clip then gets a name only if it has a
+            modality in common with the person.
         """
         if not nearest.best:
             return NOBODY
@@ -229,7 +230,7 @@ def write_groups(
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Groups that still are called `unknown N` are left out, or kept if `unknown` is True.
+    Groups that are still called `unknown N` are left out, or kept if `unknown` is True.
 
     Raises:
       UserError: a line is malformed, or a clip has two names.

@@ -308,10 +308,7 @@ def from_numbers(
 ) -> Backend:
     """Makes a back end from the array that `Backend.numbers` returned.
 
-    Args:
-      kinds: (name, D, True if it is compared by distances) of each part.
-      settings: the settings of PLDA.
-      numbers: the flat array.
+    `kinds` are (name, D, True if it is compared by distances) of each part.
     """
     parts, at = [], 0
     for name, width, by_card in kinds:
@@ -367,8 +364,8 @@ class Ratios:
     """Computes log-likelihood ratios of clips and N people with PLDA, in one part.
 
     Attributes:
-      curve: [U, D] float64, coefficients of the squared coordinates of a clip. They depend only on
-        a person's number of clips, so there are U rows for U different numbers.
+      curve: [U, D] float64, coefficients of the squared coordinates of a clip. People with the same
+        number of clips share a row.
       kind: [N], the row of each person in `curve`.
     """
 
@@ -376,7 +373,6 @@ class Ratios:
         """Prepares the comparison with N people.
 
         Args:
-          part: the part.
           scale: the factor of all log-likelihood ratios.
           count: [N], the number of each person's clips.
           constant: [N], see `People`.
@@ -459,8 +455,8 @@ class DistanceRatios:
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
-        `units` [Q, D] are the means of the unit vectors of each group, and `effective` [Q] the
-        numbers of independent clips with the same information as the group.
+        `units` [Q, D] are the means of the unit vectors of each group. `effective` [Q] are the
+        effective numbers of clips of the groups, see `distance.effective_count`.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -583,12 +579,12 @@ class Index:
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Compares clips or groups with all people; the arguments are the same as of `nearest`.
+        """Compares clips or groups with all people; see `nearest` for the arguments.
 
         Yields:
           A tuple for each clip: the logit of a new person; the logits [N] float32 of all people;
-          the indices [R] of the k or more most probable people; the logits [R] float64 of these
-          people; and [M] bool, True if the clip has the part.
+          the indices [R] of the most probable people, of whom there may be more than k; the logits
+          [R] float64 of these people; and [M] bool, True if the clip has the part.
         """
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -613,8 +609,11 @@ class Index:
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Computes the mean unit vectors [G, D] of groups of clips, for each part.
 
-        `owner` [Q] is the group of each clip. The function also returns the number [G] of
-        independent clips with the same information as a group, because clips of a group are alike.
+        `owner` [Q] is the group of each clip.
+
+        Returns:
+          The means, and the effective numbers of clips [G] of the groups, for each part; see
+          `distance.effective_count`.
         """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
@@ -711,7 +710,8 @@ class Index:
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
         """Returns the sorted indices of the k highest of N float32 logits.
 
-        The result includes logits that are lower only because of rounding errors.
+        Logits that are only slightly lower are included, because the difference may be a rounding
+        error.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
@@ -730,7 +730,8 @@ class Index:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns the log softmax [K] of logits [K] float64.
 
-    A log-probability near 0 is computed from the other probabilities, because this is more exact.
+    The log-probability of the best entry is computed from the other probabilities, because this is
+    more exact if it is near 0.
     """
     best = logits.argmax()
     shifted = logits - logits[best]

@@ -27,8 +27,8 @@ T = TypeVar("T")
 class Draft:
     """The future content of a gallery, which is edited in memory.
 
-    The methods of `Gallery` with the same names describe the changes. Strangers are clips of people
-    who are not enrolled.
+    See the methods of `Gallery` with the same names. Strangers are clips of people who are not
+    enrolled.
 
     Attributes:
       clips: name -> clip, including strangers.
@@ -203,9 +203,9 @@ class Draft:
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, if each was added, or was a stranger who became a person.
+        """The changed clips, if clips were only added, or given a person for the first time.
 
-        If there are other changes, it is None.
+        If any other change was made, it is None.
         """
         for old, new in self._list_changes():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
@@ -244,7 +244,6 @@ def enrol(
     gallery of models, the distances show how alike clips are; see `distance.effective_count`.
 
     Args:
-      backend: the back end.
       groups: identity -> the names of its clips.
       clips: name -> clip.
     """
@@ -366,9 +365,9 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 class NotEnrolledError(UserError):
     """The gallery contains no person or clip with the given name.
 
-    The message suggests a similar name. The search for this name takes time, so it begins when the
-    message is read: the gallery is no longer locked then. A server does not read the message,
-    because its answers must not reveal names.
+    The message suggests a similar name. The search for a similar name is slow, so it starts only
+    when the message is read, after the gallery is unlocked. A server never reads the message,
+    because answers of a server must not reveal names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):

@@ -130,7 +130,7 @@ class NobodyError(UserError):
 
 
 class Gallery:
-    """A gallery in a folder. `len`, `in` and iteration give the names of the enrolled people.
+    """A gallery in a folder. `len`, `in` and iteration apply to the names of the enrolled people.
 
     Methods with an argument `clips` accept a dataset together with the name of a `split`, clips in
     memory as for `Predictor.embed`, or the vectors that `embed` returns.
@@ -432,10 +432,7 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """The widths of the features that clips must contain, and how their quality is measured.
-
-        It is a pair: modality -> width, and the value of `config.data.quality`.
-        """
+        """The width of the features of each modality, and the value of `config.data.quality`."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
@@ -571,12 +568,9 @@ class Gallery:
             return draft.remove(identity=identity, clip=clip)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Gives a person another name; returns the number of the person's clips.
+        """Gives the person `identity` the name `to`; returns the number of the person's clips.
 
-        Args:
-          identity: the present name.
-          to: the new name.
-          merge: True if `to` may be the name of another enrolled person, who is the same person.
+        If `merge` is True, `to` may be an enrolled person, and the two become one person.
 
         Raises:
           ValueError: nobody is called `identity`, or `to` is enrolled and `merge` is False.
@@ -801,7 +795,8 @@ class Gallery:
 
         Returns:
           Identity -> (clip, logarithm of the probability) of the best 100 clips, best first. Equal
-          clips are in the order of their names. Identities are in the order of a submission.
+          clips are in the order of their names. Identities are sorted by number if all of them are
+          whole numbers, or by name.
 
         Raises:
           ValueError: as in `identify`.
@@ -929,7 +924,6 @@ def embed(
     If the run is an ensemble of PLDA models, the first member computes the vectors.
 
     Args:
-      run: the run.
       clips: a dataset, or clips in memory as for `Predictor.embed`.
       split: the name of the split, if `clips` is a dataset.
       advance: is called with the number of clips of each finished batch.
@@ -1024,7 +1018,7 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
-    """Reports people whose clips are all from the same film. `clips_of` are name -> clips."""
+    """Reports people whose clips are all from the same film. `clips_of` is person -> clips."""
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 == len({*map(cut_film_name, clips)})
@@ -1043,8 +1037,8 @@ def fit_backend(
 ) -> Backend:
     """Fits PLDA to clips with a person; see `backend.fit`.
 
-    Clips of a person from the same film are alike, so only the first of them is used for fitting.
-    The person is enrolled with the mean of these clips. The order of `clips` does not matter.
+    Clips of a person from the same film are alike, so PLDA is fitted to only one of them. People
+    are enrolled with the mean of their clips in each film. The order of `clips` does not matter.
 
     Args:
       clips: name -> clip.

@@ -68,7 +68,7 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of the mean of groups, relative to the variance of a single clip.
+        """Returns the variance of the mean of each group, divided by the variance of a single clip.
 
         `number` is the index of a part, and `rows` are the indices of the groups.
         """
@@ -221,9 +221,9 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 def _agglomerate(groups: Groups) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    Returns the group [G] to which each group was joined. The best ratio of each group is stored.
-    When two groups are joined, the stored ratios to these groups become stale upper bounds. A stale
-    ratio is computed again only when it is the highest of all ratios.
+    Returns the group [G] to which each group was joined. The highest ratio of each group is stored.
+    When two groups are joined, the stored ratios to these groups become stale. A stale ratio is
+    computed again only when it is the highest of all ratios, because it is an upper bound.
     """
     num = left = len(groups.sizes)
     labels, best, highest = np.arange(num), np.zeros(num, int), np.full(num, np.inf)

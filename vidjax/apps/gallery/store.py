@@ -392,8 +392,8 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    A UserError of the block is a problem in the content. It becomes an UnreadableError with the
-    path of the file.
+    If the block raises a UserError, the content of the file is wrong. The error becomes an
+    UnreadableError with the path of the file.
     """
     try:
         yield
@@ -462,7 +462,8 @@ def _append(
     """Adds N people or clips to a table. The last row is filled before a new row is added.
 
     Args:
-      words: lists of N names: of people, or of clips and then of their people.
+      words: a list with the names of N people; or two lists, the names of N clips and the names of
+        the people in these clips.
       numbers: [N], a structured array in the layout of the table.
 
     Returns:

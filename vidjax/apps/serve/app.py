@@ -4,8 +4,8 @@
 
 The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
 of people. `describe` generates the OpenAPI description of all paths. Every answer uses the current
-content of the gallery's folder. A removal is confirmed when it is on the disk, and when all answers
-that could still name the person are out.
+content of the gallery's folder. A removal is confirmed when it is on the disk, and all answers that
+could still name the person are finished.
 """
 
 import asyncio
@@ -399,7 +399,6 @@ class Application:
         """Reads clips from a request whose body is JSON or an `.npz` file.
 
         Args:
-          request: the request.
           kind: the type of a JSON body, a request with the field `clips`.
 
         Returns:
@@ -512,9 +511,7 @@ def make_app(
     """Makes the ASGI application that serves a gallery.
 
     Args:
-      gallery: the gallery.
       run: a run whose net is served, too.
-      limits: the limits. The default is `Limits()`.
       token: the secret that clients must send. If it is None, only programs on this machine are
         served.
     """
@@ -533,7 +530,6 @@ def describe(
     """Returns the OpenAPI description of the endpoints.
 
     Args:
-      endpoints: the endpoints.
       models: the names of the models of the Open Inference Protocol.
       widths: modality -> width of its features in the gallery.
     """
@@ -643,7 +639,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process immediately. A transaction protects the gallery."""
+        """Ends the process immediately. An unfinished change of the gallery is undone later."""
         LOG.error("ended before its work was finished")
         os._exit(1)
 

@@ -96,8 +96,8 @@ class Batcher(Generic[Q, A]):
     async def _linger(self, answered: int) -> None:
         """Waits a moment for more requests, because clients often ask again after an answer.
 
-        If there were no wait, the first new request would form a batch, which takes nearly as long
-        as a batch of many clips. `answered` is the number of clips in the last batch.
+        Otherwise, the first new request would form a batch by itself. This batch would take nearly
+        as long as a batch of many clips. `answered` is the number of clips in the last batch.
         """
         self._target = min(self.size + answered, self._limits.batch_clips)
         self._enough.clear()
@@ -144,8 +144,8 @@ class Changes:
         """Calls `change` and returns the result, even if the client disconnects meanwhile.
 
         Raises:
-          Refused: too many changes are waiting (status 429). Or the change takes too long (status
-            503); then it is still made later.
+          Refused: too many changes are waiting (status 429), or the change takes too long (status
+            503). A change that takes too long is still made later.
         """
         if self.waiting >= self._limits.waiting_changes:
             status = HTTPStatus.TOO_MANY_REQUESTS

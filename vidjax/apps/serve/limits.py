@@ -168,7 +168,7 @@ def is_loopback(host: str) -> bool:
 class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
-    The ASGI scope of a request stores the bytes that the request takes in memory
+    The ASGI scope of a request contains the number of bytes that the request takes in memory
     (`vidjax.held`), and the `asyncio.Timeout` of the request (`vidjax.clock`).
     """
 
@@ -205,7 +205,7 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Counts `size` bytes as the memory of a request, instead of the bytes counted before.
+        """Sets the number of bytes that a request takes in memory to `size`.
 
         Raises:
           Refused: all requests together take too much memory (status 429).

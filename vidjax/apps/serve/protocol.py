@@ -55,7 +55,7 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input tensor. If there is no size, the values are in the JSON."""
+    """The parameters of an input tensor. If it has no `binary_data_size`, `data` has the values."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
@@ -106,10 +106,8 @@ def parse(
     """Parses the body of a request for inference.
 
     Args:
-      body: the body.
       header_length: the header `Inference-Header-Content-Length`, or None.
       inputs: the inputs that the model accepts.
-      limits: the limits of a request.
 
     Returns:
       The request, and its input tensors, name -> array.

@@ -31,7 +31,7 @@ class Question(NamedTuple):
     """Clips to identify or to score.
 
     Attributes:
-      clips: name -> modality -> field, such as `features` or `quality` -> [T, ...].
+      clips: name -> modality -> field -> [T, ...]. A field is, for example, `features`.
       k: the largest number of identities per clip.
       fpir, threshold: the rule of names, see `Gallery.identify`. The net of a run ignores them.
     """
@@ -163,7 +163,10 @@ def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions. If there are several questions, names get their numbers."""
+    """Joins the clips of all questions, name -> clip.
+
+    If there are several questions, each name gets the number of its question as a prefix.
+    """
     if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
     return {
