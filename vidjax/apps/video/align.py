@@ -83,7 +83,7 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 
 
 def _map_to_picture(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the place of each pixel of a crop in the picture: x and y, each [size, size]."""
+    """Returns the x and y in the picture, each [size, size], of all pixels of a crop."""
     inverse = np.linalg.inv(matrix[:, :2])
     across = np.arange(size)
     u, v = across - matrix[0, 2], (across - matrix[1, 2])[:, None]
@@ -116,9 +116,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range (first, end) of the squares that interpolation at `positions` reads.
+    """Returns the range (first, end) of the squares that are read to interpolate at `positions`.
 
-    A row of `length` pixels is divided into squares with sides of `factor` pixels.
+    The positions are along one axis of a picture. The axis has `length` pixels, and is divided into
+    squares with sides of `factor` pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -189,9 +190,9 @@ def measure_sharpness(crops: np.ndarray) -> np.ndarray:
     """Returns the sharpness v / (v + 1200) of each crop, [N], 0 to 1.
 
     The crop is first divided into squares, and each square is replaced by its mean. v is the
-    variance of the Laplacian of these means, minus the contribution of noise. The noise is measured
-    with smaller squares, because a face has little detail in them. In larger squares, the noise is
-    smaller by the ratio of the numbers of pixels.
+    variance of the Laplacian of these means, minus the variance that noise causes. The noise is
+    estimated from squares of about half the side, because faces have little detail at this scale.
+    The estimate is scaled down, because a mean of more pixels contains less noise.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)
@@ -217,8 +218,8 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
-    mouth. It falls with the distance of the nose from this line, and is 0 from half the distance
-    between the eyes on. If the head is only tilted, the result stays the same.
+    mouth. The result falls with the distance of the nose from this line, and is 0 if this distance
+    is at least half the distance between the eyes. A tilt of the head does not change the result.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)

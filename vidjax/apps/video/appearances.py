@@ -74,9 +74,10 @@ def format_certainty(appearance: Appearance) -> str:
 def find_appearances(
     answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
 ) -> list[Appearance]:
-    """Joins tracks of the same person with short gaps to appearances; returns them in time order.
+    """Joins tracks of the same person to an appearance if the gaps between them are short.
 
-    A track that has neither a name nor a group is an appearance of an ignored person.
+    The appearances of each video are in order of time. A track that has neither a name nor a group
+    is an appearance of an ignored person.
 
     Args:
       answers: the answer of the gallery for each clip, after `settle_answers`.
@@ -136,9 +137,9 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
-    """Returns the answers, but never gives a name to two tracks at the same time.
+    """Returns the answers, changed so that tracks that overlap in time have different names.
 
-    The track with the less probable name becomes unknown.
+    If two of them have the same name, the track with the less probable name becomes unknown.
     """
     apart: dict[str, set[str]] = {}
     for clip, rival in pair_seen_together(films):
@@ -209,10 +210,9 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance in a table.
+    """Returns a row of the table from the values of an appearance, a dict from column to value.
 
-    Several values in a cell are separated by blanks. The identity of an ignored person is the word
-    `ignored`.
+    Several values in a cell are separated by blanks. An identity of None is written as `ignored`.
     """
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]

@@ -62,13 +62,13 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distributions of the cosine of two embeddings, of one person and of two people.
+    """The distribution of the cosine of two embeddings, for one person and for two people.
 
     Attributes:
       centre: the mean embedding. It is subtracted before embeddings are scaled to unit length.
       same: the mean and standard deviation of the cosine for two embeddings of one person.
-      different: the same numbers for embeddings of two people.
-      pairs: the number of measured pairs of one person, and of two people.
+      different: the mean and standard deviation for embeddings of two people.
+      pairs: the number of measured pairs of embeddings of one person, and of two people.
       data: a description of the measured data.
     """
 

@@ -123,8 +123,8 @@ class Clock:
     """Turns time stamps into strictly increasing times.
 
     A time stamp is bad if it is missing, if it does not increase, or if it is far beyond the
-    declared end. It is replaced by the time of the last frame plus the average duration of a frame.
-    Later time stamps are shifted by the same amount.
+    declared end. Its frame gets the time of the last frame plus the average duration of a frame. If
+    this moves the frame, all later frames are moved by the same number of seconds.
     """
 
     def __init__(self, step_s: float, latest_s: float | None):
@@ -135,7 +135,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time of the next frame in seconds. `stamp_s` is None if it is missing."""
+        """Returns the time of the next frame in seconds. A missing time stamp `stamp_s` is None."""
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)

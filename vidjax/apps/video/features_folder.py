@@ -262,7 +262,7 @@ def check_photo(film: Film) -> tuple[str | None, str]:
     """Returns the clip with which a photo can enrol a person, and the problem of the photo.
 
     If the photo does not show exactly one face, the clip is None. If the face is good, the problem
-    is empty. A poor face has a clip and a problem, because it can be used.
+    is empty. If the face is poor, there is a problem, but the clip can still enrol a person.
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"

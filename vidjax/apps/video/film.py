@@ -7,8 +7,8 @@ a shot. Speech counts as the person's voice while the person is the only one in 
 speaker may still be off screen.
 
 Boxes are in pixels of the picture. The box of a head or body comes from a detector of heads or
-bodies. If there is no such detector, the box is computed from the face. The field `around` in the
-card of the net, a JSON file, is the box in coordinates in which the face is 0, 0, 1, 1.
+bodies. If there is no such detector, the box is computed from the face and the field `around`. This
+field, in the card of the net (a JSON file), is the box in units in which the face is 0, 0, 1, 1.
 """
 
 import functools
@@ -91,8 +91,8 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
       size: detectors shrink pictures until their longer side has this number of pixels.
 
     Raises:
-      UserError: there is a net for heads or bodies, but no detector and no `around` for their
-        boxes.
+      UserError: a net computes embeddings of heads or bodies, but there is no detector for them,
+        and the card of the net has no field `around`.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -346,15 +346,15 @@ class ClipBuilder:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Deletes the pictures of tracks that are not in `live`: they were too short for a clip."""
+        """Deletes pictures of tracks that ended without a clip. `live` are all other tracks."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
         """Adds voices to clips; returns the number of clips with a voice.
 
-        Speech belongs to a clip if the person of this clip is the only visible person. A clip keeps
-        the windows of sound that contain most speech. Its array `audio_number` contains the start
-        of each window in milliseconds.
+        Speech belongs to a clip while the person of this clip is the only visible person. A clip
+        keeps the windows of sound with the most speech. The array `audio_number` of a clip contains
+        the start of each window in milliseconds.
 
         Args:
           sound: blocks (seconds, samples) of sound at 16 kHz.
@@ -455,8 +455,8 @@ def _make_clips(
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
     """Makes the clips of a video: one for each track, or with `--unit=shot`, one for each shot.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people. The tracks show
-    later at which times only one person is visible.
+    Returns the start and end of each shot in seconds, and the tracks of all people. From these
+    tracks, `ClipBuilder.hear` finds the times at which only one person is visible.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
@@ -532,7 +532,6 @@ def _find_in_photo(
 
 
 def _to_film_track(track: Track, clip: str) -> FilmTrack:
-    """Returns the record of a track that is stored with the film. `clip` is its name."""
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
     return FilmTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 

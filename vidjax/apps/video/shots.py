@@ -43,7 +43,7 @@ class _Picture:
     """A small picture, uint8 [h, w, 3], and its grey levels, float32 [h, w].
 
     Attributes:
-      centred: [h w], the grey levels minus their mean.
+      centred: [h * w], the grey levels minus their mean.
       deviation: the standard deviation of the grey levels.
     """
 
@@ -115,7 +115,10 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether a picture differs from all of the last pictures as after a cut."""
+        """Returns whether the change to `picture` is a cut. For `change`, see `_stands_out`.
+
+        After a cut, the picture differs from all of the last pictures.
+        """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
         unlikeness = self._measure_unlikeness(picture, COMPARED_PICTURES)

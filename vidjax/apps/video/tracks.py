@@ -50,7 +50,7 @@ class Track:
             self.ends.append(time_s)
 
     def cut(self, time_s: float) -> None:
-        """Ends the track with its shot at `time_s`. Later sightings, in a dissolve, are removed."""
+        """Ends the track at `time_s`, where its shot ends. Removes later sightings."""
         self.times = [begin_s for begin_s in self.times if begin_s < time_s]
         self.ends = [min(end_s, time_s) for end_s in self.ends[: len(self.times)]]
         self.end_sighting(time_s)
@@ -115,8 +115,8 @@ class Tracker:
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
-    Irregular Motions and Similar Appearances?", enlarges boxes. We added the prediction, the gaps,
-    and the rule for hidden people.
+    Irregular Motions and Similar Appearances?", enlarges boxes. We added predicted boxes, gaps in
+    tracks, and the rule for hidden people.
     """
 
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
@@ -197,7 +197,7 @@ class Tracker:
         self._live = [motion for motion in self._live if not ends(motion)]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns the track of each detection by its index, and the detections to be dropped."""
+        """Returns a dict from the index of a detection to its track, and the indices to drop."""
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)

@@ -31,7 +31,7 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 def open_voice_embedder(card: Card) -> nets.Embedder:
     """Opens the net that computes embeddings of voices.
 
-    The input of the result is N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
+    The embedder is called with N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
     """
     return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
 
@@ -190,8 +190,8 @@ def make_mels(windows: np.ndarray) -> np.ndarray:
 def make_mel_filters() -> np.ndarray:
     """Returns the weight of each frequency in each mel band, float64 [40, 201].
 
-    The bands are triangles of equal area. Up to 1 kHz, one mel is 66.7 Hz. Above, 27 mels are a
-    factor of 6.4.
+    The bands are triangles of equal area. Up to 1 kHz, each mel adds 66.7 Hz to the frequency.
+    Above 1 kHz, 27 mels multiply the frequency by 6.4.
 
     Source:
       Slaney, Auditory Toolbox, 1998.

@@ -129,7 +129,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns numbers in which some unknown people are one person, with the lowest number."""
+        """Returns numbers in which the people `groups` are one person, with their lowest number."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
@@ -146,7 +146,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Returns numbers without other films, and without denied names of other people."""
+        """Returns only the numbers of `films`, and only those denied names that are in `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:
@@ -405,9 +405,9 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes rows from `unknown.tsv`. `named` contains the name of each clip to remove.
+    """Removes the rows of clips from `unknown.tsv`. `named` contains these clips and their names.
 
-    A row with another name is kept.
+    If the row of a clip contains another name, it is kept.
     """
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
@@ -584,7 +584,8 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
     """Prints one warning if photos in the folder of a person have face tags only of other people.
 
-    `name` is the person. A photo directly in the folder `people` is not in a person's folder.
+    `name` is the person. Photos directly in the folder `people`, and photos that an earlier call
+    extracted, are not checked.
     """
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
@@ -600,9 +601,9 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     """Returns the label that new photos of each person in `names` get in the gallery.
 
-    A user may have renamed photos in the gallery. The label is the most frequent label of the
-    person's enrolled photos. The name of another person in `names` is chosen only if there is no
-    other label. If the person has no enrolled photos, the label is the name.
+    The label is the most frequent label of the person's enrolled photos, because a user may have
+    renamed them in the gallery. A label that is another name in `names` is chosen only if there is
+    no other label. If the person has no enrolled photos, the label is the person's name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -645,7 +646,7 @@ def _enrol(
 
 
 def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
-    """Prints warnings of photos that may show another person, or that are photos of two people.
+    """Warns of photos that may show another person, and of photos enrolled for two people.
 
     `outcomes` are the extracted photos of each folder of features.
     """
