@@ -35,8 +35,8 @@ class TrainingClips(NamedTuple):
 class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
-    A plain network needs only the fields below and `__call__`. A field of type Literal refuses all
-    other values. A field `modality` refuses the name of an unknown modality.
+    A plain network needs only the fields below and `__call__`. A field of type Literal accepts only
+    the values that it lists, and a field `modality` accepts only known modalities.
 
     Attributes:
       modalities: name -> feature width of the fused frames.

@@ -185,7 +185,7 @@ class TaskSpec(NamedTuple):
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     """Builds the system of a configuration, which is given as nested dicts.
 
-    `config["fusion"]` may contain modalities that `config["modalities"]` does not list.
+    In `config["fusion"]`, modalities that `config["modalities"]` does not list are ignored.
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
@@ -230,7 +230,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     """Builds the model of a configuration.
 
     If `config.ensemble.views` is set, a chunk of the features is hidden from each member of the
-    ensemble. So the features of the model are narrower.
+    ensemble. So the model receives fewer features.
     """
     spec = config["model"]
     if task.settings:

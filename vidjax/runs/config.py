@@ -524,7 +524,7 @@ def find_closest_field(name: str, known: Collection[str]) -> str | None:
 def suggest_field(name: str, known: Collection[str]) -> str:
     """Returns a hint for a user who has named an unknown field.
 
-    The hint contains a similar field of `known`, or the fields of the group, or a command.
+    The hint names a similar field of `known`, the fields of the same group, or `vidjax config`.
     """
     if match := find_closest_field(name, known):
         return f"did you mean --config.{match}?"

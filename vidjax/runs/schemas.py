@@ -181,9 +181,9 @@ class WorstIdentity(Struct, kw_only=True):
 
 
 class Stratum(Struct, kw_only=True):
-    """A group of identities or clips, and the interval of the MAP in this group.
+    """A group of identities or clips, and the 95 % interval of the MAP in this group.
 
-    A group with few identities has no interval. See `Analysis.fewest_identities`.
+    A group with fewer than `Analysis.fewest_identities` identities has no interval.
     """
 
     label: Text

@@ -58,7 +58,7 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0, with random parameters.
 
     Args:
-      rngs: [E] PRNG keys. A member uses a key for the parameters and for all random draws.
+      rngs: [E] PRNG keys. Each member uses its key for the parameters and for all random draws.
       labels: [E, N] int32, class columns of the training clips.
     """
 
