@@ -37,8 +37,8 @@ def digest_files(
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
     The digest is stored in the cache, so unchanged files are not read again. If a file changed less
-    than 2 seconds before this call, the digest is not stored, because a second change could leave
-    the time of the file equal.
+    than 2 seconds before this call, the digest is not stored, because another change so soon after
+    the first could leave the times of the file as they are.
 
     Args:
       paths: the files, in the order that determines the digest.

@@ -190,9 +190,9 @@ def find_unusable(
 
 
 def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message if squares of features overflow in float32, or become 0.
+    """Yields a message if the squares of features overflow in float32, or become 0.
 
-    `place` names the splits. `norms` are histograms of feature norms.
+    `norms` has a histogram of feature norms for each split. `place` names the splits in messages.
     """
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
     if longest > MAX_NORM:

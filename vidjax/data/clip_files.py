@@ -105,8 +105,6 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     """Reads a clip from the content of an `.npz` file in memory.
 
     Args:
-      content: the bytes of the file.
-      name: the name of the clip.
       limit: maximum number of bytes of the arrays as float32. They are counted before the arrays
         are unpacked.
 
@@ -128,11 +126,10 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
 def read_json(value: object, place: str) -> Clip:
     """Reads a clip from parsed JSON, {"clip": NAME, "face": [[D numbers for each of T frames]]}.
 
-    There may be more modalities, and fields of frames such as `face_quality`. The features of a
-    single frame may be a plain list of D numbers.
+    Other modalities, and other values of frames such as `face_quality`, are optional. The features
+    of a single frame may be a plain list of D numbers.
 
     Args:
-      value: the parsed JSON.
       place: the start of an error message, such as a file and a line.
 
     Raises:
@@ -232,9 +229,9 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns [n, width], the rows of `width` numbers in `values` that begin at `starts` [n].
+    """Returns [n, width]: from each position in `starts` [n], the next `width` numbers of `values`.
 
-    If the rows follow each other, the result is a view of `values`.
+    If the numbers of each row directly follow the row before, the result is a view of `values`.
     """
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
@@ -271,7 +268,7 @@ def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns the number of processes that read files: one for each 64 MB, but at most the cores.
+    """Returns how many processes should read files: one for each 64 MB, at most one per core.
 
     `files` is a dict, split -> paths.
     """
@@ -292,7 +289,6 @@ def read_at_once(
     Args:
       files: a dict, split -> the files of its clips.
       scratch: folder for the frames. It must exist as long as the returned arrays.
-      workers: number of processes.
       non_finite, quality: as in `packing.pack`.
 
     Returns:
@@ -342,7 +338,8 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
     """Joins the clips of a split that several processes read, by appending their files of frames.
 
     Args:
-      parts: for each process, modality -> the folder of its files, and `PackedClips.summary`.
+      parts: a dict for each process, modality -> (the folder of its files, the result of
+        `PackedClips.summary`).
 
     Returns:
       A dict, modality -> the frames of all clips.

@@ -42,7 +42,7 @@ class Split:
 
     Attributes:
       name: 'train', 'val' or 'test'.
-      clips: N clip names in byte order. Elsewhere, `clip_index` is a position in this tuple.
+      clips: N clip names in byte order. The `clip_index` of a clip is its position in this tuple.
       labels: [N] int32, the class 1..C of each clip. It is 0 if the clip shows no known identity.
       labelled: False if the split has no ground truth.
       positives: [C] int64, number of clips that the ground truth lists for each identity. Clips
@@ -61,7 +61,7 @@ class Split:
 
 
 class EvalPlan(NamedTuple):
-    """The evaluated clips of a split, grouped by length, so that similar clips are padded together.
+    """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
       split: the name of the split.
@@ -81,11 +81,11 @@ class BatchPlan(NamedTuple):
     """Settings that determine which clips and frames form each training batch.
 
     Attributes:
-      splits: names of the training splits. `clip_index` numbers the clips of all splits, in order.
+      splits: names of the training splits. `clip_index` counts their clips, split after split.
       batch_size: B, the number of clips of a batch.
       num_clips: N, the number of clips of an epoch.
       padded_lengths: a dict, modality -> T, the number of frames to which clips are padded.
-      longer: modalities in which some clip has more than T frames.
+      longer: the modalities in which at least one clip has more than T frames.
       crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
         start. 'quality' takes the T frames of the best quality, in time order.
       seed: the seed for the order of the clips and for random windows.
@@ -190,7 +190,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the position in `Split.clips` of each clip, in the order on disk."""
+        """Returns the order of the N clips on disk, [N] int32, as positions in `Split.clips`."""
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
@@ -276,8 +276,6 @@ def make_eval_plan(
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      split: the split.
-      modalities: the names of the modalities.
       lengths: [N] int, the length that decides the group of each clip. It must be at least the
         number of frames in the longest modality of the clip, which is the default.
       only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
@@ -313,8 +311,6 @@ def make_batch_plan(
     """Plans the training batches.
 
     Args:
-      splits: the training splits.
-      modalities: the names of the modalities.
       batch_size: number of clips of a batch. It may exceed the number of clips.
       max_frames: maximum number of frames to which a modality is padded. If all clips are shorter,
         the modality is padded to the length of the longest clip, rounded up.
@@ -384,7 +380,6 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
     Args:
       frames: a dict, modality -> Frames with `rows` rows.
       clip_index: [n] int32, the number of each clip, with n <= `rows`.
-      rows: number of rows of the batch.
     """
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)

@@ -200,7 +200,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_folder(cls, name: str, folder: str | Path | None) -> "Origin":
-        """Returns the origin of the dataset `name`. If `folder` is None, it has no folder."""
+        """Returns the origin of the dataset `name`. If `folder` is None, `dir` is None, too."""
         return cls(name, str(files.absolute(folder)) if folder else None)
 
 
@@ -212,7 +212,7 @@ class RecordSource(Protocol):
 
     @property
     def kind(self) -> str:
-        """The name of the folder in the cache for the records of such datasets."""
+        """The name of the cache folder for the records of all datasets of this class."""
         ...
 
     @property

@@ -45,7 +45,6 @@ class OfficialFiles:
         """Finds the feature pickles.
 
         Args:
-          directory: the directory of the files.
           workers: number of pickles that are read at once. If None, it is the number of cores, or
             less if the memory is small.
           cache_dir: folder in which the digests of unchanged files are kept.
@@ -121,9 +120,9 @@ class OfficialFiles:
 
 
 def _choose_num_readers(sizes: Collection[int]) -> int:
-    """Returns how many pickles can be read at once with half of the memory, at most the cores.
+    """Returns how many pickles can be read at once in half of the memory, at most one per core.
 
-    `sizes` are the bytes of the pickles.
+    `sizes` has the number of bytes of each pickle.
     """
     largest = sorted(sizes, reverse=True)
     # A pickle that cannot be read in pieces needs about twice its size.

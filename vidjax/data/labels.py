@@ -28,7 +28,6 @@ def load_official_truth(
     """Reads the ground-truth file `{split}_gt.txt` of every split that has one.
 
     Args:
-      directory: the directory of the files.
       clips: a dict, split -> the clips that have features.
 
     Returns:
@@ -51,7 +50,6 @@ def load_folder_truth(
     """Reads `labels.csv` of a folder, or its ground-truth files if there is no `labels.csv`.
 
     Args:
-      folder: the folder.
       clips: a dict, split -> the clips that have features.
 
     Returns:
@@ -116,7 +114,7 @@ def load_label_table(
 
 
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields the start of an error message, the clip and the identity of each row of a table."""
+    """Yields, for each row of a table, the start of an error message, the clip and the identity."""
     if not path.exists():
         raise NoFileError(f"'{path}' does not exist: correct the path of the labels")
     try:
@@ -230,7 +228,6 @@ def load_ground_truth(
     ignored. A blank within a name is written as in a URL, `First%20Last`.
 
     Args:
-      path: the file.
       known_clips: clips without `.mp4`. If one of them contains a `%20`, it is not changed.
 
     Returns:
@@ -238,8 +235,8 @@ def load_ground_truth(
 
     Raises:
       UserError: the text is not UTF-8; the form is ambiguous; a line has the other form; a clip or
-        an identity comes twice; an identity has no clips; or most labels are whole numbers from 1
-        up, but a label is not. The message contains the number of the line.
+        an identity comes twice; an identity has no clips; or most labels are whole numbers above 0,
+        but at least one is not. The message contains the number of the line.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")
@@ -373,7 +370,6 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     A byte order mark, CRLF, tabs, blank lines, additional spaces and a missing `.mp4` are ignored.
 
     Args:
-      path: the file.
       clips: the names of the N clips.
 
     Returns:
@@ -419,7 +415,6 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
     """Warns if a file of labels or weights names clips that have no features.
 
     Args:
-      path: the file.
       named: the clips in the file.
       clips: the clips that have features.
 

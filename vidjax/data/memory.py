@@ -116,11 +116,11 @@ class MemoryClips:
         asks whether the name is misspelt.
 
         Args:
-          clips: the clips.
           modalities: a dict, modality that the model reads -> feature width.
           identities: the names of the classes.
           quality: 'given' takes the quality of frames from the clips, or the norm of the feature
-            if there is no quality. 'norm' always takes the norm. Use the value of the training.
+            if there is no quality. 'norm' always takes the norm. Use the same value as
+            the training.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
@@ -280,13 +280,12 @@ def load_clips(
     the modalities that the model reads are opened, so a clip that is in none of them is left out.
 
     Args:
-      path: the folder or the file.
       modalities: a dict, modality that the model reads -> feature width.
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
-      quality: 'given' takes the quality of frames from the files. If there is none, the norm of the
-        feature is used, except that it is 0 for iQIYI-VID pickles. 'norm' always takes the norm.
-        Use the value of the training.
+      quality: 'given' takes the quality of frames from the files. A missing quality is the norm of
+        the feature, or 0 in iQIYI-VID pickles. 'norm' always takes the norm. Use the same value as
+        the training.
 
     Raises:
       UserError: clips are malformed, the folder has several splits and `split` is None, or no clip

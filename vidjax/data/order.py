@@ -38,7 +38,6 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
     """Draws the B clips of a training step. Each clip of `plan` is drawn once per epoch.
 
     Args:
-      plan: the plan of the batches.
       step: [] int32, number of the step, from 0.
       epoch: [B] int32, the epoch of each row, that is, `(step * B + arange(B)) // plan.num_places`.
       place: [B] int32, the position of each row in its epoch, that is, the remainder of this
@@ -78,7 +77,7 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
 
 
 def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns the clips at given positions of random orders, without computing whole orders.
+    """Returns the clips at given positions of shuffled epochs, without shuffling whole epochs.
 
     Each epoch has another order of all N clips. Sorting N random numbers for each epoch would take
     as long as many training steps, but this function takes a time of O(B).

@@ -37,7 +37,7 @@ class Clip(NamedTuple):
     Attributes:
       name: the name of the clip, without `.mp4`.
       place: the file or split of the clip, with which an error message begins.
-      modalities: a dict, modality -> the argument `value` of `read_frames`.
+      modalities: a dict, modality -> its frames, in any form that `read_frames` takes.
       given: the name in the source, which may end in `.mp4`. If it equals `name`, it may be "".
     """
 
@@ -181,7 +181,6 @@ def pack(
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
     Args:
-      clips: the clips.
       out_dir: folder to which the arrays are written. It must exist as long as the returned arrays,
         which are memory maps. If it is None, the arrays are in memory.
       non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
@@ -390,7 +389,6 @@ def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
     The clips of 'train' are shuffled; in other splits they are sorted by name.
 
     Args:
-      split: the name of the split.
       packed: a dict, modality -> the frames of all clips.
     """
     # Python orders str by code point, which is the byte order of UTF-8.

@@ -65,7 +65,6 @@ class Children:
         """Runs a Python module in a child process, and waits until it ends.
 
         Args:
-          module: the name of the module.
           words: the command-line arguments.
           given: bytes for standard input.
           timeout: seconds after which the child is killed. If it is None, there is no limit.
@@ -127,7 +126,8 @@ def map_children(
     The first error kills all child processes and is raised.
 
     Args:
-      function: a function of `children`, with which it starts child processes, and an item.
+      function: a function that takes a `Children` object, with which it starts child processes,
+        and an item.
       items: the items. Calls start in this order.
       workers: number of calls at once.
       progress: the title of a progress bar. If it is "", there is no progress bar.
@@ -271,8 +271,10 @@ def run_limited(
       path: the file that `work` reads, for messages.
       arguments: the arguments of `work`, JSON values.
       memory_bytes: limit of the address space, in bytes.
-      cpu_seconds: limit of the CPU time. The elapsed time may be 60 seconds + 20 times as long.
-      children: starts the child, so that another thread can kill it. It may be None.
+      cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds +
+        20 times this value.
+      children: an object that starts the child, and with which another thread can kill it. It may
+        be None.
 
     Returns:
       The result of `work`.

@@ -47,7 +47,6 @@ def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Bat
     Args:
       clips: a dict, modality -> the joined frames of all clips. The last frame consists of zeros,
         and is used as padding.
-      plan: the plan of the batches.
       step: [] int32, number of the step, from 0.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
@@ -74,7 +73,6 @@ def gather_frames(
       clips: the joined frames of N clips. The last frame consists of zeros, and is used as padding.
       clip_index: [B] int32, the clips to gather.
       batch_mask: [B] bool, False for rows that stay empty.
-      size: number of frames.
       window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
         None, the first `size` frames are taken.
       lazy: if True, features are gathered later, after a fusion has chosen frames.
@@ -105,13 +103,12 @@ class ResidentPlan(NamedTuple):
     """The clips that are copied to the devices, and the memory that they need.
 
     Attributes:
-      train_splits: the training splits. `clip_index` numbers the clips of all of them, in order.
+      train_splits: the training splits. `clip_index` counts their clips, split after split.
       splits: the training splits and the split to evaluate.
       modalities: the names of the modalities.
       num_frames: a dict, modality -> number of frames, including the copies of `best`.
-      best: a dict, (split, phase, modality) -> T. The phase is 'train' or 'eval'. In this phase,
-        only the T frames of the highest quality of a longer clip are used. They are stored as a
-        copy.
+      best: a dict, (split, phase, modality) -> T. In this phase, 'train' or 'eval', only the T
+        frames of the highest quality of a longer clip are used. A copy of them is stored.
       nbytes: number of bytes of all frames.
       widths: a dict, modality -> feature width.
     """
@@ -128,10 +125,7 @@ class ResidentPlan(NamedTuple):
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
     """Computes which clips training and evaluation need on the devices, and their size.
 
-    Args:
-      data: the dataset. Only the lengths of its clips are read.
-      plan: the plan of the training batches.
-      eval_split: the split to evaluate.
+    Of `data`, only the lengths of clips are read.
     """
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
@@ -166,11 +160,8 @@ def step_bytes(
     parameters and the state of the optimiser are not counted.
 
     Args:
-      layout: the clips on the devices.
-      plan: the plan of the training batches.
       params: bytes of the parameters.
       columns: number of classes.
-      mesh: the devices.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip
@@ -185,7 +176,6 @@ def choose_mode(
     Args:
       mode: the mode in the configuration. If it is 'auto', the free memory decides.
       layout: the clips that would stay on the devices.
-      mesh: the devices.
       num_drawn: the number of clips in all batches of the run.
       taken: bytes that a training step needs, see `step_bytes`.
 
@@ -231,12 +221,7 @@ class Resident:
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Copies clips to the devices.
-
-        Args:
-          data: the dataset.
-          layout: the clips to copy.
-          mesh: the devices.
+        """Copies the clips of `layout` from the dataset `data` to the devices of `mesh`.
 
         Raises:
           UserError: a file of the dataset is damaged.
@@ -322,7 +307,7 @@ def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames that are not divided into clips yet. `fields` are arrays as in BATCHED."""
+    """Returns frames, without the starts of clips. `fields` are in the order of BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 

@@ -119,18 +119,18 @@ class SyntheticOptions(NamedTuple):
         with a quality that is lower by 20. No rate is published. The iQIYI-VID paper keeps a clip
         if more than 30 % of its frames show a single head, or a head that is much larger than all
         others (section 3.2). So up to 70 % of the frames may show several people.
-      blur: how strongly blur depends on quality. The noise of a frame is
-        exp(blur (78 - quality) / 50), so at 0 all frames are blurred alike. At 0, 1, 1.5 and 2, the
-        weights W(x) improve the MAP of the mean face by 0.002, 0.005, 0.009 and 0.021, with nearest
-        neighbours on the small dataset. The 4th place of 2019 reports gains of 0.01 by weighting
-        frames by quality, and of 0.02 by filtering them.
+      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality. If
+        it is 0, all frames are blurred alike. If it is 0, 1, 1.5 or 2, the weights W(x) improve the
+        MAP of the mean face by 0.002, 0.005, 0.009 or 0.021, with nearest neighbours on the small
+        dataset. The 4th place of 2019 reports gains of 0.01 by weighting frames by quality, and of
+        0.02 by filtering them.
       label_noise: share of train clips with the label of another person. The authors of the
         iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
         has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
       missing_rate: share of clips without face, head, body or audio, drawn independently. It is
-        added to the 0.02, 0.02, 0.05 and 0.15 in every dataset. No rate is published. The small
-        real dataset of our tests lacks 0.1 of the faces and of the voices.
+        added to the shares that every dataset has: 0.02, 0.02, 0.05 and 0.15. No rate is published.
+        The small real dataset of our tests lacks 0.1 of the faces and of the voices.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
         to another person in all frames, because a tracker followed the wrong face, or there is a
         voice-over. The iQIYI-VID paper mentions both (sections 1 and 6.4) without a rate.
@@ -406,7 +406,7 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns the vectors [F, R] of the people that F frames show.
+        """Returns the vectors [F, RANK] of the people that F frames show.
 
         Args:
           rows: [F] int, the clip of each frame.
@@ -432,7 +432,7 @@ class _Clips:
         """Draws the features [F, D] of F frames.
 
         Args:
-          points: [F, R], the vector of the person that each frame shows.
+          points: [F, RANK], the vector of the person that each frame shows.
           spread: the length of the displacement of each track. A track is a person in a clip.
           track: [F] int, the track of each frame. Its frames share a displacement.
           position: [F] int, the position of each frame in its clip, in which features drift slowly.
@@ -468,7 +468,7 @@ def _draw_unit_points(rng: np.random.Generator, count: int, dim: int = RANK) -> 
 
 
 def _draw_resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Draws unit vectors [n, R] float32 whose cosines to the rows of `points` are about 0.75."""
+    """Draws unit vectors [n, RANK] float32 whose cosines to the rows of `points` are about 0.75."""
     side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
     mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _draw_unit_points(rng, len(points))
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
@@ -480,7 +480,7 @@ def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarr
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws the number of the stranger in each clip, [count] int. Many have one clip."""
+    """Draws which stranger each clip shows, [count] int. Many strangers have a single clip."""
     singles = round(count * _SINGLETON_RATE)
     sizes = [1] * singles
     while sum(sizes) < count:

@@ -33,7 +33,6 @@ def blend_runs(
 
     Args:
       config: configuration of the blend; `config.join.runs` lists the folders of the runs.
-      folder: folder for the results.
       load: function that loads the dataset of a run, given the configuration of the run.
       num_devices: number of devices, see `devices.make_mesh`.
       command: command line, which is written to `metrics.json`.
@@ -93,7 +92,7 @@ def run_config(config: Config, name: str) -> Config:
     """Reads the configuration of the run in the folder `name`, and adapts it to a blend.
 
     The split and the block size are set to the values of `config`, the configuration of the blend.
-    The folder of the data is replaced only if the blend has one.
+    The folders of the data and of the cache are replaced only if `config` has values for them.
     """
     own = RunFolder(name).config
     if own.join.runs:

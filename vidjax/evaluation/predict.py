@@ -119,9 +119,9 @@ class Predictor(NamedTuple):
         """The score that on average at most 1 % of new strangers reach, or None if it is unknown.
 
         The threshold is unknown if fewer than 99 clips of strangers were evaluated. It is also
-        unknown if the evaluated clips were training clips, each scored by the few members that were
-        not trained on it. A new clip is scored by all members, and fewer strangers reach the
-        threshold with a mean over all members.
+        unknown if the evaluated clips were training clips, because only the few members that were
+        not trained on a clip scored it. A new clip is scored by all members, and their mean score
+        reaches the threshold for fewer strangers.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
@@ -160,7 +160,7 @@ class Predictor(NamedTuple):
           clips, split: N clips, see `Predictor`.
           k: largest number of identities per clip.
           threshold: lowest score of an answer. `float("-inf")` sets no limit. If it is None, the
-            property `threshold` is used. If the run evaluated no strangers, there is no limit then.
+            property `threshold` is used, or no limit if the run evaluated no strangers.
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or

@@ -29,7 +29,6 @@ def write_ranking(
     first. `.mp4` is added to the names of clips that lack it.
 
     Args:
-      path: the file to write or replace.
       identities: [C] names, in the order of the rows of `top`.
       clips: [N] names, in the order of the clip indices in `top`.
       top: the ranking. Empty entries are left out.
@@ -77,7 +76,7 @@ class Submission(NamedTuple):
 
     Attributes:
       ranking: identity -> at most 100 different clip names, best first.
-      faults: kind of fault -> sentences, one with the line number for every line with this fault.
+      faults: kind of fault -> a sentence, with the line number, for each line with this fault.
     """
 
     ranking: dict[str, list[str]]
@@ -104,7 +103,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     | an identity is not in `identities` | it is not scored |
     | bytes are not UTF-8 text | a name with these bytes equals no other name |
 
-    If `identities` is None, no identity has the last but one fault.
+    If `identities` is None, no identity counts as unknown.
 
     Source: the description of the script defines that the first of repeated names counts, that
     repeated names are removed before names are counted, and that unknown identities are ignored.

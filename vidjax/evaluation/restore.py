@@ -184,7 +184,7 @@ def load_weights(
 def hash_companions(
     identities: Sequence[str], training_sets: ensemble.TrainingSets
 ) -> dict[str, str]:
-    """Returns the sha256 of the lists that a checkpoint depends on, as entries of its manifest."""
+    """Returns the sha256 of both arguments, as entries of the manifest of a checkpoint."""
     return {
         "identities_sha256": _digest(identities),
         "members_sha256": ensemble.digest(training_sets),
@@ -284,11 +284,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips of each member that count for a split of `data`.
+    """Returns the training clips of each member, which this member does not score in `data`.
 
-    A member does not score clips that it was trained on. The digests `own` identify the data that
-    the run was trained on. In other data, a different clip may have the name of a training clip.
-    So all members score all clips of other data, with a warning.
+    The digests `own` identify the data that the run was trained on. In other data, a different clip
+    may have the name of a training clip. If `data` are other data, returns no training clips, with
+    a warning, so all members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

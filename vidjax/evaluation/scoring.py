@@ -347,8 +347,6 @@ def score(
 
     Args:
       models: the models, with the same clips. The scores of a blend must be logarithms.
-      split_name: the split.
-      mesh: the devices.
       block_size: number of clips that a device scores at a time.
       each_member: if True, the MAP of each member of an ensemble is computed, too.
       check: function that is called every few thousand clips. It may raise an exception to end the
@@ -521,7 +519,7 @@ def _compute_metrics(
 def _add_best(
     clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> ClipScores:
-    """Updates the best scores `clips` of N clips with the scores [B, C] of a block."""
+    """Stores in `clips` the best score of each clip of a block, and if its identity is right."""
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)

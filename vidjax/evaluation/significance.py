@@ -164,8 +164,8 @@ def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
     """Returns the squared standard errors of a mean difference, over identities and over seeds.
 
     `gaps` has the differences in average precision [C] for each seed. The sum of both results is
-    the squared standard error of the mean over all seeds and identities. It is not too small, even
-    if the seeds differ more than the identities.
+    the squared standard error of the mean over all seeds and identities. This sum is not too small,
+    even if the seeds differ more than the identities.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))

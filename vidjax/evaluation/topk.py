@@ -34,7 +34,7 @@ class HostTopK:
     """Finds the k best clips of every identity from blocks of scores in memory.
 
     A score that is lower than the k-th best score of its identity is dropped immediately. The other
-    scores are candidates. Many candidates are merged into the k best clips together.
+    scores are collected as candidates, and many of them are merged into the k best clips at once.
     """
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
@@ -115,7 +115,7 @@ class _Chunk:
 
 
 def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
-    """Returns an uint64 key for each score of a clip. A better clip has a larger key.
+    """Returns a uint64 key for each score of a clip. A better clip has a larger key.
 
     The upper 32 bits sort like the float32 scores: all bits of negative numbers are flipped, and
     only the sign bit of other numbers. The lower 32 bits are NO_CLIP - clip_index.

@@ -72,7 +72,6 @@ def write_info(
     """Writes metadata with which TFDS can read the TFRecord files of a folder.
 
     Args:
-      folder: the folder of the files.
       modalities: a dict, modality -> width and dtype of its features.
       splits: a dict, split -> its files.
     """

@@ -49,7 +49,6 @@ def convert(
     """Converts a dataset to TFRecord files, if the cache does not contain them yet.
 
     Args:
-      source: the dataset.
       cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
         'error' raises UserError.
@@ -108,7 +107,6 @@ def write_records(
     Args:
       source, non_finite, workers: see `convert`.
       fingerprint: the result of `source.fingerprint()`, for the manifest.
-      folder: the folder.
     """
     # During its import, TFDS replaces the import function of all threads. So it is imported before
     # the threads start.
@@ -225,7 +223,6 @@ def cut(
     """Divides the clips of a split into shards of about 256 MB.
 
     Args:
-      split: the clips.
       modalities: a dict, modality -> width and dtype of its features.
       prefix: the beginning of the paths of the shards.
 
@@ -253,9 +250,7 @@ def write_shard(
     """Writes some clips of a split to a TFRecord file.
 
     Args:
-      path: the new file.
       order: [n] int32, the positions of the clips in `split.clips`.
-      split: the clips.
       modalities: a dict, modality -> width and dtype of its features.
 
     Returns:

@@ -87,7 +87,6 @@ def label_records(
     """Adds labels to the converted clips of a dataset.
 
     Args:
-      records: the converted clips.
       truth: a dict, split -> clip -> identity.
       identities: the names of the classes 1..C. If it is None, they are all identities in the
         ground truth of train and val, even if they have no clip.

@@ -42,7 +42,6 @@ class Dataset:
         """Labels converted clips.
 
         Args:
-          records: the converted clips.
           truth: a dict, split -> clip -> identity, of the splits with labels.
           identities: the names of the classes. If it is None, they are all identities in the ground
             truth of train and val.
@@ -89,7 +88,7 @@ class Dataset:
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the position in `Split.clips` of each clip, in the order on disk."""
+        """Returns the order of the N clips on disk, [N] int32, as positions in `Split.clips`."""
         return self._records.splits[self.split(split).name].order
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:

@@ -140,7 +140,7 @@ class Reader:
             yield file
 
     def _damaged(self, number: int) -> UserError:
-        """Returns an error for a file that changed. If it is damaged, raises a more exact error."""
+        """Raises UserError if a file is damaged. Otherwise, returns an error: the file changed."""
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"

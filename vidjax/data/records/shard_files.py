@@ -186,12 +186,12 @@ def _sort_key(key: str) -> str:
 
 
 def _count_field_bytes(size: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of message fields with tag and length, from `size` [N] bytes."""
+    """Returns the bytes of N fields, with tag and length, for contents of `size` [N] bytes."""
     return 1 + count_varint_bytes(size) + size
 
 
 def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of integers in protobuf, 7 bits per byte; they are < 2**63."""
+    """Returns [N] int64, the bytes of integers below 2**63 in protobuf, with 7 bits per byte."""
     return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 

@@ -196,7 +196,6 @@ def _decode(
     Args:
       fields: a dict, field -> [B] strings, the bytes of all frames of each clip.
       modality: the width and the dtype of the features.
-      size: number of frames.
       first: [B] int32, the first frame to take from each clip. If it is None, it is frame 0.
       best: if True, the frames of the highest quality are taken from clips of more than `size`
         frames, in time order.

@@ -36,9 +36,7 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
 
-    Args:
-      name: the name.
-      kind: what has this name, for messages.
+    `kind` says in messages what the name is, such as "identity".
 
     Raises:
       UserError: the name is empty or blank, is not valid Unicode, or contains a newline or another

@@ -92,7 +92,8 @@ def unpack(
         long as the returned arrays.
       non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
         'error' refuses the file.
-      children: starts the child process, so that another thread can kill it. It may be None.
+      children: an object that starts the child process, and with which another thread can kill
+        it. It may be None.
 
     Returns:
       The frames of all clips.
@@ -255,7 +256,7 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _describe_type(value: object) -> str:
-    """Describes the type of a value for a message. Of an array, also shape and dtype are named."""
+    """Describes the type of a value for a message. An array is described by shape and dtype."""
     if type(value) is Array:
         return f"array {list(value.shape)} of {np.dtype(value.code)}"
     return type(value).__name__
@@ -264,7 +265,7 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the fields that the entries of a clip must have.
 
-    In modalities of iQIYI-VID, they are fixed. In other modalities, most clips decide.
+    In modalities of iQIYI-VID, they are fixed. In others, the majority of the clips decides.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:

@@ -96,9 +96,9 @@ def measure_quality_and_attention(
       The quality [N] float64 of each clip: the mean over its frames of the primary modality. If a
         clip has no such frame, its quality is 0.
       The attention [V, V] float64 between the V input vectors of the first member. Column j
-        contains the weight of each vector in the attention of vector j: the mean over the clips
-        that have vector j, or over all clips if the model fills missing vectors. If `attention` is
-        False, the model has no attention, or each frame is an example, the result is None.
+        contains how much vector j attends to each vector: the mean over the clips that have vector
+        j, or over all clips if the model fills missing vectors. It is None if `attention` is False,
+        the model has no attention, or the model takes each frame as an example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
@@ -160,8 +160,8 @@ def write_results(
     Deletes the analysis and the report of an earlier evaluation of the split. All processes call
     `analysed`, and the first process writes the files. The ranking and the metrics are written
     first, so an error in the analysis or the report does not change them. The metrics of a training
-    are marked as `finished` after the report is written. If a process is killed before, the same
-    command writes the report.
+    are marked as `finished` after the report is written. If the process is killed before, the user
+    can repeat the command, which then writes the report.
 
     Args:
       identities: the names of class columns 1..C.
@@ -200,7 +200,7 @@ def write_report(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception into a warning, because the results in `workdir` are already written.
+    """Turns an exception in a `with` block into a warning: `workdir` already has the results.
 
     Exceptions of failed writes and of signals are raised. If there are several processes, every
     exception is raised, because the other processes would wait for this one.
@@ -234,7 +234,6 @@ def evaluate(
     `metrics_<split>.json`.
 
     Args:
-      config: the settings of the evaluation.
       num_devices: the number of devices. None means all. The scores do not depend on it.
       report: if True, the analysis and the report are written, too.
     """
@@ -269,6 +268,6 @@ _FREE = (
 
 
 def list_overrides(trained: Config, config: Config) -> dict[str, Any]:
-    """Returns field -> value in `config` of fields that change scores and differ in `trained`."""
+    """Returns the fields of `config` that change scores and differ from `trained`, with values."""
     changed = config_lib.differences(trained, config)
     return {name: value for name, (_, value) in changed.items() if name not in _FREE}

@@ -72,10 +72,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precision of each identity with a chosen clip, and a count of clips.
+        """Returns the average precision of each identity, with only its `chosen` clips, [N] bool.
 
-        `chosen`, [N] bool, selects clips of identities. If a clip of an identity is not chosen, it
-        is removed from the list of the identity. The count is the number of chosen clips.
+        The other clips of an identity are removed from its list. An identity without a chosen clip
+        is left out. Also returns the number of chosen clips of identities.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -324,12 +324,12 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     """Returns thresholds that 1 % and 10 % of distractors reach, and their FPIR and FNIR.
 
     If there is no distractor (`labels` 0) or no known clip, returns None. With S distractors, a
-    rate below 1 / (S + 1) has no threshold and no errors.
+    rate below 1 / (S + 1) is too low to set a threshold, so its FPIR and FNIR are left out.
 
     The interval of FNIR is from a bootstrap over people, with all their clips, and over
     distractors. Each resample sets a new threshold. In a simulation, the interval contains the true
-    FNIR in 94 to 95 % of samples if four or more distractors may pass, and in 87 % if fewer
-    may pass.
+    FNIR in 94 to 95 % of samples if four or more distractors may reach the threshold, and in
+    87 % if fewer may reach it.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0

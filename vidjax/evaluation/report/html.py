@@ -225,7 +225,6 @@ class Plot:
 
         Args:
           key: an identifier that is unique on the page.
-          title: the title.
           description: a text for a reader who cannot see the figure.
           caption: the text below the figure. If it is empty, `title` is used.
         """

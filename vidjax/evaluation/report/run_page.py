@@ -1,8 +1,8 @@
 """Makes the report of a run from its files: `report.html`, and a page for each other split.
 
-A page needs no other file, no network and no script. The report needs no clips and no model. A
-section is made by a function of `RunFiles` that returns HTML. If it returns None, the page lacks
-the section.
+A page needs no other file, no network and no script. The report needs no clips and no model. Each
+section is made by a function that takes `RunFiles` and returns HTML, or None to leave out the
+section.
 """
 
 import functools
@@ -184,7 +184,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns rows (label, number) for the `labels` (key, label, digits) whose key has a value."""
+    """Returns rows (label, number), one for each (key, label, digits) whose key has a value."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
