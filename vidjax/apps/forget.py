@@ -302,7 +302,6 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
 
 
 def _walk_texts(value: object) -> Iterator[str]:
-    """Yields all strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):

@@ -456,7 +456,6 @@ def _identify(args: argparse.Namespace) -> Result:
 def _process_tables(
     args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.TableTask], **options: int
 ) -> Result:
-    """Computes results for every table of a folder, and writes them into another folder."""
     bulk.check_out(args.out, inputs, work)
     gallery, rule = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     gallery.rule(**rule)  # a mistake is reported before tables are read

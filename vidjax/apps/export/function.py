@@ -208,7 +208,7 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
     The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. The
     fifth clip is made for runs that classify single frames (`after_fusion=examples`) of several
     modalities. It has a single frame of the last modality. The run predicts this clip in a separate
-    call, because only then it repeats the single frame.
+    call, because in a batch with longer clips it would not repeat the single frame.
 
     Args:
       run: the run that computes the expected outputs.
@@ -272,7 +272,7 @@ def check(
 ) -> float:
     """Compares an exported model with the run on random clips; returns the largest difference.
 
-    Batches with one clip and with several clips, and with two lengths, are compared.
+    Batches of several clips and of one clip are compared, with padded frames and without.
 
     Args:
       format_name: the format, which appears in the error.

@@ -407,8 +407,8 @@ def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[i
               ) -> str:  # fmt: skip
     """Slices x [`dims`] along some axes.
 
-    `windows` are axis -> (name of the start, size). As in JAX, a slice that is partly outside of x
-    is moved into x.
+    `windows` are axis -> (name of the start, size). As in JAX, a slice that would extend beyond the
+    border of x is shifted into x.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
@@ -504,8 +504,8 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for the gather of JAX.
 
-    Only gathers are supported whose slices are complete along all axes without an index. Indices
-    outside of the operand are moved to its border, whatever mode JAX uses.
+    A slice must contain all elements along each axis that has no index. Indices outside of the
+    operand are moved to its border, whatever mode JAX uses.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape

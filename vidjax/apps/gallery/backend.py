@@ -626,7 +626,7 @@ class Index:
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares clips or groups for the comparison; see `_groups` for the arguments."""
+        """Prepares clips or groups for the comparison. `_groups` returns the arguments."""
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
             z, more = scorer.ask(x, k)
@@ -679,7 +679,7 @@ class Index:
         owner: np.ndarray,
         queries: _Queries,
     ) -> np.ndarray:
-        """Turns products of clips and people into logits, and adds up the M parts.
+        """Turns the products of each part into ratios, and returns their sums: the logits.
 
         Args:
           products: M arrays, [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The

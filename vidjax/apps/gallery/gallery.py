@@ -531,7 +531,7 @@ class Gallery:
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips whose vectors are known; returns the number of clips that were changed.
+        """Adds clips whose vectors are known; returns the number of new or changed clips.
 
         Clips that are already enrolled are skipped. If an enrolled clip is a stranger, the new clip
         may give it a person. If an enrolled clip has a person, it does not become a stranger.

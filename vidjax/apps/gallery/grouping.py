@@ -3,8 +3,9 @@
 1. Each clip starts as a group. The two groups that most probably show the same person are joined,
    again and again, until the probability is below 0.5 for every pair. The prior probability that a
    pair shows the same person is 1 / G, where G is the present number of groups.
-2. Small groups are joined to larger groups. The prior of a group of n clips is proportional to n.
-   The prior of a new person is proportional to the number of groups with a single clip.
+2. Small groups are joined to larger groups. The prior probability that a small group belongs to a
+   group of n clips is proportional to n. The prior probability that it shows a new person is
+   proportional to the number of groups with a single clip.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.

@@ -275,7 +275,7 @@ class Store:
     def remove_leftovers(self) -> None:
         """Deletes the journal of an interrupted change, because it contains names and vectors.
 
-        SQLite keeps the journal if the change was interrupted before it reached the file.
+        SQLite keeps the journal of a change that was interrupted before the file was changed.
         """
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
             self.path.with_name(JOURNAL_FILE).unlink()
@@ -323,7 +323,7 @@ class Store:
         """Writes a state and ends the transaction.
 
         If `new` and `people` are given, only these clips and people are added to the file. All rows
-        are written again if one of them is None, if the state was never written, or if more than
+        are written again if either is None, if the state was never written, or if more than
         half of the entries in the file would be replaced by later entries.
 
         Args:
