@@ -2,10 +2,10 @@
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
 people. A photo is doubtful if the odds are at least 200 to 1 that it shows one of the other people.
-The prior probabilities of all other people are equal. If the named person has at least two other
-photos, a photo is also doubtful if the odds are 200 to 1 that these show a different person. The
-most doubtful photo of each person is then set aside, and the remaining photos are compared again,
-because a wrong photo makes the right photos doubtful.
+The prior probabilities of all other people are equal. A photo is also doubtful if the named person
+has at least two other photos, and the odds are 200 to 1 that they show a different person than the
+photo. The most doubtful photo of each person is then set aside, and the remaining photos are
+compared again, because a wrong photo makes the right photos doubtful.
 """
 
 from collections.abc import Mapping
@@ -90,10 +90,9 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Returns the log-likelihood ratios of the hypotheses "same person" and "two people".
+    """Returns the log-likelihood ratios of "same person" to "two people" for photos and people.
 
-    A photo is compared with the other photos of a person. If a person has no other photo, the ratio
-    is 0.
+    Each photo is compared with the other photos of a person. If there are none, the ratio is 0.
 
     Args:
       count: the number of other photos of each person.

@@ -112,8 +112,8 @@ class FileStamp(Struct, kw_only=True, frozen=True):
     Attributes:
       address: the absolute path, with special characters quoted as in a URL (`%20`).
       size, mtime_ns, inode: the size in bytes, the time of the last change, and the inode.
-      sidecars: the size and time of each file next to a photo that contains face tags. If face tags
-        are not read, it is empty.
+      sidecars: the size and time of each sidecar file, which contains the face tags of a photo. If
+        face tags are not read, it is empty.
     """
 
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]

@@ -1,6 +1,6 @@
 """Finds the people in a video or photo, tracks them within shots, and computes their embeddings.
 
-`work` runs in a child process with limits, because FFmpeg is large and the file may be malicious.
+`work` runs in a child process with limits, because a malicious file may exploit errors in FFmpeg.
 
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
 a shot. Speech counts as the person's voice while the person is the only one in the picture, but the
@@ -78,7 +78,7 @@ class Figures(NamedTuple):
     parts: dict[str, np.ndarray]
 
     def take(self, index: np.ndarray) -> "Figures":
-        """Returns the people with these indices, or the people at which a mask is True."""
+        """Returns the people at `index`, which contains their indices or is a mask."""
         parts = {part: boxes[index] for part, boxes in self.parts.items()}
         return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 

@@ -139,8 +139,8 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 def convert_centerface(content: bytes) -> "ModelProto":
     """Converts CenterFace's net for any number of images with sides that are multiples of 32.
 
-    The published net is for 10 images of 32 x 32 pixels. It also lists its weights as inputs. They
-    are removed, because ONNX Runtime would print a warning.
+    The published net is for 10 images of 32 x 32 pixels. It also lists its weights as inputs. The
+    weights are removed from the inputs, because ONNX Runtime would warn of them.
     """
     import onnx
 
@@ -182,8 +182,8 @@ class DlibNet:
     """Builds an ONNX graph, node by node, with the weights in dlib's file.
 
     The file contains the layers of the net in order. Each layer has a name, whole numbers, and
-    tensors. Only the tensors are read. They are found by the name before them, because the sha256
-    of the file is known.
+    tensors. Only the tensors are read. It is enough to search for the name before each tensor,
+    because the file is known by its sha256.
 
     Attributes:
       nodes: the nodes of the graph so far.
@@ -319,7 +319,8 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
 
     Source:
       Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-      `VoiceEncoder`. Its gates are input, forget, cell, output. In ONNX, the output gate is second.
+      `VoiceEncoder`. The order of its gates is input, forget, cell, output. In ONNX, it is input,
+      output, forget, cell.
     """
     from onnx import helper
 

@@ -43,7 +43,7 @@ class Faces(NamedTuple):
     points: np.ndarray
 
     def take(self, index: np.ndarray) -> "Faces":
-        """Returns the faces with these indices, or the faces at which a mask is True."""
+        """Returns the faces at `index`, which contains their indices or is a mask."""
         return Faces(*(part[index] for part in self))
 
     def take_above(self, score: float) -> "Faces":
@@ -218,9 +218,9 @@ def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.nda
 
 
 def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns an image or sound to test a net with, as a dict, name of an input -> array.
+    """Returns the inputs for a test of a net, by name: an image or sound.
 
-    The values are computed from a formula, with `seed` as an offset. See `make_formula_image`.
+    The values are computed from a formula with `seed` as an offset, see `make_formula_image`.
     """
     if card.input.layout == "mels":
         numbers = make_formula_image((160, 40), seed)[:, :, 0]

@@ -1,7 +1,7 @@
 """Serves a page on which a user corrects the names of people in films (`vidjax who --review`).
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
-without the address are refused, and so are changes that other pages send. Each change is saved
+without this word are refused, and so are changes that other pages send. Each change is saved
 immediately, in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it.
 The other result files are written a moment after the last change, and when the server ends.
 """
@@ -110,9 +110,9 @@ class Review:
     def film(self, number: int) -> Path | None:
         """Returns the path of the film with this number.
 
-        If there is no such film, or the file has changed, returns None. A folder of results from a
-        stranger may name any file of this disk as a film. It cannot contain the right size, times
-        and inode of this file, so the file is not sent.
+        If there is no such film, or the file has changed, returns None. A folder of results from
+        the internet may name any file of this disk as a film. It cannot contain the right size,
+        time and inode of the file, so the file is not sent.
         """
         if number >= len(self._films):
             return None

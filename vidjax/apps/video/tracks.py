@@ -123,8 +123,8 @@ class Tracker:
         """Makes a tracker without tracks.
 
         Args:
-          gap_s: seconds after the last sighting at which a track ends; it also ends at a cut.
-          held_s: a track with only one sighting is dropped, unless it is longer than this.
+          gap_s: a track ends after this number of seconds without a sighting, or at a cut.
+          held_s: a track with a single sighting is dropped if it lasts at most this many seconds.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -221,7 +221,8 @@ class MainFigures:
     of any other box. A shot is dropped if it lasts less than 1 or more than 30 seconds, or if 30 %
     of its frames or less have a main person.
 
-    Source: iQIYI-VID, sections 3.1 and 3.2, for heads. We interpret "larger" as the area.
+    Source: iQIYI-VID, sections 3.1 and 3.2, where the boxes are heads. The paper only writes
+    "larger", and we compare areas.
     """
 
     def __init__(self) -> None:
@@ -269,7 +270,7 @@ class MainFigures:
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns the seconds after which a picture counts as part of a slide show.
+    """Returns how many seconds a picture must stay to count as part of a slide show.
 
     `fps` is the number of frames per second that are searched.
     """
@@ -277,7 +278,7 @@ def choose_held_seconds(fps: float) -> float:
 
 
 def choose_gap_seconds(rate: float) -> float:
-    """Returns how many seconds after the end of its last sighting a track ends.
+    """Returns the longest gap, in seconds, between two sightings of a track.
 
     `rate` is the number of searched frames per second. If it is low, the gap is longer, because a
     person may be missed in one frame.

@@ -710,8 +710,8 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     """Removes people who no longer have photos from the gallery and from the folder of results.
 
     Clips of films that were enrolled for these people are also removed. The page and the tables of
-    the earlier call contain the names of these people. They are removed, too, in case this call
-    fails before it writes them again.
+    the earlier call are removed, too. They contain the names of these people, and this call may
+    fail before it writes the page and the tables again.
 
     Args:
       names: the people who have photos.
