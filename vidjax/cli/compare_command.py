@@ -44,7 +44,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
 
 
 def _split_seeds(name: str) -> list[str]:
-    """Splits folders joined by +, such as `A1+A2`. An existing folder may have a + in its name."""
+    """Splits folders joined by +, such as `A1+A2`. The path of an existing folder is not split."""
     if Path(name).expanduser().exists():
         return [name]
     return [folder.strip() for folder in name.split("+") if folder.strip()]

@@ -554,9 +554,8 @@ def _threshold(args: argparse.Namespace) -> Result:
 def _export(args: argparse.Namespace) -> Result:
     """Writes a table of the enrolled clips, with the columns clip, identity, and vectors.
 
-    A gallery compares clips by one or more vectors, such as one of the face and one of the voice.
-    Each has a column of unit vectors, whose dot products are cosines. If a clip lacks a vector, the
-    numbers in the column are 0.
+    A gallery compares clips by one or more unit vectors, such as one of the face and one of the
+    voice. Each of them has a column. If a clip lacks a vector, its numbers in the column are 0.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))
