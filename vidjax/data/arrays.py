@@ -72,7 +72,7 @@ class FeatureDict:
         return read_dict(self._splits[split], split)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of the arrays of each split, and the settings that change frames."""
+        """Returns the sha256 of the arrays of each split, and the settings that affect frames."""
         return [
             {
                 "arrays": VERSION,

@@ -82,7 +82,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder of the cache during a `with` block, so that only one process fills it.
 
-    Unfinished copies of the folder that killed processes left behind are deleted first.
+    First, unfinished copies of the folder are deleted, which processes left when they were killed.
     """
     root = folder.parent
     files.make_private(root)

@@ -68,7 +68,7 @@ class EvalPlan(NamedTuple):
       modalities: the names of the modalities.
       bucket: [N] int, the group of each clip: 0 for at most 32 frames, 1 for at most 128, and 2 for
         longer clips. It is -1 for a clip that is left out.
-      padded_lengths: a dict, modality -> the number of frames to which each group is padded.
+      padded_lengths: a dict, modality -> for each group, the number of frames after padding.
     """
 
     split: str

@@ -207,7 +207,7 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips without the modalities that the model does not read.
+    """Yields clips with only the modalities that the model reads.
 
     Args:
       modalities: a dict, modality that the model reads -> feature width.

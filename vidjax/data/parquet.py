@@ -167,7 +167,7 @@ def _check_pages(
 
     Args:
       path: the path of the table, for messages.
-      file: the file `opened`, as pyarrow opens it.
+      file: the same file as `opened`, which pyarrow has opened.
       names: the columns to read.
 
     Raises:

@@ -194,9 +194,9 @@ def iterate_block_groups(
     its features and scores. A dataset that models share is read only once. Different datasets must
     have the same clips.
 
-    `use` is [E, N] bool, True where a member of any model scores a clip. Clips with the same
-    members share blocks, and clips without a member are left out. If `use` is None, the groups
-    contain all clips.
+    `use` is [E, N] bool, True where a member of any model scores a clip. Clips that the same
+    members score share blocks. Clips that no member scores are left out. If `use` is None, the
+    groups contain all clips.
     """
     sharing: dict[int, list[TrainedModel]] = {}  # dataset -> its models
     for model in models:
@@ -264,8 +264,8 @@ def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Splits the buckets of a plan by the members that score each clip, `use` [E, N] bool.
 
     A bucket is a set of clips that are padded to the same length. It is read in blocks of `rows`
-    clips. If the clips of a set of members would not fill a block, they stay in a common bucket,
-    because separate blocks would be mostly padding.
+    clips. If the clips that a set of members scores would not fill a block, they stay in a common
+    bucket, because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket
@@ -354,7 +354,7 @@ def score(
 
     Raises:
       ValueError: the models differ in clips or identities, the scores of a blend are not
-        logarithms, `block_size` is below 1, a block does not fit the memory, no member may score
+        logarithms, `block_size` is below 1, a block does not fit into memory, no member may score
         any clip, or all clips have NaN scores.
     """
     for other in models[1:]:
@@ -379,7 +379,7 @@ def score(
             ranker.add(window)
             masks = devices.fetch([block.batch_mask for block in window[0]])
             progress.advance(sum(int(np.sum(mask)) for mask in masks))
-            jax.block_until_ready(before)  # of the window before: the devices never wait
+            jax.block_until_ready(before)  # the previous window, so the devices always have work
             check()
         progress.close()
         top = ranker.ranking.finish()
