@@ -257,7 +257,7 @@ class Predictor(NamedTuple):
         modalities. If the model takes each frame as an example, it is the mean over the frames.
 
         An ensemble concatenates the vectors of all members, including members that were trained on
-        the clip. A model with a fallback concatenates the vectors of both classifiers, with zeros
+        the clip. The model `fallback` concatenates the vectors of its two classifiers, with zeros
         for the classifier that does not score the clip. A clip without a usable frame gets a zero
         vector. Rows are in the order of the dict, or of the split's clip names.
 

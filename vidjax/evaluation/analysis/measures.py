@@ -387,10 +387,11 @@ def resample_fnir(
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
     """Returns the 95 % intervals of the metrics `top1` and `auroc`.
 
-    If there are no distractors, `auroc` is left out. Both intervals are from a Bayesian bootstrap
-    over people, with all their clips, and over an unseen person. Half of the unseen person's clips
-    are right and score above all distractors. The other half are wrong and score below all
-    distractors. The bootstrap of `auroc` is also over distractors and an unseen distractor.
+    If there are no distractors, `auroc` is left out. Both intervals are from a Bayesian bootstrap:
+    each person, with all their clips, gets random weights. So does an unseen person, who is added.
+    About half of the unseen person's clips are right and score above all distractors. The other
+    clips are wrong and score below all distractors. For `auroc`, each distractor and an unseen
+    distractor get random weights, too.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)
