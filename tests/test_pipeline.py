@@ -190,7 +190,7 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
         ({"modalities": ()}, "config.modalities=: name"),
         ({"splits": ()}, "config.data.train_splits=: name"),
         ({"batch_size": 0}, "1 or more"),
-        ({"step": -1}, "step=-1: .* 0 or more"),
+        ({"step": -1}, "step=-1 .*0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             train_batches(dataset, **{**TRAIN, **changed})
