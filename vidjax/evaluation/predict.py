@@ -137,7 +137,8 @@ class Predictor(NamedTuple):
         if count and metrics.count_allowed(count, 0.01) < 0:
             return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
         of_few_members = self.results.get("map_kind") == "out_of_fold"
-        if of_few_members and len(self.training_sets.members) > 1 and THRESHOLD in self.results:
+        is_known = self.results.get(THRESHOLD) is not None
+        if is_known and of_few_members and len(self.training_sets.members) > 1:
             return (
                 "the threshold in metrics.json is too strict for new clips, because all members "
                 "score a new clip, but only a few members scored each evaluated clip"

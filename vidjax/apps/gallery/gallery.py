@@ -988,11 +988,7 @@ def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
-    """Warns about keys of `identities` that are not in `clips`.
-
-    Raises:
-      UserError: no key is in `clips`.
-    """
+    """Warns about keys of `identities` that are not clips. If none is a clip, raises UserError."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
