@@ -82,11 +82,9 @@ class Detector:
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
         """Returns certain and uncertain detections, with scores above 0.2, in an image.
 
-        Args:
-          image: uint8 [H, W, 3] RGB.
-          near: boxes [N, 4] of faces in another frame. If given, only the image around them is
-            searched. If this would be more work, or the net has an input of fixed size, the whole
-            image is searched.
+        `image` is uint8 [H, W, 3] RGB. If boxes `near` [N, 4] of faces in another frame are given,
+        only the image around them is searched, unless this would be more work, or the net has an
+        input of fixed size.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -131,21 +129,14 @@ class Embedder:
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net that `card` describes.
-
-        `make_input` computes the input of the net from a block of crops or windows. By default, it
-        is `prepare_images`.
-        """
+        """Opens the net. `make_input` turns crops or windows into its input."""
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns embeddings, float32 [N, D], of N crops or windows.
+        """Returns embeddings, float32 [N, D], of N crops, uint8 [N, H, W, 3] RGB, or windows.
 
-        Crops are uint8 [N, H, W, 3] RGB.
-
-        Raises:
-          UserError: the length D of the net's output differs from its description.
+        Raises UserError if the length D of the net's output differs from its description.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -164,8 +155,7 @@ class Embedder:
 def open_session(card: Card) -> "InferenceSession":
     """Opens the net that a card describes, for use in a single thread.
 
-    Raises:
-      UserError: the net is missing or damaged, or its output for a test image has changed.
+    Raises UserError if the net is missing or damaged, or its output for a test image has changed.
     """
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
@@ -191,11 +181,7 @@ def _make_error(card: Card, error: Exception) -> UserError:
 
 
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Compares the output of a net for a test image with the output in its description `card`.
-
-    Raises:
-      UserError: the two outputs differ by more than the tolerance in `card`.
-    """
+    """Raises UserError if the net's output for a test image differs from the output in `card`."""
     output = answer_formula(card, session, card.test.seed)
     gap = float(np.abs(output - np.array(card.test.output)).max())
     if not gap <= card.test.tolerance:  # NaN, too
@@ -218,10 +204,7 @@ def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.nda
 
 
 def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns the inputs for a test of a net, by name: an image or sound.
-
-    The values are computed from a formula with `seed` as an offset, see `make_formula_image`.
-    """
+    """Returns the inputs, an image or sound, for a test of a net; see `make_formula_image`."""
     if card.input.layout == "mels":
         numbers = make_formula_image((160, 40), seed)[:, :, 0]
         return {card.input.name: numbers[None] / np.float32(256)}
@@ -237,10 +220,8 @@ def make_silero_inputs(
 ) -> dict[str, np.ndarray]:
     """Returns the inputs of Silero's net for speech, by name.
 
-    Args:
-      card: the description of the net.
-      samples: [1, 64 + 512], the last 64 samples of the previous call and 512 new samples.
-      state: the state that the previous call returned. For the first call, it is None.
+    `samples` [1, 64 + 512] are the last 64 samples of the previous call and 512 new samples.
+    `state` is the state that the previous call returned, or None for the first call.
     """
     state = np.zeros((2, 1, 128), np.float32) if state is None else state
     return {card.input.name: samples, "state": state, "sr": np.array(16_000, np.int64)}
@@ -256,10 +237,9 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 def ask_net(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Runs a net; returns its outputs by name. `inputs` are also by name.
+    """Runs a net; returns its outputs by name.
 
-    Raises:
-      UserError: the inputs of the net differ from its description `card`.
+    Raises UserError if the inputs of the net differ from its description `card`.
     """
     try:
         names = [output.name for output in session.get_outputs()]
@@ -343,11 +323,8 @@ def choose_regions(
 ) -> list[Region]:
     """Chooses regions of an image that contain the surroundings of all faces and do not overlap.
 
-    Args:
-      boxes: [N, 4], the faces.
-      width, height: the size of the image.
-      most_scale: the largest scale of a region.
-      side: a region is shrunk until the longer side of its smallest face has `side` pixels.
+    `boxes` [N, 4] are the faces. A region is shrunk until the longer side of its smallest face has
+    `side` pixels, and its scale is at most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -388,9 +365,7 @@ def _overlap(first: Region, second: Region) -> bool:
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
     """Removes faces that overlap a better face; returns the others by falling score.
 
-    An intersection over union of up to `most_overlap` is allowed.
-
-    Source: greedy non-maximum suppression.
+    The intersection over union may be up to `most_overlap`. Source: greedy non-maximum suppression.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []

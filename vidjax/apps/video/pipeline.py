@@ -57,9 +57,6 @@ class FileOutcome(NamedTuple):
     """The result of the extraction of a file: either a film, or an error and its remedy.
 
     Attributes:
-      path: the path of the file.
-      film: the description of the film or photo. If the file cannot be read, it is None.
-      error: why the file cannot be read, in one line.
       kept: whether the features of an earlier call were kept.
       replaced: whether the features replace the features of another file with the same name.
       remedy: what a user can do about the error.
@@ -78,10 +75,8 @@ class FileOutcome(NamedTuple):
 class _Job(NamedTuple):
     """A film or photo to read, and the folder of features `out` that will contain the result.
 
-    Attributes:
-      stem: the first part of the names of the file's clips.
-      settings: the settings of the folder.
-      tagged: whether names that photo programs stored for faces are read, too.
+    `stem` is the first part of the names of the file's clips. If `tagged`, names that photo
+    programs stored for faces are read, too.
     """
 
     path: Path
@@ -115,7 +110,7 @@ def extract_folders(
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts faces and voices from videos and photos into folders of features.
+    """Extracts faces and voices from videos and photos; returns the outcomes for each folder.
 
     Features are not extracted again if the file, the nets and the settings are unchanged. If a call
     is interrupted, the next call continues. If a file cannot be read, its outcome is an error, and
@@ -123,24 +118,21 @@ def extract_folders(
 
     Args:
       paths: the videos, photos, or folders of them, for each folder of features. If a folder of
-        features does not exist, it is created, and only its owner can read it.
+        features does not exist, it is created, readable only by its owner.
       models: the folder of nets. Voices need a net that detects speech, and a net that computes
         embeddings of voices.
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the files whose features are removed from the folders. "missing" are files that no
-        longer exist. "others" are all files that are not in `paths`.
+      drop: the files whose features are removed from the folders: "missing" files no longer exist,
+        and "others" are all files that are not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has nets that the features were not computed with. True
-        removes the features, and computes them again. False raises an error.
+        computes the features again. False raises an error.
       check: True compares the content of every file with the content that was extracted. False
         compares only the size, the times and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
       done: a function that is called with each outcome, in any order.
-
-    Returns:
-      The outcomes of the files of each folder.
 
     Raises:
       UserError: a net is missing, or a folder contains a link, or features of other nets or
@@ -202,10 +194,7 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar of the bytes that were read.
-
-    `left` contains the size of each unfinished file. The caller removes files that are finished.
-    """
+    """Shows a progress bar; the caller removes finished files from `left`, the sizes in bytes."""
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
@@ -231,10 +220,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Creates the subfolders of a folder of features, and removes unwanted features.
-
-    Returns the stem, the first part of the names of a file's clips, for each path.
-    """
+    """Creates the subfolders, removes unwanted features; returns the stem of each path's clips."""
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
@@ -258,8 +244,7 @@ def _prepare_folder(
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
     """Divides files into batches; a process reads a batch.
 
-    First come the batches of a single film. Photos share a batch, because a process takes longer to
-    start than to read a photo.
+    First come the batches of a single film. Photos share a batch, because a process starts slowly.
     """
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
@@ -270,8 +255,7 @@ def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
 def list_files(paths: Sequence[Path]) -> list[Path]:
     """Returns the files in `paths`, and the films and photos in the folders in `paths`, once each.
 
-    Raises:
-      UserError: a path does not exist, or there is no film and no photo.
+    Raises UserError if a path does not exist, or there is no film and no photo.
     """
     path_of: dict[Path, Path] = {}
     for path in paths:
@@ -290,10 +274,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def suggest_path(path: Path) -> str:
-    """Returns a line that asks whether the user meant a similar path in the same folder.
-
-    If there is no similar path, returns "".
-    """
+    """Returns a line that asks whether the user meant a similar path in the same folder, or ""."""
     try:
         names = os.listdir(path.parent)
     except OSError:
@@ -344,10 +325,7 @@ def say_left_out(paths: Iterable[Path]) -> None:
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if the folder for results contains input files.
-
-    The next call would otherwise read the results as input.
-    """
+    """Raises UserError if `out` contains input files: the next call would read results as input."""
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
@@ -364,10 +342,8 @@ def _check_extraction(
     """Returns the settings of a folder of features; a new folder gets the given settings.
 
     `digests` contains the sha256 of the description of each net, by role. If `upgrade`, and there
-    are new nets, all features are removed, so that they are extracted with these nets.
-
-    Raises:
-      UserError: the features are of other nets or settings, or another program wrote the folder.
+    are new nets, all features are removed, so that they are extracted with these nets. Raises
+    UserError if the features are of other nets or settings, or another program wrote the folder.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -407,12 +383,9 @@ def _check_extraction(
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
     """Chooses the stem, the first part of the names of its clips, for each file.
 
-    A file keeps its stem from an earlier call, even if it was moved. The stem of a new file is made
-    of its name. If another file has this stem, `~` and digits of the sha256 are added. A copy of a
-    file with the same name is left out.
-
-    Args:
-      known: the films of earlier calls, by stem.
+    A file keeps its stem in `known`, the films of earlier calls, even if it was moved. The stem of
+    a new file is made of its name. If another file has this stem, `~` and digits of the sha256 are
+    added. A copy of a file with the same name is left out.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
@@ -493,10 +466,9 @@ def _extract_batch(
 
 
 def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
-    """Checks whether the features of a file are complete and up to date.
+    """Returns the outcome of a file if its features are complete and up to date.
 
-    If they are, returns the outcome. If not, removes them, and returns the arguments of
-    `film.work`, which extracts them again.
+    If not, removes them, and returns the arguments of `film.work`, which extracts them again.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -590,11 +562,7 @@ def _remove(out: Path, stem: str) -> None:
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes the pictures of all clips from a folder of features.
-
-    Returns False if the folder of pictures also contains files that vidjax did not write. They are
-    kept.
-    """
+    """Removes all pictures of clips; returns False if it keeps files of other programs."""
     if not files.exists(out / THUMBNAILS):
         return True
     for folder in (out / THUMBNAILS).iterdir():
@@ -608,10 +576,7 @@ def _remove_pictures(folder: Path) -> None:
 
 
 def remove_features(out: Path) -> bool:
-    """Removes a folder of features.
-
-    Files that vidjax did not write are kept. Returns False if there are such files.
-    """
+    """Removes a folder of features; returns False if it keeps files of other programs."""
     if files.exists(out / features_folder.NAME):
         remove_thumbnails(out)
         _remove_leftovers(out, set())
@@ -620,10 +585,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes the temporary files of killed calls.
-
-    If `stems` is given, the features of all videos with other stems are also removed.
-    """
+    """Removes temporary files of killed calls, and the features of videos not in `stems`."""
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

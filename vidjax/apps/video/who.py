@@ -68,7 +68,6 @@ class WhoResults(NamedTuple):
 
     Attributes:
       people: the number of enrolled clips of each person.
-      decision: the people in all films.
       failed: the remedies for the files that could not be read or show no usable face, by path. If
         the remedy was already printed, it is "".
       missed: the people without a usable photo, who cannot be recognised.
@@ -119,10 +118,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name of an unknown person after the joins in `same`.
-
-        For example, if a user joined unknown 5 to unknown 2, `unknown 5` becomes `unknown 2`.
-        """
+        """Returns the name that an unknown person, such as `unknown 5`, has after `same`."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
@@ -157,10 +153,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Returns numbers to which the clips of `films` were added.
-
-        `groups` is the unknown person, such as `unknown 3`, of each clip.
-        """
+        """Returns numbers to which the clips of `films`, with their unknown people, were added."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -173,7 +166,6 @@ class Decision(NamedTuple):
     """The people in all films of a folder of results.
 
     Attributes:
-      films: all films.
       vectors: the embeddings of all clips. If there are no clips, it is None.
       vote_groups: the group of each clip. The clips of a group vote on their name.
       answers: the answer of the gallery for each clip.
@@ -195,10 +187,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns the values for the clips of some films; `table` also contains other films.
-
-    `table` is a dict from the digest of a film to a dict from the name of a clip to the value.
-    """
+    """Returns the values of the clips in `films` from a table by digest of the film and clip."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -243,8 +232,7 @@ def name_people(
       people: a folder with photos of each person, as NAME/PHOTO.jpg or NAME.jpg. If a photo program
         stored names of faces in a photo, these names are used. If `people` is None, the gallery of
         an earlier call is used.
-      out: the folder for results. If it does not exist, it is created, and only its owner can read
-        it.
+      out: the folder for results. If it does not exist, it is created, readable only by its owner.
       thumbnails: True keeps a picture of each face. False deletes the pictures of earlier calls.
         None keeps the choice of the last call.
       fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
@@ -306,10 +294,7 @@ def _update_people(
     workers: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the photos of a folder of people, and forgets people without photos.
-
-    Returns the remedies for unusable photos by path, and the names of the people in the folder.
-    """
+    """Enrols photos, and forgets people without photos; returns the result of `_enrol_photos`."""
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
@@ -338,10 +323,7 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many films no longer exist.
-
-    If there are thumbnails, but not of every film, prints how to make them.
-    """
+    """Prints how many films no longer exist, and how to make missing thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -354,11 +336,7 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
 
 
 def _open_gallery(out: Path, models: Path) -> Gallery:
-    """Opens the gallery of an earlier call, or creates a gallery.
-
-    Raises:
-      UserError: the folder of results is new, but contains files of another program.
-    """
+    """Opens or creates a gallery; raises UserError if `out` is new, but not empty."""
     path = out / "gallery"
     if not files.exists(path) and (foreign := pipeline.find_foreign(out)):
         raise UserError(
@@ -405,10 +383,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes the rows of clips from `unknown.tsv`. `named` contains these clips and their names.
-
-    If the row of a clip contains another name, it is kept.
-    """
+    """Removes the rows from `unknown.tsv` whose clip has the same name in `named`."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
@@ -419,9 +394,8 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-    Raises:
-      UserError: there is no folder `people`, or it contains no photos. If an earlier call has
-        created a gallery, a folder without photos is allowed.
+    Raises UserError if there are no photos. If an earlier call has created a gallery, a folder
+    without photos is allowed.
     """
     if not people.is_dir():
         hint = pipeline.suggest_path(people)
@@ -476,9 +450,7 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    Args:
-      names: the people whose photo is a file in the folder `people`.
-      only_files: whether the folder contains only files. It may then be the folder of one person.
+    If `people` contains only files, it may be the folder of one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -501,10 +473,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns the photos and films in a folder, without films that have the name of a photo.
-
-    Phones store such films as a part of Live Photos.
-    """
+    """Returns the photos and films in a folder, without the films that phones store with photos."""
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -514,17 +483,11 @@ def _list_stills(folder: Path) -> list[Path]:
 def _enrol_photos(
     gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the faces in photos.
+    """Enrols faces; returns the remedies for unusable photos by path, and the names of all people.
 
     A person is enrolled with all photos of the folder or file with this name, and with all faces
     that a photo program has tagged with this name. If a photo has face tags, the name of its folder
-    is ignored.
-
-    Args:
-      outcomes_of: the extracted photos of each folder of features.
-
-    Returns:
-      The remedies for unusable photos by path, and the names of all people.
+    is ignored. `outcomes_of` contains the extracted photos of each folder of features.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
@@ -584,8 +547,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
     """Prints one warning if photos in the folder of a person have face tags only of other people.
 
-    `name` is the person. Photos directly in the folder `people`, and photos that an earlier call
-    extracted, are not checked.
+    Photos directly in `people`, and photos that an earlier call extracted, are not checked.
     """
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
@@ -601,9 +563,8 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     """Returns the label that new photos of each person in `names` get in the gallery.
 
-    The label is the most frequent label of the person's enrolled photos, because a user may have
-    renamed them in the gallery. A label that is another name in `names` is chosen only if there is
-    no other label. If the person has no enrolled photos, the label is the person's name.
+    The most frequent label of the person's enrolled photos is chosen, because a user may have
+    renamed them. A label that is another name in `names` is chosen only if there is no other label.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -619,12 +580,9 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
 def _enrol(
     gallery: Gallery, folder: Path, usable: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
-    """Enrols the clips of a folder of photos, and removes clips whose photo is no longer there.
+    """Enrols the clips of a folder of features, and removes clips whose photo is no longer there.
 
-    Args:
-      folder: the folder with the features of the photos.
-      usable: the person of each clip to enrol.
-      labels: the label of each person in the gallery.
+    `usable` contains the person of each clip to enrol, and `labels` each person's label.
     """
     old = {
         clip
@@ -646,10 +604,7 @@ def _enrol(
 
 
 def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
-    """Warns of photos that may show another person, and of photos enrolled for two people.
-
-    `outcomes` are the extracted photos of each folder of features.
-    """
+    """Warns of photos that may show another person, and of photos enrolled for two people."""
     given = {
         str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
             (outcome.path, outcome.film)
@@ -707,15 +662,11 @@ def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Removes people who no longer have photos from the gallery and from the folder of results.
+    """Removes people other than `names` from the results, and folders of photos not in `places`.
 
-    Clips of films that were enrolled for these people are also removed. The page and the tables of
-    the earlier call are removed, too. They contain the names of these people, and this call may
-    fail before it writes the page and the tables again.
-
-    Args:
-      names: the people who have photos.
-      places: the names of the existing folders of photos.
+    Clips of films that were enrolled for these people are also removed. So are the page and the
+    tables of the earlier call: they contain the names of these people, and this call may fail
+    before it writes them again.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -766,9 +717,7 @@ def decide(
     to `unknown.json`.
 
     Args:
-      gallery: the gallery of the people.
       out: the folder of results.
-      films: the films.
       before: the numbers of the last call, and the corrections of a user.
       identify: the method `gallery.identify`, with the rule by which a clip gets a name.
       last: an earlier decision on the same films. To save time, its embeddings and groups are used.
@@ -808,13 +757,9 @@ def _keep_numbers(
 ) -> dict[str, str]:
     """Renames groups of clips so that they keep their numbers; returns the new name of each clip.
 
-    A group keeps the number that most of its clips had, unless another group has more clips with
-    this number. The other groups get new numbers above `highest`, larger groups first.
-
-    Args:
-      groups: the group of each clip, such as `unknown 1`. Larger groups have lower numbers.
-      before: the number that a clip had in the last call.
-      highest: the highest number in the last call.
+    A group keeps the number that most of its clips had in `before`, unless another group has more
+    clips with this number. The other groups get new numbers above `highest`, larger groups first.
+    In `groups`, larger groups have lower numbers.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
@@ -832,10 +777,7 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes tables, subtitles, cut lists and the page of a decision into the folder `out`.
-
-    `padding` is the number of seconds that are added at both ends of each appearance in cut lists.
-    """
+    """Writes tables, subtitles, the page, and cut lists with padding around appearances."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
