@@ -104,12 +104,9 @@ def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     """Reads a clip from the content of an `.npz` file in memory.
 
-    Args:
-      limit: maximum number of bytes of the arrays as float32. They are counted before the arrays
-        are unpacked.
-
-    Raises:
-      UserError: the content is damaged, has several clips, or exceeds `limit`.
+    `limit` is the maximum number of bytes of the arrays as float32. They are counted before the
+    arrays are unpacked. Raises UserError if the content is damaged, has several clips, or exceeds
+    `limit`.
     """
     clean = clean_name_at("clip:", name)
     try:
@@ -127,13 +124,8 @@ def read_json(value: object, place: str) -> Clip:
     """Reads a clip from parsed JSON, {"clip": NAME, "face": [[D numbers for each of T frames]]}.
 
     Other modalities, and other values of frames such as `face_quality`, are optional. The features
-    of a single frame may be a plain list of D numbers.
-
-    Args:
-      place: the start of an error message, such as a file and a line.
-
-    Raises:
-      UserError: the JSON has a different form.
+    of a single frame may be a plain list of D numbers. Raises UserError if the JSON has a different
+    form. Error messages begin with `place`, such as a file and a line.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(
@@ -163,15 +155,8 @@ def _group_by_modality(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Groups arrays with names such as `face` and `face_quality` by modality.
 
-    Args:
-      arrays: a dict, name -> array.
-      place: the start of an error message.
-
-    Returns:
-      A dict, modality -> field -> array. The field of `face` is `features`.
-
-    Raises:
-      UserError: a field is misspelt, such as `face_qualty`, or an array has no name.
+    Returns a dict, modality -> field -> array. The field of `face` is `features`. Raises UserError
+    if a field is misspelt, such as `face_qualty`, or if an array has no name.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -196,8 +181,7 @@ def _group_by_modality(
 def read_parquet(path: Path) -> Iterator[Clip]:
     """Yields the clips of a parquet table. Rows may have any order.
 
-    Raises:
-      UserError: the table is malformed, or does not fit into memory.
+    Raises UserError if the table is malformed, or does not fit into memory.
     """
     columns, values, width = parquet.read(path)
     start = np.cumsum(width, dtype=np.int64) - width
@@ -242,11 +226,8 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
     """Groups the rows of a table by clip and modality.
 
-    Args:
-      clips, modalities: the dictionary-encoded columns of the table (pyarrow).
-
-    Yields:
-      The clip, the modality, and [n] int, the numbers of their rows in ascending order.
+    Takes the dictionary-encoded columns of the table (pyarrow). Yields the clip, the modality, and
+    [n] int, the numbers of their rows in ascending order.
     """
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
@@ -289,7 +270,6 @@ def read_at_once(
     Args:
       files: a dict, split -> the files of its clips.
       scratch: folder for the frames. It must exist as long as the returned arrays.
-      non_finite, quality: as in `packing.pack`.
 
     Returns:
       A dict, split -> modality -> the frames of all clips.
@@ -337,16 +317,9 @@ _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `Packed
 def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
     """Joins the clips of a split that several processes read, by appending their files of frames.
 
-    Args:
-      parts: a dict for each process, modality -> (the folder of its files, the result of
-        `PackedClips.summary`).
-
-    Returns:
-      A dict, modality -> the frames of all clips.
-
-    Raises:
-      RetrySerially: two processes read the same clip, or features of different width or dtype, or
-        the names of two modalities differ only in the case of letters.
+    Returns a dict, modality -> the frames of all clips. Raises RetrySerially if two processes read
+    the same clip, or features of different width or dtype, or if the names of two modalities differ
+    only in the case of letters.
     """
     names = [{name for _, packed in part.values() for name in packed["names"]} for part in parts]
     modalities = sorted({name for part in parts for name in part})
@@ -380,12 +353,9 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Reads clips in a child process, and writes their frames to files.
 
-    Args:
-      arguments: a dict with `paths` (the files to read), `out_dir` (the folder for frames) and
-        `options` (the arguments `non_finite` and `quality` of `pack`).
-
-    Returns:
-      A dict, modality -> `PackedClips.summary`.
+    `arguments` has `paths` (the files to read), `out_dir` (the folder for frames) and `options`
+    (the arguments `non_finite` and `quality` of `pack`). Returns a dict, modality ->
+    `PackedClips.summary`.
     """
 
     def clips() -> Iterator[Clip]:

@@ -64,8 +64,6 @@ class EvalPlan(NamedTuple):
     """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
-      split: the name of the split.
-      modalities: the names of the modalities.
       bucket: [N] int, the group of each clip: 0 for at most 32 frames, 1 for at most 128, and 2 for
         longer clips. It is -1 for a clip that is left out.
       padded_lengths: a dict, modality -> for each group, the number of frames after padding.
@@ -129,13 +127,8 @@ class BatchPlan(NamedTuple):
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """Splits clips into blocks of at most `rows` clips of the same bucket.
 
-    Args:
-      bucket: [N] int, the bucket (the group of similar length) of each clip, or -1 for a clip that
-        is left out.
-      rows: maximum number of clips in a block.
-
-    Yields:
-      The bucket of a block, and [n] int, the positions of its n clips in `bucket`.
+    `bucket` [N] int has -1 for clips that are left out. Yields the bucket of each block, and [n]
+    int, the positions of its n clips in `bucket`.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -152,19 +145,15 @@ class ClipSource(Protocol):
         ...
 
     def split(self, name: str) -> Split:
-        """Returns the clips and labels of a split.
-
-        Raises:
-          UserError: no split has this name.
-        """
+        """Returns the clips and labels of a split. Raises UserError if no split has this name."""
         ...
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        The last batch of each group of similar length may have empty rows, where `batch_mask` is
-        False. From a clip of more than 512 frames, the 512 frames of the best quality are taken, in
-        time order. Among frames of equal quality, the earlier frame is preferred.
+        The last batch of each bucket may have empty rows, where `batch_mask` is False. If a clip
+        has more than 512 frames, the 512 frames of the best quality are taken, in time order. Among
+        frames of equal quality, the earlier frame is preferred.
         """
         ...
 
@@ -183,10 +172,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips, labelled with other classes.
-
-        Label c means `identities[c - 1]`. Clips of other identities have the label 0.
-        """
+        """Returns the same clips with other classes. Clips of other identities have the label 0."""
         ...
 
     def order(self, split: str) -> np.ndarray:
@@ -194,10 +180,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan` without end, beginning with the batch of `step`.
-
-        Rows whose `batch_mask` is False have no frames.
-        """
+        """Yields the training batches of `plan` without end, beginning with the batch of `step`."""
         ...
 
     def packed(
@@ -205,8 +188,7 @@ class TrainingData(ClipSource, Protocol):
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
         """Reads every clip of a split once, with all frames, a few clips at a time.
 
-        Yields:
-          The `clip_index` of n clips [n] int32, and a dict, modality -> their joined frames.
+        Yields the `clip_index` of n clips [n] int32, and a dict, modality -> their joined frames.
         """
         ...
 
@@ -279,9 +261,9 @@ def make_eval_plan(
       lengths: [N] int, the length that decides the group of each clip. It must be at least the
         number of frames in the longest modality of the clip, which is the default.
       only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
-      join: if True, short clips are evaluated together with longer clips if that adds at most 65536
-        frames of padding. So a small split needs only one compiled program. Models of single frames
-        do not benefit, because their time grows with the padding.
+      join: if True, short clips are grouped with longer clips if that adds at most 65536 frames of
+        padding. So a small split needs only one compiled program. Models of single frames do not
+        benefit, because their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)
@@ -308,13 +290,10 @@ def make_batch_plan(
     seed: int,
     epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
-    """Plans the training batches.
+    """Plans the training batches. A batch may have more rows than there are clips.
 
-    Args:
-      batch_size: number of clips of a batch. It may exceed the number of clips.
-      max_frames: maximum number of frames to which a modality is padded. If all clips are shorter,
-        the modality is padded to the length of the longest clip, rounded up.
-      crop, seed, epoch_clips: see BatchPlan.
+    A modality is padded to the length of its longest clip, rounded up, but at most `max_frames`.
+    For `crop`, `seed` and `epoch_clips`, see BatchPlan.
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)
@@ -364,23 +343,15 @@ def count_cropped(
 def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
     """Returns the positions of the `count` frames of the highest quality, in ascending order.
 
-    A NaN counts as the lowest quality. Among frames of equal quality, earlier frames are preferred.
-
-    Args:
-      quality: [T], the quality of each frame.
-      count: number of frames to choose, at most T.
+    `quality` is [T], with T >= `count`. A NaN counts as the lowest quality. Among frames of equal
+    quality, earlier frames are preferred.
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
     return np.sort(np.argsort(-ordered, kind="stable")[:count])
 
 
 def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
-    """Returns a batch of `rows` rows. The first rows are the clips, the other rows are empty.
-
-    Args:
-      frames: a dict, modality -> Frames with `rows` rows.
-      clip_index: [n] int32, the number of each clip, with n <= `rows`.
-    """
+    """Returns a batch that begins with the clips `clip_index` [n] int32. Other rows are empty."""
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 
@@ -390,12 +361,11 @@ def pad(
 ) -> Frames:
     """Joins clips in arrays [B, T], which are padded with zeros.
 
-    Of a clip with more than T frames, the T frames of the highest quality are kept.
+    If a clip has more than T frames, the T frames of the highest quality are kept.
 
     Args:
       frames: a dict, field -> the values of each clip, [t] or [t, D]. There are at most B clips.
       shape: (B, T).
-      modality: the width and the dtype of the features.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

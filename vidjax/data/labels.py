@@ -27,14 +27,8 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Reads the ground-truth file `{split}_gt.txt` of every split that has one.
 
-    Args:
-      clips: a dict, split -> the clips that have features.
-
-    Returns:
-      A dict, split -> clip -> identity.
-
-    Raises:
-      UserError: a file is malformed, or lists too many clips without features.
+    `clips` is a dict, split -> the clips that have features. Returns a dict, split -> clip ->
+    identity. Raises UserError if a file is malformed, or lists too many clips without features.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -49,14 +43,8 @@ def load_folder_truth(
 ) -> dict[str, dict[str, str]]:
     """Reads `labels.csv` of a folder, or its ground-truth files if there is no `labels.csv`.
 
-    Args:
-      clips: a dict, split -> the clips that have features.
-
-    Returns:
-      A dict, split -> clip -> identity.
-
-    Raises:
-      UserError: the folder has both kinds of labels, or a misspelt file such as `label.csv`.
+    See `load_official_truth` for `clips` and the result. Raises UserError if the folder has both
+    kinds of labels, or a misspelt file such as `label.csv`.
     """
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
@@ -149,11 +137,8 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Checks labels, and returns a dict, clip -> identity.
 
-    A clip whose identity is None or empty is left out: it shows no known person. A warning counts
-    the clips with an empty identity.
-
-    Args:
-      rows: for each label, the start of an error message, the clip and the identity.
+    Each row has the start of an error message, the clip and the identity. A clip whose identity is
+    None or empty is left out: it shows no known person. A warning counts the empty identities.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -195,8 +180,7 @@ MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Returns a dict, split -> path of `{split}_gt.txt`, in the order train, val, test.
 
-    Raises:
-      UserError: a file name is misspelt, such as `valid_gt.txt` or `val_gt.csv`.
+    Raises UserError if a file name is misspelt, such as `valid_gt.txt` or `val_gt.csv`.
     """
     entries = list_entries(directory)
     words = {
@@ -282,12 +266,7 @@ def load_ground_truth(
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True if the lines of a ground-truth file begin with identities instead of clips.
-
-    Args:
-      path: the file. If no name ends in .mp4, its name decides.
-      lines: the words of each line.
-    """
+    """Returns True if the lines of a ground-truth file begin with identities instead of clips."""
     for fields in lines:
         for column, name in enumerate(fields):
             if name.endswith(".mp4"):
@@ -313,11 +292,8 @@ def _parse_clip(text: str, known: Collection[str], where: str) -> str:
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns the number and the words of each line of a text file, without blank lines.
 
-    Args:
-      form: the form of a line, for messages.
-
-    Raises:
-      UserError: the text is not UTF-8, or all lines are blank.
+    Raises UserError if the text is not UTF-8, or if all lines are blank. The message contains
+    `form`, the form of a line.
     """
     if not path.exists():
         raise NoFileError(f"'{path}' does not exist: correct the path")
@@ -344,13 +320,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but one is not, or is less than 1.
-
-    Args:
-      path: the file of the labels, for messages.
-      labels: a dict, clip -> identity.
-      lines: a dict, clip -> number of its line.
-    """
+    """Raises UserError if most identities are whole numbers, but one is not, or is less than 1."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
@@ -368,9 +338,6 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     """Reads the weights of N clips from a text file of lines `NAME.mp4 WEIGHT`.
 
     A byte order mark, CRLF, tabs, blank lines, additional spaces and a missing `.mp4` are ignored.
-
-    Args:
-      clips: the names of the N clips.
 
     Returns:
       [N] float32. The weight of a clip that is not in the file is 1.
@@ -414,12 +381,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
     """Warns if a file of labels or weights names clips that have no features.
 
-    Args:
-      named: the clips in the file.
-      clips: the clips that have features.
-
-    Raises:
-      UserError: more than 1 % of the named clips have no features.
+    Raises UserError if more than 1 % of the named clips have no features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]

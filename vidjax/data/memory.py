@@ -91,10 +91,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks and takes the clips of a dict, clip -> modality -> features [T, D].
-
-        See `pack` for the other arguments.
-        """
+        """Does the same as `pack` with a dict, clip -> modality -> features [T, D]."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are of type {type(clips).__name__}: "
@@ -117,10 +114,8 @@ class MemoryClips:
 
         Args:
           modalities: a dict, modality that the model reads -> feature width.
-          identities: the names of the classes.
-          quality: 'given' takes the quality of frames from the clips, or the norm of the feature
-            if there is no quality. 'norm' always takes the norm. Use the same value as
-            the training.
+          quality: 'given' takes the quality of frames from the clips, or the norm of the feature if
+            there is no quality. 'norm' always takes the norm. Use the same value as the training.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
@@ -186,12 +181,7 @@ class MemoryClips:
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
-        """Returns the frames of a modality of some clips, padded with zeros.
-
-        Args:
-          clips: [n] int, positions of clips.
-          shape: (B, T), the padded number of clips and of frames.
-        """
+        """Returns the frames of n clips in a modality, padded with zeros to `shape` (B, T)."""
         frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
         flat, dtype = self._packed.get(modality), "float32"
         if flat is not None and len(flat.features):  # without frames, features have no width
@@ -209,13 +199,8 @@ def _select(
 ) -> Iterator[Clip]:
     """Yields clips with only the modalities that the model reads.
 
-    Args:
-      modalities: a dict, modality that the model reads -> feature width.
-      names: a dict to which the names are added, name of a clip -> its name in the input.
-      unread: a set to which the names of the removed modalities are added.
-
-    Raises:
-      UserError: a clip has modalities, but none of `modalities`.
+    Adds the name of each clip and its name in the input to `names`, and the names of the removed
+    modalities to `unread`. Raises UserError if a clip has modalities, but none of `modalities`.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
@@ -283,9 +268,7 @@ def load_clips(
       modalities: a dict, modality that the model reads -> feature width.
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
-      quality: 'given' takes the quality of frames from the files. A missing quality is the norm of
-        the feature, or 0 in iQIYI-VID pickles. 'norm' always takes the norm. Use the same value as
-        the training.
+      quality: as in `MemoryClips.pack`, but a quality that iQIYI-VID pickles lack is 0.
 
     Raises:
       UserError: clips are malformed, the folder has several splits and `split` is None, or no clip
@@ -316,9 +299,7 @@ def load_clips(
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
     """Finds the files that contain the clips of a folder or file. The files are not read.
 
-    Args:
-      path: a folder, a parquet table or a `.npz` file.
-      split: the split to find. It may be None if the folder has a single split.
+    If the folder has a single split, `split` may be None.
 
     Returns:
       A list of `.npz` files or of one parquet table. For pickles of the iQIYI-VID dataset, a dict,
@@ -348,7 +329,6 @@ def load_people(
     """Loads the clips of people, which are in files `path/PERSON/CLIP.npz`.
 
     Args:
-      path: the folder that contains a folder for each person.
       modalities: a dict, modality to read -> feature width.
       quality: 'given' or 'norm', as in `load_clips`.
 
@@ -399,11 +379,7 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns `split`, or the only split if `split` is None.
-
-    Raises:
-      UserError: `split` is None and there are several splits, or there is no split of this name.
-    """
+    """Returns `split` if it exists, or the only split if `split` is None, or raises UserError."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:

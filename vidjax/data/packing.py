@@ -50,8 +50,7 @@ class Clip(NamedTuple):
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
     """Yields the clips of a dict, clip -> modality -> features. Error messages begin with `place`.
 
-    Raises:
-      UserError: a name is not text, or is refused, or its value is not a dict.
+    Raises UserError if a name is not text, or is refused, or if its value is not a dict.
     """
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
@@ -130,8 +129,7 @@ def _read_column(
 ) -> np.ndarray:
     """Returns the field `name` of `num_frames` frames as an array with the dtype of the field.
 
-    Raises:
-      UserError: the shape is wrong, or a frame number is not a whole number of 0 or more.
+    Raises UserError if the shape is wrong, or a frame number is not a whole number of 0 or more.
     """
     column, shape = _to_real_array(values, place), field.shape(num_frames)
     if column.size == 1 and shape == (1,):
@@ -217,10 +215,7 @@ def pack(
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if the name of a modality cannot be the name of a new folder.
-
-    `known` are the modalities that already have a folder.
-    """
+    """Raises UserError if the name of a modality cannot be the name of a folder next to `known`."""
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
         problem = " may have only letters, digits, '-' and '_': rename it"
@@ -235,8 +230,7 @@ class Packer(contextlib.ExitStack):
     """Joins the frames of one modality of many clips, clip by clip, in one array per field.
 
     The frames are checked, and are written in blocks to files in `folder`. If `folder` is None,
-    they stay in memory. Qualities, detections and boxes that are not finite become 0. A `with`
-    block closes the files.
+    they stay in memory. Qualities, detections and boxes that are not finite become 0.
     """
 
     def __init__(
@@ -387,9 +381,6 @@ def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
     """Finds the frames of each clip in all modalities, and chooses the order of the clips.
 
     The clips of 'train' are shuffled; in other splits they are sorted by name.
-
-    Args:
-      packed: a dict, modality -> the frames of all clips.
     """
     # Python orders str by code point, which is the byte order of UTF-8.
     clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))

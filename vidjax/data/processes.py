@@ -69,9 +69,6 @@ class Children:
           given: bytes for standard input.
           timeout: seconds after which the child is killed. If it is None, there is no limit.
 
-        Returns:
-          The ended process with its exit code and its output.
-
         Raises:
           subprocess.TimeoutExpired: the child was killed after `timeout`.
         """
@@ -121,15 +118,13 @@ def map_children(
     *,
     progress: str = "",
 ) -> list[Result]:
-    """Calls a function for each item, several calls at once, each in a thread.
+    """Calls a function for each item, with at most `workers` calls at once, each in a thread.
 
     The first error kills all child processes and is raised.
 
     Args:
-      function: a function that takes a `Children` object, with which it starts child processes,
-        and an item.
+      function: takes a `Children` object, with which it starts child processes, and an item.
       items: the items. Calls start in this order.
-      workers: number of calls at once.
       progress: the title of a progress bar. If it is "", there is no progress bar.
 
     Returns:
@@ -158,10 +153,7 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limits the address space of this process in bytes (only on Linux) and its CPU time.
-
-    `cpu_seconds` are counted from now on.
-    """
+    """Limits the address space of this process (only on Linux), and its CPU time from now on."""
     import resource
 
     cpu = int(time.process_time()) + cpu_seconds
@@ -177,8 +169,7 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
 def forbid_connections() -> bool:
     """Prevents this process from opening sockets and starting programs, until it ends.
 
-    Returns:
-      True if the system supports this.
+    Returns False if the system does not support this.
 
     Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
     """
@@ -216,13 +207,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Runs in a child process: calls `work` with each job that `run_limited_each` sends.
 
     Jobs are read from standard input as JSON, and the results are written to standard output. What
-    libraries print is redirected to standard error.
-
-    Args:
-      work: a function that takes the arguments of a job, and returns its result, both JSON values.
-
-    Returns:
-      0, the exit code.
+    libraries print is redirected to standard error. Returns 0, the exit code.
     """
     end_with_parent()
     with open(0, "rb", closefd=False) as given:
@@ -270,14 +255,10 @@ def run_limited(
       module: the name of a module that ends with `sys.exit(processes.serve(work))`.
       path: the file that `work` reads, for messages.
       arguments: the arguments of `work`, JSON values.
-      memory_bytes: limit of the address space, in bytes.
-      cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds +
-        20 times this value.
-      children: an object that starts the child, and with which another thread can kill it. It may
-        be None.
-
-    Returns:
-      The result of `work`.
+      memory_bytes: limit of the address space.
+      cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds + 20 times this
+        value.
+      children: an object with which another thread can kill the child.
 
     Raises:
       UserError: `work` raised UserError, exceeded a limit, or crashed.
@@ -300,10 +281,10 @@ def run_limited_each(
 ) -> list[dict[str, Any] | UserError]:
     """Calls the function `work` of a module several times, in the same child process with limits.
 
+    All calls share the limits. For the other arguments, see `run_limited`.
+
     Args:
-      module: the name of a module that ends with `sys.exit(processes.serve(work))`.
       given: for each call, the file that `work` reads, and its arguments.
-      memory_bytes, cpu_seconds, children: see `run_limited`. All calls share the limits.
 
     Returns:
       The result of each call, or its error.

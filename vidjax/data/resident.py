@@ -67,7 +67,7 @@ def gather_frames(
     *,
     lazy: bool = True,
 ) -> Frames:
-    """Gathers the frames of B clips in a modality, padded to `size` frames.
+    """Gathers the frames of B clips in a modality, padded to [B, size].
 
     Args:
       clips: the joined frames of N clips. The last frame consists of zeros, and is used as padding.
@@ -76,9 +76,6 @@ def gather_frames(
       window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
         None, the first `size` frames are taken.
       lazy: if True, features are gathered later, after a fusion has chosen frames.
-
-    Returns:
-      Frames [B, size].
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
@@ -105,7 +102,6 @@ class ResidentPlan(NamedTuple):
     Attributes:
       train_splits: the training splits. `clip_index` counts their clips, split after split.
       splits: the training splits and the split to evaluate.
-      modalities: the names of the modalities.
       num_frames: a dict, modality -> number of frames, including the copies of `best`.
       best: a dict, (split, phase, modality) -> T. In this phase, 'train' or 'eval', only the T
         frames of the highest quality of a longer clip are used. A copy of them is stored.
@@ -123,10 +119,7 @@ class ResidentPlan(NamedTuple):
 
 
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
-    """Computes which clips training and evaluation need on the devices, and their size.
-
-    Of `data`, only the lengths of clips are read.
-    """
+    """Computes which clips training and evaluation need on the devices, and their size."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
     for split in splits.values():
@@ -157,11 +150,8 @@ def step_bytes(
 
     The results are the batch, the fused frames, the logits, the losses and the gradients of all of
     them, as float32. The gradients and the updates of the parameters are also counted. The
-    parameters and the state of the optimiser are not counted.
-
-    Args:
-      params: bytes of the parameters.
-      columns: number of classes.
+    parameters (`params` bytes) and the state of the optimiser are not counted. `columns` is the
+    number of classes.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip
@@ -175,7 +165,6 @@ def choose_mode(
 
     Args:
       mode: the mode in the configuration. If it is 'auto', the free memory decides.
-      layout: the clips that would stay on the devices.
       num_drawn: the number of clips in all batches of the run.
       taken: bytes that a training step needs, see `step_bytes`.
 
@@ -221,11 +210,7 @@ class Resident:
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Copies the clips of `layout` from the dataset `data` to the devices of `mesh`.
-
-        Raises:
-          UserError: a file of the dataset is damaged.
-        """
+        """Copies the clips of `layout` to the devices. Raises UserError if a file is damaged."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = jax.jit(

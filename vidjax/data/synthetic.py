@@ -170,7 +170,6 @@ def write(
       out_dir: the folder. It must be empty, or must not exist.
       size: 'small' or 'standard'.
       seed: the random seed, 0 or more.
-      options: the difficulty.
 
     Raises:
       UserError: `out_dir` is not empty, the size is unknown, the seed is negative, or an option is
@@ -233,7 +232,7 @@ class _FlatFrames(NamedTuple):
       lengths: [n] int, number of frames of each clip.
       number: [F] int, number of the frame in the video.
       box: [F, 4] float64, x1, y1, x2, y2 in pixels.
-      detection, quality: [F] float64, scores of the frame.
+      detection, quality: [F] float64.
       features: [F, D] float16 or float32.
     """
 
@@ -358,10 +357,7 @@ class _Clips:
         self.false = {"face": is_false & of_face, "audio": is_false & ~of_face}
 
     def frames(self, rows: np.ndarray) -> dict[str, _FlatFrames]:
-        """Draws the frames of some clips. Returns a dict, modality -> frames.
-
-        `rows` [n] are the numbers of the clips.
-        """
+        """Draws the frames of the clips `rows` [n]. Returns a dict, modality -> frames."""
         rng = self.rng
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
@@ -408,9 +404,7 @@ class _Clips:
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
         """Returns the vectors [F, RANK] of the people that F frames show.
 
-        Args:
-          rows: [F] int, the clip of each frame.
-          wrong: [F] bool, True for frames that show another person than their clip.
+        `rows` [F] has the clip of each frame. `wrong` [F] is True if a frame shows another person.
         """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
@@ -429,12 +423,12 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Draws the features [F, D] of F frames.
+        """Draws the features [F, D] of F frames. The frames of a track share a displacement.
 
         Args:
           points: [F, RANK], the vector of the person that each frame shows.
           spread: the length of the displacement of each track. A track is a person in a clip.
-          track: [F] int, the track of each frame. Its frames share a displacement.
+          track: [F] int, the track of each frame.
           position: [F] int, the position of each frame in its clip, in which features drift slowly.
           quality: [F], the quality of each frame.
         """
@@ -493,11 +487,8 @@ def _draw_frame_steps(
 ) -> np.ndarray:
     """Draws frame numbers [F], counted from 0 in each clip.
 
-    A number may repeat, because a frame may contain two faces.
-
-    Args:
-      clip: [F] int, the clip of each frame.
-      position: [F] int, the position of each frame in its clip.
+    A number may repeat, because a frame may contain two faces. `clip` [F] has the clip of each
+    frame, and `position` [F] has the position of the frame in its clip.
     """
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
@@ -511,10 +502,7 @@ def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that writes the synthetic dataset, and returns the exit code.
-
-    `argv` are the words of the command line. If it is None, they come from `sys.argv`.
-    """
+    """Runs the command that writes the synthetic dataset, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(
         prog="python -m vidjax.data.synthetic",

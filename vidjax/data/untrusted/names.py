@@ -115,11 +115,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Finds new names that look like another name.
-
-    Returns:
-      A dict, new name -> another name, new or known, that looks like it.
-    """
+    """Returns a dict, new name -> another name, new or known, that looks like it."""
     seen, similar = dict[str, str](), dict[str, str]()
     new = [*new]
     for name in itertools.chain(known, new) if new else ():
@@ -154,8 +150,7 @@ def _cut(text: str, max_bytes: int) -> str:
 def clean_name(name: str) -> str:
     """Checks the name of a clip, and returns it without `.mp4` at its end.
 
-    Raises:
-      UserError: the name is empty, is not valid Unicode, or contains a control character.
+    Raises UserError if the name is empty, is not valid Unicode, or contains a control character.
     """
     end = len(name)
     while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
@@ -177,10 +172,7 @@ def clean_name_at(place: str, name: object) -> str:
 
 
 def escape(name: str) -> str:
-    """Returns a name without white space, for text files that separate names by blanks.
-
-    White space is written as in a URL: `First Last` becomes `First%20Last`.
-    """
+    """Returns a name with its white space as in a URL: `First Last` becomes `First%20Last`."""
     return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
 
 

@@ -54,12 +54,8 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
     """Yields the items of a pickled dict, a few items at a time, as new dicts.
 
-    Args:
-      file: the opened pickle.
-      size: number of bytes of the pickle.
-
-    Raises:
-      Exception: the pickle has to be loaded as a whole, or is damaged, or is refused.
+    Raises an exception of any kind if the pickle of `size` bytes has to be loaded as a whole, or is
+    damaged, or is refused.
     """
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")
@@ -85,9 +81,8 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields:
-      The byte strings of a smaller pickle, without the opcode STOP at its end, and the range of
-      the memo indices of its objects.
+    Yields the byte strings of a smaller pickle, without the opcode STOP at its end, and the range
+    of the memo indices of its objects.
     """
     begin = _START.match(content)
     if not begin:
@@ -132,8 +127,7 @@ class _Runs:
     def skip(self, at: int) -> tuple[int, int]:
         """Skips the opcodes that begin at byte `at`.
 
-        Returns:
-          The byte after the opcodes, and the number of objects that they put into the memo.
+        Returns the byte after the opcodes, and the number of objects that they put into the memo.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)

@@ -40,12 +40,8 @@ READ_BYTES = MB // 16
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Reads a pickle in the child process, and writes the frames of its clips to files.
 
-    Args:
-      arguments: a dict with the arguments `path`, `modality`, `out_dir` and `non_finite` of
-        `unpack`.
-
-    Returns:
-      `PackedClips.summary` of the clips.
+    `arguments` has the arguments `path`, `modality`, `out_dir` and `non_finite` of `unpack`.
+    Returns `PackedClips.summary` of the clips.
     """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
@@ -92,11 +88,7 @@ def unpack(
         long as the returned arrays.
       non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
         'error' refuses the file.
-      children: an object that starts the child process, and with which another thread can kill
-        it. It may be None.
-
-    Returns:
-      The frames of all clips.
+      children: an object with which another thread can kill the child process.
 
     Raises:
       UserError: the file is refused, damaged or truncated, or its structure does not match its
@@ -154,15 +146,9 @@ _FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -> Iterator[Clip]:
     """Checks unpickled dicts, and yields their clips. The dicts are emptied to free memory.
 
-    Args:
-      pieces: dicts, clip -> array [D] or [T, D], or clip -> list of entries with a feature and the
-        other values of a frame.
-      modality: see `unpack`.
-      place: the file, with which error messages begin.
-      size: number of bytes of the file, which limits the clips and frames.
-
-    Raises:
-      UserError: the content has another structure, or exceeds the limits.
+    See `unpack` for the content of the dicts. The clips and frames are limited by `size`, the
+    number of bytes of the file. Raises UserError if the content has another structure, or exceeds
+    the limits. Error messages begin with `place`.
     """
     names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
@@ -178,13 +164,8 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
     """Checks the clip names of an unpickled dict, and removes `.mp4` from them.
 
-    Args:
-      content: a dict, clip -> value. It is emptied to free memory.
-      known: the names in earlier dicts of the same file. The new names are added.
-      budget: the limit of empty clips.
-
-    Returns:
-      A dict, clip without `.mp4` -> value.
+    Returns a new dict, and empties `content` to free memory. The names are added to `known`, which
+    has the names in earlier dicts of the same file.
     """
     if type(content) is not dict:
         raise UserError(
@@ -229,10 +210,7 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts `num_clips` empty clips. Raises UserError if there are too many.
-
-        `among` is the number of all clips, for the message.
-        """
+        """Counts empty clips among all `among` clips. Raises UserError if there are too many."""
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
@@ -286,11 +264,7 @@ def _read_frames(
 ) -> dict[str, Any]:
     """Checks the frames of a clip, and returns a dict, field -> array, for `packing.read_frames`.
 
-    Args:
-      value: the unpickled frames.
-      fields: the fields that an entry must have.
-      where: the start of an error message.
-      budget: the limit of frames and bytes.
+    `fields` are the fields that an entry must have. Error messages begin with `where`.
     """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
@@ -321,8 +295,7 @@ def _join_features(
 ) -> np.ndarray:
     """Checks the T entries of a clip, and returns their features [T, D].
 
-    Raises:
-      UserError: an entry does not have `fields`, or widths or dtypes of features differ.
+    Raises UserError if an entry does not have `fields`, or if widths or dtypes of features differ.
     """
     features: list[Array] = []
     for number, entry in enumerate(entries):
@@ -354,8 +327,7 @@ def _join_features(
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
     """Converts the values of a field in T entries to an array of integers or float64, [T, ...].
 
-    Raises:
-      UserError: a value has a wrong type.
+    Raises UserError if a value has a wrong type.
     """
     try:
         column = _convert(values, field)

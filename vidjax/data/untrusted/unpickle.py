@@ -241,10 +241,7 @@ def load(file: BinaryIO, size: int) -> Any:
 
 
 def refuse_others(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if a file is of a kind that users mistake for pickles, such as `.npz`.
-
-    The message begins with `place`.
-    """
+    """Raises UserError if a file is of a kind that users mistake for pickles, such as `.npz`."""
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
