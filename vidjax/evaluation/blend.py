@@ -28,18 +28,10 @@ def blend_runs(
 ) -> dict[str, Any]:
     """Ranks a split by the blended scores of several trained runs and returns the metrics.
 
-    The score of a clip is the weighted mean of the probabilities of the runs. The ranking, the
-    metrics and, if `config.eval.report` is set, a report are written to `folder`.
-
-    Args:
-      config: configuration of the blend; `config.join.runs` lists the folders of the runs.
-      load: function that loads the dataset of a run, given the configuration of the run.
-      num_devices: number of devices, see `devices.make_mesh`.
-      command: command line, which is written to `metrics.json`.
-
-    Raises:
-      ValueError: `config.join.weights` are unusable, or the runs cannot be blended, see
-        `scoring.score`.
+    The score of a clip is the weighted mean of the probabilities of the runs in `config.join.runs`.
+    `load` loads the dataset of a run, given the configuration of the run. The ranking, the metrics
+    and, if `config.eval.report` is set, a report are written to `folder`. Raises ValueError if
+    `config.join.weights` are unusable, or the runs cannot be blended, see `scoring.score`.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)

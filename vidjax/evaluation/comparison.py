@@ -59,10 +59,7 @@ class RankedRun(NamedTuple):
 
     @property
     def data(self) -> str:
-        """A text that identifies a generated dataset: its name, size and seed.
-
-        If the dataset was not generated, the text is `files`.
-        """
+        """The name, size and seed of a generated dataset as text. Other datasets are `files`."""
         data = self.metrics.get("data") or {}
         return describe(data) if is_generated(data.get("name", "")) else "files"
 
@@ -70,9 +67,7 @@ class RankedRun(NamedTuple):
 class Comparison(NamedTuple):
     """The results of runs on the same clips, and their differences in MAP from the first run.
 
-    Attributes:
-      runs: the results of each run. If groups of runs are compared, the mean results of each group.
-      differences: the difference between the first run and each of the other runs.
+    If groups of runs are compared, `runs` has the mean results of each group.
     """
 
     runs: list[RankedRun]
@@ -203,12 +198,10 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
-    """Reads the results of the run in the folder `name` on a split.
+    """Reads the results of the run in the folder `name` on a split, by default its `eval.split`.
 
-    If `split` is None, the results on the `eval.split` of the run are read.
-
-    Raises:
-      ValueError: the folder contains no run, or the results are missing, damaged or have no MAP.
+    Raises ValueError if the folder contains no run, or the results are missing, damaged or have no
+    MAP.
     """
     folder = RunFolder(name)
     if not folder.has(CONFIG):
@@ -265,8 +258,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
     """Sorts the identities of a run into the order of the first run.
 
-    Raises:
-      ValueError: the runs were evaluated on different splits, identities or clips.
+    Raises ValueError if the runs were evaluated on different splits, identities or clips.
     """
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
@@ -307,9 +299,8 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 def _has_other_digest(first: RankedRun, run: RankedRun, name: str) -> bool:
     """Returns True if two runs are known to have read different clips of the split.
 
-    Compares the sha256 of the `names` or `labels` of the clips, which `metrics.json` contains. The
-    sha256 of the features is not compared, because two runs may read different features of the same
-    clips.
+    Compares the sha256 of the `names` or `labels` in `metrics.json`, but not of the features,
+    because two runs may read different features of the same clips.
     """
     known = ((side.metrics.get("trained_on") or {}).get("splits", {}) for side in (first, run))
     digest, other = (splits.get(first.split, {}).get(name) for splits in known)
@@ -367,10 +358,7 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of all metrics but MAP, as titles of columns and rows of text.
-
-    The metrics are the entries of `metrics.CLIP_METRICS`, to which a user's file may add some.
-    """
+    """Returns a table of all `metrics.CLIP_METRICS`: titles of columns, and rows of text."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -381,10 +369,7 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of the configuration fields in which runs differ.
-
-    The table consists of titles of columns and rows of text.
-    """
+    """Returns a table of the configuration fields in which runs differ: titles and rows."""
     every = [list_fields(run) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = [[name, *(values.get(name, "") for values in every)] for name in names]
@@ -392,10 +377,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def list_fields(run: RankedRun) -> dict[str, str]:
-    """Returns the configuration of a run as field -> value as text.
-
-    If the evaluation changed a field, the value is the value of the evaluation.
-    """
+    """Returns the configuration of a run, as its evaluation changed it: field -> value as text."""
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     return {name: config_io.value_text(value) for name, value in values.items()}
 
@@ -442,10 +424,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a list with a warning that names the runs trained on the clips of the comparison.
-
-    If there is no such run, the list is empty.
-    """
+    """Returns a list of at most one warning, which names the runs trained on these clips."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []

@@ -83,15 +83,11 @@ def _read_rows(x: jax.Array) -> np.ndarray:
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into the k best clips so far. The k clips are exact but unsorted.
 
+    A block is (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
+    occurs only once in the stream and is below 2**31 - 2**25. Rows outside the mask are ignored.
     The result does not depend on the order, size and padding of the blocks. A few calls with many
     clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
     magnitudes below the smallest normal float32 count as 0.
-
-    Args:
-      top: the k best clips of each identity so far.
-      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
-        occurs only once in the stream and is below 2**31 - 2**25. Rows outside the mask are
-        ignored.
     """
     num_identities = len(top.scores)
     size = min(CHUNK, num_identities)

@@ -46,15 +46,11 @@ class HostTopK:
         ]
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray, batch_mask: np.ndarray) -> None:
-        """Adds a block of scores.
+        """Adds scores [B, C] of clips `clip_index` [B] int32, except where `batch_mask` is False.
 
-        The result does not depend on the order, size and padding of the blocks. NaN counts as -inf,
-        and magnitudes below the smallest normal float32 count as 0.
-
-        Args:
-          scores: [B, C] float.
-          clip_index: [B] int32. Every clip occurs only once in the stream.
-          batch_mask: [B] bool. Rows that are False are ignored.
+        Every clip occurs only once in the stream. The result does not depend on the order, size and
+        padding of the blocks. NaN counts as -inf, and magnitudes below the smallest normal float32
+        count as 0.
         """
         if not batch_mask.all():
             scores, clip_index = scores[batch_mask], clip_index[batch_mask]
@@ -71,11 +67,7 @@ class HostTopK:
 
 
 class _Chunk:
-    """Finds the k best clips of up to CHUNK identities.
-
-    Attributes:
-      keys: [C, k] uint64, the best clips, unsorted, as keys of `_make_keys`.
-    """
+    """Collects the k best clips of up to CHUNK identities as unsorted `keys`, [C, k] uint64."""
 
     def __init__(self, num_identities: int, k: int):
         self.keys = np.full((num_identities, k), EMPTY)
@@ -155,10 +147,7 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
 
 
 def count_ties(top: TopK) -> int:
-    """Counts the ranked clips that have the same score as the clip before them in the list.
-
-    Clips with a score of -inf do not count.
-    """
+    """Counts ranked clips that have the same score, above -inf, as the clip before them."""
     scores = np.asarray(top.scores)
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 
@@ -166,10 +155,7 @@ def count_ties(top: TopK) -> int:
 def convert_to_lists(
     identities: Sequence[str], names: Mapping[int, str], top: TopK
 ) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first.
-
-    `names` maps clip indices to names.
-    """
+    """Returns identity -> its clips as (name, score), best first. `names` maps indices to names."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [

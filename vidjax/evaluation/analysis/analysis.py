@@ -42,13 +42,10 @@ def analyse(
 ) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
-    Reads the frames of the split again, to compute their quality, and the attention of the model.
-
-    Args:
-      models: the models that made the evaluation. If there are several, the analysis describes the
-        modalities of the first model, and no attention.
-      config: the configuration of the evaluation. If the data contain `data.train_splits`, the
-        training clips of each identity are counted.
+    Reads the frames of the split again, to compute their quality and the attention of the model. If
+    there are several `models`, the analysis describes the modalities of the first model, and no
+    attention. If the data contain `data.train_splits`, the training clips of each identity are
+    counted.
     """
     model, split = models[0], evaluation.split
     names = model.system.model.vector_names if len(models) == 1 else ()
@@ -90,15 +87,13 @@ def analyse(
 def measure_quality_and_attention(
     model: TrainedModel, split_name: str, mesh: Mesh, block_size: int, *, attention: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the mean quality of each clip and the mean attention between the model's inputs.
+    """Returns the mean quality of each clip, [N], and the mean attention, [V, V], both float64.
 
-    Returns:
-      The quality [N] float64 of each clip: the mean over its frames of the primary modality. If a
-        clip has no such frame, its quality is 0.
-      The attention [V, V] float64 between the V input vectors of the first member. Column j
-        contains how much vector j attends to each vector: the mean over the clips that have vector
-        j, or over all clips if the model fills missing vectors. It is None if `attention` is False,
-        the model has no attention, or the model takes each frame as an example.
+    The quality is the mean over the clip's frames of the primary modality, or 0 if there are none.
+    The attention is between the V input vectors of the first member. Column j contains how much
+    vector j attends to each vector: the mean over the clips that have vector j, or over all clips
+    if the model fills missing vectors. The attention is None if `attention` is False, the model has
+    no attention, or the model takes each frame as an example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
@@ -130,10 +125,7 @@ def measure_quality_and_attention(
 
 @functools.cache
 def import_slow_libraries(*, report: bool) -> None:
-    """Starts a thread that imports Orbax and, if `report` is True, the module of the report.
-
-    Each import takes over half a second.
-    """
+    """Starts a thread for imports that take over half a second: Orbax and, if asked, the report."""
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # the code that needs them reports it
@@ -158,17 +150,11 @@ def write_results(
     """Writes the ranking and the metrics and, if `analysed` is given, the analysis and the report.
 
     Deletes the analysis and the report of an earlier evaluation of the split. All processes call
-    `analysed`, and the first process writes the files. The ranking and the metrics are written
-    first, so an error in the analysis or the report does not change them. The metrics of a training
-    are marked as `finished` after the report is written. If the process is killed before, the user
-    can repeat the command, which then writes the report.
-
-    Args:
-      identities: the names of class columns 1..C.
-      values: the content of `metrics.json`, see `schemas.Metrics`.
-      analysed: a function that returns the result of `analyse`. If it is None, no analysis and no
-        report are written.
-      ends_training: True if `values` are the results of a training that ends here.
+    `analysed`, which returns the result of `analyse`, and the first process writes the files. The
+    ranking and the metrics (`values`) are written first, so an error in the analysis or the report
+    does not change them. If `ends_training` is True, the metrics are marked as `finished` after the
+    report is written. If the process is killed before, the user can repeat the command, which then
+    writes the report.
     """
     if distributed.is_first():
         paths.analysis.unlink(missing_ok=True)
@@ -231,11 +217,8 @@ def evaluate(
     `data` may contain other clips than the training data, with or without a ground truth. The
     results of the training stay in `metrics.json`. If the split is not the `eval.split` of the run,
     or if a changed setting changes scores, the results are written to separate files such as
-    `metrics_<split>.json`.
-
-    Args:
-      num_devices: the number of devices. None means all. The scores do not depend on it.
-      report: if True, the analysis and the report are written, too.
+    `metrics_<split>.json`. If `report` is True, the analysis and the report are written, too. The
+    scores do not depend on `num_devices`. None means all devices.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)

@@ -111,10 +111,9 @@ def measure_strata(
 ) -> list[Row]:
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 
-    Args:
-      modalities: the inputs of the model, the primary modality first.
-      quality: [N] float, the mean quality of each clip's frames of the primary modality.
-      train_clips: [C] int, the number of training clips of each identity. If it is unknown, None.
+    The first of `modalities` is the primary modality. `quality` [N] is the mean quality of each
+    clip's frames of this modality. `train_clips` [C] int are the numbers of training clips of the
+    identities, or None if they are unknown.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
@@ -167,10 +166,7 @@ def group_by_count(counts: np.ndarray) -> Groups:
 
 
 def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Groups the chosen clips by ranges of their `values`. The groups are about equally large.
-
-    If all values are equal, returns no group.
-    """
+    """Groups the chosen clips by ranges of `values`. If all values are equal, returns no group."""
     if not chosen.any():
         return []
     edges = np.unique(np.quantile(values[chosen], np.linspace(0, 1, QUANTILES + 1)))
@@ -195,10 +191,9 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Returns the number of training clips of each identity, [C] int.
+    """Counts the training clips of each identity, [C] int. If none has a label, returns None.
 
-    A training split that is missing from the model's data is skipped. If no training clip has a
-    label, returns None.
+    A training split that is missing from the model's data is skipped.
     """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
@@ -273,14 +268,9 @@ def measure_open_set(
 ) -> tuple[Values, Arrays]:
     """Measures histograms of scores, error rates with distractors, and the calibration.
 
-    Args:
-      clips: the scores of N clips.
-      labels: [N] int, class columns. 0 stands for a distractor.
-      num_identities: the number of identities that each clip is compared with.
-      logs: True if scores are logarithms of probabilities. If not, calibration is not measured.
-
-    Returns:
-      Values and arrays for `analysis.npz`.
+    `labels` [N] int are class columns, 0 for a distractor. Each clip is compared with
+    `num_identities` identities. `logs` is True if scores are logarithms of probabilities. If it is
+    False, the calibration is not measured. Returns values and arrays for `analysis.npz`.
     """
     arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -365,12 +355,9 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    Args:
-      strange: [S] float64, the scores of distractors.
-      known: [n] float64, the scores of known clips.
-      right: [n] bool, True if the best identity of a known clip is right.
-      people: [n] int, the identities of the known clips.
-      rate: the FPIR at which `metrics.find_threshold` would set the threshold of each sample.
+    `strange` [S] are the scores of distractors. For the n known clips, `known` are the scores,
+    `right` is True if the best identity is right, and `people` are the identities. `rate` is the
+    FPIR at which `metrics.find_threshold` would set the threshold of each sample.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
@@ -421,12 +408,9 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
 def measure_calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
     """Compares the probabilities of the best identities with the share of them that is right.
 
-    If no clip has a score, returns None.
-
-    Returns:
-      [bins, 3] float: for each range of probabilities, the number of clips, their mean probability,
-        and the share that is right.
-      The expected calibration error, 0..1.
+    Returns the number of clips, their mean probability and the share that is right for each range
+    of probabilities, [bins, 3] float, and the expected calibration error, 0..1. If no clip has a
+    score, returns None.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """
