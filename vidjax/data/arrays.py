@@ -52,12 +52,7 @@ class FeatureDict:
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
-        """Takes features and labels.
-
-        Args:
-          splits: a dict, split -> clip -> modality -> features [T, D].
-          labels, quality: see `vidjax.load_data`.
-        """
+        """Takes a dict, split -> clip -> modality -> features [T, D]. See `vidjax.load_data`."""
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
@@ -89,10 +84,7 @@ class FeatureDict:
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Checks all clips, and copies their frames to files in the folder `scratch`.
-
-        See `RecordSource.read` for `non_finite`.
-        """
+        """Checks all clips, and copies their frames to files. See `RecordSource.read`."""
         return {
             split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
@@ -116,11 +108,9 @@ class FeatureFolder:
         workers: int | None = None,
         cache_dir: str | Path | None = None,
     ):
-        """Finds the files of each split.
+        """Finds the files of each split. For `labels` and `quality`, see `vidjax.load_data`.
 
         Args:
-          folder: the folder of the features.
-          labels, quality: see `vidjax.load_data`.
           workers: number of processes that read files. If None, it is the number of cores, or less
             for little data.
           cache_dir: folder in which the digests of unchanged files are kept.
@@ -154,10 +144,7 @@ class FeatureFolder:
         return path if path.suffix == ".parquet" else path.parent
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads and checks all clips, and copies their frames to files in the folder `scratch`.
-
-        See `RecordSource.read` for `non_finite`.
-        """
+        """Reads and checks all clips, and copies their frames to files. See `RecordSource.read`."""
         options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
@@ -180,10 +167,7 @@ NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLI
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Finds the feature files of each split in a folder.
-
-    Returns:
-      A dict, split -> a list with its parquet table, or the list of its `.npz` files.
+    """Returns a dict, split -> a list with its parquet table, or the list of its `.npz` files.
 
     Raises:
       UserError: a file with features would be ignored, for example because its name is misspelt.
@@ -234,8 +218,8 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
 def _list_npz_files(folder: Path) -> list[Path]:
     """Returns the `.npz` files of a split.
 
-    Raises:
-      UserError: the folder has a file that is neither a clip nor written by `vidjax extract`.
+    Raises UserError if the folder has a file that is neither a clip nor written by `vidjax
+    extract`.
     """
     with os.scandir(folder) as iterator:  # faster than `list_entries`, for 100 000 clips
         entries = [entry for entry in iterator if entry.name[0] != "."]
@@ -271,10 +255,7 @@ def _digest(clips: Iterable[Clip]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts the features of a folder to TFRecords, prints a report, and returns the exit code.
-
-    `argv` are the words of the command line. If it is None, they come from `sys.argv`.
-    """
+    """Converts a folder of features to TFRecords, prints a report, and returns the exit code."""
     from vidjax.data.records.conversion import run_command
 
     description = "Convert a folder of your own features to TFRecords."

@@ -36,14 +36,9 @@ def digest_files(
 ) -> str:
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
-    The digest is stored in the cache, so unchanged files are not read again. If a file changed less
-    than 2 seconds before this call, the digest is not stored, because another change so soon after
-    the first could leave the times of the file as they are.
-
-    Args:
-      paths: the files, in the order that determines the digest.
-      cache_dir: the cache. If None, it is the default cache.
-      workers: number of threads. If None, it is the number of cores.
+    The order of `paths` matters. The digest is stored in the cache, so unchanged files are not read
+    again. If a file changed less than 2 seconds before this call, the digest is not stored, because
+    another change so soon after the first could leave the times of the file as they are.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]

@@ -14,8 +14,7 @@ from vidjax.utils.errors import NoFileError, UserError, closest
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """Returns the sorted paths in a directory, without hidden files.
 
-    Raises:
-      NoFileError: there is no such directory.
+    Raises NoFileError if there is no such directory.
     """
     directory = Path(directory)
     if not directory.exists():
@@ -26,10 +25,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device.
-
-    If nothing is at the path, there is no error.
-    """
+    """Raises UserError if a path exists, but is a folder, a broken link or a device."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -41,11 +37,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    Args:
-      path: a file or folder that would be ignored, such as `face_valid.pickle`.
-      word: the part of the file name where the name of a split is expected.
-      present: the splits that already have files. A word that resembles one of these splits is not
-        refused, because the split itself is not missing.
+    `word` is a part of the name of the file `path`, which would be ignored. If `word` resembles a
+    split in `present`, there is no error, because the split itself is not missing.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -64,9 +57,7 @@ FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
     """Raises UserError if an ignored file or folder contains features.
 
-    Args:
-      entries: the ignored files and folders.
-      wanted: the kind of files that are read, such as CLIP.npz, for the message.
+    `wanted` is the kind of files that are read, such as CLIP.npz, for the message.
     """
     for path in entries:
         patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
@@ -107,11 +98,8 @@ def find_transposed(
 ) -> Iterator[str]:
     """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
 
-    A modality is reported if all its clips have an equal number of frames T, and T >= 4 D.
-
-    Args:
-      splits: a dict, split -> modality -> [N] int, the number of frames of each of N clips.
-      widths: a dict, modality -> D.
+    A modality is reported if all its clips have an equal number of frames T, and T >= 4 D. `splits`
+    is a dict, split -> modality -> [N] int, the number of frames of each clip. `widths` has D.
     """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
@@ -131,10 +119,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
     """Yields a message for each modality that uses norms as quality, if all norms are equal.
 
     A modality with at most one frame per clip is not reported, because its quality has no effect.
-
-    Args:
-      report: the data report, with histograms of norms and qualities.
-      modalities: the names of the modalities to check.
+    `report` is the data report, with histograms of norms and qualities.
     """
     for modality in modalities:
         reports = [
@@ -165,10 +150,7 @@ def find_unusable(
 ) -> Iterator[str]:
     """Yields a message for each modality without a usable frame or with out-of-range norms.
 
-    Args:
-      report: the data report, which counts the frames of each split and modality.
-      splits: the names of the splits to check.
-      modalities: the names of the modalities to check.
+    `report` is the data report, which counts the frames of each split and modality.
     """
     place = ", ".join(splits)
     for modality in modalities:

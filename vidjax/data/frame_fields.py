@@ -27,8 +27,7 @@ class FrameField(NamedTuple):
     Attributes:
       dtype: the numpy dtype.
       width: the number of values per frame.
-      missing: the default value. If it is None, the default is the position of the frame in its
-        clip.
+      missing: the default value. None stands for the position of the frame in its clip.
       official: the name of the value in the pickles of the iQIYI-VID dataset.
     """
 
@@ -129,10 +128,7 @@ class PackedClips:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Returns all attributes except the arrays of frames as a JSON dict, for another process.
-
-        The dict also contains the width and the dtype of the features.
-        """
+        """Returns all attributes except `frames`, and the width and dtype of features, as JSON."""
         return {
             "names": list(self.names),
             "lengths": self.lengths.tolist(),
@@ -152,26 +148,17 @@ class PackedClips:
 
 
 def find_usable_rows(features: np.ndarray) -> np.ndarray:
-    """Returns [F] bool, True for the frames whose features are finite in float32.
-
-    `features` is [F, D].
-    """
+    """Returns [F] bool, True for the frames whose features [F, D] are finite in float32."""
     if features.dtype != np.float64:
         return np.asarray(np.isfinite(features).all(axis=1))
     return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
 def compute_feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
-    """Returns the L2 norms of features, which measure the quality of frames.
+    """Returns [F] float32, the L2 norms of features [F, D], which measure the quality of frames.
 
-    Face nets produce short vectors for blurred faces and for side views.
-
-    Args:
-      features: [F, D], of any real dtype.
-      rows: number of frames that are computed at a time, to save memory.
-
-    Returns:
-      [F] float32.
+    Face nets produce short vectors for blurred faces and for side views. `rows` frames are computed
+    at a time, to save memory.
 
     Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
     """
@@ -188,11 +175,9 @@ Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
 class Origin(NamedTuple):
-    """The name and folder of a dataset, as result files list them.
+    """The name of a dataset as in `config.data.name`, and the absolute path of its folder.
 
-    Attributes:
-      name: the name of the dataset, as in `config.data.name`.
-      dir: the absolute path of the folder. It is None for generated clips and arrays in memory.
+    If clips were generated or are arrays in memory, `dir` is None.
     """
 
     name: str

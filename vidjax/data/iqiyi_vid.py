@@ -88,13 +88,7 @@ class OfficialFiles:
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Reads all pickles in child processes, several at once, the largest first.
 
-        Args:
-          scratch: folder for the frames. It must exist as long as the returned arrays.
-          non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
-            'error' raises UserError.
-
-        Returns:
-          A dict, split -> modality -> the frames of all clips.
+        See `RecordSource.read` for the arguments.
         """
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
@@ -112,18 +106,12 @@ class OfficialFiles:
         return unpacked
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Reads the ground-truth files. Returns a dict, split -> clip -> identity.
-
-        `clips` is a dict, split -> the names of its clips.
-        """
+        """Returns a dict, split -> clip -> identity, from the ground-truth files."""
         return load_official_truth(self._directory, clips)
 
 
 def _choose_num_readers(sizes: Collection[int]) -> int:
-    """Returns how many pickles can be read at once in half of the memory, at most one per core.
-
-    `sizes` has the number of bytes of each pickle.
-    """
+    """Returns how many pickles can be read at once in half of the memory, at most one per core."""
     largest = sorted(sizes, reverse=True)
     # A pickle that cannot be read in pieces needs about twice its size.
     fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
@@ -177,10 +165,7 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to TFRecords, prints a report, and returns the exit code.
-
-    `argv` are the words of the command line. If it is None, they come from `sys.argv`.
-    """
+    """Converts a directory to TFRecords, prints a report, and returns the exit code."""
     from vidjax.data.records.conversion import run_command
 
     description = "Convert a directory of iQIYI-VID files to TFRecords."

@@ -40,8 +40,7 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
     Args:
       step: [] int32, number of the step, from 0.
       epoch: [B] int32, the epoch of each row, that is, `(step * B + arange(B)) // plan.num_places`.
-      place: [B] int32, the position of each row in its epoch, that is, the remainder of this
-        division.
+      place: [B] int32, the position of each row in its epoch: the remainder of this division.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
@@ -66,7 +65,6 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
     Args:
       uniform: [B] float32 in [0, 1), uniformly distributed random numbers.
       length: [B] int32, number of frames of each clip.
-      size: number of frames of a window.
 
     Returns:
       [B] int32, uniformly distributed over the windows that lie in the clip. If a clip is shorter

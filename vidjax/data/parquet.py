@@ -55,8 +55,7 @@ class Rows(NamedTuple):
 def read(path: Path) -> Rows:
     """Reads all rows of a parquet table.
 
-    Raises:
-      UserError: the table is damaged, needs too much memory, or lacks a column.
+    Raises UserError if the table is damaged, needs too much memory, or lacks a column.
     """
     with files.open_input(path) as opened, _Errors(path):
         file = _open(path, opened)
@@ -165,14 +164,8 @@ def _check_pages(
 ) -> int:
     """Counts the values of all features in the headers of pages, before a page is unpacked.
 
-    Args:
-      path: the path of the table, for messages.
-      file: the same file as `opened`, which pyarrow has opened.
-      names: the columns to read.
-
-    Raises:
-      UserError: the headers and the footer count different numbers of values, or the columns need
-        too much memory.
+    `file` is the file `opened`, opened by pyarrow. Raises UserError if the headers and the footer
+    count different numbers of values, or if the columns `names` need too much memory.
     """
     size, count, pages = 0, 0, 0
     for number in range(file.metadata.num_row_groups):
@@ -237,8 +230,7 @@ def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Ite
 def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
     """Reads the header of the page that begins at byte `at`.
 
-    Returns:
-      The length of the header, and a dict, field number of `PageHeader` -> value.
+    Returns the length of the header, and a dict, field number of `PageHeader` -> value.
     """
     for size in HEADER_BYTES:
         header = _Compact(os.pread(opened.fileno(), size, at))

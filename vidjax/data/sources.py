@@ -92,8 +92,8 @@ def open_source(
     """Opens a dataset, without reading its features.
 
     Args:
-      given: the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a
-        user's own features; or a dict, split -> clip -> modality -> features.
+      given: the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a user's
+        own features; or a dict, split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`. They are ignored if `given` is a
         configuration.
 
@@ -151,10 +151,7 @@ def read_modalities(data: Section) -> Mapping[str, int]:
     """Returns a dict, modality -> feature width, without reading a file.
 
     If the width is unknown, it is 0. If file names do not contain modalities, the dict is empty.
-    `data` is the section `data` of a configuration.
-
-    Raises:
-      UserError: the folder has no features.
+    `data` is the section `data` of a configuration. Raises UserError if the folder has no features.
     """
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims

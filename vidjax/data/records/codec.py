@@ -69,12 +69,7 @@ class PackedFrames(tfds.features.FeatureConnector):
 def write_info(
     folder: Path, modalities: Mapping[str, Modality], splits: Mapping[str, Sequence[Shard]]
 ) -> None:
-    """Writes metadata with which TFDS can read the TFRecord files of a folder.
-
-    Args:
-      modalities: a dict, modality -> width and dtype of its features.
-      splits: a dict, split -> its files.
-    """
+    """Writes metadata with which TFDS can read the TFRecord files of a folder."""
     frames = {
         name: PackedFrames(dim=kind.dim, dtype=kind.dtype) for name, kind in modalities.items()
     }

@@ -104,9 +104,7 @@ def write_records(
 ) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder.
 
-    Args:
-      source, non_finite, workers: see `convert`.
-      fingerprint: the result of `source.fingerprint()`, for the manifest.
+    `fingerprint` is the result of `source.fingerprint()`. See `convert` for the other arguments.
     """
     # During its import, TFDS replaces the import function of all threads. So it is imported before
     # the threads start.
@@ -168,9 +166,7 @@ def _join_modalities(
     """Returns a dict, modality -> width and dtype of its features in all splits.
 
     If the dtype differs between splits, a dtype that represents all values exactly is returned.
-
-    Raises:
-      UserError: the width of a modality differs between splits, or there are no frames.
+    Raises UserError if the width of a modality differs between splits, or if there are no frames.
     """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
@@ -220,14 +216,9 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Divides the clips of a split into shards of about 256 MB.
+    """Divides the clips of a split into shards of about 256 MB, whose paths begin with `prefix`.
 
-    Args:
-      modalities: a dict, modality -> width and dtype of its features.
-      prefix: the beginning of the paths of the shards.
-
-    Returns:
-      For each shard, its path, and the positions of its clips in `split.clips` [n] int32.
+    Returns the path of each shard, and the positions of its clips in `split.clips` [n] int32.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))
@@ -247,15 +238,7 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes some clips of a split to a TFRecord file.
-
-    Args:
-      order: [n] int32, the positions of the clips in `split.clips`.
-      modalities: a dict, modality -> width and dtype of its features.
-
-    Returns:
-      The number of records, the size and the sha256 of the file.
-    """
+    """Writes the clips at the positions `order` [n] in `split.clips` to a TFRecord file."""
     with path.open("wb") as file:
         for at in range(0, len(order), CLIPS_AT_ONCE):
             _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
@@ -291,10 +274,8 @@ def _encode_clip(
 ) -> bytes:
     """Encodes a clip as a `tf.train.Example`.
 
-    Args:
-      clip, index: the name of the clip, and its position in the sorted names of its split.
-      frames: a dict, modality -> field -> the values of all frames.
-      modalities: a dict, modality -> width and dtype of its features.
+    `index` is the position of the clip in the sorted names of its split. `frames` is a dict,
+    modality -> field -> the values of all frames.
     """
     values: dict[str, bytes | int] = {"clip": clip.encode(), "clip_index": index}
     for name, fields in frames.items():
@@ -313,14 +294,8 @@ def run_command(
 ) -> int:
     """Runs the command `python -m MODULE DIR`, which converts a folder and prints a report.
 
-    Args:
-      argv: the words of the command line. If it is None, they come from `sys.argv`.
-      module, description: the name of the module and a sentence, for `--help`.
-      open_source: a function that opens the dataset of a directory. It also takes the arguments
-        `workers` and `cache_dir`.
-
-    Returns:
-      The exit code.
+    `description` is a sentence for `--help`. `open_source` opens the dataset of a directory, and
+    also takes the arguments `workers` and `cache_dir`. Returns the exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)

@@ -141,8 +141,7 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 def digest_data(records: Records, truth: Truth) -> str:
     """Returns the sha256 of all clip names, frames and labels, in hexadecimal.
 
-    `truth` is a dict, split -> clip -> identity. The digest does not depend on paths and times, so
-    equal data have equal digests on all machines.
+    The digest does not depend on paths and times, so equal data have equal digests on all machines.
     """
     splits = {
         name: {
@@ -158,12 +157,7 @@ def digest_data(records: Records, truth: Truth) -> str:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Counts the labels of a split, for the data report.
-
-    Args:
-      truth: a dict, clip -> identity. It is None if the split has no ground truth.
-      identities: the names of the classes.
-    """
+    """Counts the labels of a split for the data report. `truth` is None if there are no labels."""
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))

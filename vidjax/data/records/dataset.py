@@ -152,12 +152,9 @@ def _warn_of_gaps(
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Warns if a split lacks modalities, or if frames were left out.
+    """Warns if the split `name` lacks modalities of other splits, or if frames were left out.
 
-    Args:
-      name, split: the name of the split, and its clips.
-      modalities: a dict with the modalities of all splits as keys.
-      report: a dict, modality -> the counts of frames in the data report.
+    `report` is a dict, modality -> the counts of frames in the data report.
     """
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:

@@ -47,7 +47,6 @@ class Records(NamedTuple):
     """The converted clips of a dataset.
 
     Attributes:
-      folder: the folder of the files.
       modalities: a dict, modality -> width and dtype of its features.
       splits: a dict, split -> its clips and files.
       report: the data report without labels, which counts frames and clips.
@@ -94,10 +93,7 @@ def remove(folder: Path) -> bool:
     """Removes a folder of converted clips, even if the conversion was not finished.
 
     The manifest is removed first. So the folder counts as incomplete if the removal is interrupted.
-
-    Returns:
-      True if the folder is gone. If it contains files of other programs, the folder and these files
-      stay.
+    If the folder contains files of other programs, they stay, and the result is False.
     """
     place = folder / NAME
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
@@ -112,10 +108,8 @@ def remove(folder: Path) -> bool:
 def load_records(folder: Path) -> Records:
     """Loads the list of the converted clips, and checks the TFRecord files.
 
-    Only files whose size or time has changed are read and compared with their sha256.
-
-    Raises:
-      UserError: a file is missing or damaged.
+    Only files whose size or time has changed are read and compared with their sha256. Raises
+    UserError if a file is missing or damaged.
     """
     records = load_index(folder)
     splits = {
@@ -128,8 +122,7 @@ def load_records(folder: Path) -> Records:
 def load_index(folder: Path) -> Records:
     """Loads the list of the converted clips, without a look at the TFRecord files.
 
-    Raises:
-      UserError: `manifest.json`, `index.npz` or `data_report.json` is missing or damaged.
+    Raises UserError if `manifest.json`, `index.npz` or `data_report.json` is missing or damaged.
     """
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
@@ -178,12 +171,8 @@ def _load_split(
 ) -> SplitRecords:
     """Returns the converted clips of the split `name`.
 
-    Args:
-      manifest: the entry of the split in `manifest.json`.
-      index: the arrays of `index.npz`.
-
-    Raises:
-      UserError: `manifest` and `index` contradict each other.
+    `manifest` is the entry of the split in `manifest.json`, and `index` has the arrays of
+    `index.npz`. Raises UserError if they contradict each other.
     """
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"

@@ -95,15 +95,10 @@ class Reader:
         return locate_values(sizes)
 
     def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
-        """Reads some records.
+        """Reads the records `places` [n]. Each result is a serialised `tf.train.Example`.
 
-        Args:
-          places: [n] int, the numbers of the records.
-          whole: if True, the sha256 of a file is checked at its first use, which reads the whole
-            file. If False, only the checksums of the records are checked.
-
-        Returns:
-          The content of each record, a serialised `tf.train.Example`.
+        If `whole` is True, the sha256 of a file is checked at its first use, which reads the whole
+        file. If it is False, only the checksums of the records are checked.
 
         Raises:
           UserError: a file is damaged, or it changed between two reads.
@@ -150,15 +145,10 @@ class Reader:
     def frames(
         self, name: str, places: np.ndarray, messages: Sequence[bytes]
     ) -> dict[str, list[np.ndarray]]:
-        """Decodes the frames of some records in a modality.
+        """Decodes the frames of the records `places` [n] in the modality `name`.
 
-        Args:
-          name: the modality.
-          places: [n] int, the numbers of the records.
-          messages: the result of `read(places)`.
-
-        Returns:
-          A dict, field -> the values of each record: features [t, D], or other fields [t].
+        `messages` is the result of `read(places)`. Returns a dict, field -> the values of each
+        record: features [t, D], or other fields [t].
         """
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)

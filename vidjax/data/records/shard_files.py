@@ -50,11 +50,8 @@ def describe_shard(path: Path, num_records: int) -> Shard:
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """Compares files whose size or time has changed with their sha256.
 
-    Returns:
-      `shards` with the present times of the files.
-
-    Raises:
-      UserError: a file is missing or damaged.
+    Returns `shards` with the present times of the files. Raises UserError if a file is missing or
+    damaged.
     """
     checked = []
     for shard in shards:
@@ -70,8 +67,7 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 def check_shard(shard: Shard) -> None:
     """Compares a file with its sha256.
 
-    Raises:
-      UserError: the file is missing or damaged. The message names the first damaged record.
+    Raises UserError if the file is missing or damaged. The message names the first damaged record.
     """
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     if not files.exists(shard.path):
@@ -164,12 +160,9 @@ def count_frame_bytes(modality: Modality) -> dict[str, int]:
 def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Computes where the values are in N results of `encode`.
 
-    Args:
-      sizes: a dict, key -> [N] int64, the number of bytes of each value.
-
-    Returns:
-      A dict, key -> [N] int64, the position of the first byte of each value. And [N] int64, the
-      number of bytes of each result.
+    `sizes` is a dict, key -> [N] int64, the number of bytes of each value. Returns a dict, key ->
+    [N] int64, the position of the first byte of each value; and [N] int64, the number of bytes of
+    each result.
     """
     ends, end = {}, np.zeros(1, np.int64)
     for key in sorted(sizes, key=_sort_key):

@@ -94,8 +94,7 @@ def _read_records(
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
     """Reads the records of each training step, beginning with `step`.
 
-    Yields:
-      The content of the B records, clip_index, batch_mask and first frames, see `_locate_clips`.
+    Yields the content of the B records, and the results of `_locate_clips` except the first.
     """
     located = _locate_clips(records, plan, reader, step)
     waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
@@ -122,9 +121,9 @@ def _locate_clips(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Draws the clips of each training step, beginning with `step`.
 
-    Yields:
-      The number of each record in `reader` [B] int64; clip_index [B] int32; batch_mask [B] bool;
-      and the first frame of the window in each of the M modalities in `plan.windowed` [M, B] int32.
+    Yields the number of each record in `reader` [B] int64; clip_index [B] int32; batch_mask [B]
+    bool; and the first frame of the window in each of the M modalities in `plan.windowed` [M, B]
+    int32.
     """
     place_of_clip = np.argsort(reader.clip_index)
     with jax.default_device(_get_host_device()):
@@ -195,7 +194,6 @@ def _decode(
 
     Args:
       fields: a dict, field -> [B] strings, the bytes of all frames of each clip.
-      modality: the width and the dtype of the features.
       first: [B] int32, the first frame to take from each clip. If it is None, it is frame 0.
       best: if True, the frames of the highest quality are taken from clips of more than `size`
         frames, in time order.
