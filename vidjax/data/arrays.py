@@ -218,8 +218,7 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
 def _list_npz_files(folder: Path) -> list[Path]:
     """Returns the `.npz` files of a split.
 
-    Raises UserError if the folder has a file that is neither a clip nor written by `vidjax
-    extract`.
+    Raises UserError if the folder has other files, except the files of `vidjax extract`.
     """
     with os.scandir(folder) as iterator:  # faster than `list_entries`, for 100 000 clips
         entries = [entry for entry in iterator if entry.name[0] != "."]

@@ -99,7 +99,7 @@ def find_transposed(
     """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
 
     A modality is reported if all its clips have an equal number of frames T, and T >= 4 D. `splits`
-    is a dict, split -> modality -> [N] int, the number of frames of each clip. `widths` has D.
+    is a dict, split -> modality -> [N] int, the number of frames of each clip. `widths` lists D.
     """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]

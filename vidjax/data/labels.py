@@ -292,8 +292,8 @@ def _parse_clip(text: str, known: Collection[str], where: str) -> str:
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns the number and the words of each line of a text file, without blank lines.
 
-    Raises UserError if the text is not UTF-8, or if all lines are blank. The message contains
-    `form`, the form of a line.
+    Raises UserError if the text is not UTF-8, or if all lines are blank. The message shows `form`,
+    for example 'NAME.mp4 ID'.
     """
     if not path.exists():
         raise NoFileError(f"'{path}' does not exist: correct the path")

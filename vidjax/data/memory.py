@@ -268,7 +268,7 @@ def load_clips(
       modalities: a dict, modality that the model reads -> feature width.
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
-      quality: as in `MemoryClips.pack`, but a quality that iQIYI-VID pickles lack is 0.
+      quality: as in `MemoryClips.pack`. But if an iQIYI-VID pickle has no quality, it is 0.
 
     Raises:
       UserError: clips are malformed, the folder has several splits and `split` is None, or no clip
@@ -298,8 +298,6 @@ def load_clips(
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
     """Finds the files that contain the clips of a folder or file. The files are not read.
-
-    If the folder has a single split, `split` may be None.
 
     Returns:
       A list of `.npz` files or of one parquet table. For pickles of the iQIYI-VID dataset, a dict,

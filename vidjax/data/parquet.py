@@ -164,8 +164,9 @@ def _check_pages(
 ) -> int:
     """Counts the values of all features in the headers of pages, before a page is unpacked.
 
-    `file` is the file `opened`, opened by pyarrow. Raises UserError if the headers and the footer
-    count different numbers of values, or if the columns `names` need too much memory.
+    `opened` and `file` are the same file, which pyarrow has opened as `file`. Raises UserError if
+    the headers and the footer count different numbers of values, or if the columns `names` need too
+    much memory.
     """
     size, count, pages = 0, 0, 0
     for number in range(file.metadata.num_row_groups):

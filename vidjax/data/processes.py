@@ -249,7 +249,7 @@ def run_limited(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> dict[str, Any]:
-    """Runs the function `work` of a module in a child process with limits.
+    """Runs the function `work` of a module in a child process, and returns its result.
 
     Args:
       module: the name of a module that ends with `sys.exit(processes.serve(work))`.

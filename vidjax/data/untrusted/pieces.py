@@ -54,8 +54,7 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
     """Yields the items of a pickled dict, a few items at a time, as new dicts.
 
-    Raises an exception of any kind if the pickle of `size` bytes has to be loaded as a whole, or is
-    damaged, or is refused.
+    Raises an exception of any kind if the pickle is damaged, refused, or cannot be read in pieces.
     """
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")

@@ -40,7 +40,7 @@ READ_BYTES = MB // 16
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Reads a pickle in the child process, and writes the frames of its clips to files.
 
-    `arguments` has the arguments `path`, `modality`, `out_dir` and `non_finite` of `unpack`.
+    `arguments` is a dict with `path`, `modality`, `out_dir` and `non_finite`, as in `unpack`.
     Returns `PackedClips.summary` of the clips.
     """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
