@@ -1,4 +1,1 @@
-"""Reads and writes the folder of a run: configuration, checkpoints, results and logs.
-
-A run is a training that is in progress or finished.
-"""
+"""Reads and writes the configuration, checkpoints, results and logs of a run, a training."""

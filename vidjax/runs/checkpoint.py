@@ -53,13 +53,9 @@ class Checkpoint(NamedTuple):
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Saves a checkpoint, then deletes older checkpoints. The module docstring lists which stay.
 
-    If the step already has a checkpoint, the arrays are not saved again, and `info` is added to the
-    manifest.
-
-    Args:
-      items: name -> tree of arrays. `load` takes the same names.
-      info: JSON values that the manifest will contain. The entry `map` decides which checkpoint is
-        the best.
+    `items` maps a name to a tree of arrays. `info` has JSON values for the manifest. Its entry
+    `map` decides which checkpoint is the best. If the step already has a checkpoint, the arrays are
+    not saved again, and `info` is added to the manifest.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -114,10 +110,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
 
 def list_folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, in ascending order.
-
-    Checkpoints may be damaged.
-    """
+    """Returns step -> folder of every checkpoint, even if damaged, in ascending order."""
     folder = workdir / "checkpoints"
     _refuse_link(folder)
     paths = {
@@ -130,10 +123,7 @@ def list_folders(workdir: Path) -> dict[int, Path]:
 
 
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> content of the manifest of every checkpoint, in ascending order.
-
-    Checkpoints with a damaged manifest are left out.
-    """
+    """Returns step -> content of each manifest that is not damaged, in ascending order."""
     contents = {}
     for step, folder in list_folders(workdir).items():
         with contextlib.suppress(DamagedError):
@@ -142,26 +132,17 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the step with the highest MAP, or None if no step has a MAP.
-
-    `steps` is the result of `manifests`. Among equal MAPs, the latest step wins.
-    """
+    """Returns the step with the highest MAP (the latest of equals), or None if no step has one."""
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Returns the latest or the best checkpoint that is not damaged.
+    """Returns the latest or best undamaged checkpoint, or None if the run has no checkpoint.
 
-    If the run has no checkpoint, returns None. A damaged checkpoint is skipped with a warning, and
-    is not deleted.
-
-    Args:
-      prefer: `latest`, or `best` for the highest MAP. With `best`, a checkpoint without a MAP is
-        used only if all checkpoints with a MAP are damaged.
-
-    Raises:
-      CheckpointError: all checkpoints are damaged, or `prefer` is `best` and none has a MAP.
+    A damaged checkpoint is skipped with a warning, and is not deleted. If `prefer` is `best`, a
+    checkpoint without a MAP is used only if all checkpoints with a MAP are damaged. Raises
+    CheckpointError if all checkpoints are damaged, or if `prefer` is `best` and none has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
@@ -191,15 +172,11 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
     """Reads the arrays of a checkpoint. Returns name -> tree of arrays, as in `abstract`.
 
-    Args:
-      abstract: name -> tree of arrays or ShapeDtypeStructs with the expected shapes and dtypes.
-        Only these names are read.
-      layout: the sharding of all arrays, or a tree of shardings. The number of devices may have
-        changed since the checkpoint was saved.
-
-    Raises:
-      CheckpointError: the shape or dtype of an array differs between `abstract` and checkpoint.
-      DamagedError: a file is missing or not listed, or Orbax cannot read the arrays.
+    `abstract` has arrays or ShapeDtypeStructs with the expected shapes and dtypes. Only its names
+    are read. `layout` is the sharding of all arrays, or a tree of shardings. The number of devices
+    may have changed since the checkpoint was saved. Raises CheckpointError if the shape or dtype of
+    an array differs from `abstract`, and DamagedError if a file is missing or not listed, or Orbax
+    cannot read the arrays.
     """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
@@ -237,10 +214,8 @@ def set_aside_later(workdir: Path, step: int) -> None:
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
     """Compares the files of a checkpoint with the manifest. Returns the content of the manifest.
 
-    `manifest` is the content of `manifest.json`. If it is None, the file is read.
-
-    Raises:
-      DamagedError: a file is missing, differs from its digest, or is not listed.
+    If `manifest` is None, `manifest.json` is read. Raises DamagedError if a file is missing,
+    differs from its digest, or is not listed.
     """
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
@@ -289,10 +264,7 @@ def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of the checkpoint in `folder`.
-
-    Raises DamagedError if the manifest is missing, damaged, or of another step.
-    """
+    """Reads a manifest. Raises DamagedError if it is missing, damaged, or of another step."""
     path = folder / MANIFEST
     with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])

@@ -71,10 +71,9 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights in `loss.schedule`.
+    """Returns the weights in `loss.schedule`. If it is malformed, returns (0.5,).
 
-    If the schedule is malformed, returns (0.5,), so that every loss counts as used. Another
-    function will report the mistake.
+    Then every loss counts as used, and another function will report the mistake.
     """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
@@ -85,8 +84,8 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses whose weight is above 0 at some epoch.
 
-    `GAMMA` and `SMOOTHING` remove from this set the losses of vidjax that do not read a field. If a
-    loss remains, the field is read. A loss that a user has added always remains.
+    `GAMMA` and `SMOOTHING` remove the losses of vidjax that do not read a field. If a loss remains,
+    such as a loss that a user has added, the field is read.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -383,10 +382,7 @@ def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns dotted name -> (old value, new value) of every field that differs.
-
-    A field is left out if the code reads it in neither configuration.
-    """
+    """Returns name -> (old value, new value) of fields that differ and that the code reads."""
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
@@ -522,10 +518,7 @@ def find_closest_field(name: str, known: Collection[str]) -> str | None:
 
 
 def suggest_field(name: str, known: Collection[str]) -> str:
-    """Returns a hint for a user who has named an unknown field.
-
-    The hint names a similar field of `known`, the fields of the same group, or `vidjax config`.
-    """
+    """Returns a hint for an unknown field: a similar field, its group, or `vidjax config`."""
     if match := find_closest_field(name, known):
         return f"did you mean --config.{match}?"
     group = name.rpartition(".")[0]
@@ -550,10 +543,8 @@ SCALE_WORDS: Mapping[str, str] = {
 def choose_data(config: Any, words: Collection[str]) -> bool:
     """Sets the dataset and the splits of a configuration, as `words` demand.
 
-    The words are keys of SCALE_WORDS, such as `iqiyi_vid` or `everything`.
-
-    Returns:
-      True if the other fields should have the values for the full size of iQIYI-VID.
+    The words are keys of SCALE_WORDS, such as `iqiyi_vid` or `everything`. Returns True if the
+    other fields should have the values for the full size of iQIYI-VID.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -574,12 +565,9 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the other words.
+    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the modalities.
 
-    The other words are modalities.
-
-    Raises:
-      UserError: a modality comes twice, or resembles a word in `known`.
+    Raises UserError if a modality comes twice, or resembles a word in `known`.
     """
     words = [word.strip() for word in args.split(",") if word.strip()]
     options = {word for word in words if word in known}
@@ -593,10 +581,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`. If there is none, returns the default.
-
-    Raises UserError if several words are in `names`.
-    """
+    """Returns the word that is in `names`, or the default. Raises UserError if several are."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
@@ -605,10 +590,7 @@ def choose_name(words: Collection[str], names: Collection[str], default: str) ->
 
 
 def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns a tuple with the only modality. If `modalities` is empty, it is the default.
-
-    Raises UserError if there are several modalities.
-    """
+    """Returns (the only modality,) or (default,). Raises UserError if there are several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: this system uses only one of the modalities {', '.join(modalities)}\n"

@@ -26,15 +26,11 @@ MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
 def load_file(spec: str) -> Config:
     """Executes a configuration file and returns the configuration.
 
-    The file may register functions and classes, for example in the dict `optim.OPTIMIZERS`.
-
-    Args:
-      spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
-        or a name. The name `mma` is `configs/mma.py` of the working directory. If there is no such
-        file, it is `configs/mma.py` of vidjax.
-
-    Raises:
-      UserError: the file raises an error, or `get_config` does not return a configuration.
+    The file may register functions and classes, for example in the dict `optim.OPTIMIZERS`. `spec`
+    is `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`, or a
+    name. The name `mma` is `configs/mma.py` of the working directory or, if there is no such file,
+    of vidjax. Raises UserError if the file raises an error, or `get_config` does not return a
+    configuration.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -59,10 +55,7 @@ def load_file(spec: str) -> Config:
 
 
 def _check_types(spec: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError if a field is missing in `values` or has a wrong type.
-
-    `spec` is the value of `--config`, for the message.
-    """
+    """Raises UserError if a field is missing in `values` or has a wrong type."""
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
         if name in values and isinstance(values[name], kinds or type(default)):
@@ -99,10 +92,7 @@ def shipped_folder() -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Executes a configuration file and returns it as a module.
-
-    Raises UserError if the module has no function `get_config`.
-    """
+    """Executes a configuration file. Raises UserError if it has no function `get_config`."""
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
@@ -145,11 +135,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
     Each word of `overrides` is a `--config.FIELD=VALUE`. The value is converted to the type of the
     field. A tuple may be written `face,head` or as in Python. If two words set the same field, the
-    last word counts.
-
-    Raises:
-      UserError: a word is not `--config.FIELD=VALUE`, the field is unknown, or the value does not
-        have the type of the field.
+    last word counts. Raises UserError if a word has another form, the field is unknown, or the
+    value does not have the type of the field.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))

@@ -108,10 +108,7 @@ class Results(schemas.Metrics, kw_only=True):
 
 
 def load_metrics(path: Path) -> dict[str, Any]:
-    """Returns the content of `metrics.json`, including keys that `schemas.Metrics` does not list.
-
-    Raises UserError if a listed key has a wrong type or range.
-    """
+    """Reads `metrics.json`. Raises UserError if a key of `schemas.Metrics` has a wrong value."""
     return schemas.load(path, schemas.Metrics, REMEDY)[0]
 
 
@@ -133,10 +130,7 @@ def check_identities(identities: Sequence[str]) -> None:
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns a text with the name, the folder and the digest of the evaluated data.
-
-    `metrics` is the content of `metrics.json`. If it does not describe the data, returns None.
-    """
+    """Returns the name, folder and digest of the evaluated data, or None if `metrics` lack them."""
     data = metrics.get("data")
     if not isinstance(data, dict):
         return None
@@ -145,20 +139,16 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns the settings of an evaluation that differ from the run's, as `FIELD=VALUE, ...`.
-
-    `metrics` is the content of `metrics.json`.
-    """
+    """Returns the settings of an evaluation that differ from the run's, as `FIELD=VALUE, ...`."""
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Explains why the MAP of a run cannot be measured, and suggests a remedy.
+    """Explains why the MAP of a run cannot be measured, and suggests a remedy, or returns "".
 
-    If it can be measured, returns "". A MAP can be measured on a split with ground truth on which
-    the run was not trained. It can also be measured if each member of an ensemble left out clips of
-    a training split. `workdir` is the folder of the run.
+    A MAP can be measured on a split with ground truth on which the run was not trained. It can also
+    be measured if each member of an ensemble left out clips of a training split.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -206,10 +196,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
 
 
 def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Reads the values and the arrays that `save_analysis` wrote.
-
-    Raises UserError if a value or an array has a wrong type, range or shape.
-    """
+    """Reads what `save_analysis` wrote. Raises UserError if a type, range or shape is wrong."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
@@ -226,9 +213,8 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
 def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Removes the lines of a .jsonl file after `step`, because a resumed run writes them again.
 
-    Damaged lines are also removed, with a warning. If only the last line is damaged, there is no
-    warning, because a killed process leaves such a line. If `evaluated` is False, the line about
-    the evaluation of `step` is removed, too.
+    Damaged lines are also removed, with a warning unless only the last line is damaged, as a killed
+    process leaves it. If `evaluated` is False, the evaluation of `step` is removed, too.
     """
     if not files.exists(path):
         return

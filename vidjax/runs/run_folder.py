@@ -66,12 +66,10 @@ class RunFolder:
         return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
-        """Returns the paths of the result files of a split.
+        """Returns the paths of the result files of `split`, by default of the split of training.
 
-        Args:
-          split: the name of the split. None means the split that training evaluates.
-          apart: True if the results come from settings other than the run's. Then the file names
-            always contain the name of the split, so that no result of the training is replaced.
+        If `apart` is True, the results come from settings other than the run's. Then the file names
+        contain the name of the split, so that no result of the training is replaced.
         """
         trained_split = str(self._config.eval.split)
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
@@ -83,10 +81,7 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` or, if `paths` is None, of `metrics.json`.
-
-        If the file is missing, returns {}.
-        """
+        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without it."""
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = results.load_metrics(path)

@@ -138,10 +138,7 @@ class Manifest(Struct, kw_only=True):
 
 
 class Line(Struct, kw_only=True):
-    """A line of a log, `metrics.jsonl` or `timing.jsonl`.
-
-    A line about an evaluation has an additional key `split`.
-    """
+    """A line of `metrics.jsonl` or `timing.jsonl`. An evaluation has an additional key `split`."""
 
     step: Whole
     epoch: float | None = None
@@ -168,10 +165,7 @@ Pair = tuple[Column, Column]  # an identity or -1, and a count
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity with a low average precision, and the identities that it is confused with.
-
-    `measures.find_worst_identities` explains `lost_to` and `mixed_with`.
-    """
+    """An identity with a low average precision, as `measures.find_worst_identities` finds it."""
 
     identity: Column
     ap: Share
@@ -269,9 +263,8 @@ MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     """Converts a JSON value to an object of the class `kind`.
 
-    Raises:
-      UserError: the value does not fit `kind`. The message contains `path`, the file of the value,
-        the wrong key, such as `$.members[2].map`, and `remedy`.
+    If the value does not fit, raises UserError with `path`, the file of the value, the wrong key,
+    such as `$.members[2].map`, and `remedy`.
     """
     try:
         return msgspec.convert(value, kind)
@@ -283,8 +276,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
     """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`.
 
-    Raises:
-      UserError: the value does not fit `kind`. The message ends with `remedy`.
+    Raises UserError if the value does not fit `kind`. The message ends with `remedy`.
     """
     try:
         value = files.read_json(path, object, limit)
@@ -300,10 +292,7 @@ def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Raises UserError if the arrays of an `analysis.npz` do not belong together.
-
-    An array may be missing, or have a wrong type or shape. `path` and `remedy` are for the message.
-    """
+    """Raises UserError if arrays of an `analysis.npz` are missing or have a wrong type or shape."""
     for names in (BY_IDENTITY[:2], HISTOGRAMS, ERRORS):
         if 0 < sum(name in arrays for name in names) < len(names):
             raise UserError(

@@ -1,7 +1,4 @@
-"""Handles SIGINT and SIGTERM.
-
-At the first signal, a run saves its state and stops. A second signal immediately ends the process.
-"""
+"""Makes the first SIGINT or SIGTERM save and stop a run, and the second end the process."""
 
 import contextlib
 import os
@@ -36,10 +33,7 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if any process of the run got a signal, or has a `save_due` of True.
-
-        All processes must call it together.
-        """
+        """Returns True if any process got a signal or has `save_due`. All must call it together."""
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)
@@ -51,10 +45,7 @@ class Interruption:
 
 
 class Interrupted(Expected):
-    """A signal stopped a run after its state was saved.
-
-    `exit_code` is 128 plus the number of the signal.
-    """
+    """A signal, whose number is `exit_code` - 128, stopped a run after its state was saved."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"the run stopped at step {step}\nto resume, run the same command")

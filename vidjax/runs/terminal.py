@@ -13,10 +13,7 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 
 
 def is_quiet() -> bool:
-    """Returns True if this process must print no messages.
-
-    This is so if TQDM_DISABLE is set, and in every process of a run except the first.
-    """
+    """Returns True if TQDM_DISABLE is set, or this is not the first process: then print nothing."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 
@@ -30,10 +27,9 @@ def say(text: str) -> None:
 
 
 def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Measures the time since `began`, and the number of `clips` per second.
+    """Measures the time since `began`, an earlier `time.monotonic()`, and the clips per second.
 
-    `began` is an earlier value of `time.monotonic()`. Returns a list with a pair (label, text) for
-    a reader, and a dict of numbers for JSON.
+    Returns a list with a pair (label, text) for a reader, and a dict of numbers for JSON.
     """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
@@ -58,13 +54,11 @@ class Progress:
         leave: bool = True,
         compiles: bool = False,
     ):
-        """Displays the bar.
+        """Displays the bar. `label` is the text before it.
 
         Args:
-          total: the number of units of work.
           initial: the number of units that are done already.
           unit: the name of a unit in the singular, such as `clip`.
-          label: the text before the bar.
           leave: if False, `close` removes the bar.
           compiles: True if the first call of `advance` follows a compilation. Until then, the text
             `compiling` replaces the bar. This time does not count for the displayed rate.

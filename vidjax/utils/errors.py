@@ -72,10 +72,7 @@ def check_choice(name: str, value: object, known: Collection[object]) -> None:
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """Puts `place`, such as the name of a field, before the message of a UserError.
-
-    The context raises a UserError again with the longer message.
-    """
+    """Puts `place`, such as the name of a field, before the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -83,12 +80,10 @@ def prefix_errors(place: str) -> Iterator[None]:
 
 
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
-    """Raises UserError unless all `packages` are installed.
+    """Raises UserError, "`what` needs ...", unless all `packages` are installed.
 
-    Args:
-      what: the subject of the message, such as a flag: "`what` needs pyarrow".
-      extra: the extra of vidjax that installs the packages, as in `vidjax[parquet]`.
-      instead: an imperative that describes a way to continue without the packages.
+    `extra` is the extra of vidjax that installs them, as in `vidjax[parquet]`. `instead` is an
+    imperative that describes a way to continue without them.
     """
     for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
@@ -97,10 +92,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def describe_missing_packages(
     what: str, *packages: str, extra: str, instead: str = ""
 ) -> Iterator[str]:
-    """Yields the message of `require_packages` if a package is not installed.
-
-    If all packages are installed, yields nothing.
-    """
+    """Yields the message of `require_packages` if a package is not installed, otherwise nothing."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (
@@ -149,10 +141,7 @@ _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EN
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns a message with a remedy for an error of the operating system.
-
-    If a user cannot correct the error, returns None.
-    """
+    """Returns a message with a remedy for a system error, or None if a user cannot correct it."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -169,10 +158,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes characters that could control a terminal or reorder its text.
-
-    Line ends and tabs stay as they are.
-    """
+    """Escapes characters (but no tab or line end) that could control a terminal or reorder text."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -202,10 +188,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown word, such as `did you mean 'optim.decay'?`.
-
-    If no word of `known` is similar, the hint lists all of them.
-    """
+    """Returns a hint, such as `did you mean 'optim.decay'?`, or all of `known` without a match."""
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

@@ -53,10 +53,7 @@ def free_bytes(root: Path = ROOT) -> float:
 
 
 def max_open_files() -> float:
-    """Returns how many files this process may have open at once (`ulimit -n`).
-
-    Without a limit, returns infinity.
-    """
+    """Returns how many files this process may have open at once (`ulimit -n`), or infinity."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft
 
@@ -89,10 +86,7 @@ def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
 
 
 def _find_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folder of each control group that contains this process, the innermost first.
-
-    `controller` is the limited resource, `cpu` or `memory`.
-    """
+    """Yields the folders of this process's groups for `cpu` or `memory`, the innermost first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -68,20 +68,16 @@ class Parser(argparse.ArgumentParser):
         self.group: str | None = None
 
     def fields(self, group: str = "") -> None:
-        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`.
-
-        `group` ends in a dot, as `data.` does. If it is "", all fields are accepted.
-        """
+        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`."""
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
-        """Sets the function `run` that executes the command of this parser.
+        """Sets the function that runs the command. Adds `--quiet`, `--json` and `--debug`.
 
-        Adds the flags `--quiet`, `--json` and `--debug`. `--help` shows `examples`, the flags of
-        typical calls.
+        `--help` shows `examples`, the flags of typical calls.
         """
         self.example = f"{self.prog} {examples[0]}"
         lines = []
@@ -109,10 +105,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Returns a function that reads a whole number from `low` to `high`.
-
-    `add_argument` takes the function as `type`.
-    """
+    """Returns a `type` for `add_argument` that reads a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
@@ -125,10 +118,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the words of a command line into (other words, words that begin with `--config.`).
-
-    Two words `--config.F V` become the word `--config.F=V`.
-    """
+    """Splits words into (others, `--config.F=V`). Two words `--config.F V` become one word."""
     flags, overrides = [], []
     rest = list(words)
     while rest:
@@ -252,11 +242,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _print(text: str, stream: TextIO) -> bool:
-    """Prints text that may come from a file of a stranger.
-
-    Escapes control characters, and characters that the stream cannot encode. Returns False if the
-    reader of the pipe has closed it.
-    """
+    """Escapes and prints text of a stranger. Returns False if the reader has closed the pipe."""
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -275,8 +261,7 @@ class _Printable(logging.Formatter):
 def _open_closed_streams() -> None:
     """Opens /dev/null for each standard stream that was closed, for example by `2>&-`.
 
-    Otherwise the next opened file would get the number of the closed stream, and messages would be
-    written into this file.
+    Otherwise the next opened file would get its number, and messages would go into this file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -312,10 +297,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def get_exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an error, as `vidjax.utils.errors` lists it. Returns None for a bug.
-
-    An error is a bug if a user cannot correct it.
-    """
+    """Returns the exit code that `utils.errors` lists, or None for a bug of vidjax."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):

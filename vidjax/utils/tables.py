@@ -37,10 +37,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Raises UserError if a table cannot be written to the new file `path`, the value of `--out`.
-
-    A command calls it before slow work.
-    """
+    """Raises UserError before slow work if no table can be written to `path`, given as `--out`."""
     if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise UserError(f"--out={path}: end the name in {names}")
@@ -59,12 +56,10 @@ def write(
     rows: Iterable[Sequence[object]],
     objects: Iterable[Mapping[str, object]],
 ) -> None:
-    """Writes a table to the new file `path`. The ending of `path` decides the format.
+    """Writes a table to the new file `path`, in the format of its ending.
 
-    Args:
-      columns: name -> type in Apache Arrow, such as `float32`.
-      rows: the cells of each row, one per column. None is an empty cell.
-      objects: the JSON objects of a .jsonl. The other formats contain `columns` and `rows`.
+    A .jsonl contains the JSON `objects`. The other formats contain `rows`, where None is an empty
+    cell, and `columns`, name -> type in Apache Arrow, such as `float32`.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)

@@ -20,8 +20,7 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    Raises InUseError if another process has locked it. `name` is the word for the folder in this
-    message.
+    Raises InUseError, which calls the folder `name`, if another process has locked it.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -50,10 +49,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
 
 
 def find_foreign_folder(folder: Path) -> Path | None:
-    """Returns the first folder, from / to `folder`, that other users of the machine may change.
-
-    If they may change none of these folders, returns None.
-    """
+    """Returns the first folder, from / to `folder`, that other users may change, or None."""
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):
@@ -67,10 +63,7 @@ def find_foreign_folder(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if other users, except root, may replace files in the folder with this `status`.
-
-    If `last` is True, also returns True if other users may add files.
-    """
+    """Returns True if users other than root may replace files or, with `last`, add files."""
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True

@@ -48,15 +48,10 @@ def open_regular(
 ) -> io.FileIO:
     """Opens a regular file without a buffer. It never truncates the file.
 
-    Args:
-      flags: flags of `os.open`.
-      limit: the largest allowed size, in bytes.
-      below: a folder that contains the file. If it is given, the real path of the file must lie in
-        this folder, too.
-
-    Raises:
-      UserError: the path is a symbolic link or a special file, the file has more than `limit`
-        bytes, or it has more than 64 MB and is sparse.
+    `flags` are flags of `os.open`. If `below`, a folder that contains the file, is given, the real
+    path of the file must lie in this folder, too. Raises UserError if the path is a symbolic link
+    or a special file, the file has more than `limit` bytes, or it has more than 64 MB and is
+    sparse.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
@@ -119,10 +114,7 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of every file in a folder, at any depth.
-
-    Raises UserError at a link, a pipe or a device.
-    """
+    """Yields relative paths of files, at any depth. Raises UserError at a link, pipe or device."""
     folders = [""]
     while folders:
         place = folders.pop()
@@ -213,20 +205,14 @@ def parse_line(line: bytes) -> dict[str, object]:
 
 
 def iterate_lines(path: Path) -> Iterator[bytes]:
-    """Yields the lines of a file with their line ends.
-
-    A line of more than 256 kB is split into pieces.
-    """
+    """Yields the lines of a file with their ends. Lines above 256 kB are split into pieces."""
     with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(LINE_BYTES):
             yield line
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
-    """Returns name -> array of an `.npz` file.
-
-    Raises UserError if the file or its unpacked arrays have more than `limit` bytes.
-    """
+    """Reads an `.npz`. Raises UserError if it has more than `limit` bytes, packed or unpacked."""
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
@@ -255,10 +241,9 @@ def max_unpacked_bytes(size: int) -> int:
 
 
 def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
-    """Returns how many bytes the arrays of an `.npz` need in memory.
+    """Returns how many bytes the arrays of an `.npz` need in memory, according to their headers.
 
-    Reads only the headers of the arrays. For `limit` and `least`, see `load_npz`. Raises UserError
-    if the arrays need more than `limit` bytes, or a header is damaged.
+    It takes `limit` and `least`, and raises UserError, as `load_npz` does.
     """
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least))

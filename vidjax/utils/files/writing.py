@@ -1,7 +1,4 @@
-"""Writes files and folders atomically. If that fails, the functions raise an OSError.
-
-The OSError contains the path.
-"""
+"""Writes files and folders atomically. A failure raises an OSError that contains the path."""
 
 import contextlib
 import errno
@@ -26,8 +23,7 @@ from vidjax.utils.files.reading import open_regular, read_json, sha256_json
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes a folder if it does not exist, and returns its absolute path.
 
-    Raises UserError if the folder is not writable. `name` is the word for the folder in this
-    message.
+    Raises UserError, which calls the folder `name`, if the folder is not writable.
     """
     workdir = Path(path).expanduser().absolute()
     try:
@@ -68,11 +64,10 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
-    """Removes the files of vidjax from a folder, and then removes the folder if it is empty.
+    """Removes files whose whole name matches the regular expression `ours`, then the empty folder.
 
-    A file is removed if the regular expression `ours` matches its whole name. If the file is a
-    link, its target stays. If `folder` is a link, nothing is removed. Returns True if the folder
-    does not exist afterwards.
+    If a file is a link, its target stays. If `folder` is a link, nothing is removed. Returns True
+    if the folder does not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
@@ -162,10 +157,7 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Reads the entries that `write_manifest` wrote. For `below`, see `open_regular`.
-
-    Raises UserError if the entry `sha256` is not the digest of the other entries.
-    """
+    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest is wrong."""
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
@@ -180,10 +172,9 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to fill. It is renamed to `folder` when the context ends.
+    """Yields a new folder to fill. It is renamed to `folder` at the end, or removed after an error.
 
-    After an error, the new folder is removed. Raises UserError if another process has made `folder`
-    in the meantime.
+    Raises UserError if another process has made `folder` in the meantime.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
