@@ -47,13 +47,9 @@ class TableTask:
     joined = False  # True if `best` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
-        """Opens a run or a gallery.
+        """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
 
-        Args:
-          open_trained: returns the run or the gallery, such as `vidjax.restore`.
-          *args: the arguments of `open_trained`, such as a folder.
-          **options: the options of the method that makes the results, such as `fpir` of
-            `Gallery.identify`.
+        `options` belong to the method that makes the results, such as `fpir` of `Gallery.identify`.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -62,10 +58,7 @@ class TableTask:
         raise NotImplementedError
 
     def made_by(self) -> dict[str, object]:
-        """Returns JSON values that identify the work, the run or gallery, and the options.
-
-        Tasks with equal values make equal results from equal clips.
-        """
+        """Returns JSON values. Tasks with equal values make equal results from equal clips."""
         return {
             "work": type(self).__name__, "by": self.trained.digest, "options": self.options
         }  # fmt: skip
@@ -114,10 +107,7 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 
     Clips with equal scores are sorted by name without `.mp4`, as in a ranking of all clips at once.
     Identities keep their order. Ray Data can also call this function for each identity:
-    `dataset.groupby("identity").map_groups(best)`.
-
-    Args:
-      lists: the rows of all rankings, with the columns of `Rank`.
+    `dataset.groupby("identity").map_groups(best)`. `lists` has the columns of `Rank`.
 
     Raises:
       ValueError: a clip occurs twice in the lists of an identity.
@@ -142,11 +132,9 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is not a folder, or contains no table. It is also empty if a table
-    is named like a split, such as `val.parquet`, because such a folder is a dataset.
-
-    Raises:
-      UserError: the folder also contains files that are not tables.
+    The list is empty if `source` is not a folder or contains no table, and also if a table is named
+    like a split, such as `val.parquet`, because such a folder is a dataset. Raises UserError if the
+    folder also contains files that are not tables.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -248,11 +236,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns True if a file of results exists and contains the given note, see `_make_note`.
-
-    Raises:
-      UserError: the file contains another note.
-    """
+    """Returns True if `results` contains `note`; raises UserError for another note."""
     if not files.exists(results):
         return False
     if _read_note(results) != note:

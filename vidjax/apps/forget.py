@@ -65,8 +65,8 @@ class Place(NamedTuple):
     """A folder or a file that contains a searched name, or could not be searched.
 
     Attributes:
-      kind: `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`)
-        or `file`. It is `unread` if the place could not be searched.
+      kind: `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`),
+        `file`, or `unread` if the place could not be searched.
       path: the folder or file.
       about: a description of the content.
       remedy: how the user can delete the name. It is `--delete` if vidjax can delete it, and starts
@@ -99,10 +99,7 @@ class Forgotten(NamedTuple):
 
 
 class SimilarNames:
-    """Finds stored names that look like a searched name or are spelled similarly.
-
-    A user who misspells a name should see the stored spelling.
-    """
+    """Finds the stored spelling of names that a user may have misspelled."""
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
@@ -185,11 +182,9 @@ def _survey(
 ) -> None:
     """Finds what must be searched below `root`, without following links.
 
-    Args:
-      root: a folder.
-      folders: gets an entry, path -> kind, for each folder of a gallery, run, dataset or result.
-      others: gets an entry, path -> True for a file and False for a folder, for everything else.
-      found: gets a `Place` for each folder that cannot be read.
+    Adds path -> kind to `folders` for each gallery, run, dataset or result, and for everything else
+    path -> (True for a file, False for a folder) to `others`. Adds a `Place` to `found` for each
+    folder that cannot be read.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
@@ -220,13 +215,10 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 def _search_gallery(
     folder: Path, people: set[str], clips: set[str], known: SimilarNames, *, delete: bool
 ) -> tuple[list[Place], set[str]]:
-    """Searches a gallery for `clips` and for the clips of `people`.
+    """Searches a gallery for `clips` and the clips of `people`, and deletes them with `delete`.
 
-    With `delete`, the clips are deleted. All names of people and clips in the gallery are added to
-    `known`.
-
-    Returns:
-      A list with the gallery if it contains any of the clips, and the names of these clips.
+    Returns a list with the gallery if it contains any of the clips, and the names of these clips.
+    Adds all names of people and clips in the gallery to `known`.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -310,10 +302,7 @@ def _walk_texts(value: object) -> Iterator[str]:
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields the texts in the results of `vidjax who` that may be names.
-
-    These are the cells of tables, the names of folders, and the name tags of faces in photos.
-    """
+    """Yields the cells of tables, names of folders and photo tags in results of `vidjax who`."""
     from vidjax.apps.video.features_folder import read_films
 
     for table in ("names.tsv", "unknown.tsv"):
@@ -359,13 +348,9 @@ def _search_files(
 ) -> list[Place]:
     """Searches the names and contents of files for names. Links are not followed.
 
-    Args:
-      paths: path -> True for a file, False for a folder.
-      names: the names, which are searched in UTF-8.
-      given: the names that the user typed. They are also searched in other encodings.
-
-    Returns:
-      The places that contain a name, cannot be read, or are compressed.
+    `paths` are path -> True for a file, False for a folder. The names `given`, which the user
+    typed, are searched in UTF-8 and other encodings, and all `names` in UTF-8. Returns the places
+    that contain a name, cannot be read, or are compressed.
     """
     if shutil.which("grep") is None:
         about = "other files are not searched, because grep is not installed"
@@ -417,10 +402,7 @@ def _run_grep(
     """Runs grep on files, or on `text` if `paths` is empty; returns the NUL-separated output rows.
 
     grep reads the patterns from memory. So no searched name is written to the disk or appears in
-    the list of processes.
-
-    Raises:
-      OSError: grep failed.
+    the list of processes. Raises OSError if grep fails.
     """
     memory = os.memfd_create("names")
     try:
@@ -436,10 +418,7 @@ def _run_grep(
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, JSON, HTML, URLs and rankings.
-
-    Each spelling is in the Unicode forms NFC and NFD.
-    """
+    """Returns spellings of names, NFC and NFD, in text, JSON, HTML, URLs and rankings."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
     return sorted({way(form) for form in forms for way in ways})
@@ -458,19 +437,15 @@ def _encode_name(names: Iterable[str]) -> bytes:
 
 
 def _unpack(path: Path) -> str | None:
-    """Returns a command that prints the content of a compressed file.
-
-    If the ending of `path` is not an ending of a compressed file, None is returned.
-    """
+    """Returns a command that prints a compressed file, or None if its ending is not a known one."""
     endings = (words for ends, words in UNPACK.items() if path.name.lower().endswith(ends))
     return next(endings, None)
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that search compressed files for names, one for each type of file.
+    """Returns shell commands, one for each type of file in `unread`, that search compressed files.
 
-    The commands search the folders `places`. Only types of files in `unread`, the places that could
-    not be searched, get a command.
+    The commands search the folders `places` for `names`.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

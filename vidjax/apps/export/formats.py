@@ -214,8 +214,7 @@ def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
 def make_run_arrays(run: Predictor) -> Arrays:
     """Returns the arrays of a PLDA run, name -> array; see the description of this module.
 
-    Raises:
-      UserError: the run has another model, or settings that `reader.py` does not support.
+    Raises UserError for other models, and for settings that `reader.py` does not support.
     """
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
@@ -300,16 +299,10 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 
 
 def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Computes the vectors of B clips that `reader.log_probabilities` takes.
+    """Computes the vectors of B clips for `reader.log_probabilities`, modality -> [B, D].
 
-    The vector of a clip is the mean of the fused frames, scaled to unit length.
-
-    Args:
-      run: a PLDA run.
-      inputs: the frames of the clips, see `function.input_shapes`.
-
-    Returns:
-      Modality -> [B, D].
+    The vector is the mean of the fused frames, scaled to unit length. `run` is a PLDA run, and
+    `inputs` are described in `function.input_shapes`.
     """
 
     @jax.jit
@@ -324,13 +317,10 @@ def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict
 def check_gallery(
     gallery: Gallery, read: Callable[[Mapping[str, np.ndarray]], np.ndarray]
 ) -> float:
-    """Compares the scores of an exported gallery with the gallery, for random vectors.
+    """Compares an exported gallery with the gallery; returns the largest difference of the scores.
 
-    `read` returns the scores of the exported file for Q clips. Its argument maps each part of a
-    vector, such as face or audio, to [Q, D]. Returns the largest difference.
-
-    Raises:
-      UserError: the scores differ by more than `function.TOLERANCE`.
+    `read` returns the scores of the exported file for Q random clips, part of the vector -> [Q, D].
+    Raises UserError if the scores differ by more than `function.TOLERANCE`.
     """
     rng, parts = np.random.default_rng(0), {}
     for number, (name, width) in enumerate(gallery.backend.widths.items()):

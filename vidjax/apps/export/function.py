@@ -65,15 +65,10 @@ def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
 
 
 def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
-    """Computes the scores and the embeddings of B clips.
+    """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
-    Args:
-      run: the run, whose weights are not used.
-      members: the weights, see `get_members`.
-      inputs: the frames of the clips, see `input_shapes`.
-
-    Returns:
-      `scores` [B, C] and `embeddings` [B, D], both float32.
+    The weights are `members`, see `get_members`, and not the weights of `run`. For `inputs`, see
+    `input_shapes`.
     """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:
@@ -102,10 +97,7 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Removes all but the best MAX_EVAL_FRAMES frames of a clip from the mask [B, T].
-
-    `quality` is [B, T]. A run leaves out the same frames, see `ClipSource.eval_batches`.
-    """
+    """Removes all but the best MAX_EVAL_FRAMES frames [B, T] from the mask, as a run does."""
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -122,10 +114,9 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
     """Fuses the frames of each clip as if it were the only clip of the batch.
 
-    If a clip has only one frame of a modality, a run combines this frame with every frame of the
-    other modalities (`System.to_examples`). `to_examples` recognises a single frame by the length
-    of its array. But an exported function pads all modalities to the same length, so single frames
-    are repeated here.
+    A run combines a single frame of a modality with every frame of the other modalities, and
+    `System.to_examples` recognises a single frame by the length of its array. But an exported
+    function pads all modalities to the same length, so single frames are repeated here.
     """
     fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
     padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
@@ -207,13 +198,9 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
     The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. The
     fifth clip is made for runs that classify single frames (`after_fusion=examples`) of several
-    modalities. It has a single frame of the last modality. The run predicts this clip in a separate
-    call, because in a batch with longer clips it would not repeat the single frame.
-
-    Args:
-      run: the run that computes the expected outputs.
-      seed: the seed of the random numbers.
-      padding: the number of padded frames after the longest clip.
+    modalities. It has a single frame of the last modality. The run predicts it in a separate call,
+    because in a batch with longer clips it would not repeat the single frame. `padding` is the
+    number of padded frames after the longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
@@ -272,14 +259,8 @@ def check(
 ) -> float:
     """Compares an exported model with the run on random clips; returns the largest difference.
 
-    Batches of several clips and of one clip are compared, with padded frames and without.
-
-    Args:
-      format_name: the format, which appears in the error.
-      predict: computes the outputs of the exported model from its inputs.
-
-    Raises:
-      UserError: the outputs differ by more than TOLERANCE.
+    Batches of several clips and of one clip are compared, with padded frames and without. `predict`
+    computes the outputs of the exported model. Raises UserError if a difference is above TOLERANCE.
     """
     worst = 0.0
     for seed, padding in enumerate((2, 0)):

@@ -45,13 +45,8 @@ def to_model(
 ) -> onnx.ModelProto:
     """Converts a function of named arrays to an ONNX model.
 
-    Args:
-      function: returns the outputs, name -> array, for inputs, name -> array.
-      inputs: name -> shape and dtype of an input. Sizes may be symbols.
-      outputs: the names of the outputs, in their order in the model.
-
-    Raises:
-      UserError: the function uses a primitive that RULES lacks, or the model is too large.
+    Sizes in `inputs` may be symbols. The model returns `outputs`, the names, in their order. Raises
+    UserError if RULES lacks a primitive of the function, or if the model is too large.
     """
     names = sorted(inputs)  # JAX flattens a dict in this order
     traced = jax.make_jaxpr(function)(dict(inputs))
@@ -188,10 +183,7 @@ class Graph:
         return self._sizes[text]
 
     def _expression(self, tree: ast.expr) -> str:
-        """Adds nodes that compute a symbolic size; returns the name of the result.
-
-        `tree` is the parsed text of the size, such as `2*T - 1` or `max(0, T)`.
-        """
+        """Adds nodes that compute a parsed symbolic size, such as `2*T - 1` or `max(0, T)`."""
         if isinstance(tree, ast.Constant):
             return self.constant(tree.value, np.int64)
         if isinstance(tree, ast.Name):
@@ -239,10 +231,7 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Returns the indices 0, 1, ... along an axis of an array of the shape `dims`.
-
-        The result has the same number of axes. All other axes have size 1.
-        """
+        """Returns the indices along an axis of the shape `dims`. All other axes have size 1."""
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line
@@ -261,10 +250,7 @@ class Graph:
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns the elements of `yes` where `which` is True, and of `no` where it is False.
-
-        `aval` describes the dtype of the elements.
-        """
+        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere."""
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
@@ -280,15 +266,7 @@ class Graph:
     def add_jaxpr(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]
     ) -> list[str]:
-        """Adds the nodes of a jaxpr.
-
-        Args:
-          consts: the values of the constants of the jaxpr.
-          inputs: the names of the inputs in the graph.
-
-        Returns:
-          The names of the results.
-        """
+        """Adds the nodes of a jaxpr with the constants `consts`; returns its results."""
         values: dict[Any, str] = {}
 
         def read(x: Any) -> str:
@@ -327,9 +305,7 @@ def _is_foldable(eqn: Eqn) -> bool:
 
 
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for log(1 + x). They compute log(u) x / (u - 1) with u = 1 + x.
-
-    This formula is exact even for small x, for which log(u) is inexact.
+    """Adds nodes for log(1 + x) = log(u) x / (u - 1) with u = 1 + x, which is exact for small x.
 
     Source: Kahan; Goldberg 1991, What every computer scientist should know about floating-point.
     """
@@ -405,10 +381,9 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Slices x [`dims`] along some axes.
+    """Slices x [`dims`] along some axes; `windows` are axis -> (name of the start, size).
 
-    `windows` are axis -> (name of the start, size). As in JAX, a slice that would extend beyond the
-    border of x is shifted into x.
+    As in JAX, a slice that would extend beyond the border of x is shifted into x.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
@@ -456,10 +431,7 @@ def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Adds nodes that sort all operands by the first operand, ascending.
-
-    Elements with equal keys keep their order.
-    """
+    """Adds nodes that sort all operands by the first, ascending. Ties keep their order."""
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
         raise _make_error("a sort by several keys")
@@ -476,16 +448,8 @@ def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) ->
     """Adds nodes that bring the indices of equal values into ascending order.
 
     ONNX requires this order of TopK, but OpenVINO does not guarantee it. So the values are sorted
-    again, by keys that are never equal.
-
-    Args:
-      ordered: the sorted values, from TopK.
-      places: the indices of these values before the sort, from TopK.
-      size: the number of values along `axis`.
-      axis: the axis along which the values were sorted.
-
-    Returns:
-      The corrected indices.
+    again, by keys that are never equal. TopK has sorted the values `ordered` along `axis`, and
+    `places` are the indices of these values before the sort.
     """
     start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
     earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]
@@ -566,8 +530,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for a scatter of JAX that adds N rows to K rows, or takes the maximum of them.
 
-    Each of the N rows has the index of one of the K rows. If its index is outside of 0 to K - 1, it
-    is dropped: it is written to an additional row K, and row K is then removed.
+    A row whose index is outside of 0 to K - 1 is written to an additional row K, which is removed.
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:

@@ -57,11 +57,7 @@ def log_probabilities(arrays, vectors):
 
 
 def _compute_distance_ratios(values, x):
-    """Returns the log-likelihood ratios [Q, N] of a modality that is compared by distances.
-
-    `values` are the arrays of the modality. The mean is already subtracted from the vectors
-    x [Q, D].
-    """
+    """Returns the log-likelihood ratios [Q, N] of centred vectors x [Q, D] from distances."""
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]
     across = x @ values["linear"].T - (x @ values["mean"])[:, None]

@@ -37,10 +37,7 @@ CHECKPOINT_ENTRIES = ("step", "files", "arrays", "sha256")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Exports the run in `workdir` to `folder`. The description of this module lists the files.
-
-    `step` is the checkpoint, `latest` or `best`.
-    """
+    """Exports the checkpoint `step`, `latest` or `best`, of the run in `workdir` to `folder`."""
     from safetensors.numpy import save_file
 
     source = RunFolder(workdir)
@@ -57,8 +54,7 @@ def write(workdir: Path, folder: Path, step: str) -> None:
 def read(folder: Path, workdir: Path) -> None:
     """Makes a new run in the folder `workdir` from the exported files in `folder`.
 
-    Raises:
-      UserError: a file is missing or damaged, or the weights do not fit the configuration.
+    Raises UserError if a file is missing or damaged, or if the weights do not fit the config.
     """
     for name in (*NEEDED_FILES, CHECKPOINT, WEIGHTS):
         if not (folder / name).is_file():
@@ -82,11 +78,7 @@ def read(folder: Path, workdir: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies COPIED_FILES from one folder to another.
-
-    Raises:
-      UserError: a file is a link or a pipe, or metrics.json is damaged.
-    """
+    """Copies COPIED_FILES; raises UserError for a link, a pipe, or a damaged metrics.json."""
     RunFolder(source).metrics()
     for name in COPIED_FILES:
         if files.exists(source / name):
@@ -114,12 +106,7 @@ def _select_entries(manifest: Mapping[str, Any], *, without_step: bool = False) 
 
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of all weights, in nested dicts like the weights.
-
-    Args:
-      manifest: the entries of checkpoint.json, which describe the data.
-      members: the number of ensemble members.
-    """
+    """Returns the shapes and dtypes of the weights of all members, nested like the weights."""
     task = restore.read_task(manifest)
     system = make_system(config.to_dict(), task)
     return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
@@ -128,8 +115,7 @@ def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> d
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Reads weights into nested dicts with the structure of `shapes`.
 
-    Raises:
-      UserError: the file is damaged, or its arrays have other names, shapes or dtypes.
+    Raises UserError if the file is damaged, or its arrays have other names, shapes or dtypes.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
