@@ -126,10 +126,7 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Converts the collections after training to the collections that evaluation needs.
-
-        All arrays are [E, ...], for the E members (nets) of an ensemble.
-        """
+        """Converts the collections, [E, ...] for E members (nets), to the form for evaluation."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
@@ -141,8 +138,5 @@ class Identifier(nn.Module):
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` with which galleries of this model score clips.
-
-        Returns None if these galleries compare cosines.
-        """
+        """Returns the `two_covariance.Settings` of galleries, or None if they compare cosines."""
         return None

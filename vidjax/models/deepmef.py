@@ -132,10 +132,7 @@ class DeepMEF(Identifier):
         return x + added
 
     def _aggregate(self, real: Frames, *, train: bool) -> Array:
-        """Pools the frames of `modality` into a vector of each clip, [B, D + 2].
-
-        The vector of a clip without frames is 0.
-        """
+        """Pools the frames of `modality` into a vector [B, D + 2], which is 0 without frames."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5
@@ -230,10 +227,7 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Mixes the rows [B, T, D] by learned maps, as the form `features` does.
-
-        For the form `channels`, the rows are transposed, [B, D, T].
-        """
+        """Mixes rows, [B, T, D] or for the form `channels` [B, D, T], by learned maps."""
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
         default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init

@@ -292,10 +292,7 @@ class CosineIdentifier(Identifier):
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
     def _embed(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
-        """Computes the unit vector of a modality, [B, embed_dim].
-
-        The vector of a clip without frames is arbitrary.
-        """
+        """Computes unit vectors [B, embed_dim] of a modality. Without frames they are arbitrary."""
         x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
         layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")
         # The statistics include clips whose modality was dropped.

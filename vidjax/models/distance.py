@@ -100,11 +100,8 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people, who are given in several blocks.
 
-    Args:
-      means: for each block [P, D], the mean of the unit vectors of each person.
-      effective: for each block [P], the effective number of clips of each person.
-      counts: for each block [P], the number of clips of each person. People without a clip are
-        ignored.
+    A block of P people has the mean of the unit vectors of each person [P, D], and the effective
+    and the real number of clips of each person [P]. People without a clip are ignored.
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)

@@ -106,11 +106,10 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Computes the `threshold` from the measures of the training clips.
+        """Computes the `threshold` below which a share `threshold_share` of the measures lie.
 
-        The measures of a share `threshold_share` of the clips are below the threshold. The share is
-        smaller if some measures are equal. All clips with the modality count, in all folds, with or
-        without an identity.
+        The share is smaller if some measures are equal. All training clips with the modality count,
+        in all folds, with or without an identity.
         """
         if not self.threshold_share:
             return {}

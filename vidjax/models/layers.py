@@ -47,10 +47,7 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Drops modalities of clips in training, as `drop_modalities` does (rng `modality_dropout`).
-
-    `present` is [B, M] bool. If `train` is False, it is returned unchanged.
-    """
+    """Applies `drop_modalities` to `present` [B, M] in training (rng `modality_dropout`)."""
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)
@@ -125,10 +122,7 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Multiplies and sums over axis 1 of the matrix `left` and `axis` of the matrix `right`.
-
-    The sums are computed in `dtype`.
-    """
+    """Multiplies matrices and sums, in `dtype`, over axis 1 of `left` and `axis` of `right`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)

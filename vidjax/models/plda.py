@@ -61,10 +61,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the parameters of PLDA for a member of the ensemble.
-
-        Raises UserError if any parameter is neither given nor fitted.
-        """
+        """Returns a member's settings. Raises UserError if one is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -134,10 +131,7 @@ class PLDAIdentifier(Identifier):
         return centred
 
     def score_vectors(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Computes the logits of unit vectors, which are given as modality -> [B, D].
-
-        It needs the collection `solved`, the result of `finalise_state`.
-        """
+        """Computes the logits of unit vectors, modality -> [B, D], with the collection `solved`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre_vectors(x, solved[name]["centre"]) for name, x in vectors.items()

@@ -113,10 +113,9 @@ def combine_modalities(ratios: Array, known: Array, present: Array, settings: Se
 def fit_member_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
-    """Fits the settings of PLDA that are None in `given`, on the training clips.
+    """Fits the settings of PLDA that are None in `given`. Returns name -> number.
 
-    Returns name -> value. A value is a number. If the numbers differ between the members of an
-    ensemble, it is a tuple with a number for each member.
+    If the numbers differ between the members of an ensemble, a value is a tuple of them.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -154,10 +153,7 @@ def fit_member_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Prints a message if too few people have two clips for calibrated probabilities.
-
-    Labels are [N] int, 0 for clips that show nobody who is known.
-    """
+    """Prints a message if too few people (labels above 0) have two clips to calibrate scores."""
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
@@ -173,10 +169,9 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Chooses the clips on which settings are fitted. Returns [N] bool, True for these clips.
+    """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
-    Clips with a label above 0 are chosen. If there are more than MAX_FITTED_CLIPS, the choice is
-    limited to a few random identities, each with all its clips.
+    If there are more than MAX_FITTED_CLIPS, a few random identities are chosen with all clips.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -192,16 +187,12 @@ def fit_settings(
     seed: int,
     enrolled: Mapping[str, np.ndarray] | None = None,
 ) -> Settings:
-    """Fits the settings of PLDA on held-out clips.
+    """Fits the settings of PLDA, except those in `given`, on held-out clips.
 
-    If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted, and the settings have
-    typical values.
-
-    Args:
-      vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
-      labels: [N] int from 1 on.
-      given: settings that are not fitted.
-      enrolled: the vectors of the clips when they are enrolled. None means `vectors`.
+    `vectors` maps a modality to [N, D] float of unit length, 0 for clips that lack the modality.
+    Labels are [N] int from 1 on. `enrolled` has the vectors of the clips when they are enrolled;
+    None means `vectors`. If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted, and
+    the settings have typical values.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -257,9 +248,9 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    The remaining identities, which are random, become strangers. `vectors` and `enrolled_vectors`
-    map a modality to [N, D], labels are [N] int from 1 on, see `fit_settings`. Returns None if a
-    modality has no enrolled clip, or if all held-out clips or none of them show strangers.
+    The remaining identities, which are random, become strangers. For the arguments, see
+    `fit_settings`. Returns None if a modality has no enrolled clip, or if all held-out clips or
+    none of them show strangers.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -320,10 +311,7 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 @jax.jit
 def _score_fold(part: _Ratios, settings: Settings) -> Array:
-    """Computes the MAP of known identities, and the AUROC of best scores, as an array [2].
-
-    The AUROC measures how well best scores separate known clips from strangers.
-    """
+    """Computes [2]: the MAP of known identities, and the AUROC of known clips against strangers."""
     logits = combine_modalities(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
     # Row i has the scores of all clips for the identity of clip i. `same` marks its clips.
@@ -344,10 +332,7 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger` by the likelihood of the labels and the prior.
-
-    Settings in `given` stay.
-    """
+    """Fits `scale`, `unenrolled` and `stranger`, unless `given`, by likelihood and prior."""
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)

@@ -70,11 +70,9 @@ class System(NamedTuple):
     ) -> dict[str, Frames]:
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
-        Args:
-          rng: PRNG key of training; None fuses for evaluation.
-          frames: modality -> Frames [B, T].
-          hidden_chunk: [] int32, number of the chunk of each feature vector that is hidden from
-            the member of the ensemble. It is not read if `config.ensemble.views` is 0.
+        The PRNG key `rng` is None in evaluation. `hidden_chunk` [] int32 is the chunk of each
+        feature vector that is hidden from the member. It is read only if `config.ensemble.views` is
+        not 0.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -89,9 +87,8 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the initial parameters of the model with the key `rng`.
+        """Draws the initial parameters of the model, and its other variables, with the key `rng`.
 
-        Returns the parameters, and the other variables of the model, such as batch statistics.
         `fuse_rng` is the key for the fusion of a blank clip, which gives the shapes of the inputs.
         """
         fused = self.fuse(fuse_rng, make_blank_clip(self.task.modalities), jnp.int32(0))
@@ -109,14 +106,12 @@ class System(NamedTuple):
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
-        Usually each clip is an example. If `frame_is_example` is set, each fused frame of a clip is
-        an example. Then a modality must have T' frames, as the other modalities have, or 1 frame. A
-        single frame is repeated in every example of the clip. A clip that has only modalities with
-        a single frame is one example.
-
-        Returns:
-          The frames unchanged, and [B, 1] bool, all True. If `frame_is_example` is set, it returns
-          modality -> Frames [B T', 1], and [B, T'] bool, True for examples that exist.
+        Usually each clip is an example. Then the frames are returned unchanged, with [B, 1] bool,
+        all True. If `frame_is_example` is set, each fused frame of a clip is an example. Then a
+        modality must have T' frames, as the other modalities have, or 1 frame, which is repeated in
+        every example of the clip. A clip that has only modalities with a single frame is one
+        example. The result is modality -> Frames [B T', 1], and [B, T'] bool, True for examples
+        that exist.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -183,10 +178,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration, which is given as nested dicts.
-
-    In `config["fusion"]`, modalities that `config["modalities"]` does not list are ignored.
-    """
+    """Builds a system. Fusions of modalities that `config["modalities"]` lacks are ignored."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -227,11 +219,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration.
-
-    If `config.ensemble.views` is set, a chunk of the features is hidden from each member of the
-    ensemble. So the model receives fewer features.
-    """
+    """Builds the model, which gets fewer features if `config.ensemble.views` hides a chunk."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -258,8 +246,7 @@ def make_fusions(
 ) -> dict[str, FuseFn]:
     """Builds the fusion of each modality for a phase, `train` or `evaluate`.
 
-    A fusion selects or averages frames. A modality without a specification uses all frames. Error
-    messages name the field of the configuration.
+    A modality without a specification uses all frames. Errors name the configuration's field.
     """
     fusions = {}
     for name in modalities:
@@ -275,8 +262,7 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds `System.column_weight`, the weights of clips by their class column.
 
-    The weight is `spec["mirror_weight"]`, a schedule, for mirrors of noise classes, and 1 for all
-    other columns.
+    The schedule `spec["mirror_weight"]` is the weight of mirrors of noise classes. Others have 1.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

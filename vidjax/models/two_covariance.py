@@ -126,8 +126,7 @@ def centre_share(num_people: float) -> float:
 def make_space(covariances: Covariances, *, within: float | Array, between: float | Array) -> Space:
     """Shrinks the covariances W within and B between classes, and diagonalises them together.
 
-    A share `within` of W and a share `between` of B, from 0 to 1, are replaced by multiples of the
-    identity matrix.
+    The shares `within` of W and `between` of B are replaced by multiples of the identity matrix.
     """
     mean_variance = np.maximum(np.mean(covariances.within), SMALLEST_VARIANCE)
     values = (1 - within) * covariances.within + within * mean_variance

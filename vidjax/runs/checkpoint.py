@@ -297,7 +297,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes old checkpoints. The module docstring lists which checkpoints stay."""
+    """Deletes old checkpoints, except the checkpoints that the module docstring lists."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

@@ -67,10 +67,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 
 def set_up_devices(config: Config) -> None:
-    """Finds the devices, and sets the folder in which compiled programs are cached.
-
-    Raises UserError if a device cannot be used.
-    """
+    """Finds the devices, and caches compiled programs. Raises UserError if a device is unusable."""
     from vidjax.core import devices
 
     if config.deterministic:
@@ -222,10 +219,8 @@ def train_run(
     """Trains a system in a folder that the caller has locked.
 
     The arguments are explained in `train` and `training.loop.train`. If `data` is None, the data
-    that `config` describes are loaded.
-
-    Returns:
-      The content of `metrics.json`, and True if the run had been finished before.
+    that `config` describes are loaded. Returns the content of `metrics.json`, and True if the run
+    had been finished before.
     """
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
@@ -310,8 +305,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Ranks `config.eval.split` with the run in a folder that the caller has locked.
 
-    If `data` is None, the data that `config` describes are loaded. Returns the content of
-    `metrics.json`.
+    If `data` is None, `config` describes the data. Returns the content of `metrics.json`.
     """
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis

@@ -55,10 +55,9 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the content of `metrics.json` of a finished run.
+    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
 
-    If the run is not finished, or `config` has more epochs than the run, returns None. Raises
-    UserError if the run cannot resume with `config`.
+    Raises UserError if the run cannot resume with `config`.
     """
     if not folder.has(CONFIG):
         return None
@@ -87,17 +86,10 @@ def train(
 ) -> dict[str, Any]:
     """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
-    Args:
-      workdir: the folder of the run, which the caller has locked.
-      num_devices: the number of devices to use. None means all.
-      analyse: if True, `analysis.npz` and `report.html` are written at the end.
-      command: the command line that repeats the training, for `metrics.json` and the report.
-      began: the value of `time.monotonic()` when this process started. None means now.
-
-    Raises:
-      UserError: the configuration does not fit the data or the run in the folder.
-      CheckpointError: the checkpoints are damaged or belong to another model.
-      Interrupted: SIGINT or SIGTERM arrived, and a checkpoint of the last step was saved.
+    The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
+    `report.html` are written at the end. `command` is the command line that repeats the training,
+    for `metrics.json` and the report. `began` is the value of `time.monotonic()` when this process
+    started. The function raises the errors that `api.train` lists.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
@@ -132,10 +124,7 @@ def _take_steps(
     split: str,
     analyse: bool,
 ) -> Evaluation | None:
-    """Trains to the last step. Writes logs, saves checkpoints, and evaluates the split `split`.
-
-    Returns the last evaluation. If this process did not evaluate, returns None.
-    """
+    """Trains, logs, saves and evaluates. Returns the last evaluation if this process evaluated."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
@@ -231,8 +220,7 @@ class TrainingRun:
     ):
         """Restores the newest checkpoint. If there is none, the run starts at step 0.
 
-        `began` is the value of `time.monotonic()` when the process started. If `analyse` is True,
-        the models of this run can return their attention.
+        If `analyse` is True, the models of this run can return their attention.
         """
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
@@ -274,10 +262,9 @@ class TrainingRun:
         self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Returns the state and the manifest of the newest checkpoint that is not damaged.
+        """Returns the newest undamaged state and its manifest, or the state at step 0 and {}.
 
-        Damaged checkpoints of later steps are renamed, because training will save these steps
-        again. If the run has no checkpoint, returns the state at step 0 and {}.
+        Damaged checkpoints of later steps are renamed, because training saves these steps again.
         """
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         sharding = devices.replicated_layout(self._mesh)
@@ -401,10 +388,7 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Changes the labels of distractors in no cluster to the predictions of each member.
-
-        `plan.relabel` explains the rule. A member predicts only the clips on which it is trained.
-        """
+        """Applies `plan.relabel` to the predictions of each member for its training clips."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -440,20 +424,14 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step, and writes `more` to its manifest.
-
-        If this step has been saved before, only `more` is written.
-        """
+        """Saves a checkpoint, with `more` in the manifest. A saved step only gets a new `more`."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self._last_save = time.monotonic()
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split` with the weights of this step.
-
-        `check` is called between blocks of clips. It may raise an error to stop the evaluation.
-        """
+        """Ranks `config.eval.split`. Calls `check`, which may raise, between blocks of clips."""
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval

@@ -139,10 +139,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained, or its files could not be read later.
-
-    `weight` [E, N] has the weights of N training clips for E members.
-    """
+    """Raises UserError if the run, with clip weights [E, N], cannot be trained or be read later."""
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
@@ -192,11 +189,10 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Gives every distractor (label 0) another class column.
+    """Gives each cluster of distractors (label 0) a class column, and other distractors mirrors.
 
-    Distractors are clustered, and each cluster is a class. A distractor in no cluster gets a random
-    mirror class, a second class of an identity for strangers who resemble it. Returns the new
-    labels [N] int32 and the order of the class columns.
+    `initial_labels` explains mirror columns. Returns the new labels [N] int32 and the order of the
+    class columns.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -242,16 +238,11 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes a value of each training clip for which `wanted` [N] bool is True.
+    """Computes a value of each of the n training clips for which `wanted` [N] bool is True.
 
-    Args:
-      value_of: maps a block of B clips, with all their frames, to values [B, ...].
-      wanted: True for n > 0 of the N training clips.
-      mesh: if it is given, each block is split over its devices. Then all processes of the run must
-        call this function together.
-
-    Returns:
-      [n, ...] values, in the order of the clips.
+    `value_of` maps a block of B clips, with all their frames, to values [B, ...]. Returns the
+    values [n, ...] in the order of the clips, for n > 0. If `mesh` is given, each block is split
+    over its devices. Then all processes of the run must call this function together.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
@@ -274,10 +265,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Describes the training clips for `Identifier.prepare`, which a model may define.
-
-    `labels` [N] are class columns. `used` [E, N] is True if a member is trained on a clip.
-    """
+    """Makes TrainingClips, which explains `labels` and `used`, for `Identifier.prepare`."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -297,10 +285,7 @@ def make_training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or a changed field has no effect on it.
-
-    A model in closed form reads no fields of the loss, the optimiser or the augmentation.
-    """
+    """Raises UserError if the model needs more epochs, or a changed field has no effect on it."""
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
@@ -366,10 +351,7 @@ def dry_run(config: Config) -> None:
 
 
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
-    """Returns a note for the user if a batch is larger than the number of training clips.
-
-    Otherwise returns None.
-    """
+    """Returns a note if a batch is larger than the number of training clips, otherwise None."""
     most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
     if config.batch_size <= most:
         return None
@@ -382,10 +364,7 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes the loss weight [N] of every training clip from `data.balance` and `data.weights`.
-
-    `labels` [N] are class columns, and `clips` are the names of the clips.
-    """
+    """Computes loss weights [N] from `data.balance`, `data.weights`, class columns and names."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()

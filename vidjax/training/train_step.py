@@ -57,9 +57,8 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0, with random parameters.
 
-    Args:
-      rngs: [E] PRNG keys. Each member uses its key for the parameters and for all random draws.
-      labels: [E, N] int32, class columns of the training clips.
+    Each member uses its key in `rngs` [E] for the parameters and for all random draws. `labels` [E,
+    N] int32 are class columns.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -124,10 +123,7 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Converts a state to the items of a checkpoint.
-
-    An evaluation reads only `params` and `model_state`. The item `train` has all other fields.
-    """
+    """Returns the items of a checkpoint: `params`, `model_state`, and other fields as `train`."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     items = {name: rest.pop(name) for name in ("params", "model_state")}
     return {**items, "train": rest}
@@ -175,13 +171,10 @@ def train_step(
 def take_member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
-    """Updates one member with a batch of clips. Returns the new state and the loss [].
+    """Updates one member with a batch of B clips. Returns the new state and the loss [].
 
-    Args:
-      step: [] int32, the number of steps before this one.
-      learned: the fields of the member's state that a step changes, without the axis E.
-      batch: B clips.
-      inputs: see `MemberInputs`.
+    `step` [] int32 is the number of earlier steps. `learned` has the fields of the state that a
+    step changes, without the axis E.
     """
     rng, labels, weight, *settings = inputs
     keys = jax.random.split(jax.random.fold_in(rng, step), 4)
@@ -275,10 +268,7 @@ def _transform_and_fuse(
     min_quality: Array,
     hidden_chunk: Array,
 ) -> MemberClips:
-    """Augments the clips of a batch, and fuses the frames of each clip, for one member.
-
-    `MemberInputs` explains the arguments after `batch`.
-    """
+    """Augments clips, and fuses their frames, for one member. See `MemberInputs` for its inputs."""
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
@@ -330,10 +320,8 @@ def make_train_loop(
     donated. The number of steps is an argument, so that the function is compiled only once. If
     `count` is None, the function takes one step without a loop, because a loop on a GPU waits for
     the host after each step. Two calls give the same result as one call with the sum of the counts.
-
-    Args:
-      draw: maps (clips, step) to the batch of a step, on the devices. If clips are streamed,
-        `clips` is the batch.
+    `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
+    is the batch.
     """
 
     def loop(
