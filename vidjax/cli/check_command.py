@@ -52,10 +52,9 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns subject -> function that checks it.
+    """Returns subject -> function that returns a summary, or raises an error if its check fails.
 
-    The flags decide whether data, a run or a gallery is checked. Each function returns a
-    summary, or raises an error if the check fails.
+    The flags decide whether data, a run or a gallery is checked.
     """
     if args.workdir and args.config:
         raise UserError("--workdir and --config cannot be checked together: leave one of them out")

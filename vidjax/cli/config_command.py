@@ -28,10 +28,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def show_config(args: argparse.Namespace) -> Result:
-    """Lists the fields of a configuration file or of a run.
-
-    If neither is given, lists the defaults.
-    """
+    """Lists the fields of a configuration file or of a run. If neither is given, lists defaults."""
     if args.workdir and args.config:
         raise UserError("--config and --workdir cannot be listed together: leave one of them out")
     if args.config:
@@ -54,13 +51,9 @@ def describe_fields(
 ) -> dict[str, dict[str, Any]]:
     """Returns field -> a dict of its `value`, its `default`, and `from`, the origin of the value.
 
-    Fields with a default come first. Fields that only a file adds, such as `model.embed_dim`, come
-    last and have the default None. Both groups are sorted by name.
-
-    Args:
-      config: the configuration before the overrides.
-      overrides: words of the command line, `--config.FIELD=VALUE`.
-      file: the name of the file from which `config` was read.
+    `config` was read from `file`, and `overrides` are the words `--config.FIELD=VALUE`. Fields with
+    a default come first. Fields that only a file adds, such as `model.embed_dim`, come last and
+    have the default None. Both groups are sorted by name.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed, rows = set(override_names(overrides)), {}

@@ -266,9 +266,8 @@ def _create(args: argparse.Namespace) -> Result:
 def _open(args: argparse.Namespace) -> "Gallery":
     """Opens the gallery of a command.
 
-    Raises:
-      UserError: the clips of the command do not exist, or their features were made with other nets
-        than the features of the gallery.
+    Raises UserError if the clips of the command do not exist, or their features were made with
+    other nets than the features of the gallery.
     """
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
@@ -371,10 +370,7 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Reads clip -> person from a table of `vidjax gallery group`, in which a user wrote names.
-
-    If the table contains no name, raises UserError.
-    """
+    """Reads clip -> person from a table of `gallery group`. Raises UserError if it has no names."""
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(

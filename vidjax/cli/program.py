@@ -82,10 +82,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns the exit code.
-
-    If `argv` is None, the arguments of the process are used.
-    """
+    """Runs a command line, by default the arguments of the process, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -110,15 +107,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parses a command line.
+    """Parses a command line. Raises UserError if a command, a flag or a value is wrong.
 
-    Returns:
-      An object with the value of each flag, and five more attributes. `command` is the name of the
-      command, `execute` its function, and `parser` its parser. `overrides` are the words
-      `--config.FIELD=VALUE`. `line` is the command line as text.
-
-    Raises:
-      UserError: a command, a flag or a value is wrong.
+    Returns the value of each flag, and five more attributes: `command` is the name of the command,
+    `execute` its function, and `parser` its parser. `overrides` are the words
+    `--config.FIELD=VALUE`. `line` is the command line as text.
     """
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]
@@ -294,10 +287,7 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
 
 
 def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
-    """Returns a hint about what the user may have meant by a word that no flag precedes.
-
-    If there is no likely meaning, returns None.
-    """
+    """Returns a hint about the likely meaning of a word that no flag precedes, or None."""
     if word in COMMANDS:
         return f"write the command first: vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):

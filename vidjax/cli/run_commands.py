@@ -117,11 +117,7 @@ def add_report_flags(parser: Parser) -> None:
 
 
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
-    """Returns the configuration and the folder of the run to evaluate.
-
-    If `--runs` is given, the configuration lists the runs of a blend, and the folder is for the
-    results of the blend.
-    """
+    """Returns the configuration and the folder of the run or of the blend of `--runs`."""
     for name in config_io.override_names(args.overrides):
         if config_lib.is_in_groups(name, TRAINING_FIELDS):
             raise UserError(
@@ -144,10 +140,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns the configuration of a blend of the runs of `--runs`.
-
-    If all runs have the same `eval.split`, the blend has it, too.
-    """
+    """Returns the configuration of a blend of `--runs`, with their `eval.split` if all agree."""
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )
@@ -206,8 +199,7 @@ def summarise(
 ) -> Result:
     """Returns the printed result of a command: the scores of a run, and the paths of its files.
 
-    `results` is the content of `metrics.json`. `seconds` is the duration of the command. If the run
-    was finished before, it is None.
+    `results` is the content of `metrics.json`. If the run was finished before, `seconds` is None.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})

@@ -50,8 +50,7 @@ def split_runs(runs: str | None) -> list[str]:
 def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:
     """Returns the fields that the command line overrides by `--config.FIELD=VALUE`.
 
-    Raises:
-      UserError: a field is not in `readable`, so the command would ignore it.
+    Raises UserError if a field is not in `readable`, so the command would ignore it.
     """
     overridden = set(config_io.override_names(args.overrides))
     if unread := sorted(overridden - set(readable)):

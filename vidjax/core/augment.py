@@ -98,21 +98,14 @@ def concat_clips(
 
     With probability 0.5, a clip that is `chosen` and `short` is extended by the frames of another
     chosen short clip. The frame numbers continue. A chosen clip that is not short keeps
-    `max_frames` consecutive real frames, or all if the modality has fewer. All other clips stay
-    unchanged.
+    `max_frames` consecutive real frames, or all if the modality has fewer. If `pieces` is `random`,
+    it keeps a piece with a random first frame, and a random last frame at or after it (both
+    uniform). All other clips stay unchanged. Returns Frames [B, 2 T] in the stored dtype.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
-    same partner, and cut it at the same relative position.
-
-    Args:
-      frames: Frames [B, T] of a modality.
-      chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
-      short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
-      pieces: with `equal`, a long clip keeps `max_frames` frames, as above. With `random`, it keeps
-        a piece with a random first frame, and a random last frame at or after it (both uniform).
-
-    Returns:
-      Frames [B, 2 T] in the stored dtype.
+    same partner, and cut it at the same relative position. `chosen` [B] bool is True for clips that
+    may change, such as distractors, and False on padded rows. `short` [B] bool is True for clips
+    with fewer than `max_frames` frames in the first modality.
 
     Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
     probability and `equal` pieces are not in the paper.
@@ -163,10 +156,7 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Mixes each clip with the clip at the row `partner` [B]: share x clip + (1 - share) x partner.
-
-    `share` is [B] float. Missing frames count as 0.
-    """
+    """Returns share [B] x clip + (1 - share) x clip at row `partner` [B]. Missing frames are 0."""
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -199,10 +189,8 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 class Transform(NamedTuple):
     """A transform that the configuration field `config.transforms` may name.
 
-    Attributes:
-      function: maps (rng, MemberClips, *, options) to MemberClips.
-      before_fusion: if True, the function receives all frames of the clips. If False, it receives
-        the fused frames.
+    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives all frames of the
+    clips if `before_fusion` is True, or the fused frames.
     """
 
     function: Callable[..., MemberClips]

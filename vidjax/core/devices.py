@@ -109,10 +109,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def _read_commit(checkout: Path) -> str | None:
-    """Returns the git commit of a checkout. If files differ from it, `-dirty` is appended.
-
-    Returns None if the folder is no checkout or git cannot be run.
-    """
+    """Returns the git commit, with `-dirty` if files differ from it, or None if git finds none."""
     if not (checkout / ".git").exists():
         return None
     # `git describe --dirty` would lock the index, and the user may commit at this moment.

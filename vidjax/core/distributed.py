@@ -57,10 +57,7 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Waits until all processes have called it, and returns the maximum of each value over them.
-
-    The values must fit into int32.
-    """
+    """Returns the maximum of each value, an int32, over all processes. Waits until all call it."""
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
@@ -74,10 +71,7 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if a value of `facts` differs between them.
-
-    `facts` maps the name of a setting, for the message, to a JSON value.
-    """
+    """Raises UserError in all processes if `facts`, setting -> JSON value, differ between them."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

@@ -235,11 +235,8 @@ def choose_scoring_members(
 
     A clip is scored by the members that were not trained on a clip of the same name. But if all
     members were trained on all training clips, no member could score a training clip. Then, if
-    `clips` contains a training clip, all members score all of `clips`.
-
-    Returns:
-      [E, n] bool, True where a member scores a clip; and a bool, True if members score clips that
-      they were trained on.
+    `clips` contains a training clip, all members score all of `clips`. Returns [E, n] bool, True
+    where a member scores a clip, and True if members score clips that they were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -30,7 +30,7 @@ def filter_frames(
     top_share: float = 1.0,
     poor_clips: str = "keep",
 ) -> Frames:
-    """Removes frames of low quality by setting their mask to False.
+    """Removes frames of low quality: returns Frames [B, T] with a mask that is False for them.
 
     Args:
       min_quality, min_detection: lowest scores to keep. None or -inf means no limit. Both may be
@@ -39,9 +39,6 @@ def filter_frames(
         Among equal qualities the earlier frame is better; NaN is the lowest quality.
       poor_clips: what happens to a clip that would lose all frames. With `keep` it keeps them. With
         `drop` it loses them. Training ignores a clip that has no frames in any modality.
-
-    Returns:
-      Frames [B, T] with a new mask.
 
     Source: thresholds on quality and detection from quality fusion (4th place 2019), whose code
     (training.py:98 at 60f5127) drops poor clips; the best 70 % by quality from Residual Dense Net
@@ -149,17 +146,13 @@ def has_frames(frames: Mapping[str, Frames]) -> Array:
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
-    """Computes the weight of every frame.
+    """Computes the weight of every frame, [B, T] float32.
 
-    Args:
-      weighting: the formula. `uniform` is 1. `quality` is quality x detection. `score` is quality.
-        `squared` is quality squared, so a negative quality counts too. `graded` is quality x
-        detection x g, where g is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40, and 1 from
-        40 on.
-
-    Returns:
-      [B, T] float32. The weight is 0 on padding and where it would be negative or not finite. If
-        all weights of a clip would be 0, they are uniform.
+    The weight `uniform` is 1. `quality` is quality x detection. `score` is quality. `squared` is
+    quality squared, so a negative quality counts too. `graded` is quality x detection x g, where g
+    is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40, and 1 from 40 on. The weight is 0 on
+    padding and where it would be negative or not finite. If all weights of a clip would be 0, they
+    are uniform.
 
     Source: `graded` is W(x) of quality fusion (4th place 2019); `squared` is from the code of noise
     classes (5th place 2018). Unlike the paper, weights are uniform where W(x) would divide 0 by 0.
@@ -496,9 +489,8 @@ def all_frames(frames: Frames) -> Frames:
 class Fusion(NamedTuple):
     """A fusion that the configuration field `config.fusion` may name.
 
-    Attributes:
-      function: maps ([rng,] Frames [B, T], *, options) to Frames [B, T'].
-      random: if True, the function takes a PRNG key as its first argument (None in evaluation).
+    `function` maps ([rng,] Frames [B, T], *, options) to Frames [B, T']. If `random` is True, it
+    takes a PRNG key as its first argument (None in evaluation).
     """
 
     function: Callable[..., Frames]
@@ -626,13 +618,9 @@ def _fuse(
 ) -> Frames:
     """Computes T' fused frames of each clip, each the weighted mean of at most S picked frames.
 
-    A fused frame has float32 features and the frame number of the first pick.
-
-    Args:
-      picks, weights: S arrays of indices [B, T'] int32, and S arrays of weights [B, T'] float32, 0
-        or more.
-      slots: S masks [B, T'] bool, False if the pick does not count. The first pick always counts.
-      mask: [B, T'] bool, mask of the result.
+    The S `picks` are frame indices [B, T'] int32, with `weights` [B, T'] float32 of 0 or more. The
+    `slots` [B, T'] are False for picks that do not count. The first pick always counts. A fused
+    frame has float32 features, the frame number of the first pick, and `mask` [B, T'].
     """
     weights = [jnp.where(s, w, 0.0) for s, w in zip(slots, weights, strict=True)]
     # All picked frames may have weight 0 while other frames of the clip have positive weights.

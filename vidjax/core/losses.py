@@ -365,11 +365,10 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
     """Computes the logarithm of the softmax of logits [..., K], precisely near probability 1.
 
     The softmax is taken over the columns where `class_mask` [K] bool is True. In other columns the
-    result may exceed 0.
-
-    The result for the best column is log_sigmoid(lead), where the lead is the logit minus the
-    logsumexp of all other logits. In float32 this keeps all digits up to a lead of 87 nats. The
-    usual formula rounds to 0 above 17 nats, so clips with different certainty would tie.
+    result may exceed 0. The result for the best column is log_sigmoid(lead), where the lead is the
+    logit minus the logsumexp of all other logits. In float32 this keeps all digits up to a lead of
+    87 nats. The usual formula rounds to 0 above 17 nats, so clips with different certainty would
+    tie.
     """
     trained = jnp.where(class_mask, logits, -jnp.inf)
     best = jnp.max(trained, axis=-1, keepdims=True)

@@ -279,10 +279,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Returns name -> value of MAP and the metrics with `log=True` in `results`, if not None.
-
-    `results` is the content of a `metrics.json`.
-    """
+    """Selects MAP and the metrics with `log=True` from a `metrics.json`, unless they are None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

@@ -17,16 +17,13 @@ from vidjax.utils.errors import UserError, check_entry
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
 ) -> Callable[[Array], Array]:
-    """Builds a piecewise linear function of the epoch.
+    """Builds a piecewise linear function of the epoch: [...] -> [...] float32, also under jit.
 
     Args:
       points: finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are a
         jump; at that epoch the second value holds. The function is constant before the first pair
         and after the last pair.
       name: name of the points in error messages.
-
-    Returns:
-      Function (epochs [...]) -> values [...] float32; the epochs may be traced.
 
     Raises:
       UserError: there are no points, or they are not finite pairs in order.
@@ -206,7 +203,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds an optimiser and its learning-rate schedule.
 
-    There are two weight decays. Both apply only to matrices, unless `decay_all` is set.
+    There are two weight decays. Both apply only to matrices, unless `decay_all` is set. (Unlike
+    torch.optim, biases and normalisation parameters do not decay by default.)
 
     - `total_decay` is decoupled from the gradient. It is the decay over the whole run: the usual
       decoupled weight decay times the sum of all learning rates. If gradients are 0, a matrix
@@ -222,8 +220,6 @@ def make_optimizer(
 
     Raises:
       UserError: the name or the decay is unknown, or `total_decay` is set and no rate is above 0.
-
-    Unlike torch.optim, biases and normalisation parameters do not decay by default.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

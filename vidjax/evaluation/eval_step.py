@@ -30,10 +30,7 @@ ROWS_AT_ONCE = 256  # most examples of all clips together that an exported funct
 def eval_step(
     system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array:
-    """Computes the scores of B clips for all K classes with one net of an ensemble, [B, K].
-
-    A clip without a usable frame scores -inf.
-    """
+    """Scores B clips for K classes with a net, [B, K]. A clip without a usable frame gets -inf."""
     forward = _make_forward(system, params, model_state, batch)
 
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
@@ -82,8 +79,7 @@ def attention_step(
 ) -> Array | None:
     """Computes the weight of input vector i in the attention of vector j, [B, M, M] float32.
 
-    If the model has no attention, returns None. The model must take all frames of a clip together
-    as a single example.
+    Returns None if the model has no attention. The model must take a clip as a single example.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
@@ -261,10 +257,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns the mean of no scores, to which `add_scores` adds scores of the shape of `like`.
-
-    The shape is [B, K]. `logs` is True if the scores are logarithms.
-    """
+    """Returns an empty mean for scores [B, K] shaped as `like`, logarithms if `logs` is True."""
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
@@ -307,10 +300,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the added scores, [B, K].
-
-    The weights of a clip may add up to more or less than 1.
-    """
+    """Returns the weighted sum of the added scores, [B, K]. The weights need not add up to 1."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

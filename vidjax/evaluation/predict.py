@@ -75,20 +75,16 @@ class Predictor(NamedTuple):
     training clips.
 
     Attributes:
-      workdir: the run's folder.
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      results: content of the run's `metrics.json`. If the file has results of another step, it is
+      results: content of `metrics.json` in `workdir`. If it has results of another step, it is
         empty.
-      config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
-      params: the model's parameters, [E, ...].
-      model_state: the model's other variable collections, [E, ...].
+      params, model_state: parameters and other variable collections of the model, [E, ...].
       training_sets: the clips that each member was trained on.
       system: model, fusion and scores.
       score_fn, embed_fn: functions that return scores [B, C] and embeddings [B, D] of a member.
-      mesh: the devices.
     """
 
     workdir: Path
@@ -127,10 +123,7 @@ class Predictor(NamedTuple):
         return float(value) if isinstance(value, (int, float)) else None
 
     def _explain_no_threshold(self) -> str:
-        """Returns why the threshold is unknown. If it is known or not needed, returns "".
-
-        A run that evaluated no strangers needs no threshold.
-        """
+        """Returns why the threshold is unknown, or "" if it is known or no stranger was scored."""
         if not self.results:
             return f"evaluate the checkpoint first, vidjax evaluate --workdir={self.workdir}"
         count = self.results.get("num_distractors") or 0
@@ -201,13 +194,10 @@ class Predictor(NamedTuple):
     def scores(
         self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
     ) -> np.ndarray:
-        """Returns the score of each clip for each identity, [N, C] float32.
+        """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
 
         Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
-
-        Args:
-          clips, split: N clips, see `Predictor`.
         """
         return self._scores(self.request(clips, split))
 
@@ -346,10 +336,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns the embeddings [B, D] of every block, concatenated over the members.
-
-        The embeddings are not scaled to length 1.
-        """
+        """Embeds blocks, [B, D] each: the members are concatenated and not scaled to length 1."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
@@ -405,11 +392,7 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Reads `metrics.json`, the results of a run.
-
-    If the file has results of another step than `step`, returns {}. If the file is damaged, warns
-    and returns {}.
-    """
+    """Reads `metrics.json`. If it is damaged (with a warning) or of another step, returns {}."""
     try:
         results = folder.metrics()
     except ValueError as error:

@@ -26,16 +26,9 @@ def write_ranking(
     """Writes a ranking as a submission file, atomically.
 
     Each identity has a line `{identity} {clip}.mp4 {clip}.mp4 ...` with at most 100 clips, best
-    first. `.mp4` is added to the names of clips that lack it.
-
-    Args:
-      identities: [C] names, in the order of the rows of `top`.
-      clips: [N] names, in the order of the clip indices in `top`.
-      top: the ranking. Empty entries are left out.
-
-    Raises:
-      ValueError: a name is empty, is repeated or contains a control character, or `top` does not
-        have C rows.
+    first. `.mp4` is added to the names of clips that lack it. Empty entries of `top` are left out.
+    `top` has a row for each of C identities, and contains indices into `clips`. Raises ValueError
+    if a name is empty, is repeated or contains a control character, or `top` does not have C rows.
     """
     path = Path(path)
     files.write_text(path, to_text(path, identities, clips, top))

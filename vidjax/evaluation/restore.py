@@ -39,9 +39,7 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 class FoundRun(NamedTuple):
     """The content of a run's folder, except for the weights. Its files belong to the same run.
 
-    Attributes:
-      checkpoint: a checkpoint. The sha256 of its files have been checked.
-      identities: [C] names of the class columns 1..C.
+    The sha256 of the files of `checkpoint` have been checked. `identities` are class columns 1..C.
     """
 
     folder: RunFolder
@@ -73,13 +71,10 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    `config.eval.checkpoint` selects the checkpoint. If the checkpoint is damaged, an intact one is
-    used, with a warning.
-
-    Raises:
-      CheckpointError: the folder has no checkpoint, a file is damaged, or files of different runs
-        are mixed.
-      ValueError: `config.modalities` are not the modalities of the run.
+    `config.eval.checkpoint` selects the checkpoint. If it is damaged, an intact one is used, with a
+    warning. Raises CheckpointError if the folder has no checkpoint, a file is damaged, or files of
+    different runs are mixed. Raises ValueError if `config.modalities` are not the modalities of the
+    run.
     """
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
@@ -139,9 +134,8 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     """Checks that a run can evaluate `data`, and labels the clips with the run's class columns.
 
-    Raises:
-      ValueError: the data have other modalities or widths, are not the data of the run (see
-        `check_data`), or their ground truth contains no identity of the run.
+    Raises ValueError if the data have other modalities or widths, are not the data of the run (see
+    `check_data`), or their ground truth contains no identity of the run.
     """
     split = config.eval.split
     check_widths(data, run.task.modalities)
@@ -222,10 +216,7 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Reads a file that a checkpoint depends on.
-
-    `wanted` is the digest in the checkpoint. If the digest differs, raises CheckpointError.
-    """
+    """Reads a file of a checkpoint. Raises CheckpointError if its digest is not `wanted`."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:

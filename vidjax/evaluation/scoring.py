@@ -46,8 +46,7 @@ class TrainedModel(NamedTuple):
       training_sets: the clips that each member was trained on.
       data: clips, labelled with the class columns of this model.
       weight: weight of this model in a blend of models.
-      attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when it is
-        used.
+      attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when used.
     """
 
     name: str
@@ -156,10 +155,7 @@ def _find_used(use: Array, member: Array | int, clip_index: Array, batch_mask: A
 
 @functools.partial(jax.jit, static_argnames="logs")
 def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) -> MeanScores:
-    """Adds the scores [B, C] of the rows `used` [B] to a running mean.
-
-    If `total` is None, a new mean is started.
-    """
+    """Adds scores [B, C] of the rows `used` [B] to a mean. If `total` is None, starts a mean."""
     total = make_no_scores(scores, logs=logs) if total is None else total
     return add_scores(total, scores, used.astype(scores.dtype))
 
@@ -168,8 +164,7 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
     """Returns the logarithm of the weighted mean of probabilities, [B, C].
 
-    `scores` has the log-probabilities [B, C] of each model. `weights` has the weight of each model,
-    0 or more.
+    `scores` are the log-probabilities [B, C] of each model. A weight is 0 or more.
     """
     total = make_no_scores(scores[0], logs=True)
     for block, weight in zip(scores, weights, strict=True):
@@ -245,10 +240,7 @@ def iterate_block_groups(
 
 
 def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
-    """Returns how many blocks are joined into a larger block of at most JOINED_FRAMES frames.
-
-    The number is 1 to 8.
-    """
+    """Returns how many blocks, 1 to 8, are joined into a block of at most JOINED_FRAMES frames."""
     longest = max(
         lengths[plan.bucket.max()] for plan in plans for lengths in plan.padded_lengths.values()
     )
@@ -320,10 +312,7 @@ def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of a ranking `top` of the clips in `pool`, [N] bool.
-
-    If no clip in the pool is known to show an identity, returns None.
-    """
+    """Returns the MAP of `top` on clips in `pool`, [N] bool, or None if none shows an identity."""
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -346,11 +335,9 @@ def score(
     trained on all training clips. Clips with NaN scores are ranked last, with a warning.
 
     Args:
-      models: the models, with the same clips. The scores of a blend must be logarithms.
       block_size: number of clips that a device scores at a time.
       each_member: if True, the MAP of each member of an ensemble is computed, too.
-      check: function that is called every few thousand clips. It may raise an exception to end the
-        evaluation.
+      check: called every few thousand clips. It may raise an exception to end the evaluation.
 
     Raises:
       ValueError: the models differ in clips or identities, the scores of a blend are not
@@ -426,9 +413,8 @@ def start_compiling(
 class _Ranker:
     """Scores clips with one or more models, and ranks them by their blend, each model and member.
 
-    Attributes:
-      ranking: the ranking by the blend of all models, or by the only model.
-      best: the best scores of the clips, on the devices.
+    `ranking` ranks by the blend of all models, or by the only model. `best` has the best score of
+    each clip, on the devices.
     """
 
     def __init__(
@@ -532,8 +518,7 @@ def _add_best(
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
     """Sets the best score of clips with NaN scores to -inf, with a warning, so they rank last.
 
-    Returns the changed clips, and a dict with the entry `num_nan_clips`. If no score is NaN, the
-    dict is empty.
+    Also returns a dict with the entry `num_nan_clips`, or {} if no score is NaN.
     """
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
@@ -553,11 +538,10 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns `in_sample`, `out_of_fold` or the name of the split, for `map_kind` in the results.
+    """Returns the `map_kind` of results: `in_sample`, `out_of_fold` or the name of the split.
 
     If a member scores clips that it was trained on, returns `in_sample`. If all members score all
-    clips, returns the name of the split. Otherwise, each clip is scored by the members that were
-    not trained on it: returns `out_of_fold`.
+    clips, returns the name of the split. Otherwise, returns `out_of_fold`.
     """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"

@@ -134,10 +134,7 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML in which `blocks` stand in a row if the page is wide enough.
-
-    `kind` is `figures` or `tables`.
-    """
+    """Returns HTML with blocks of a kind, `figures` or `tables`, in a row if the page is wide."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
@@ -207,10 +204,7 @@ class Plot:
             self.axes.set_ylabel(y)
 
     def curve(self, x: np.ndarray, y: np.ndarray, label: str | None = None) -> None:
-        """Draws a curve. A curve of few points has markers.
-
-        Of more than 300 points, 300 evenly spaced points are drawn.
-        """
+        """Draws a curve of at most 300 evenly spaced points. A curve of few points has markers."""
         shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
         marker = "o" if len(shown) <= FEW_POINTS else ""
         self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
@@ -221,12 +215,9 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML.
+        """Returns the figure as HTML, with the text `caption` or, if it is empty, `title` below.
 
-        Args:
-          key: an identifier that is unique on the page.
-          description: a text for a reader who cannot see the figure.
-          caption: the text below the figure. If it is empty, `title` is used.
+        `key` is unique on the page. `description` is for a reader who cannot see the figure.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)

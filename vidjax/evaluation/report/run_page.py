@@ -51,8 +51,6 @@ class RunFiles(NamedTuple):
     """The content of a run's folder. If a file is absent, its field is empty.
 
     Attributes:
-      folder: the folder of the run.
-      config: the configuration of the run.
       lines: the lines of `metrics.jsonl`, the metrics during training.
       identities: the names of class columns 1..C.
       other_metrics: split -> content of `metrics_<split>.json`, for each other evaluated split.
@@ -60,8 +58,7 @@ class RunFiles(NamedTuple):
       analysed: the other splits that have an `analysis_<split>.npz`.
       metrics: `metrics.json` as a struct.
       values: `metrics.json` as a dict, which includes metrics that users added.
-      analysis: the values of `analysis.npz`.
-      arrays: the arrays of `analysis.npz`.
+      analysis, arrays: the values and the arrays of `analysis.npz`.
     """
 
     folder: Path
@@ -81,10 +78,7 @@ class RunFiles(NamedTuple):
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
-        """Returns the average precision of each identity of the ground truth.
-
-        It is 0 for an identity that the run was not trained on.
-        """
+        """Returns the AP of each identity, which is 0 if the run was not trained on it."""
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
@@ -295,10 +289,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of average precision, and a table of the worst identities.
-
-    If the evaluation has no analysis, returns None.
-    """
+    """Returns quantiles of AP and the worst identities, or None if there is no analysis."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -527,10 +518,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 def write(folder: RunFolder) -> Path:
     """Writes a page for every split that has an analysis, and returns the path of `report.html`.
 
-    A page is written completely or not at all.
-
-    Raises:
-      UserError: a file of the run is missing or damaged.
+    A page is written completely or not at all. Raises UserError if a file is missing or damaged.
     """
     run = load(folder)
     for split in run.analysed:
@@ -542,11 +530,7 @@ def write(folder: RunFolder) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """Returns the report of a run as HTML.
-
-    Raises:
-      UserError: the files are valid, but come from different evaluations.
-    """
+    """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(
@@ -565,10 +549,7 @@ def render(run: RunFiles) -> str:
 
 
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
-    """Reads the files of a run, with its results on the split `other`.
-
-    If `other` is None, the results are on the `eval.split` of the run.
-    """
+    """Reads the files of a run, with its results on the split `other` or, if None, `eval.split`."""
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
     analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})
