@@ -55,7 +55,7 @@ def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
 
 
 def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
-    """Cuts N crops out of a picture with linear interpolation.
+    """Cuts N crops, uint8 [N, size, size, 3], out of a picture with linear interpolation.
 
     The part of a crop that lies outside the picture is black. If a crop is much smaller than its
     part of the picture, squares of pixels are averaged first to avoid aliasing.
@@ -64,9 +64,6 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
       rgb: [H, W, 3] uint8, the picture.
       matrices: [N, 2, 3], the maps from the picture to the crops, see `fit_similarity`.
       size: the side of a crop in pixels.
-
-    Returns:
-      [N, size, size, 3] uint8.
     """
     crops = np.zeros((len(matrices), size, size, 3), np.uint8)
     for crop, matrix in zip(crops, np.asarray(matrices, np.float64), strict=True):
@@ -118,8 +115,7 @@ def _cut_region(
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
     """Returns the range (first, end) of the squares that are read to interpolate at `positions`.
 
-    The positions are along one axis of a picture. The axis has `length` pixels, and is divided into
-    squares with sides of `factor` pixels.
+    An axis of the picture, `length` pixels, is divided into squares with sides of `factor` pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -203,10 +199,7 @@ def measure_sharpness(crops: np.ndarray) -> np.ndarray:
 
 
 def _measure_detail(grey: np.ndarray, step: int) -> np.ndarray:
-    """Returns the variance, [N], of the Laplacian of pictures [N, S, S].
-
-    Before that, squares of step x step pixels are replaced by their means.
-    """
+    """Returns the variance, [N], of the Laplacian of the means of step x step pixels."""
     side = grey.shape[1] // step
     squares = grey[:, : side * step, : side * step].reshape(-1, side, step, side, step)
     means = squares.mean((2, 4))

@@ -66,8 +66,7 @@ class Info:
       seconds: the duration. If the file declares none, it is None.
       rate: the average number of frames per second.
       start_s: the time stamp of the first picture or sound. It is subtracted from all times.
-      photo: whether the file contains a single picture.
-      sound: whether the file contains sound that can be decoded.
+      photo, sound: whether the file is a single picture, and contains sound that can be decoded.
       others: the number of further video streams, such as other programmes. They are not read.
     """
 
@@ -84,10 +83,9 @@ class Info:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A picture of a video.
+    """A picture of a video at `time_s` seconds.
 
     Attributes:
-      time_s: the time in seconds.
       small: uint8 [36, 64, 3], the stored picture, shrunk to this size whatever its aspect ratio.
       rgb: uint8 [H, W, 3], the upright picture. If the frame is not sampled, it is None.
     """
@@ -102,7 +100,6 @@ class DecodeCounts:
     """Counts of what was decoded so far.
 
     Attributes:
-      frames: the number of decoded frames.
       corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
       refused: the number of packets that the decoder refused.
       repaired: the number of time stamps that were missing, or not later than the last one.
@@ -148,9 +145,7 @@ class Clock:
 
 
 class Video:
-    """An open video or photo. Call `open_video` to open it.
-
-    Call either `frames` or `sound`, and only once.
+    """An open video or photo, see `open_video`. Call either `frames` or `sound`, and only once.
 
     Attributes:
       info: the properties that the file declares.
@@ -171,10 +166,8 @@ class Video:
         """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
 
         Only sampled frames have `Frame.rgb`. The first frame at or after each multiple of 1 / `fps`
-        seconds is sampled. If a video has fewer frames per second, all frames are sampled.
-
-        Raises:
-          UserError: no frame can be decoded.
+        seconds is sampled. If a video has fewer frames per second, all frames are sampled. Raises
+        UserError if no frame can be decoded.
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
@@ -211,10 +204,7 @@ class Video:
         self.counts.damaged |= ends_early(self.counts.seconds, self.info)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the time in seconds at which a frame that begins at `time_s` ends.
-
-        A frame lasts 1 / rate, or longer if it declares a longer duration.
-        """
+        """Returns the end of a frame in seconds. It lasts 1 / rate, or longer if it declares so."""
         end_s = time_s + 1.0 / self.info.rate
         duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))

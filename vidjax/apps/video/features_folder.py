@@ -76,14 +76,12 @@ class FilmTrack(Struct, kw_only=True):
     """A person in a shot.
 
     Attributes:
-      clip: the name of the clip with the features of this track.
       shot: the number of the shot in the film.
-      start_s, end_s: the start and end in seconds.
       seen: the number of frames in which the person was detected.
       quality: the quality of the best face, see `align.measure_quality`.
       dark_eyes: whether the best face seems to wear sunglasses.
-      box: the box of the best face in the picture at `box_at_s` seconds. If there is no face, it is
-        the box of the head.
+      box: the box of the best face, or of the head if there is no face, in the picture at
+        `box_at_s` seconds.
       name: the name that a photo program stored for this face, see `regions`.
     """
 
@@ -105,13 +103,10 @@ class FilmTrack(Struct, kw_only=True):
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The path of a file, and properties that show whether the file has changed.
-
-    If all properties are unchanged, the file is not read again.
+    """The path of a file, and properties. If all are unchanged, the file is not read again.
 
     Attributes:
       address: the absolute path, with special characters quoted as in a URL (`%20`).
-      size, mtime_ns, inode: the size in bytes, the time of the last change, and the inode.
       sidecars: the size and time of each sidecar file, which contains the face tags of a photo. If
         face tags are not read, it is empty.
     """
@@ -146,8 +141,6 @@ class Film(Struct, kw_only=True):
 
     Attributes:
       video: the name of the file. If two files have the same name, `read_films` adds their folders.
-      source: the path and the properties of the file.
-      photo: whether the file is a photo.
       seconds: the length of the video.
       shots: the start and end of each shot in seconds.
       frames, corrupt, refused, repaired, damaged: the result of decoding, see
@@ -196,10 +189,7 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Makes the first part of the names of a file's clips from the name of the file.
-
-    The result contains only letters, digits, `_` and `-`.
-    """
+    """Makes the stem of a file's clips, of letters, digits, `_` and `-`, from the file's name."""
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 
@@ -210,10 +200,7 @@ def locate_features(folder: Path, clip: str) -> Path:
 
 
 def cut_film_name(clip: str) -> str:
-    """Removes the shot and the track from the name of a clip, as in `STEM.s003.t01` -> `STEM`.
-
-    The result is the same for all clips of a film.
-    """
+    """Removes the shot and the track from the name of a clip, as in `STEM.s003.t01` -> `STEM`."""
     return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
@@ -286,11 +273,8 @@ def write(path: Path, value: Struct) -> None:
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
     """Raises UserError if features were computed by other models than a gallery uses.
 
-    Features of other programs are accepted, because their models are unknown.
-
-    Args:
-      path: a file or a folder of features.
-      cards: the sha256 of the JSON file that describes the gallery's model, for each modality.
+    `cards` contains the sha256 of the JSON file that describes the gallery's model, for each
+    modality. Features of other programs are accepted, because their models are unknown.
     """
     folder = path if path.is_dir() else path.parent
     extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)

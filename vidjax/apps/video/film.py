@@ -84,15 +84,11 @@ class Figures(NamedTuple):
 
 
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Loads the nets that cards describe.
+    """Loads the nets that cards describe, by role.
 
-    Args:
-      cards_of: for each role, the card that describes its net.
-      size: detectors shrink pictures until their longer side has this number of pixels.
-
-    Raises:
-      UserError: a net computes embeddings of heads or bodies, but there is no detector for them,
-        and the card of the net has no field `around`.
+    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
+    computes embeddings of heads or bodies, but there is neither a detector for them nor a field
+    `around` in the card.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -116,11 +112,7 @@ def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) ->
     """Joins the faces, heads and bodies that were detected in a picture to people.
 
     People with a face come first, by falling score. They are followed by heads without a face.
-
-    Args:
-      nets: the nets of the film.
-      rgb: uint8 [H, W, 3], the picture.
-      detections: the detections of each part, such as "face" or "head".
+    `rgb` is uint8 [H, W, 3]. `detections` is by part, such as "face" or "head".
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -174,11 +166,10 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as bodies.
+    """Returns the index of the large box [N, 4] for each small box [M, 4]: int [M], or -1 for none.
 
-    Returns the index of the large box for each small box, int [M], or -1 if there is none. The
-    smallest large box chooses first. Among the small boxes whose centre it contains, it chooses the
-    box whose centre is nearest to the middle of its top side. No box is in two pairs.
+    The smallest large box chooses first. Among the small boxes whose centre it contains, it chooses
+    the box whose centre is nearest to the middle of its top side. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -198,10 +189,9 @@ class Sighting(NamedTuple):
     Attributes:
       quality: the quality of the face. If there is no face, it is negative.
       number: a unique number. Sightings of equal quality are ordered by it.
-      time_s, frame: the time in seconds and the number of the frame.
       detection: the score of the detector.
-      box: [4], the box of the face as fractions of the picture's width and height. If there is no
-        face, it is the box of the head.
+      box: [4], the box of the face, or of the head if there is no face, as fractions of the
+        picture's width and height.
       parts: the box and the crop of each part, such as "face" or "body".
     """
 
@@ -256,14 +246,9 @@ class ClipBuilder:
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
     ) -> None:
-        """Adds the pictures of the people in a frame to their tracks.
+        """Adds the pictures of the N people in a frame, uint8 [H, W, 3], to their tracks.
 
-        Args:
-          time_s: the time of the frame in seconds.
-          frame: the number of the frame.
-          owners: [N] int, the number of the track of each person, or -1 if there is none.
-          figures: the N people.
-          rgb: uint8 [H, W, 3], the frame.
+        `owners` [N] int is the number of the track of each person, or -1 if there is none.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
@@ -309,10 +294,7 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip of a track from the best of its pictures.
-
-        `faces` contains the embedding of each face, by the number of the sighting.
-        """
+        """Makes a clip of a track; `faces` contains embeddings by the number of the sighting."""
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
@@ -352,13 +334,10 @@ class ClipBuilder:
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
         """Adds voices to clips; returns the number of clips with a voice.
 
-        Speech belongs to a clip while the person of this clip is the only visible person. A clip
-        keeps the windows of sound with the most speech. The array `audio_number` of a clip contains
-        the start of each window in milliseconds.
-
-        Args:
-          sound: blocks (seconds, samples) of sound at 16 kHz.
-          seen: the tracks of all people who are visible in the film.
+        Speech belongs to a clip while the person of this clip is the only visible person of the
+        tracks `seen`. A clip keeps the windows of sound with the most speech. The array
+        `audio_number` of a clip contains the start of each window in milliseconds. `sound` yields
+        blocks (seconds, samples) at 16 kHz.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
@@ -396,13 +375,10 @@ def extract(
     embeddings have 128 values.
 
     Args:
-      path: the video or photo.
       out: an existing folder.
       stem: the first part of the names of the clips.
-      nets: the nets of `load_nets`.
       settings: the frames per second, the size of the pictures, and what a clip is.
-      source: the path and properties of the file. They are copied to the result.
-      sha256: the sha256 of the file. It is copied to the result.
+      source, sha256: the properties of the file, which are copied to the result.
       tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:

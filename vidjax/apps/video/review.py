@@ -72,8 +72,7 @@ class Step(NamedTuple):
 class Review:
     """Applies a user's corrections to the names in a folder of results.
 
-    Attributes:
-      version: the number of changes so far, including undone changes.
+    `version` is the number of changes so far, including undone changes.
     """
 
     def __init__(
@@ -85,12 +84,7 @@ class Review:
         threshold: float | None = None,
         padding: float = who.PADDING_SECONDS,
     ):
-        """Opens a folder of results.
-
-        Args:
-          decision: the people in the films, if they are already known.
-          out, fpir, threshold, padding: see `serve_review`.
-        """
+        """Opens a folder of results. For the arguments, see `serve_review`."""
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
@@ -130,8 +124,7 @@ class Review:
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
         """Returns the page of names as HTML: all names, or only those in a film or of a person.
 
-        If `problem` is given, the page shows its message. Otherwise, the first call after a change
-        shows the message of the change.
+        The page shows the message of `problem`, or else, once, the message of the last change.
         """
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
@@ -251,12 +244,9 @@ class Review:
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns entries for the gallery that give a name to clips.
+        """Returns entries that name clips. If `name` is None, the person is ignored.
 
-        If `name` is None, the person is ignored.
-
-        Raises:
-          UserError: no clip can be enrolled.
+        Raises UserError if no clip can be enrolled.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         new = select_usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
@@ -401,10 +391,8 @@ class _Pages:
 def make_app(review: Review, token: str, port: int) -> Starlette:
     """Returns the web application of the page of names.
 
-    Args:
-      review: the names and the changes.
-      token: the secret word with which the address begins. Requests without it are refused.
-      port: the port of the server. Requests are refused if their `Host` header has another port.
+    Requests are refused if their address does not begin with the secret word `token`, or if their
+    `Host` header has a port other than `port`.
     """
     pages = _Pages(review, token, port)
 
@@ -458,11 +446,8 @@ def serve_review(
 ) -> who.WhoResults:
     """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
 
-    Args:
-      out: the folder of results of `vidjax who`.
-      decision: the people in the films.
-      fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
-      padding: the seconds that are added before and after each appearance in cut lists.
+    A clip gets a name by the rule `fpir` or `threshold`, see `Gallery.identify`. In cut lists,
+    `padding` seconds are added before and after each appearance.
     """
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits

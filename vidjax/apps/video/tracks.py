@@ -30,13 +30,10 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 @dataclasses.dataclass
 class Track:
-    """The sightings of a person in a shot.
+    """The sightings of a person in a shot. `number` and `shot` are its numbers in the film.
 
-    Attributes:
-      number: the number of the track in the film.
-      shot: the number of the shot in the film.
-      times, ends: the starts and ends of the sightings in seconds. The end of the last sighting may
-        be missing.
+    `times` and `ends` are the starts and ends of the sightings in seconds. The end of the last
+    sighting may be missing.
     """
 
     number: int
@@ -72,10 +69,7 @@ class Track:
 class _Motion:
     """Predicts where the person of a track will be, as if each side of the box had constant speed.
 
-    Attributes:
-      track: the track.
-      last: [4], the last detected box.
-      time_s: the time of the last detection in seconds.
+    `last` [4] is the last detected box, and `time_s` the time of this detection in seconds.
 
     Source: the alpha-beta filter with fixed gains, Bar-Shalom et al. 2001, "Estimation with
     Applications to Tracking and Navigation", section 6.5.
@@ -280,8 +274,7 @@ def choose_held_seconds(fps: float) -> float:
 def choose_gap_seconds(rate: float) -> float:
     """Returns the longest gap, in seconds, between two sightings of a track.
 
-    `rate` is the number of searched frames per second. If it is low, the gap is longer, because a
-    person may be missed in one frame.
+    If few frames per second are searched, it is longer: a person may be missed in one frame.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
@@ -309,11 +302,9 @@ def find_changes(
     cosine is too low for one person. Both parts are then split in the same way.
 
     Args:
-      vectors: [N, D], the embeddings of the faces in order of time.
-      times: [N], the times of the faces in seconds.
+      vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].
       held: whether the track is part of a slide show, so that each picture may show another person.
-      back_end: the distributions of cosines for one person and for two people. If it is None, the
-        track is not split.
+      back_end: the distributions of cosines. If it is None, the track is not split.
     """
     if back_end is None or len(vectors) < 2:
         return []
@@ -377,9 +368,7 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns whether a detection is the only one where two people are expected: bool [N].
 
-    Args:
-      expected: [L, 4], the predicted boxes of tracks.
-      overlaps: [L, N], the intersection over union of these boxes and N detections.
+    `overlaps` [L, N] is the intersection over union of the predicted boxes [L, 4] and N detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP
