@@ -40,8 +40,7 @@ class Appearance(NamedTuple):
     """A period, from `start_s` to `end_s` seconds, in which a video shows a person.
 
     Attributes:
-      identity: the name of the person, or `unknown 3` for an unknown person with this number. If
-        the person is ignored, it is None.
+      identity: the name, or `unknown 3` for an unknown person, or None for an ignored person.
       probability: the lowest probability of the name in all joined tracks. For an unknown person,
         it is None.
       clips: the names of the joined tracks.
@@ -76,13 +75,9 @@ def find_appearances(
 ) -> list[Appearance]:
     """Joins tracks of the same person to an appearance if the gaps between them are short.
 
-    The appearances of each video are in order of time. A track that has neither a name nor a group
-    is an appearance of an ignored person.
-
-    Args:
-      answers: the answer of the gallery for each clip, after `settle_answers`.
-      films: the videos and their tracks.
-      groups: the unknown person, such as `unknown 3`, of each clip without a name.
+    The appearances of each video are in order of time. A track that has neither a name nor a group,
+    such as `unknown 3`, is an appearance of an ignored person. `answers` are the answers of the
+    gallery after `settle_answers`.
     """
     appearances = []
     for film in films:
@@ -112,10 +107,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
 
 
 def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
-    """Returns the video, the start and the end of each clip as texts, by the clip's name.
-
-    The start and end of a photo are empty.
-    """
+    """Returns (video, start, end) as texts by the name of the clip. Times of photos are empty."""
     place_of = {}
     for film in films:
         for track in film.tracks:
@@ -210,10 +202,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row of the table from the values of an appearance, a dict from column to value.
-
-    Several values in a cell are separated by blanks. An identity of None is written as `ignored`.
-    """
+    """Returns a row of the table: joins several values by blanks, writes None as `ignored`."""
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
@@ -223,14 +212,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
     """Returns the text of a .vtt or .srt file with the names of the known people in a video.
 
     Each name is a line. Subtitles never overlap, because many players show only one subtitle at a
-    time.
-
-    Args:
-      appearances: the appearances in the video.
-      ending: ".vtt" or ".srt".
-
-    Raises:
-      UserError: the appearances are in several videos.
+    time. `ending` is ".vtt" or ".srt". Raises UserError if the appearances are in several videos.
     """
     if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
@@ -250,10 +232,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields (start, end, names) of each interval during which the same known people are visible.
-
-    Intervals without known people are left out. The names are sorted.
-    """
+    """Yields (start, end, sorted names) of each interval with the same known, visible people."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:
@@ -293,10 +272,7 @@ def _make_words(texts: Collection[str]) -> dict[str, str]:
 
 
 def format_span(begin: float, end: float) -> str:
-    """Returns two times in seconds as text, such as 3:12\u20133:15.
-
-    If both have the same second, tenths are added, such as 3:12.1\u20133:12.4.
-    """
+    """Returns two times in seconds as text, such as 3:12–3:15, or within a second 3:12.1–3:12.4."""
     times = [format_time(seconds, short=True) for seconds in (begin, end)]
     if times[0] == times[1]:
         times = [format_tenths(seconds) for seconds in (begin, end)]

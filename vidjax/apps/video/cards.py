@@ -41,7 +41,6 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
     """The format of a net's input.
 
     Attributes:
-      name: the name of the input in the ONNX file.
       layout: the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1)
         or "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`).
       colour: the order of the channels of an image.
@@ -66,8 +65,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
       centre: the mean embedding. It is subtracted before embeddings are scaled to unit length.
-      same: the mean and standard deviation of the cosine for two embeddings of one person.
-      different: the mean and standard deviation for embeddings of two people.
+      same, different: the mean and standard deviation of the cosine for one person, for two people.
       pairs: the number of measured pairs of embeddings of one person, and of two people.
       data: a description of the measured data.
     """
@@ -106,10 +104,8 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
     """Four numbers of a net's output for a test image, with which a loaded net is checked.
 
-    Attributes:
-      seed: the seed of the test image, see `nets.make_formula_image`.
-      output: the four numbers.
-      tolerance: the largest allowed difference of each number.
+    The image is made from `seed` by `nets.make_formula_image`. Each number may differ by
+    `tolerance`.
     """
 
     seed: Count
@@ -172,8 +168,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
     def read_net(self) -> bytes:
         """Returns the bytes of the ONNX file that this card describes.
 
-        Raises:
-          UserError: the file is missing, or its sha256 differs from the card.
+        Raises UserError if the file is missing, or its sha256 differs from the card.
         """
         path = self.path.with_name(self.file)
         if not files.exists(path):
@@ -190,8 +185,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 def load(folder: Path) -> dict[Role, Card]:
     """Reads the descriptions of the nets in a folder by role, and checks the sha256 of each net.
 
-    Raises:
-      UserError: the folder or a net is missing, a file is wrong, or two nets have the same role.
+    Raises UserError if the folder or a net is missing, a file is wrong, or two nets have one role.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder of nets '{folder}'\nmake it: vidjax convert --help")
@@ -209,21 +203,13 @@ def load(folder: Path) -> dict[Role, Card]:
 
 
 def read(path: Path) -> Card:
-    """Reads a card, a JSON file that describes a net.
-
-    Raises:
-      UserError: a key is missing, wrong or unknown.
-    """
+    """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
     written = schemas.read(path, Written, REMEDY, CARD_BYTES)
     return Card(**msgspec.structs.asdict(written), path=path, digest=files.sha256_file(path))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
-    """Returns the description of the net with a role.
-
-    Raises:
-      UserError: there is no such net. The message explains how to get it.
-    """
+    """Returns the description of the net with a role; raises UserError if there is no such net."""
     if role not in cards:
         raise UserError(
             f"'{folder}' contains no net for the role {role}\n{describe_download(role)}"

@@ -204,7 +204,7 @@ class Video:
         self.counts.damaged |= ends_early(self.counts.seconds, self.info)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the end of a frame in seconds. It lasts 1 / rate, or longer if it declares so."""
+        """Returns the end of a frame in seconds. A frame lasts 1 / rate, or its longer duration."""
         end_s = time_s + 1.0 / self.info.rate
         duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
@@ -444,10 +444,7 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
 
 
 def _parse_duration(text: str) -> float | None:
-    """Returns the seconds of a duration in Matroska's format, such as `00:01:02.500000000`.
-
-    Returns None if the text has another format.
-    """
+    """Returns the seconds of a duration such as `00:01:02.500000000`; None for another format."""
     match = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,9})?)", text)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 

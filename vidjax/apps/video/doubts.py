@@ -24,16 +24,9 @@ FEWEST_OTHERS = 2  # a photo is only compared with at least as many other photos
 def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
     """Finds the photos of a gallery that may show another person than their label.
 
-    The card of the net, a JSON file that describes the net, contains the usual distances between
-    faces. If the card contains no distances, no photo is doubtful.
-
-    Args:
-      gallery: the gallery that contains the photos.
-      person_of: the photos to check, as a dict from the name of a clip to the person's name.
-
-    Returns:
-      A dict from doubtful clips to the person whom the photo resembles. The person is None if the
-      photo resembles no other person.
+    Returns a dict from doubtful clips to the person whom the photo resembles, or None if it
+    resembles no other person. `person_of` contains the person of each photo to check. If the card
+    of the net contains no usual distances between faces, no photo is doubtful.
     """
     doubtful: dict[str, str | None] = {}
     clips = np.array(sorted(person_of))
@@ -92,12 +85,9 @@ def _compute_log_ratios(
 ) -> np.ndarray:
     """Returns the log-likelihood ratios of "same person" to "two people" for photos and people.
 
-    Each photo is compared with the other photos of a person. If there are none, the ratio is 0.
-
-    Args:
-      count: the number of other photos of each person.
-      mean: the mean of the unit embeddings of these photos.
-      product: the inner product of `mean` and the unit embedding of the photo.
+    Each photo is compared with the other photos of a person: `count` is their number, and `mean`
+    the mean of their unit embeddings. If there are none, the ratio is 0. `product` is the inner
+    product of `mean` and the unit embedding of the photo.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

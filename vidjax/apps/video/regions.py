@@ -52,7 +52,6 @@ class Tags(NamedTuple):
     """The face tags of a photo.
 
     Attributes:
-      tags: the names and boxes.
       shape: the width and height of the picture in which the program drew the boxes. If the program
         did not store them, it is None.
       problem: why some tags could not be read. If there is no problem, it is empty.
@@ -64,10 +63,7 @@ class Tags(NamedTuple):
 
 
 def list_sidecars(path: Path) -> list[Path]:
-    """Returns the files with metadata next to a photo: first PHOTO.JPG.xmp, then PHOTO.xmp.
-
-    Files that do not exist are left out.
-    """
+    """Returns a photo's existing files with metadata: first PHOTO.JPG.xmp, then PHOTO.xmp."""
     names = (name + end for name in (path.name, path.stem) for end in (".xmp", ".XMP"))
     return [sidecar for name in names if os.path.isfile(sidecar := path.with_name(name))]
 
@@ -100,11 +96,7 @@ def _read_ends(path: Path) -> bytes:
 
 
 def _find_packets(content: bytes) -> Iterator[bytes]:
-    """Yields the pieces of XMP in a file that may contain face tags.
-
-    Raises:
-      UserError: a piece has no end.
-    """
+    """Yields the pieces of XMP that may contain face tags; raises UserError if one has no end."""
     if content.startswith(PNG) and (place := content.find(PACKED)) >= 0:
         start = content.find(b"\0", content.find(b"\0", place + len(PACKED)) + 1) + 1
         content = zlib.decompressobj().decompress(content[start : start + MOST_BYTES], MOST_BYTES)
@@ -123,8 +115,7 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
 def parse_packet(packet: bytes) -> Tags:
     """Reads the names and boxes of faces from XMP; skips pets, other tags, and empty names.
 
-    Raises:
-      SyntaxError: `packet` is not valid XML.
+    Raises SyntaxError if `packet` is not valid XML.
     """
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
     mwg, mp = (_find_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
@@ -200,11 +191,8 @@ def match_faces(
     programs use the displayed, upright picture. If `tags.shape` fits only one of the two pictures,
     this picture is used. If not, the picture in which more tags have a face is used.
 
-    Args:
-      tags: n tags.
-      faces: [N, 4], boxes in pixels of the displayed picture.
-      size: the width and height of the displayed picture.
-      orientation: the EXIF orientation of the stored picture, 1 to 8.
+    `faces` [N, 4] are in pixels of the displayed picture, and `size` is its width and height.
+    `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
     boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
     scale = np.array(size * 2)
@@ -218,10 +206,7 @@ def match_faces(
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Converts boxes [n, 4] of a stored picture to boxes of the upright picture.
-
-    Boxes are fractions of the width and height. `orientation` is the EXIF orientation, 1 to 8.
-    """
+    """Turns boxes [n, 4], as fractions of the picture, upright by the EXIF orientation, 1 to 8."""
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:
         points = points[..., ::-1]

@@ -102,11 +102,10 @@ class Review:
         return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of the film with this number.
+        """Returns the path of the film with this number. If the file has changed, returns None.
 
-        If there is no such film, or the file has changed, returns None. A folder of results from
-        the internet may name any file of this disk as a film. It cannot contain the right size,
-        time and inode of the file, so the file is not sent.
+        A folder of results from the internet may name any file of this disk as a film. It cannot
+        contain the right size, time and inode of the file, so the file is not sent.
         """
         if number >= len(self._films):
             return None
@@ -124,7 +123,7 @@ class Review:
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
         """Returns the page of names as HTML: all names, or only those in a film or of a person.
 
-        The page shows the message of `problem`, or else, once, the message of the last change.
+        If there is no `problem`, the first call after a change shows the message of the change.
         """
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
@@ -212,11 +211,7 @@ class Review:
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str]:
-        """Returns the clips of a person or of the appearance with this key, and their name.
-
-        Raises:
-          UserError: `of` is not on the page.
-        """
+        """Returns the clips and name of a person or appearance, or raises UserError."""
         if appearance := self._find_appearance(of):
             return appearance.clips, appearance.identity or IGNORED
         enrolled = self._gallery.clips.items()
@@ -231,11 +226,7 @@ class Review:
         return next((x for x in self._decision.appearances if CLIP + x.clips[0] == of), None)
 
     def _find_group(self, name: str) -> str:
-        """Returns the name of an unknown person as the page spells it, such as `unknown 4`.
-
-        Raises:
-          UserError: the page does not show this person.
-        """
+        """Returns an unknown person's name as the page spells it, or raises UserError."""
         group = " ".join(name.casefold().split())
         if group not in self._decision.unknown.values():
             groups = sorted({*self._decision.unknown.values()}, key=parse_group_number)[:5]

@@ -20,13 +20,9 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 
 
 class SearchedFrame(NamedTuple):
-    """A frame and the people that were detected in it.
+    """A frame, uint8 [H, W, 3], at `time_s` seconds, and the people that were detected in it.
 
-    Attributes:
-      number: the number of the frame in the film.
-      time_s: its time in seconds.
-      rgb: uint8 [H, W, 3].
-      detections: the detections of each detector, by the part that it detects, such as "face".
+    `number` is the number of the frame in the film. `detections` are by part, such as "face".
     """
 
     number: int

@@ -42,9 +42,7 @@ MIXED_REST = 0.35  # largest error of a picture as a sum of two pictures, in sta
 class _Picture:
     """A small picture, uint8 [h, w, 3], and its grey levels, float32 [h, w].
 
-    Attributes:
-      centred: [h * w], the grey levels minus their mean.
-      deviation: the standard deviation of the grey levels.
+    `centred` [h * w] are the grey levels minus their mean; `deviation` is their standard deviation.
     """
 
     def __init__(self, small: np.ndarray):
@@ -140,10 +138,8 @@ class ShotDetector:
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns whether the two measures of a change stand out from recent changes: bool [2].
 
-        Args:
-          change: the difference, and 1 - likeness, of the last two frames.
-          times_usual: the least ratio to the median of recent changes.
-          times_last: the least ratio to the last change.
+        The change is the difference, and 1 - likeness, of the last two frames. It stands out if it
+        is at least `times_usual` the median of recent changes, and `times_last` the last change.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)

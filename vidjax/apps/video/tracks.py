@@ -30,7 +30,7 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 @dataclasses.dataclass
 class Track:
-    """The sightings of a person in a shot. `number` and `shot` are its numbers in the film.
+    """The sightings of a person in a shot. `number` and `shot` number the track and the shot.
 
     `times` and `ends` are the starts and ends of the sightings in seconds. The end of the last
     sighting may be missing.

@@ -67,10 +67,7 @@ class Listener:
         self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns the embeddings of the windows that contain enough speech.
-
-        `samples` [N] must contain at least one window of 25,600 samples.
-        """
+        """Returns the embeddings of the windows with speech in at least 25,600 samples [N]."""
         speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
@@ -130,11 +127,8 @@ def cut_spans(
 ) -> Iterator[tuple[Span, np.ndarray]]:
     """Yields each span of a film with its samples. Spans without sound are left out.
 
-    Gaps in the sound are filled with zeros. At most two spans are in memory at a time.
-
-    Args:
-      sound: blocks (seconds, samples) in order of time.
-      spans: the spans in order of time.
+    Gaps in the sound are filled with zeros. At most two spans are in memory at a time. The blocks
+    of sound (seconds, samples) and the spans are in order of time.
     """
     waiting = collections.deque(spans)
     open_spans = collections.deque[tuple[Span, int, np.ndarray]]()
@@ -174,9 +168,8 @@ def make_mels(windows: np.ndarray) -> np.ndarray:
 
     Frames of 25 ms begin every 10 ms, and have a Hann window. Beyond the ends, samples are zero.
 
-    Source:
-      librosa's `melspectrogram`, as Resemblyzer calls it. There is no logarithm. The last frame is
-      dropped.
+    Source: librosa's `melspectrogram`, as Resemblyzer calls it. There is no logarithm. The last
+    frame is dropped.
     """
     count = windows.shape[1] // HOP
     padded = np.pad(windows, [(0, 0), (FRAME // 2, FRAME // 2)])
@@ -191,10 +184,7 @@ def make_mel_filters() -> np.ndarray:
     """Returns the weight of each frequency in each mel band, float64 [40, 201].
 
     The bands are triangles of equal area. Up to 1 kHz, each mel adds 66.7 Hz to the frequency.
-    Above 1 kHz, 27 mels multiply the frequency by 6.4.
-
-    Source:
-      Slaney, Auditory Toolbox, 1998.
+    Above 1 kHz, 27 mels multiply the frequency by 6.4. Source: Slaney, Auditory Toolbox, 1998.
     """
     knee, step = 15.0, np.log(6.4) / 27  # 1 kHz in mels, and the logarithm of a step above it
 

@@ -118,7 +118,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name that an unknown person, such as `unknown 5`, has after `same`."""
+        """Returns the name of an unknown person, such as `unknown 5`, after the joins in `same`."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
@@ -187,7 +187,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns the values of the clips in `films` from a table by digest of the film and clip."""
+    """Returns the values for clips of `films` from a table by digest of film and name of clip."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -336,7 +336,7 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
 
 
 def _open_gallery(out: Path, models: Path) -> Gallery:
-    """Opens or creates a gallery; raises UserError if `out` is new, but not empty."""
+    """Opens or creates the gallery in `out`; raises UserError if another program wrote `out`."""
     path = out / "gallery"
     if not files.exists(path) and (foreign := pipeline.find_foreign(out)):
         raise UserError(
@@ -777,7 +777,7 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes tables, subtitles, the page, and cut lists with padding around appearances."""
+    """Writes tables, subtitles, the page, and cut lists with `padding` seconds at both ends."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
