@@ -126,7 +126,10 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Converts the collections, [E, ...] for E members (nets), to the form for evaluation."""
+        """Converts the collections after training to the collections that evaluation needs.
+
+        All arrays are [E, ...], for the E members (nets) of an ensemble.
+        """
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:

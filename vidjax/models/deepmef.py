@@ -227,7 +227,7 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Mixes rows, [B, T, D] or for the form `channels` [B, D, T], by learned maps."""
+        """Mixes the rows [B, T, D], or [B, D, T] for the form `channels`, by learned maps."""
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
         default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init

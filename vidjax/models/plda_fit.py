@@ -153,7 +153,10 @@ def fit_member_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Prints a message if too few people (labels above 0) have two clips to calibrate scores."""
+    """Prints a message if too few people have two clips for calibrated probabilities.
+
+    Labels are [N] int, 0 for clips that show nobody who is known.
+    """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
@@ -171,7 +174,7 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
-    If there are more than MAX_FITTED_CLIPS, a few random identities are chosen with all clips.
+    If there are more than MAX_FITTED_CLIPS, only the clips of a few random identities are True.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -311,7 +314,7 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 @jax.jit
 def _score_fold(part: _Ratios, settings: Settings) -> Array:
-    """Computes [2]: the MAP of known identities, and the AUROC of known clips against strangers."""
+    """Computes the MAP of known identities, and the AUROC of known clips against strangers, [2]."""
     logits = combine_modalities(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
     # Row i has the scores of all clips for the identity of clip i. `same` marks its clips.

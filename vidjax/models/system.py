@@ -262,7 +262,7 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds `System.column_weight`, the weights of clips by their class column.
 
-    The schedule `spec["mirror_weight"]` is the weight of mirrors of noise classes. Others have 1.
+    A mirror of a noise class has the weight `spec["mirror_weight"]`, a schedule. Others have 1.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

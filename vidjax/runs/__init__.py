@@ -1,1 +1,1 @@
-"""Reads and writes the configuration, checkpoints, results and logs of a run, a training."""
+"""Reads and writes the configuration, checkpoints, results and logs of a run (a training)."""

@@ -132,7 +132,10 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the step with the highest MAP (the latest of equals), or None if no step has one."""
+    """Returns the step with the highest MAP, or None if no step has a MAP.
+
+    `steps` is the result of `manifests`. Among equal MAPs, the latest step wins.
+    """
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
@@ -297,7 +300,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes old checkpoints, except the checkpoints that the module docstring lists."""
+    """Deletes old checkpoints. The module docstring lists which checkpoints stay."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

@@ -382,7 +382,7 @@ def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns name -> (old value, new value) of fields that differ and that the code reads."""
+    """Returns dotted name -> (old, new value) of fields that differ and that the code reads."""
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))

@@ -108,7 +108,10 @@ class Results(schemas.Metrics, kw_only=True):
 
 
 def load_metrics(path: Path) -> dict[str, Any]:
-    """Reads `metrics.json`. Raises UserError if a key of `schemas.Metrics` has a wrong value."""
+    """Returns the content of `metrics.json`, including keys that `schemas.Metrics` does not list.
+
+    Raises UserError if a listed key has a wrong type or range.
+    """
     return schemas.load(path, schemas.Metrics, REMEDY)[0]
 
 

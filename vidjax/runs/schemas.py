@@ -165,7 +165,7 @@ Pair = tuple[Column, Column]  # an identity or -1, and a count
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity with a low average precision, as `measures.find_worst_identities` finds it."""
+    """An identity with a low average precision. `find_worst_identities` explains the other keys."""
 
     identity: Column
     ap: Share

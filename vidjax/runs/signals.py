@@ -45,7 +45,7 @@ class Interruption:
 
 
 class Interrupted(Expected):
-    """A signal, whose number is `exit_code` - 128, stopped a run after its state was saved."""
+    """A signal stopped a run after its state was saved. `exit_code` is 128 plus `signum`."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"the run stopped at step {step}\nto resume, run the same command")

@@ -67,7 +67,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 
 def set_up_devices(config: Config) -> None:
-    """Finds the devices, and caches compiled programs. Raises UserError if a device is unusable."""
+    """Finds the devices and sets the cache of programs. Raises UserError for unusable devices."""
     from vidjax.core import devices
 
     if config.deterministic:

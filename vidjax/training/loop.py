@@ -388,7 +388,7 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Applies `plan.relabel` to the predictions of each member for its training clips."""
+        """Relabels the distractors that each member is trained on, as `plan.relabel` describes."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -424,14 +424,14 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint, with `more` in the manifest. A saved step only gets a new `more`."""
+        """Saves a checkpoint with `more` in the manifest. If it exists, only adds `more`."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self._last_save = time.monotonic()
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split`. Calls `check`, which may raise, between blocks of clips."""
+        """Ranks `config.eval.split`. Between blocks of clips, `check` may raise an error to end."""
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval

@@ -139,7 +139,10 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run, with clip weights [E, N], cannot be trained or be read later."""
+    """Raises UserError if the run cannot be trained, or its files could not be read later.
+
+    `weight` [E, N] has the weights of N training clips for E members.
+    """
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
@@ -189,10 +192,10 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Gives each cluster of distractors (label 0) a class column, and other distractors mirrors.
+    """Clusters distractors (label 0), and gives each cluster a class column.
 
-    `initial_labels` explains mirror columns. Returns the new labels [N] int32 and the order of the
-    class columns.
+    Other distractors get random mirror columns, see `initial_labels`. Returns the new labels [N]
+    int32 and the order of the class columns.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -240,9 +243,9 @@ def compute_values(
 ) -> np.ndarray:
     """Computes a value of each of the n training clips for which `wanted` [N] bool is True.
 
-    `value_of` maps a block of B clips, with all their frames, to values [B, ...]. Returns the
-    values [n, ...] in the order of the clips, for n > 0. If `mesh` is given, each block is split
-    over its devices. Then all processes of the run must call this function together.
+    `value_of` maps a block of B clips, with all their frames, to values [B, ...]. At least one clip
+    must be wanted. If `mesh` is given, each block is split over its devices. Then all processes of
+    the run must call this function together. Returns [n, ...] values in the order of the clips.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0

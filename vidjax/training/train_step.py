@@ -57,8 +57,8 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Builds the state at step 0, with random parameters.
 
-    Each member uses its key in `rngs` [E] for the parameters and for all random draws. `labels` [E,
-    N] int32 are class columns.
+    `labels` [E, N] int32 are class columns. Each member uses its PRNG key in `rngs` [E] for the
+    parameters and for all random draws.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -123,7 +123,10 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint: `params`, `model_state`, and other fields as `train`."""
+    """Converts a state to the items of a checkpoint.
+
+    An evaluation reads only `params` and `model_state`. The item `train` has all other fields.
+    """
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     items = {name: rest.pop(name) for name in ("params", "model_state")}
     return {**items, "train": rest}
@@ -268,7 +271,7 @@ def _transform_and_fuse(
     min_quality: Array,
     hidden_chunk: Array,
 ) -> MemberClips:
-    """Augments clips, and fuses their frames, for one member. See `MemberInputs` for its inputs."""
+    """Augments clips and fuses their frames for one member. `MemberInputs` explains the inputs."""
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,

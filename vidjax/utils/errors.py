@@ -188,7 +188,10 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a hint, such as `did you mean 'optim.decay'?`, or all of `known` without a match."""
+    """Returns a hint for an unknown word, such as `did you mean 'optim.decay'?`.
+
+    If no word of `known` is similar, the hint lists all of them.
+    """
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

@@ -86,7 +86,10 @@ def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
 
 
 def _find_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folders of this process's groups for `cpu` or `memory`, the innermost first."""
+    """Yields the folder of each control group that contains this process, the innermost first.
+
+    `controller` is the limited resource, `cpu` or `memory`.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -118,7 +118,10 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits words into (others, `--config.F=V`). Two words `--config.F V` become one word."""
+    """Splits the words of a command line into (other words, words that begin with `--config.`).
+
+    Two words `--config.F V` become the word `--config.F=V`.
+    """
     flags, overrides = [], []
     rest = list(words)
     while rest:

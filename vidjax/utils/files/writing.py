@@ -64,10 +64,10 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
-    """Removes files whose whole name matches the regular expression `ours`, then the empty folder.
+    """Removes files whose whole name matches the regular expression `ours`.
 
-    If a file is a link, its target stays. If `folder` is a link, nothing is removed. Returns True
-    if the folder does not exist afterwards.
+    Then removes the folder if it is empty. If a file is a link, its target stays. If `folder` is a
+    link, nothing is removed. Returns True if the folder does not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
