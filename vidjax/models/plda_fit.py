@@ -190,7 +190,7 @@ def fit_settings(
     seed: int,
     enrolled: Mapping[str, np.ndarray] | None = None,
 ) -> Settings:
-    """Fits the settings of PLDA, except those in `given`, on held-out clips.
+    """Fits the settings of PLDA on held-out clips, except the settings in `given`.
 
     `vectors` maps a modality to [N, D] float of unit length, 0 for clips that lack the modality.
     Labels are [N] int from 1 on. `enrolled` has the vectors of the clips when they are enrolled;
