@@ -437,7 +437,7 @@ def _encode_name(names: Iterable[str]) -> bytes:
 
 
 def _unpack(path: Path) -> str | None:
-    """Returns a command that prints a compressed file, or None if its ending is not a known one."""
+    """Returns a command that prints a compressed file; None if the ending is another one."""
     endings = (words for ends, words in UNPACK.items() if path.name.lower().endswith(ends))
     return next(endings, None)
 

@@ -121,10 +121,7 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns True where a clip gets a name.
-
-        `best` is the logarithm of the best identity's probability, for a clip or for several clips.
-        """
+        """Returns True where `best`, the best identity's log-probability, is enough for a name."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
@@ -132,10 +129,8 @@ class NamingRule(NamedTuple):
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip.
 
-        Args:
-          nearest: the most probable people of the clip.
-          cards: True in a gallery of models. The clip then gets a name only if it has a
-            modality in common with the person.
+        `cards` is True in a gallery of models, in which a clip gets a name only if it has a
+        modality in common with the person.
         """
         if not nearest.best:
             return NOBODY
@@ -217,10 +212,8 @@ def write_groups(
 ) -> None:
     """Writes a new table of clips and groups, in which the user replaces groups by people.
 
-    Args:
-      path: the file, whose ending is the format of the table.
-      groups: clip -> name of its group, such as `unknown 1`.
-      places: clip -> its video, start and end, which become three more columns.
+    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. `places`
+    are clip -> (video, start, end), which become three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -230,10 +223,8 @@ def write_groups(
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Groups that are still called `unknown N` are left out, or kept if `unknown` is True.
-
-    Raises:
-      UserError: a line is malformed, or a clip has two names.
+    Groups that are still called `unknown N` are left out, or kept if `unknown` is True. Raises
+    UserError if a line is malformed, or if a clip has two names.
     """
     names: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
@@ -263,10 +254,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Formats a probability or a rate in per cent.
-
-    It has 2 significant digits, or 4 if it is above 99 %.
-    """
+    """Formats a rate in per cent with 2 significant digits, or with 4 if it is above 99 %."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"

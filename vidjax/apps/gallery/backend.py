@@ -66,23 +66,15 @@ class Part(NamedTuple):
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns the PLDA coordinates [N, D] of unit vectors [N, D].
-
-        If the part is compared by distances, the vectors are returned unchanged.
-        """
+        """Returns PLDA coordinates [N, D] of unit vectors. For distances, x is returned."""
         if self.space is None:
             return x
         return _product(x - self.space.mean, np.asarray(self.space.transform))
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes the coefficients of P people, see `People`.
+        """Computes `linear` [P, D] and `constant` [P] of P people, see `People`.
 
-        Args:
-          count: [P], the number of each person's clips.
-          total: [P, D], the sum of the unit vectors of these clips.
-
-        Returns:
-          `linear` [P, D] and `constant` [P] of `People`.
+        `count` [P] are the numbers of their clips, and `total` [P, D] the sums of the unit vectors.
         """
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
@@ -167,24 +159,16 @@ class Backend(NamedTuple):
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Centres the vectors of Q clips, and scales them to unit length.
+        """Centres the vectors [Q, D] of M parts, and scales them to unit length as float64.
 
-        Args:
-          parts: M arrays [Q, D] float32. The vector of a missing part is 0.
-
-        Returns:
-          M arrays [Q, D] float64. The vector of a missing part is 0.
+        The vector of a missing part is 0, and stays 0.
         """
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Computes the coordinates in which Q clips are compared, see `Part.coordinates`.
+        """Computes the coordinates [Q, D] float64 of M parts of Q clips, see `Part.coordinates`.
 
-        Args:
-          parts: M arrays [Q, D] float32. The vector of a missing part is 0.
-
-        Returns:
-          M arrays [Q, D] float64. The coordinates of a missing part are NaN.
+        The vector of a missing part is 0 in `parts`, and its coordinates are NaN.
         """
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
@@ -194,10 +178,8 @@ class Backend(NamedTuple):
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Computes the coefficients of people from their clips.
 
-        Args:
-          names: the names of the people.
-          vectors: [N, sum of D] float32, the vectors of all clips. A missing part is 0.
-          owner: [N] int, the index in `names` of the person of each clip.
+        `vectors` [N, sum of D] are the vectors of all clips, and 0 in a missing part. `owner` [N]
+        int is the index in `names` of the person of each clip.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -260,9 +242,8 @@ def fit(
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
     """Makes a back end that compares clips by distances.
 
-    Args:
-      back_ends: part -> parameters from the card of its net, the JSON file that describes the net.
-      stranger_odds: the expected number of clips of strangers per clip of an enrolled person.
+    `back_ends` are part -> parameters from the card of its net. For `stranger_odds`, see
+    `Gallery.of_models`.
     """
     parts = []
     for name, back_end in back_ends.items():
@@ -276,12 +257,9 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and adds the unit vectors [N, D] of each of `num` people or groups.
+    """Returns the counts [num] and sums [num, D] of the unit vectors [N, D] of people or groups.
 
     `owner` [N] are the people or groups of the vectors. Vectors that are 0 are not counted.
-
-    Returns:
-      The counts [num] and the sums [num, D].
     """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
@@ -296,10 +274,7 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the number of elements of each array in `Part.arrays`.
-
-    `width` is the length of the part's vectors. `by_card` is True if it is compared by distances.
-    """
+    """Returns the sizes of the arrays in `Part.arrays`. `width` is the length of the vectors."""
     return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
 
 
@@ -370,12 +345,9 @@ class Ratios:
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Prepares the comparison with N people.
+        """Prepares the comparison with N people who have `count` [N] clips.
 
-        Args:
-          scale: the factor of all log-likelihood ratios.
-          count: [N], the number of each person's clips.
-          constant: [N], see `People`.
+        All ratios are multiplied by `scale`. `constant` [N] is described in `People`.
         """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
@@ -386,10 +358,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `coordinates` [Q, D] and `terms` [Q, U] of clips, see `_Queries`.
-
-        `units` [Q, D] are the unit vectors of the clips. `effective` is not used by PLDA.
-        """
+        """Returns `coordinates` [Q, D] and `terms` [Q, U], see `_Queries`. Ignores `effective`."""
         del effective
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -397,13 +366,9 @@ class Ratios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns products of clips and people into log-likelihood ratios, in place.
+        """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
-        Args:
-          ratios: the products of the coordinates of clips and `People.linear`.
-          rows: the indices of the people in `ratios`.
-          owner: the index of the clip of each element of `ratios`.
-          terms: the terms of all clips, from `ask`.
+        `rows` and `owner` are the people and the clips of the products. `terms` are from `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -423,10 +388,8 @@ class DistanceRatios:
     def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
         """Prepares the comparison with N people.
 
-        Args:
-          distances: the parameters of the part.
-          people: blocks of P people: the numbers of their clips [P], the means of their unit
-            vectors [P, D], and the squared lengths of the means [P].
+        `people` are blocks of P people: the numbers of their clips [P], the means of their unit
+        vectors [P, D], and the squared lengths of the means [P].
         """
         counts, means, _ = zip(*people, strict=True)
         effective = [distance.effective_count(distances, count, x) for count, _, x in people]
@@ -455,8 +418,8 @@ class DistanceRatios:
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
-        `units` [Q, D] are the means of the unit vectors of each group. `effective` [Q] are the
-        effective numbers of clips of the groups, see `distance.effective_count`.
+        `units` [Q, D] are the means of the unit vectors of each group, and `effective` [Q] the
+        effective numbers of its clips, see `distance.effective_count`.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -537,14 +500,11 @@ class Index:
         return Index(self.backend, [*kept, *map(joined.take, pieces)])
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the logarithms of the probabilities of all people for each of Q clips.
+        """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
 
-        Args:
-          parts: the vectors of the clips, M arrays [Q, D]. The vector of a missing part is 0.
-
-        Yields:
-          [1 + N] float64. Entry 0 belongs to a new person, and entry 1 + r to `names[r]`. The
-          probabilities add up to 1. If a clip lacks all parts, a new person has probability 1.
+        `parts` are M arrays [Q, D]. The vector of a missing part is 0. Entry 0 belongs to a new
+        person, and entry 1 + r to `names[r]`. The probabilities add up to 1. If a clip lacks all
+        parts, a new person has probability 1.
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -557,10 +517,8 @@ class Index:
     ) -> Iterator[Nearest]:
         """Yields the k most probable people of each of Q clips, or of each of G groups of clips.
 
-        Args:
-          parts: the vectors of the clips, M arrays [Q, D]. The vector of a missing part is 0.
-          k: the number of people, at least 1. A clip that lacks all parts gets none.
-          owner: [Q] int, the group of each clip. By default, each clip is a group.
+        `parts` are M arrays [Q, D]. The vector of a missing part is 0. A clip that lacks all parts
+        gets no people. `owner` [Q] int is the group of each clip. By default, each clip is a group.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -581,10 +539,9 @@ class Index:
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Compares clips or groups with all people; see `nearest` for the arguments.
 
-        Yields:
-          A tuple for each clip: the logit of a new person; the logits [N] float32 of all people;
-          the indices [R] of the most probable people, of whom there may be more than k; the logits
-          [R] float64 of these people; and [M] bool, True if the clip has the part.
+        Yields for each clip: the logit of a new person; the logits [N] float32 of all people; the
+        indices [R] of the most probable people, of whom there may be more than k; the logits [R]
+        float64 of these people; and [M] bool, True if the clip has the part.
         """
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -607,13 +564,10 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Computes the mean unit vectors [G, D] of groups of clips, for each part.
+        """Computes the means [G, D] of the unit vectors of groups of clips, for each part.
 
-        `owner` [Q] is the group of each clip.
-
-        Returns:
-          The means, and the effective numbers of clips [G] of the groups, for each part; see
-          `distance.effective_count`.
+        `owner` [Q] is the group of each clip. Also returns the effective numbers of clips [G] of
+        the groups, for each part; see `distance.effective_count`.
         """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
@@ -655,10 +609,7 @@ class Index:
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
-        """Computes the logits [R] float64 of R pairs of a person and a clip.
-
-        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips.
-        """
+        """Computes the logits [R] float64 of R pairs of a person and a clip, by their indices."""
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
         for place in np.unique(places).tolist():
@@ -681,11 +632,9 @@ class Index:
     ) -> np.ndarray:
         """Turns the products of each part into ratios, and returns their sums: the logits.
 
-        Args:
-          products: M arrays, [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The
-            first array is overwritten by the logits.
-          rows: the indices of the R people.
-          owner: the indices of the clips, [Q, 1] for all pairs, or [R] for R pairs.
+        The M arrays `products` are [Q, R] for all pairs of Q clips and R people, or [R] for R
+        pairs. The logits overwrite the first array. `rows` are the indices of the people, and
+        `owner` of the clips, [Q, 1] for all pairs or [R] for R pairs.
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
@@ -710,8 +659,7 @@ class Index:
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
         """Returns the sorted indices of the k highest of N float32 logits.
 
-        Logits that are only slightly lower are included, because the difference may be a rounding
-        error.
+        Logits that are lower only by a possible rounding error are included.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
@@ -730,8 +678,7 @@ class Index:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns the log softmax [K] of logits [K] float64.
 
-    The log-probability of the best entry is computed from the other probabilities, because this is
-    more exact if it is near 0.
+    The best log-probability is computed from the others, which is more exact if it is near 0.
     """
     best = logits.argmax()
     shifted = logits - logits[best]

@@ -48,8 +48,7 @@ class Draft:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips; returns the number of clips that are new or change from stranger to person.
 
-        Raises:
-          UserError: a clip is malformed, or enrolled with another vector or for another person.
+        Raises UserError if a clip is malformed, or enrolled with another vector or person.
         """
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
@@ -64,11 +63,8 @@ class Draft:
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
         """Adds the modalities that enrolled clips lack.
 
-        `vectors` are clip -> vector with all modalities. A clip is skipped if any modality that it
-        already has differs from the new vector.
-
-        Returns:
-          The names of the enrolled clips in `vectors` that were not skipped.
+        `vectors` contain all modalities. A clip is skipped if any modality that it already has
+        differs. Returns the names of the enrolled clips in `vectors` that were not skipped.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -158,8 +154,7 @@ class Draft:
     def _is_new(self, name: str, clip: StoredClip) -> bool:
         """Returns True if a clip is not enrolled yet, or is a stranger that becomes a person.
 
-        Raises:
-          UserError: a clip with this name, but another person or vector, is enrolled.
+        Raises UserError if a clip with this name, but another person or vector, is enrolled.
         """
         old = self.clips.get(name)
         if old is None:
@@ -189,10 +184,7 @@ class Draft:
         return find_similar_names(sorted(new), self.groups.keys() - new - {STRANGER})
 
     def _list_changes(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        """Returns each changed clip before and after the change.
-
-        A clip that was added is None before, and a clip that was removed is None after the change.
-        """
+        """Returns each changed clip before and after the change. An absent clip is None."""
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
 
     @property
@@ -213,10 +205,7 @@ class Draft:
         return {name: self.clips[name] for name in self._changed_clips}
 
     def state(self) -> tuple[State, People]:
-        """Returns the content after the changes, and the new coefficients of the changed people.
-
-        The back end stays the same.
-        """
+        """Returns the content after the changes, and the coefficients of the changed people."""
         old = self._state
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.groups.keys() & self._changed_people - {STRANGER})
@@ -238,14 +227,10 @@ def _describe_person(identity: str | None) -> str:
 def enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
 ) -> People:
-    """Computes the coefficients of people from their clips.
+    """Computes the coefficients of people. `groups` are identity -> the names of its clips.
 
     PLDA counts the clips of a person in a film as a single clip, because they are alike. In a
     gallery of models, the distances show how alike clips are; see `distance.effective_count`.
-
-    Args:
-      groups: identity -> the names of its clips.
-      clips: name -> clip.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str
@@ -261,15 +246,9 @@ def group_by_film(
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
-    """Groups clips by person and film.
+    """Groups the clips `names` by person and film: (identity, film) -> names of clips.
 
-    Args:
-      names: the names of the clips to group.
-      clips: name -> clip.
-      film: returns the film of the clip with a given name.
-
-    Returns:
-      (identity, film) -> names of clips.
+    `film` returns the film of the clip with a given name.
     """
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -282,12 +261,8 @@ def stack_films(
 ) -> np.ndarray:
     """Returns the mean vector of the clips of each of N films, [N, sum of D] float32.
 
-    The mean of a part, such as the face, is taken over the clips that have the part.
-
-    Args:
-      films: for each film, the names of its clips.
-      clips: name -> clip.
-      widths: name of a part -> D, the length of its vectors.
+    `films` are lists of names of clips, and `widths` are part -> D. The mean of a part, such as the
+    face, is taken over the clips that have the part.
     """
     width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
     vectors = stack_vectors([names[0] for names in films], clips, width)
@@ -309,9 +284,8 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     """Checks a clip, and returns it with the cleaned name of its person.
 
-    Raises:
-      UserError: a name is invalid, the vector is not finite float32 [width], or it is 0, which
-        means that the clip has no usable frame.
+    Raises UserError if a name is invalid, the vector is not finite float32 [width], or it is 0,
+    which means that the clip has no usable frame.
     """
     _check_length("clip name", check_name(name))
     if clip.identity is not None:
@@ -331,8 +305,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 def check_person(name: str) -> str:
     """Returns the cleaned name of a person.
 
-    Raises:
-      UserError: the name is invalid, too long, or stands for unknown people, such as `unknown 1`.
+    Raises UserError if it is invalid, too long, or stands for unknown people, like `unknown 1`.
     """
     name = _check_length("identity", clean_identity(name))
     if is_unknown(name):
@@ -352,11 +325,7 @@ def _check_length(kind: str, name: str) -> str:
 
 
 def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`.
-
-    Raises:
-      NotEnrolledError: `among` lacks the name. `kind` describes the name in the message.
-    """
+    """Returns `among[name]`, or raises NotEnrolledError. `kind` describes the name."""
     if name not in among:
         raise NotEnrolledError(kind, name, among)
     return among[name]
@@ -365,9 +334,9 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 class NotEnrolledError(UserError):
     """The gallery contains no person or clip with the given name.
 
-    The message suggests a similar name. The search for a similar name is slow, so it starts only
-    when the message is read, after the gallery is unlocked. A server never reads the message,
-    because answers of a server must not reveal names.
+    The message suggests a similar name. The slow search for it starts only when the message is
+    read, after the gallery is unlocked. A server never reads the message, because answers of a
+    server must not reveal names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):

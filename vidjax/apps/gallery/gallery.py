@@ -836,10 +836,7 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError if a folder is not empty.
-
-    Files that a killed process has left while it made a gallery are allowed.
-    """
+    """Raises UserError if a folder contains files, except for leftovers of a killed process."""
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -865,10 +862,7 @@ def _check_width(backend: Backend) -> int:
 
 
 def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
-    """Extends the vector of a clip from the parts of `backend` to the parts of `wide`.
-
-    The vector of a part that `backend` lacks is 0.
-    """
+    """Extends a clip's vector from the parts of `backend` to the parts of `wide` with zeros."""
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
@@ -890,10 +884,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     """Returns a `VectorOrigin` that identifies models, and the parameters that compare vectors.
 
     The parameters are modality -> `cards.BackEnd`, from the JSON file (card) of each face and voice
-    model.
-
-    Raises:
-      UserError: no card contains such parameters.
+    model. Raises UserError if no card contains such parameters.
     """
     from vidjax.apps.video import cards
 
@@ -921,12 +912,8 @@ def embed(
 ) -> Vectors:
     """Computes the vectors of clips with a run.
 
-    If the run is an ensemble of PLDA models, the first member computes the vectors.
-
-    Args:
-      clips: a dataset, or clips in memory as for `Predictor.embed`.
-      split: the name of the split, if `clips` is a dataset.
-      advance: is called with the number of clips of each finished batch.
+    If the run is an ensemble of PLDA models, the first member computes the vectors. For `clips` and
+    `advance`, see `Gallery.embed`.
     """
     if split is None and hasattr(clips, "train_batches"):
         raise UserError(
@@ -1000,10 +987,7 @@ def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
 
 
 def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
-    """Warns about new people whose names are similar to names of other people.
-
-    `names` are new name -> similar name. The warning shows the first pair.
-    """
+    """Warns about new people in `names`, new name -> similar name, and shows the first pair."""
     for name, other in itertools.islice(names.items(), 1):
         more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
         words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
@@ -1031,16 +1015,11 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits PLDA to clips with a person; see `backend.fit`.
+    """Fits PLDA to clips with a person; see `backend.fit` for `centred` and `settings`.
 
     Clips of a person from the same film are alike, so PLDA is fitted to only one of them. People
     are enrolled with the mean of their clips in each film. The order of `clips` does not matter.
-
-    Args:
-      clips: name -> clip.
-      widths: modality -> D, the length of its vectors.
-      centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too.
+    `widths` are modality -> D.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)

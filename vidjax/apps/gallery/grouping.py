@@ -49,13 +49,10 @@ class Groups:
         labels: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
-        """Makes groups of N clips.
+        """Makes groups of N clips with `coordinates`, M arrays [N, D], see `Backend.whiten`.
 
-        Args:
-          backend: compares the vectors.
-          coordinates: M arrays [N, D], see `Backend.whiten`.
-          labels: [N] int, the group of each clip.
-          apart: pairs of clips that show different people.
+        `labels` [N] int are the groups of the clips. The clips of each pair in `apart` show
+        different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
@@ -69,10 +66,7 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of the mean of each group, divided by the variance of a single clip.
-
-        `number` is the index of a part, and `rows` are the indices of the groups.
-        """
+        """Returns the variance of each group's mean divided by the variance of a single clip."""
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
         if distances is None:
@@ -104,8 +98,8 @@ class Groups:
         """Compares a group with every group; returns log-likelihood ratios [G] float64.
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        itself, for a group that certainly shows another person, and for a group that has no part
-        (such as face or audio) in common.
+        itself, for a group that certainly shows another person, and for a group without a common
+        part.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -145,10 +139,7 @@ def group(
       backend: compares the vectors.
       names: [N], the names of the clips. A name starts with the name of the film.
       parts: the vectors of the clips, M arrays [N, D] float32. The vector of a missing part is 0.
-      apart: pairs of clips that show different people.
-      begin: [N], the name of the group in which each clip starts. By default, each clip starts as a
-        separate group.
-      absorb: True to join small groups to larger groups.
+      apart, begin, absorb: see `Gallery.group`. `begin` is [N], the group of each clip.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
@@ -160,10 +151,7 @@ def group(
         labels = np.unique(begin, return_inverse=True)[1]
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
-        """Joins the groups of the clips with the indices `rows`; returns their new groups, from 0.
-
-        If `absorb` is True, small groups are then joined to larger groups.
-        """
+        """Joins the groups of the clips with the indices `rows`; returns their groups, from 0."""
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))
@@ -193,19 +181,12 @@ def group(
 
 
 def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
-    """Splits G groups into blocks of at most MAX_GROUPED_CLIPS groups with similar means.
+    """Splits G groups with means [G, D] into blocks of similar groups; returns the block of each.
 
     With `turn` 1, the groups are split at the median of the direction in which the means vary most.
-    Each half is split again until it is small enough. With `turn` 2, the direction with the second
-    largest variance is used, and so on. So two similar groups that one turn separates can meet in
-    another turn.
-
-    Args:
-      means: [G, D], the mean vector of each group.
-      turn: the number of the direction.
-
-    Returns:
-      The block of each group, [G] int.
+    Each half is split again until it has at most MAX_GROUPED_CLIPS groups. With `turn` 2, the
+    direction with the second largest variance is used, and so on. So two similar groups that one
+    turn separates can meet in another turn.
     """
     block, full = np.zeros(len(means), int), [np.arange(len(means))]
     while full:

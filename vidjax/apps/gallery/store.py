@@ -288,11 +288,7 @@ class Store:
             return _read_facts_row(connection)[1]
 
     def read(self) -> State:
-        """Reads and checks the whole file.
-
-        Raises:
-          UnreadableError: the file is damaged.
-        """
+        """Reads and checks the whole file; raises UnreadableError if the file is damaged."""
         with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("quick_check of SQLite finds damaged pages")
@@ -320,20 +316,16 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: People | None = None,
     ) -> State:
-        """Writes a state and ends the transaction.
+        """Writes a state and ends the transaction; returns the state with the new digests.
 
         If `new` and `people` are given, only these clips and people are added to the file. All rows
-        are written again if either is None, if the state was never written, or if more than
-        half of the entries in the file would be replaced by later entries.
+        are written again if either is None, if the state was never written, or if more than half of
+        the entries in the file would be replaced by later entries.
 
         Args:
           connection: an open transaction.
           state: the new state. Its `sha256` is the digest of the state that it was made from.
-          new: name -> clip, all clips that differ from the clips in the file.
-          people: all people that differ from the people in the file.
-
-        Returns:
-          The state with the digests of the new content.
+          new, people: all clips and all people that differ from the file.
 
         Raises:
           InUseError: the file has changed since the state was made.
@@ -461,13 +453,9 @@ def _append(
 ) -> int:
     """Adds N people or clips to a table. The last row is filled before a new row is added.
 
-    Args:
-      words: a list with the names of N people; or two lists, the names of N clips and the names of
-        the people in these clips.
-      numbers: [N], a structured array in the layout of the table.
-
-    Returns:
-      The change of the sum of the digests of all rows.
+    `words` contains the names of N people, or the names of N clips and the names of their people.
+    `numbers` [N] has the layout of the table. Returns the change of the sum of the digests of all
+    rows.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -567,14 +555,10 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table with N people or clips.
+    """Reads and checks a table with N people or clips, whose numbers have the dtype `layout`.
 
-    Args:
-      layout: the dtype of an entry of its numbers.
-      num_words: the number of names of an entry: 1 for a person, 2 for a clip and its person.
-
-    Returns:
-      `num_words` lists of N names, the numbers [N], and the sum of the digests of all rows.
+    Returns `num_words` lists of N names (1 for people, 2 for clips and their people), the numbers
+    [N], and the sum of the digests of all rows.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -599,10 +583,7 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the bytes of a database row to `numbers`; returns the digest of the row.
-
-    Raises UserError if a number is not finite.
-    """
+    """Copies a row to `numbers`; returns the row's digest. Raises UserError for NaN or inf."""
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")

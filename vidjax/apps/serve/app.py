@@ -396,13 +396,10 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads clips from a request whose body is JSON or an `.npz` file.
+        """Reads clips from a request whose body is JSON of the type `kind`, or an `.npz` file.
 
-        Args:
-          kind: the type of a JSON body, a request with the field `clips`.
-
-        Returns:
-          Clip -> modality -> field -> frames, and a `kind` with the other fields of the request.
+        Returns clip -> modality -> field -> frames, and a `kind` with the other fields of the
+        request.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -447,10 +444,7 @@ class Application:
 
 
 def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Converts the query of a request, name -> value, to the type `kind`.
-
-    Strings are converted to numbers if necessary.
-    """
+    """Converts a query, name -> value, to `kind`. Strings become numbers if necessary."""
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
@@ -462,15 +456,10 @@ def _check_clips(
 ) -> dict[str, dict[str, Frames]]:
     """Checks the clips of a request, and removes modalities that the gallery does not use.
 
-    Args:
-      widths: modality -> width of its features in the gallery.
-
-    Returns:
-      Name of the clip as in the request -> modality -> field -> frames.
-
-    Raises:
-      Refused: two clips have the same name, a clip has none of the modalities, a clip has too many
-        frames, or frames have a wrong width or are not finite.
+    `widths` are modality -> width of its features in the gallery. Returns the name of the clip as
+    in the request -> modality -> field -> frames. Raises Refused if two clips have the same name, a
+    clip has none of the modalities, a clip has too many frames, or frames have a wrong width or are
+    not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -529,9 +518,8 @@ def describe(
 ) -> dict[str, Any]:
     """Returns the OpenAPI description of the endpoints.
 
-    Args:
-      models: the names of the models of the Open Inference Protocol.
-      widths: modality -> width of its features in the gallery.
+    `models` are the names of the models of the Open Inference Protocol. `widths` are modality ->
+    width of its features in the gallery.
     """
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
@@ -586,8 +574,7 @@ def describe(
 def listen(host: str, port: int) -> socket.socket:
     """Opens a socket that listens at an address. Port 0 stands for any free port.
 
-    Raises:
-      UserError: the address cannot be used.
+    Raises UserError if the address cannot be used.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(

@@ -28,10 +28,7 @@ class _Waiting(NamedTuple, Generic[Q, A]):
 
 
 class Batcher(Generic[Q, A]):
-    """Answers questions about clips in batches, in a thread.
-
-    The methods must be called in an event loop of asyncio.
-    """
+    """Answers questions about clips in batches, in a thread. Call the methods in an event loop."""
 
     def __init__(
         self,
@@ -39,13 +36,7 @@ class Batcher(Generic[Q, A]):
         limits: Limits,
         metrics: ServerMetrics,
     ):
-        """Makes a batcher.
-
-        Args:
-          answer: returns an answer or an error for each question of a batch.
-          limits: the largest numbers of clips in a batch and of clips that wait.
-          metrics: counts the clips of each batch.
-        """
+        """Makes a batcher. `answer` returns an answer or an error for each question of a batch."""
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting[Q, A]] = deque()
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
@@ -54,11 +45,7 @@ class Batcher(Generic[Q, A]):
         self._target, self._enough = 0, asyncio.Event()  # set when `_target` clips wait
 
     async def ask(self, question: Q, size: int) -> A:
-        """Returns the answer to a question about `size` clips.
-
-        Raises:
-          Refused: too many clips are waiting (status 429).
-        """
+        """Answers a question about `size` clips, or raises Refused (429) if too many clips wait."""
         if self.size + size > self._limits.waiting_clips and self._waiting:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -96,8 +83,8 @@ class Batcher(Generic[Q, A]):
     async def _linger(self, answered: int) -> None:
         """Waits a moment for more requests, because clients often ask again after an answer.
 
-        Otherwise, the first new request would form a batch by itself. This batch would take nearly
-        as long as a batch of many clips. `answered` is the number of clips in the last batch.
+        Otherwise, the first new request would form a batch that takes nearly as long as a large
+        batch. `answered` is the number of clips in the last batch.
         """
         self._target = min(self.size + answered, self._limits.batch_clips)
         self._enough.clear()
@@ -143,9 +130,8 @@ class Changes:
     async def make(self, change: Callable[[], T]) -> T:
         """Calls `change` and returns the result, even if the client disconnects meanwhile.
 
-        Raises:
-          Refused: too many changes are waiting (status 429), or the change takes too long (status
-            503). A change that takes too long is still made later.
+        Raises Refused if too many changes are waiting (status 429), or if the change takes too long
+        (status 503). A change that takes too long is still made later.
         """
         if self.waiting >= self._limits.waiting_changes:
             status = HTTPStatus.TOO_MANY_REQUESTS

@@ -137,8 +137,8 @@ def one_line(text: str) -> str:
 def read_token(path: Path) -> bytes:
     """Reads the token, the secret that clients must send, from a file.
 
-    Raises:
-      UserError: other users may read the file, or the token is not a word of 16 letters or more.
+    Raises UserError if other users may read the file, or the token is not a word of 16 letters or
+    more.
     """
     with files.open_regular(path) as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -178,10 +178,8 @@ class Bodies:
     async def read(self, request: Request, limit: int) -> bytes:
         """Reads the body of a request, which may be chunked.
 
-        Then the timeout of the request is set to `Limits.answer_seconds` from now.
-
-        Raises:
-          Refused: the body has more than `limit` bytes, or has a Content-Encoding.
+        Then the timeout of the request is set to `Limits.answer_seconds` from now. Raises Refused
+        if the body has more than `limit` bytes, or has a Content-Encoding.
         """
         headers = request.headers
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
@@ -207,8 +205,7 @@ class Bodies:
     def hold(self, scope: Scope, size: int) -> None:
         """Sets the number of bytes that a request takes in memory to `size`.
 
-        Raises:
-          Refused: all requests together take too much memory (status 429).
+        Raises Refused (status 429) if all requests together take too much memory.
         """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
@@ -347,10 +344,7 @@ def to_refusal(error: Exception) -> Refused:
 
 
 def _describe_traceback(error: Exception) -> str:
-    """Describes an exception by its type and the lines of code that raised it.
-
-    The message is left out, because it may contain names of people.
-    """
+    """Describes the type and place of an exception. The message may contain names of people."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}"

@@ -103,17 +103,10 @@ class Spec(NamedTuple):
 def parse(
     body: bytes, header_length: str | None, inputs: Sequence[Spec], limits: Limits
 ) -> tuple[InferRequest, dict[str, np.ndarray]]:
-    """Parses the body of a request for inference.
+    """Parses the body of a request for inference; returns the request and its input tensors.
 
-    Args:
-      header_length: the header `Inference-Header-Content-Length`, or None.
-      inputs: the inputs that the model accepts.
-
-    Returns:
-      The request, and its input tensors, name -> array.
-
-    Raises:
-      Refused: the JSON or an input is wrong.
+    `header_length` is the header `Inference-Header-Content-Length`. `inputs` are the inputs that
+    the model accepts. Raises Refused if the JSON or an input is wrong.
     """
     at = header_size = _read_header_size(body, header_length)
     if header_size > limits.json_bytes:
@@ -170,11 +163,7 @@ def check_outputs(request: InferRequest, outputs: Sequence[Spec]) -> None:
 
 
 def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Decodes JSON to an object of the type `kind`.
-
-    Raises:
-      Refused: the content is not JSON of this type, or contains NaN.
-    """
+    """Decodes JSON; raises Refused if it does not have the type `kind`, or contains NaN."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -229,16 +218,10 @@ def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
 def encode_answer(
     request: InferRequest, model: str, outputs: Mapping[str, np.ndarray]
 ) -> tuple[bytes, int | None]:
-    """Encodes the answer to a request for inference.
+    """Encodes the answer of `model`; returns the body, and the length of the JSON at its beginning.
 
-    Args:
-      request: the request, which lists the outputs to send.
-      model: the name of the model.
-      outputs: all outputs of the model, name -> array of float32 or of text (dtype object).
-
-    Returns:
-      The body, and the length of the JSON at its beginning. If the body contains no binary tensors,
-      the length is None.
+    `request` lists the outputs to send. `outputs` are all outputs of the model, name -> array of
+    float32 or of text (dtype object). If the body contains no binary tensors, the length is None.
     """
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     described, tails = [], []

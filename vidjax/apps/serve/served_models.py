@@ -79,18 +79,10 @@ def list_inputs(model: "Model") -> list[Spec]:
 def make_question(
     model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
-    """Makes a question from the input tensors of a request.
+    """Makes a question from the input tensors of a request, name -> array.
 
-    Frames whose mask is False are left out.
-
-    Args:
-      model: the model that will answer.
-      tensors: name of an input -> array.
-      parameters: the parameters of the request.
-      limits: the largest numbers of clips and frames.
-
-    Raises:
-      Refused: a tensor has a wrong shape or is missing, or a frame is not finite.
+    Frames whose mask is False are left out. Raises Refused if there are too many clips or frames, a
+    tensor has a wrong shape or is missing, or a frame is not finite.
     """
     present = [name for name in model.widths if name in tensors]
     if not present:
@@ -141,10 +133,7 @@ def _make_question(model: "Model", length: int, count: int = 1) -> Question:
 
 
 def check_finite(frames: Frames, place: str) -> None:
-    """Raises Refused if a field has values that are not finite as float32 numbers.
-
-    `place` describes the clip in the message.
-    """
+    """Raises Refused if a field is not finite as float32; `place` describes the clip."""
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             raise unprocessable(f"{place}: the values of {field} must be numbers")
