@@ -232,7 +232,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields (start, end, sorted names) of each interval with the same known, visible people."""
+    """Yields (start, end, sorted names) of each interval in which the same known people show."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:

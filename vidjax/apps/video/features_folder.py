@@ -103,7 +103,7 @@ class FilmTrack(Struct, kw_only=True):
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The path of a file, and properties. If all are unchanged, the file is not read again.
+    """The path and properties of a file, which is read again only if one of them changes.
 
     Attributes:
       address: the absolute path, with special characters quoted as in a URL (`%20`).

@@ -378,7 +378,7 @@ def extract(
       out: an existing folder.
       stem: the first part of the names of the clips.
       settings: the frames per second, the size of the pictures, and what a clip is.
-      source, sha256: the properties of the file, which are copied to the result.
+      source, sha256: the path, properties and sha256 of the file. They are copied to the result.
       tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:

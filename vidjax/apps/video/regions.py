@@ -206,7 +206,7 @@ def match_faces(
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns boxes [n, 4], as fractions of the picture, upright by the EXIF orientation, 1 to 8."""
+    """Turns boxes [n, 4], as fractions of the sides, upright by the EXIF orientation, 1 to 8."""
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:
         points = points[..., ::-1]

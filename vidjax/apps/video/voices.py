@@ -67,7 +67,7 @@ class Listener:
         self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns the embeddings of the windows with speech in at least 25,600 samples [N]."""
+        """Returns embeddings of windows with enough speech. `samples` [N] needs N >= 25,600."""
         speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
