@@ -88,7 +88,8 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
 
     Unlike `angular_margin`, it allows cosines beyond 1, as dropout on unit vectors makes them.
 
-    The arguments are the same as for `angular_margin`; the margin m is 0 or more.
+    The arguments are the same as for `angular_margin`, so `logits` are scale x cosine. The margin m
+    is 0 or more.
 
     Returns:
       [..., K], at least float32. The column of the label becomes scale x (cosine - m). Other

@@ -299,7 +299,7 @@ def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
     return jax.nn.log_sigmoid(logits)
 
 
-def _compute_logits(logits: Array, class_mask: Array) -> Array:
+def _keep_logits(logits: Array, class_mask: Array) -> Array:
     """Returns the logits unchanged."""
     return logits
 
@@ -309,5 +309,5 @@ def _compute_logits(logits: Array, class_mask: Array) -> Array:
 SCORES = {
     "log_softmax": (losses.log_softmax, True),
     "log_sigmoid": (_log_sigmoid, True),
-    "logits": (_compute_logits, False),
+    "logits": (_keep_logits, False),
 }

@@ -97,7 +97,7 @@ class Threshold(NamedTuple):
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the attributes as values for JSON, with the ends of `interval`: low and high."""
+        """Returns the attributes for JSON, and the ends of `interval` as `low` and `high`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 

@@ -332,7 +332,7 @@ class Gallery:
 
     @property
     def backend(self) -> Backend:
-        """The parameters that compare vectors."""
+        """The trained parameters of the comparison of vectors."""
         return self._state.index.backend
 
     @property

@@ -194,9 +194,8 @@ class DlibNet:
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
         """Reads the tensor, float32 with four axes, of the next layer with the name `layer`.
 
-        Between the name and the tensor, the file contains whole numbers: `after`, the version of
-        dlib's tensor format, which is 2, and the shape. A number is stored as a byte that contains
-        the number of its bytes, followed by these bytes.
+        Between the name and the tensor, the file contains the integers `after`, then 2, the version
+        of dlib's tensor format, and the shape. The first byte of an integer is its length in bytes.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)

@@ -142,7 +142,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Returns only the numbers of `films`, and only those denied names that are in `people`."""
+        """Returns a copy with only the entries of `films`, and only denied names in `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:

@@ -90,10 +90,10 @@ def measure_quality_and_attention(
     """Returns the mean quality of each clip, [N], and the mean attention, [V, V], both float64.
 
     The quality is the mean over the clip's frames of the primary modality, or 0 if there are none.
-    The attention is between the V input vectors of the first member. Column j contains how much
-    vector j attends to each vector: the mean over the clips that have vector j, or over all clips
-    if the model fills missing vectors. The attention is None if `attention` is False, the model has
-    no attention, or the model takes each frame as an example.
+    The attention is between the V input vectors of the first member. Element [i, j] is how much
+    vector j attends to vector i. It is the mean over the clips that have vector j. If the model
+    fills missing vectors, it is the mean over all clips. The attention is None if `attention` is
+    False, the model has no attention, or each frame of a clip is a separate example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
