@@ -1,6 +1,5 @@
 """Checks names of clips and people, and escapes text from strangers in messages."""
 
-import itertools
 import re
 import sys
 import unicodedata
@@ -115,13 +114,30 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns a dict, new name -> another name, new or known, that looks like it."""
+    """Returns a dict, new name -> another name, new or known, that looks like it.
+
+    The names have passed `clean_identity`.
+    """
+    new, known = [*new], [*known] if new else []
+    folded, known_folded = _fold_all(new), _fold_all(known)
+    words = set(folded)
+    if len(words) == len(new) and words.isdisjoint(known_folded):  # usual, and fast
+        return {}
     seen, similar = dict[str, str](), dict[str, str]()
-    new = [*new]
-    for name in itertools.chain(known, new) if new else ():
-        if (other := seen.setdefault(fold(name), name)) != name:
+    for word, name in zip(known_folded + folded, known + new, strict=True):
+        if (other := seen.setdefault(word, name)) != name:
             similar[name] = other
     return {name: similar[name] for name in new if name in similar}
+
+
+def _fold_all(names: list[str]) -> list[str]:
+    """Folds many names together, because a call for each of a million names takes two seconds."""
+    text = "\n".join(names)
+    folded = re.sub("  +", " ", text).casefold().split("\n") if names else []
+    if text.isascii():
+        return folded
+    pairs = zip(folded, names, strict=True)
+    return [word if name.isascii() else fold(name) for word, name in pairs]
 
 
 def make_file_stems(labels: Iterable[str]) -> list[str]:
