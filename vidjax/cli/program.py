@@ -6,7 +6,6 @@ dict `COMMANDS` lists all commands, and `load` imports the module of a command.
 
 import argparse
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from vidjax import __version__
 from vidjax.core import distributed
 from vidjax.utils import machine, messages
 from vidjax.utils.errors import UserError, closest
@@ -116,16 +116,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]
     if name == "--version" and "--json" in flags:
-        messages.print_text(
-            json.dumps({"mode": "version", "version": importlib.metadata.version("vidjax")})
-        )
+        messages.print_text(json.dumps({"mode": "version", "version": __version__}))
         raise SystemExit(0)
     if name == "gallery":
         from vidjax.cli.gallery_commands import check_command
 
         check_command(flags[1:])
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
-    version = f"vidjax {importlib.metadata.version('vidjax')}"
+    version = f"vidjax {__version__}"
     parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command, about in COMMANDS.items():

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vidjax import __version__
 from vidjax.core import distributed
 from vidjax.core.batch import Array, Batch, LazyFeatures
 from vidjax.utils.errors import UserError, check_argument, warn
@@ -99,11 +100,11 @@ def collect_versions() -> dict[str, str]:
     The keys are the names of packages, `python`, `device` (number and kind of the devices), and
     `commit` if vidjax lies in a git checkout.
     """
-    packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    package_versions = {name: importlib.metadata.version(name) for name in packages}
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
-    versions = {**package_versions, "python": platform.python_version(), "device": device}
+    versions |= {"vidjax": __version__, "python": platform.python_version(), "device": device}
     commit = _read_commit(Path(__file__).parents[2])
     return versions | ({"commit": commit} if commit else {})
 

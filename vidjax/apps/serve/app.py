@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import functools
 import gc
-import importlib.metadata
 import logging
 import os
 import re
@@ -36,6 +35,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
+from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.serve import protocol, served_models
@@ -233,7 +233,7 @@ class Application:
 
     async def server(self, _: Request) -> Response:
         """Returns the name, the version and the extensions of the server."""
-        version = importlib.metadata.version("vidjax")
+        version = __version__
         content = {"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]}
         return _encode_json(content)
 
@@ -560,7 +560,7 @@ def describe(
     about = "a description of the error in a single line"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "vidjax", "version": importlib.metadata.version("vidjax")},
+        "info": {"title": "vidjax", "version": __version__},
         "paths": paths,
         "components": {
             "schemas": schemas,

@@ -87,7 +87,7 @@ def title(run: RunFiles) -> str:
     """Returns a title: the model, the modalities and the data of a run."""
     data = _data_of(run) or "unknown data"
     if joined := run.config["join"]["runs"]:
-        return f"{len(joined)} runs joined on {data}"
+        return f"blend of {len(joined)} runs on {data}"
     model = str(run.config["model"].get("name", "no model"))
     members = run.metrics.num_members or 1
     count = f"{members} x " if members != 1 else ""
