@@ -12,7 +12,6 @@ from tests.campaigns import mutations
 from tests.helpers import clip_files, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle
-from tests.helpers.datasets import load_dataset
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.cli import check_command
@@ -33,12 +32,12 @@ from vidjax.training import plan
 DIM = 4
 
 
-def make_clips(value=lambda x: x, names="face"):
-    """Returns 6 clips of 2 frames in train and in val, with the features that `value` makes."""
+def make_clips(change=lambda x: x):
+    """Returns 6 clips in train and in val; `change` gets and returns the 2 frames of a clip."""
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
-    for split, i, name in itertools.product(clips, range(6), names.split()):
-        features = value(rng.normal(size=(2, DIM)).astype(np.float32))
-        clips[split].setdefault(f"{split}{i}", {})[name] = features
+    for split, i in itertools.product(clips, range(6)):
+        features = rng.normal(size=(2, DIM)).astype(np.float32)
+        clips[split][f"{split}{i}"] = {"face": change(features)}
     return clips
 
 
@@ -58,16 +57,16 @@ def make_config(*words):
     (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),
 ])  # fmt: skip
 def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         data = sources.load(make_clips(value), LABELS, cache_dir=tmp_path)
         plan.make_plan(make_config(), data)
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path):
-    clips = make_clips(names="face head")
-    for modalities in clips["train"].values():
-        modalities["head"][:] = np.nan
+    clips = make_clips()
+    for split, offset in {"train": np.nan, "val": 0}.items():
+        for modalities in clips[split].values():
+            modalities["head"] = modalities["face"] + np.float32(offset)
     folder, cache = write_npz(tmp_path / "own", clips), tmp_path / "cache"
     write_labels(folder / "labels.csv", LABELS)
     words = ("data.name=arrays", f"data.dir={folder}", f"data.cache_dir={cache}")
@@ -100,8 +99,6 @@ def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
         data = sources.load(clips, LABELS, cache_dir=tmp_path)
     counts = data.report["splits"]["train"]["modalities"]["face"]
     assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
-    with pytest.raises(ValueError, match="frame 1 is not finite"):
-        sources.load(clips, LABELS, cache_dir=tmp_path / "2", non_finite="error")
 
 
 def test_norms_and_histograms_of_extreme_features_are_finite():
@@ -113,34 +110,22 @@ def test_norms_and_histograms_of_extreme_features_are_finite():
         assert sum(histogram["counts"]) == 7 and np.all(np.diff(histogram["edges"]) > 0)
 
 
-def test_digest_of_data_depends_only_on_frames_and_labels(tmp_path):
-    def digest(clips, labels, cache):
-        return sources.load(clips, labels, cache_dir=tmp_path / cache).report["data"]["digest"]
-
-    first = digest(make_clips(), LABELS, "a")
-    assert digest(make_clips(), LABELS, "b") == first
-    assert digest(make_clips(lambda x: x + 1), LABELS, "a") != first
-    assert digest(make_clips(), LABELS | {"val0": "p1"}, "a") != first
-    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path / "a")
-    assert data.with_identities(["p2", "p1", "p0"]).report["data"] == data.report["data"]
-
-
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
-    def make_split(num_clips):
-        clips, ones = tuple(f"clip{i}" for i in range(num_clips)), np.ones(num_clips, np.int32)
-        return Split("val", clips, ones, True, np.array([num_clips]), 0, {"face": ones})
+    ones = np.ones(4, np.int32)
+    split = Split("val", ("a", "b", "c", "d"), ones, True, np.array([4]), 0, {"face": ones})
+    evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
 
-    best = np.array([0.5, np.nan, 0.25, np.nan], np.float32)
-    pool, right = np.array([True, True, True, False]), np.ones(4, bool)
-    with pytest.warns(UserWarning, match="1 of 3 clips .* such as clip1\n.*divide"):
-        scores, counts = scoring._without_nan(make_split(4), ClipScores(pool, best, right))
+    def check(*best):
+        clips = ClipScores(evaluated, np.array(best, np.float32), right)
+        return scoring._without_nan(split, clips)
+
+    with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
+        scores, counts = check(0.5, np.nan, 0.25, np.nan)
     assert counts == {"num_nan_clips": 1}
-    assert scores.best[1] == -np.inf and not scores.right[1] and scores.best[0] == 0.5
-    fine = ClipScores(pool, np.zeros(4, np.float32), right)
-    assert scoring._without_nan(make_split(4), fine) == (fine, {})
-    with pytest.raises(ValueError, match=r"2 of 2 clips .*\n.*divide"):
-        nan = np.full(2, np.nan, np.float32)
-        scoring._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
+    assert scores.best[:3].tolist() == [0.5, -np.inf, 0.25] and not scores.right[1]
+    assert check(0.0, 0.0, 0.0, np.nan)[1] == {}
+    with pytest.raises(ValueError, match=r"3 of 3 clips .*\n.*divide"):
+        check(np.nan, np.nan, np.nan, 0.0)
 
 
 def test_infinite_values_in_a_configuration_are_refused():
@@ -171,30 +156,13 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
         note(100_000_000)
 
 
-def test_noise_classes_without_distractors_suggest_a_config_that_works(tmp_path):
-    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
-    words = ("data.distractors=noise", "data.train_splits=train,val", "ensemble.folds=2")
-    refused(lambda: plan.make_plan(make_config(*words), data), "noise_classes.py:other")
-    config = config_io.load_file(f"{small_runs.ROOT}/configs/noise_classes.py:other")
-    plan.make_plan(config_io.override(config, ["--config.ensemble.folds=2"]), data)
-
-
-def test_synthetic_data_with_a_data_folder_is_refused(tmp_path):
-    (problem,) = config_lib.problems(make_config(f"data.dir={tmp_path}"))
-    assert "--config.data.name=arrays" in problem and len(problem.splitlines()) <= 3
-    options = {"directory": tmp_path, "cache_dir": tmp_path}
-    refused(lambda: load_dataset("synthetic", **options), "--config.data.name=arrays")
-
-
 def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
     write_pickle(tmp_path, "face", "train", {"a": random_clip(np.random.default_rng(0), 2, DIM)})
     path = tmp_path / "face_val.pickle"
-    for kind in ("nothing", "pipe", "folder"):  # "nothing" is a link to a file that is missing
-        mutations.put(path, kind, target=tmp_path / "x")
-        with pytest.raises(
-            ValueError, match=f"{path.name}' is (a folder|a link|not a regular file)"
-        ):
-            iqiyi_vid.find_pickles(tmp_path)
+    kinds = {"nothing": "a link", "pipe": "not a regular file", "folder": "a folder"}
+    for kind, named in kinds.items():
+        mutations.put(path, kind, target=tmp_path / "x")  # "nothing": a link to a missing file
+        refused(lambda: iqiyi_vid.find_pickles(tmp_path), f"{path.name}' is {named}")
 
 
 @pytest.mark.parametrize(("entry", "remedy"), [
@@ -262,11 +230,6 @@ ODD = {
 }
 
 
-def check_finite(value):
-    """Asserts that no number in JSON is NaN or infinite."""
-    json.dumps(value, allow_nan=False)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore", "error::RuntimeWarning")
 @pytest.mark.parametrize("system", quick_first(SYSTEMS, mark=pytest.mark.nightly))
@@ -292,6 +255,6 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
             assert refuses in (True, None) and 1 <= len(str(error).splitlines()) <= 3, (name, error)
             continue
         assert not refuses, name
-        check_finite(results)
-        for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines():
-            check_finite(json.loads(line))
+        json.dumps(results, allow_nan=False)
+        assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
+        assert "Infinity" not in (tmp_path / name / "metrics.jsonl").read_text()
