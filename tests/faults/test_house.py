@@ -1,5 +1,6 @@
 """Faults of the surroundings: words, packages and folders; one in use, logs cut by a kill."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.helpers import limits
@@ -55,7 +55,7 @@ def without(tmp_path):
 
 @pytest.mark.slow
 def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mounted):
-    """Row 31: the error also comes before the slow imports."""
+    """The error also comes before the slow imports."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
     # Not even the administrator can write into /proc.
@@ -76,12 +76,11 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_core_works_without_optional_packages(without, tmp_path):
-    """Row 39: the packages of `bench` and `dev` are missing."""
     env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vidjax").rglob("*.py")]
-    rooms = [".".join(path.parts) for path in paths]
+    modules = [".".join(path.parts) for path in paths]
     code = (
-        f"import importlib, sys\nfor room in {rooms}: importlib.import_module(room)\n"
+        f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
         "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))"
     )
     done = run(env=env, cwd=tmp_path, command=(sys.executable, "-c", code))
@@ -101,7 +100,6 @@ def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, 
 
 @pytest.mark.slow
 def test_error_for_a_gpu_without_its_extra_names_the_extra():
-    """Row 39: jax is told to use a GPU, but the extra is not installed."""
     if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):
         pytest.skip("the extra cuda is installed")
     done = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
@@ -119,7 +117,7 @@ with files.lock(pathlib.Path(sys.argv[1])):
 
 
 def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
-    here = f"on {socket.gethostname()}"
+    lock, here = tmp_path / ".lock", f"on {socket.gethostname()}"
     with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
         train = ("train", f"--config={limits.ROOT}/configs/knn.py")
@@ -127,11 +125,11 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")
-    assert str(child.pid) in (tmp_path / ".lock").read_text()  # the lock of a dead process is stale
+    assert str(child.pid) in lock.read_text()  # the lock of a dead process is stale
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
-        (tmp_path / ".lock").write_text(dead)
+        lock.write_text(dead)
         with files.lock(tmp_path):
-            assert (tmp_path / ".lock").read_text().rstrip() == f"process {os.getpid()} {here}"
+            assert lock.read_text().rstrip() == f"process {os.getpid()} {here}"
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
@@ -142,20 +140,20 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert contents(tmp_path) == {"metrics.json": b"old"}
 
 
-def line_of(step, split=None):
-    values = {"step": step, "split": split} if split else {"step": step, "loss": step}
-    return json.dumps(values) + "\n"
+def line_of(step, **values):
+    return json.dumps({"step": step, **values}) + "\n"
 
 
 def test_log_cut_at_any_byte_is_repaired(tmp_path):
     """The log keeps exactly the whole lines up to the step."""
     path = tmp_path / "metrics.jsonl"
-    lines = [line_of(5), line_of(9), line_of(9, "val"), line_of(10)]
-    ends = np.cumsum([len(line) for line in lines[:3]]) - 1  # a line may lack its newline
+    lines = [line_of(5), line_of(9), line_of(9, split="val"), line_of(10)]
     for cut in range(len("".join(lines)) + 1):
         path.write_text("".join(lines)[:cut])
         truncate_log(path, 9)
-        assert path.read_text() == "".join(lines[: int(np.sum(ends <= cut))]), cut
+        # A line is whole even without its newline.
+        whole = [n for n in range(1, 4) if len("".join(lines[:n])) - 1 <= cut]
+        assert path.read_text() == "".join(lines[: len(whole)]), cut
 
 
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
@@ -171,12 +169,9 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
     """The error names the file; with room again, no step is missing or repeated."""
 
     def write(first, last):
-        logs = Logs(tmp_path, step=first - 1)
-        try:
+        with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
             for step in range(first, last):  # longer than its event: the log is full first
                 getattr(logs, name.removesuffix(".jsonl"))(step, {"text": "x" * 100})
-        finally:
-            logs.close()
 
     def steps():
         return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
