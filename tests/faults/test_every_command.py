@@ -49,6 +49,7 @@ class Row(NamedTuple):
 
 READS = Row("it writes no file, or only a new one")
 CHILD = Row("a process of another command, which gives it a new folder")
+SAME = Row("the same as `vidjax`")
 ON_RUN = "--workdir={at}"
 TRAIN = f"train {ON_RUN} --config=knn:iqiyi_vid,face --config.data.dir={{official}}"
 TRAIN += " --config.eval.block_size=16 --config.eval.report=False"
@@ -61,9 +62,7 @@ ROWS = {
     "embed": Row("embedded", f"embed --workdir={{world}}/run {TABLES}"),
     "compare": Row("compared", "compare --runs={world}/run,{world}/run2 --workdir={at}"),
     "report": Row("run", f"report {ON_RUN}"),
-    "check": READS,
-    "config": READS,
-    "score": READS,
+    **dict.fromkeys(("check", "config", "score"), READS),
     "extract": Row("features", f"extract {{world}}/film.mkv {NETS} --out={{at}}"),
     "convert": Row("models", "convert centerface {package} --out={at}"),
     "who": Row("who", f"who {{world}}/film.mkv --people={{world}}/friends {NETS} --out={{at}}"),
@@ -74,23 +73,18 @@ ROWS = {
     "gallery create": Row("gallery", "gallery create {at} --run={world}/run"),
     "gallery enrol": Row("gallery", "gallery enrol {at} --input={world}/ada --identity=Ada"),
     "gallery identify": Row("answered", f"gallery identify {{world}}/gallery {TABLES}"),
-    "gallery group": READS,
     "gallery rank": Row("lists", f"gallery rank {{world}}/gallery {TABLES}"),
-    "gallery list": READS,
     "gallery rename": Row("gallery", "gallery rename {at} --identity=1 --to=Eve"),
     "gallery relabel": Row("gallery", "gallery relabel {at} --clip={clip} --identity=Eve"),
     "gallery remove": Row("gallery", "gallery remove {at} --identity=1"),
-    "gallery threshold": READS,
-    "gallery export": READS,
+    **{f"gallery {name}": READS for name in ("group", "list", "threshold", "export")},
     "vidjax.data.arrays": Row("cache", "vidjax.data.arrays {world}/own --cache_dir={at}"),
     "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
-    "vidjax.__main__": Row("the same as `vidjax`"),
-    "vidjax.main": Row("the same as `vidjax`"),
-    "vidjax.data.clip_files": CHILD,
-    "vidjax.data.untrusted.sandbox": CHILD,
-    "vidjax.apps.video.film": CHILD,
-}
+    **dict.fromkeys(("vidjax.__main__", "vidjax.main"), SAME),
+    **{f"vidjax.{name}": CHILD for name in
+       ("data.clip_files", "data.untrusted.sandbox", "apps.video.film")},
+}  # fmt: skip
 # Made once, where a test needs it, by the commands themselves.
 MADE = {
     "features": ROWS["extract"].words, "who": f"{ROWS['who'].words} --thumbnails",
@@ -147,7 +141,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
     for table in ("0", "1"):
         clips = {f"c{table}-{i}": face for i in range(3)}
         clip_files.write_parquet(folder / "tables" / f"{table}.parquet", clips)
-    np.savez(folder / "ada" / "a.npz", face=face["face"])
+    np.savez(folder / "ada" / "a.npz", **face)
     own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
     labels = dict.fromkeys(["a_00", "train_00", "b"], "p")
     clip_files.write_labels(clip_files.write_npz(folder / "own", own) / "labels.csv", labels)
@@ -155,6 +149,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
 
 
 def ready(world, name):
+    """Returns a folder that a command needs; the first call makes it."""
     folder = world["world"] / name
     if name in MADE and not folder.exists():
         if "{world}/gallery" in MADE[name]:
@@ -184,11 +179,10 @@ KEPT = ("thesis.txt", "wedding.jpg", "a.b.npz", "thumbnails2019/x.png", "old.par
 bold_first = quick_first(WRITERS, len(BOLD), mark=pytest.mark.nightly)
 
 
-def keep(folder):
+def add_user_files(folder):
     for name in KEPT:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
-    return [Path(name).name for name in KEPT]
 
 
 @pytest.mark.slow
@@ -209,7 +203,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
                 moved = place.rename(victim / place.name)
                 place.symlink_to(moved)
                 for folder in (victim, *victim.rglob("*/")):
-                    keep(folder)
+                    add_user_files(folder)
             else:
                 mutations.put(place, kind, victim)
             before = made_runs.snapshot(victim)
@@ -226,13 +220,13 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
 def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name):
     row = ROWS[name]
     at = shutil.copytree(ready(world, row.made), tmp_path / "at")
-    mine = Counter()
-    for folder in (at, *(entry for entry in [*entries(at, row.depth)] if entry.is_dir())):
-        mine.update(keep(folder))
+    for folder in [at, *filter(Path.is_dir, entries(at, row.depth))]:
+        add_user_files(folder)
+    before = Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
     with contextlib.suppress(SystemExit):
         call(row.words, at=at, new=tmp_path / "new", **world)
     # A damaged checkpoint gets another name, with all that lies in it.
-    assert mine == Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
+    assert before == Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
 
 
 @pytest.mark.slow

@@ -408,5 +408,3 @@ def test_relative_paths_in_a_saved_configuration_become_absolute(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     data = config_io.load_workdir(tmp_path).data
     assert (data.dir, data.weights) == (f"{tmp_path}/here/features", f"{tmp_path}/here/weights.txt")
-
-

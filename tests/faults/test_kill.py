@@ -20,7 +20,7 @@ import pytest
 from tests.benchmarks import common
 from tests.campaigns.same_bytes import digests
 from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import QUICK, ROOT, flat, saved
+from tests.helpers.small_runs import QUICK, ROOT, STREAMED, flat, saved
 from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -38,11 +38,9 @@ SMALL = (
     "--config.checkpoint_every_seconds=0.5", "--config.model.layers=((8,'linear',False,0.0),)",
 )  # fmt: skip
 CASES = {
-    "quality_fusion": ("--config.data.mode=resident",),
-    "noise_classes": (
-        "--config.ensemble.folds=2", "--config.noise.eps=1.1", "--config.data.mode=streaming",
-    ),
-}  # fmt: skip
+    "quality_fusion": ["--config.data.mode=resident"],
+    "noise_classes": ["--config.ensemble.folds=2", "--config.noise.eps=1.1", STREAMED],
+}
 
 
 class Run:
@@ -60,8 +58,8 @@ class Run:
 
     def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
         self.before = {moment: self.signs(moment) for moment in MOMENTS}
-        env = {**os.environ, "VIDJAX_CACHE": str(self.folder / "cache"), **QUICK, **env}
-        env["PYTHONPATH"] = str(ROOT)
+        places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, **places, **QUICK, **env}
         command = [*program, *(words or self.words)]
         with (self.folder / "output").open("w") as file:
             return subprocess.Popen(command, cwd=cwd, env=env, stdout=file, stderr=file)
@@ -73,6 +71,7 @@ class Run:
         assert self.start(*words, **options).wait(600) == 0, self.output()
 
     def signs(self, moment):
+        """Returns the files that show that a moment began, and their times."""
         times = set()
         for path in self.folder.glob(MOMENTS[moment][0]):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
@@ -86,7 +85,7 @@ class Run:
             time.sleep(0.002)
 
     def kill(self, moment, rng):
-        """Kills the command some time after a moment began; False where it was done before."""
+        """Kills the command some time after a moment began; returns False if it had ended."""
         process = self.start()
         self.wait_for(moment, process)
         time.sleep(rng.uniform(0, MOMENTS[moment][1]))
@@ -115,7 +114,7 @@ def faces(official_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(faces, tmp_path_factory):
-    """Lays out a run; returns it, and the outcome of one without a break, which is made once."""
+    """Returns a new run of a case, and the outcome of a run without a break."""
     folder, likes = tmp_path_factory.mktemp("kills"), {}
 
     def lay_out(case):

@@ -29,10 +29,9 @@ pytestmark = pytest.mark.slow
 
 def packed(array, method):
     """Returns an `.npz`."""
-    plain, content = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array(plain, array)
-    with zipfile.ZipFile(content, "w", method) as archive:
-        archive.writestr("face.npy", plain.getvalue())
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive, archive.open("face.npy", "w") as file:
+        np.lib.format.write_array(file, array)
     return content.getvalue()
 
 

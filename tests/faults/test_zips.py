@@ -19,10 +19,7 @@ from tests.campaigns import mutations
 from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
-from vidjax.apps import (
-    bulk,
-    forget,
-)
+from vidjax.apps import bulk, forget
 from vidjax.apps.video import net_packages
 from vidjax.data import clip_files, memory
 from vidjax.utils import files
