@@ -33,12 +33,10 @@ from vidjax.training import train_step
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 # The nets of published size, the residual one 4096 wide with one draw a clip.
+WIDE = ("model.width=4096", "fusion.face.train.num_draws=1")
 NETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlp": ("quality_fusion.py:iqiyi_vid", ()),
-    "residual": (
-        "residual_dense.py:iqiyi_vid,face,one",
-        ("model.width=4096", "fusion.face.train.num_draws=1"),
-    ),
+    "residual": ("residual_dense.py:iqiyi_vid,face,one", WIDE),
     "mma": ("mma.py:iqiyi_vid", ()),
 }
 DIM = 512
@@ -63,8 +61,7 @@ def parse(doc: str | None, *flags: str, **options: Any) -> argparse.Namespace:
 
 def children_seconds() -> float:
     """Returns the seconds of the processor that ended children of this process used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # user and system
 
 
 def timed(command: Sequence[str], **options: Any) -> tuple[float, float]:
@@ -263,8 +260,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def read_markdown(text: str) -> list[list[str]]:
     """Returns the cells of the rows of a Markdown table, the first row the header."""
-    lines = [line.strip()[1:-1].split("|") for line in text.splitlines()]
-    rows = [[cell.strip() for cell in cells] for cells in lines]
+    rows = [[*map(str.strip, line.strip()[1:-1].split("|"))] for line in text.splitlines()]
     return [row for row in rows if set(row[0]) != {"-"}]
 
 

@@ -1,13 +1,12 @@
 """Speed and memory of `vidjax extract`, on made films.
 
-    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--seconds=60] [--people=DIR]
+    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--people=DIR]
 
-A film of 25 frames a second, in H.264, is extracted in one process with one thread, at each size,
-with the default settings and with the fast preset: seconds of film per second of a core. With
-`--people`, a folder of photos for each person, the film shows these photos in shots of 7 s, and
-both settings are compared: names, times and CPU time of `vidjax who`. Without it, the film shows
-moving patches in shots of 4 s. Then the most memory of the command is measured, for films of 3 and
-30 minutes.
+DIR has a folder of photos of each person. A film in H.264 shows all of them in turn, at 25 frames a
+second. It is extracted in one process with one thread, at each size, with the default settings and
+with the fast preset: seconds of film per second of a core. Then both settings of `vidjax who` are
+compared: names, times and CPU time. Without `--people`, the most memory of `vidjax extract` is
+measured, for films of 3 and 30 minutes that show moving patches.
 """
 
 import argparse
@@ -35,9 +34,9 @@ PRESETS = {
 SHOT_S = 7
 
 
-def pictures(height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
-    """Yields frames of shots of 4 s: a window that moves over a larger picture."""
-    for shot in range(seconds // 4):
+def pictures(height: int, width: int) -> Iterator[np.ndarray]:
+    """Yields frames of 15 shots of 4 s: a window that moves over a larger picture."""
+    for shot in range(15):
         whole = films.scene(shot, height * 5 // 4, width * 5 // 4)
         for number in range(4 * FPS):
             top, left = number * height // 400, number * width // 400
@@ -97,6 +96,23 @@ def measure_speed(path: Path, models: Path) -> dict[str, float]:
     return speeds
 
 
+def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
+    minute = folder / "minute.mp4"
+    films.write(minute, pictures(180, 320))
+    for minutes in (3, 30):
+        path = repeated(folder / f"{minutes}.mp4", minute, minutes)
+        peak_mb = peak(path, folder / f"out{minutes}", models) >> 20
+        yield {f"{minutes} min of 180p": {"peak_mb": peak_mb}}
+
+
+def measure_people(folder: Path, people: Path, models: Path) -> Iterator[dict[str, object]]:
+    for name, size in SIZES.items():
+        path = folder / f"{name}.mp4"
+        films.write(path, show_photos(people, *size))
+        yield {name: measure_speed(path, models)}
+    yield from compare_presets(folder, people, models)
+
+
 def list_photos(people: Path) -> list[list[Path]]:
     """Returns the photos of each person."""
     return [sorted(one.iterdir()) for one in sorted(people.iterdir())]
@@ -139,30 +155,16 @@ def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--people", type=Path)
     args = parser.parse_args()
     models = Path(os.environ["VIDJAX_MODELS"])
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, (height, width) in SIZES.items():
-        path = args.folder / f"{name}.mp4"
-        frames = (
-            show_photos(args.people, height, width) if args.people
-            else pictures(height, width, args.seconds)
-        )  # fmt: skip
-        films.write(path, frames)
-        sys.stdout.write(json.dumps({name: measure_speed(path, models)}) + "\n")
-        sys.stdout.flush()
     if args.people:
-        for facts in compare_presets(args.folder, args.people, models):
-            sys.stdout.write(json.dumps(facts) + "\n")
-        return
-    minute = args.folder / "minute.mp4"
-    films.write(minute, pictures(180, 320, 60))
-    for minutes in (3, 30):
-        path = repeated(args.folder / f"{minutes}.mp4", minute, minutes)
-        peak_mb = peak(path, args.folder / f"out{minutes}", models) >> 20
-        sys.stdout.write(json.dumps({f"{minutes} min of 180p": {"peak_mb": peak_mb}}) + "\n")
+        figures = measure_people(args.folder, args.people, models)
+    else:
+        figures = measure_memory(args.folder, models)
+    for one in figures:
+        sys.stdout.write(json.dumps(one) + "\n")
         sys.stdout.flush()
 
 

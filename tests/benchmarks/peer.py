@@ -53,12 +53,11 @@ class Fused(NamedTuple):
 
 
 def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
-    made = {name: Frames(*map(_move, arrays)) for name, arrays in frames.items()}
+    made = {
+        name: Frames(*(torch.from_numpy(array).to(DEVICE) for array in arrays))
+        for name, arrays in frames.items()
+    }
     return Batch(made, torch.as_tensor(labels, device=DEVICE).long())
-
-
-def _move(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(DEVICE)
 
 
 # Fusion.
@@ -90,13 +89,9 @@ def frame_weights(frames: Frames, weighting: str) -> Tensor:
 
 
 def random_fusion(
-    frames: Frames,
-    *,
-    num_draws: int = 1,
-    probs: Sequence[float] = (0.2, 0.2, 0.2, 0.2, 0.2),
-    replacement: bool = True,
-    weighting: str = "uniform",
-) -> Fused:
+    frames: Frames, *, num_draws: int = 1, probs: Sequence[float] = (0.2, 0.2, 0.2, 0.2, 0.2),
+    replacement: bool = True, weighting: str = "uniform",
+) -> Fused:  # fmt: skip
     """Returns `num_draws` vectors a clip, each the weighted mean of 1 to S frames at random.
 
     `probs` are S probabilities of fusing 1, 2, ... frames. Without `replacement` no frame comes
@@ -146,17 +141,10 @@ def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
 # Nets: functions of modality -> Fused, with logits [B N, 1 + C] of N fused vectors of a clip.
 
 
-class DenseLayer(nn.Module):
-    """A linear layer, an activation, BatchNorm or not, dropout."""
-
-    def __init__(self, in_dim: int, width: int, activation: nn.Module, batch_norm: bool):
-        super().__init__()
-        self.dense, self.activation = make_linear(in_dim, width), activation
-        self.norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.activation(self.dense(x))))
+def make_layer(in_dim: int, width: int, activation: nn.Module, batch_norm: bool) -> nn.Module:
+    """Returns a linear layer, an activation, BatchNorm or not, dropout."""
+    norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+    return nn.Sequential(make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
 
 
 def make_linear(in_dim: int, width: int) -> nn.Linear:
@@ -172,7 +160,7 @@ class MLP(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
         pairs = ((DIM, 1024), (1024, 1024))
-        self.layers = nn.Sequential(*(DenseLayer(*pair, nn.SiLU(), False) for pair in pairs))
+        self.layers = nn.Sequential(*(make_layer(*pair, nn.SiLU(), False) for pair in pairs))
         self.classifier = make_linear(1024, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
@@ -185,7 +173,7 @@ class ResidualDense(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
         widths = ((DIM, 4096), (4096, 4096), (4096, 4096))
-        self.layers = nn.ModuleList(DenseLayer(*pair, nn.ReLU(), True) for pair in widths)
+        self.layers = nn.ModuleList(make_layer(*pair, nn.ReLU(), True) for pair in widths)
         self.classifier = make_linear(4096, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
@@ -270,17 +258,13 @@ class MMA(nn.Module):
 
 
 def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the sigmoid one-vs-rest focal loss [B] with gamma 2, summed over classes.
-
-    The negative term of all classes is corrected at the label, without a one-hot array.
-    """
+    """Returns the sigmoid one-vs-rest focal loss [B] with gamma 2, summed over classes."""
 
     def negative(x: Tensor) -> Tensor:
         return x.sigmoid().pow(2.0) * F.softplus(x)
 
-    select_at_label = logits.gather(1, labels[:, None])  # [B, 1]
-    corrected = negative(-select_at_label) - negative(select_at_label)
-    return negative(logits).sum(dim=1) + corrected[:, 0]
+    at_label = logits.gather(1, labels[:, None])[:, 0]  # corrected there, without a one-hot array
+    return negative(logits).sum(dim=1) + negative(-at_label) - negative(at_label)
 
 
 # A recipe, a training step, and ranking.
@@ -288,8 +272,7 @@ def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 class Recipe(NamedTuple):
     net: nn.Module  # a function of modality -> Fused
-    fuse_train: Callable[[Mapping[str, Frames]], dict[str, Fused]]
-    fuse_eval: Callable[[Mapping[str, Frames]], dict[str, Fused]]
+    fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]  # in training or not
     score: Callable[[Tensor], Tensor] = functools.partial(F.log_softmax, dim=-1)  # to rank by
     focal: bool = False  # whether the loss has a focal part
 
@@ -314,8 +297,7 @@ def make_recipe(name: str, num_classes: int) -> Recipe:
         fused = random_fusion(face, **draw) if train else mean_frame(face, weighting)
         return {"face": fused, **{other: mean_frame(frames[other]) for other in modalities[1:]}}
 
-    net = NETS[name](num_classes).to(DEVICE)
-    recipe = Recipe(net, lambda x: fuse(x, True), lambda x: fuse(x, False))
+    recipe = Recipe(NETS[name](num_classes).to(DEVICE), fuse)
     return recipe._replace(score=F.logsigmoid, focal=True) if name == "mlp" else recipe
 
 
@@ -334,19 +316,15 @@ class Step:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        compile: bool,
-        dtype: torch.dtype = torch.float32,
+        self, recipe: Recipe, *, compile: bool, dtype: torch.dtype = torch.float32,
         learning_rate: float = 1e-3,
-    ):
+    ):  # fmt: skip
         self.net = recipe.net.train()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
 
         def mean_loss(batch: Batch) -> Tensor:
             with torch.no_grad():
-                fused = recipe.fuse_train(batch.frames)
+                fused = recipe.fuse(batch.frames, True)
             with _autocast(dtype):
                 logits = recipe.net(fused)
             repeats = len(logits) // len(batch.labels)  # examples of a clip
@@ -373,7 +351,7 @@ def make_scorer(
     """Returns a function of a batch that gives scores [B, C] of identities, -inf where unseen."""
 
     def scores(batch: Batch) -> Tensor:
-        fused = recipe.fuse_eval(batch.frames)
+        fused = recipe.fuse(batch.frames, False)
         with _autocast(dtype):
             logits = recipe.net(fused)
         scores = recipe.score(logits.float())[:, 1:]
@@ -398,9 +376,8 @@ def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Ten
     with torch.inference_mode():
         for batch in blocks:
             scores = score(batch).T  # [C, B]
-            index = torch.arange(start, start + scores.shape[1], device=DEVICE).expand(
-                len(scores), -1
-            )
+            index = torch.arange(start, start + scores.shape[1], device=DEVICE)
+            index = index.expand(len(scores), -1)
             if start:
                 scores, index = torch.cat([best, scores], dim=1), torch.cat([rows, index], dim=1)
             best, place = scores.topk(min(100, scores.shape[1]), dim=1)
@@ -411,21 +388,15 @@ def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Ten
 # The official files in memory.
 
 
-class Clip(NamedTuple):
-    features: np.ndarray  # [T, D]
-    quality: np.ndarray  # [T]
-    detection: np.ndarray  # [T]
-
-
-def load_clips(directory: Path, split: str) -> dict[str, Clip]:
-    """Returns clip name -> faces, of clips with a face, unpickled from an official file."""
+def load_clips(directory: Path, split: str) -> dict[str, tuple[np.ndarray, ...]]:
+    """Returns clip name -> features [T, D], qualities [T] and detections [T] of its faces."""
     content = pickle.loads((directory / f"face_{split}.pickle").read_bytes(), encoding="bytes")
     clips = {}
     for key, frames in content.items():
         if len(frames):
             features = np.stack([frame[-1] for frame in frames])
             detection, quality = np.array([frame[2:4] for frame in frames], np.float32).T
-            clips[key.decode().removesuffix(".mp4")] = Clip(features, quality, detection)
+            clips[key.decode().removesuffix(".mp4")] = (features, quality, detection)
     return clips
 
 
@@ -439,19 +410,16 @@ def load_truth(directory: Path, split: str) -> dict[str, int]:
     return labels
 
 
-def collate(examples: Sequence[tuple[Clip, int]]) -> Batch:
+def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
     """Returns clips and their class columns as a batch, padded to a multiple of FRAME_STEP."""
-    lengths = np.array([len(clip.features) for clip, _ in examples])
+    clips, labels = zip(*examples, strict=True)
+    lengths = np.array([len(features) for features, _, _ in clips])
     longest = math.ceil(lengths.max() / FRAME_STEP) * FRAME_STEP
-    first = examples[0][0].features
-    features = np.zeros((len(examples), longest, first.shape[1]), first.dtype)
-    quality, detection = np.zeros((2, len(examples), longest), np.float32)
-    for i, (clip, _) in enumerate(examples):
-        for array, values in zip((features, quality, detection), clip, strict=True):
+    arrays = [np.zeros((len(clips), longest, *x.shape[1:]), x.dtype) for x in clips[0]]
+    for i, clip in enumerate(clips):
+        for array, values in zip(arrays, clip, strict=True):
             array[i, : lengths[i]] = values
-    arrays = (features, quality, detection, np.arange(longest) < lengths[:, None])
-    frames = Frames(*map(_move, arrays))
-    return Batch({"face": frames}, torch.tensor([label for _, label in examples], device=DEVICE))
+    return make_batch({"face": [*arrays, np.arange(longest) < lengths[:, None]]}, labels)
 
 
 def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
@@ -460,13 +428,12 @@ def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: in
     `columns` are identity -> class column, from 1; clips of no column have 0, but not of train.
     """
     train, truth = split == "train", load_truth(directory, split)
-    examples: Any = [
-        (clip, columns.get(truth.get(name, -1), 0))
-        for name, clip in sorted(load_clips(directory, split).items())
-        if not train or truth.get(name) in columns
-    ]
+    clips = sorted(load_clips(directory, split).items())
+    examples: Any = [(clip, columns.get(truth.get(name, -1), 0)) for name, clip in clips]
+    if train:
+        examples = [(clip, column) for clip, column in examples if column]
     if not train:  # so that blocks have little padding
-        examples.sort(key=lambda example: len(example[0].features))
+        examples.sort(key=lambda example: len(example[0][0]))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 
@@ -504,18 +471,18 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
         found = sum(total[columns[identity] - 1] / positives[identity] for identity in known)
         return float(found) / len(positives)
 
-    number, loss = 0, torch.zeros(())
-    for batch in (batch for _ in range(args.epochs) for batch in loader):
-        loss = step(batch)
-        schedule.step()
-        number += 1
-        if number % len(loader) == 0 and number < num_steps:
-            sys.stdout.write(f"step {number}: map {evaluate():.4f}\n")
+    loss = torch.zeros(())
+    for epoch in range(1, args.epochs + 1):
+        for batch in loader:
+            loss = step(batch)
+            schedule.step()
+        if epoch < args.epochs:
+            sys.stdout.write(f"step {epoch * len(loader)}: map {evaluate():.4f}\n")
             sys.stdout.flush()
-    result = {"map": evaluate(), "loss": loss.item(), "steps": number}
+    result = {"map": evaluate(), "loss": loss.item(), "steps": num_steps}
     with tempfile.TemporaryDirectory() as folder:
         state = {"net": step.net.state_dict(), "optimizer": step.optimizer.state_dict()}
-        torch.save({**state, "step": number}, Path(folder) / "checkpoint.pt")
+        torch.save({**state, "step": num_steps}, Path(folder) / "checkpoint.pt")
     return result
 
 

@@ -76,14 +76,11 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     if loop._cache_size() != 1:
         raise SystemExit(f"the steps were compiled {loop._cache_size()} times instead of once")
     return [
-        name,
-        f"{run.num_params:,}",
-        f"{args.batch_size / step:,.0f}",
-        f"{flops / step / 1e9:,.0f}",
-        common.ratio(seconds, "bare", "step"),
+        name, f"{run.num_params:,}", f"{args.batch_size / step:,.0f}",
+        f"{flops / step / 1e9:,.0f}", common.ratio(seconds, "bare", "step"),
         f"{peak / common.MIB:,.0f}",
         *(common.ratio(seconds, kind, "step") for kind in ("eager", "compiled") if args.peer),
-    ]
+    ]  # fmt: skip
 
 
 def main() -> None:

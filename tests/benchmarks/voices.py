@@ -3,8 +3,7 @@
     VIDJAX_MODELS=models VIDJAX_SPEECH=FOLDER python -m tests.benchmarks.voices
 
 The folder has SPEAKER/*.flac. The first three utterances of each speaker are enrolled in a gallery
-of the models, and the others are identified. Strangers are all utterances of a speaker who is not
-enrolled, each speaker in turn.
+of the models, and the others are identified. Each speaker in turn is a stranger: not enrolled.
 
     cosines         mean and deviation of pairs of utterances, as in the card
     first           utterances whose most probable identity is right, and their number

@@ -48,7 +48,7 @@ WORDS = [
     Case("evaluate runs/mma", "example: vidjax evaluate --workdir=runs/mma"),
     Case("compare A B", "--workdir=runs/two --runs=runs/mma,runs/deepmef"),
     Case("compare --workdir=out --runs=A, B", "--runs=A,B"), Case("predict", "vidjax rank"),
-    Case("infer", "vidjax rank"), Case("evalaute --workdir=run", "evaluate, which ranks a split"),
+    Case("evalaute --workdir=run", "evaluate, which ranks a split"),
     Case("check --workdir=run evaluate", "write the command first"),
     Case("train --mode=evaluate", "name only one"),
     Case("evaluate --workdir=run --out=o.tsv", "no flag --out"),
@@ -76,7 +76,6 @@ FIELDS = [
     Case(f"{TRAIN} --config.seed", "--config.seed=..."),
     Case(f"{TRAIN} --config.seed=1 --config.batch_size=abc", "--config.batch_size=abc"),
     Case(f"{TRAIN} --config.batch_size=12.5", "whole number"),
-    Case(f"{TRAIN} --config.batch_size=0", "config.batch_size=0"),
     Case(f"{TRAIN} --config.batch_size=100000000", "at most"),
     Case(f"{TRAIN} --config.num_epochs=inf", "config.num_epochs"),
     Case(f"{TRAIN} --config.noise.join=maybe", "true or false"),
@@ -85,21 +84,15 @@ FIELDS = [
     Case("--config=mma:face,haed --workdir=new", "'head'"),
     Case("--config=mma:few --workdir=new", "iqiyi_vid,few"),
     Case(f"{TRAIN} --config.model.name=knnn", "'knn'"),
-    Case(f"{TRAIN} --config.model.nmae=knn", "--config.model.name"),
-    Case(f"{TRAIN} --config.loss.classification=sofmax", "softmax"),
     Case(f"{TRAIN} --config.loss.gamma=3", "--config.loss.schedule="),
     Case(f"{TRAIN} --config.loss.name=arcface", "config.loss has classification, focal"),
-    Case(f"{TRAIN} --config.loss.margin=9", "margin"),
     Case("--config=mma --workdir=new --config.optim.name=adamw", "'adam'?"),
     Case(f"{TRAIN} --config.optim.momentum=0.5", "--config.optim.name=sgd"),
-    Case(f"{TRAIN} --config.data.name=imagenet", "synthetic, iqiyi_vid"),
     Case(f"{TRAIN} --config.data.train_splits=train,val", "--config.ensemble.folds=5"),
     Case(f"{TRAIN} --config.join.runs=run", "vidjax evaluate"),
     Case(f"{MLP} --config.model.layers=((0,'swish',False,0.5),)", "whole number of 1 or more"),
     Case(f"{MLP} --config.model.layers=((8,'swosh',False,0.5),)", "swish"),
-    Case("--config=mma --workdir=new --config.model.num_clusters=-2", "num_clusters=-2"),
-    Case("--config=mma --workdir=new --config.model.embed_dim=100000000",
-         "reduce its sizes"),
+    Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "reduce its sizes"),
 ]  # fmt: skip
 # Configuration files of a user: content, and words of the message.
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
@@ -114,11 +107,9 @@ MINE = {
     "number.py": (f"{BEGIN}    return int('many')\n", "line 5: ValueError"),
     "value.py": (f"{BEGIN}    config.default().batch_size = 'x'\n", "line 5: TypeError"),
     "bare.py": (f"{BEGIN}    return ConfigDict({{'seed': 1}})\n", "config.default()"),
-    "typed.py": (
-        f"{BEGIN}    return ConfigDict({{**config.default().to_dict(), 'batch_size': '8'}})\n",
-        "config.batch_size",
-    ),
-}
+    "typed.py": (f"{BEGIN}    values = config.default().to_dict() | {{'batch_size': '8'}}\n"
+                 "    return ConfigDict(values)\n", "config.batch_size"),
+}  # fmt: skip
 # In folders with made-up runs and data; a compared run is not trained.
 PLACES = [
     Case("--mode=report --workdir=.", "such as a, b"),
@@ -176,7 +167,7 @@ def prepare_places(folder: Path) -> None:
     made_runs.write(folder / "b", values)
     for name in ("empty", "zip", "official", "mine"):
         (folder / name).mkdir()
-    (folder / "zip" / "face_train.zip").write_bytes(b"PK\x03\x04" + bytes(60))
+    (folder / "zip" / "face_train.zip").touch()
     (folder / "file").write_text("")
     clip_files.write_learnable(folder / "official")
     for name in ("lfs", "csv"):
@@ -194,6 +185,7 @@ def prepare_places(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
+    """Writes the same, and trains a run."""
     prepare_places(folder)
     trained = run(folder, Case("--config=knn --workdir=run --config.eval.report=false", "", 0))
     assert not trained.code, trained.errors

@@ -233,12 +233,3 @@ def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(lambda: bulk._check_once(paths), "in two tables")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
-
-
-def test_features_that_are_not_numbers_are_refused_unread(tmp_path):
-    path = tmp_path / "a.parquet"
-    some_bytes = pyarrow.array([[b"x" * 100]], pyarrow.list_(pyarrow.binary(100)))
-    for features in ([["x"]], [[[1.0]]], some_bytes):
-        columns = {"clip": ["a"], "modality": ["face"], "features": features}
-        parquet.write_table(pyarrow.table(columns), path)
-        refuse_table(path, "column features is", "write lists of numbers")

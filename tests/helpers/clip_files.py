@@ -33,20 +33,18 @@ def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="floa
 
 def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
     """Writes `{modality}_{split}.pickle` and returns its path; audio has only the first frame."""
-    content = {}
+    content: dict[bytes, Any] = {}
     for name, clip in clips.items():
-        if modality == "audio":
-            if len(clip.features):
-                content[name.encode()] = clip.features[0]
-            continue
         frames = []
         for feature, quality, detection, number, box in zip(*clip, strict=True):
             scores = {"face": [float(detection), float(quality)], "head": [float(detection)]}
             frames.append([str(number), box.tolist(), *scores.get(modality, []), feature])
-        content[name.encode()] = frames
+        if modality != "audio":
+            content[name.encode()] = frames
+        elif frames:
+            content[name.encode()] = clip.features[0]
     path = directory / f"{modality}_{split}.pickle"
-    with path.open("wb") as file:
-        pickle.dump(content, file, protocol=2)
+    path.write_bytes(pickle.dumps(content, protocol=2))
     return path
 
 

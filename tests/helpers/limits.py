@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -62,7 +63,7 @@ def run(
     `memory` is the bytes that all its processes may hold together: it is read fifty times a second,
     and all of them are killed beyond it.
     """
-    command = [str(word) for word in words]
+    command = [*map(str, words)]
     if files:
         command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files), *command]
     env, pipe = {**os.environ, "XLA_FLAGS": "", **(env or {})}, subprocess.PIPE
@@ -118,24 +119,21 @@ def children_of(pid: int) -> list[int]:
 
 def _watch(child: Any, limit: int | None, peak: list[int], done: threading.Event) -> None:
     """Keeps the most memory of a session of processes, and kills it where that is too much."""
-    while not done.is_set():
+    while not done.wait(0.02):
         peak[0] = max(peak[0], _held(child.pid))
         if limit and peak[0] > limit:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             return
-        time.sleep(0.02)
 
 
 def _held(session: int) -> int:
     """Returns the bytes that the processes of a session hold and no file could give back."""
     total = 0
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdecimal() and os.getsid(int(folder.name)) == session:
-                lines = (folder / "status").read_text().splitlines()
-                held = [line.split() for line in lines if line.startswith(("RssAnon", "RssShmem"))]
-                total += sum(int(words[1]) << 10 for words in held)
-        except (ProcessLookupError, FileNotFoundError):
-            continue  # it has ended
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+            if os.getsid(int(folder.name)) == session:
+                status = (folder / "status").read_text()
+                held = re.findall(r"Rss(?:Anon|Shmem):\s*(\d+) kB", status)
+                total += sum(map(int, held)) << 10
     return total

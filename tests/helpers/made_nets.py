@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 SIDE, WIDTH = 8, 5  # of the embedder's crops and vectors
 FACE = 16  # side in pixels of the squares that the detector finds
 POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
+# Inputs of Silero's net in addition to the samples.
+SILERO = {"state": (TensorProto.FLOAT, [2, "B", 128]), "sr": (TensorProto.INT64, [])}
 IMAGE = {
     "layout": "NCHW", "colour": "rgb", "size": None, "mean": [0.0, 0.0, 0.0],
     "scale": [1.0, 1.0, 1.0],
@@ -75,10 +77,8 @@ def voice_weights():
 
 def voice_embedder():
     """Returns the net that multiplies the mean mel bands of a window by a matrix."""
-    nodes = [
-        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=0),
-        helper.make_node("MatMul", ["mean", "w"], ["vector"]),
-    ]
+    mean = helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=0)
+    nodes = [mean, helper.make_node("MatMul", ["mean", "w"], ["vector"])]
     return model(nodes, {"w": voice_weights()}, ["T", 40], ["vector"])
 
 
@@ -90,8 +90,7 @@ def voice_activity():
         helper.make_node("ReduceMean", ["stateN"], ["all"], axes=[0], keepdims=0),
         helper.make_node("ReduceMean", ["all"], ["output"], axes=[1], keepdims=1),
     ]
-    more = {"state": (TensorProto.FLOAT, [2, "B", 128]), "sr": (TensorProto.INT64, [])}
-    return model(nodes, {}, ["T"], ["output", "stateN"], more)
+    return model(nodes, {}, ["T"], ["output", "stateN"], SILERO)
 
 
 def loudness():
@@ -102,8 +101,7 @@ def loudness():
         helper.make_node("Mul", ["mean", "gain"], ["output"]),
         helper.make_node("Identity", ["state"], ["stateN"]),
     ]
-    more = {"state": (TensorProto.FLOAT, [2, "B", 128]), "sr": (TensorProto.INT64, [])}
-    return model(nodes, {"gain": np.array([5], np.float32)}, ["T"], ["output", "stateN"], more)
+    return model(nodes, {"gain": np.array([5], np.float32)}, ["T"], ["output", "stateN"], SILERO)
 
 
 def model(nodes, weights, shape, outputs, more=None):
@@ -127,14 +125,13 @@ def back_end(same=(0.95, 0.05), different=(0.1, 0.2), width=WIDTH):
 
 def write(folder, name="face", role="face_embedder", content=None, **fields):
     """Writes a net and its card, with `fields` in place of the card's; returns the card's path."""
-    make, decoder, input_ = {
-        "voice_embedder": (voice_embedder, "vectors", {"layout": "mels"}),
-        "voice_activity": (voice_activity, "silero", {"layout": "samples"}),
-        "face_embedder": (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}),
-        **dict.fromkeys(
-            ("face_detector", "head_detector", "body_detector"), (detector, "centerface", IMAGE)
-        ),
-    }.get(role, (embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}))
+    make, decoder, input_ = embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}
+    if role == "voice_embedder":
+        make, input_ = voice_embedder, {"layout": "mels"}
+    elif role == "voice_activity":
+        make, decoder, input_ = voice_activity, "silero", {"layout": "samples"}
+    elif role.endswith("_detector"):
+        make, decoder, input_ = detector, "centerface", IMAGE
     content = content or make()
     (folder / f"{name}.onnx").write_bytes(content)
     card = {
