@@ -23,15 +23,17 @@ BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.re
 DAYS = ("2026-01-01", "2026-01-02")
 KNOWN = [str(number) for number in range(12)]  # people of the training
 PEOPLE = (*KNOWN, "Ada Lovelace", "Eve")
-CENTRES = dict(zip(PEOPLE, np.random.default_rng(0).normal(size=(14, 16)), strict=True))
+WIDTH = 16
+CENTRES = dict(zip(PEOPLE, np.random.default_rng(0).normal(size=(14, WIDTH)), strict=True))
 
 
 def clips_of(names, seed):
     """Returns clip -> modality -> features, and clip -> person, of three clips of each person."""
     draw = np.random.default_rng(seed)
     people = {f"{seed}_{place}_{n}": name for place, name in enumerate(names) for n in range(3)}
-    faces = {x: 3 * CENTRES[name] + 0.9 * draw.normal(size=(3, 16)) for x, name in people.items()}
-    return {clip: {"face": face.astype(np.float32)} for clip, face in faces.items()}, people
+    noise = 0.9 * draw.normal(size=(len(people), 3, WIDTH))
+    faces = np.float32(3 * np.stack([[CENTRES[x]] for x in people.values()]) + noise)
+    return {clip: {"face": face} for clip, face in zip(people, faces, strict=True)}, people
 
 
 @pytest.mark.nightly
@@ -41,9 +43,8 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
     for turn, day in enumerate(DAYS):
-        photos = {"Ada Lovelace": clips_of(["Ada Lovelace"], 10 + turn)[0]}
-        photos["12"] = clips_of(["3"], 20 + turn)[0]
-        clip_files.write_npz(tmp_path / "photos" / day, photos)
+        ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
+        clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})
         clips = clips_of(["3", "Ada Lovelace", "Eve"], 30 + turn)[0]
         clip_files.write_npz(tmp_path / "clips", {day: clips})
     env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -83,9 +84,6 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     assert "12" in Gallery(tmp_path / f"people-{DAYS[1]}")
 
 
-WIDTH = 16
-
-
 @pytest.mark.slow
 def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
@@ -100,10 +98,9 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QDRANT", ":memory:")
-    program = re.search(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
-    assert program
+    (program,) = re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
     names: dict[str, Any] = {}
-    exec(compile(program[1], str(RECIPES), "exec"), names)  # noqa: S102
+    exec(compile(program, str(RECIPES), "exec"), names)  # noqa: S102
     client = names["client"]
     assert client.count("people").count == 2
     near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)

@@ -53,12 +53,6 @@ def test_vectors_that_are_not_finite_are_not_clustered() -> None:
     refused(lambda: plan.cluster(np.eye(3) * np.nan, eps=0.5, min_samples=2), "not finite")
 
 
-def test_columns_of_identities_and_mirrors_do_not_overlap() -> None:
-    kinds = [LAYOUT.is_identity(COLUMNS), LAYOUT.is_mirror(COLUMNS)]
-    assert [np.flatnonzero(kind).tolist() for kind in kinds] == [[1, 2, 3], [6, 7, 8]]
-    assert LAYOUT.num_columns == 9 and not any(LAYOUT.is_mirror(np.array([-1, 9, 100])))
-
-
 @pytest.mark.parametrize("keep", ["label", "prediction"])
 def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     """Prediction l becomes l + C + K if l is an identity. Otherwise the label or l is kept.

@@ -58,45 +58,39 @@ def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     assert PATHS[name].stat().st_size < 1 << 20
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
+def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch, capsys):
+    """No second TensorFlow is installed. jax is upgraded together with its accelerator."""
 
-    def run(*names, **versions):
-        commands, installed = [], [types.SimpleNamespace(name=dist) for dist in names]
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        monkeypatch.setattr(metadata, "distributions", lambda: installed)
-        monkeypatch.setattr(metadata, "version", {**HOSTED, **versions}.__getitem__)
-        monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+    def commands_of_setup(*names, **versions):
+        """Returns the commands of the cell if distributions of these names are installed."""
+        commands, installed = [], [types.SimpleNamespace(name=name) for name in names]
         (cell,) = [cell for cell in read("quickstart").cells if cell.id == "setup"]
-        # Lines that only IPython knows become `pass`.
-        exec(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE), {})
-        monkeypatch.undo()
+        python = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)  # no IPython
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(metadata, "distributions", lambda: installed)
+            patch.setattr(metadata, "version", {**HOSTED, **versions}.__getitem__)
+            patch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+            exec(python, {})
         return commands
 
-    return run
-
-
-def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(asked, capsys):
-    """No second TensorFlow is installed. jax is upgraded together with its accelerator."""
-    assert asked("pip", "vidjax", "tensorflow") == []
+    assert commands_of_setup("pip", "vidjax", "tensorflow") == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["rank"], *extras["train"]]
     needed.remove("vidjax[rank]")
     for name in ("tensorflow", "tf_nightly"):
-        ((python, *words),) = asked("jax", "jaxlib", "numpy", name)
+        ((python, *words),) = commands_of_setup("jax", "jaxlib", "numpy", name)
         assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
-        kept = ["jax", "jaxlib", "numpy", *(["tensorflow"] if name == "tensorflow" else [])]
-        given = sorted(word for word in words if "==" in word)
-        assert given == sorted(f"{package}=={HOSTED[package]}" for package in kept)
-        names, wanted = (
+        kept = {"jax", "jaxlib", "numpy", name} - {"tf_nightly"}
+        assert {word for word in words if "==" in word} == {f"{x}=={HOSTED[x]}" for x in kept}
+        asked, wanted = (
             {re.split(r"[<>=;\[ ]", word)[0] for word in specs} for specs in (words[4:], needed)
         )
-        assert names == wanted | {*kept}
+        assert asked == wanted | kept
     assert not capsys.readouterr().out
-    ((_, *words),) = asked("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")
+    ((_, *words),) = commands_of_setup("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")
     assert [word for word in words if "==" in word] == [f"numpy=={HOSTED['numpy']}"]
     assert "jax[cuda12]" in words and any(word.startswith("jax>=") for word in words)
     assert "['jax'] upgraded: choose Runtime, Restart session" in capsys.readouterr().out

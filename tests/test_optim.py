@@ -31,8 +31,8 @@ def make_optimizer(spec, *, total_steps) -> Any:
 
 def test_warmup_and_cosine_decay_match_their_formula():
     for scale, start in ((0.0, 0.01), (0.3, 0.03)):
-        options: Any = {"warmup": 0.2, "final_scale": 0.01, "warmup_scale": scale}
-        found = rates(51, learning_rate=0.1, total_steps=50, **options)
+        spec = {**SPEC, "final_scale": 0.01, "warmup_scale": scale}
+        found = rates(51, total_steps=50, **spec)
         cosine = 0.5 * (1 + np.cos(np.pi * np.arange(41) / 40))
         wanted = [*np.linspace(start, 0.1, 10, endpoint=False), *(0.1 * (0.01 + 0.99 * cosine))]
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -52,21 +52,21 @@ def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epo
 
 
 def test_piecewise_decay_jumps_and_interpolates_between_points():
-    points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))
-    options: Any = {"decay": "piecewise", "points": points, "warmup": 0.0}
+    points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))  # (epoch, factor)
+    spec = {**SPEC, "decay": "piecewise", "points": points, "warmup": 0.0}
     epochs = (np.arange(60) + 0.5) / 10
-    factors = np.where(epochs < 4, 1 - 0.4 * (epochs - 2), 0.2)
-    factors = np.where(epochs < 2, 0.5, factors)
-    found = rates(60, learning_rate=0.1, total_steps=60, steps_per_epoch=10, **options)
+    factors = np.interp(epochs, [2, 4], [1.0, 0.2])
+    factors[epochs < 2] = 0.5
+    found = rates(60, total_steps=60, steps_per_epoch=10, **spec)
     np.testing.assert_allclose(found, 0.1 * factors, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
-def test_short_runs_have_positive_learning_rates(decay):
-    for total in (1, 2, 3):
-        options: Any = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
-        found = rates(total, total_steps=total, steps_per_epoch=0.5, **options)
-        assert ((found > 0) & (found <= np.float32(0.1))).all(), found
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_short_runs_have_positive_learning_rates(decay, total):
+    spec = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
+    found = rates(total, total_steps=total, steps_per_epoch=0.5, **spec)
+    assert ((found > 0) & (found <= np.float32(0.1))).all(), found
 
 
 @pytest.mark.parametrize(("weight_decay", "weights", "gradient", "wanted"), [
@@ -87,17 +87,13 @@ def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
     """If all gradients are 0, matrices shrink by exp(-total_decay), and nothing else changes."""
     spec = {**SPEC, "name": "adam", "learning_rate": 1e-3, "total_decay": 0.7}
     tx = make_optimizer(spec, total_steps=300)
-    params = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=300)[0][0])
-    final: Any = run((params, tx.init(params)))
-    np.testing.assert_allclose(final["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
-    np.testing.assert_array_equal(final["bias"], [2.0])
+    params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
+    state, zeros = tx.init(params), jax.tree.map(np.zeros_like, params)
+    for _ in range(300):
+        updates, state = tx.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
+    np.testing.assert_array_equal(params["bias"], [2.0])
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
