@@ -1,6 +1,5 @@
 """pickles: official files in, flat arrays and labels out; every mistake named with its place."""
 
-import functools
 import os
 import pickle
 from collections.abc import Callable
@@ -51,28 +50,27 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
 
 def test_pickle_without_frames_is_an_empty_modality(tmp_path):
     path = tmp_path / "body_val.pickle"
-    path.write_bytes(python2.dumps({b"a": []}))
-    empty = sandbox.unpack(path, "body", tmp_path / "out")
-    assert empty.names == ("a",) and empty.lengths.tolist() == [0] and empty.seen == 0
-    assert empty.features.shape == (0, 0) and empty.frames["box"].shape == (0, 4)
-    path.write_bytes(hostile.wide(0, 10**36))  # a shape that no array can have
-    empty = sandbox.unpack(path, "audio", tmp_path / "out")
-    assert empty.names == ("a",) and empty.features.shape == (0, 0) and empty.seen == 0
+    impossible_shape = hostile.wide(0, 10**36)
+    for data, modality in ((python2.dumps({b"a": []}), "body"), (impossible_shape, "audio")):
+        path.write_bytes(data)
+        empty = sandbox.unpack(path, modality, tmp_path / "out")
+        assert empty.names == ("a",) and empty.lengths.tolist() == [0] and empty.seen == 0
+        assert empty.features.shape == (0, 0) and empty.frames["box"].shape == (0, 4)
 
 
 def test_unpack_errors_name_the_unreadable_file_or_unwritable_folder(tmp_path):
-    path, out = tmp_path / "face_val.pickle", tmp_path / "out"
-    path.write_bytes(python2.dumps(clips(np.random.default_rng(0), [2])))
+    def unpack(name, folder):
+        return lambda: sandbox.unpack(tmp_path / name, "face", tmp_path / folder)
+
+    (tmp_path / "x.pickle").write_bytes(python2.dumps(clips(np.random.default_rng(0), [2])))
     os.mkfifo(tmp_path / "pipe")
-    out.mkdir()
-    (out / "features.bin").symlink_to("/dev/full")
-    for file, folder, message in (
-        (tmp_path / "gone.pickle", out, "gone.pickle' does not exist"),
-        (tmp_path / "pipe", out, "pipe' is not a regular file"), (path, out, "out: No space left"),
-        (path, path, "face_val"),
-    ):  # fmt: skip
-        refused(functools.partial(sandbox.unpack, file, "face", folder), message)
-    assert not list(out.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "features.bin").symlink_to("/dev/full")
+    refused(unpack("gone.pickle", "out"), "gone.pickle' does not exist")
+    refused(unpack("pipe", "out"), "pipe' is not a regular file")
+    refused(unpack("x.pickle", "out"), "out: No space left")
+    refused(unpack("x.pickle", "x.pickle"), "x.pickle")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
@@ -94,9 +92,18 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     refused(lambda: labels_lib.find_ground_truth(tmp_path / "train_gt.txt"), "is not a directory")
 
 
-def truth(folder, text, name="gt.txt", **kwargs):
+def truth(folder, text, name="gt.txt", **options):
+    """Returns clip -> identity of a file of ground truth with this text."""
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    return labels_lib.load_ground_truth(folder / name, **kwargs)
+    return labels_lib.load_ground_truth(folder / name, **options)
+
+
+def weights(folder, text, clips: Any = "abcde"):
+    """Returns the weights of clips in a file with this text."""
+    (folder / "weights.txt").write_text(text)
+    loaded = labels_lib.load_clip_weights(folder / "weights.txt", clips)
+    assert loaded.dtype == np.float32 and loaded.shape == (len(clips),)
+    return loaded.tolist()
 
 
 # What editors leave in the ground truth, and in the weights of clips.
@@ -116,8 +123,8 @@ def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
     assert truth(tmp_path, edit(inverted)) == wanted
     for text, name in ((direct, "train_gt.txt"), (inverted, "val_gt.txt")):
         assert truth(tmp_path, edit(text).replace(".mp4", ""), name) == wanted
-    text = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
-    expected = np.array([0.5, 2, 1, 1e-3, 0], np.float32).tolist()
+    text = "a.mp4 0.5\nb.mp4 2\nd.mp4 0.25\ne.mp4 0\n"
+    expected = [0.5, 2, 1, 0.25, 0]  # c has no line
     assert weights(tmp_path, edit(text)) == expected
     assert weights(tmp_path, edit(text), "edcba") == expected[::-1]
 
@@ -133,14 +140,6 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
         with pytest.raises(ValueError, match=r"gt\.txt: no name ends in \.mp4"):
             truth(tmp_path, text)
     refused(lambda: labels_lib.load_ground_truth(tmp_path / "no.txt"), "no.txt' does not exist")
-
-
-def weights(folder, text, clips: Any = "abcde"):
-    path = folder / "weights.txt"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    loaded = labels_lib.load_clip_weights(path, clips)
-    assert loaded.dtype == np.float32 and loaded.shape == (len(clips),)
-    return loaded.tolist()
 
 
 WRONG_LABELS = (
