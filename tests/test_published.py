@@ -31,6 +31,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 CLIPS, IDENTITIES = 57_820, 10_034  # of train
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
+DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
+NOISE = "noise_classes:iqiyi_vid,published"
+QUALITY_FUSION = "quality_fusion:iqiyi_vid,published"
+RESIDUAL_DENSE = "residual_dense:iqiyi_vid,published"
 
 
 def config_of(spec: str) -> Any:
@@ -40,21 +44,14 @@ def config_of(spec: str) -> Any:
 
 
 @functools.cache
-def official(spec: str, train_other: bool = False) -> tuple[Any, System]:
+def official(spec: str) -> tuple[Any, System]:
     """Returns a configuration, and its system at full size."""
     config = config_of(spec)
     widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
     clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
     steps = math.ceil(config.num_epochs * CLIPS / config.batch_size)
-    task = TaskSpec(widths, IDENTITIES, clusters, CLIPS, steps, train_other=train_other)
+    task = TaskSpec(widths, IDENTITIES, clusters, CLIPS, steps, train_other=True)
     return config, make_system(config.to_dict(), task)
-
-
-def rates(spec: str, *epochs: float) -> np.ndarray:
-    """Returns the learning rate of the first step of some epochs."""
-    config, system = official(spec)
-    steps = np.ceil(np.asarray(epochs) * CLIPS / config.batch_size).astype(np.int32)
-    return np.array([system.lr_schedule(step) for step in steps])
 
 
 def shapes(spec: str) -> dict[str, tuple[int, ...]]:
@@ -67,8 +64,20 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     return {name(path): x.shape[1:] for path, x in leaves}
 
 
-def published(name, words=""):
-    return official(f"{name}:iqiyi_vid,published,{words}", train_other=True)
+# Of an epoch between whole numbers, the first step after it.
+@pytest.mark.parametrize(("spec", "epochs", "published"), [
+    (RESIDUAL_DENSE, range(8), 0.01 * 0.7 ** np.arange(8)),  # line 34 of the article
+    (QUALITY_FUSION, (0, 8.9, 9, 58.9, 59, 109, 159, 199),  # training.py:314-331
+     [2e-5, 2e-5, 1.5e-4, 1.5e-4, 7.5e-5, 3.75e-5, 1.875e-5, 1.875e-5]),
+    # CosineAnnealingLR over 100 epochs, stepped once per epoch, ends near 0.
+    (DEEPMEF, (0, 0.9, 1, 1.9, 2, 10, 50, 99),
+     0.05 + 0.05 * np.cos(np.pi * np.array([0, 0, 1, 1, 2, 10, 50, 99]) / 100)),
+    (NOISE, (0, 10, 20, 100, 199), [1e-3] * 5),
+])  # fmt: skip
+def test_learning_rates_equal_the_published_rates(spec, epochs, published):
+    config, system = official(spec)
+    steps = np.ceil(np.asarray(epochs) * CLIPS / config.batch_size).astype(np.int32)
+    np.testing.assert_allclose([*map(system.lr_schedule, steps)], published, rtol=1e-5)
 
 
 def one_clip(quality, detection=0.9):
@@ -93,11 +102,9 @@ def trained_on(system, frames, min_quality=-1000.0):
 # Residual Dense Net. L: line of the article.
 
 
-def test_residual_dense_trains_8_epochs_at_falling_learning_rates():
-    config, _ = published("residual_dense")
+def test_residual_dense_has_the_training_settings_of_the_article():
+    config, _ = official(RESIDUAL_DENSE)
     assert config.num_epochs == 8 and config.optim.name == "adam"  # L34
-    learning_rates = rates("residual_dense:iqiyi_vid,published", *range(8))
-    np.testing.assert_allclose(learning_rates, 0.01 * 0.7 ** np.arange(8), rtol=1e-5)  # L34
     assert (config.optim.total_decay, config.optim.weight_decay, config.mixup) == (0, 0, 0)
     assert (config.loss.classification, config.loss.label_smoothing) == ("softmax", 0)
     assert (config.eval.top_classes, config.after_fusion) == (100, "examples")  # L36
@@ -106,7 +113,7 @@ def test_residual_dense_trains_8_epochs_at_falling_learning_rates():
 
 @pytest.mark.nightly
 def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
-    config, system = published("residual_dense", "face,trainval")
+    config, system = official(f"{RESIDUAL_DENSE},face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.fold for member in members] == [0, 0, 0] and config.ensemble.folds == 10  # L22
     frames = one_clip([-5.0, 19.9, 20.0, 20.1, 40.0, 40.1])
@@ -117,7 +124,7 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
 
 @pytest.mark.nightly
 def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
-    _, system = published("residual_dense", "face")
+    _, system = official(f"{RESIDUAL_DENSE},face")
     frames = make_frames([9, 1, 4], max_frames=9, dtype="float32", dim=512)
     union, weight = trained_on(system, frames)
     np.testing.assert_array_equal(weight, [18, 2, 8])  # L32: long clips have more frames
@@ -131,7 +138,7 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
 
 @pytest.mark.nightly
 def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
-    _, system = published("residual_dense", "face")
+    _, system = official(f"{RESIDUAL_DENSE},face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
     np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # L36: 70 % of 20, of 2
     quality = np.asarray(fused.quality)
@@ -139,9 +146,8 @@ def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
 
 
 def test_residual_dense_has_the_layer_sizes_of_the_article():
-    sizes = shapes("residual_dense:iqiyi_vid,published,face")
-    for i in range(3):
-        width = 512 if i == 0 else 8192
+    sizes = shapes(f"{RESIDUAL_DENSE},face")
+    for i, width in enumerate((512, 8192, 8192)):
         assert sizes[f"backbone/layer_{i}/dense/kernel"] == (width, 8192)
         assert sizes[f"backbone/layer_{i}/norm/scale"] == (8192,)
     assert sizes["classifier/logits/kernel"] == (8192, 10_035)  # L14: 10,034 people, and strangers
@@ -152,16 +158,18 @@ def test_residual_dense_has_the_layer_sizes_of_the_article():
 # Quality fusion. L: line of the article; training.py and inference.py at 60f5127.
 
 
-def test_quality_fusion_learning_rate_starts_low_jumps_and_halves():
-    config, _ = published("quality_fusion")
+def test_quality_fusion_trains_five_folds_that_score_by_sigmoids():
+    config, system = official(f"{QUALITY_FUSION},trainval")
     assert (config.batch_size, config.optim.name) == (512, "adam")  # training.py:215, 314
-    learning_rates = rates("quality_fusion:iqiyi_vid,published", 0, 8.9, 9, 58.9, 59, 109, 159, 199)
-    wanted = [2e-5, 2e-5, 1.5e-4, 1.5e-4, 7.5e-5, 3.75e-5, 1.875e-5, 1.875e-5]  # :314-331
-    np.testing.assert_allclose(learning_rates, wanted, rtol=1e-5)
+    assert len(ensemble.make_members(config.ensemble.to_dict())) == 5  # training.py:112
+    assert config.data.train_splits == ("train", "val")  # training.py:70
+    scores = system.score_fn(jnp.array([0.0, 2.0]), jnp.ones(2, bool))
+    np.testing.assert_allclose(np.exp(scores), [0.5, 0.880797], rtol=1e-5)  # inference.py:169
+    assert system.scores_are_logs
 
 
 def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
-    config, _ = published("quality_fusion")
+    config, _ = official(QUALITY_FUSION)
     logits = np.array([[2.0, -1.0, 0.5]])
     softmax = np.log(np.exp(logits).sum()) + 1
     right = np.array([0, 1, 0]) + np.array([1, -1, 1]) / (1 + np.exp(logits[0]))
@@ -178,15 +186,15 @@ def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
 
 @pytest.mark.nightly
 def test_quality_fusion_drops_training_clips_without_a_good_face():
-    config, system = published("quality_fusion")
+    config, system = official(QUALITY_FUSION)
     assert config.data.max_frames == 4096  # training.py:84, 144: all faces of a clip
     for quality, detection, weight in (
         ([25.0, 24.9, 80.0], 0.9, 1), ([24.9, 3.0, -1.0], 0.9, 0),  # training.py:94, 98
         ([80.0], 0.69, 0), ([80.0], 0.7, 1),
     ):  # fmt: skip
         assert trained_on(system, one_clip(quality, detection))[1] == [weight]
-    probs = config.fusion.face.train.probs
-    assert probs == (0.25, 0, 0.65, 0, 0.1)  # of 1 to 5 faces, training.py:162-167
+    probs = config.fusion.face.train.probs  # of 1 to 5 faces
+    assert probs == (0.25, 0, 0.65, 0, 0.1)  # training.py:162-167
 
 
 def test_quality_fusion_weights_evaluated_faces_by_graded_quality():
@@ -199,20 +207,11 @@ def test_quality_fusion_weights_evaluated_faces_by_graded_quality():
 def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
     hidden = {"mlp1": (), "mlp2": (512,), "mlp3": (), "mlp4": (768,), "mlp5": (1024,)}
     for net, widths in hidden.items():
-        sizes = shapes(f"quality_fusion:iqiyi_vid,published,{net}")  # inference.py:200-256
+        sizes = shapes(f"{QUALITY_FUSION},{net}")  # inference.py:200-256
         kernels = [shape for name, shape in sorted(sizes.items()) if name.endswith("dense/kernel")]
         assert kernels == list(itertools.pairwise((512, *widths, 1024)))
         assert sizes["classifier/logits/kernel"] == (1024, 10_035)  # L22
         assert any("norm" in name for name in sizes) == (net not in ("mlp4", "mlp5"))
-
-
-def test_quality_fusion_scores_five_folds_by_sigmoids():
-    config, system = published("quality_fusion", "trainval")
-    assert len(ensemble.make_members(config.ensemble.to_dict())) == 5  # training.py:112
-    assert config.data.train_splits == ("train", "val")  # training.py:70
-    scores = system.score_fn(jnp.array([0.0, 2.0]), jnp.ones(2, bool))
-    np.testing.assert_allclose(np.exp(scores), [0.5, 0.880797], rtol=1e-5)  # inference.py:169
-    assert system.scores_are_logs
 
 
 # The iQIYI-VID paper, "iQIYI-VID: A Large Dataset for Multi-modal Person Identification" (no code).
@@ -256,9 +255,6 @@ def test_mma_trains_three_nets_on_different_parts_of_the_clips():
     np.testing.assert_array_equal(uses.sum(axis=1), [80] * 3)
 
 
-DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
-NOISE = "noise_classes:iqiyi_vid,published"
-
 # DeepMEF, third place of 2019.
 
 
@@ -277,15 +273,6 @@ def test_deepmef_has_the_training_settings_of_its_code():
     assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
     forms = (main.channel_attention, main.channel_norm, main.layer_form)
     assert forms == ("channels", True, "published")
-
-
-def test_deepmef_learning_rate_falls_once_per_epoch_along_a_cosine():
-    """CosineAnnealingLR over 100 epochs, stepped once per epoch, ends near 0."""
-    expected = [0.1 * (1 + np.cos(np.pi * epoch / 100)) / 2 for epoch in (0, 1, 10, 50, 99)]
-    np.testing.assert_allclose(rates(DEEPMEF, 0, 1, 10, 50, 99), expected, rtol=1e-5)
-    steps = np.asarray(official(DEEPMEF)[1].lr_schedule(jnp.arange(42)))  # epochs of 14.1 steps
-    np.testing.assert_array_equal(steps, np.repeat(steps[[0, 14, 28]], 14))
-    assert steps[0] > steps[14] > steps[28]
 
 
 def test_deepmef_weight_decay_applies_to_every_parameter():
@@ -457,11 +444,10 @@ def test_noise_classes_have_the_training_settings_of_their_code():
     assert (config.batch_size, config.num_epochs, config.ensemble.folds) == (10_240, 200, 8)
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.total_decay) == ("adam", 0, 0)
-    assert rates(NOISE, 0, 10, 20, 100, 199) == pytest.approx([1e-3] * 5)
     assert (config.loss.margin, official(NOISE)[1].model.logit_scale) == (0.5, 64)
     assert config.noise.relabel_every_epochs == 1
     assert config.loss.mean_over == "clips"  # reduce_mean(cross-entropy x weight)
-    sizes = shapes(NOISE)
+    sizes = shapes(NOISE)  # C identities, K clusters: 1 + 2C + K classes
     assert sizes["classifier/kernel"] == (512, 1 + 2 * 10_034 + 3691)
     assert sizes["backbone/layer_0/dense/kernel"] == (512, 512)
 
@@ -476,7 +462,7 @@ def test_weight_of_mirror_classes_rises_every_20_epochs():
     assert weights == pytest.approx([0.1, 0.1, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6, 0.6])
 
 
-def vector_of(spec, quality, detection):
+def shares_of_frames(spec, quality, detection):
     """Returns the share of each frame in the fused frames of one clip."""
     frames = one_hot_frames(quality, detection, padding=0, dtype="float32")
     return np.asarray(fusion.make_fusion(spec)(None, frames).features[0])
@@ -489,15 +475,16 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
     article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"
     ones = [1.0, 1.0, 1.0]
-    for shares, wanted in (
-        (vector_of(train, [1, 2, 3], ones), np.array([1, 4, 9]) / 14),
-        (vector_of(train, [-5, 2, 4], ones), [0, 0.2, 0.8]),
-        (vector_of(train, [1, 2, 3], [-0.1, 1, 1]), np.array([0, 4, 9]) / 13),
-        (vector_of(train, [-1, -2, -3], ones), np.array([1, 4, 9]) / 14),  # none passes: all count
-        (vector_of(test, [-1, 2, 3], ones), np.array([1, 4, 9]) / 14),  # evaluation filters nothing
-        (vector_of(article, [1, -2, 3], [0.5, 0.9, 0.7]), [0.25, 0, 0.75]),
+    for fusion_spec, quality, detection, wanted in (
+        (train, [1, 2, 3], ones, np.array([1, 4, 9]) / 14),
+        (train, [-5, 2, 4], ones, [0, 0.2, 0.8]),
+        (train, [1, 2, 3], [-0.1, 1, 1], np.array([0, 4, 9]) / 13),
+        (train, [-1, -2, -3], ones, np.array([1, 4, 9]) / 14),  # none passes: all count
+        (test, [-1, 2, 3], ones, np.array([1, 4, 9]) / 14),  # evaluation filters nothing
+        (article, [1, -2, 3], [0.5, 0.9, 0.7], [0.25, 0, 0.75]),
     ):
-        np.testing.assert_allclose(shares[0], wanted, rtol=1e-6)
+        shares = shares_of_frames(fusion_spec, quality, detection)
+        np.testing.assert_allclose(shares, [wanted], rtol=1e-6)
 
 
 @pytest.mark.nightly
@@ -506,7 +493,7 @@ def test_noise_classes_crop_short_clips_as_the_code_does():
     spec = config_of(NOISE).fusion.face.evaluate.to_dict()
     for wanted in ("0 0 0 0", "012 12 01 1", "0123456 23456 01234 12345"):
         count = len(wanted.split()[0])
-        crops = vector_of(spec, [50.0] * count, [1.0] * count)
+        crops = shares_of_frames(spec, [50.0] * count, [1.0] * count)
         assert " ".join("".join(map(str, np.flatnonzero(row > 0))) for row in crops) == wanted
 
 
