@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-import vidjax
 from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
@@ -17,17 +16,13 @@ from vidjax.data import sources
 from vidjax.evaluation import predict, scoring
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs import config as config_lib
-from vidjax.runs.checkpoint import CheckpointError
 from vidjax.utils import files
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
     "knn": ("configs/knn.py:iqiyi_vid",),
-    "ensemble": (
-        "configs/quality_fusion.py:iqiyi_vid,folds",
-        "--config.data.train_splits=train,val",
-        "--config.ensemble.views=2",
-    ),
+    "ensemble": ("configs/quality_fusion.py:iqiyi_vid,folds",
+                 "--config.data.train_splits=train,val", "--config.ensemble.views=2"),
     "cosine": ("configs/cosine.py:iqiyi_vid",),
     "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",), "mma": ("configs/mma.py:iqiyi_vid",),
     "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", "--config.num_epochs=2"),
@@ -55,6 +50,15 @@ def new(clips):
     return {f"new {name}": frames for name, frames in clips["val"].items()}
 
 
+WIDTH = 24  # of the faces
+
+
+def faces(count):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(count)]
+    return {f"clip_{i}": {"face": array} for i, array in enumerate(arrays)}
+
+
 def first(clips, count):
     return dict(list(clips.items())[:count])
 
@@ -62,22 +66,6 @@ def first(clips, count):
 def ranked(run, clips):
     lists = run.rank(clips).items()
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
-
-
-def test_clips_without_frames_rank_last(restored, clips):
-    run = restored("knn")
-    name, seen = next((n, c) for n, c in clips["val"].items() if len(c["face"]["features"]))
-    few = {"empty": {"face": []}, f"{name}.mp4": {**seen, "smell": [1.0]}, "bare": {}}
-    scores = run.scores(few)
-    assert scores.dtype == np.float32 and scores.shape == (3, len(run.identities))
-    assert np.isneginf(scores[[0, 2]]).all() and np.isfinite(scores[1]).all()
-    assert not run.embed(few)[[0, 2]].any()
-    for column, rows in enumerate(run.rank(few).values()):
-        assert [clip for clip, _ in rows] == [f"{name}.mp4", "bare", "empty"]
-        assert rows[0][1] == scores[1, column]
-    nan = {"a": {"face": np.full((2, 24), np.nan, np.float16)}}
-    with pytest.warns(UserWarning, match="2 of 2 frames"):
-        assert np.isneginf(run.scores(nan)).all()
 
 
 def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypatch):
@@ -89,7 +77,7 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypa
     (tmp_path / "config.json").write_text(config_io.to_json(config))
     refused(lambda: predict.restore(tmp_path), "is a blend of other runs")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
     monkeypatch.chdir(folder.parent)
     best = predict.restore(folder.name, step="best", num_devices=1)
@@ -146,17 +134,18 @@ import sys
 for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
 import numpy as np
 from vidjax.evaluation import predict
-rng, run = np.random.default_rng(0), predict.restore(sys.argv[1])
-clips = {f"c{n}": {"face": rng.normal(size=(2, 24)).astype("float16")} for n in range(9)}
-np.savez(sys.argv[2], scores=run.scores(clips), vectors=run.embed(clips))
+folder, given, found = sys.argv[1:]
+run, clips = predict.restore(folder), {name: {"face": x} for name, x in np.load(given).items()}
+np.savez(found, scores=run.scores(clips), vectors=run.embed(clips))
 """
 
 
 @pytest.mark.optimized
 def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
-    python(RANK, train("knn"), tmp_path / "found.npz")
-    rng, run = np.random.default_rng(0), predict.restore(train("knn"), num_devices=1)
-    clips = {f"c{n}": {"face": rng.normal(size=(2, 24)).astype("float16")} for n in range(9)}
+    clips = faces(9)
+    np.savez(tmp_path / "clips.npz", **{name: clip["face"] for name, clip in clips.items()})
+    python(RANK, train("knn"), tmp_path / "clips.npz", tmp_path / "found.npz")
+    run = predict.restore(train("knn"), num_devices=1)
     with np.load(tmp_path / "found.npz") as answers:
         np.testing.assert_array_equal(answers["scores"], run.scores(clips))
         np.testing.assert_allclose(answers["vectors"], run.embed(clips), atol=1e-6)
@@ -167,10 +156,9 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99})
     assert run.threshold is None
-    with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
-        run.identify(five)
-    with pytest.raises(ValueError, match=r"\nfor a probability p, give threshold=math\.log"):
-        run.identify(five, threshold=0.5)
+    refused(lambda: run.identify(five), "too strict for new clips", "\ngive a threshold")
+    words = "\nfor a probability p, give threshold=math.log"
+    refused(lambda: run.identify(five, threshold=0.5), words)
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
     val = run._replace(results={**run.results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
@@ -183,8 +171,8 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
-    with pytest.raises(ValueError, match=r"98 clips of strangers are too few .*\ngive a threshold"):
-        few.identify(three)
+    words = "98 clips of strangers are too few", "\ngive a threshold"
+    refused(lambda: few.identify(three), *words)
     assert few.identify(three, threshold=-1.0) == many.identify(three)
     assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
 
@@ -193,8 +181,8 @@ def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
     run = predict.restore(train("knn"), num_devices=1)
     monkeypatch.setattr(scoring, "find_least_free_bytes", lambda mesh: 1e6)
     run.config.eval.block_size = 2**20
-    with pytest.raises(ValueError, match=r"=1048576: .* GB .*\nadd --config\.eval\.block_size=\d"):
-        run.rank(clips["val"])
+    words = "=1048576:", " GB ", "\nadd --config.eval.block_size="
+    refused(lambda: run.rank(clips["val"]), *words)
 
 
 def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
@@ -210,35 +198,21 @@ def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
         np.testing.assert_equal(again, before)
 
 
-WIDTH = 24  # of the faces
-
-
-@pytest.fixture(scope="module")
-def run(trained):
-    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    return vidjax.restore(folder, num_devices=1)
-
-
-def faces(count):
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(count)]
-    return {f"clip_{i}": {"face": array} for i, array in enumerate(arrays)}
-
-
 @pytest.mark.parametrize(("features", "message"), [
     (np.zeros((2, WIDTH - 1)), f"clip bad, face: .*width {WIDTH - 1}, .*width {WIDTH}"),
     (np.zeros((2, WIDTH), np.int64), "clip bad, face: .*int64"),
     ([[0.0] * WIDTH, [0.0]], "clip bad, face: .*rows have different lengths"),
     (None, "no clips"),
 ])  # fmt: skip
-def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(run, features, message):
+def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored, features, message):
+    run = restored("mma")
     for function in (run.scores, run.rank, run.embed):
         with pytest.raises(ValueError, match=message):
             function({} if features is None else {"bad": {"face": features}})
 
 
-def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(run):
-    clips = faces(37)
+def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(restored):
+    run, clips = restored("mma"), faces(37)
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips
@@ -248,12 +222,12 @@ def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(run):
         assert all(len(ranked) == count for ranked in run.rank(last_clips).values())
 
 
-def test_absurd_size_in_a_manifest_is_refused_without_allocation(run, tmp_path):
-    folder = shutil.copytree(run.workdir, tmp_path / "theirs")
+def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path):
+    folder = shutil.copytree(train("mma"), tmp_path / "theirs")
     for step, manifest in checkpoint.manifests(folder).items():
         changed = {**manifest, "num_identities": 2**31 - 1}
         files.write_manifest(folder / "checkpoints" / str(step) / "manifest.json", changed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):
-        vidjax.restore(folder, num_devices=1).scores(faces(2))
+        predict.restore(folder, num_devices=1).scores(faces(2))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB

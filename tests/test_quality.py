@@ -1,6 +1,7 @@
 """The quality of own features: given, or the length of the vector, and the same wherever read."""
 
 import importlib.util
+import itertools
 import warnings
 
 import numpy as np
@@ -22,7 +23,7 @@ def norm(frames):
 
 @pytest.fixture
 def clips():
-    """Two clips of three faces; the second clip has a quality and a voice."""
+    """Two clips of three faces; the first clip has a voice, and the second has qualities."""
     rng = np.random.default_rng(0)
     bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
     voice = rng.normal(size=DIM).astype(np.float32)
@@ -53,8 +54,7 @@ def test_all_readers_compute_the_same_quality(clips, quality, tmp_path):
             np.testing.assert_allclose(by_clip[clip], expected, rtol=1e-6)
     np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
-        faces = {"a": clips["a"]["face"], "b": clips["b"]["face"]["features"]}
-        faces = {clip: {"face": face} for clip, face in faces.items()}
+        faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
         table = write_parquet(tmp_path / "table.parquet", faces)
         by_clip = qualities(memory.load_clips(table, widths, ()))
         np.testing.assert_allclose([by_clip[0], by_clip[1]], [a, b], rtol=1e-6)
@@ -65,11 +65,10 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     """Nearest neighbours compare quality-weighted means, so qualities change scores."""
     rng, labels = np.random.default_rng(0), {}
     splits = {"train": {}, "val": {}}
-    for split, clips in splits.items():
-        for i in range(8):
-            face = rng.normal(size=(1 + i % 5, DIM))
-            clips[f"{split}{i}"] = {"face": {"features": face, "quality": rng.random(len(face))}}
-            labels[f"{split}{i}"] = f"p{i % 4}"
+    for split, i in itertools.product(splits, range(8)):
+        face = rng.normal(size=(1 + i % 5, DIM))
+        rated = {"features": face, "quality": rng.random(len(face))}
+        splits[split][f"{split}{i}"], labels[f"{split}{i}"] = {"face": rated}, f"p{i % 4}"
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py"), tmp_path / "run", data)

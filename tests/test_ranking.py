@@ -47,19 +47,16 @@ def test_write_ranking_refuses_names_that_would_break_the_file(tmp_path, bad):
 MANY = " ".join(f"x{i}.mp4" for i in range(101))
 
 
-@pytest.fixture
-def files(tmp_path):
-    def write(gt, submission):
-        paths = tmp_path / "gt.txt", tmp_path / "ranking.txt"
-        for path, text in zip(paths, (gt, submission), strict=True):
-            path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        return [str(path) for path in paths]
-
-    return write
+def write(folder, truth, submission):
+    """Writes a ground truth and a submission; returns their paths."""
+    paths = folder / "gt.txt", folder / "ranking.txt"
+    for path, text in zip(paths, (truth, submission), strict=True):
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return paths
 
 
-def test_score_command_prints_the_score_on_the_last_line(files, command):
-    paths = files("1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
+def test_score_command_prints_the_score_on_the_last_line(tmp_path, command):
+    paths = write(tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
     for words in (paths, [*paths, "--strict"]):
         code, out, err = command("score", *words)
         assert (code, err) == (0, "")
@@ -67,14 +64,14 @@ def test_score_command_prints_the_score_on_the_last_line(files, command):
         assert "2 of them ranked, 1 missing, 0 unknown identities ignored" in out
 
 
-def test_score_of_0_without_any_match_prints_a_hint(files, command):
+def test_score_of_0_without_any_match_prints_a_hint(tmp_path, command):
     for submission, hint in (("1 a b\n", "suffix"), ("id1 a.mp4\n", "no identity")):
-        code, out, err = command("score", *files("1 a.mp4\n", submission))
+        code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
         assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
 # (submission, score against "1 a.mp4", what the warning names)
-BORNE = [
+FAULTS = [
     ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
     (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
     (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
@@ -86,9 +83,11 @@ BORNE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("submission", "score", "place"), BORNE)
-def test_ranking_faults_warn_and_are_errors_with_strict(files, command, submission, score, place):
-    paths = files("1 a.mp4\n", submission)
+@pytest.mark.parametrize(("submission", "score", "place"), FAULTS)
+def test_ranking_faults_warn_and_are_errors_with_strict(
+    tmp_path, command, submission, score, place
+):
+    paths = write(tmp_path, "1 a.mp4\n", submission)
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]

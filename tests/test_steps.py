@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from tests.helpers.cases import quick_first
 from tests.helpers.made_frames import make_frames
+from tests.helpers.seen import refused
 from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Batch, ModelOutput
 from vidjax.evaluation import eval_step as eval_step_lib
@@ -44,11 +45,11 @@ def make(model=LINEAR, **fields) -> Any:
 
 
 def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1)):
+    """Returns clips with these numbers of frames, and at most one frame of audio."""
     frames = {
-        "face": make_frames(face, max_frames=11, dim=DIMS["face"], seed=0),
-        "audio": make_frames(audio, max_frames=1, dim=DIMS["audio"], seed=1),
+        "face": make_frames(face, max_frames=11, dim=DIMS["face"], dtype="float32"),
+        "audio": make_frames(audio, max_frames=1, dim=DIMS["audio"], seed=1, dtype="float32"),
     }
-    frames = {k: v._replace(features=v.features.astype(np.float32)) for k, v in frames.items()}
     return Batch(frames, np.arange(len(face), dtype=np.int32), np.ones(len(face), bool))
 
 
@@ -81,12 +82,9 @@ def evaluate(system, state, batch):
 def linear_logits(state, batch, frame):
     """The linear model by hand: logits [B, K] of a frame of the face and the voice."""
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
-    layer = params["classifier"]["logits"]
-    face, audio = batch.frames["face"], batch.frames["audio"]
-    x = [
-        np.where(face.mask[:, frame, None], face.features[:, frame], 0),
-        np.where(audio.mask[:, 0, None], audio.features[:, 0], 0),
-    ]
+    layer, (face, audio) = params["classifier"]["logits"], batch.frames.values()
+    parts = ((face, frame), (audio, 0))
+    x = [np.where(part.mask[:, t, None], part.features[:, t], 0) for part, t in parts]
     return np.concatenate(x, axis=1).astype(np.float64) @ layer["kernel"] + layer["bias"]
 
 
@@ -134,22 +132,21 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     system = make(**EXAMPLES, loss__mean_over=mean_over)
     state = init(system, labels)
     _, loss = trainer(system)(state, batch, weight)
-    total, weights = 0.0, []
-    for clip, label in enumerate(labels):
+    weight[3] = 0  # the clip has no frames
+    total = 0.0
+    for clip in np.flatnonzero(weight):
         frames = examples_of(batch, clip)
-        if len(frames):  # clip 3 has none
-            logits = [linear_logits(state, batch, frame)[clip] for frame in frames]
-            total += weight[clip] * np.mean([-log_softmax(x)[label] for x in logits])
-            weights.append(weight[clip])
-    divisor = np.sum(weights) if mean_over == "weights" else np.count_nonzero(weights)
+        logits = [linear_logits(state, batch, frame)[clip] for frame in frames]
+        total += weight[clip] * np.mean([-log_softmax(x)[labels[clip]] for x in logits])
+    divisor = np.sum(weight) if mean_over == "weights" else np.count_nonzero(weight)
     assert float(loss[0]) == pytest.approx(total / divisor, rel=1e-5)
 
 
 def test_frame_examples_need_equal_frame_counts_of_all_modalities():
-    four = {"train": {"name": "sample", "num_frames": 4}, "evaluate": {"name": "all"}}
-    two = {"train": {"name": "sample", "num_frames": 2}, "evaluate": {"name": "all"}}
-    with pytest.raises(ValueError, match=r"after_fusion=examples: .* \[2, 4\]"):
-        init(make(**EXAMPLES, fusion={"face": four, "audio": two}), np.arange(5))
+    four, two = ({"name": "sample", "num_frames": count} for count in (4, 2))
+    fusion = {"face": {"train": four, "evaluate": four}, "audio": {"train": two, "evaluate": two}}
+    system = make(**EXAMPLES, fusion=fusion)
+    refused(lambda: init(system, np.arange(5)), "after_fusion=examples", "[2, 4]")
 
 
 @pytest.mark.slow
