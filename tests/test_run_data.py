@@ -1,5 +1,6 @@
 """Results belong to their data: a run meets its own data, or says in what they differ."""
 
+import itertools
 import json
 import shutil
 
@@ -21,13 +22,12 @@ CONFIG = ("--config=knn:face", "--config.eval.report=False", "--config.batch_siz
 
 
 def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
-    rng, clips, labels = np.random.default_rng(seed), {}, {}
-    for split in ("train", "val"):
-        clips[split] = {}
-        for i in range(num_clips):
-            face = {"features": rng.normal(size=(2, 4)).astype(np.float32), "quality": np.ones(2)}
-            clips[split][f"{split}{i}"] = {"face": face}
-            labels[f"{split}{i}"] = f"person {(i + shift * (split == 'train')) % 3}"
+    """Writes features and labels, of which those of train may be shifted; returns their flags."""
+    rng, clips, labels = np.random.default_rng(seed), {"train": {}, "val": {}}, {}
+    for split, i in itertools.product(clips, range(num_clips)):
+        face = {"features": rng.normal(size=(2, 4)).astype(np.float32), "quality": np.ones(2)}
+        clips[split][f"{split}{i}"] = {"face": face}
+        labels[f"{split}{i}"] = f"person {(i + shift * (split == 'train')) % 3}"
     write_labels(write_npz(folder, clips) / "labels.csv", labels)
     return ["--config.data.name=arrays", f"--config.data.dir={folder}"]
 
@@ -76,24 +76,22 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     refused(lambda: vidjax.evaluate(run).average_precisions(), "config.eval.report=True")
 
 
-OTHERS = {
-    "train has other labels": {"shift": 1},
-    "other features": {"seed": 1},
-    "train has other clips (5, before 6)": {"num_clips": CLIPS - 1},
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("different", OTHERS)
-def test_run_refuses_to_train_or_evaluate_on_other_data(own, tmp_path, evaluate, again, different):
-    words, path = write(tmp_path / "other", **OTHERS[different]), own / "run" / "metrics.json"
+@pytest.mark.parametrize(("change", "message"), [
+    ({"shift": 1}, "train has other labels"), ({"seed": 1}, "other features"),
+    ({"num_clips": CLIPS - 1}, "train has other clips (5, before 6)"),
+])  # fmt: skip
+def test_run_refuses_to_train_or_evaluate_on_other_data(
+    own, tmp_path, evaluate, again, change, message
+):
+    words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
     before, error = path.read_bytes(), again(words, code=2)
-    assert different in error and "--workdir=" in error
-    if different != "train has other labels":  # the evaluated split is val
+    assert message in error and "--workdir=" in error
+    if "shift" not in change:  # the evaluated split is val
         assert "vidjax rank" in evaluate(words[1], code=2)
     assert path.read_bytes() == before
     path.unlink()  # as if it was stopped
-    assert different in again(words, code=2)
+    assert message in again(words, code=2)
 
 
 @pytest.mark.slow

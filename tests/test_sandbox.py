@@ -70,16 +70,11 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
 
 @pytest.mark.parametrize("modality", ["audio", "speech"])
 def test_bare_array_is_one_frame_or_one_frame_per_row(modality, tmp_path):
-    value = {
-        b"one": feature(),
-        b"rows": np.arange(6, dtype="<f2").reshape(2, 3),
-        b"none": np.zeros((0, 3), "<f2"),
-        b"list": [feature(), feature()],
-    }  # fmt: skip
+    rows, none = np.arange(6, dtype="<f2").reshape(2, 3), np.zeros((0, 3), "<f2")
+    value = {b"one": feature(), b"rows": rows, b"none": none, b"list": [feature(), feature()]}
     read = convert(tmp_path, value, modality)
     assert read["lengths"] == [1, 2, 0, 2] and read["number"].tolist() == [0, 0, 1, 0, 1]
-    rows = [[1, 2, 3], [0, 1, 2], [3, 4, 5], [1, 2, 3], [1, 2, 3]]
-    assert read["features"].tolist() == rows
+    assert read["features"].tolist() == [[1, 2, 3], *rows.tolist(), [1, 2, 3], [1, 2, 3]]
     assert not read["quality"].any() and (read["detection"] == 1).all()
 
 
@@ -183,11 +178,8 @@ def test_frame_fields_accept_any_kind_of_number(tmp_path):
 
 
 def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
-    frames = [
-        face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0]),
-        face(quality=-1e300, det=np.float32(-np.inf)),
-        face(quality=-30.0),
-    ]
+    wrong = face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0])
+    frames = [wrong, face(quality=-1e300, det=np.float32(-np.inf)), face(quality=-30.0)]
     read = convert(tmp_path, {b"a": frames})
     assert read["seen"] == 3 and read["skipped"] == {}
     assert read["quality"].tolist() == [0, 0, -30] and read["detection"].tolist() == [0, 0, 0.5]
@@ -261,7 +253,7 @@ def refusal(data):
 def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
     assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
-    big_endian = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
+    big_endian = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]  # its arguments
     assert load(hostile.SCALAR + big_endian + b"R.") == 0.1
 
 

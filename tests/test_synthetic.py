@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vidjax.data import synthetic
+from vidjax.data.labels import load_ground_truth
 from vidjax.data.synthetic import SyntheticOptions
 
 SPLITS = ("train", "val", "test")
@@ -16,16 +17,16 @@ MODALITIES = ("face", "head", "body", "audio", "scene")
 TINY = synthetic.Size(30, 8.0, dict.fromkeys(MODALITIES, 64), synthetic.SIZES["small"].spread)
 
 
-def _name(modality, split):
+def file_name(modality, split):
     v2 = "_v2" if modality == "face" and split != "test" else ""
     return f"{modality}_{split}{v2}.pickle"
 
 
-def _clips(folder, modality, split):
-    return pickle.loads((folder / _name(modality, split)).read_bytes())
+def clips_of(folder, modality, split):
+    return pickle.loads((folder / file_name(modality, split)).read_bytes())
 
 
-def _lines(path):
+def lines_of(path):
     return [line.split(" ") for line in path.read_text().splitlines()]
 
 
@@ -52,15 +53,12 @@ def changed_files(left, other):
 def test_synthetic_set_has_the_specified_statistics(make):
     folder = make()
     pairs = itertools.product(MODALITIES, SPLITS)
-    clips: dict[tuple[str, str], Any] = {pair: _clips(folder, *pair) for pair in pairs}
-    labels = {"train": {name[:-4]: int(c) for name, c in _lines(folder / "train_gt.txt")}}
-    for split in ("val", "test"):
-        lines = _lines(folder / f"{split}_gt.txt")
-        labels[split] = {name[:-4]: int(c) for c, *names in lines for name in names}
+    clips: dict[tuple[str, str], Any] = {pair: clips_of(folder, *pair) for pair in pairs}
+    labels = {split: load_ground_truth(folder / f"{split}_gt.txt") for split in SPLITS}
     names = [name for split in SPLITS for name in clips["scene", split]]
     assert len({*names}) == len(names)
     for split, share in {"train": 1, "val": 0.625, "test": 0.625}.items():
-        assert {*labels[split].values()} == {*range(1, 31)}
+        assert {*labels[split].values()} == {*map(str, range(1, 31))}
         assert labels[split].keys() <= clips["scene", split].keys()
         assert len(labels[split]) / len(clips["scene", split]) == pytest.approx(share, abs=0.01)
     for modality, rate in {"face": 0.0, "head": 0.02, "body": 0.05, "audio": 0.15}.items():
@@ -79,9 +77,9 @@ def test_equal_seeds_write_equal_bytes(make):
 @pytest.mark.slow
 def test_missing_rate_only_empties_modalities(make):
     plain, sparse = make(), make(missing_rate=0.3)
-    count = len(_clips(plain, "scene", "val"))
+    count = len(clips_of(plain, "scene", "val"))
     for modality, least in (("face", 0.02), ("head", 0.02), ("audio", 0.15)):
-        whole, rest = (_clips(x, modality, "val") for x in (plain, sparse))
+        whole, rest = (clips_of(x, modality, "val") for x in (plain, sparse))
         there = sum(len(value) > 0 for value in rest.values())
         assert 1 - there / count == pytest.approx(1 - (1 - least) * 0.7, abs=0.09)
         for clip, frames in rest.items():
@@ -94,23 +92,23 @@ def test_missing_rate_only_empties_modalities(make):
 def test_label_noise_and_distractors_change_only_train_files(make):
     plain, noisy, strange = make(), make(label_noise=0.2), make(train_distractors=0.375)
     assert changed_files(plain, noisy) == {"train_gt.txt"}
-    before, after = (dict(_lines(x / "train_gt.txt")) for x in (plain, noisy))
+    before, after = (dict(lines_of(x / "train_gt.txt")) for x in (plain, noisy))
     assert before.keys() == after.keys() and set(after.values()) <= set(before.values())
     assert 0.1 < np.mean([before[name] != after[name] for name in before]) < 0.3
-    names = {f"{name}.mp4" for name in _clips(strange, "scene", "train")}
-    nobody = names - dict(_lines(strange / "train_gt.txt")).keys()  # clips without a line
+    names = {f"{name}.mp4" for name in clips_of(strange, "scene", "train")}
+    nobody = names - dict(lines_of(strange / "train_gt.txt")).keys()  # clips without a line
     assert len(nobody) / len(names) == pytest.approx(0.375, abs=0.01)
-    train = {_name(modality, "train") for modality in MODALITIES}
+    train = {file_name(modality, "train") for modality in MODALITIES}
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
 
 
 @pytest.mark.slow
 def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     plain, false = make(), make(false_modality=1.0)
-    files = {_name(modality, split) for modality in ("face", "audio") for split in SPLITS}
+    files = {file_name(modality, split) for modality in ("face", "audio") for split in SPLITS}
     assert changed_files(plain, false) == files
-    faces, now = (_clips(made, "face", "val") for made in (plain, false))
-    voices, other = (_clips(made, "audio", "val") for made in (plain, false))
+    faces, now = (clips_of(made, "face", "val") for made in (plain, false))
+    voices, other = (clips_of(made, "audio", "val") for made in (plain, false))
     same = []
     for name in [name for name, frames in faces.items() if frames and name in voices]:
         pairs = list(zip(faces[name], now[name], strict=True))
