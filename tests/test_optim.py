@@ -31,7 +31,7 @@ def make_optimizer(spec, *, total_steps) -> Any:
 
 def test_warmup_and_cosine_decay_match_their_formula():
     for scale, start in ((0.0, 0.01), (0.3, 0.03)):
-        spec = {**SPEC, "final_scale": 0.01, "warmup_scale": scale}
+        spec: Any = {**SPEC, "final_scale": 0.01, "warmup_scale": scale}
         found = rates(51, total_steps=50, **spec)
         cosine = 0.5 * (1 + np.cos(np.pi * np.arange(41) / 40))
         wanted = [*np.linspace(start, 0.1, 10, endpoint=False), *(0.1 * (0.01 + 0.99 * cosine))]
@@ -53,7 +53,7 @@ def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epo
 
 def test_piecewise_decay_jumps_and_interpolates_between_points():
     points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))  # (epoch, factor)
-    spec = {**SPEC, "decay": "piecewise", "points": points, "warmup": 0.0}
+    spec: Any = {**SPEC, "decay": "piecewise", "points": points, "warmup": 0.0}
     epochs = (np.arange(60) + 0.5) / 10
     factors = np.interp(epochs, [2, 4], [1.0, 0.2])
     factors[epochs < 2] = 0.5
@@ -64,7 +64,7 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_short_runs_have_positive_learning_rates(decay, total):
-    spec = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
+    spec: Any = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
     found = rates(total, total_steps=total, steps_per_epoch=0.5, **spec)
     assert ((found > 0) & (found <= np.float32(0.1))).all(), found
 

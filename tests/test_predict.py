@@ -211,8 +211,9 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
             function({} if features is None else {"bad": {"face": features}})
 
 
-def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(restored):
-    run, clips = restored("mma"), faces(37)
+def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
+    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
+    run, clips = predict.restore(folder, num_devices=1), faces(37)
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips

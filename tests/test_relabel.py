@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
-from tests.helpers.cases import quick_first
+from tests.helpers.seen import refused
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import ensemble
 from vidjax.runs import checkpoint, signals
@@ -30,7 +30,13 @@ def training_labels(data):
     return np.concatenate([data.split(name).labels for name in ("train", "val")])
 
 
+def labels_of(folder):
+    """Returns the labels [E, N] at the end of a run, of each member."""
+    return np.asarray(saved(folder)["train"]["labels"])
+
+
 def starting(data, config=None):
+    """Returns the labels [N] before the first step, and their layout."""
     config = config or shrunk(*WORDS, spec=SPEC)
     return plan.label_distractors(config, data, training_labels(data))
 
@@ -39,7 +45,7 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
     truth, (start, layout) = training_labels(data), starting(data)
     training_sets, unclustered = ensemble.load(whole), layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < (truth == 0).sum()
-    for number, row in enumerate(np.asarray(saved(whole)["train"]["labels"])):  # [E, N]
+    for number, row in enumerate(labels_of(whole)):
         moved = row != start
         assert moved.any() and layout.is_mirror(row[unclustered]).all()
         may = (truth == 0) & unclustered & training_sets.trained[number]
@@ -48,7 +54,7 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
 
 def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
-    (start, layout), end = starting(data), np.asarray(saved(tmp_path)["train"]["labels"])
+    (start, layout), end = starting(data), labels_of(tmp_path)
     unclustered = layout.is_mirror(start)
     moved = end[:, unclustered]
     assert ((moved > layout.num_identities) & (moved <= layout.mirror_shift)).any()
@@ -56,22 +62,18 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     np.testing.assert_array_equal(end[:, ~unclustered], np.tile(start[~unclustered], (len(end), 1)))
 
 
-@pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=pytest.mark.nightly))
-def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, mode, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypatch):
     """The stops are right after a relabelling and within an epoch."""
-    config, parts = shrunk(*WORDS, f"--config.data.mode={mode}", spec=SPEC), tmp_path / "parts"
-    if mode == "streaming":
-        whole = tmp_path / "whole"
-        run(config, whole, data)
-    for number in (5, 8):
-        done = max(checkpoint.manifests(parts), default=0)
+    config = shrunk(*WORDS, spec=SPEC)
+    for step in (5, 8):
+        done = max(checkpoint.manifests(tmp_path), default=0)
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
-            small.interrupt_dispatch(patch, number - 1 - done, signal.SIGINT)
-            run(config, parts, small.Interrupting(data, number - done, signal.SIGINT))
-    run(config, parts, data)
-    small.assert_same_run(parts, whole)
-    np.testing.assert_array_equal(saved(parts)["train"]["labels"], saved(whole)["train"]["labels"])
+            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step in each call
+            small.interrupt_dispatch(patch, step - 1 - done, signal.SIGINT)
+            run(config, tmp_path, data)
+    run(config, tmp_path, data)
+    small.assert_same_run(tmp_path, whole)
+    np.testing.assert_array_equal(labels_of(tmp_path), labels_of(whole))
 
 
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
@@ -83,15 +85,14 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     small.assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ("data.train_splits=train", r"choose --config=configs/noise_classes\.py:other"),
-    ("noise.modality=fac", "config.noise.modality='fac' is not a modality of the data"),
-    ("noise.join=True data.max_frames=40", "needs clips of up to 50 frames"),
-])  # fmt: skip
-def test_invalid_noise_settings_are_refused_before_training(data, tmp_path, words, message):
-    words = [f"--config.{word}" for word in words.split()]
-    with pytest.raises(ValueError, match=message):
-        run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
+def test_invalid_noise_settings_are_refused_before_training(data, tmp_path):
+    def train(*words):
+        words = (f"--config.{word}" for word in words)
+        return lambda: run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
+
+    refused(train("data.train_splits=train"), "choose --config=configs/noise_classes.py:other")
+    refused(train("noise.modality=fac"), "config.noise.modality='fac' is not a modality")
+    refused(train("noise.join=True", "data.max_frames=40"), "needs clips of up to 50 frames")
     assert not (tmp_path / "config.json").exists()
 
 
@@ -120,8 +121,7 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
             weight = np.maximum(np.float64(frames.quality * frames.detection), 0)
             weight = weight if weight.any() else np.ones(len(weight))
             if len(weight):
-                mean = weight @ np.float64(frames.features) / weight.sum()
-                vectors[offset + clip] = mean
+                vectors[offset + clip] = weight @ np.float64(frames.features) / weight.sum()
     wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
@@ -136,5 +136,4 @@ def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, wh
     alone, everyone = small.weights(tmp_path), small.weights(whole)
     for name, value in alone.items():
         np.testing.assert_array_equal(value[0], everyone[name][1], err_msg=name)
-    labels = [np.asarray(saved(folder)["train"]["labels"]) for folder in (tmp_path, whole)]
-    np.testing.assert_array_equal(labels[0][0], labels[1][1])
+    np.testing.assert_array_equal(labels_of(tmp_path)[0], labels_of(whole)[1])
