@@ -463,7 +463,7 @@ def test_weight_of_mirror_classes_rises_every_20_epochs():
 
 
 def shares_of_frames(spec, quality, detection):
-    """Returns the share of each frame in the fused frames of one clip."""
+    """Returns the share of each frame in each fused frame of one clip."""
     frames = one_hot_frames(quality, detection, padding=0, dtype="float32")
     return np.asarray(fusion.make_fusion(spec)(None, frames).features[0])
 
@@ -484,7 +484,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
         (article, [1, -2, 3], [0.5, 0.9, 0.7], [0.25, 0, 0.75]),
     ):
         shares = shares_of_frames(fusion_spec, quality, detection)
-        np.testing.assert_allclose(shares, [wanted], rtol=1e-6)
+        np.testing.assert_allclose(shares[0], wanted, rtol=1e-6)
 
 
 @pytest.mark.nightly
