@@ -5,18 +5,13 @@ The test does what a user would do, in a copy of the tree, and then runs the com
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, execute
 from tests.helpers.small_runs import QUICK
-
-ROOT = Path(__file__).parent.parent
 
 COSFACE = '''
 def cosface(logits, labels, class_mask=None, *, logit_scale, margin):
@@ -68,7 +63,7 @@ METRIC = """
 def confident(clips, labels):
     return float(np.mean(clips.best[clips.pool] > np.log(0.5)))
 """
-LINE = '"confident": Metric("confident clips", "above 0.5", confident, log=True)'
+CONFIDENT = '"confident": Metric("confident clips", "above 0.5", confident, log=True)'
 # file, its further imports, table, function, line of the table
 ADDITIONS = (
     ("core/losses.py", "", "CLASSIFICATION", COSFACE, '"cosface": cosface'),
@@ -76,7 +71,7 @@ ADDITIONS = (
     ("data/sources.py", "import numpy as np\n", "DATASETS", DATASET, '"blobs": open_blobs'),
     ("core/fusion.py", "", "FUSIONS", FUSION, '"first": Fusion(first_frame)'),
     ("core/augment.py", "", "TRANSFORMS", TRANSFORM, '"halve": Transform(halve)'),
-    ("core/metrics.py", "", "CLIP_METRICS", METRIC, LINE),
+    ("core/metrics.py", "", "CLIP_METRICS", METRIC, CONFIDENT),
 )
 EXPERIMENT = """
 from vidjax.runs import config as config_lib
@@ -95,7 +90,7 @@ def get_config(args=""):
 
 
 @pytest.mark.slow
-def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path: Path) -> None:
+def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path):
     for name in ("vidjax", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file, imports, table, function, line in ADDITIONS:
@@ -107,16 +102,15 @@ def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path:
         assert count == 1, f"{file} has no table {table}"
         path.write_text(source)
     (tmp_path / "configs" / "probe.py").write_text(EXPERIMENT)
-    env = {**os.environ, **QUICK, "VIDJAX_CACHE": str(tmp_path / "cache")}
-    words = ["-m", "vidjax.main", "--config=configs/probe.py", "--workdir=run"]
-    command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    words = ("-m", "vidjax.main", "--config=configs/probe.py", "--workdir=run")
+    copied = {"PYTHONPATH": str(tmp_path), "VIDJAX_CACHE": str(tmp_path / "cache")}
+    done = execute(words, tmp_path, **QUICK, **copied)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 <= results["confident"] <= 1 and results["map"] > 0.5
     assert all(math.isfinite(x) for x in results.values() if isinstance(x, float))
     assert "confident" in done.stdout
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert not any(json.loads(line).get("bad_steps") for line in lines)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert not any(line.get("bad_steps") for line in lines)
     assert any("confident" in line for line in lines)
     assert "confident clips" in (tmp_path / "run/report.html").read_text()

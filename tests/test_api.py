@@ -20,17 +20,18 @@ KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 def clips():
     """Returns split -> clip -> modality -> features: 4 people, 6 clips each to train, 3 to test."""
     rng = np.random.default_rng(0)
-    people, splits = rng.standard_normal((4, 16)), {"train": {}, "val": {}}
-    for split, i in [("train", i) for i in range(24)] + [("val", i) for i in range(12)]:
-        face = people[i % 4] + 0.3 * rng.standard_normal((2, 16))
-        splits[split][f"{split}_{i}"] = {"face": face.astype(np.float32)}
-    return splits
+    people = rng.standard_normal((4, 16))
+
+    def make(i):
+        return {"face": (people[i % 4] + 0.3 * rng.standard_normal((2, 16))).astype(np.float32)}
+
+    counts = {"train": 24, "val": 12}
+    return {split: {f"{split}_{i}": make(i) for i in range(n)} for split, n in counts.items()}
 
 
 @pytest.fixture(scope="module")
 def labels(clips):
-    names = [name for split in clips.values() for name in split]
-    return {name: f"person_{int(name.rsplit('_')[-1]) % 4}" for name in names}
+    return {name: f"person_{i % 4}" for split in clips.values() for i, name in enumerate(split)}
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +56,16 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, labels, made, cac
     with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
         tested.average_precisions()
     run = vidjax.restore(folder, num_devices=1)
-    public: Any = vidjax  # wrong types are meant
-    answers: Any = run
+    public: Any = vidjax  # typed as Any, because the calls below have arguments of wrong types
+    restored: Any = run
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
     assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]
     for call, message in (
         (lambda: public.restore(folder, num_devices="1"), "num_devices must be a number"),
         (lambda: public.load_data(clips, [1], cache_dir=cache_dir), "labels must be a dict"),
-        (lambda: answers.rank(str(folder)), "clips must be a dict .* not str"),
-        (lambda: answers.identify(new, "2"), "identify: k must be a number"),
-        (lambda: answers.identify(new, threshold="0.5"), "identify: threshold must be a score"),
+        (lambda: restored.rank(str(folder)), "clips must be a dict .* not str"),
+        (lambda: restored.identify(new, "2"), "identify: k must be a number"),
+        (lambda: restored.identify(new, threshold="0.5"), "identify: threshold must be a score"),
     ):
         with pytest.raises(TypeError, match=message):
             call()
@@ -91,9 +92,8 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
 def test_errors_of_wrong_arguments_describe_the_expected_argument(
     clips, labels, made, official_dir, cache_dir, tmp_path
 ):
-    public: Any = vidjax  # wrong types are meant
-    config, new = vidjax.load_config(KNN), tmp_path / "new"
-    misspelt = vidjax.load_config(KNN)
+    public: Any = vidjax  # typed as Any, because the calls below have arguments of wrong types
+    config, misspelt, new = vidjax.load_config(KNN), vidjax.load_config(KNN), tmp_path / "new"
     misspelt.optim.learn_rate = 1
     for call, message in (
         (lambda: public.load_config("mma", {"seed": 1}), r"\{'seed': 1\}.*--config\.FIELD=VALUE"),
