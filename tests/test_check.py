@@ -11,8 +11,6 @@ from vidjax.runs import checkpoint
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import api
 
-SPEC = f"{Path(__file__).parents[1]}/configs/mma.py:iqiyi_vid,face,head,audio"
-
 
 @pytest.fixture
 def folder(nearest_run, official_dir, cache_dir, tmp_path):
@@ -25,6 +23,8 @@ def folder(nearest_run, official_dir, cache_dir, tmp_path):
 
 @pytest.fixture
 def check(command):
+    """Returns a function: words -> the exit code of `vidjax check` and the lines that it prints."""
+
     def run(*words):
         code, out, err = command("check", *words)
         assert err == ""
@@ -41,8 +41,7 @@ def check_run(folder, check):
 
 def damage(folder, pattern):
     """Changes a byte of the largest file that a pattern names."""
-    paths = filter(Path.is_file, folder.glob(pattern))
-    path = max(paths, key=lambda path: path.stat().st_size)
+    path = max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[100 if path.suffix == ".npz" else len(content) // 2] ^= 1  # in an array
     path.write_bytes(content)
@@ -52,8 +51,7 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
     code, lines = check_run()
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")
-    for words in ("python 3.", "jax ", "8 x cpu", f"checkpoint {step}: ",
-                  f"step {step} and its data", "train 96 clips, val 60 clips"):  # fmt: skip
+    for words in ("jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"):
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
     (line,) = check_run("--json")[1]
@@ -78,7 +76,7 @@ def test_check_reports_every_damaged_file(folder, check_run, pattern, code, word
     damage(folder, pattern)
     exit_code, lines = check_run()
     assert exit_code == code and lines[-1].startswith("FAULT: ")
-    assert any(words.format(step=step.name) in line for line in lines), lines
+    assert words.format(step=step.name) in "\n".join(lines)
 
 
 def test_check_reports_labels_that_differ_from_those_of_training(folder, check_run, official_dir):
@@ -91,18 +89,16 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
 
 
 def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
-    check, official_dir, cache_dir, tmp_path
+    check, official_dir, cache_dir
 ):
-    (tmp_path / "file").touch()
-    words = (f"--config={SPEC}", f"--config.data.cache_dir={cache_dir}")
+    spec = f"{Path(__file__).parents[1]}/configs/mma.py:iqiyi_vid,face,head,audio"
+    words = (f"--config={spec}", f"--config.data.cache_dir={cache_dir}")
     official = f"--config.data.dir={official_dir}"
     assert check(*words, official)[1][-1] == "all good"
     for message, *given in (
-        ("nowhere", f"--config.data.dir={tmp_path}/nowhere"),
-        ("contains no feature pickles", f"--config.data.dir={tmp_path}"),
         ("config.data.dir",),
+        ("contains no feature pickles", f"--config.data.dir={cache_dir}"),
         ("'head'", official, "--config.modalities=haed"),
-        ("file'", official, f"--config.data.cache_dir={tmp_path}/file"),
         ("embed_dim", official, "--config.model.embed_dim=0"),
     ):
         code, lines = check(*words, *given)

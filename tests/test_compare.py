@@ -16,7 +16,13 @@ from vidjax.evaluation import comparison, significance
 NAMES = [f"person_{i}" for i in range(40)]
 
 
+def read_words(page):
+    """Returns the text of a page as a browser shows it."""
+    return "".join(text for text, _ in Page(page).texts)
+
+
 def averages(seed):
+    """Returns identity -> average precision."""
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 
@@ -30,15 +36,17 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
     x = rng.random((400, 50)) ** (1 / 3)
     powers, shares = np.array([1.0, 0.5, 1.2]), np.array([1 / 3, 1 / 6, 1 / 2])
     gaps = x ** powers[rng.choice(3, x.shape, p=shares)] - x
-    true = float(np.sum(shares * (3 / (3 + powers) - 3 / 4)))  # E[x ** g] = 3 / (3 + g)
-    low, high, p = np.transpose(
-        [significance.compute_gap_interval(row, draws=1000) for row in gaps]
-    )
+    true = np.sum(shares * (3 / (3 + powers) - 3 / 4))  # the mean of x ** g is 3 / (3 + g)
+    intervals = [significance.compute_gap_interval(row, draws=1000) for row in gaps]
+    low, high, p = np.transpose(intervals)
     assert np.mean((low <= true) & (true <= high)) >= 0.93
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
     low, high, p = significance.compute_gap_interval(np.zeros(50))
     assert -0.04 < low < 0 < high < 0.04 and p > 0.9
-    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
+    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03])
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
@@ -58,7 +66,7 @@ def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, 
         made_runs.write(tmp_path / name, values)
     text = compared(runs=names).out
     page = (tmp_path / "out" / "comparison.html").read_text()
-    assert "Holm" in text and "Holm" in page and "b<i>" in words_of(page)  # escaped
+    assert "Holm" in text and "Holm" in page and "b<i>" in read_words(page)
     facts = json.loads(compared("--json", runs=names).out)
     assert (facts["split"], facts["num_identities"], facts["num_clips"]) == ("val", len(NAMES), 50)
     assert [row["run"] for row in facts["runs"]] == [str(tmp_path / name) for name in names]
@@ -66,29 +74,25 @@ def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, 
     assert facts["runs"][0]["map"] == pytest.approx(first.mean())
     for name, row in zip(names[1:], facts["runs"][1:], strict=True):
         gaps = np.array(list(precisions[name].values())) - first
-        low, high, p = significance.compute_gap_interval(gaps)
+        interval = significance.compute_gap_interval(gaps)
         assert row["difference"] == pytest.approx(gaps.mean())
         assert f"{gaps.mean():+.4f}" in text and f"{gaps.mean():+.4f}" in page
-        assert (row["low"], row["high"], row["p"]) == pytest.approx((low, high, p))
+        assert (row["low"], row["high"], row["p"]) == pytest.approx(interval)
         assert row["p"] <= row["p_holm"] <= 1
         counts = [np.sum(gaps > 1e-9), np.sum(gaps < -1e-9), np.sum(np.abs(gaps) <= 1e-9)]
         assert [row["better"], row["worse"], row["equal"]] == counts
 
 
 def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
-    values = averages(10)
-    made_runs.write(tmp_path / "a_1", values)
-    made_runs.write(tmp_path / "50% & {more}", {k: max(x - 1e-6, 0) for k, x in values.items()})
-    pair = vidjax.compare([tmp_path / "a_1", tmp_path / "50% & {more}"])
+    first, values = tmp_path / "a_1", averages(10)
+    second = tmp_path / "50% & {more}"
+    made_runs.write(first, values)
+    made_runs.write(second, {name: max(x - 1e-6, 0) for name, x in values.items()})
+    pair = vidjax.compare([first, second])
     assert "+0.0000" in pair.text() and "-0.0000" not in pair.text()
-    lines = [line for line in pair.to_latex().splitlines() if not line.startswith("%")]
-    rows = [line.replace(r"\&", "and") for line in lines if " & " in line]
-    assert {line.count("&") for line in rows} == {7} and all(x.endswith(r" \\") for x in rows)
-    assert r"50\% and \{more\}" in rows[-1] and r"a\_1 & 0." in rows[-2]
-
-
-def words_of(page):
-    return "".join(text for text, _ in Page(page).texts)
+    rows = [line for line in pair.to_latex().splitlines() if line.endswith(r" \\")]
+    assert r"a\_1 & 0." in rows[-2] and r"50\% \& \{more\}" in rows[-1]
+    assert {row.count(" & ") for row in (*rows[:-1], rows[-1].replace(r"\&", ""))} == {7}
 
 
 @pytest.fixture
@@ -102,20 +106,20 @@ def compared(command, tmp_path):
     return run
 
 
-def groups_of(tmp_path):
-    """Writes three seeds of two systems; returns group -> their average precisions [3, C]."""
+def write_groups(tmp_path):
+    """Writes runs a1, a2, a3, b1, b2 and b3; returns group -> average precisions [3, C]."""
     rng = np.random.default_rng(8)
     people, precisions = rng.beta(4, 1, len(NAMES)), {}
     for group, shift in (("a", -0.1), ("b", 0.0)):
         precisions[group] = np.clip(people + shift + 0.02 * rng.normal(size=(3, len(NAMES))), 0, 1)
-        for number, ap in enumerate(precisions[group], 1):
-            values = dict(zip(NAMES, ap, strict=True))
-            made_runs.write(tmp_path / f"{group}{number}", values, f"--config.seed={number}")
+        for seed, values in enumerate(precisions[group], 1):
+            by_name = dict(zip(NAMES, values, strict=True))
+            made_runs.write(tmp_path / f"{group}{seed}", by_name, f"--config.seed={seed}")
     return precisions
 
 
 def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, compared):
-    precisions, runs = groups_of(tmp_path), ("a1+a2+a3", "b1+b2+b3")
+    precisions, runs = write_groups(tmp_path), ("a1+a2+a3", "b1+b2+b3")
     facts = json.loads(compared("--json", runs=runs).out)
     gaps = precisions["b"] - precisions["a"]
     over_identities = np.mean(gaps, axis=0).var(ddof=1) / len(NAMES)
@@ -123,12 +127,12 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     error = (over_identities + over_seeds) ** 0.5
     freedom = error**4 / (over_identities**2 / (len(NAMES) - 1) + over_seeds**2 / 2)
     half = special.stdtrit(freedom, 0.975) * error
+    bounds = [gaps.mean() - half, gaps.mean() + half]
     first, second = facts["runs"]
     assert [seed["map"] for seed in first["seeds"]] == pytest.approx(precisions["a"].mean(axis=1))
     assert second["map"] == pytest.approx(precisions["b"].mean())
     assert second["difference"] == pytest.approx(gaps.mean())
     assert second["error"] == pytest.approx(error)
-    bounds = [gaps.mean() - half, gaps.mean() + half]
     assert [second["low"], second["high"]] == pytest.approx(bounds)
     assert second["p"] is None and "seeds" in facts["method"]
     text = compared(runs=runs).out
@@ -160,11 +164,13 @@ def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path):
     for seed, kind in enumerate(names):
         results = {"map_kind": kind.replace("other", "val")}
         made_runs.write(tmp_path / kind, averages(seed), results=results)
-    for number, word in ((2, "No run was trained on these clips."), (4, "Out of fold: {}/out_")):
-        comparison.compare([[str(tmp_path / kind)] for kind in names[:number]]).write(tmp_path)
-        text = words_of((tmp_path / "comparison.html").read_text())
-        assert word.format(tmp_path) in text
-        assert (f"In sample: {tmp_path}/in_sample was trained on" in text) == (number == 4)
+    for runs, *sentences in (
+        (names[:2], "No run was trained on these clips."),
+        (names, "Out of fold: {}/out_of_fold", "In sample: {}/in_sample was trained on"),
+    ):
+        comparison.compare([[str(tmp_path / kind)] for kind in runs]).write(tmp_path)
+        text = read_words((tmp_path / "comparison.html").read_text())
+        assert all(sentence.format(tmp_path) in text for sentence in sentences)
 
 
 def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, compared):
@@ -172,30 +178,31 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, co
     made_runs.write(tmp_path / "a", values)
     made_runs.write(tmp_path / "more", values | {"nobody": 0.5})
     assert compared(runs=("a", "more")).refused("'nobody' is missing in")
-    cases: list[tuple[Any, str]] = [
-        ({"split": "test"}, "--config.eval.split=val"),
-        ({"positives": 4}, "3 and 4 of 'person_0'"),
-        ({"num_clips": 49}, "50 and 49 clips"),
-        ({"results": {"data": {"name": "synthetic", "size": "small"}}}, "synthetic, size small"),
-        ({"results": {"map": 0.123}}, "0.1230 in metrics.json"),
-        ({"truth": False}, "has no ground truth"),
-    ]
-    for number, (change, message) in enumerate(cases):
+    cases: dict[str, Any] = {
+        "--config.eval.split=val": {"split": "test"},
+        "3 and 4 of 'person_0'": {"positives": 4},
+        "50 and 49 clips": {"num_clips": 49},
+        "synthetic, size small": {"results": {"data": {"name": "synthetic", "size": "small"}}},
+        "0.1230 in metrics.json": {"results": {"map": 0.123}},
+        "has no ground truth": {"truth": False},
+    }
+    for number, (message, change) in enumerate(cases.items()):
         made_runs.write(tmp_path / f"b{number}", values, **change)
         assert compared(runs=("a", f"b{number}")).refused(message)
     (tmp_path / "b1" / "analysis.npz").unlink()
     assert compared(runs=("a", "b1")).refused(f"vidjax evaluate --workdir={tmp_path / 'b1'}")
     assert not (tmp_path / "out").exists()
-    # Equal numbers of clips are not enough. Other features of the same clips are accepted.
-    own = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
-    for name, more in {"a": {}, "b": {"features": "b"}, "names": {"names": "b"}, "labels":
-                       {"labels": "b"}}.items():  # fmt: skip
-        trained_on = {"splits": {"train": own | {"names": name}, "val": own | more}}
+
+
+def test_compare_refuses_other_names_or_labels_but_not_other_features_of_clips(tmp_path, compared):
+    digests = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
+    for name in ("a", "features", "names", "labels"):
+        changed = digests if name == "a" else digests | {name: "b"}
+        trained_on = {"splits": {"train": digests | {"names": name}, "val": changed}}
         made_runs.write(tmp_path / name, averages(11), results={"trained_on": trained_on})
-    made_runs.write(tmp_path / "old", averages(11))
-    for other in ("b", "old"):
+    made_runs.write(tmp_path / "without", averages(11))
+    for other in ("features", "without"):
         assert compared(runs=("a", other)).code == 0
     for other in ("names", "labels"):
-        assert compared(runs=("a", other)).refused(
-            f"50 and 50 clips; the {other} of the clips differ\n"
-        )
+        message = f"50 and 50 clips; the {other} of the clips differ\n"
+        assert compared(runs=("a", other)).refused(message)

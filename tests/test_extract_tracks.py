@@ -5,9 +5,11 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from tests.helpers.cases import first_by_day
 from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks
@@ -16,7 +18,7 @@ from vidjax.apps.video.cards import BackEnd
 from vidjax.apps.video.features_folder import FileStamp, Film
 from vidjax.utils.errors import UserError
 
-# Faces of 234 tracks of real films, in the folder next to VIDJAX_REAL_DATA.
+# Faces of 234 tracks of real films.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 BOX = np.array([[10, 10, 60, 70]])
 # What the card of dlib's net says of pairs of vectors.
@@ -27,25 +29,24 @@ NTSC = 30000 / 1001
 
 
 def walk(start, speed):
-    """Returns a function of time: the box of one head."""
+    """Returns a function of time: the box of a head, 48 pixels wide."""
     half = np.array([-24, -30, 24, 30])
     return lambda time_s: np.tile(np.add(start, np.multiply(time_s, speed)), 2) + half
 
 
 def follow(people, seconds, *, fps=5, noise=1.0, unseen=lambda person, time_s: False, seed=0):
-    """Returns the tracks, and of each track the people whose detections it holds."""
+    """Returns the tracks, and for each track the numbers of the people in it."""
     rng, tracker, owners = np.random.default_rng(seed), tracks.Tracker(), defaultdict(set)
     for time_s in np.arange(0, seconds, 1 / fps):
-        here = [n for n in rng.permutation(len(people)) if not unseen(n, time_s)]
-        boxes = np.array([people[n](time_s) for n in here]).reshape(-1, 4)
+        visible = [n for n in rng.permutation(len(people)) if not unseen(n, time_s)]
+        boxes = np.array([people[n](time_s) for n in visible]).reshape(-1, 4)
         boxes += rng.normal(0, noise, boxes.shape)
-        kept: list[int] = []  # no two overlap by half, as every detector ends
+        kept: list[int] = []  # like a detector, keeps one of two boxes that overlap by half
         for n in range(len(boxes)):
             if not kept or tracks.measure_overlaps(boxes[[n]], boxes[kept]).max() < 0.5:
                 kept.append(n)
-        numbers = tracker.update(time_s, boxes[kept]).tolist()
-        for number, n in zip(numbers, kept, strict=True):
-            owners[number].add(int(here[n]))
+        for number, n in zip(tracker.update(time_s, boxes[kept]).tolist(), kept, strict=True):
+            owners[number].add(int(visible[n]))
     tracker.cut(seconds)
     ended = tracker.take_ended()
     return ended, [sorted(owners[track.number]) for track in ended]
@@ -62,24 +63,27 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         assert all(len(track.times) >= 5 * fps for track in ended)
 
 
-def test_track_continues_after_a_short_gap_only_and_never_mixes_two_people():
+def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
+    people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]  # they meet after 2.5 s
     for seed in range(5):
-        people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]
-        hidden = lambda n, t: n == 1 and abs(t - 2.5) < 0.45  # noqa: E731
-        _, owners = follow(people, 5, unseen=hidden, seed=seed)
+        _, owners = follow(
+            people, 5, unseen=lambda n, time_s: n == 1 and 2.05 < time_s < 2.95, seed=seed
+        )
         assert all(len(who) == 1 for who in owners) and len(owners) <= 4, (seed, owners)
+
+
+def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
     person = [walk((100, 100), (20, 0))]
-    for end, numbers in ((2.7, [0]), (3.9, [0, 1])):
-        ended, _ = follow(person, 6, unseen=lambda n, t, end=end: 2 < t < end)
+    for end_s, numbers in ((2.7, [0]), (3.9, [0, 1])):
+        ended, _ = follow(person, 6, unseen=lambda n, time_s, end_s=end_s: 2 < time_s < end_s)
         assert [track.number for track in ended] == numbers
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
-    """Three faces of 48 pixels move by 45 pixels per frame; then 24 people move slowly."""
+    # In each frame of the pan, faces of 48 pixels move by 225 / 5 pixels.
     ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
     assert sorted(owners) == [[n] for n in range(3)]
-    for track in ended:
-        np.testing.assert_allclose(track.times, np.arange(15) / 5)
+    assert [len(track.times) for track in ended] == [15] * 3
     speed = np.random.default_rng(0).uniform(-3, 3, 24)
     people = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
     _, owners = follow(people, 8, noise=2)
@@ -112,8 +116,8 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
     other = np.array([[200, 10, 260, 70]])
     for n in range(20):
         if n == 10:
-            for each in (tracker, main):
-                each.cut(1.5)
+            tracker.cut(1.5)
+            main.cut(1.5)
         tracker.update(n / 5, BOX if n < 6 else other if n > 8 else np.concatenate([BOX, other]))
         main.update(n / 5, BOX)
     for each in (tracker, main):
@@ -162,14 +166,18 @@ def test_main_figure_follows_the_definition_of_the_paper():
         return [len(track.times) for track in shots.take_ended()]
 
     assert seen([[3, 1]] * 10) == [10] and seen([[2.9, 1]] * 10) == []
-    assert seen([[1]] * 3 + [[]] * 7) == [] and seen([[1]] * 4 + [[]] * 6) == [4]
-    assert seen([[1]] * 4) == [] and seen([[1]] * 5) == [5]
+    assert seen([[1]] * 4 + [[]] * 6) == [4] and seen([[1]] * 3 + [[]] * 7) == []
+    # A shot has 5 to 150 frames.
+    assert seen([[1]] * 5) == [5] and seen([[1]] * 4) == []
     assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []
 
 
 def faces(order, alike=0.98, seed=0):
-    """Returns vectors [N, 128] of faces, of a person each; two of one person have `alike`."""
-    rng, each = np.random.default_rng(seed), 0.83 / alike  # of two people's middles
+    """Returns [N, 128], a vector for each person in `order`.
+
+    Two vectors of a person have a cosine of about `alike`, two people of about 0.83.
+    """
+    rng, each = np.random.default_rng(seed), 0.83 / alike
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(128, max(order) + 2)))[0].T
     people = np.sqrt(each) * axes[0] + np.sqrt(1 - each) * axes[1:]
     noise = rng.normal(size=(len(order), 128)) / np.sqrt(128)
@@ -234,17 +242,14 @@ def test_similarity_transform_is_the_least_squares_solution():
 @pytest.mark.parametrize("place", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
 def test_warp_is_bilinear_interpolation(place):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    matrix, expected = turn(*place), np.zeros((24, 24, 3))
+    matrix, (v, u) = turn(*place), np.indices((24, 24))
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
-    for v, u in np.ndindex(24, 24):
-        x, y, _ = inverse @ (u, v, 1)
-        for column in (int(np.floor(x)), int(np.floor(x)) + 1):
-            for row in (int(np.floor(y)), int(np.floor(y)) + 1):
-                if 0 <= column < 40 and 0 <= row < 30:
-                    weight = (1 - abs(x - column)) * (1 - abs(y - row))
-                    expected[v, u] += weight * rgb[row, column]
+    x, y, _ = np.moveaxis(np.stack([u, v, np.ones_like(u)], -1) @ inverse.T, -1, 0)
+    options: Any = {"order": 1, "mode": "grid-constant"}  # bilinear; black outside of the picture
+    channels = np.moveaxis(rgb.astype(float), -1, 0)
+    expected = [ndimage.map_coordinates(channel, (y, x), **options) for channel in channels]
     crop = align.warp_faces(rgb, matrix[None], 24)[0]
-    assert crop.dtype == np.uint8 and np.abs(crop - expected).max() <= 0.51
+    assert crop.dtype == np.uint8 and np.abs(crop - np.stack(expected, -1)).max() <= 0.51
     outside = np.stack([turn(0, 1, 500), turn(0, 0.1, -300), turn(0, 0)])
     assert not align.warp_faces(rgb, outside, 16).any()
 
@@ -260,7 +265,7 @@ def test_reduced_crops_are_means_over_areas():
         np.testing.assert_allclose(inside[:, 0], 127.5, atol=15)
 
 
-def test_size_frontality_and_sharpness_are_from_0_to_1_also_with_noise():
+def test_size_frontality_and_sharpness_are_from_0_to_1():
     profile = TEMPLATE.copy()
     profile[2, 0] += 40
     faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
@@ -272,16 +277,13 @@ def test_size_frontality_and_sharpness_are_from_0_to_1_also_with_noise():
     board = np.indices((32, 32)).sum(0)[None, ..., None] // 8 % 2 * np.uint8(255)
     sharp, flat = (align.measure_sharpness(crop.repeat(3, -1))[0] for crop in (board, 0 * board))
     assert 0.9 < sharp < 1 and flat == 0
-    # Sharp, unfocused and dark pictures with and without film grain.
-    rng, side = np.random.default_rng(0), 112
-    sharp = np.full((side, side), 128.0)
+
+
+def test_sharpness_separates_detail_from_film_grain():
+    rng, sharp = np.random.default_rng(0), np.full((128, 128), 128.0)
     for cells in (4, 8, 16, 32):
-        patch = -(-side // cells)
-        coarse = rng.normal(0, 24, (cells, cells)).repeat(patch, 0).repeat(patch, 1)
-        sharp += coarse[:side, :side]
-    soft = sharp
-    for axis in (0, 1, 0, 1):
-        soft = sum(np.roll(soft, shift, axis) for shift in range(-3, 4)) / 7
+        sharp += np.kron(rng.normal(0, 24, (cells, cells)), np.ones((128 // cells, 128 // cells)))
+    soft = ndimage.uniform_filter(ndimage.uniform_filter(sharp, 7, mode="wrap"), 7, mode="wrap")
     grain = rng.normal(0, 15, sharp.shape)
     made = np.array([sharp, sharp + grain, soft, soft + grain, 0.2 * sharp, 128 + grain])
     crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
@@ -295,9 +297,9 @@ def test_dark_glasses_are_detected_and_shadows_are_not():
     y, x = np.mgrid[:150, :150]
     bare = np.full((150, 150), 150.0)
     for eye in TEMPLATE[:2]:
-        away = np.hypot((x - eye[0]) / 2, y - eye[1])
-        bare[away < 7] = 200  # the white
-        bare[away < 3] = 20
+        distance = np.hypot((x - eye[0]) / 2, y - eye[1])
+        bare[distance < 7] = 200  # the white
+        bare[distance < 3] = 20  # the pupil
     lit = bare * np.where(x < 75, 0.3, 1.0)
     lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
     glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
@@ -307,46 +309,42 @@ def test_dark_glasses_are_detected_and_shadows_are_not():
 
 
 def landscape(rng, bright):
-    """Returns a large picture with detail of every size, float32 [240, 420, 3]."""
-    picture = np.zeros((240, 420, 3))
-    for cells, strength in ((4, 1.0), (9, 0.6), (25, 0.4), (60, 0.25)):
-        coarse = rng.normal(0, 1, (cells, 2 * cells, 1)) + rng.normal(0, 0.5, (cells, 2 * cells, 3))
-        fine = coarse.repeat(-(-240 // cells), 0).repeat(-(-420 // (2 * cells)), 1)
-        picture += strength * fine[:240, :420]
+    """Returns a large picture with detail of every size, float [240, 480, 3]."""
+    picture = np.zeros((240, 480, 3))
+    for cells, strength in ((4, 1.0), (10, 0.6), (24, 0.4), (60, 0.25)):
+        shape = cells, 2 * cells
+        coarse = rng.normal(0, 1, (*shape, 1)) + rng.normal(0, 0.5, (*shape, 3))
+        picture += strength * np.kron(coarse, np.ones((240 // cells, 240 // cells, 1)))
     picture *= rng.uniform(30, 60) / picture.std()
-    return (np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright).astype(np.float32)
+    return np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright
 
 
 def view(picture, x, y, zoom):
-    """Returns what a camera sees of it around (x, y), float [36, 64, 3]."""
+    """Returns what a camera sees around (x, y), float [36, 64, 3]."""
     rows = np.clip(y + np.linspace(-70, 70, 72) * zoom, 0, 239).astype(int)
-    columns = np.clip(x + np.linspace(-125, 125, 128) * zoom, 0, 419).astype(int)
-    parts = [picture[rows[n // 2 :: 2]][:, columns[n % 2 :: 2]] for n in range(4)]
-    return (parts[0] + parts[1] + parts[2] + parts[3]) / np.float32(4)
+    columns = np.clip(x + np.linspace(-125, 125, 128) * zoom, 0, 479).astype(int)
+    return picture[rows][:, columns].reshape(36, 2, 64, 2, 3).mean((1, 3))
 
 
 def shot(rng, camera, frames, bright):
     """Returns a shot with a head that walks through it, float [frames, 36, 64, 3]."""
     background, colour = landscape(rng, bright), rng.uniform(0, 255, 3) * bright
-    x, y, zoom = 210.0, 120.0, 0.85
-    head, walk = rng.uniform(80, 340), rng.uniform(-5, 5)
-    step = rng.uniform(-6, 6, 2)
-    made = []
+    time = np.arange(frames)
+    head = np.clip(rng.uniform(110, 370) + rng.uniform(-5, 5) * time, 30, 450).astype(int)
+    x, y, zoom = (np.full(frames, value) for value in (240.0, 120.0, 0.85))
+    if camera == "pan":
+        x += 100 * np.sin(rng.uniform(-6, 6) * time / 100)
+    elif camera == "hand":
+        x += np.cumsum(rng.normal(0, 1.5, frames))
+        y += np.cumsum(rng.normal(0, 1, frames))
+    elif camera == "zoom":
+        zoom *= np.cumprod(1 + 0.01 * np.sin(time / 10))
+    pictures = []
     for n in range(frames):
-        head = np.clip(head + walk, 30, 390)
-        covered = np.s_[95:145, int(head) - 18 : int(head) + 18]
-        behind = background[covered].copy()
-        background[covered] = colour
-        if camera == "pan":
-            step[0] *= 1 if 100 < x + step[0] < 320 else -1
-            x, y = x + step[0], y + 0.3 * step[1]
-        elif camera == "hand":
-            x, y = x + rng.normal(0, 1.5), y + rng.normal(0, 1)
-        elif camera == "zoom":
-            zoom *= 1 + 0.01 * np.sin(n / 10)
-        made.append(view(background, x, y, zoom))
-        background[covered] = behind
-    return np.array(made)
+        picture = background.copy()
+        picture[95:145, head[n] - 18 : head[n] + 18] = colour
+        pictures.append(view(picture, x[n], y[n], zoom[n]))
+    return np.array(pictures)
 
 
 def filmed(rng, *parts):
@@ -356,7 +354,7 @@ def filmed(rng, *parts):
 
 
 def find_cuts(film):
-    """Returns the numbers of the frames that begin a shot, but the first."""
+    """Returns the numbers of the frames that begin a shot, without frame 0."""
     detector = shots.ShotDetector()
     return [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
 
@@ -391,9 +389,9 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
 @first_by_day("steps", [15, 8, 25])
 def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     rng, detector = np.random.default_rng(0), shots.ShotDetector()
-    first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 60, 0.6)
-    mixed = fade(first[-1:], steps) + second[:1] - fade(second[:1], steps)
-    film = filmed(rng, first[-1:].repeat(40, 0), mixed, second[:1].repeat(60, 0))
+    first, second = (shot(rng, "still", 1, bright) for bright in (0.8, 0.6))
+    mixed = fade(first, steps) + second - fade(second, steps)
+    film = filmed(rng, first.repeat(40, 0), mixed, second.repeat(60, 0))
     (reported,) = [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
     assert 40 < reported <= 40 + steps + 15
     assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
@@ -404,13 +402,9 @@ def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
     """Pictures a second apart differ, and the pictures between are nearly their mixtures."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        fine = rng.uniform(60, 190, (60, 100, 1)).repeat(3, 2)
-        film = []
-        for place in np.arange(0, 6, 0.025):
-            whole, part = divmod(place, 1)
-            left, right = (fine[10:46, n : n + 64] for n in (int(whole), int(whole) + 1))
-            film.append((1 - part) * left + part * right)
-        assert find_cuts(filmed(rng, np.array(film))) == []
+        fine = rng.uniform(60, 190, (36, 100, 1)).repeat(3, 2)
+        pan = (ndimage.shift(fine, (0, -x, 0), order=1) for x in np.arange(0, 6, 0.025))
+        assert find_cuts(filmed(rng, np.array([picture[:, :64] for picture in pan]))) == []
 
 
 def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
@@ -430,7 +424,6 @@ def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
         detector.update(n / RATE, small)
     assert detector.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
     assert len(detector._changes) <= 15 and len(detector._dissolve._kept) < 30
-    assert shots.ShotDetector().shots(0.0) == []
 
 
 def film(name, rate, seconds=100.0):
@@ -463,8 +456,7 @@ def read(path, base):
 
 def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
     """Margins end with the film, close appearances join, photos and unknown people are left out."""
-    film_a, film_b = film("a.mp4", 25), film("b.mov", 24.99, 4000.0)
-    photo = film("c.jpg", None, 0.0)
+    film_a, film_b, photo = film("a.mp4", 25), film("b.mov", 24.99, 4000.0), film("c.jpg", None, 0)
     appearances = [
         seen(film_a, 0.4, 3), seen(film_a, 4.9, 6), seen(film_a, 5.2, 5.5), seen(film_a, 98, 100),
         seen(film_a, 20, 30, "unknown 1", None), seen(film_a, 50, 51, "Bob"),
@@ -502,7 +494,6 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     files = [path.name for path in (tmp_path / "cuts").iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
-    assert len([*tmp_path.iterdir()]) == 1
 
 
 def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
