@@ -26,10 +26,12 @@ WORDS = (
     LAYER, "--config.batch_size=32", "--config.num_epochs=6", "--config.eval.every_epochs=0",
     "--config.log_every_steps=1", "--config.eval.block_size=16",
 )  # fmt: skip
-# The rates of a run that goes on for more epochs are those of one that always had them.
-CONSTANT = ("decay=constant", "warmup=0", "warmup_scale=0", "total_decay=0")
-SGD = tuple(f"--config.optim.{word}" for word in ("name=sgd", "learning_rate=0.01", *CONSTANT))
-OFTEN = ("--config.log_every_steps=1", "--config.eval.report=False")
+# A constant rate, which does not depend on the number of epochs.
+SGD = tuple(
+    f"--config.optim.{word}"
+    for word in ("name=sgd", "learning_rate=0.01", "decay=constant", "warmup=0", "warmup_scale=0",
+                 "total_decay=0")
+)  # fmt: skip
 
 
 def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices():
@@ -45,28 +47,25 @@ def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    every = []
+    """Starts two processes of a run; the second one gets the words of `second`, too."""
+    processes = []
 
-    def run(*words, own=((), ())):
+    def run(*words, second=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-        env = os.environ | {
-            "VIDJAX_CACHE": str(cache_dir), "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_PLATFORMS": "cpu", **QUICK,
-        }  # fmt: skip
+        env = {**os.environ, **QUICK, "VIDJAX_CACHE": str(cache_dir), "JAX_NUM_CPU_DEVICES": "1"}
         words = [*words, f"--workdir={tmp_path}/two", f"--config.data.dir={official_dir}", place]
-        for number in (0, 1):
-            more = ["--num_processes=2", f"--process_id={number}", *own[number]]
+        command = [sys.executable, "-m", "vidjax.main", *words, "--num_processes=2"]
+        for number, more in enumerate(((), second)):
+            flags = [f"--process_id={number}", *more]
             with (tmp_path / f"{number}.txt").open("w") as file:
-                every.append(subprocess.Popen(
-                    [sys.executable, "-m", "vidjax.main", *words, *more],
-                    cwd=ROOT, env=env, stdout=file, stderr=file,
-                ))  # fmt: skip
-        return every[-2:]
+                output = {"stdout": file, "stderr": subprocess.STDOUT}
+                processes.append(subprocess.Popen([*command, *flags], cwd=ROOT, env=env, **output))
+        return processes[-2:]
 
     yield run
-    for process in every:  # one that waits for another would wait for ever
+    for process in processes:  # a process that waits for another one would never end
         process.kill()
         process.wait(SECONDS)
 
@@ -108,15 +107,12 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
     two, report = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
     words += ("--config.checkpoint_every_seconds=0.1", f"--config.eval.report={report}")
-    for sent in (signal.SIGTERM, signal.SIGKILL) if report else (signal.SIGKILL,):
+    for signum in (signal.SIGTERM, signal.SIGKILL) if report else (signal.SIGKILL,):
         pair = start(*words)
         wait_for_checkpoint(two, pair)
-        pair[1].send_signal(sent)
-        codes = wait(pair)
-        if sent == signal.SIGTERM:
-            assert codes == [143, 143]
-        else:
-            assert codes[0] not in (0, 143)
+        pair[1].send_signal(signum)
+        first, second = wait(pair)
+        assert first not in (0, 143) if signum == signal.SIGKILL else first == second == 143
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text() and (two / "report.html").exists() == report
@@ -128,7 +124,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
 
 @pytest.mark.slow
 def test_processes_with_different_configurations_are_refused(start, tmp_path):
-    codes = wait(start(f"--config={SPEC}", *WORDS, own=((), ("--config.seed=3",))))
+    codes = wait(start(f"--config={SPEC}", *WORDS, second=("--config.seed=3",)))
     assert 2 in codes and 0 not in codes
     output = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
     assert "configuration is not the same in all processes" in output
@@ -136,38 +132,32 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
 
 
 @pytest.mark.slow
-@first_by_day(
-    "spec, given",
-    [
-        ("quality_fusion", (*SGD, "--config.data.mode=streaming")),
-        ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=resident")),
-        ("plda", ()),
-        ("cosine", SGD),
-        ("mma", SGD),
-        ("deepmef", SGD),
-    ],
-)
+@first_by_day("spec, given", [
+    ("quality_fusion", (*SGD, "--config.data.mode=streaming")),
+    ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=resident")),
+    ("plda", ()), *((name, SGD) for name in ("cosine", "mma", "deepmef")),
+])  # fmt: skip
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):
     """A run resumed on 4 devices equals a run on 1 device."""
 
     def train(folder, num_devices, epochs):
-        words = (f"--config.num_epochs={epochs}", *given, *OFTEN)
-        config = shrunk(*words, spec=f"configs/{spec}.py:iqiyi_vid")
+        words = (f"--config.num_epochs={epochs}", "--config.log_every_steps=1", *given)
+        config = shrunk(*words, "--config.eval.report=False", spec=f"configs/{spec}.py:iqiyi_vid")
         return run(config, tmp_path / folder, data, num_devices=num_devices)
 
     def last_loss(folder):  # PLDA has none
         rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
         return [row["train_loss"] for row in rows if "train_loss" in row][-1:]
 
-    if spec != "plda":  # which reads the clips twice, and then has learned everything
+    if spec != "plda":  # PLDA trains for exactly two epochs
         train("one", 1, 1)
         shutil.copytree(tmp_path / "one", tmp_path / "moved")
     moved, single = train("moved", 4, 2), train("one", 1, 2)
     assert abs(moved["map"] - single["map"]) < 0.02
     resumed, expected = weights(tmp_path / "moved"), weights(tmp_path / "one")
     assert resumed.keys() == expected.keys()
-    for path, x in expected.items():
-        np.testing.assert_allclose(resumed[path], x, rtol=0, atol=1e-5, err_msg=path)
+    for name, x in expected.items():
+        np.testing.assert_allclose(resumed[name], x, rtol=0, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(last_loss("moved"), last_loss("one"), rtol=0, atol=1e-5)
 
 

@@ -20,25 +20,22 @@ from vidjax.utils import machine
 from vidjax.utils.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-FILM = Path("film.mp4")
-GB = 1 << 30
+MB = 1 << 20
 V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
 V2 = "0::/pod/one\n"
 
 
 def make_clips(seed, count):
     """Returns clip -> modality -> field -> frames, with gaps and values that are not finite."""
-    rng = np.random.default_rng(seed)
-    clips: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    rng, clips = np.random.default_rng(seed), {}
     for number in range(count):
-        fields = clip_files.random_clip(rng, number % 5, 6)._asdict()
-        for field, every, where in (("features", 7, 0), ("detection", 11, 0), ("quality", 6, -1)):
+        face = clip_files.random_clip(rng, number % 5, 6)._asdict()
+        for field, every in (("features", 7), ("detection", 11), ("quality", 6)):
             if number % every == 2:
-                fields[field][where:][:1] = np.nan
-        clips[f"{seed}_{number:03d}"] = {"face": fields}
+                face[field][:1] = np.nan
+        clips[f"{seed}_{number:03d}"] = {"face": face}
         if number % 3:
-            voice = rng.normal(size=(1, 4)).astype(np.float32)
-            clips[f"{seed}_{number:03d}"]["audio"] = {"features": voice}
+            clips[f"{seed}_{number:03d}"]["audio"] = {"features": rng.normal(size=(1, 4))}
     return clips
 
 
@@ -46,27 +43,29 @@ SOME = {"train": make_clips(0, 40), "val": make_clips(1, 31)}
 
 
 @first_by_day("kind", ["npz", "pickles", "parquet"])
-def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path, say):
-    folder, cache_of_one = tmp_path / "source", tmp_path / "one"
+def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
     if kind == "pickles":
-        folder.mkdir()
         clip_files.write_learnable(folder)
     elif kind == "npz":
         clip_files.write_npz(folder, SOME)
     else:
-        folder.mkdir()
         for split, clips in SOME.items():
             clip_files.write_parquet(folder / f"{split}.parquet", clips)
     source = OfficialFiles if kind == "pickles" else arrays.FeatureFolder
-    expected = record_digests(convert(source(folder, workers=1), cache_of_one, workers=1).folder)
-    by_two = convert(source(folder, workers=2), tmp_path / "two", workers=2)
-    assert record_digests(by_two.folder) == expected and len(expected) > 10
-    if kind == "npz":
-        words = (folder, f"--cache_dir={cache_of_one}")
-        assert "1 or more" in say(*words, "--workers=0", code=2, program=arrays.main)
-        out = say(*words, "--workers=1", program=arrays.main)
-        assert "train: 40 clips, no ground truth" in out
-        assert len(list(cache_of_one.glob("arrays/*/manifest.json"))) == 1
+    by_one, by_two = (
+        record_digests(convert(source(folder, workers=n), tmp_path / str(n), workers=n).folder)
+        for n in (1, 2)
+    )
+    assert by_one == by_two and len(by_one) > 10
+
+
+def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
+    folder, cache_dir = clip_files.write_npz(tmp_path / "source", SOME), f"--cache_dir={tmp_path}"
+    assert "1 or more" in say(folder, cache_dir, "--workers=0", code=2, program=arrays.main)
+    out = say(folder, cache_dir, "--workers=1", program=arrays.main)
+    assert "train: 40 clips, no ground truth" in out
 
 
 def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch):
@@ -80,14 +79,14 @@ def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch
             os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
             return features
 
-    read, digest = [], cache._sha256_each
+    read, digest = [], cache._sha256_each  # the number of files of each split that is read
     monkeypatch.setattr(cache, "TICK_NS", 0)
     monkeypatch.setattr(cache, "_sha256_each", lambda x: read.append(len(x)) or digest(x))
     with pytest.raises(ValueError, match="changed while they were converted"):
         convert(Changing(folder, workers=1), tmp_path, workers=1)
-    assert read == [40, 31, 31], "the files of train are as they were"
+    assert read == [40, 31, 31], "val is read twice"
     arrays.FeatureFolder(folder).fingerprint()
-    assert len(read) == 3, "another process need not read them either"
+    assert len(read) == 3, "another process reads neither again"
 
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
@@ -141,10 +140,10 @@ def test_failure_of_one_process_or_a_stop_ends_the_other_processes(tmp_path):
 
 
 def run(wanted, cpu_seconds=20, children=None, **more):
-    return processes.run_limited(
-        limited_job.__name__, FILM, {"wanted": wanted, **more},
-        memory_bytes=1 << 31, cpu_seconds=cpu_seconds, children=children,
-    )  # fmt: skip
+    """Runs the job of `tests/helpers/limited_job.py`, which does what is wanted."""
+    job, limits = limited_job.__name__, {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
+    arguments = {"wanted": wanted, **more}
+    return processes.run_limited(job, Path("film.mp4"), arguments, **limits, children=children)
 
 
 @LINUX
@@ -154,47 +153,39 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     assert answer["refused"] == ["socket", "program"]
 
 
-@pytest.mark.parametrize(
-    ("wanted", "kind", "message"),
-    [
-        pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
-        ("time", UserError, r"film\.mp4' is refused.* 1 s of CPU time"),
-        ("crash", UserError, r"film\.mp4' is damaged or hostile: .* SIGABRT"),
-        ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),
-        ("mistake", UserError, r"^film\.mp4: give another film$"),
-        ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
-    ],
-)
+@pytest.mark.parametrize(("wanted", "kind", "message"), [
+    pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
+    ("time", UserError, r"film\.mp4' is refused.* 1 s of CPU time"),
+    ("crash", UserError, r"film\.mp4' is damaged or hostile: .* SIGABRT"),
+    ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),
+    ("mistake", UserError, r"^film\.mp4: give another film$"),
+    ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
+])  # fmt: skip
 def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
     with pytest.raises(kind, match=message) as caught:
         run(wanted, cpu_seconds=1 if wanted == "time" else 20)
     assert len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "most", "free", "cores"),
-    [
-        (None, {}, None, None, None),  # no Linux
-        (V2, {
-            "memory.max": "max", "pod/one/memory.max": GB >> 6, "pod/one/memory.current": GB >> 7,
-            "pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}",
-            "pod/one/cpu.max": "max 100000", "pod/cpu.max": "80000 100000",
-        }, GB >> 6, (GB >> 7) + (GB >> 8), 1),
-        (V2, {"memory.max": GB >> 6}, GB >> 6, GB >> 6, None),  # seen as top
-        (V1, {
-            "memory/pod/one/memory.limit_in_bytes": 1 << 63,
-            "memory/pod/memory.limit_in_bytes": GB >> 6,
-            "memory/pod/memory.usage_in_bytes": GB >> 7,
-            "cpu/pod/one/cpu.cfs_quota_us": 50000, "cpu/pod/one/cpu.cfs_period_us": 100000,
-        }, GB >> 6, GB >> 7, 1),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("groups", "files", "most", "free", "cores"), [
+    (None, {}, None, None, None),  # not Linux
+    (V2, {
+        "memory.max": "max", "pod/one/memory.max": 16 * MB, "pod/one/memory.current": 8 * MB,
+        "pod/one/memory.stat": f"anon 5\ninactive_file {4 * MB}",
+        "pod/one/cpu.max": "max 100000", "pod/cpu.max": "80000 100000",
+    }, 16 * MB, (16 - 8 + 4) * MB, 1),
+    (V2, {"memory.max": 16 * MB}, 16 * MB, 16 * MB, None),  # the container sees only its own group
+    (V1, {
+        "memory/pod/one/memory.limit_in_bytes": 1 << 63,
+        "memory/pod/memory.limit_in_bytes": 16 * MB, "memory/pod/memory.usage_in_bytes": 8 * MB,
+        "cpu/pod/one/cpu.cfs_quota_us": 50000, "cpu/pod/one/cpu.cfs_period_us": 100000,
+    }, 16 * MB, 8 * MB, 1),
+])  # fmt: skip
 def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
     tmp_path, groups, files, most, free, cores
 ):
     texts = {f"sys/fs/cgroup/{name}": f"{value}\n" for name, value in files.items()}
-    texts |= {"proc/self/cgroup": groups} if groups else {}
-    for name, text in texts.items():
+    for name, text in (texts | ({"proc/self/cgroup": groups} if groups else {})).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -24,7 +24,7 @@ class CountingDetector(nets.Detector):
 
 def draw_shot(rng, frames, slow):
     """Returns pictures of people, each visible for five frames or more; in all if not `slow`."""
-    shown = [[] for _ in range(frames)]
+    faces = [[] for _ in range(frames)]  # of each picture
     for room in rng.choice(12, rng.integers(1, 7), replace=False):
         begin = rng.integers(0, max(1, frames - 4)) if slow else 0
         end = rng.integers(min(begin + 5, frames), frames + 1) if slow else frames
@@ -32,8 +32,8 @@ def draw_shot(rng, frames, slow):
         for number in range(begin, end):
             place = np.clip(place + step, 4, 44) if slow else rng.uniform(4, 44, 2)
             left, top = place.astype(int)
-            shown[number].append(("Ada", left + room % 4 * ROOM, top + room // 4 * ROOM))
-    return [drawn_people.picture(faces, size=(3 * ROOM, 4 * ROOM)) for faces in shown]
+            faces[number].append(("Ada", left + room % 4 * ROOM, top + room // 4 * ROOM))
+    return [drawn_people.picture(squares, size=(3 * ROOM, 4 * ROOM)) for squares in faces]
 
 
 @pytest.mark.parametrize(("slow", "step_s"), [(True, 0.2), (False, 0.2), (False, 1.0)])

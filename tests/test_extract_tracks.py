@@ -25,7 +25,6 @@ BOX = np.array([[10, 10, 60, 70]])
 DLIB = BackEnd(**{**cards.PUBLISHED["dlib"]["back_end"], "centre": [0.0] * 128})
 TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
 RATE = 25
-NTSC = 30000 / 1001
 
 
 def walk(start, speed):
@@ -436,22 +435,9 @@ def seen(film, start, end, name="Ada", probability: float | None = 0.9):
     return Appearance(film.video, start, end, name, probability, ("c",))
 
 
-def read(path, base):
-    """Returns (clip, begin, end) in frames of each event, whose records follow one another."""
-    title, mode, *rest = path.read_text().splitlines()
-    assert re.fullmatch(r"TITLE: (Ada|Bob) [\d.]+ fps", title) and mode == "FCM: NON-DROP FRAME"
-    events, at = [], 0
-    for number, (_, event, clip, source) in enumerate(zip(*[iter(rest)] * 4, strict=True), 1):
-        fields = event.split()
-        assert fields[:4] == [f"{number:03}", "AX", "AA/V", "C"]
-        parts = [[*map(int, time.split(":"))] for time in fields[4:]]
-        assert all(m < 60 and s < 60 and f < base for _, m, s, f in parts)
-        times = [((h * 60 + m) * 60 + s) * base + f for h, m, s, f in parts]
-        assert times[2:] == [at, at + times[1] - times[0]] and times[1] > times[0]
-        at, name = times[3], clip.removeprefix("* FROM CLIP NAME: ")
-        assert source == f"* SOURCE FILE: /films/{name}"
-        events.append((name, *times[:2]))
-    return events
+def read_times(path):
+    """Returns for each event its begin and end in the film, and its begin and end in the list."""
+    return re.findall("AA/V  C        (.*)", path.read_text())
 
 
 def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
@@ -464,25 +450,37 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
     ]  # fmt: skip
     cuts.write(tmp_path, appearances, [film_a, film_b, photo], 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
-    assert read(tmp_path / "Ada.edl", 25) == [
-        ("a.mp4", 0, 7 * 25), ("a.mp4", 97 * 25, 2500), ("b.mov", 3599 * 25, 3602 * 25)
+    assert read_times(tmp_path / "Ada.edl") == [
+        "00:00:00:00 00:00:07:00 00:00:00:00 00:00:07:00",
+        "00:01:37:00 00:01:40:00 00:00:07:00 00:00:10:00",
+        "00:59:59:00 01:00:02:00 00:00:10:00 00:00:13:00",
+    ]
+    assert (tmp_path / "Bob.edl").read_text().splitlines() == [
+        "TITLE: Bob 25 fps", "FCM: NON-DROP FRAME", "",
+        "001  AX       AA/V  C        00:00:49:00 00:00:52:00 00:00:00:00 00:00:03:00",
+        "* FROM CLIP NAME: a.mp4", "* SOURCE FILE: /films/a.mp4",
     ]  # fmt: skip
-    assert read(tmp_path / "Bob.edl", 25) == [("a.mp4", 49 * 25, 52 * 25)]
+
+
+def test_time_codes_of_rates_such_as_29_97_count_whole_frames(tmp_path):
+    # At 30000/1001 frames per second, 1000 s are 29970 frames: 999 s of 30 frames.
+    for rate, times in (
+        (29.98, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),
+        (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # means 24000/1001
+        (30, "00:16:40:00 00:33:20:00 00:00:00:00 00:16:40:00"),
+    ):
+        source = film("a.mp4", rate, 5000.0)
+        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], 0.0)
+        assert read_times(tmp_path / "Ada.edl") == [times]
 
 
 def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
-    """At 29.97 frames per second, a time code counts 30 frames per second."""
-    for rate, exact, base in ((29.98, NTSC, 30), (30, 30, 30), (14.7, 24000 / 1001, 24)):
-        source = film("a.mp4", rate, 5000.0)
-        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], 0.0)
-        (event,) = read(tmp_path / "Ada.edl", base)
-        assert event == ("a.mp4", round(1000 * exact), round(2000 * exact))
-    films = [film("a.mp4", NTSC), film("b.mp4", 25, 9000.0)]
+    films = [film("a.mp4", 29.97), film("b.mp4", 25, 9000.0)]
     appearances = [seen(films[0], 1, 2)]
-    appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(cuts.MOST_EVENTS + 1)]
+    appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(1000)]
     cuts.write(tmp_path, appearances, films, 1.0)
-    for name, base, count in (("29.97 fps", 30, 1), ("25 fps", 25, 999), ("25 fps part 2", 25, 1)):
-        assert len(read(tmp_path / f"Ada {name}.edl", base)) == count
+    for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
+        assert len(read_times(tmp_path / f"Ada {name}.edl")) == count
 
 
 def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):

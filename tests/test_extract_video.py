@@ -75,14 +75,12 @@ def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect,
         refused(path, "pictures of 320 x 120 pixels", 30_000)
 
 
-@pytest.mark.parametrize(
-    ("degrees", "place", "height"), [(90, 3, 160), (180, 2, 120), (-90, 1, 160)]
-)
-def test_rotated_film_is_decoded_upright(tmp_path, degrees, place, height):
+@pytest.mark.parametrize(("degrees", "place"), [(90, 3), (180, 2), (-90, 1)])
+def test_rotated_film_is_decoded_upright(tmp_path, degrees, place):
     films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
     (frame, *_), _ = read(tmp_path / "phone.mp4")
     assert frame.rgb is not None and red_corners(frame.rgb) == [place]
-    assert len(frame.rgb) == height
+    assert len(frame.rgb) == (120 if degrees == 180 else 160)
 
 
 @first_by_day("ending, orientation", PHOTOS, 2)
@@ -243,7 +241,7 @@ def test_file_with_pictures_beyond_the_limit_is_refused(tmp_path, film, monkeypa
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
-@pytest.mark.parametrize("most_pixels, refused", [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
+@pytest.mark.parametrize(("most_pixels", "refused"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
 def test_pictures_that_grow_beyond_the_limit_are_left_out(
     tmp_path, monkeypatch, most_pixels, refused
 ):
