@@ -58,25 +58,19 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
     assert json.loads(line)["verdict"] == "all good"
 
 
-@pytest.mark.parametrize(
-    ("pattern", "code", "words"),
-    [
-        ("run/checkpoints/99/state/**/*", 3, "FAULT: checkpoint {step}, checkpoint 99, run"),
-        ("run/checkpoints/99/manifest.json", 3, "FAULT: checkpoint {step}, checkpoint 99, run"),
-        ("run/identities.json", 3, "identities.json"),
-        ("run/members.npz", 3, "members.npz"),
-        ("cache/**/index.npz", 2, "FAULT  run: "),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "code", "words"), [
+    ("run/checkpoints/*/state/**/*", 3, "FAULT: checkpoint {}, run"),
+    ("run/checkpoints/*/manifest.json", 3, "FAULT: checkpoint {}, run"),
+    ("run/identities.json", 3, "identities.json"),
+    ("run/members.npz", 3, "members.npz"),
+    ("cache/**/index.npz", 2, "FAULT  run: "),
+])  # fmt: skip
 def test_check_reports_every_damaged_file(folder, check_run, pattern, code, words):
     (step,) = (folder / "run" / "checkpoints").iterdir()
-    if "99" in pattern:
-        shutil.copytree(step, step.with_name("99"))
-        damage(folder, pattern.replace("99", step.name))
     damage(folder, pattern)
     exit_code, lines = check_run()
     assert exit_code == code and lines[-1].startswith("FAULT: ")
-    assert words.format(step=step.name) in "\n".join(lines)
+    assert words.format(step.name) in "\n".join(lines)
 
 
 def test_check_reports_labels_that_differ_from_those_of_training(folder, check_run, official_dir):

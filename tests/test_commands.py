@@ -120,22 +120,16 @@ def test_printed_configuration_lists_the_origin_of_each_value(command):
     assert fields["checkpoint_every_seconds"]["value"] == "inf"
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (DiskError("cannot write 'x'"), 2),
-        (CheckpointError("none"), 3),
-        (Interrupted(15, 3), 143),
-        (OSError(errno.ENOSPC, "No space left on device"), 2),
-        (MemoryError(), 2),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2),
-        (jax.errors.JaxRuntimeError("INTERNAL: nobody knows"), 1),
-        (ModuleNotFoundError("no", name="pyarrow"), 2),
-        (ValueError("operands could not be broadcast together"), 1),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
-        (ModuleNotFoundError("no", name="vidjax.nothing"), 1),
-    ],
-)
+@pytest.mark.parametrize(("error", "code"), [
+    (DiskError("cannot write 'x'"), 2), (MemoryError(), 2),
+    (OSError(errno.ENOSPC, "No space left on device"), 2),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2),
+    (ModuleNotFoundError("no", name="pyarrow"), 2),
+    (CheckpointError("none"), 3), (Interrupted(15, 3), 143),
+    (jax.errors.JaxRuntimeError("INTERNAL: nobody knows"), 1), (ValueError("no such axis"), 1),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
+    (ModuleNotFoundError("no", name="vidjax.nothing"), 1),
+])  # fmt: skip
 def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, code):
     def command():
         raise error
@@ -166,15 +160,15 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
 
 
 def test_vidjax_warnings_of_all_threads_are_printed_but_not_library_warnings():
-    code = (
-        "import warnings\nfrom concurrent.futures import ThreadPoolExecutor\n"
-        "from vidjax.utils import errors, messages\n"
-        "def main():\n"
-        "    ThreadPoolExecutor().submit(errors.warn, 'two of three').result()\n"
-        "    warnings.warn('for programmers')\n"
-        "    return 0\n"
-        "messages.run_main(main)\n"
-    )
+    code = """
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from vidjax.utils import errors, messages
+def main():
+    ThreadPoolExecutor().submit(errors.warn, 'two of three').result()
+    warnings.warn('for programmers')
+    return 0
+messages.run_main(main)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "vidjax: warning: two of three\n")
 

@@ -188,36 +188,29 @@ def test_error_names_a_net_that_does_not_match_its_card_or_its_test_output(tmp_p
     refused(lambda: nets.Embedder(card), "vidjax[video]")
 
 
-def test_folder_of_nets_loads_one_card_per_role(tmp_path):
-    made_nets.write(tmp_path, "find", "face_detector")
-    path = made_nets.write(tmp_path, "embed", back_end=BACK_END)
-    loaded = cards.load(tmp_path)
-    assert set(loaded) == {"face_detector", "face_embedder"}
-    card = loaded["face_embedder"]
-    assert card.path == path and card.back_end and card.back_end.same == (0.9, 0.1)
+def test_digest_of_a_card_follows_the_card_and_its_net(tmp_path):
     changes = {}, {"norm_is_quality": True}, {"content": made_nets.embedder("NHWC")}
-    digests = [cards.read(made_nets.write(tmp_path, "face", **change)).digest for change in changes]
-    assert len({*digests}) == 3  # which follow the card and its net
-    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
+    digests = {cards.read(made_nets.write(tmp_path, **change)).digest for change in changes}
+    assert len(digests) == len(changes)
 
 
-def card_of(text):
+def write_card(text):
     return lambda folder: (folder / "face.json").write_text(text, "latin-1")
 
 
-ROLE = "face_detector"
+ODD = {"size": [320, 330]}  # not multiples of 32
 DAMAGES = {  # words of the error -> the damage to a folder with one net
     "face_embedder face.json two.json move": lambda x: made_nets.write(x, "two"),
     "face.json face.onnx convert": lambda x: (x / "face.onnx").unlink(),
     "face.onnx sha256 convert": lambda x: (x / "face.onnx").write_bytes(made_nets.embedder("NHWC")),
-    "find.json 32": lambda x: made_nets.write(x, "find", ROLE, input={"size": [320, 330]}),
-    "face.json large": card_of(" " * cards.CARD_BYTES + "{}"),
+    "find.json 32": lambda x: made_nets.write(x, "find", "face_detector", input=ODD),
+    "face.json large": write_card(" " * cards.CARD_BYTES + "{}"),
     "face.json pipe": lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json")),
     "models convert": shutil.rmtree,
-    "face.json convert": card_of("[" * 100_000),
-    "face.json  convert": card_of("{"),
-    "face.json   convert": card_of('{"format": 1}'),
-    "face.json    convert": card_of("\xff"),
+    "face.json convert": write_card("[" * 100_000),
+    "face.json  convert": write_card("{"),
+    "face.json   convert": write_card('{"format": 1}'),
+    "face.json    convert": write_card("\xff"),
 }
 
 
@@ -228,6 +221,10 @@ def test_damaged_folder_of_nets_is_refused(tmp_path, words):
     made_nets.write(folder)
     DAMAGES[words](folder)
     refused(lambda: cards.load(folder), *words.split())
+
+
+def test_error_names_the_role_that_a_folder_of_nets_lacks(tmp_path):
+    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
 
 
 def test_error_names_the_wrong_field_of_a_card(tmp_path):
