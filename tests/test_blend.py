@@ -74,7 +74,7 @@ def blended(tmp_path, load):
 
 
 def probabilities(folder, load, split):
-    """Returns clip -> [C] float64, and the split, of a run that is evaluated by itself."""
+    """Returns clip -> probabilities [C] float64 by a single run."""
     words = [f"--config.eval.split={split}"]
     config = config_io.override(config_io.load_workdir(folder), words)
     if config.eval.scores == "logits":
@@ -85,7 +85,7 @@ def probabilities(folder, load, split):
 
 
 def check_ranking(path, runs, load, weights=(1.0,), split="val"):
-    """Asserts that a ranking has all clips, none before one of a higher mean of probabilities."""
+    """Asserts that a ranking sorts all clips by the weighted mean of probabilities."""
     by_run = [probabilities(folder, load, split) for folder in runs]
     scores = {
         clip: np.average([x[clip] for x in by_run], axis=0, weights=weights) for clip in by_run[0]

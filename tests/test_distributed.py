@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices
     for number in (0, 9):
         with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
             devices.make_mesh(number)
+    text: Any = "1"
+    with pytest.raises(TypeError, match="num_devices must be a number"):
+        devices.make_mesh(text)
 
 
 @pytest.fixture

@@ -64,10 +64,12 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
 
 def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
     people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]  # they meet after 2.5 s
+
+    def hidden(person, time_s):
+        return person == 1 and 2.05 < time_s < 2.95
+
     for seed in range(5):
-        _, owners = follow(
-            people, 5, unseen=lambda n, time_s: n == 1 and 2.05 < time_s < 2.95, seed=seed
-        )
+        _, owners = follow(people, 5, unseen=hidden, seed=seed)
         assert all(len(who) == 1 for who in owners) and len(owners) <= 4, (seed, owners)
 
 
