@@ -62,16 +62,17 @@ def refused(cache):
 def official_arrays(official_dir):
     """Official files as arrays: split -> clip -> modality -> fields."""
     splits = {}
-    columns = ("number", "box", "detection", "quality")
     for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
-        for name, entries in pickle.loads(path.read_bytes()).items():
-            entries = [[entries]] if modality == "audio" else entries
-            features = np.array([entry[-1] for entry in entries], "f2")
-            rows = zip(*[entry[:-1] for entry in entries], strict=True)
-            none = [0] * len(entries)  # pickles without quality or number are converted with 0
-            fields = {"quality": none, "number": none, **dict(zip(columns, rows, strict=False))}
+        for name, frames in pickle.loads(path.read_bytes()).items():
+            frames = [[frames]] if modality == "audio" else frames
+            *columns, features = zip(*frames, strict=True) if frames else [()]
+            fields = dict(zip(("number", "box", "detection", "quality"), columns, strict=False))
+            # Files without frame numbers or qualities are converted with 0.
+            zeros = [0] * len(frames)
+            fields = {"number": zeros, "quality": zeros, **fields}
             fields["number"] = [int(number) for number in fields["number"]]
-            fields["features"] = features.reshape(len(entries), clip_files.WIDTHS[modality])
+            shape = len(frames), clip_files.WIDTHS[modality]
+            fields["features"] = np.array(features, "f2").reshape(shape)
             splits.setdefault(split, {}).setdefault(name.decode(), {})[modality] = fields
     return splits
 
@@ -83,8 +84,8 @@ def test_arrays_and_official_files_convert_to_the_same_records(
     wanted, labels = labelled(records, official_dir), {}
     for name in ("train", "val"):
         split = wanted.split(name)
-        shown = zip(split.clips, split.labels, strict=True)
-        labels |= {clip: wanted.identities[label - 1] for clip, label in shown if label}
+        pairs = zip(split.clips, split.labels, strict=True)
+        labels |= {clip: wanted.identities[label - 1] for clip, label in pairs if label}
     source = arrays.FeatureDict(official_arrays, labels)
     assert digests(convert(source, cache)) == digests(records)
     data = sources.load(official_arrays, labels, cache_dir=cache)

@@ -198,28 +198,21 @@ def write_card(text):
     return lambda folder: (folder / "face.json").write_text(text, "latin-1")
 
 
-ODD = {"size": [320, 330]}  # not multiples of 32
-DAMAGES = {  # words of the error -> the damage to a folder with one net
-    "face_embedder face.json two.json move": lambda x: made_nets.write(x, "two"),
-    "face.json face.onnx convert": lambda x: (x / "face.onnx").unlink(),
-    "face.onnx sha256 convert": lambda x: (x / "face.onnx").write_bytes(made_nets.embedder("NHWC")),
-    "find.json 32": lambda x: made_nets.write(x, "find", "face_detector", input=ODD),
-    "face.json large": write_card(" " * cards.CARD_BYTES + "{}"),
-    "face.json pipe": lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json")),
-    "models convert": shutil.rmtree,
-    "face.json convert": write_card("[" * 100_000),
-    "face.json  convert": write_card("{"),
-    "face.json   convert": write_card('{"format": 1}'),
-    "face.json    convert": write_card("\xff"),
-}
-
-
-@pytest.mark.parametrize("words", DAMAGES)
-def test_damaged_folder_of_nets_is_refused(tmp_path, words):
+@pytest.mark.parametrize(("words", "damage"), [
+    ("face_embedder face.json two.json move", lambda x: made_nets.write(x, "two")),
+    ("face.json face.onnx convert", lambda x: (x / "face.onnx").unlink()),
+    ("face.onnx sha256 convert", lambda x: (x / "face.onnx").write_bytes(b"another net")),
+    ("face.json 32", lambda x: made_nets.write(x, role="face_detector", input={"size": [32, 33]})),
+    ("face.json large", write_card(" " * cards.CARD_BYTES + "{}")),
+    ("face.json pipe", lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json"))),
+    ("models convert", shutil.rmtree),
+    *(("face.json convert", write_card(x)) for x in ("[" * 100_000, "{", '{"format": 1}', "\xff")),
+])  # fmt: skip
+def test_damaged_folder_of_nets_is_refused(tmp_path, words, damage):
     folder = tmp_path / "models"
     folder.mkdir()
     made_nets.write(folder)
-    DAMAGES[words](folder)
+    damage(folder)
     refused(lambda: cards.load(folder), *words.split())
 
 
@@ -257,9 +250,7 @@ PACKAGES = {
 PHOTOS = "face_recognition-1.3.0.tar.gz"
 DLIB = "dlib_face_recognition_resnet_model_v1.dat"
 # The first numbers of dlib 20.0.1's `compute_face_descriptor` of the image of the formula, seed 1.
-RECORDED = (
-    -0.022161, 0.1160001, 0.0296078, -0.08122, -0.1142832, -0.0137548, -0.0815061, 0.0336762,
-)  # fmt: skip
+RECORDED = (-0.022161, 0.1160001, 0.0296078, -0.08122)
 
 
 def package(name):
@@ -339,7 +330,7 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
-    np.testing.assert_allclose(vector[:8], RECORDED, atol=2e-6)
+    np.testing.assert_allclose(vector[:4], RECORDED, atol=2e-6)
 
 
 @pytest.mark.nightly
