@@ -177,6 +177,12 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, silen
     assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 
+def test_each_head_is_paired_with_another_body_around_it():
+    heads = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
+    bodies = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
+    np.testing.assert_array_equal(film._pair_boxes(heads, bodies), [0, 1, -1])
+
+
 def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, silent):
     add(silent, "body_embedder")
     words = ("body_embedder.json", '"around"', "body_detector")
