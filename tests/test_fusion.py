@@ -54,9 +54,8 @@ def test_drawn_frames_are_weighted_by_quality_or_by_a_flat_dirichlet():
 
 
 def test_weights_that_are_all_0_count_as_equal():
-    shares = draw(4, [-1, -1, 5], num_draws=200, weighting="quality")
-    assert np.isfinite(shares).all()
-    # Weights that are all 0 would give 0 / 0.
+    """Otherwise they would give 0 / 0."""
+    draw(4, [-1, -1, 5], num_draws=200, weighting="quality")  # asserts that shares sum to 1
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1
@@ -64,16 +63,13 @@ def test_weights_that_are_all_0_count_as_equal():
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
-@first_by_day(
-    "spec",
-    [
-        {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
-        {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
-        {"name": "mean", "weighting": "graded"},
-        {"name": "sample", "num_frames": 4},
-        {"name": "windows", "min_quality": 20.0},
-    ],
-)
+@first_by_day("spec", [
+    {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
+    {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
+    {"name": "mean", "weighting": "graded"},
+    {"name": "sample", "num_frames": 4},
+    {"name": "windows", "min_quality": 20.0},
+])  # fmt: skip
 def test_padding_and_bad_quality_do_not_change_fused_features(spec):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
@@ -83,9 +79,8 @@ def test_padding_and_bad_quality_do_not_change_fused_features(spec):
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
     for left, right in zip(short[:4], long[:4], strict=True):
         np.testing.assert_array_equal(np.asarray(left)[short.mask], np.asarray(right)[long.mask])
-    features = np.asarray(short.features)
-    assert np.isfinite(features).all()
-    assert np.abs(features[short.mask]).max(axis=1).min() > 0
+    assert np.isfinite(short.features).all()
+    assert np.any(short.features[short.mask], axis=1).all()
 
 
 @pytest.mark.slow
@@ -126,9 +121,11 @@ def test_fixed_windows_match_a_loop():
         real = np.asarray(union.mask[clip])
         expected = windows_oracle(frames, clip, 4)
         np.testing.assert_allclose(union.features[clip, real], expected, atol=1e-6)
-    np.testing.assert_array_equal(union.mask, np.concatenate([frames.mask] * 2, axis=1))
-    np.testing.assert_array_equal(union.number, np.concatenate([frames.number] * 2, axis=1))
-    # int8 is rounded, and not cut off.
+    np.testing.assert_array_equal(union.mask, np.tile(frames.mask, 2))
+    np.testing.assert_array_equal(union.number, np.tile(frames.number, 2))
+
+
+def test_fixed_windows_of_int8_are_rounded():
     features = np.array([[[3], [4], [-3], [-5]]], np.int8)
     frames = make_frames([4], max_frames=4)._replace(features=features)
     union = fuse("windows", None, frames, max_frames=4)
@@ -168,21 +165,18 @@ def test_crops_are_weighted_means_of_their_frames():
     np.testing.assert_array_equal(crops.mask, [[True] * 4] * 4 + [[False] * 4])
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "random_fusion"}, "did you mean 'random'?"),
-        ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
-        ({"name": "top", "frames": 3}, "no option frames; choose from num_frames, repeats, or"),
-        ({"name": "top", "repeats": "seldom"}, "repeats 'seldom'; choose from random, turn"),
-        ({"name": "sample", "order": "quality"}, "order 'quality'; choose from random, time"),
-        ({"name": "random"}, "needs num_draws"),
-        ({"name": "random", "num_draws": 0}, "1 or more"),
-        ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite"),
-        ({"name": "mean", "weighting": "norm"}, "from graded, quality, score, squared, uniform"),
-        ({"name": "mean", "top_share": 0.0}, "above 0 and at most 1"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "message"), [
+    ({"name": "random_fusion"}, "did you mean 'random'?"),
+    ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
+    ({"name": "top", "frames": 3}, "no option frames; choose from num_frames, repeats, or"),
+    ({"name": "top", "repeats": "seldom"}, "repeats 'seldom'; choose from random, turn"),
+    ({"name": "sample", "order": "quality"}, "order 'quality'; choose from random, time"),
+    ({"name": "random"}, "needs num_draws"),
+    ({"name": "random", "num_draws": 0}, "1 or more"),
+    ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite"),
+    ({"name": "mean", "weighting": "norm"}, "from graded, quality, score, squared, uniform"),
+    ({"name": "mean", "top_share": 0.0}, "above 0 and at most 1"),
+])  # fmt: skip
 def test_invalid_fusion_specs_are_refused(spec, message):
     frames = make_frames([2], max_frames=2)
     with pytest.raises(ValueError, match=message):
@@ -192,12 +186,10 @@ def test_invalid_fusion_specs_are_refused(spec, message):
 
 
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):
+    """Returns which frames of a clip pass the limits; all, if none passes."""
     quality, real = frames.quality[clip], frames.mask[clip]
-    kept = real.copy()
-    if min_quality is not None:
-        kept &= quality >= min_quality
-    if min_detection is not None:
-        kept &= frames.detection[clip] >= min_detection
+    kept = real & (quality >= (-np.inf if min_quality is None else min_quality))
+    kept &= frames.detection[clip] >= (min_detection or 0)
     best = np.argsort(np.where(kept, -quality, np.inf), kind="stable")
     best = best[: math.ceil(round(top_share * kept.sum(), 9))]
     return np.isin(np.arange(len(real)), best) if kept.any() else real
@@ -209,22 +201,11 @@ def test_frame_filters_match_a_loop(limits):
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2
     frames.mask[5, 3:9] = False
-    options: Any = dict(zip(("min_quality", "min_detection", "top_share"), limits, strict=True))
-    kept = fusion.filter_frames(frames, **options)
+    options = dict(zip(("min_quality", "min_detection", "top_share"), limits, strict=True))
+    kept = fuse("all", None, frames, **options)
     expected = [filter_oracle(frames, clip, *limits) for clip in range(6)]
     np.testing.assert_array_equal(kept.mask, expected)
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
-
-
-@pytest.mark.slow
-def test_every_fusion_filters_frames_first():
-    frames = make_frames([9, 4, 0], max_frames=9)
-    filters: Any = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}
-    narrow = fusion.filter_frames(frames, **filters)
-    assert 1 < narrow.mask[0].sum() < 6
-    for name in ("mean", "top"):
-        filtered, expected = fuse(name, None, frames, **filters), fuse(name, None, narrow)
-        jax.tree.map(np.testing.assert_array_equal, filtered, expected)
 
 
 def test_top_share_is_rounded_up_and_quality_that_is_not_finite_is_the_lowest():
@@ -242,32 +223,35 @@ def test_top_share_is_rounded_up_and_quality_that_is_not_finite_is_the_lowest():
             np.testing.assert_array_equal(fusion.filter_frames(given, **options).mask, kept)
 
 
-def test_top_frames_are_the_best_frames_repeated_in_short_clips():
-    frames = make_frames([3, 1, 0, 3, 40], max_frames=40)
-    turns = fuse("top", None, frames)
-    best = np.sort(np.argsort(-frames.quality[4], kind="stable")[:32])  # 32 frames by default
-    np.testing.assert_array_equal(turns.number[4], frames.number[4, best])
-    np.testing.assert_array_equal(turns.features[4], frames.features[4, best])
+# Clips of 3, 1, 0, 3 and 40 frames, of which `top` chooses 32. Frame t has the number 10 t.
+TOP = make_frames([3, 1, 0, 3, 40], max_frames=40)
+
+
+def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
+    turns = fuse("top", None, TOP)
+    best = np.sort(np.argsort(-TOP.quality[4], kind="stable")[:32])
+    np.testing.assert_array_equal(turns.number[4], TOP.number[4, best])
+    np.testing.assert_array_equal(turns.features[4], TOP.features[4, best])
     assert turns.features.dtype == np.float16
-    best, middle, worst = np.argsort(-frames.quality[0, :3])
-    counts = np.bincount(np.asarray(turns.number[0]) // 10, minlength=3)  # numbers are 10 t
-    assert (counts[best], counts[middle], counts[worst]) == (11, 11, 10)
+    counts = np.bincount(np.asarray(turns.number[0]) // 10)
+    from_best = np.argsort(-TOP.quality[0, :3])
+    assert counts[from_best].tolist() == [11, 11, 10]
     np.testing.assert_array_equal(turns.number[1], np.zeros(32))
     np.testing.assert_array_equal(turns.mask.sum(axis=1), [32, 32, 0, 32, 32])
-    draw = jax.vmap(lambda rng: fusion.top_frames(rng, frames).number[0])
-    drawn = jax.jit(draw)(jax.random.split(jax.random.key(8), 200))
-    counts = np.stack([np.sum(np.asarray(drawn) == 10 * t, axis=1) for t in range(3)])
-    assert counts.min() >= 1  # every frame is there once before any is drawn again
+
+
+def test_randomly_repeated_top_frames_include_every_frame_once():
+    draw = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
+    drawn = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(8), 200)))
+    counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
+    assert counts.min() >= 1 and counts.std() > 1
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
-    assert counts.std() > 1
     # Without a key, random repeats do not depend on the other clips.
-    fixed = fuse("top", None, frames, repeats="random")
+    fixed = fuse("top", None, TOP, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32 and counts.max() > 11  # not in turn
-    alone = jax.tree.map(lambda x: x[3:4, :7], frames)
-    alone = fuse("top", None, alone, repeats="random")
+    alone = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(alone.features[0], fixed.features[3])
-    np.testing.assert_array_equal(fixed.number[4], turns.number[4])  # nothing to repeat
 
 
 def test_samples_are_different_frames_in_time_order():
@@ -283,7 +267,7 @@ def test_samples_are_different_frames_in_time_order():
     assert (ones.min(), ones.max()) == (1, 4)  # both frames are always there
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
-    even = fuse("sample", None, frames, num_frames=5)  # without a key
+    even = fuse("sample", None, frames, num_frames=5)  # without a key: evenly spaced
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
     assert even.features.dtype == np.float16 and not even.mask[3].any()
@@ -305,11 +289,12 @@ def test_frames_are_drawn_in_proportion_to_quality():
 
 @pytest.mark.slow
 def test_short_clips_are_joined_and_cut_to_the_maximum_length():
+    """Clips 0, 1 and 3 are chosen and short, clip 2 is long; clips 4 and 6 are not chosen."""
     chosen = np.array([True, True, True, True, False, True, False])
     face = make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9)
     face.mask[2, 1] = False  # 8 real frames are left
     clips = {"face": face, "audio": make_frames([1, 0, 7, 2, 1, 0, 1], max_frames=7, seed=4)}
-    face.features[..., 0] = np.arange(7)[:, None]  # shows the clip
+    face.features[..., 0] = np.arange(7)[:, None]  # the number of the clip
 
     @jax.jit
     def join(rng, clips):
@@ -321,30 +306,30 @@ def test_short_clips_are_joined_and_cut_to_the_maximum_length():
             for name, frames in clips.items()
         }
 
-    def real(frames, clip):
-        return np.asarray(frames.features[clip])[np.asarray(frames.mask[clip])]
+    def real(frames, clip, field="features"):
+        """Returns a field of the real frames of one clip."""
+        return np.asarray(getattr(frames, field)[clip])[np.asarray(frames.mask[clip])]
 
+    plain, padded = (
+        join(jax.random.key(0), given)["face"]
+        for given in (clips, {name: pad(frames, 4) for name, frames in clips.items()})
+    )
+    for clip in range(7):
+        np.testing.assert_array_equal(real(plain, clip), real(padded, clip))
     partners, starts = [], set()
-    longer = {name: pad(frames, 4) for name, frames in clips.items()}
-    padded = join(jax.random.key(0), longer)["face"]  # padding changes nothing
     for seed in range(60):
-        union = jax.tree.map(np.asarray, join(jax.random.key(seed), clips))
-        for clip in range(7) if seed == 0 else ():
-            np.testing.assert_array_equal(real(union["face"], clip), real(padded, clip))
+        union = join(jax.random.key(seed), clips)
         for clip in (4, 5, 6):  # not chosen, or without a frame
             np.testing.assert_array_equal(real(union["face"], clip), real(face, clip))
         for clip in (0, 1, 3):
-            partner = int(real(union["face"], clip)[-1, 0])  # the same of both modalities
+            partner = int(real(union["face"], clip)[-1, 0])  # the same in both modalities
             for name, frames in clips.items():
                 parts = [real(frames, each) for each in dict.fromkeys((clip, partner))]
                 np.testing.assert_array_equal(real(union[name], clip), np.concatenate(parts))
             partners.append((clip, partner))
-            assert np.all(np.diff(union["face"].number[clip][union["face"].mask[clip]]) > 0)
-        start = (
-            face.number[2][face.mask[2]]
-            .tolist()
-            .index(union["face"].number[2][union["face"].mask[2]][0])
-        )
+            assert np.all(np.diff(real(union["face"], clip, "number")) > 0)
+        first = real(union["face"], 2, "number")[0]
+        start = real(face, 2, "number").tolist().index(first)
         np.testing.assert_array_equal(real(union["face"], 2), real(face, 2)[start : start + 6])
         assert len(real(union["audio"], 2)) == 6
         starts.add(start)

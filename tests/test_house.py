@@ -17,9 +17,6 @@ MODULES = {
     for path in sorted((ROOT / "vidjax").rglob("*.py"))
     if path.name != "__init__.py"
 }
-PACKAGES = sorted(
-    ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vidjax").rglob("__init__.py")
-)
 
 # The folders of vidjax/, from low to high. Imports point down.
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
@@ -93,8 +90,9 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
 
 def test_every_package_is_installed():
     """pyproject.toml names the packages one by one; one that it forgets is missing in the wheel."""
+    folders = (path.parent.relative_to(ROOT) for path in (ROOT / "vidjax").rglob("__init__.py"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(project["packages"]) == sorted([*PACKAGES, "vidjax.configs"])
+    assert {*project["packages"]} == {*(".".join(x.parts) for x in folders), "vidjax.configs"}
     assert project["package-dir"] == {"vidjax.configs": "configs"}
 
 
@@ -105,12 +103,11 @@ def unsafe(nodes):
         if isinstance(node, ast.Name) and node.id in ("__import__", "compile", "eval", "exec"):
             lines.append(node.lineno)
         elif isinstance(node, ast.Call):
-            pickled = [word for word in node.keywords if word.arg == "allow_pickle"]
-            lines += [word.lineno for word in pickled if ast.unparse(word.value) != "False"]
-            if getattr(node.func, "attr", "") == "load":
-                load = ast.unparse(node.func) in ("np.load", "numpy.load", "jnp.load")
-                if load and (len(node.args) > 1 or any(word.arg is None for word in node.keywords)):
-                    lines.append(node.lineno)
+            values = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            loads = ast.unparse(node.func) in ("np.load", "numpy.load", "jnp.load")
+            hides_options = loads and (len(node.args) > 1 or None in values)  # as in f(**options)
+            if hides_options or values.get("allow_pickle", "False") != "False":
+                lines.append(node.lineno)
     return lines
 
 
@@ -126,9 +123,9 @@ def test_no_module_executes_data_as_code():
 
 def test_fault_tests_use_no_mocks():
     """monkeypatch.chdir and setenv are allowed. Programs in strings are checked, too."""
+    mocks = re.compile(r"mock|\.(set|del)(attr|item)\(|^(?!.*def ).*\(monkeypatch[,)]", re.M)
     for path in (ROOT / "tests" / "faults").glob("test_*.py"):
-        assert not re.search(r"mock|\.(set|del)(attr|item)\(|^(?!.*def ).*\(monkeypatch[,)]",
-                             path.read_text(), re.M), path  # fmt: skip
+        assert not mocks.search(path.read_text()), path
 
 
 def read_prose(path):
@@ -138,15 +135,14 @@ def read_prose(path):
         return
     if path.suffix == ".py":
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT or (
-                token.type == tokenize.STRING and " " in token.string
-            ):
+            is_sentence = token.type == tokenize.STRING and " " in token.string
+            if is_sentence or token.type == tokenize.COMMENT:
                 yield token.string
         return
     # Rows of CONTRIBUTING show the habit; rows of benchmarks are written by scripts.
-    rows = path.match(".github/*") or path.match("benchmarks/*")
+    skips_rows = path.match(".github/*") or path.match("benchmarks/*")
     for line in text.splitlines():
-        if not (rows and line.startswith("| ")):
+        if not (skips_rows and line.startswith("| ")):
             yield re.sub(r"`[^`]*`|\"[^\"]*\"", "", line)
 
 

@@ -42,20 +42,13 @@ def example(batch=7, columns=9, seed=0, dtype="float32"):
     return logits, rng.integers(1, columns, batch).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    ("name", "gamma"),
-    [
-        ("softmax", 0.0),
-        ("smoothed", 0.0),
-        ("binary", 2.0),
-        ("multiclass", 2.0),
-        pytest.param("binary", 0.5, marks=pytest.mark.nightly),
-        pytest.param("multiclass", 0.5, marks=pytest.mark.nightly),
-    ],
-)
+@first_by_day("name, gamma", [
+    ("softmax", 0.0), ("smoothed", 0.0), ("binary", 2.0), ("multiclass", 2.0),
+    ("binary", 0.5), ("multiclass", 0.5),
+], count=4)  # fmt: skip
 def test_losses_match_their_equations_in_float64(name, gamma):
     logits, labels = example()
-    options = {"gamma": gamma} if name in ("binary", "multiclass") else {}
+    options = {"gamma": gamma} if gamma else {}
     loss = jax.jit(functools.partial(LOSSES[name], **options))
     for first in (0, 1):  # without the first column, whatever it holds
         class_mask = np.arange(logits.shape[1]) >= first
@@ -67,7 +60,7 @@ def test_losses_match_their_equations_in_float64(name, gamma):
             np.testing.assert_allclose(exact, expected, rtol=1e-11)
 
 
-@first_by_day("name", ["multiclass", *LOSSES][:4])
+@first_by_day("name", ["multiclass", "softmax", "smoothed", "binary"])
 def test_gradients_of_losses_match_finite_differences(name):
     with jax.enable_x64(True):
         logits, labels = example(batch=3, columns=4, dtype="float64")
@@ -80,16 +73,11 @@ def test_losses_have_finite_gradients_at_extreme_logits(name):
     rows = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 0], [1e4, 1e4, 1e4], [0, 90, -90]])
     logits = np.tile(rows, (3, 1)).astype(np.float32)
     labels = np.repeat(np.arange(3, dtype=np.int32), 5)
-    gammas = (0.0, 0.5, 2.0) if name in ("binary", "multiclass") else ()
-    every: list[dict[str, float]] = [{"gamma": gamma} for gamma in gammas] or [{}]
-
-    @jax.jit
-    def losses_and_gradients(x):
-        of_sum = [lambda x, o=options: LOSSES[name](x, labels, **o).sum() for options in every]
-        return [jax.value_and_grad(loss)(x) for loss in of_sum]
-
-    for loss, gradient in losses_and_gradients(logits):
-        assert np.isfinite(loss) and np.isfinite(gradient).all()
+    is_focal = name in ("binary", "multiclass")
+    for options in [{"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 2.0}] if is_focal else [{}]:
+        loss = functools.partial(LOSSES[name], labels=labels, **options)
+        value, gradient = jax.jit(jax.value_and_grad(lambda x, f=loss: f(x).sum()))(logits)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
         if name != "smoothed":  # the step goes towards the label, or nowhere
             assert np.all(np.asarray(gradient)[np.arange(15), labels] <= 0)
 
@@ -118,8 +106,7 @@ def test_angular_margin_matches_the_equation(margin):
 
 @pytest.mark.slow
 def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
-    # Just below, at, and just above 1.
-    ends = np.nextafter(np.ones(3, np.float32), np.arange(3, dtype=np.float32))
+    ends = np.nextafter(np.float32(1), np.float32([0, 1, 2]))  # just below, at, just above 1
     column = 30 * np.concatenate([ends, -ends, [0]])
     logits = np.stack([column, column[::-1]], axis=1).astype(np.float32)
     labels = np.zeros(len(column), np.int32)
@@ -149,36 +136,34 @@ def test_margins_accept_one_scale_per_branch(margin_fn):
     assert margin_fn(branches.astype(np.float16), both, scale=scales).dtype == np.float32
 
 
-def make_loss(spec, logit_scale=1.0):
-    whole = {**config_lib.default().loss.to_dict(), **spec}
-    return losses.make_loss(whole, None, 10, logit_scale=logit_scale)
+def make_loss(spec, class_mask=None, logit_scale=1.0):
+    """Makes a loss as configured, with 10 steps per epoch."""
+    spec = config_lib.default().loss.to_dict() | spec
+    return losses.make_loss(spec, class_mask, 10, logit_scale=logit_scale)
 
 
 def test_loss_schedule_mixes_two_losses_and_compiles_once():
     logits, labels = example()
-    schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))  # epochs of 10 steps
+    schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))  # (epoch, focal share)
     loss: Any = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
-    everyone = np.full(9, True)
-    focal = oracle("binary", logits, labels, 2.0, everyone)
-    softmax = oracle("softmax", logits, labels, 0.0, everyone)
+    every_class = np.full(9, True)
+    focal = oracle("binary", logits, labels, 2.0, every_class)
+    softmax = oracle("softmax", logits, labels, 0.0, every_class)
     for step, weight in [(0, 0.75), (239, 0.75), (241, 1), (550, 0.75), (9999, 0.5)]:
         expected = weight * focal + (1 - weight) * softmax
         np.testing.assert_allclose(loss(logits, labels, np.int32(step)), expected, rtol=1e-5)
     assert loss._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"margin": 0.5}, "config.loss.margin=0.5 needs a cosine classifier"),
-        ({"schedule": ((float("nan"), 1),)}, "finite"),
-        ({"schedule": ((3, 1), (1, 0))}, "in order"),
-        ({"schedule": ((0, 1.5),)}, "between 0 and 1"),
-        ({"margin_type": "round"}, f"choose from {', '.join(losses.MARGINS)}"),
-        ({"classification": "hinge"}, f"choose from {', '.join(losses.CLASSIFICATION)}"),
-        ({"focal": "multiclas"}, r"config\.loss\.focal=.*'multiclass'"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "message"), [
+    ({"margin": 0.5}, "config.loss.margin=0.5 needs a cosine classifier"),
+    ({"schedule": ((float("nan"), 1),)}, "finite"),
+    ({"schedule": ((3, 1), (1, 0))}, "in order"),
+    ({"schedule": ((0, 1.5),)}, "between 0 and 1"),
+    ({"margin_type": "round"}, f"choose from {', '.join(losses.MARGINS)}"),
+    ({"classification": "hinge"}, f"choose from {', '.join(losses.CLASSIFICATION)}"),
+    ({"focal": "multiclas"}, r"config\.loss\.focal=.*'multiclass'"),
+])  # fmt: skip
 def test_impossible_loss_specifications_are_refused(spec, message):
     whole = config_lib.default().loss.to_dict() | spec
     with pytest.raises(ValueError, match=message):
@@ -207,17 +192,13 @@ def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
 
 
 def test_loss_functions_get_the_options_of_their_signature(monkeypatch):
-    given = {}
-
     def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):
-        given.update(mask=class_mask, options=(logit_scale, gamma, label_smoothing, beta))
-        return logits[..., 0]
+        assert (logit_scale, gamma, label_smoothing, beta) == (4.0, 3.0, 0.1, 7)
+        return logits[..., class_mask].sum(axis=-1)
 
-    class_mask = np.array([False, True, True])
-    spec = config_lib.default().loss.to_dict() | {"gamma": 3.0, "label_smoothing": 0.1, "beta": 7}
-    for function in (takes_all, lambda logits, labels: logits[..., 0]):
+    options = {"gamma": 3.0, "label_smoothing": 0.1, "beta": 7, "classification": "own"}
+    for function, wanted in ((takes_all, 2), (lambda logits, labels: logits[..., 0], 1)):
         monkeypatch.setitem(losses.CLASSIFICATION, "own", function)
-        loss = losses.make_loss(spec | {"classification": "own"}, class_mask, 10, logit_scale=4.0)
+        loss = make_loss(options, class_mask=np.array([False, True, True]), logit_scale=4.0)
         value = loss(jnp.ones((2, 3)), jnp.ones(2, jnp.int32), jnp.int32(0))
-        np.testing.assert_array_equal(value, 1)
-    assert given == {"mask": class_mask, "options": (4.0, 3.0, 0.1, 7)}
+        np.testing.assert_array_equal(value, wanted)

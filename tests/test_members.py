@@ -41,17 +41,14 @@ def test_a_view_lacks_one_chunk_of_the_features(view):
     np.testing.assert_array_equal(seen, wanted)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"folds": 1}, "folds=1"),
-        ({"views": 17}, "at most config.ensemble.chunks=16"),
-        ({"folds": 2, "bootstraps": 2}, "exclude"),
-        ({"only": (1,)}, "choose from 0 to 0"),
-        ({"folds": 3, "only": (1, 1)}, "name each member once"),
-        ({"views": 3}, "no modality has 16 or more features"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"folds": 1}, "folds=1"),
+    ({"views": 17}, "at most config.ensemble.chunks=16"),
+    ({"folds": 2, "bootstraps": 2}, "exclude"),
+    ({"only": (1,)}, "choose from 0 to 0"),
+    ({"folds": 3, "only": (1, 1)}, "name each member once"),
+    ({"views": 3}, "no modality has 16 or more features"),
+])  # fmt: skip
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)

@@ -381,15 +381,12 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
     return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)
 
 
-@first_by_day(
-    "form, rms_norm, published, aggregation",
-    [
-        ("channels", True, True, "attention"),
-        ("features", True, False, "attention"),
-        ("danet", False, False, "mean"),
-        ("none", True, False, "quality"),
-    ],
-)
+@first_by_day("form, rms_norm, published, aggregation", [
+    ("channels", True, True, "attention"),
+    ("features", True, False, "attention"),
+    ("danet", False, False, "mean"),
+    ("none", True, False, "quality"),
+])  # fmt: skip
 def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
@@ -602,14 +599,11 @@ def logits_of_the_paper(
     return vectors @ classifier["kernel"] + classifier["bias"]
 
 
-@first_by_day(
-    "words, parts",
-    [
-        ("published", {"netvlad": True, "attention": True}),
-        ("average,concat,unit", {"netvlad": False, "attention": False, "unit": True}),
-        ("pooled", {"netvlad": True, "attention": False, "pooled": True}),
-    ],
-)
+@first_by_day("words, parts", [
+    ("published", {"netvlad": True, "attention": True}),
+    ("average,concat,unit", {"netvlad": False, "attention": False, "unit": True}),
+    ("pooled", {"netvlad": True, "attention": False, "pooled": True}),
+])  # fmt: skip
 def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
     """The cases are the paper's net and the simplest nets of its table 3."""
     config = config_io.load_file(f"mma:published,{words}").to_dict()
