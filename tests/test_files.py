@@ -79,7 +79,6 @@ def test_log_of_20_megabytes_is_truncated_and_read_in_part(tmp_path, monkeypatch
 
 
 def test_values_too_large_to_read_back_are_refused_before_training(tmp_path, monkeypatch):
-    """The writer and the reader of a file have the same limits."""
     sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b", "c"), np.ones((1, 3), bool))
     ensemble.check_size(sets)
     ensemble.save(tmp_path, sets)

@@ -92,18 +92,15 @@ def test_log_softmax_is_exact():
 
 def test_true_false_positive_rate_lies_within_the_reported_interval():
     """Scores of strangers are uniform, so a threshold t names a share 1 - t of new strangers."""
-    rng, fpir, num_strangers = np.random.default_rng(0), 0.01, 99
-    inside, rates = [], []
+    rng, inside, rates = np.random.default_rng(0), [], []
     for _ in range(2000):
-        threshold = answers_lib.threshold(rng.random(num_strangers), fpir, 1)
+        threshold = answers_lib.threshold(rng.random(99), 0.01, 1)
         low, high = threshold.interval
         rates.append(1 - threshold.score)
         inside.append(low <= rates[-1] <= high)
-        # A new stranger is one more that may be named: this is the most that keeps the rate.
-        share = (threshold.num_alarms + 1) / (num_strangers + 1)
-        assert share <= fpir < share + 1 / (num_strangers + 1)
+        assert threshold.num_alarms == 0  # only the next stranger, one of 100, may be named
     assert abs(np.mean(inside) - 0.95) < 0.011  # neither too narrow nor too wide
-    assert 0.6 * fpir < np.mean(rates) < 1.05 * fpir
+    assert 0.6 * 0.01 < np.mean(rates) < 1.05 * 0.01
 
 
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
@@ -117,17 +114,6 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
         refused(lambda fpir=fpir: people.threshold(fpir), "give a number above 0 and below 1")
     # 1 - 0.9 is a little less than 0.1, but counts as 0.1: none of 9 strangers passes.
     assert answers_lib.threshold(np.arange(-9.0, 0), 1 - 0.9, 1).num_alarms == 0
-
-
-def test_probability_threshold_needs_no_strangers_and_excludes_an_fpir(tmp_path):
-    people = make(tmp_path / "g")
-    parts = parts_of(people, known_and_new_clips(50))
-    for least in (1e-6, 0.3, 1.0):
-        for answer in identify(people, parts, threshold=least):
-            assert (answer.identity is not None) == (answer.score >= np.log(least))
-    for wrong in (0, 1.5, float("nan")):
-        refused(lambda x=wrong: people.rule(threshold=x), "a number above 0 and at most 1")
-    refused(lambda: people.rule(threshold=0.5, fpir=0.01), "give one of them")
 
 
 def known_and_new_clips(count):
@@ -148,11 +134,11 @@ def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
     people = make(tmp_path / "g")
     by_new, rule = named(people)
     assert rule.by == "new" and rule.default and "99 clips of strangers instead of 6" in rule.about
-    face, audio = (
-        unit(rng.normal(size=(200, width)) * [5, *[1e-3] * (width - 1)])  # nearly on one axis
+    on_one_axis = [
+        unit(rng.normal(size=(200, width)) * [5, *[1e-3] * (width - 1)])
         for width in made_galleries.WIDTHS.values()
-    )
-    vectors = np.hstack([face, audio]).astype(np.float32)
+    ]
+    vectors = np.hstack(on_one_axis).astype(np.float32)
     people.remove(clip=people.strangers)
     people.add({f"far {n}": StoredClip(None, vector) for n, vector in enumerate(vectors)})
     for fpir in (0.01, 0.5, 0.99):
@@ -164,7 +150,6 @@ def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
 
 @pytest.mark.slow
 def test_default_rule_with_enough_strangers_is_an_fpir_of_1_percent(tmp_path):
-    """About 1 % of new strangers are named."""
     strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
     gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
     identities, rule = named(gallery)
@@ -194,16 +179,25 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
     assert people.rule(fpir=0.25).score != before.score
     parts = parts_of(people, known_and_new_clips(50))
-    rules: list[dict[str, Any]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
-    for rule in rules:
+    for rule in (dict(fpir=0.25), dict(), dict(threshold=0.5)):
         for answer in identify(people, parts, **rule):
             assert (answer.identity is not None) == people.rule(**rule).names(answer.score)
+
+
+def test_probability_threshold_excludes_an_fpir(tmp_path):
+    people = make(tmp_path / "g")
+    for least in (1e-6, 0.3, 1.0):
+        for answer in identify(people, parts_of(people, known_and_new_clips(50)), threshold=least):
+            assert (answer.identity is not None) == (answer.score >= np.log(least))
+    refused(lambda: people.rule(threshold=float("nan")), "a number above 0 and at most 1")
+    refused(lambda: people.rule(threshold=0.5, fpir=0.01), "give one of them")
 
 
 @first_by_day("num_people", [5, 1, 20])
 def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, capsys, num_people):
     """The vectors are as similar as dlib's, and a warning reports too few clips for a fit."""
     best, right, named_strangers = [], [], []
+    truth = [str(person) for person in range(num_people) for _ in range(10)]
     for seed in range(1 if num_people == 5 else 2):
         made = embeddings.Population(seed)
         photos = made.photos(made.people(num_people), 1 + 10).astype(np.float32)
@@ -212,10 +206,9 @@ def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, caps
         front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
         assert "have two clips or more, too few" in capsys.readouterr().err
         gallery = Gallery.of_clips(tmp_path / f"{seed}", made_galleries.RUN, front, enrolled)
-        answers = identify(gallery, [np.concatenate(photos[:, 1:])])
-        truth = [str(person) for person in range(num_people) for _ in range(10)]
-        best += [answer.best[0][0] == name for answer, name in zip(answers, truth, strict=True)]
-        right += [answer.identity == name for answer, name in zip(answers, truth, strict=True)]
+        answers = [*zip(identify(gallery, [np.concatenate(photos[:, 1:])]), truth, strict=True)]
+        best += [answer.best[0][0] == name for answer, name in answers]
+        right += [answer.identity == name for answer, name in answers]
         named_strangers += [x.identity is not None for x in identify(gallery, [strangers])]
     assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named_strangers) <= 0.02
 
@@ -226,10 +219,9 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     of_bob = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
     people.enrol(vectors_of(people, of_ada | of_bob))
     assert "all clips of Ada are from one film and look alike" in capsys.readouterr().err
-    ada, bob = (people.index.names.index(name) for name in ("Ada", "Bob"))
-    assert people.identities["Ada"] == 3
-    films_or_photos = people.index.counts[:, [ada, bob]].max(axis=0)
-    assert films_or_photos.tolist() == [1, 2]
+    columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
+    films_and_photos = people.index.counts[:, columns].max(axis=0)
+    assert people.identities["Ada"] == 3 and films_and_photos.tolist() == [1, 2]
     # Ada's coefficients are those of a single clip with the mean vector.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
     mean_clip = StoredClip("Ada", mean.astype(np.float32))
@@ -239,19 +231,15 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
         np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
 
 
-def test_gallery_acts_as_a_collection_of_people(tmp_path):
+def test_gallery_acts_as_a_collection_and_answers_convert_to_json(tmp_path):
     people, nobody = make(tmp_path / "g"), make(tmp_path / "none", {})
     people.remove(identity="person 3")
     assert len(people) == 11 and list(people) == list(people.identities)
     assert "person 2" in people and "person 3" not in people
     assert len(nobody) == 0 and nobody  # an empty gallery is true
-
-
-def test_answers_convert_to_json(tmp_path):
-    people = make(tmp_path / "g")
     (answer,) = identify(people, parts_of(people, [make_clip(700, "person 5")]), 2)
     content = json.loads(json.dumps(answer.to_dict()))
-    assert content["identity"] == answer.identity and content["score"] == answer.score
+    assert (content["identity"], content["score"]) == (answer.identity, answer.score)
     assert [entry["identity"] for entry in content["best"]] == [name for name, _ in answer.best]
     assert Answer(None, 0.0, -np.inf, ()).to_dict()["score"] is None  # JSON has no infinity
 
@@ -321,15 +309,14 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
 @first_by_day("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
     """The oracle computes the logits of all people; the search computes those of a few."""
-    index, draw = make_index(
-        np.random.default_rng(1), {"face": 40, "audio": 8}, scale=scale, spread=0.5
-    )
+    rng, widths = np.random.default_rng(1), {"face": 40, "audio": 8}
+    index, draw = make_index(rng, widths, scale=scale, spread=0.5)
     settings = index.backend.settings._replace(stranger=stranger)
     index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
     parts = draw(np.arange(PEOPLE - 40, PEOPLE))
     asked = index._prepare(index.backend.units(parts), [np.ones(len(x)) for x in parts])
-    answers = zip(index.nearest(parts, 5), index.search(parts), strict=True)
-    for row, (answer, logs) in enumerate(answers):
+    found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
+    for row, (answer, logs) in enumerate(found):
         if asked.missing[:, row].all():  # a clip without any part shows nobody
             assert answer == (0.0, [], ()) and (logs[1:] == -np.inf).all()
             continue
@@ -338,15 +325,15 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
         np.testing.assert_allclose(logs, [new, *of_people], rtol=1e-6, atol=1e-4)
         best = np.argsort(-np.array(of_people), kind="stable")[:5]
         assert [name for name, _ in answer.best] == [index.names[n] for n in best]
-        found = [answer.new, logs[0], *(log for _, log in answer.best)]
-        wanted = [new, new, *(of_people[n] for n in best)]
-        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+        of_best = [log for _, log in answer.best]
+        wanted = [new, new, *np.array(of_people)[best]]
+        np.testing.assert_allclose([answer.new, logs[0], *of_best], wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_equally_probable_people_are_sorted_by_name(monkeypatch):
-    monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", 40)
-    widths = {"face": 32, "audio": 8}
-    index, draw = make_index(np.random.default_rng(0), widths, scale=1.0, spread=0.3)
+    monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", 40)  # of 703 people
+    rng, widths = np.random.default_rng(0), {"face": 32, "audio": 8}
+    index, draw = make_index(rng, widths, scale=1.0, spread=0.3)
     face, audio = draw(np.array([5]), lacks=0)
     same = np.tile(np.concatenate([face, audio], axis=1), (3, 1))
     triplets = index.backend.enrol(["b", "a", "c"], same, np.arange(3))

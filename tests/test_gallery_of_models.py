@@ -51,8 +51,8 @@ def test_mean_vectors_weight_frames_by_quality(monkeypatch):
         "a": {"face": {"features": x[:2], "quality": 0 * quality[:2]}},
     }
     loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, ())
-    for frames in (1, 2, 5):  # in memory at one time
-        monkeypatch.setattr("vidjax.data.memory.MAX_BLOCK_FRAMES", frames)
+    for frames in (1, 2, 5):
+        monkeypatch.setattr("vidjax.data.memory.MAX_BLOCK_FRAMES", frames)  # read at one time
         vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
         np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
         np.testing.assert_allclose(vectors["a"], x[:2].mean(0), rtol=1e-6)
@@ -70,19 +70,18 @@ def models(tmp_path):
 @pytest.mark.parametrize(("photos", "least_right"), [(1, 0.85), (3, 0.93)])
 def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
     """A clip gets the name of the most probable friend, if the probability is above 0.5."""
-    right, wrong, named_strangers = [], [], []
+    truth, right, wrong, strange = np.repeat(np.arange(5), 6), [], [], []  # 6 clips of each
     for seed in range(30):
         rng = np.random.default_rng(seed)
         friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1)[:, 0]
         enrolled, clips = friends[:, :photos], friends[:, photos:].reshape(30, WIDTH)
         logs = log_probabilities(enrolled, np.concatenate([clips, strangers]))[:, 1:]
-        is_named, friend = np.exp(logs.max(1)) > 0.5, logs.argmax(1)
-        is_right = friend[:30] == np.repeat(np.arange(5), 6)  # six clips of each friend
-        right.append(is_named[:30] & is_right)
-        wrong.append(is_named[:30] & ~is_right)
-        named_strangers.append(is_named[30:])
-    assert np.mean(right) >= least_right and np.mean(wrong) <= 0.01
-    assert np.mean(named_strangers) <= 0.02
+        named = np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1)
+        right.append(named[:30] == truth)
+        wrong.append((named[:30] >= 0) & (named[:30] != truth))
+        strange.append(named[30:] >= 0)
+    assert np.mean(right) >= least_right
+    assert np.mean(wrong) <= 0.01 and np.mean(strange) <= 0.02
 
 
 @pytest.fixture
@@ -95,9 +94,7 @@ def faces(name, vectors):
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}
 
 
-def test_gallery_of_models_works_without_jax_scipy_and_other_libraries(
-    tmp_path, gallery, models, python
-):
+def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models, python):
     """The model files may be deleted after enrolment."""
     assert not gallery.identities and gallery.origin.cards.keys() == {"face"}
     friends = draw(np.random.default_rng(1), 3, 3)
@@ -109,10 +106,10 @@ def test_gallery_of_models_works_without_jax_scipy_and_other_libraries(
     (models / "embed.onnx").unlink()
     with pytest.raises(ValueError, match="not from a trained run"):
         _ = gallery.run
-    absent = ("jax", "tensorflow", "tensorflow_datasets", "flax", "optax", "orbax", "pyarrow",
-              "scipy", "ml_collections", "absl", "sklearn", "matplotlib")  # fmt: skip
+    absent = "jax tensorflow tensorflow_datasets flax optax orbax pyarrow scipy ml_collections absl"
+    absent += " sklearn matplotlib"
     code = (
-        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        f"import sys\nfor name in '{absent}'.split(): sys.modules[name] = None\n"
         "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.apps.serve import app\n"
         "from vidjax.cli.program import main\n"
         "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
@@ -130,7 +127,6 @@ def test_gallery_of_models_works_without_jax_scipy_and_other_libraries(
 
 
 def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
-    """A new modality changes no answer until enrolled clips get a vector of it."""
     ada, bob = draw(np.random.default_rng(4), 2, 3)
     gallery.enrol({"ada 1": {"face": ada[:1]}}, "Ada")
     gallery.enrol({"bob 1": {"face": bob[:1]}}, "Bob")
@@ -140,20 +136,10 @@ def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
     assert gallery.widen(models) == ("audio",)
     after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
-    vectors = gallery.embed({
-        "ada 1": {"face": ada[:1], "audio": VOICE},
-        "bob 1": {"face": ada[:1]},  # another face than the enrolled one
-        "new": {"face": ada[2:]},
-    })  # fmt: skip
-    assert gallery.complete(vectors) == {"ada 1"}
+    clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
+    clips["bob 1"] = {"face": ada[:1]}  # another face than the enrolled one
+    assert gallery.complete(gallery.embed(clips)) == {"ada 1"}
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
-
-
-def test_other_models_of_a_known_modality_are_refused(gallery, models):
-    assert gallery.widen(models) == ()  # the same models
-    back_end = made_nets.back_end() | {"centre": [0.0] * WIDTH}
-    made_nets.write(models, "embed", width=WIDTH, notes="another", back_end=back_end)
-    refused(lambda: gallery.widen(models), "other models of face")
 
 
 def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
@@ -179,10 +165,8 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
 
 def film(**tracks):
     """Returns a film with tracks, clip=(first second, last second)."""
-    made = [
-        FilmTrack(clip=clip, shot=0, start_s=start, end_s=end, seen=2)
-        for clip, (start, end) in tracks.items()
-    ]
+    made = [FilmTrack(clip=clip, shot=0, start_s=start, end_s=end, seen=2)
+            for clip, (start, end) in tracks.items()]  # fmt: skip
     stamp = FileStamp(address="/a.mp4", size=1, mtime_ns=0, inode=1)
     return Film(video="a.mp4", source=stamp, sha256="0" * 64, photo=False, seconds=99, shots=[],
                 tracks=made, frames=1)  # fmt: skip
@@ -195,8 +179,8 @@ def answer(identity, probability=0.9):
 def test_tracks_of_one_person_are_joined_over_short_gaps():
     """A gap of 1.5 s is short, and a gap of 2.5 s is not."""
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
-    answers = {"ada_1": answer("Ada", 0.8), "nobody": answer(None)}
-    answers |= dict.fromkeys(("ada_2", "ada_3"), answer("Ada", 0.9))
+    answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
+    answers["nobody"] = answer(None)
     found = appearances.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
     assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
         ("Ada", 0, 6, 0.8, ("ada_1", "ada_2")),
@@ -217,7 +201,6 @@ def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
 
 
 def test_simultaneous_tracks_never_get_the_same_name():
-    """If two tracks at the same time get the same name, the less probable track stays unknown."""
     films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
     pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
@@ -252,14 +235,14 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, model
 
 def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
     (ada,) = draw(np.random.default_rng(4), 1, 2)
-    log_odds = []
+    odds = []
     for stranger_odds in (1.0, 3.0):
         folder = tmp_path / f"{stranger_odds}"
         gallery = Gallery.of_models(folder, models, stranger_odds=stranger_odds)
         gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
         (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
-        log_odds.append(np.log(-np.expm1(best.score)) - best.score)  # log((1 - p) / p)
-    assert log_odds[1] - log_odds[0] == pytest.approx(np.log(3))
+        odds.append(np.expm1(-best.score))  # (1 - p) / p
+    assert odds[1] == pytest.approx(3 * odds[0])
 
 
 def test_all_clips_of_a_group_get_one_answer(gallery):
@@ -334,16 +317,14 @@ def test_names_in_tables_are_guarded_against_formulas_and_may_be_quoted(tmp_path
     assert answers_lib.read_groups(path) == {"-x": 'Zo\u00eb "Z" K'}
 
 
-@pytest.mark.parametrize("content", [b"one cell\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"])
-def test_tables_with_missing_enormous_or_contradicting_names_get_a_short_error(tmp_path, content):
+def test_pipes_and_tables_with_missing_enormous_or_contradicting_names_are_refused(tmp_path):
     path = tmp_path / "unknown.tsv"
-    path.write_bytes(content)
-    assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
-
-
-def test_a_pipe_in_place_of_a_table_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    refused(lambda: answers_lib.read_groups(tmp_path / "pipe"), "pipe")
+    for content in (b"one cell\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"):
+        path.write_bytes(content)
+        assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
+    path.unlink()
+    os.mkfifo(path)
+    refused(lambda: answers_lib.read_groups(path), "unknown.tsv")
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
@@ -360,12 +341,9 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
 
 def test_photos_that_are_alike_count_less():
     independent = 1 - DLIB.within * 0.9  # the mean cosine of photos as different as in the card
-    cases = {  # number of photos, their mean cosine -> as how many they count
-        (1, 1): 1, (2, 1): 4 / 3, (10, 1): 1.1, (10, independent): 10,
-    }  # fmt: skip
-    count, cosine = np.array([*cases]).T
-    counted = distance.effective_count(DLIB, count, cosine)
-    np.testing.assert_allclose(counted, [*cases.values()], atol=0.02)
+    for count, cosine, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
+        counted = distance.effective_count(DLIB, np.array(count), np.array(cosine))
+        assert counted == pytest.approx(wanted, abs=0.02)
 
 
 @pytest.mark.parametrize("people", [1, 7])
@@ -404,10 +382,9 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
         for seed in range(2):
             made = Population(seed)
             known, strangers = made.people(people), made.people(150)
-            person = made.rng.integers(0, people, 150)
-            clips = unit(np.concatenate([known[person], strangers]) + made.noise(300))
-            logs = log_probabilities(made.photos(known, count, shared), clips)
-            probabilities.append(np.exp(logs[:, 0]).mean())
+            shown = np.concatenate([known[made.rng.integers(0, people, 150)], strangers])
+            photos, clips = made.photos(known, count, shared), unit(shown + made.noise(300))
+            probabilities.append(np.exp(log_probabilities(photos, clips)[:, 0]).mean())
         assert abs(np.mean(probabilities) - 0.5) < most
 
 
@@ -431,20 +408,6 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(8, 15)
     assert count <= 9 and purity > 0.99
-
-
-def test_clips_seen_at_one_time_are_in_different_groups():
-    made = Population(2)
-    clips = [made.photos(made.people(1), 4)[0].astype(np.float32)]
-    assert grouping.group(BACKEND, [*"abcd"], clips).tolist() == [0, 0, 0, 0]
-    labels = grouping.group(BACKEND, [*"abcd"], clips, [("a", "c")])
-    assert labels[0] != labels[2]
-    assert grouping.group(BACKEND, [], [clips[0][:0]]).shape == (0,)
-
-
-def test_groups_are_numbered_in_the_order_of_their_clips():
-    names = answers_lib.name_groups(["b", "a", "c"], np.array([4, 2, 4]))
-    assert names == {"b": "unknown 1", "a": "unknown 2", "c": "unknown 1"}
 
 
 def test_real_people_are_identified_and_strangers_are_grouped():

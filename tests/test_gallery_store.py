@@ -50,16 +50,16 @@ def gallery(template, tmp_path):
 
 
 def check_same(gallery, wanted):
-    """Asserts that a gallery, and what its folder holds, are another one, in rows and answers."""
+    """Asserts that two galleries have equal rows and answers, and the first also if reopened."""
     assert contents(gallery.folder) == contents(wanted.folder)
     for opened in (gallery, Gallery(gallery.folder)):
         assert answers(opened) == answers(wanted)
         assert (opened.identities, opened.strangers) == (wanted.identities, wanted.strangers)
 
 
-def holds(folder, content):
-    """Returns whether some bytes are in a file of a folder."""
-    return any(content in path.read_bytes() for path in folder.rglob("*"))
+def holds(gallery, content):
+    """Returns whether some bytes are in a file of a gallery."""
+    return any(content in path.read_bytes() for path in gallery.folder.rglob("*"))
 
 
 @settings(max_examples=6, deadline=None)
@@ -154,39 +154,36 @@ def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
     assert not np.array_equal(gallery.backend.numbers(), before)
 
 
-@pytest.mark.parametrize(("name", "person", "refitted"), [
-    ("stranger 0", None, False), ("clip 71", "person 7", True),
-])  # fmt: skip
-def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path, name, person, refitted):
+def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path):
     """The back end was fitted to clips of people, and not to those of strangers."""
     gallery = make(tmp_path / "g", FITTED)
-    before = gallery.backend.numbers()
-    with gallery.change() as draft:
-        draft.remove(clip=name)
-        draft.add({name: make_clip(9999, person)})
-    assert np.array_equal(gallery.backend.numbers(), before) != refitted
-    assert answers(Gallery(gallery.folder)) == answers(gallery)
+    for name, person, refitted in (("stranger 0", None, False), ("clip 71", "person 7", True)):
+        before = gallery.backend.numbers()
+        with gallery.change() as draft:
+            draft.remove(clip=name)
+            draft.add({name: make_clip(9999, person)})
+        assert np.array_equal(gallery.backend.numbers(), before) != refitted
+        assert answers(Gallery(gallery.folder)) == answers(gallery)
 
 
 def test_replaced_names_leave_no_byte_on_disk(gallery):
     gallery.rename("person 7", "Ada")
-    assert holds(gallery.folder, b"Ada") and not holds(gallery.folder, b"person 7")
+    assert holds(gallery, b"Ada") and not holds(gallery, b"person 7")
     with gallery.change() as draft:
         draft.rename("Ada", "Eve")
         draft.remove(clip="clip 51")
         draft.remove(identity="person 4")
         draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # the only one of 4
-    assert not any(holds(gallery.folder, name) for name in (b"Ada", b"clip 51", b"person 4"))
+    assert not any(holds(gallery, name) for name in (b"Ada", b"clip 51", b"person 4"))
     assert gallery.clips["clip 40"].identity == "Zoe"
 
 
 def test_a_named_and_removed_stranger_leaves_no_byte_on_disk(gallery):
-    clip = CLIPS["stranger 3"]._replace(identity="known now")
-    assert gallery.add({"stranger 3": clip}) == 1
-    assert gallery.add({"stranger 3": CLIPS["stranger 3"]}) == 0  # the clip keeps its person
+    clip = CLIPS["stranger 3"]
+    assert gallery.add({"stranger 3": clip._replace(identity="known now")}) == 1
+    assert gallery.add({"stranger 3": clip}) == 0  # the clip keeps its person
     gallery.remove(identity=["known now"])
-    assert "stranger 3" not in gallery.strangers
-    assert not holds(gallery.folder, clip.vector.tobytes())
+    assert "stranger 3" not in gallery.strangers and not holds(gallery, clip.vector.tobytes())
 
 
 def test_nobody_else_may_read_a_gallery(gallery):
@@ -205,13 +202,12 @@ def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery, by):
     clips = group(CLIPS)["person 7"]
     vectors = [CLIPS[name].vector for name in clips]
     for block in gallery.index.blocks:  # and what is computed from them
-        row = block.names.index("person 7")
-        vectors += [x[row] for x in block.linear]
-    assert all(holds(gallery.folder, x) for x in pieces(vectors))
+        vectors += [x[block.names.index("person 7")] for x in block.linear]
+    assert all(holds(gallery, x) for x in pieces(vectors))
     for name in ["person 7"] if by == "identity" else clips:
         gallery.remove(**{by: [name]})
-    assert not any(holds(gallery.folder, x) for x in pieces(vectors))
-    assert not any(holds(gallery.folder, name.encode()) for name in (*clips, "person 7"))
+    texts = [name.encode() for name in (*clips, "person 7")]
+    assert not any(holds(gallery, x) for x in (*pieces(vectors), *texts))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
 
 
@@ -263,8 +259,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
         return float(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
 
-    before = attack()
-    assert abs(before) < 0.9 if empty else before > 0.9999999
+    assert abs(attack()) < 0.9 if empty else attack() > 0.9999999
     people.remove(identity=["p0"])
     assert abs(attack()) < 0.9
 
@@ -276,7 +271,6 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
         assert part.space is not None
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
     refused(lambda: people.threshold(0.5), "nobody is enrolled")
-    refused(lambda: people.rule(fpir=0.5), "nobody is enrolled")
     people.add(NEW)
     assert people.index.names == ["new"]
 
@@ -350,7 +344,6 @@ def test_a_change_of_a_file_with_hard_links_is_refused(gallery, tmp_path):
     """The other link would still contain a removed person."""
     os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
-    refused(lambda: gallery.add(NEW), "hard links")
 
 
 @pytest.mark.slow
@@ -426,14 +419,13 @@ def test_a_gallery_with_zeros_up_to_1_tib_answers(gallery):
     assert answers(Gallery(gallery.folder)) == wanted
 
 
-def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path):
+def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, gallery):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "absent"):
         refused(lambda folder=folder: Gallery(folder), "contains no gallery", "create")
     refused(lambda: make(tmp_path), "not empty", "file")
     refused(lambda: make(tmp_path / "file"), "is a file")
-    make(tmp_path / "g")
-    refused(lambda: make(tmp_path / "g"), "contains a gallery")
+    refused(lambda: make(gallery.folder), "contains a gallery")
 
 
 def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
@@ -442,10 +434,9 @@ def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
     assert make(tmp_path).identities
 
 
-def test_galleries_of_another_format_or_with_wide_vectors_are_refused(tmp_path, monkeypatch):
-    make(tmp_path / "old")
-    forged(tmp_path / "old", "PRAGMA user_version=2")
-    refused(lambda: Gallery(tmp_path / "old"), "2 instead of 4", "create the gallery again")
+def test_gallery_of_another_format_or_with_wide_vectors_is_refused(gallery, tmp_path, monkeypatch):
+    forged(gallery.folder, "PRAGMA user_version=2")
+    refused(lambda: Gallery(gallery.folder), "create the gallery again")
     monkeypatch.setattr(gallery_lib, "MAX_VECTOR_WIDTH", 12)  # 8 of the face, 5 of the voice
     refused(lambda: make(tmp_path / "wide"), "13 numbers, but a gallery")
     assert not (tmp_path / "wide").exists()
@@ -602,18 +593,18 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
     people = Gallery(tmp_path)
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
-    answered = made_galleries.identify(people, parts, len(people.identities))
-    assert [answer.identity or "" for answer in answered] == frozen["identity"].tolist()
-    assert [[name for name, _ in answer.best] for answer in answered] == frozen["names"].tolist()
-    probabilities = [[p for _, p in answer.best] for answer in answered]
-    np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
+    found = made_galleries.identify(people, parts, len(people.identities))
+    assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
+    best = np.array([answer.best for answer in found], object)  # [Q, N, 2]
+    np.testing.assert_array_equal(best[..., 0], frozen["names"])
+    np.testing.assert_allclose(best[..., 1].astype(float), frozen["probabilities"], 0, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_suggestions_for_a_mistyped_name_take_bounded_time():
     """Without a bound, 1,000 names of 199 letters took 15 seconds."""
-    rng = random.Random(0)
-    names = ["".join(rng.choices("ab", k=length)) for length in (64, 199) for _ in range(10_000)]
+    draw = random.Random(0).choices
+    names = ["".join(draw("ab", k=length)) for length in (64, 199) for _ in range(10_000)]
     began = time.process_time()
     for word in ("ab" * 32, "a" * 199):
         errors.closest(word, names, cutoff=0.95)

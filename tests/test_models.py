@@ -83,6 +83,17 @@ def test_dropout_of_modalities_never_drops_the_last_one():
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 
 
+def apply(module, params, x, **kwargs) -> Any:
+    return module.apply(params, x, **kwargs)
+
+
+def drop_out(rate, shape, *, deterministic=False):
+    """Returns an array of ones after dropout."""
+    drop = functools.partial(apply, Dropout(rate), {}, deterministic=deterministic)
+    rngs = {"dropout": jax.random.key(0)}
+    return np.asarray(jax.jit(lambda x: drop(x, rngs=rngs))(jnp.ones(shape)))
+
+
 @pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])  # 8 or 16 random bits a number
 def test_dropout_keeps_the_mean(rate, width):
     y = drop_out(rate, (40_000 // width, width))
@@ -91,16 +102,11 @@ def test_dropout_keeps_the_mean(rate, width):
     np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
 
 
-def test_dropout_drops_numbers_independently():
+def test_dropout_is_independent_and_absent_at_rate_0_and_in_evaluation():
     correlation = np.corrcoef((drop_out(0.5, (5000, 8)) != 0).T)
     assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
-
-
-def test_dropout_of_rate_0_or_in_evaluation_changes_nothing_and_of_rate_1_drops_all():
-    x = jnp.arange(12.0).reshape(3, 4)
-    for rate, deterministic in ((0.0, False), (0.5, True)):
-        np.testing.assert_array_equal(apply(Dropout(rate), {}, x, deterministic=deterministic), x)
-    assert not drop_out(1.0, (3, 4)).any()
+    assert (drop_out(0.0, (3, 4)) == 1).all() and not drop_out(1.0, (3, 4)).any()
+    assert (drop_out(0.5, (3, 4), deterministic=True) == 1).all()
 
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
@@ -138,20 +144,8 @@ def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
         np.testing.assert_array_equal(forward(params, x), x / 2)
         params = made.randomised(params)
         scores = (x * params["kernel"]).sum(axis=-1) + params["bias"]
-        gated = forward(params, x)
-        np.testing.assert_allclose(gated, x / (1 + np.exp(-scores))[..., None], atol=1e-6)
-
-
-# Linear layers: products in one dtype, sums in float32 in both directions, and their dropout.
-
-
-def apply(module, params, x, **kwargs) -> Any:
-    return module.apply(params, x, **kwargs)
-
-
-def drop_out(rate, shape):
-    key, drop = jax.random.key(0), functools.partial(apply, Dropout(rate), {}, deterministic=False)
-    return np.asarray(jax.jit(lambda x: drop(x, rngs={"dropout": key}))(jnp.ones(shape)))
+        wanted = x / (1 + np.exp(-scores))[..., None]
+        np.testing.assert_allclose(forward(params, x), wanted, atol=1e-6)
 
 
 def wide(x):
@@ -163,12 +157,8 @@ def test_linear_layer_equals_flax_dense_in_parameters_and_values():
     ours, flax = Linear(50), nn.Dense(50)
     params, wanted = jax.jit(lambda key: (ours.init(key, x), flax.init(key, x)))(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
-
-    @jax.jit
-    def both(params, *inputs):
-        return [(apply(ours, params, x), apply(flax, params, x)) for x in inputs]
-
-    for outputs, expected in both(params, x, x.reshape(8, 5, 30), x[0]):
+    for given in (x, x.reshape(8, 5, 30), x[0]):
+        outputs, expected = (jax.jit(layer.apply)(params, given) for layer in (ours, flax))
         np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
     y = apply(Linear(50, use_bias=False), {"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(y, wide(x) @ wide(kernel), rtol=1e-5, atol=1e-5)
@@ -248,17 +238,6 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
         np.testing.assert_array_equal(of_zeros, 0)
     assert 0 < np.abs(logits[1, 1:]).max() <= 64.001  # a cosine is at most 1
     assert np.isfinite(by_kernel).all() and np.isfinite(by_x).all()
-
-
-def test_cosine_classifier_matches_its_equation():
-    with jax.enable_x64(True):
-        x = np.random.default_rng(3).standard_normal((4, 5))
-        model = CosineClassifier(num_classes=3, scale=30.0)
-        params = made.randomised(made.init(model, x)["params"])
-        kernel = np.asarray(params["kernel"])
-        lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
-        logits: Any = jax.jit(model.apply)({"params": params}, 1e3 * x)  # lengths do not count
-        np.testing.assert_allclose(logits, 30 * x @ kernel / lengths, atol=1e-6)
 
 
 def test_mlp_matches_its_equations():
@@ -390,20 +369,18 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
 def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
-        size = frames["face"].mask.shape[1]
         if form == "channels":
             # Whole clips, as after drawing: padded frames would count in the maps over frames.
-            lengths = size * frames["face"].mask.any(axis=1)
-            frames["face"] = make_frames(lengths, max_frames=size, dtype="float64")
-        options = {"channel_attention": form, "num_frames": size, "rms_norm": rms_norm}
+            lengths = 4 * frames["face"].mask.any(axis=1)
+            frames["face"] = make_frames(lengths, max_frames=4, dtype="float64")
+        options = {"channel_attention": form, "num_frames": 4, "rms_norm": rms_norm}
         options |= {"layer_form": "published" if published else "ours", "aggregation": aggregation}
         model = made.make_model(SMALL, dtype="float64", **options)
         variables = made.init_identifier(model, frames, clips)
         params = made.randomised(variables["params"])
-        case = (form, rms_norm, published, aggregation)
-        expected = deepmef_oracle(params, frames, clips.mask, *case)
+        wanted = deepmef_oracle(params, frames, clips.mask, form, rms_norm, published, aggregation)
         logits, _ = made.train_logits(model, {**variables, "params": params}, frames, clips)
-        np.testing.assert_allclose(logits, expected, atol=1e-6)
+        np.testing.assert_allclose(logits, wanted, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -430,28 +407,21 @@ def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
 
 
 def cosine_oracle(params, stats, frames, clips, *, feature_scale):
-    """Z and the logits clip by clip; BatchNorm by the batch if there are no statistics."""
+    """Z and the logits, a modality at a time; BatchNorm by the batch if there are no statistics."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-    parts = [[] for _ in clips.mask]
+    z = np.zeros((len(clips.mask), len(frames), COSINE["embed_dim"]))
     for m, (name, part) in enumerate(frames.items()):
-        layer, mapped = params[f"{name}_map"], []
-        mask = part.mask & clips.mask[:, None]
-        for x, real in zip(np.asarray(part.features, np.float64), mask, strict=True):
-            x = feature_scale * x[real].mean(axis=0) if real.any() else None
-            dense = layer["dense"]
-            mapped.append(None if x is None else x @ dense["kernel"] + dense["bias"])
-        seen = np.stack([x for x in mapped if x is not None])
-        norm = stats[f"{name}_map"]["norm"] if stats else None
-        mean, var = (norm["mean"], norm["var"]) if norm else (seen.mean(axis=0), seen.var(axis=0))
-        for b, x in enumerate(mapped):
-            if x is None:
-                parts[b].append(np.zeros(COSINE["embed_dim"]))
-                continue
-            x = (x - mean) / np.sqrt(var + 1e-5) * layer["norm"]["scale"] + layer["norm"]["bias"]
-            parts[b].append(params["weights"][m] * unit(x))
+        layer, mask = params[f"{name}_map"], part.mask & clips.mask[:, None]
+        exists = np.flatnonzero(mask.any(axis=1))
+        means = [part.features[b][mask[b]].mean(axis=0, dtype=np.float64) for b in exists]
+        x = feature_scale * np.stack(means) @ layer["dense"]["kernel"] + layer["dense"]["bias"]
+        norm = stats[f"{name}_map"]["norm"] if stats else {"mean": x.mean(0), "var": x.var(0)}
+        x = (x - norm["mean"]) / np.sqrt(norm["var"] + 1e-5)
+        x = x * layer["norm"]["scale"] + layer["norm"]["bias"]
+        z[exists, m] = params["weights"][m] * unit(x)
+    z = z.reshape(len(z), -1)
+    z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-300)
     kernel = params["classifier"]["kernel"]
-    z = np.stack([np.concatenate(p) for p in parts])
-    z = np.stack([unit(x) if x.any() else x for x in z])
     return z, params["scale"] * z @ (kernel / np.linalg.norm(kernel, axis=0))
 
 
@@ -459,9 +429,8 @@ def cosine_oracle(params, stats, frames, clips, *, feature_scale):
 def test_cosine_net_matches_its_float64_equations(train, feature_scale):
     with jax.enable_x64(True):
         frames, clips = made.make_batch()
-        model = made.make_model(
-            COSINE, dtype="float64", feature_scale=feature_scale, logit_scale=9.0
-        )
+        options = {"feature_scale": feature_scale, "logit_scale": 9.0}
+        model = made.make_model(COSINE, dtype="float64", **options)
         variables = made.init_identifier(model, frames, clips)
         np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
         assert variables["params"]["scale"] == 9
@@ -576,17 +545,15 @@ def video_level(params, name, frames, clip, *, netvlad, unit):
     return mean / np.linalg.norm(mean) if unit else mean
 
 
-def logits_of_the_paper(
-    params, frames, clip, modalities, *, netvlad, attention, pooled=False, unit=False
-):
+def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=False, unit=False):
     """Figure 3 from the frames of one clip to its logits."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     columns, exists = [], []
-    for name in modalities:
+    for name, part in frames.items():
         layer, count = params[f"{name}_map"], 3 if name == "face" else 1
-        mapped, real = np.zeros(layer["bias"].size), frames[name].mask[clip].any()
+        mapped, real = np.zeros(layer["bias"].size), part.mask[clip].any()
         if real:
-            video = video_level(params, name, frames[name], clip, netvlad=netvlad, unit=unit)
+            video = video_level(params, name, part, clip, netvlad=netvlad, unit=unit)
             mapped = video @ layer["kernel"] + layer["bias"]
         columns += list(mapped.reshape(count, -1))
         exists += [real] * count
@@ -625,10 +592,8 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
         return {name: fuse[name](None, value) for name, value in frames.items()}
 
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), fused(), clips, train=False))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes["params"]
-    )
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])
     norm = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
     stats = {"face_netvlad": {"norm": norm}} if parts["netvlad"] else {}
 
@@ -639,5 +604,5 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
 
     logits = run(params)
     for clip in range(3):
-        expected = logits_of_the_paper(params, frames, clip, sizes, **parts)
+        expected = logits_of_the_paper(params, frames, clip, **parts)
         np.testing.assert_allclose(logits[clip], expected, atol=1e-3, rtol=1e-4)

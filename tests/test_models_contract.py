@@ -30,12 +30,12 @@ RESIDUAL = {"name": "dense", "backbone": "residual", "width": 9, "dropout_rate":
 QUICK, SLOW = ("dense, cosine", "knn"), ("mma", "deepmef")
 MARKS = {**dict.fromkeys(QUICK, ()), **dict.fromkeys(SLOW, (pytest.mark.slow,))}
 PLDA = {"name": "plda"}
+assert_close = functools.partial(np.testing.assert_allclose, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("measure", "threshold"), [("norm", 2.4), ("quality", 50.0)])
 def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
-    """Each clip has weights (main, other) in training and in evaluation."""
     frames, clips = tiny.make_batch()
     face, head = frames["face"], frames["head"]
     clips = clips._replace(measure=fusion.mean_measure(face, measure))
@@ -43,20 +43,19 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
     model = tiny.make_model(FALLBACK, main=bare, other=bare, measure=measure, threshold=threshold)
     out = tiny.eval_output(model, tiny.init_identifier(model, frames, clips), frames, clips)
     assert out.logits.shape == (8, 2, 5)
-    train, evaluate = [], []
+    has_face, has_head = (clips.mask & part.mask.any(axis=1) for part in (face, head))
     norms = np.linalg.norm(face.features.astype(float), axis=2)
-    for b, real in enumerate(clips.mask):
-        has_face, has_head = (real & part.mask[b].any() for part in (face, head))
-        train.append((has_face, has_head))
-        measures = norms[b] if measure == "norm" else face.quality[b]
-        if has_head and not has_face:
+    measures = norms if measure == "norm" else face.quality
+    evaluate = []
+    for b in range(8):
+        if has_head[b] and not has_face[b]:
             evaluate.append((0, 0.95))
-        elif has_head and measures[face.mask[b]].mean() < threshold:
+        elif has_head[b] and measures[b, face.mask[b]].mean() < threshold:
             evaluate.append((0.2, 0.8))
         else:
             evaluate.append((1, 0))
     assert set(evaluate) == {(1, 0), (0, 0.95), (0.2, 0.8)}
-    np.testing.assert_array_equal(out.train_weight, train)
+    np.testing.assert_array_equal(out.train_weight, np.stack([has_face, has_head], axis=1))
     np.testing.assert_allclose(out.eval_weight, evaluate, rtol=1e-6)
 
 
@@ -74,11 +73,9 @@ def test_each_branch_equals_a_separate_model_on_its_clips():
         own = {collection: tree[name] for collection, tree in variables.items()}
         seen = clips.mask & frames[modality].mask.any(axis=1)
         logits, part_new = tiny.train_logits(part, own, frames, clips._replace(mask=seen), seed=5)
-        np.testing.assert_allclose(out.logits[:, branch][seen], logits[seen], atol=1e-6)
-        close = functools.partial(np.testing.assert_allclose, atol=1e-6)
-        jax.tree.map(close, part_new["batch_stats"], new["batch_stats"][name])
-        logits = tiny.eval_logits(part, own, frames, clips)
-        np.testing.assert_allclose(evaluated.logits[:, branch], logits, atol=1e-6)
+        assert_close(out.logits[:, branch][seen], logits[seen])
+        jax.tree.map(assert_close, part_new["batch_stats"], new["batch_stats"][name])
+        assert_close(evaluated.logits[:, branch], tiny.eval_logits(part, own, frames, clips))
 
 
 def test_main_model_may_use_only_some_modalities():
@@ -97,17 +94,15 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_if_it_is_fitted(
     """The measure uses all features, although each member of `views` sees only a part."""
     words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
     both = "--config.data.train_splits=train,val"
-    for splits, config in {
-        ("train",): shrunk(*words, spec=DEEPMEF_RUN),
-        ("train", "val"): shrunk(*words, both, spec=f"{DEEPMEF_RUN},trainval"),
+    norms = []
+    for split, config in {
+        "train": shrunk(*words, spec=DEEPMEF_RUN),
+        "val": shrunk(*words, both, spec=f"{DEEPMEF_RUN},trainval"),
     }.items():
-        norms = [
-            np.linalg.norm(frames.features.astype(np.float64), axis=-1).mean()
-            for split in splits
-            for _, frames in real_frames(data, split)
-            if len(frames.features)
-        ]
-        wanted = np.sort(norms)[int(0.2 * len(norms))]
+        for _, frames in real_frames(data, split):
+            if len(frames.features):
+                norms.append(np.linalg.norm(np.float64(frames.features), axis=-1).mean())
+        wanted = np.sort(norms)[int(0.2 * len(norms))]  # of train, then of train and val
         assert threshold(config, data) == pytest.approx(wanted, rel=1e-6)
     absolute, share = "--config.model.threshold=2.5", "--config.model.threshold_share=0"
     for config in (shrunk(), shrunk(absolute, share, spec=DEEPMEF_RUN)):
@@ -142,11 +137,7 @@ class Net(NamedTuple):
 
 @functools.cache
 def made(name):
-    frames, clips = tiny.make_batch()
-    frames = {
-        key: part._replace(features=part.features.astype(np.float32))
-        for key, part in frames.items()
-    }
+    frames, clips = tiny.make_batch(dtype="float32")
     model = tiny.make_model(MODELS[name][0])
     variables = dict(tiny.init_identifier(model, frames, clips))
     if "params" in variables:
@@ -194,29 +185,24 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
     turned = {key: jax.tree.map(lambda v: v[:, ::-1], value) for key, value in net.frames.items()}
     rows = net.clips.mask
-    garbage = {
-        key: value._replace(
-            features=np.where(rows[:, None, None], value.features, 99),
-            quality=np.where(rows[:, None], value.quality, np.nan),
-        )
-        for key, value in net.frames.items()
-    }
+    garbage = {}  # in the padded rows
+    for key, value in net.frames.items():
+        features = np.where(rows[:, None, None], value.features, 99)
+        quality = np.where(rows[:, None], value.quality, np.nan)
+        garbage[key] = value._replace(features=features, quality=quality)
     longer = {key: pad(value, 3) for key, value in net.frames.items()}
     results = [learned(*net._replace(frames=frames))[:2] for frames in (turned, garbage)]
     results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
     scale = net.model.logit_scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
-    close = functools.partial(np.testing.assert_allclose, atol=1e-6)
     for other, new in results:
         np.testing.assert_allclose(other.logits[rows], output.logits[rows], atol=atol)
         for part in new.keys() - {"params"}:
-            jax.tree.map(close, new[part], after[part])
+            jax.tree.map(assert_close, new[part], after[part])
     before, _ = evaluated(net.model, after, net.frames, net.clips)
     other, _ = evaluated(net.model, after, garbage, net.clips)
-    num_rows = 6 if name == "knn" else 8  # neighbours answer padded rows too
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a[:num_rows], b[:num_rows]), other, before
-    )
+    real = slice(6 if name == "knn" else 8)  # neighbours answer padded rows too
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[real], b[real]), other, before)
     copies = jax.tree.map(lambda x: x[np.zeros(8, int)], (net.frames, net.clips))
     alone = evaluated(net.model, after, *copies)[0].logits  # a single clip
     np.testing.assert_allclose(alone, before.logits[np.zeros(8, int)], atol=1e-5 * scale)
@@ -226,10 +212,9 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
 def test_gradients_are_finite_without_features_and_zero_without_frames(name):
     net = made(name)
     for field in ("features", "mask"):
-        frames = {
-            key: value._replace(**{field: np.zeros_like(getattr(value, field))})
-            for key, value in net.frames.items()
-        }
+        frames = {}
+        for key, value in net.frames.items():
+            frames[key] = value._replace(**{field: np.zeros_like(getattr(value, field))})
         output, after, gradient = learned(*net._replace(frames=frames))
         for leaf in jax.tree.leaves((gradient, output.logits, after)):
             assert np.isfinite(leaf).all()
@@ -306,9 +291,7 @@ def test_dropout_is_used_only_in_training(name):
 def test_impossible_model_options_are_refused(spec, options, message):
     frames, clips = tiny.make_batch()
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            lambda: tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
-        )
+        tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
 
 
 def test_missing_or_wide_modalities_and_impossible_tasks_are_refused():
@@ -317,7 +300,7 @@ def test_missing_or_wide_modalities_and_impossible_tasks_are_refused():
     wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
     for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features have width 9")):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(lambda wrong=wrong: tiny.init_identifier(model, wrong, clips))
+            tiny.init_identifier(model, wrong, clips)
     sizes: Any = {"num_classes": 5, "num_clips": 6}
     with pytest.raises(ValueError, match="model 'mma' needs"):
         identifier.make_identifier({"name": "mma"}, modalities={}, **sizes)
