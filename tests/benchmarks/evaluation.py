@@ -5,10 +5,9 @@
 
 The whole is `vidjax.evaluation.scoring.score` of made-up resident clips, with MAP and the open-set
 figures; the forward pass has the same blocks without a ranking. With `--peer` the same net in
-PyTorch (the extra `bench`), eager and by torch.compile, ranks padded blocks in memory with
-`torch.topk`. All take turns in one process. `--published` times the nets of the two publications
-that report a time of their test, at the official number of identities. `--clips` should be many
-times `--block_size`, since the last block of each length is filled up.
+PyTorch (the extra `bench`), eager and by torch.compile, ranks padded blocks in memory. All take
+turns in one process. `--published` times the nets of the two publications that report a time of
+their test. `--clips` should be many times `--block_size`: the last block of a length is filled up.
 """
 
 # pyright: reportMissingImports=false
@@ -48,14 +47,11 @@ class MadeUp:
         labels = np.random.default_rng(2).integers(0, 1 + num_identities, num_clips)
         self.identities = tuple(str(i) for i in range(num_identities))
         self._split = Split(
-            name="val",
-            clips=tuple(f"clip_{i:07d}" for i in range(num_clips)),
-            labels=labels.astype(np.int32),
-            labelled=True,
+            name="val", clips=tuple(f"clip_{i:07d}" for i in range(num_clips)),
+            labels=labels.astype(np.int32), labelled=True, num_others=0,
             positives=np.bincount(labels, minlength=1 + num_identities)[1:],
-            num_others=0,
             lengths={name: np.asarray(packed.length) for name, packed in run.clips.items()},
-        )
+        )  # fmt: skip
         self.plan = make_eval_plan(self._split, tuple(run.clips))
         self._gathered = jax.jit(resident.gather_modalities, static_argnames="sizes")
 

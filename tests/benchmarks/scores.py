@@ -66,13 +66,11 @@ def is_reason(cell: str) -> bool:
 
 def read_rows() -> dict[str, dict[str, str]]:
     """Returns row -> dataset -> why there is no run on it, or an empty string."""
-    return {
-        spec.strip("`"): {
-            name: cell if is_reason(cell) else ""
-            for name, cell in zip(DATASETS, (synthetic, real), strict=True)
-        }
-        for spec, synthetic, _, real, _ in read_tables("scores")["scores"][1:]
-    }
+    rows = {}
+    for spec, synthetic, _, real, _ in read_tables("scores")["scores"][1:]:
+        cells = {SYNTHETIC: synthetic, REAL: real}
+        rows[spec.strip("`")] = {x: cell if is_reason(cell) else "" for x, cell in cells.items()}
+    return rows
 
 
 def is_chosen(row: str, only: Sequence[str]) -> bool:
@@ -117,10 +115,8 @@ def runs(folder: Path, real: str | None) -> Iterator[tuple[str, str, list[str]]]
                 words = command(row, dataset, seed, real or "")
                 if " + " in row:
                     parts = [folder_name(part, dataset, seed) for part in row.split(" + ")]
-                    words = [
-                        "--mode=evaluate",
-                        f"--runs={','.join(f'{folder / x}' for x in parts)}",
-                    ]
+                    joined = ",".join(str(folder / part) for part in parts)
+                    words = ["--mode=evaluate", f"--runs={joined}"]
                 yield row, folder_name(row, dataset, seed), words
 
 
@@ -166,10 +162,7 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     are row and base -> dataset -> `mean` and `error` of the difference.
     """
     read = functools.cache(lambda path: comparison.read(str(path)))
-    rows = {
-        row: {name: _scores(_folders(folder, row, name)) for name in DATASETS}
-        for row in read_rows()
-    }
+    rows = {row: {x: _scores(_folders(folder, row, x)) for x in DATASETS} for row in read_rows()}
     rungs: dict[str, Any] = {}
     for header, *lines in read_tables("scores").values():
         for _, spec, base, _, *cells in lines if "to" in header else []:

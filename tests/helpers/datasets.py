@@ -31,7 +31,7 @@ def prepare(directory: str | Path, cache_dir: str | Path | None = None, **option
 def record_digests(folder: Path) -> dict[str, str]:
     """Returns file -> sha256 of a conversion; of its manifest without the source and times."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         content = path.read_bytes()
         if path.name == "manifest.json":
             manifest = json.loads(content)

@@ -30,11 +30,8 @@ def make_gallery(folder: Path, people: int = 12, strangers: int = 6) -> Gallery:
 def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
     """Returns modality -> frames [T, D] of a clip that is similar to a person."""
     rows = [made_galleries.make_clip(number + turn, person).vector for turn in range(frames)]
-    at, found = 0, {}
-    for name, width in made_galleries.WIDTHS.items():
-        found[name] = np.stack(rows)[:, at : at + width]
-        at += width
-    return found
+    parts = np.split(np.stack(rows), np.cumsum([*made_galleries.WIDTHS.values()])[:-1], axis=1)
+    return dict(zip(made_galleries.WIDTHS, parts, strict=True))
 
 
 def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
