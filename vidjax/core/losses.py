@@ -288,7 +288,8 @@ def make_loss(
 
         def loss(name: str) -> Array:
             function = CLASSIFICATION[name]
-            options = optim.select_options(function, {**spec, **supplied})
+            options = optim.select_options(function, spec)
+            options |= optim.select_options(function, supplied)
             harder = logits
             if spec["margin"] and "margin" not in options:
                 margin_fn = MARGINS[spec["margin_type"]]
