@@ -179,7 +179,8 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
     assert people.rule(fpir=0.25).score != before.score
     parts = parts_of(people, known_and_new_clips(50))
-    for rule in (dict(fpir=0.25), dict(), dict(threshold=0.5)):
+    rules: list[dict[str, Any]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
+    for rule in rules:
         for answer in identify(people, parts, **rule):
             assert (answer.identity is not None) == people.rule(**rule).names(answer.score)
 

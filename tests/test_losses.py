@@ -106,7 +106,8 @@ def test_angular_margin_matches_the_equation(margin):
 
 @pytest.mark.slow
 def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
-    ends = np.nextafter(np.float32(1), np.float32([0, 1, 2]))  # just below, at, just above 1
+    # Just below, at and just above 1.
+    ends = np.nextafter(np.float32(1), np.array([0, 1, 2], np.float32))
     column = 30 * np.concatenate([ends, -ends, [0]])
     logits = np.stack([column, column[::-1]], axis=1).astype(np.float32)
     labels = np.zeros(len(column), np.int32)

@@ -32,7 +32,7 @@ def clips_of(names, seed):
     draw = np.random.default_rng(seed)
     people = {f"{seed}_{place}_{n}": name for place, name in enumerate(names) for n in range(3)}
     noise = 0.9 * draw.normal(size=(len(people), 3, WIDTH))
-    faces = np.float32(3 * np.stack([[CENTRES[x]] for x in people.values()]) + noise)
+    faces = (3 * np.stack([[CENTRES[x]] for x in people.values()]) + noise).astype(np.float32)
     return {clip: {"face": face} for clip, face in zip(people, faces, strict=True)}, people
 
 

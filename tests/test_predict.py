@@ -3,6 +3,7 @@
 import functools
 import resource
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,7 +144,8 @@ np.savez(found, scores=run.scores(clips), vectors=run.embed(clips))
 @pytest.mark.optimized
 def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
     clips = faces(9)
-    np.savez(tmp_path / "clips.npz", **{name: clip["face"] for name, clip in clips.items()})
+    arrays: Any = {name: clip["face"] for name, clip in clips.items()}
+    np.savez(tmp_path / "clips.npz", **arrays)
     python(RANK, train("knn"), tmp_path / "clips.npz", tmp_path / "found.npz")
     run = predict.restore(train("knn"), num_devices=1)
     with np.load(tmp_path / "found.npz") as answers:

@@ -141,7 +141,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
     for table in ("0", "1"):
         clips = {f"c{table}-{i}": face for i in range(3)}
         clip_files.write_parquet(folder / "tables" / f"{table}.parquet", clips)
-    np.savez(folder / "ada" / "a.npz", **face)
+    np.savez(folder / "ada" / "a.npz", face=face["face"])
     own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
     labels = dict.fromkeys(["a_00", "train_00", "b"], "p")
     clip_files.write_labels(clip_files.write_npz(folder / "own", own) / "labels.csv", labels)
