@@ -203,7 +203,10 @@ def test_galleries_do_not_use_body_and_scene_embeddings(silent):
 
 @pytest.mark.usefixtures("read_here")
 def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
-    """Such a clip has no vector that the gallery compares."""
+    """Such a clip has no vector that the gallery compares: here BACK, of which a head is found.
+
+    Ada has a photo, and Eve has none.
+    """
     write_voices(drawn.models)
     add(drawn.models, "head_detector", **RED)
     add(drawn.models, "head_embedder")

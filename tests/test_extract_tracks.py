@@ -112,7 +112,11 @@ def test_cut_ends_every_track_and_a_split_divides_its_sightings():
 
 
 def test_tracks_change_in_the_middle_of_a_dissolve():
-    """The dissolve lasts from 1 to 2 s; for some frames, both people are detected."""
+    """The dissolve lasts from 1 to 2 s; for some frames, both people are detected.
+
+    There is a frame every 0.2 s. Before the frame of 2 s, the trackers are told that the middle of
+    the dissolve was at 1.5 s. So this frame is the first of the new shot, and stands for its start.
+    """
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])
     for n in range(20):

@@ -108,7 +108,7 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     assert val.labels.dtype == np.int32
     assert val.positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
     assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
-    assert facts["clips_per_identity"]["2-2"] == 6
+    assert facts["clips_per_identity"]["2-2"] == 6  # identities with 2 clips each
 
 
 def test_split_without_ground_truth_has_no_labels(converted, tmp_path):

@@ -377,20 +377,26 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     assert spec == config_of(DEEPMEF).fusion.face.evaluate.to_dict()
     sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
     draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
-    number = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10  # [400, 5, 40]
+    # [400 draws, 5 clips, 40 frames]: frame t of `make_frames` has the number 10 * t.
+    number = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10
+    # 50 frames: 40 different ones are drawn, each with the same probability, 40 / 50.
     assert all(len(set(row)) == 40 for row in number[:, 0].tolist())
     shares = np.bincount(number[:, 0].ravel(), minlength=50) / 400
     np.testing.assert_allclose(shares, 0.8, atol=0.08)
+    # 40 frames: all are drawn.
     np.testing.assert_array_equal(np.sort(number[:, 1]), [np.arange(40)] * 400)
     assert 17 < np.argmax(number[:, 1] == 7, axis=1).mean() < 22  # the order is random, too
+    # 5 frames: each is drawn 8 times on average, and its count is binomial.
     counts = np.stack([np.sum(number[:, 2] == t, axis=1) for t in range(5)])
     np.testing.assert_allclose(counts.mean(axis=1), 8, atol=0.4)
-    np.testing.assert_allclose(counts.var(axis=1), 40 * 0.2 * 0.8, rtol=0.25)  # binomial
+    np.testing.assert_allclose(counts.var(axis=1), 40 * 0.2 * 0.8, rtol=0.25)
+    # Evaluation, without a key, makes one such draw.
     test = sample(None, frames)
     fixed = np.asarray(test.number) // 10
     assert len(set(fixed[0].tolist())) == 40 and (np.diff(fixed[0]) < 0).any()
     np.testing.assert_array_equal(fixed[2], fixed[3])  # clips of equal length use the same frames
     assert len(set(np.bincount(fixed[2], minlength=5).tolist())) > 1
+    # Padding does not change the draw.
     np.testing.assert_array_equal(sample(None, pad(frames, 7)).features, test.features)
 
 

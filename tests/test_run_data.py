@@ -127,16 +127,18 @@ def test_run_folder_moved_during_training_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
-    words, test = write(tmp_path / "other", seed=1), "--config.eval.split=test"
-    shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
-    evaluate(test, words[1])
+    other, test = tmp_path / "other", "--config.eval.split=test"
+    _, data_dir = write(other, seed=1)
+    shutil.move(other / "val", other / "test")
+    evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
-    # The folder in config.json, maybe by a stranger, counts while a split of it is the run's.
+    # A stranger may have written the folder in config.json. Without a flag, the folder is refused
+    # if none of its splits is the run's, as in `other`; in own / "data", `val` is.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())
     manifest = checkpoint.read_manifest(folder)
-    for place, code in ((own / "data", 0), (tmp_path / "other", 2)):
+    for place, code in ((own / "data", 0), (other, 2)):
         manifest["config"]["data"]["dir"] = str(place)
         files.write_manifest(folder / "manifest.json", manifest)
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))

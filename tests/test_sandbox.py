@@ -178,6 +178,7 @@ def test_frame_fields_accept_any_kind_of_number(tmp_path):
 
 
 def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
+    """The scores are stored as float32, where -1e300 is infinite."""
     wrong = face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0])
     frames = [wrong, face(quality=-1e300, det=np.float32(-np.inf)), face(quality=-30.0)]
     read = convert(tmp_path, {b"a": frames})

@@ -108,7 +108,7 @@ def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
 @pytest.mark.parametrize("chunk", quick_first([3, device_topk.CHUNK]))
 def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     monkeypatch.setattr(device_topk, "CHUNK", chunk)
-    device_topk._make_update.cache_clear()
+    device_topk._make_update.cache_clear()  # the compiled function contains CHUNK
     mesh = devices.make_mesh(8)
     rng = np.random.default_rng(0)
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
@@ -119,8 +119,11 @@ def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     for block in split:
         host.add(block)
     tops = [host.finish(), *(rank_on_device(x, C, K, 64, mesh) for x in (blocks, split))]
+    # Each part ranks every third block; joined, they are the top k of all blocks.
     parts = [topk.rank(blocks[start::3], C, K) for start in range(3)]
-    for top in (*tops, topk.join_tops(topk.TopK(*map(np.stack, zip(*parts, strict=True))))):
+    scores_of_parts, clips_of_parts = map(np.stack, zip(*parts, strict=True))
+    tops.append(topk.join_tops(topk.TopK(scores_of_parts, clips_of_parts)))
+    for top in tops:
         np.testing.assert_equal(top, full_sort(scores, clip_index, K))
     device_topk._make_update.cache_clear()
 

@@ -341,20 +341,25 @@ def test_adding_voice_models_keeps_all_names(drawn):
         _, output = drawn.who(film)
         return {row["clips"][0]: (row["identity"], row["evidence"]) for row in drawn.rows()}, output
 
+    # The user says that a photo is not of Ada, and that the unknown person is Bob.
     run_who()
     drawn.gallery("relabel", "--clip=people/Ada/2", "--strangers")
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     before, _ = run_who()
     assert before["film.s001.t00"] == ("Bob", ["told"])
+
+    # With voice models, all files are read again, and what the user said still holds.
     write_voices(drawn.models)
     after, output = run_who()
     assert after == before and output.count("there are new nets (audio): all files are") == 1
     clips = Gallery(drawn.out / "gallery").clips
     assert clips["people/Ada/2"].identity is None and clips["film.s001.t00"].identity == "Bob"
     assert clips["film.s001.t00"].vector[made_nets.WIDTH :].any()  # its voice has come
-    assert not clips["people/Ada/1"].vector[made_nets.WIDTH :].any()
+    assert not clips["people/Ada/1"].vector[made_nets.WIDTH :].any()  # a photo has no voice
     again, output = run_who()
     assert again == before and "new nets" not in output and "as before" in output
+
+    # Without them, the gallery does not fit the models any more.
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
     assert "other models of audio" in drawn.who(film, code=2)[1]

@@ -246,15 +246,15 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
                     part: odd(x[n % 5] + rng.normal(size=(3, x.shape[1]))).astype(kind)
                     for part, x in centres.items()
                 }
-                if n % 5 < 4:  # the fifth of them is a stranger
+                if n % 5 < 4:  # the fifth person is a stranger, without labels
                     labels[f"{split}{n}"] = f"{n % 5 + 1}"
         try:
             data = sources.load(splits, labels, cache_dir=tmp_path / "cache")
             results = small_runs.run(config, tmp_path / name, data)
         except (ValueError, CheckpointError) as error:
-            assert refuses in (True, None) and 1 <= len(str(error).splitlines()) <= 3, (name, error)
+            assert refuses is not False and 1 <= len(str(error).splitlines()) <= 3, (name, error)
             continue
-        assert not refuses, name
+        assert refuses is not True, name
         json.dumps(results, allow_nan=False)
-        assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
-        assert "Infinity" not in (tmp_path / name / "metrics.jsonl").read_text()
+        written = (tmp_path / name / "metrics.jsonl").read_text()
+        assert "NaN" not in written and "Infinity" not in written
