@@ -123,8 +123,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
         check_command(flags[1:])
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
-    version = f"vidjax {__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"vidjax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command, about in COMMANDS.items():
         description = f"{about[0].upper()}{about[1:]}."

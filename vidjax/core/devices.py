@@ -101,10 +101,11 @@ def collect_versions() -> dict[str, str]:
     `commit` if vidjax lies in a git checkout.
     """
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {"vidjax": __version__}
+    versions |= {name: importlib.metadata.version(name) for name in packages}
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
-    versions |= {"vidjax": __version__, "python": platform.python_version(), "device": device}
+    versions |= {"python": platform.python_version(), "device": device}
     commit = _read_commit(Path(__file__).parents[2])
     return versions | ({"commit": commit} if commit else {})
 

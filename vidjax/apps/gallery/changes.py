@@ -181,7 +181,8 @@ class Draft:
     def similar(self) -> dict[str, str]:
         """The new people whose names are similar to enrolled names: new name -> enrolled name."""
         new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
-        return find_similar_names(sorted(new), (name for name in self.groups if name not in new))
+        others = {*new, STRANGER}
+        return find_similar_names(sorted(new), (name for name in self.groups if name not in others))
 
     def _list_changes(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
         """Returns each changed clip before and after the change. An absent clip is None."""

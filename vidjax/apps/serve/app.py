@@ -233,8 +233,7 @@ class Application:
 
     async def server(self, _: Request) -> Response:
         """Returns the name, the version and the extensions of the server."""
-        version = __version__
-        content = {"name": "vidjax", "version": version, "extensions": ["binary_tensor_data"]}
+        content = {"name": "vidjax", "version": __version__, "extensions": ["binary_tensor_data"]}
         return _encode_json(content)
 
     async def live(self, _: Request) -> Response:
