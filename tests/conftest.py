@@ -103,7 +103,11 @@ def forget_programs() -> Iterator[None]:
 
 # Fusion emitters take half of the time of compilation; jax has no setting for them. A program in
 # one part takes a tenth less than one whose parts are compiled side by side.
-QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 def is_known(option: str, value: Any) -> bool:

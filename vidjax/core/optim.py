@@ -232,7 +232,7 @@ def make_optimizer(
     restart = round(spec["restart_epoch"] * steps_per_epoch)
     parts.append(restart_before(scaled, restart) if restart else scaled)
     if spec["total_decay"]:
-        rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
+        rates = float(jnp.sum(jax.jit(schedule)(jnp.arange(total_steps))))  # one program
         if not 0 < rates < math.inf:
             raise UserError(
                 f"config.optim.total_decay={spec['total_decay']}: the sum of all learning rates is "

@@ -214,7 +214,10 @@ class Resident:
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = jax.jit(
-            gather_modalities, static_argnames="sizes", out_shardings=devices.row_layout(mesh)
+            gather_modalities,
+            static_argnames="sizes",
+            out_shardings=devices.row_layout(mesh),
+            compiler_options=devices.compile_options(),
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)

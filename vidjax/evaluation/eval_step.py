@@ -217,7 +217,9 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 def make_attention_step(system: System) -> EvalStep:
     """Returns a compiled `attention_step`."""
-    return jax.jit(functools.partial(attention_step, system))
+    return jax.jit(
+        functools.partial(attention_step, system), compiler_options=devices.compile_options()
+    )
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
@@ -235,7 +237,11 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
             check_vma=False,
         )(params, model_state, hidden_chunk, batch)
 
-    return jax.jit(on_each, out_shardings=devices.row_layout(mesh))
+    return jax.jit(
+        on_each,
+        out_shardings=devices.row_layout(mesh),
+        compiler_options=devices.compile_options(),
+    )
 
 
 # Running means of scores over the branches of a model, the examples of a clip, members and runs.
