@@ -11,14 +11,15 @@ import zlib
 import numpy as np
 
 MOST_SHRINK = 2.0  # if a crop is shrunk more than this, squares of pixels are averaged first
-FULL_SIZE = 80.0  # a face has the best size if its eyes are half as many pixels apart
-SQUARES = 37  # sharpness is measured on squares, about as many on each side of the crop
-HALF_SHARP = 1200.0  # the variance of the Laplacian, for grey levels 0 to 255, at sharpness 0.5
+FULL_EYE_DISTANCE = 40.0  # in pixels; a larger distance between the eyes adds no quality
+SQUARES = 37  # sharpness is measured after the crop is reduced to about 37 x 37 squares
+HALF_SHARP = 1200.0  # the sharpness is 0.5 at this variance; grey levels are 0 to 255
 # The next two lengths are in units of the distance between the eyes.
-PROFILE_OFFSET = 0.5  # in a profile, the nose is this far from the middle line of the face
+PROFILE_OFFSET = 0.5  # in a profile, the distance of the nose from the middle line of the face
 EYE_RADIUS = 0.22  # the radius of the discs in which the brightness of eyes and cheeks is measured
 THUMBNAIL_SIDE = 80  # largest side of a thumbnail in pixels
-DARK_EYES_RATIO = 0.6  # eyes darker than this share of the cheek are covered; bare: 0.8 to 1.2
+# Eyes count as covered below this share of the brightness of the cheeks. Bare eyes have 0.8 to 1.2.
+DARK_EYES_RATIO = 0.6
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
@@ -57,8 +58,8 @@ def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
 def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
     """Cuts N crops, uint8 [N, size, size, 3], out of a picture with linear interpolation.
 
-    The part of a crop that lies outside the picture is black. If a crop is much smaller than its
-    part of the picture, squares of pixels are averaged first to avoid aliasing.
+    A crop is black where it lies outside the picture. If a crop is shrunk by a factor above 2,
+    squares of pixels are averaged first to avoid aliasing.
 
     Args:
       rgb: [H, W, 3] uint8, the picture.
@@ -80,7 +81,7 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 
 
 def _map_to_picture(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the x and y in the picture, each [size, size], of all pixels of a crop."""
+    """Returns the places x and y in the picture, each [size, size], of the pixels of a crop."""
     inverse = np.linalg.inv(matrix[:, :2])
     across = np.arange(size)
     u, v = across - matrix[0, 2], (across - matrix[1, 2])[:, None]
@@ -92,8 +93,8 @@ def _cut_region(
 ) -> tuple[np.ndarray, int, int]:
     """Cuts out the part of a picture that contains the places (x, y), and shrinks it by `factor`.
 
-    Returns the part, and the x and y of its top left pixel in the picture. Each pixel of the part
-    is the mean of a square of pixels. Squares that reach beyond the border are padded with black.
+    Each pixel of the shrunk part is the mean of a square of pixels. Squares that reach beyond the
+    border are padded with black. Also returns the x and y of the part's top left corner in pixels.
     """
     height, width = rgb.shape[:2]
     # Squares are counted from the corner of the picture, so that all crops have the same squares.
@@ -113,9 +114,9 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range (first, end) of the squares that are read to interpolate at `positions`.
+    """Returns the numbers (first, end) of the squares that interpolation at `positions` reads.
 
-    An axis of the picture, `length` pixels, is divided into squares with sides of `factor` pixels.
+    The squares have sides of `factor` pixels, and divide an axis of `length` pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -126,10 +127,10 @@ def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int,
 def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Returns the colours, uint8 [S, S, 3], of a picture [H, W, 3] at the places x, y [S, S].
 
-    Outside of the picture, the colour is black.
+    Outside the picture, the colour is black.
     """
     height, width = source.shape[:2]
-    # The picture gets a black border. All places outside of the picture are moved into the border.
+    # The picture gets a black border. All places outside the picture are moved into the border.
     framed = np.zeros((height + 3, width + 3, 3), np.float32)
     framed[1:-2, 1:-2] = source
     x, y = np.clip(x, -1, width) + 1, np.clip(y, -1, height) + 1
@@ -175,20 +176,17 @@ def measure_quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -
 
 
 def measure_size(points: np.ndarray) -> np.ndarray:
-    """Returns the size of each face, [N], 0 to 1.
-
-    The size is twice the distance between the eyes divided by 80 pixels, but at most 1.
-    """
-    return np.minimum(1.0, 2.0 * _measure_eye_distance(points) / FULL_SIZE)
+    """Returns the distance between the eyes of each face divided by 40 pixels, [N], at most 1."""
+    return np.minimum(1.0, _measure_eye_distance(points) / FULL_EYE_DISTANCE)
 
 
 def measure_sharpness(crops: np.ndarray) -> np.ndarray:
-    """Returns the sharpness v / (v + 1200) of each crop, [N], 0 to 1.
+    """Returns the sharpness v / (v + 1200) of each crop [N, S, S, 3] uint8: [N], 0 to 1.
 
-    The crop is first divided into squares, and each square is replaced by its mean. v is the
-    variance of the Laplacian of these means, minus the variance that noise causes. The noise is
-    estimated from squares of about half the side, because faces have little detail at this scale.
-    The estimate is scaled down, because a mean of more pixels contains less noise.
+    First, each square of the crop is replaced by its mean. The variance of the Laplacian of these
+    means comes from detail and noise, and v is the part from detail. The part from noise is
+    estimated with squares of about half the side, because faces have little detail at this scale.
+    This estimate is scaled down, because the mean of a larger square contains less noise.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)
@@ -211,8 +209,8 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
-    mouth. The result falls with the distance of the nose from this line, and is 0 if this distance
-    is at least half the distance between the eyes. A tilt of the head does not change the result.
+    mouth. It falls linearly to 0 if the distance of the nose from this line reaches half the
+    distance between the eyes. A tilt of the head does not change the result.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)
@@ -226,10 +224,10 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
 
-    The 80th percentile of the pixels around an eye is compared with the median of the cheek below
-    this eye. The brightest pixels around a bare eye are skin or the white of the eye, so they are
-    about as bright as the cheek. The two sides are compared separately, because light often comes
-    from one side.
+    The 80th percentile of the brightness around an eye is compared with the median of the cheek
+    below this eye. The brightest pixels around a bare eye are skin or the white of the eye, so they
+    are about as bright as the cheek. The two sides of the face are compared separately, because
+    light often comes from one side.
 
     Args:
       crops: [N, S, S, 3] uint8, the crops of `warp_faces`.

@@ -1,8 +1,8 @@
-"""Joins the named tracks of films to appearances of people, and writes tables and subtitles.
+"""Joins the named tracks of films into appearances of people, and writes tables and subtitles.
 
-A .vtt (WebVTT) or .srt file (SubRip) contains the subtitles of one video. A .rttm file, the format
-of speaker diarisation, contains the appearances in all videos. Each line has the video, the start
-and the duration in seconds, and the person.
+A track is a person in a shot of a film. A .vtt (WebVTT) or .srt (SubRip) file contains the
+subtitles of one video. A .rttm file, the format of speaker diarisation, contains the appearances in
+all videos. Each line has the video, the start and the duration in seconds, and the person.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 
 TOLD = "told"  # the evidence for a name that a user gave to the clip
-GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap are the same appearance
+GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
 SUBTITLES = (".vtt", ".srt")
 FORMATS = (*SUBTITLES, ".rttm")
 # Characters that players read as markup. SubRip has no escapes, so similar characters replace them.
@@ -73,11 +73,14 @@ def format_certainty(appearance: Appearance) -> str:
 def find_appearances(
     answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
 ) -> list[Appearance]:
-    """Joins tracks of the same person to an appearance if the gaps between them are short.
+    """Joins tracks of the same person into an appearance if the gaps between them are short.
 
-    The appearances of each video are in order of time. A track that has neither a name nor a group,
-    such as `unknown 3`, is an appearance of an ignored person. `answers` are the answers of the
-    gallery after `settle_answers`.
+    The appearances of each video are in order of time.
+
+    Args:
+      answers: the answer of the gallery for each clip, after `settle_answers`.
+      groups: the unknown person, such as `unknown 3`, of each clip without a name. A clip that
+        has neither a name nor an unknown person is an appearance of an ignored person.
     """
     appearances = []
     for film in films:
@@ -107,7 +110,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
 
 
 def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
-    """Returns (video, start, end) as texts by the name of the clip. Times of photos are empty."""
+    """Returns the video, the start and the end of each clip as texts; photos have empty times."""
     place_of = {}
     for film in films:
         for track in film.tracks:
@@ -129,9 +132,10 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
-    """Returns the answers, changed so that tracks that overlap in time have different names.
+    """Returns answers in which tracks that overlap in time have different names.
 
-    If two of them have the same name, the track with the less probable name becomes unknown.
+    If two of these tracks have the same name, the track with the less probable name becomes
+    unknown.
     """
     apart: dict[str, set[str]] = {}
     for clip, rival in pair_seen_together(films):
@@ -158,7 +162,7 @@ def _make_appearance(
 
 
 def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
-    """Yields groups of tracks with short gaps between them. `tracks` are in time order."""
+    """Yields groups of tracks with short gaps between them. `tracks` are in order of time."""
     group: list[FilmTrack] = []
     end = 0.0
     for track in tracks:
@@ -232,7 +236,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields (start, end, sorted names) of each interval in which the same known people show."""
+    """Yields the start, the end and the sorted names of each interval with the same known people."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:
@@ -272,7 +276,7 @@ def _make_words(texts: Collection[str]) -> dict[str, str]:
 
 
 def format_span(begin: float, end: float) -> str:
-    """Returns two times in seconds as text, such as 3:12–3:15, or within a second 3:12.1–3:12.4."""
+    """Returns two times in seconds as text: 3:12–3:15, or in the same second, 3:12.1–3:12.4."""
     times = [format_time(seconds, short=True) for seconds in (begin, end)]
     if times[0] == times[1]:
         times = [format_tenths(seconds) for seconds in (begin, end)]

@@ -21,7 +21,7 @@ from vidjax.utils.errors import UserError
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "make it again: vidjax convert --help"
-DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` for nets that find faces
+DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` in cards of detectors
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
 
@@ -43,7 +43,7 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
     Attributes:
       layout: the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1)
         or "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`).
-      colour: the order of the channels of an image.
+      colour: the order of the channels of an image. For sound, it is None.
       size: the height and width of an image. If it is None, any multiples of 32 are allowed.
       mean, scale: the input is (pixel - mean) * scale in each channel.
     """
@@ -79,7 +79,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
             raise ValueError("the mean of `same` must be above the mean of `different`")
-        # Numbers between -1 and 1 cannot have a larger deviation.
+        # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
             raise ValueError("a deviation in `same` or `different` is above sqrt(1 - mean^2)")
 
@@ -102,10 +102,9 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Four numbers of a net's output for a test image, with which a loaded net is checked.
+    """Four numbers of a net's output for a test image. They are checked when the net is loaded.
 
-    The image is made from `seed` by `nets.make_formula_image`. Each number may differ by
-    `tolerance`.
+    `nets.make_formula_image` makes the image from `seed`. Each number may differ by `tolerance`.
     """
 
     seed: Count
@@ -122,7 +121,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
-    # The places of a face's five points in the input: x and y in pixels.
+    # The places (x, y) in pixels to which the five points of a face are aligned in the input.
     template: tuple[Point, Point, Point, Point, Point] | None = None
     around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
     width: Size | None = None  # the number of values of an embedding

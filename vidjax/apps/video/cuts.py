@@ -22,7 +22,7 @@ RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001,
 USUAL_RATE = 25.0  # if the frame rate of a film is unknown
 # Some systems do not allow these letters in names of files.
 FORBIDDEN_LETTERS = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$')
-TITLE_LETTERS = 60  # a title contains at most as many letters of the person's name
+TITLE_LETTERS = 60  # the largest number of letters of a person's name in a title
 
 
 class Cut(NamedTuple):
@@ -38,9 +38,9 @@ def find_cuts(
 ) -> dict[tuple[str, float], list[Cut]]:
     """Returns the stretches of films that show each person, by person and frame rate.
 
-    Each stretch is extended by `padding_s` seconds at both ends, but not beyond the film. Stretches
-    that then touch are joined. Frame rates are rounded to the nearest usual rate, such as 25 or
-    29.97. Photos are skipped.
+    Each stretch is extended by `padding_s` seconds at both ends, but not beyond the ends of the
+    film. Stretches that then touch are joined. Frame rates are rounded to the nearest usual rate,
+    such as 25 or 29.97. Photos are skipped.
     """
     cuts: dict[tuple[str, float], list[Cut]] = {}
     of_video = group_by_video(appearances)

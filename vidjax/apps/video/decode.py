@@ -2,7 +2,7 @@
 
 Call this module only in a child process with limits, see `vidjax.data.processes`. FFmpeg reads the
 bytes of an open regular file, and cannot open playlists, other files, or network connections. Times
-are in seconds since the first picture or sound of the file, as players show them.
+are in seconds since the first picture or sound of the file, as in video players.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", 
 HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_PIXELS = 50_000_000  # in a picture; 8K video has 33 million
 SMALL_SHAPE = (36, 64)  # rows and columns of the small pictures in which cuts are detected
-LEAST_ASPECT = 0.25  # a declared pixel aspect ratio below this number, or above 1 / 0.25, is wrong
+LEAST_ASPECT = 0.25  # a pixel aspect ratio below 0.25 or above 4 is ignored as a mistake
 SOUND_RATE = 16_000  # samples per second
 USUAL_RATE = 25.0  # frames per second, if a file declares no rate
 READ_BYTES = 1 << 18
 ROUNDING_SECONDS = 0.02  # the largest rounding error of time stamps of sound
 BACK_SECONDS = 1.0  # the longest step back of time stamps of sound
-# A video is damaged if more than both of these are missing before its declared end.
+# A video counts as damaged if it is shorter than declared by more than 0.5 s and by more than 5 %.
 MISSING_SECONDS = 0.5
 MISSING_FRACTION = 0.05
 
@@ -62,11 +62,12 @@ class Info:
 
     Attributes:
       width, height: the size of the stored picture in pixels, before it is turned upright.
-      aspect: the width of a pixel divided by its height. For photos, it is 1.
+      aspect: the width of a pixel divided by the height of a pixel. For photos, it is 1.
       seconds: the duration. If the file declares none, it is None.
       rate: the average number of frames per second.
       start_s: the time stamp of the first picture or sound. It is subtracted from all times.
-      photo, sound: whether the file is a single picture, and contains sound that can be decoded.
+      photo: whether the file is a photo.
+      sound: whether the file contains sound that can be decoded.
       others: the number of further video streams, such as other programmes. They are not read.
     """
 
@@ -86,7 +87,7 @@ class Frame:
     """A picture of a video at `time_s` seconds.
 
     Attributes:
-      small: uint8 [36, 64, 3], the stored picture, shrunk to this size whatever its aspect ratio.
+      small: uint8 [36, 64, 3], the stored picture, resized without regard to its aspect ratio.
       rgb: uint8 [H, W, 3], the upright picture. If the frame is not sampled, it is None.
     """
 
@@ -97,12 +98,12 @@ class Frame:
 
 @dataclasses.dataclass
 class DecodeCounts:
-    """Counts of what was decoded so far.
+    """Counts of the frames and errors so far.
 
     Attributes:
       corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
       refused: the number of packets that the decoder refused.
-      repaired: the number of time stamps that were missing, or not later than the last one.
+      repaired: the number of time stamps that `Clock` replaced.
       seconds: the end of the last frame.
       damaged: whether the video ended long before its declared end, or could not be read to its
         end.
@@ -121,7 +122,7 @@ class Clock:
 
     A time stamp is bad if it is missing, if it does not increase, or if it is far beyond the
     declared end. Its frame gets the time of the last frame plus the average duration of a frame. If
-    this moves the frame, all later frames are moved by the same number of seconds.
+    this time differs from the bad time stamp, all later frames are moved by the same difference.
     """
 
     def __init__(self, step_s: float, latest_s: float | None):
@@ -204,7 +205,7 @@ class Video:
         self.counts.damaged |= ends_early(self.counts.seconds, self.info)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the end of a frame in seconds. A frame lasts 1 / rate, or its longer duration."""
+        """Returns the end of a frame in seconds. A frame lasts at least 1 / rate seconds."""
         end_s = time_s + 1.0 / self.info.rate
         duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
@@ -212,10 +213,9 @@ class Video:
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
 
-        The seconds are the time of the first sample, on the same clock as the frames. The samples
-        are float32 [n] from -1 to 1, the mean of all channels, at 16 kHz. There may be gaps between
-        blocks. If time stamps go back, the sound ends there, because it is unknown to which frames
-        the rest belongs.
+        `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, the mean
+        of all channels, at 16 kHz. There may be gaps between blocks. If a time stamp is more than a
+        second too early, the rest of the sound is dropped, because its times are unknown.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
@@ -235,7 +235,7 @@ class Video:
                     self.counts.refused += 1
                     continue
                 for block in resampled:
-                    # Some formats round time stamps, which must not cause gaps between blocks.
+                    # Small differences are ignored, because some formats round time stamps.
                     if block.time is not None:
                         stamp_s = block.time - self.info.start_s
                         if stamp_s < time_s - BACK_SECONDS:
@@ -273,7 +273,7 @@ class Video:
                     yield frame
 
     def _turn_upright(self, rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
-        """Turns or mirrors a picture as the file demands, so that it is upright as in players."""
+        """Turns or mirrors a picture by the metadata of the file, so that it is upright."""
         a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
         if self.info.photo:  # PyAV crashes when it reads the colour profile of a PNG
             if read_orientation(self._file) in MIRRORED:
@@ -368,11 +368,11 @@ def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer
     import av
     from av.error import FFmpegError
 
-    # FFmpeg decodes some pictures while it opens a file, so the limit is set here, too.
+    # FFmpeg decodes some pictures while it opens a file, so the limit of pixels is set here, too.
     options = {"max_pixels": str(MOST_PIXELS)}
     formats = ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS))
     lists = {"format_whitelist": formats, "protocol_whitelist": "none"}
-    # Without the name of the file, FFmpeg cannot guess a format from it.
+    # The name of the file is hidden, so that FFmpeg cannot guess the format from the name.
     nameless = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     try:
         return av.open(
@@ -395,7 +395,6 @@ def _describe_error(error: Exception) -> str:
 
 
 def _find_video_stream(path: Path, container: "InputContainer") -> "VideoStream":
-    """Returns the first video stream."""
     stream = next(iter(_list_video_streams(container)), None)
     if stream is None:
         raise UserError(f"'{path}' contains no pictures\ngive a video or a photo")

@@ -1,10 +1,10 @@
 """Finds photos that may show a person other than the person under whose name they are enrolled.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
-people. A photo is doubtful if the odds are at least 200 to 1 that it shows one of the other people.
-The prior probabilities of all other people are equal. A photo is also doubtful if the named person
-has at least two other photos, and the odds are 200 to 1 that they show a different person than the
-photo. The most doubtful photo of each person is then set aside, and the remaining photos are
+people. A photo is doubtful if the odds are more than 200 to 1 that it shows one of the other people.
+All other people have the same prior probability. If the named person has at least two other photos,
+a photo is also doubtful if the odds are more than 200 to 1 that it shows a different person than
+these photos. The most doubtful photo of each person is then set aside, and the remaining photos are
 compared again, because a wrong photo makes the right photos doubtful.
 """
 
@@ -18,15 +18,15 @@ from vidjax.models import distance
 from vidjax.models.distance import Distances
 
 LEAST_ODDS = 200.0
-FEWEST_OTHERS = 2  # a photo is only compared with at least as many other photos of the person
+FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
 
 
 def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
-    """Finds the photos of a gallery that may show another person than their label.
+    """Finds the photos of a gallery that may show a person other than their label.
 
-    Returns a dict from doubtful clips to the person whom the photo resembles, or None if it
-    resembles no other person. `person_of` contains the person of each photo to check. If the card
-    of the net contains no usual distances between faces, no photo is doubtful.
+    Returns the person whom each doubtful photo resembles, by the name of the clip. If the photo
+    resembles no other person, it is None. `person_of` contains the person of each photo to check.
+    If the card of the net contains no distribution of distances, no photo is doubtful.
     """
     doubtful: dict[str, str | None] = {}
     clips = np.array(sorted(person_of))
@@ -45,16 +45,16 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict
 def compare_photos(
     distances: Distances, units: np.ndarray, owner: np.ndarray
 ) -> dict[int, int | None]:
-    """Finds photos whose embeddings resemble another person more than their own person.
+    """Finds doubtful photos by the rules in the docstring of this module.
 
     Args:
       distances: the distributions of distances between faces of one person and of two people.
       units: [N, D] float64, the embeddings of N photos, scaled to unit length.
-      owner: [N] int, the number of the person of each photo, counted from 0.
+      owner: [N] int, the number, counted from 0, of the person under whose name each photo is.
 
     Returns:
-      A dict from the row of a doubtful photo to the number of the person whom it resembles. The
-      person is None if the photo resembles no other person.
+      A dict from the row of a doubtful photo to the number of the person whom it resembles. If the
+      photo resembles no other person, the number is None.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
@@ -85,9 +85,9 @@ def _compute_log_ratios(
 ) -> np.ndarray:
     """Returns the log-likelihood ratios of "same person" to "two people" for photos and people.
 
-    Each photo is compared with the other photos of a person: `count` is their number, and `mean`
-    the mean of their unit embeddings. If there are none, the ratio is 0. `product` is the inner
-    product of `mean` and the unit embedding of the photo.
+    Each photo is compared with the other photos of a person. `count` is the number of these other
+    photos, and `mean` is the mean of their unit embeddings. `product` is the inner product of
+    `mean` and the unit embedding of the photo. If there are no other photos, the ratio is 0.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

@@ -6,9 +6,9 @@
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
 STEM is the name of the video without its ending and without dots. A clip is the track of a person
-in a shot, such as `STEM.s003.t01`. With --unit=shot, a clip is a whole shot, such as `STEM.s003`. A
-photo with a single face is the clip `STEM`. A photo with several faces has the clips `STEM.f01`,
-`STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
+in a shot: `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a
+shot, such as `STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces
+has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
 `videos/STEM.json` is written last. If it is missing, the extraction of the video was interrupted,
 and the next call extracts the video again.
@@ -35,7 +35,7 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-PROGRESS = "progress"  # contains the number of bytes read so far while a film is extracted
+PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
@@ -53,7 +53,7 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
       fps: the number of frames per second in which faces are detected.
       size: frames are shrunk for the detection until their longer side has `size` pixels.
       unit: what becomes a clip. If it is "track", each person in a shot becomes a clip. If it is
-        "shot", each shot with one main person becomes a clip, as in iQIYI-VID.
+        "shot", the main person of each shot becomes a clip, as in iQIYI-VID.
     """
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
@@ -103,12 +103,12 @@ class FilmTrack(Struct, kw_only=True):
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The path and properties of a file, which is read again only if one of them changes.
+    """The path and properties of a file. A file is read again only if one of them changes.
 
     Attributes:
       address: the absolute path, with special characters quoted as in a URL (`%20`).
-      sidecars: the size and time of each sidecar file, which contains the face tags of a photo. If
-        face tags are not read, it is empty.
+      sidecars: the size and time of each sidecar file. A sidecar file contains the face tags of a
+        photo. If face tags are not read, `sidecars` is empty.
     """
 
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
@@ -189,7 +189,7 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Makes the stem of a file's clips, of letters, digits, `_` and `-`, from the file's name."""
+    """Makes the stem of a file's clips from the file's name: letters, digits, `_` and `-`."""
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 
@@ -210,7 +210,7 @@ def make_printable(name: str) -> str:
 
 
 def locate_thumbnail(folder: Path, clip: str) -> Path:
-    """Returns the path of a clip's thumbnail. Without --thumbnails, the file does not exist."""
+    """Returns the path of a clip's thumbnail, which exists only if --thumbnails was given."""
     return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
 
 
@@ -228,8 +228,8 @@ def read_film(path: Path) -> Film:
 def read_films(folder: Path) -> list[Film]:
     """Reads all films and photos whose features in a folder are complete.
 
-    If several films have the same file name, their field `video` also contains as many folders of
-    the path as are needed to distinguish them.
+    If several films have the same file name, their field `video` also contains the folders of the
+    path that distinguish the films.
     """
     films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
     by_name: dict[str, list[Film]] = {}
@@ -248,8 +248,8 @@ def read_films(folder: Path) -> list[Film]:
 def check_photo(film: Film) -> tuple[str | None, str]:
     """Returns the clip with which a photo can enrol a person, and the problem of the photo.
 
-    If the photo does not show exactly one face, the clip is None. If the face is good, the problem
-    is empty. If the face is poor, there is a problem, but the clip can still enrol a person.
+    If the photo does not show exactly one face, the clip is None. If the face is poor, there is a
+    problem, but the clip can still enrol a person. Otherwise the problem is empty.
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"

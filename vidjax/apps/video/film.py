@@ -3,14 +3,16 @@
 `work` runs in a child process with limits, because a malicious file may exploit errors in FFmpeg.
 
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
-a shot. Speech counts as the person's voice while the person is the only one in the picture, but the
-speaker may still be off screen.
+a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
+still be off screen.
 
-Boxes are in pixels of the picture. The box of a head or body comes from a detector of heads or
-bodies. If there is no such detector, the box is computed from the face and the field `around`. This
-field, in the card of the net (a JSON file), is the box in units in which the face is 0, 0, 1, 1.
+Boxes are left, top, right and bottom in pixels of the picture. A detector of heads or bodies finds
+the box of a head or body. If there is no such detector, the box is computed from the box of the
+face and the field `around` in the card of the net, a JSON file. `around` is the box of the head or
+body in units in which the box of the face is [0, 0, 1, 1].
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -41,10 +43,10 @@ from vidjax.data.clip_files import write_npz
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
-# Maximum number of faces in a clip, spread over its time, and of windows of its voice.
+# A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
-# A track keeps its best picture of each span of KEPT_SECONDS. If it has more than MOST_KEPT
-# pictures, the spans are doubled.
+# The best picture of each span of KEPT_SECONDS of a track is kept. If a track has more than
+# MOST_KEPT pictures, the spans are doubled.
 MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 
@@ -52,8 +54,8 @@ class Nets(NamedTuple):
     """The nets with which a film is read.
 
     Attributes:
-      detect: the detectors of "face", and if available, of "head" and "body".
-      embed: the nets that compute embeddings of "face", "head", "body" or "scene".
+      detect: the detectors of parts: of "face", and if available, of "head" and "body".
+      embed: the nets that compute embeddings of the parts "face", "head", "body" and "scene".
       listen: detects speech and computes embeddings of voices. Without nets for voices, it is None.
     """
 
@@ -66,8 +68,9 @@ class Figures(NamedTuple):
     """The N people in a picture. Boxes and points that were not detected are NaN.
 
     Attributes:
-      boxes: [N, 4], the boxes that are tracked: the heads, or the faces where no head was detected.
-      scores: [N], the scores of the faces, or of the heads where no face was detected.
+      boxes: [N, 4], the boxes that are tracked. If a head was detected, the box is the head. If
+        not, the box is the face.
+      scores: [N], the scores of the faces. For a head without a face, it is the score of the head.
       points: [N, 5, 2], the five points of the faces.
       parts: the boxes [N, 4] of each part, such as "face" or "body".
     """
@@ -84,11 +87,11 @@ class Figures(NamedTuple):
 
 
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Loads the nets that cards describe, by role.
+    """Loads the nets that cards describe.
 
     Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
-    computes embeddings of heads or bodies, but there is neither a detector for them nor a field
-    `around` in the card.
+    computes embeddings of heads or bodies, but there is neither a detector of heads or bodies nor a
+    field `around` in the card.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -109,10 +112,10 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
 
 
 def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) -> Figures:
-    """Joins the faces, heads and bodies that were detected in a picture to people.
+    """Joins the faces, heads and bodies that were detected in a picture into people.
 
-    People with a face come first, by falling score. They are followed by heads without a face.
-    `rgb` is uint8 [H, W, 3]. `detections` is by part, such as "face" or "head".
+    People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
+    [H, W, 3]. `detections` contains the detections of each part, such as "face" or "head".
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -143,8 +146,8 @@ def cut_crops(
 ) -> dict[int, np.ndarray]:
     """Cuts a part, such as "face" or "body", of each person out of a picture.
 
-    Returns crops, uint8 [H, W, 3] in the size of the net's input, by the index of the person.
-    People without this part are left out.
+    Returns the crops by the index of the person. A crop is uint8 [H, W, 3] and has the size of the
+    net's input. People without this part are left out.
     """
     height, width = card.input.size or (0, 0)
     has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))
@@ -166,10 +169,11 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Returns the index of the large box [N, 4] for each small box [M, 4]: int [M], or -1 for none.
+    """Returns the index of a large box [N, 4] for each small box [M, 4]: int [M], or -1 for none.
 
-    The smallest large box chooses first. Among the small boxes whose centre it contains, it chooses
-    the box whose centre is nearest to the middle of its top side. No box is in two pairs.
+    Large boxes choose a small box one after the other, starting with the smallest large box. A
+    large box contains the centre of its small box. If it contains several centres, the centre
+    nearest to the middle of its top side is chosen. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -189,6 +193,7 @@ class Sighting(NamedTuple):
     Attributes:
       quality: the quality of the face. If there is no face, it is negative.
       number: a unique number. Sightings of equal quality are ordered by it.
+      frame: the number of the frame in the film.
       detection: the score of the detector.
       box: [4], the box of the face, or of the head if there is no face, as fractions of the
         picture's width and height.
@@ -207,7 +212,7 @@ class Sighting(NamedTuple):
 class BestPictures:
     """Keeps the best picture of a track in each span of time.
 
-    All spans are equally long. If there are too many pictures, spans are doubled.
+    All spans are equally long. If there are more than 96 pictures, the length is doubled.
     """
 
     def __init__(self) -> None:
@@ -224,7 +229,7 @@ class BestPictures:
                 self.add(sighting)
 
     def pictures(self) -> list[Sighting]:
-        """Returns the kept pictures in order of time; there are at most 96."""
+        """Returns the kept pictures, at most 96, in order of time."""
         return [*self._best.values()]
 
 
@@ -246,9 +251,9 @@ class ClipBuilder:
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
     ) -> None:
-        """Adds the pictures of the N people in a frame, uint8 [H, W, 3], to their tracks.
+        """Adds the pictures of the N people in the frame `rgb`, uint8 [H, W, 3], to their tracks.
 
-        `owners` [N] int is the number of the track of each person, or -1 if there is none.
+        `owners` [N] int is the number of the track of each person. Without a track, it is -1.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
@@ -294,7 +299,7 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip of a track; `faces` contains embeddings by the number of the sighting."""
+        """Makes a clip; `faces` contains the embedding of each sighting by its number."""
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
@@ -328,16 +333,16 @@ class ClipBuilder:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Deletes pictures of tracks that ended without a clip. `live` are all other tracks."""
+        """Deletes the pictures of ended tracks; `live` has the numbers of the other tracks."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
         """Adds voices to clips; returns the number of clips with a voice.
 
-        Speech belongs to a clip while the person of this clip is the only visible person of the
-        tracks `seen`. A clip keeps the windows of sound with the most speech. The array
-        `audio_number` of a clip contains the start of each window in milliseconds. `sound` yields
-        blocks (seconds, samples) at 16 kHz.
+        `seen` are the tracks of all people. Speech belongs to a clip while no other person is
+        visible. A clip keeps the 32 windows of sound with the most speech. The array `audio_number`
+        of a clip contains the start of each window in milliseconds. `sound` yields blocks (seconds,
+        samples) at 16 kHz.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
@@ -370,9 +375,9 @@ def extract(
 ) -> Film:
     """Writes the features of a video or photo to `out/STEM.npz`; returns its description.
 
-    Each face of a photo is a clip. If `out` contains a folder for thumbnails, the best face of each
-    clip is written into it. The memory grows only with the number of clips: a clip needs 12 kB if
-    embeddings have 128 values.
+    Each face of a photo is a clip. If `out` contains a folder for thumbnails, a picture of the best
+    face of each clip is written into this folder. The memory grows only with the number of clips. A
+    clip needs 12 kB if embeddings have 128 values.
 
     Args:
       out: an existing folder.
@@ -393,20 +398,14 @@ def extract(
             lost = _find_in_photo(path, video, clips, nets, stem, tags)
         else:
             shots, seen = _make_clips(video, clips, nets, stem, out, settings)
-        counts = video.counts
     film = Film(
         video=features_folder.make_printable(path.name),
         source=source,
         sha256=sha256,
         photo=video.info.photo,
-        seconds=counts.seconds,
         shots=shots,
         tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
-        frames=counts.frames,
-        corrupt=counts.corrupt,
-        refused=counts.refused,
-        repaired=counts.repaired,
-        damaged=counts.damaged,
+        **dataclasses.asdict(video.counts),
         others=video.info.others,
         rate=None if video.info.photo else video.info.rate,
         lost_tags=lost,
@@ -431,8 +430,8 @@ def _make_clips(
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
     """Makes the clips of a video: one for each track, or with `--unit=shot`, one for each shot.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people. From these
-    tracks, `ClipBuilder.hear` finds the times at which only one person is visible.
+    Returns the start and end of each shot in seconds, and the tracks of all people for
+    `ClipBuilder.hear`.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
