@@ -236,7 +236,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields the start, the end and the sorted names of each interval with the same known people."""
+    """Yields the start, end and sorted names of each interval with the same known people."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:

@@ -1,10 +1,10 @@
 """Finds photos that may show a person other than the person under whose name they are enrolled.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
-people. A photo is doubtful if the odds are more than 200 to 1 that it shows one of the other people.
+people. A photo is doubtful if the odds that it shows one of the other people are above 200 to 1.
 All other people have the same prior probability. If the named person has at least two other photos,
-a photo is also doubtful if the odds are more than 200 to 1 that it shows a different person than
-these photos. The most doubtful photo of each person is then set aside, and the remaining photos are
+a photo is also doubtful if the odds that it shows a different person than these photos are above
+200 to 1. The most doubtful photo of each person is then set aside, and the remaining photos are
 compared again, because a wrong photo makes the right photos doubtful.
 """
 

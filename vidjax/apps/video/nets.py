@@ -16,15 +16,15 @@ from vidjax.utils.errors import UserError, require_packages
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-BLOCK_CROPS = 32  # at most as many crops are the input of one call of a net
+BLOCK_CROPS = 32  # the largest number of crops in one call of a net
 LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
 WEAK_SCORE = 0.2  # near a detection with a higher score, the frames before and after are searched
-MOST_OVERLAP = 0.3  # the largest intersection over union of two faces of an image
-MOST_CANDIDATES = 5000  # the best detections, which enter non-maximum suppression
-# If only a square around a known face is searched, its side is 2 NEAR times the longer side of the
-# face. It is shrunk until the face has FACE_SHARE of the size to which images are shrunk.
+MOST_OVERLAP = 0.3  # the largest intersection over union of two faces in an image
+MOST_CANDIDATES = 5000  # only the best detections enter non-maximum suppression
+# The sides of the square that is searched around a known face are 2 * NEAR times the longer side of
+# the face. The square is shrunk until the face has FACE_SHARE times `Detector.size` pixels.
 NEAR, FACE_SHARE = 1.0, 0.1
-CELL = 4  # the side of CenterFace's cells in pixels
+CELL = 4  # the side of CenterFace's cells, in pixels
 FORMULA_STEP = 7919  # see `make_formula_image`
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
@@ -82,9 +82,9 @@ class Detector:
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
         """Returns certain and uncertain detections, with scores above 0.2, in an image.
 
-        `image` is uint8 [H, W, 3] RGB. If boxes `near` [N, 4] of faces in another frame are given,
-        only the image around them is searched, unless this would be more work, or the net has an
-        input of fixed size.
+        `image` is uint8 [H, W, 3] RGB. `near` [N, 4] are the boxes of faces in another frame. If
+        they are given, only the image around them is searched. If this would be more work, or the
+        net has an input of fixed size, the whole image is searched.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -124,19 +124,19 @@ class Detector:
 
 
 class Embedder:
-    """Computes embeddings of crops, or of windows of sound, with the net that a card describes."""
+    """Computes embeddings of crops or of windows of sound with the net that a card describes."""
 
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net. `make_input` turns crops or windows into its input."""
+        """Opens the net. `make_input` turns crops or windows into the input of the net."""
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns embeddings, float32 [N, D], of N crops, uint8 [N, H, W, 3] RGB, or windows.
+        """Returns embeddings, float32 [N, D], of N crops, uint8 [N, H, W, 3] RGB, or of N windows.
 
-        Raises UserError if the length D of the net's output differs from its description.
+        Raises UserError if the length D of the embeddings differs from `width` in the card.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -195,9 +195,9 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
 def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
     """Returns four numbers, float64, of a net's output for a test image.
 
-    They are the numbers at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. This
-    output is the points of faces, an embedding, or the state of the net for speech. It reveals
-    errors better than the probabilities in other outputs, which are all near 0 or 1.
+    The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. This output
+    contains the points of faces, an embedding, or the state of the net for speech. It reveals
+    errors better than the other outputs, which are probabilities near 0 or 1.
     """
     output = [*ask_net(session, card, make_formula_inputs(card, seed)).values()][-1].ravel()
     return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
@@ -255,11 +255,8 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
         images = images[..., ::-1]
     mean, scale = np.array(form.mean, np.float32), np.array(form.scale, np.float32)
     if form.layout == "NCHW":
-        images, mean, scale = (
-            images.transpose(0, 3, 1, 2),
-            mean[:, None, None],
-            scale[:, None, None],
-        )
+        images = images.transpose(0, 3, 1, 2)
+        mean, scale = mean[:, None, None], scale[:, None, None]
     # Computing in place is ten times faster than with temporary arrays of another memory order.
     x = images.astype(np.float32, order="C")
     x -= mean
@@ -324,7 +321,7 @@ def choose_regions(
     """Chooses regions of an image that contain the surroundings of all faces and do not overlap.
 
     `boxes` [N, 4] are the faces. A region is shrunk until the longer side of its smallest face has
-    `side` pixels, and its scale is at most `most_scale`.
+    `side` pixels. The scale is at most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -346,14 +343,12 @@ def _fit_region(square: list[float], scale: float, width: int, height: int) -> R
     """Enlarges a square to a region of whole pixels, whose shrunk sides are multiples of 32.
 
     A detector divides the shrunk image into cells of 4 x 4 pixels. The region begins at the corner
-    of a cell, so that it gives nearly the same detections as the whole image.
+    of a cell, so that the detections are nearly the same as in the whole image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
-    right, bottom = (
-        left - (left - square[2]) // stride * stride,
-        top - (top - square[3]) // stride * stride,
-    )
+    right = left - (left - square[2]) // stride * stride
+    bottom = top - (top - square[3]) // stride * stride
     return Region(left, top, min(int(right), width), min(int(bottom), height), scale)
 
 
@@ -365,7 +360,8 @@ def _overlap(first: Region, second: Region) -> bool:
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
     """Removes faces that overlap a better face; returns the others by falling score.
 
-    The intersection over union may be up to `most_overlap`. Source: greedy non-maximum suppression.
+    The remaining faces have an intersection over union of at most `most_overlap`. Source: greedy
+    non-maximum suppression.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []
@@ -388,8 +384,8 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
-      its published decoder. The published decoder moves a corner outside the image to the edge
-      before it adds the points. Here the points of such a face are not moved.
+      its published decoder. If the top left corner of a face is outside the image, the published
+      decoder moves the points of the face. Here the points are not moved.
     """
     del width
     (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())

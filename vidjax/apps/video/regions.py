@@ -1,7 +1,7 @@
 """Reads face tags, the names of faces that photo programs store in the XMP metadata of a photo.
 
-XMP is XML in the photo, or in a sidecar file next to it. digiKam, Picasa and Lightroom write tags
-in the format of the Metadata Working Group. If a photo has no such tags, tags in the format of
+XMP is XML in the photo, or in a sidecar file next to the photo. digiKam, Picasa and Lightroom write
+tags in the format of the Metadata Working Group. If a photo has no such tags, tags in the format of
 Microsoft Photo are read.
 
 The files may be malicious. XML is read only from `<rdf:RDF` to `</rdf:RDF>`, because definitions of
@@ -25,11 +25,12 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 MOST_BYTES = 4 * files.MB  # the largest size of the XMP
-END_BYTES = 2 * files.MB  # bytes at the start and at the end of a photo that may contain XMP
+END_BYTES = 2 * files.MB  # XMP is searched in this part at the start and the end of a photo
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
 PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
-PACKED = b"XML:com.adobe.xmp\0\1\0"  # compressed XMP in a PNG; two zero-terminated texts follow
+# The start of compressed XMP in a PNG. Two texts, which end with a zero byte, and the XMP follow.
+PACKED = b"XML:com.adobe.xmp\0\1\0"
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
@@ -52,8 +53,8 @@ class Tags(NamedTuple):
     """The face tags of a photo.
 
     Attributes:
-      shape: the width and height of the picture in which the program drew the boxes. If the program
-        did not store them, it is None.
+      shape: the width and height of the picture in which the program drew the boxes. If they
+        are not stored, `shape` is None.
       problem: why some tags could not be read. If there is no problem, it is empty.
     """
 
@@ -63,7 +64,7 @@ class Tags(NamedTuple):
 
 
 def list_sidecars(path: Path) -> list[Path]:
-    """Returns a photo's existing files with metadata: first PHOTO.JPG.xmp, then PHOTO.xmp."""
+    """Returns the existing sidecar files of a photo: first PHOTO.JPG.xmp, then PHOTO.xmp."""
     names = (name + end for name in (path.name, path.stem) for end in (".xmp", ".XMP"))
     return [sidecar for name in names if os.path.isfile(sidecar := path.with_name(name))]
 
@@ -96,7 +97,7 @@ def _read_ends(path: Path) -> bytes:
 
 
 def _find_packets(content: bytes) -> Iterator[bytes]:
-    """Yields the pieces of XMP that may contain face tags; raises UserError if one has no end."""
+    """Yields pieces of XMP that may contain face tags. If a piece has no end, raises UserError."""
     if content.startswith(PNG) and (place := content.find(PACKED)) >= 0:
         start = content.find(b"\0", content.find(b"\0", place + len(PACKED)) + 1) + 1
         content = zlib.decompressobj().decompress(content[start : start + MOST_BYTES], MOST_BYTES)
@@ -135,13 +136,13 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with this name, but not more than 501."""
+    """Yields the items of all XML lists with this name, at most 501."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
 
 def _collect_values(item: ElementTree.Element) -> dict[str, str]:
-    """Returns the texts of an element's attributes and inner elements, by their names."""
+    """Returns the texts of an element's attributes and inner elements by name."""
     values: dict[str, str] = {}
     for element in itertools.islice(item.iter(), MOST_VALUES):
         for key, value in (*element.attrib.items(), (element.tag, (element.text or "").strip())):
@@ -174,7 +175,7 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag. If the name is empty or the box is not in the picture, returns None."""
+    """Returns a tag, or None if the name is empty or the box is not in the picture."""
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
     if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
@@ -191,8 +192,8 @@ def match_faces(
     programs use the displayed, upright picture. If `tags.shape` fits only one of the two pictures,
     this picture is used. If not, the picture in which more tags have a face is used.
 
-    `faces` [N, 4] are in pixels of the displayed picture, and `size` is its width and height.
-    `orientation` is the EXIF orientation of the stored picture, 1 to 8.
+    `faces` [N, 4] are boxes in pixels of the displayed picture. `size` is the width and height of
+    the displayed picture. `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
     boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
     scale = np.array(size * 2)
@@ -216,10 +217,10 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Assigns a face of `faces` [N, 4] to each box [n, 4]: int [n], or -1 if there is none.
+    """Returns the index of the face in `faces` [N, 4] for each box [n, 4]: int [n], or -1 for none.
 
     The centre of the face must be in the box. The pair with the largest intersection over union is
-    assigned first. No face is assigned twice.
+    chosen first. No face is chosen twice.
     """
     owner, box = np.full(len(boxes), -1), boxes[:, None]
     centres = (faces[:, :2] + faces[:, 2:]) / 2

@@ -2,9 +2,9 @@
 
 The frames of a shot are divided into groups of at most five frames and less than a second. The last
 frame of a group is searched as a whole. The other frames are then searched from last to first. Each
-is searched only near the people in two frames: the next frame, and the last frame of the previous
-group. If fewer people are found than in one of these two frames, the whole frame is searched. So a
-person who is visible for a second is detected in all frames.
+of these frames is searched only near the people in two frames: the next frame, and the last frame
+of the previous group. If fewer people are detected than in one of these two frames, the whole frame
+is searched. So a person who is visible for a second is detected in all frames.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,10 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 
 
 class SearchedFrame(NamedTuple):
-    """A frame, uint8 [H, W, 3], at `time_s` seconds, and the people that were detected in it.
+    """A frame `rgb`, uint8 [H, W, 3], at `time_s` seconds, and the people who were detected in it.
 
-    `number` is the number of the frame in the film. `detections` are by part, such as "face".
+    `number` is the number of the frame in the film. `detections` contains the detections of each
+    part, such as "face".
     """
 
     number: int
@@ -34,16 +35,16 @@ class SearchedFrame(NamedTuple):
 class FilmSearch:
     """Detects people in frames that are added one by one.
 
-    Frames are returned in the same order, but later, because a group is searched from its end.
+    A frame is returned when its group is searched. The order of frames is kept.
     """
 
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors
         self._group: list[SearchedFrame] = []
-        self._before: Mapping[str, Faces] = {}  # detections of the last frame of the group before
+        self._before: Mapping[str, Faces] = {}  # of the last frame of the previous group
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If the group of frames before it is complete, searches and yields them."""
+        """Adds a frame. If the group before this frame is complete, searches and yields it."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()
@@ -51,7 +52,7 @@ class FilmSearch:
 
     def end_shot(self) -> Iterator[SearchedFrame]:
         """Yields the remaining frames of a shot. The next frame begins another shot."""
-        # The last frame of a short shot may be part of a fade, so the first is also searched whole.
+        # The last frame of a short shot may be part of a fade, so the first frame is also searched.
         if self._group and not self._before:
             first, *self._group = self._group
             self._before = self._search_whole(first.rgb)

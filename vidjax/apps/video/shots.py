@@ -3,7 +3,7 @@
 A cut is a change that is much larger than the motion before it. If pictures are far apart in time,
 as in a slide show, every large change is a cut. If blank pictures separate two shots, as in a fade,
 the cut is at the end of the blank pictures. Blank pictures within a shot, as in a flash, are not a
-cut. The cut of a dissolve is in its middle, but is detected only at its end.
+cut. The cut of a dissolve is in the middle of the dissolve, but is detected only at the end.
 """
 
 import collections
@@ -20,9 +20,9 @@ LEAST_DIFFERENCE = 3.0  # smaller differences come from noise and compression
 UNLIKE = 0.5  # a change with a smaller likeness is a cut if it stands out by CLEAR
 LIKE = 0.9  # a change with a larger likeness is never a cut
 LARGE_DIFFERENCE = 18.0  # a larger difference is a cut if it stands out by LIKELY
-RECOLOURED_SHARE = 0.5  # a change of colour in a larger share of the pixels is a cut, too
-# A change stands out if it exceeds the median of recent changes by the first factor, and the last
-# change by the second factor. The second factor avoids several cuts at the start of a fast pan.
+RECOLOURED_SHARE = 0.5  # so is a change of colour in a larger share of the pixels
+# A change stands out if it exceeds the first factor times the median of recent changes, and the
+# second factor times the last change. The second factor avoids several cuts when a fast pan starts.
 CLEAR = (2.0, 1.5)  # factors for 1 - likeness
 LIKELY = (3.0, 2.0)  # factors for differences
 RECENT_CHANGES = 15
@@ -36,7 +36,8 @@ DISSOLVE_SECONDS = 1.6  # the longest dissolve, including a still picture at bot
 DISSOLVE_STEPS = 25  # pictures that are kept during this time
 MOVED_LIKENESS = 0.8  # if two pictures are more alike after a shift, the camera moved
 MOST_SHIFT = (5, 8)  # pixels down and across
-MIXED_REST = 0.35  # largest error of a picture as a sum of two pictures, in standard deviations
+LEAST_WEIGHT = 0.15  # the least weight of each still picture in a picture of a dissolve
+MIXED_REST = 0.35  # the largest error of the weighted sum, in standard deviations of the picture
 
 
 class _Picture:
@@ -75,8 +76,8 @@ class ShotDetector:
     def update(self, time_s: float, small: np.ndarray) -> bool:
         """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. After a dissolve, the shot began earlier
-        than the frame: `starts` contains the time.
+        The first frame of a film begins the first shot. If the new shot began with a dissolve, it
+        began earlier than this frame. `starts` then contains the earlier time.
         """
         picture = _Picture(small)
         cut = not self._pictures or self._is_cut(time_s, picture)
@@ -115,14 +116,14 @@ class ShotDetector:
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
         """Returns whether the change to `picture` is a cut. For `change`, see `_stands_out`.
 
-        After a cut, the picture differs from all of the last pictures.
+        After a cut, the picture must differ from all of the last three pictures.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
         unlikeness = self._measure_unlikeness(picture, COMPARED_PICTURES)
         if unlikeness > 1 - UNLIKE:
             return True
-        # If fewer changes are known, a motion may just have begun.
+        # At the start of a shot, a motion may just have begun.
         known = len(self._changes) >= COMPARED_PICTURES
         if unlikeness < 1 - LIKE or not known or not self._stands_out(change, *LIKELY)[0]:
             return False
@@ -138,8 +139,9 @@ class ShotDetector:
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns whether the two measures of a change stand out from recent changes: bool [2].
 
-        The change is the difference, and 1 - likeness, of the last two frames. It stands out if it
-        is at least `times_usual` the median of recent changes, and `times_last` the last change.
+        The measures are the difference and 1 - likeness of the last two frames. A measure stands
+        out if it is above `times_usual` times its median in recent changes, and above `times_last`
+        times its value in the last change.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)
@@ -155,8 +157,8 @@ class _Dissolve:
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
         """Adds the next picture; returns True if it is the first still picture after a dissolve.
 
-        `middle_s` is then the time at which both still pictures had the same weight.
-        `difference` is the difference from the last picture.
+        `middle_s` is then the time at which both still pictures have the same weight. `difference`
+        is the difference from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
@@ -177,7 +179,7 @@ def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int
     """Returns the index of the first picture in which `end` has a larger weight than `start`.
 
     Returns None if the pictures `between` are not weighted sums of `start` and `end`. Also returns
-    None if `start` and `end` are alike, or become alike when one is shifted.
+    None if `start` and `end` are alike, or are alike after a shift.
     """
     if min(start.deviation, end.deviation) < BLANK or _measure_likeness(start, end) > UNLIKE:
         return None
@@ -187,7 +189,7 @@ def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int
     middle = np.stack([picture.centred for picture in between], 1)
     parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # the ends are unlike: never singular
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
-    mixed = (parts.min(0) > 0.15) & (rest < MIXED_REST)
+    mixed = (parts.min(0) > LEAST_WEIGHT) & (rest < MIXED_REST)
     # If pictures are alike after a shift, the camera moves slowly.
     if mixed.sum() < 2 or _measure_shifted_likeness(start.grey, end.grey) > MOVED_LIKENESS:
         return None
@@ -210,14 +212,14 @@ def _measure_likeness(first: _Picture, second: _Picture) -> float:
 
 
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the largest correlation of the middle of a picture [h, w] with parts of another."""
+    """Returns the largest correlation of the middle of `first` [h, w] with parts of `second`."""
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]
     parts = np.lib.stride_tricks.sliding_window_view(second, middle.shape)
     parts = parts.reshape(-1, middle.size)
-    parts = parts - parts.mean(1, keepdims=True)
-    lengths = np.linalg.norm(parts, axis=1) * np.linalg.norm(_centre(middle))
-    return float((parts @ _centre(middle) / np.maximum(lengths, middle.size)).max())
+    parts, middle = parts - parts.mean(1, keepdims=True), _centre(middle)
+    lengths = np.linalg.norm(parts, axis=1) * np.linalg.norm(middle)
+    return float((parts @ middle / np.maximum(lengths, middle.size)).max())
 
 
 def _count_colours(small: np.ndarray) -> np.ndarray:

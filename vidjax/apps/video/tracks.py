@@ -1,7 +1,7 @@
-"""Joins the detections of a person in the frames of a shot to a track.
+"""Joins the detections of a person in the frames of a shot into a track.
 
 Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting is a detection of
-the person in a frame. It lasts until the next frame that was searched, or until the shot ends.
+the person in a frame. It lasts until the next frame that is searched, or until the shot ends.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ import numpy as np
 
 from vidjax.apps.video.cards import BackEnd
 
-LEAST_OVERLAP = 0.3  # the intersection over union of boxes that may show the same person
+LEAST_OVERLAP = 0.3  # two boxes with a larger intersection over union may show the same person
 GAP_SECONDS = 1.0  # a track ends if the person is not detected for this time
 PLACE_GAIN, SPEED_GAIN = 0.7, 0.35  # gains of the alpha-beta filter
 # The main person of a frame has at least MAIN_FIGURE_RATIO times the area of any other person. A
-# shot has a main person if more than LEAST_SHARE of its frames do.
+# shot has a main person if more than LEAST_SHARE of its frames have a main person.
 MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
 LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # the duration of a shot with a main person
 CROWDED_OVERLAP = 0.4  # if the boxes of two tracks overlap more, one person may hide the other
-HELD_SECONDS = 0.4  # a picture that is visible for longer is a track, even without other pictures
-# A track is split unless the odds for the same person are at least SAME_ODDS. They are so high,
+HELD_SECONDS = 0.4  # a sighting that lasts longer is a track, even without other sightings
+# A track is split unless the odds for the same person are at least SAME_ODDS. These odds are high,
 # because the faces in a shot are much more alike than the photos with which nets were measured.
 # Each part lasts at least PART_SECONDS, because the faces in dissolves are unusable. The parts of a
 # slide show may be shorter, because each picture may show another person.
@@ -30,10 +30,12 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 @dataclasses.dataclass
 class Track:
-    """The sightings of a person in a shot. `number` and `shot` number the track and the shot.
+    """The sightings of a person in a shot.
 
-    `times` and `ends` are the starts and ends of the sightings in seconds. The end of the last
-    sighting may be missing.
+    Attributes:
+      number, shot: the numbers of the track and of its shot.
+      times, ends: the starts and ends of the sightings in seconds. The end of the last sighting may
+        be missing.
     """
 
     number: int
@@ -99,13 +101,13 @@ class _Motion:
 
 
 class Tracker:
-    """Joins the detections of a film to tracks, frame by frame.
+    """Joins the detections of a film into tracks, frame by frame.
 
-    A detection is assigned to the track whose predicted box it overlaps most. If no predicted box
-    overlaps enough, the last boxes of the tracks are compared. After its first sighting, a track
-    has no prediction yet, so its box and the detections are doubled in size. If one person hides
-    another, the remaining detection is dropped, because a lost detection is better than a switched
-    identity.
+    A detection is assigned to the track whose predicted box it overlaps most. If it overlaps no
+    predicted box enough, it is compared with the last boxes of the tracks. A track with a single
+    sighting has no prediction yet. Its box and the detections are doubled in size. If one person
+    hides another, the remaining detection is dropped, because a lost detection is better than a
+    switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -117,7 +119,7 @@ class Tracker:
         """Makes a tracker without tracks.
 
         Args:
-          gap_s: a track ends after this number of seconds without a sighting, or at a cut.
+          gap_s: a track ends after this many seconds without a sighting, or at a cut.
           held_s: a track with a single sighting is dropped if it lasts at most this many seconds.
         """
         self._gap, self._held = gap_s, held_s
@@ -161,8 +163,8 @@ class Tracker:
     def cut(self, time_s: float) -> None:
         """Ends all tracks at a cut. The next frames are part of a shot that began at `time_s`.
 
-        If the cut is a dissolve, `time_s` is its middle. Tracks that began during the dissolve are
-        dropped, because these people belong to the next shot.
+        If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began during
+        the dissolve are dropped, because these people belong to the next shot.
         """
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
         for motion in self._live:
@@ -215,8 +217,8 @@ class MainFigures:
     of any other box. A shot is dropped if it lasts less than 1 or more than 30 seconds, or if 30 %
     of its frames or less have a main person.
 
-    Source: iQIYI-VID, sections 3.1 and 3.2, where the boxes are heads. The paper only writes
-    "larger", and we compare areas.
+    Source: iQIYI-VID, sections 3.1 and 3.2, where the boxes are heads. The paper writes "larger"
+    without a measure. We compare areas.
     """
 
     def __init__(self) -> None:
@@ -264,7 +266,7 @@ class MainFigures:
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns how many seconds a picture must stay to count as part of a slide show.
+    """Returns how many seconds a picture must be visible to count as part of a slide show.
 
     `fps` is the number of frames per second that are searched.
     """
@@ -274,7 +276,8 @@ def choose_held_seconds(fps: float) -> float:
 def choose_gap_seconds(rate: float) -> float:
     """Returns the longest gap, in seconds, between two sightings of a track.
 
-    If few frames per second are searched, it is longer: a person may be missed in one frame.
+    `rate` is the number of frames per second that are searched. If it is low, the gap is longer,
+    because a person may be missed in one frame.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
@@ -303,7 +306,7 @@ def find_changes(
 
     Args:
       vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].
-      held: whether the track is part of a slide show, so that each picture may show another person.
+      held: whether the track is part of a slide show. Each picture may then show another person.
       back_end: the distributions of cosines. If it is None, the track is not split.
     """
     if back_end is None or len(vectors) < 2:
@@ -320,7 +323,7 @@ def find_changes(
             [min(compare(low, at, high, n) for n in (least, 4 * least)) for at in places.tolist()]
         )
         around = np.pad(cosines, 1, constant_values=1.0)
-        # If a minimum is too close to an end, it is skipped: it may be part of a dissolve.
+        # A minimum near an end is skipped, because it may be part of a dissolve.
         lowest = (cosines <= around[:-2]) & (cosines <= around[2:]) & (cosines < least_alike)
         lowest &= (places >= low + least) & (places <= high - least)
         if not lowest.any():
@@ -354,7 +357,7 @@ def _double_boxes(boxes: np.ndarray) -> np.ndarray:
 def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[int, int]:
     """Pairs rows with columns by falling overlap; returns the row of each paired column.
 
-    Overlaps must be above `least`, which is at least 0. No row and no column is in two pairs.
+    Only overlaps above `least`, 0 or more, are paired. No row and no column is in two pairs.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
@@ -366,9 +369,10 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns whether a detection is the only one where two people are expected: bool [N].
+    """Returns whether a detection is the only detection where two people are expected: bool [N].
 
-    `overlaps` [L, N] is the intersection over union of the predicted boxes [L, 4] and N detections.
+    `overlaps` [L, N] is the intersection over union of the predicted boxes `expected` [L, 4] and
+    N detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

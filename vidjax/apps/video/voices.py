@@ -23,7 +23,7 @@ CONTEXT = 64  # samples before a step that are also part of the net's input
 WINDOW = 25_600  # samples (1.6 s) of which an embedding is computed
 FRAME, HOP, BANDS = 400, 160, 40  # samples of a frame, samples between two frames, mel bands
 WINDOW_STEP = WINDOW // 2  # samples between the starts of two windows
-SPEECH, LEAST_STEPS = 0.5, 25  # a window needs this probability of speech in 25 steps (0.8 s)
+SPEECH, LEAST_STEPS = 0.5, 25  # a window needs a probability above 0.5 in at least 25 steps (0.8 s)
 PIECE_WINDOWS = 74  # windows that are processed at once (60 s)
 LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows are amplified
 
@@ -37,7 +37,7 @@ def open_voice_embedder(card: Card) -> nets.Embedder:
 
 
 class Span(NamedTuple):
-    """A part of a film, in seconds, in which speech belongs to the person of a clip."""
+    """A part of a film, in seconds, during which speech belongs to the person of a clip."""
 
     clip: str
     start_s: float
@@ -94,14 +94,13 @@ class Listener:
 
 
 def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
-    """Yields the parts of a film in which only one track is visible, in order of time.
+    """Yields the parts of a film during which only one track is visible, in order of time.
 
     Long parts are split into pieces of 60 seconds. Between the start and the end of a track, the
     person counts as visible, even if the face is hidden.
     """
     tracks = list(tracks)
-    ends = [(track.start_s, number) for number, track in enumerate(tracks)]
-    ends += [(track.end_s, number) for number, track in enumerate(tracks)]
+    ends = [(time_s, n) for n, x in enumerate(tracks) for time_s in (x.start_s, x.end_s)]
     seen: set[int] = set()
     for (begin, number), (end, _) in itertools.pairwise(sorted(ends)):
         seen ^= {number}
