@@ -34,10 +34,10 @@ ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # The names of temporary files and folders, which remain if a call is killed.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
-CPU_SECONDS = 600  # every process may use this time, and longer for large films
 PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
-BATCH_PHOTOS = 50  # photos that a process reads
-CPU_BYTES_PER_SECOND = 20_000  # a film of 160 kbit/s may take as much CPU time as it lasts
+BATCH_PHOTOS = 50  # the largest number of photos that a process reads
+# A process may use 600 seconds of CPU time, and one second more for each 20,000 bytes of its files.
+CPU_SECONDS, CPU_BYTES_PER_SECOND = 600, 20_000
 # The endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {
     ".3gp", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
@@ -47,9 +47,9 @@ PHOTOS = {
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png",
     ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows puts these files into folders
+WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows writes these files into folders
 ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures of media players
-# If the disk is full, every other file would fail, too.
+# After these errors, no other file is read, because every other file would fail, too.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,10 +57,11 @@ class FileOutcome(NamedTuple):
     """The result of the extraction of a file: either a film, or an error and its remedy.
 
     Attributes:
+      film: the description of the extracted video or photo.
       kept: whether the features of an earlier call were kept.
       replaced: whether the features replace the features of another file with the same name.
       remedy: what a user can do about the error.
-      label: the name of the file, or the path if several files have this name.
+      label: the name of the file. If several files have this name, it is the path.
     """
 
     path: Path
@@ -73,10 +74,10 @@ class FileOutcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A film or photo to read, and the folder of features `out` that will contain the result.
+    """A film or photo to read. The folder of features `out` will contain the result.
 
-    `stem` is the first part of the names of the file's clips. If `tagged`, names that photo
-    programs stored for faces are read, too.
+    The names of the file's clips begin with `stem`. If `tagged`, names that photo programs stored
+    for faces are read, too.
     """
 
     path: Path
@@ -117,26 +118,26 @@ def extract_folders(
     the other files are still read. All folders are locked until the call ends.
 
     Args:
-      paths: the videos, photos, or folders of them, for each folder of features. If a folder of
-        features does not exist, it is created, readable only by its owner.
+      paths: the videos, photos, or folders of videos and photos, for each folder of features. If a
+        folder of features does not exist, it is created, readable only by its owner.
       models: the folder of nets. Voices need a net that detects speech, and a net that computes
         embeddings of voices.
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the files whose features are removed from the folders: "missing" files no longer exist,
-        and "others" are all files that are not in `paths`.
+      drop: the files whose features are removed from the folders. If it is "missing", these files
+        no longer exist. If it is "others", these files are all files that are not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: what happens if `models` has nets that the features were not computed with. True
+      upgrade: what happens if `models` has nets with which the features were not computed. True
         computes the features again. False raises an error.
-      check: True compares the content of every file with the content that was extracted. False
-        compares only the size, the times and the inode.
+      check: how changes of files are detected. True compares the content of each file. False
+        compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
       done: a function that is called with each outcome, in any order.
 
     Raises:
-      UserError: a net is missing, or a folder contains a link, or features of other nets or
-        settings.
+      UserError: a net is missing, a folder contains a link, or a folder contains features of other
+        nets or settings.
       DiskError: the disk is full.
     """
     known = cards_lib.load(models)
@@ -175,7 +176,7 @@ def _process_jobs(
     num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
 
     def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
-        number, batch = numbered  # films come first, each in a batch, so this is its number
+        number, batch = numbered  # each film is a batch, and films come before photos
         title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
         outcomes = _extract_batch(children, batch, models, check, title)
         for job, outcome in zip(batch, outcomes, strict=True):
@@ -194,7 +195,7 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar; the caller removes finished files from `left`, the sizes in bytes."""
+    """Shows a progress bar. The caller removes finished files from `left`, the sizes in bytes."""
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
@@ -202,7 +203,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
         while not ended.wait(PROGRESS_SECONDS):
             pattern = f".extract-*/{features_folder.PROGRESS}"
             paths = [path for out in places for path in out.glob(pattern)]
-            # Another process may remove or write a progress file at this moment.
+            # Another process may remove or write a file of progress at this moment.
             with contextlib.suppress(OSError, ValueError):
                 read = total - sum([*left.values()]) + sum(int(path.read_text()) for path in paths)
                 bar.advance(max(0, read - last))
@@ -220,7 +221,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Creates the subfolders, removes unwanted features; returns the stem of each path's clips."""
+    """Creates subfolders, and removes unwanted features; returns the stem of each path's clips."""
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
@@ -242,9 +243,9 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches; a process reads a batch.
+    """Divides files into batches. A process reads a batch.
 
-    First come the batches of a single film. Photos share a batch, because a process starts slowly.
+    Each film is a batch. Batches of photos follow, because a process for each photo would be slow.
     """
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
@@ -253,7 +254,7 @@ def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files in `paths`, and the films and photos in the folders in `paths`, once each.
+    """Returns each file in `paths`, and each film and photo in the folders in `paths`, once.
 
     Raises UserError if a path does not exist, or there is no film and no photo.
     """
@@ -325,24 +326,24 @@ def say_left_out(paths: Iterable[Path]) -> None:
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if `out` contains input files: the next call would read results as input."""
+    """Raises UserError if `out` contains an input file: the next call would read results, too."""
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
 def find_foreign(out: Path) -> str | None:
-    """Returns the name of any visible file in a folder, or None if all files are hidden."""
+    """Returns the name of a visible file in a folder, or None if there is no visible file."""
     return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
 
 
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
-    """Returns the settings of a folder of features; a new folder gets the given settings.
+    """Returns the settings of a folder of features. A new folder gets the given settings.
 
-    `digests` contains the sha256 of the description of each net, by role. If `upgrade`, and there
-    are new nets, all features are removed, so that they are extracted with these nets. Raises
+    `digests` contains the sha256 of the card of each net, by role. If `upgrade`, and there are new
+    nets, all features are removed, so that they are extracted again with the new nets. Raises
     UserError if the features are of other nets or settings, or another program wrote the folder.
     """
     before = features_folder.read_extraction(out)
@@ -381,11 +382,11 @@ def _check_extraction(
 
 
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
-    """Chooses the stem, the first part of the names of its clips, for each file.
+    """Returns the stem of each file. The names of the file's clips begin with the stem.
 
-    A file keeps its stem in `known`, the films of earlier calls, even if it was moved. The stem of
-    a new file is made of its name. If another file has this stem, `~` and digits of the sha256 are
-    added. A copy of a file with the same name is left out.
+    `known` contains the films of earlier calls by stem. Such a film keeps its stem, even if the
+    file was moved. The stem of a new file is made from its name. If another file has this stem, `~`
+    and 8 digits of the sha256 are added. If the other file is a copy, the new file is left out.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
@@ -420,7 +421,7 @@ def _sha256_or_of_name(path: Path) -> str:
 
 
 def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film of an earlier call. If it is unfinished or damaged, returns None."""
+    """Returns the film of an earlier call. If its files are incomplete or damaged, returns None."""
     path = out / VIDEOS / f"{stem}.json"
     if not files.exists(path):
         return None
@@ -440,7 +441,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts features from a batch of files in one process; skips files that are unchanged."""
+    """Extracts features from a batch of files in one process. Unchanged files are skipped."""
     outcomes: list[FileOutcome | None] = []
     pending: dict[int, dict[str, Any]] = {}
     for number, job in enumerate(jobs):
@@ -468,7 +469,7 @@ def _extract_batch(
 def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file if its features are complete and up to date.
 
-    If not, removes them, and returns the arguments of `film.work`, which extracts them again.
+    If not, removes the features, and returns the arguments with which `film.work` extracts them.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -505,7 +506,7 @@ def _read_batch(
     """Calls `film.work` for each file in one process; returns the results or errors.
 
     `pending` contains the path and the arguments of each file. If the process crashes, each half of
-    the files is read again in another process, so that only one file fails.
+    the files is read again in a process, until only the file that causes the crash fails.
     """
     if not pending:
         return []
@@ -555,14 +556,14 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
 
 
 def _remove(out: Path, stem: str) -> None:
-    """Removes the features of a video, first the file that marks them as complete."""
+    """Removes the features of a video, starting with the file that marks them as complete."""
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / THUMBNAILS / stem)
     (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes all pictures of clips; returns False if it keeps files of other programs."""
+    """Removes all pictures of clips. If files of other programs remain, returns False."""
     if not files.exists(out / THUMBNAILS):
         return True
     for folder in (out / THUMBNAILS).iterdir():
@@ -576,7 +577,7 @@ def _remove_pictures(folder: Path) -> None:
 
 
 def remove_features(out: Path) -> bool:
-    """Removes a folder of features; returns False if it keeps files of other programs."""
+    """Removes a folder of features. If files of other programs remain, returns False."""
     if files.exists(out / features_folder.NAME):
         remove_thumbnails(out)
         _remove_leftovers(out, set())
@@ -585,7 +586,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files of killed calls, and features of videos not in `stems`, if given."""
+    """Removes temporary files of killed calls. If `stems` is given, other features are removed."""
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

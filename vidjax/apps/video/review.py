@@ -1,9 +1,9 @@
 """Serves a page on which a user corrects the names of people in films (`vidjax who --review`).
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
-without this word are refused, and so are changes that other pages send. Each change is saved
+without this word are refused. Changes that other pages send are also refused. Each change is saved
 immediately, in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it.
-The other result files are written a moment after the last change, and when the server ends.
+The other result files are written a second after the last change, and when the server ends.
 """
 
 import functools
@@ -42,7 +42,7 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
 
 HOST = "127.0.0.1"
-IDLE_SECONDS = 1.0  # the results are written if so much time passes without another change
+IDLE_SECONDS = 1.0  # the results are written after this time without another change
 FORM_BYTES = 10_000
 HEADERS = {
     "Cache-Control": "no-store",
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
     Attributes:
       words: a description of the change.
-      at: the person, or the key of the appearance, that was changed.
+      at: the changed person, or the key of the changed appearance.
       clips: the entry of each changed clip in the gallery before the change. If the clip was not
         enrolled, the entry is None.
       numbers: the contents of `unknown.json` before the change.
@@ -104,7 +104,7 @@ class Review:
     def film(self, number: int) -> Path | None:
         """Returns the path of the film with this number. If the file has changed, returns None.
 
-        A folder of results from the internet may name any file of this disk as a film. It cannot
+        A malicious folder of results may name any file of this disk as a film. The folder cannot
         contain the right size, time and inode of the file, so the file is not sent.
         """
         if number >= len(self._films):
@@ -121,7 +121,7 @@ class Review:
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML: all names, or only those in a film or of a person.
+        """Returns the page of all names, or of the names in a film or of a person, as HTML.
 
         If there is no `problem`, the first call after a change shows the message of the change.
         """
@@ -142,11 +142,12 @@ class Review:
         """Changes a name.
 
         Args:
-          action: what to change. "name" gives the name `name`. "deny" removes a wrong name.
-            "ignore" means that the person gets neither a name nor a number.
-          of: the person, or the key of the appearance, to change.
-          name: the new name. If it is an unknown person, such as `unknown 4`, both are joined.
-          after: the person, or the key of the appearance, at which the page shows the message.
+          action: "name" gives the name `name`. "deny" removes a wrong name. "ignore" removes the
+            name or number of a person.
+          of: the person to change, or the key of the appearance to change.
+          name: the new name. If it is an unknown person, such as `unknown 4`, the two people are
+            joined.
+          after: the person, or the key of the appearance, next to which the page shows the message.
 
         Raises:
           UserError: `of` is not on the page, or the name is not allowed.
@@ -187,7 +188,7 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def undo(self) -> None:
-        """Undoes the last change that was not undone yet."""
+        """Undoes the last change that was not undone yet, or raises UserError."""
         if not self._steps:
             raise UserError("there is no change to undo")
         step = self._steps.pop()
@@ -196,14 +197,14 @@ class Review:
         self._forms = Forms(0, message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
-        """Waits for a moment, and writes the results unless there was another change."""
+        """Waits for a second. If there was no other change, writes the results."""
         version = self.version
         time.sleep(IDLE_SECONDS)
         if version == self.version:
             self.save()
 
     def save(self) -> None:
-        """Writes the results, if there were changes since they were written."""
+        """Writes the results if there were changes since the last call."""
         with self._saving:
             version, decision = self.version, self._decision
             if version > self._saved:
@@ -235,7 +236,7 @@ class Review:
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns entries that name clips. If `name` is None, the person is ignored.
+        """Returns entries of the gallery that give clips a name. If `name` is None, it is ignored.
 
         Raises UserError if no clip can be enrolled.
         """
@@ -248,7 +249,7 @@ class Review:
         return dict(entries)
 
     def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery; returns the old entries. None stands for no entry."""
+        """Replaces entries of the gallery; returns the old entries. A missing entry is None."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
@@ -294,7 +295,7 @@ class _Pages:
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
-        """Raises HTTPException if the secret word is wrong, or another page has sent a change."""
+        """Raises HTTPException if the secret word is wrong, or another page sends a change."""
         headers, given = request.headers, request.path_params["token"]
         if not hmac.compare_digest(given.encode(), self._token.encode()) or (
             headers.get("host") not in self._hosts
@@ -382,8 +383,8 @@ class _Pages:
 def make_app(review: Review, token: str, port: int) -> Starlette:
     """Returns the web application of the page of names.
 
-    Requests are refused if their address does not begin with the secret word `token`, or if their
-    `Host` header has a port other than `port`.
+    A request is refused if the address does not begin with the secret word `token`, or if the
+    `Host` header has another host than this machine or another port than `port`.
     """
     pages = _Pages(review, token, port)
 
@@ -437,8 +438,8 @@ def serve_review(
 ) -> who.WhoResults:
     """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
 
-    A clip gets a name by the rule `fpir` or `threshold`, see `Gallery.identify`. In cut lists,
-    `padding` seconds are added before and after each appearance.
+    `out` is the folder of results. A clip gets a name by the rule `fpir` or `threshold`, see
+    `Gallery.identify`. In cut lists, `padding` seconds are added before and after each appearance.
     """
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits

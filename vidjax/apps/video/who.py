@@ -15,9 +15,10 @@ The results are these files:
     OUT/cuts/          .edl files for each person, for programs that edit films
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a person or a photo is
-removed from `people`, the next call forgets it. A call without `people` keeps every person of the
-gallery. Names that `vidjax gallery rename` or `relabel` changed are kept. If nets are added to the
-models, all films and photos are read again, and the names stay.
+removed from the folder of people, the next call forgets the person or the photo. A call without a
+folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or `relabel`
+changed are kept. If nets are added to the models, all films and photos are read again, and the
+names are kept.
 """
 
 import functools
@@ -56,7 +57,7 @@ from vidjax.utils.errors import UserError
 T = TypeVar("T")
 STRANGER_ODDS = 3.0  # the prior: three of four faces in films are strangers
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
-PADDING_SECONDS = 1.0
+PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
@@ -68,7 +69,7 @@ class WhoResults(NamedTuple):
 
     Attributes:
       people: the number of enrolled clips of each person.
-      failed: the remedies for the files that could not be read or show no usable face, by path. If
+      failed: the remedy for each file that could not be read or shows no usable face, by path. If
         the remedy was already printed, it is "".
       missed: the people without a usable photo, who cannot be recognised.
     """
@@ -93,8 +94,8 @@ class WhoResults(NamedTuple):
 class UnknownNumbers(Struct, kw_only=True):
     """The contents of `unknown.json`: the numbers of unknown people, and corrections by a user.
 
-    Each film is identified by a digest of the file and its clips. If a film is replaced, or split
-    into other clips, it has a different digest.
+    A film is identified by a digest of the file and its clips. If the film is replaced, or split
+    into other clips, the digest changes.
 
     Attributes:
       films: the number of the unknown person in each clip, by digest of the film and name of the
@@ -118,20 +119,20 @@ class UnknownNumbers(Struct, kw_only=True):
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name of an unknown person, such as `unknown 5`, after the joins in `same`."""
+        """Returns the name of an unknown person, such as `unknown 5`, after all joins in `same`."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns numbers in which the people `groups` are one person, with their lowest number."""
+        """Returns numbers in which the people `groups` are one person, who gets the lowest number."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
     def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
-        """Returns numbers that also state that the clips do not show the person `name`."""
+        """Returns numbers with the correction that the clips do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
             denied_in_film = {**denied.get(_hash_film(film), {})}
@@ -153,7 +154,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Returns numbers to which the clips of `films`, with their unknown people, were added."""
+        """Returns numbers that include `films`. `groups` contains the unknown person of each clip."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -187,7 +188,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns the values for clips of `films` from a table by digest of film and name of clip."""
+    """Returns the values of the clips of `films`. `table` is by digest of the film and clip."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -228,7 +229,7 @@ def name_people(
     The results contain these films and all films of earlier calls.
 
     Args:
-      films: videos, photos, or folders of them.
+      films: videos, photos, or folders of videos and photos.
       people: a folder with photos of each person, as NAME/PHOTO.jpg or NAME.jpg. If a photo program
         stored names of faces in a photo, these names are used. If `people` is None, the gallery of
         an earlier call is used.
@@ -266,7 +267,7 @@ def name_people(
                 "add photos that each show only one person"
             )
         if gallery.identities:
-            # This reports a mistake in the flags early, because reading films takes long.
+            # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*"):
@@ -294,7 +295,7 @@ def _update_people(
     workers: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols photos, and forgets people without photos; returns the result of `_enrol_photos`."""
+    """Enrols photos, and forgets people without photos. Returns the result of `_enrol_photos`."""
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
@@ -323,7 +324,7 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many films no longer exist, and how to make missing thumbnails."""
+    """Prints how many films no longer exist, and names a film without thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -344,7 +345,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
         )
     try:
         gallery = Gallery(path)
-    except store.NoGalleryError:  # also if an earlier call was killed before it wrote the tables
+    except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
         return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
     if roles := gallery.widen(models):
         say(f"there are new nets ({', '.join(roles)}): all files are read again; names are kept")
@@ -369,7 +370,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
     if not known:
         return
     vectors = _embed(gallery, features, known)
-    # If a film was replaced, its new clips may have the same names as old, enrolled clips.
+    # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
     try:
@@ -383,7 +384,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes the rows from `unknown.tsv` whose clip has the same name in `named`."""
+    """Removes the rows of `unknown.tsv` that give a clip the same person as `named`."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
@@ -394,8 +395,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-    Raises UserError if there are no photos. If an earlier call has created a gallery, a folder
-    without photos is allowed.
+    Raises UserError if there are no photos and no earlier call has created a gallery.
     """
     if not people.is_dir():
         hint = pipeline.suggest_path(people)
@@ -428,9 +428,9 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Raises UserError if a folder contains none of the people whom earlier calls have enrolled.
+    """Raises UserError if `people` contains none of the people whom earlier calls have enrolled.
 
-    All of them would be forgotten, but probably the user has named the wrong folder.
+    All enrolled people would be forgotten, but the user has probably named the wrong folder.
     """
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
@@ -473,7 +473,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns the photos and films in a folder, without the films that phones store with photos."""
+    """Returns photos and films in a folder, without the films that phones store with photos."""
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -485,9 +485,9 @@ def _enrol_photos(
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols faces; returns the remedies for unusable photos by path, and the names of all people.
 
-    A person is enrolled with all photos of the folder or file with this name, and with all faces
-    that a photo program has tagged with this name. If a photo has face tags, the name of its folder
-    is ignored. `outcomes_of` contains the extracted photos of each folder of features.
+    A person is enrolled with all photos in the folder or file of the person's name, and with all
+    faces that a photo program has tagged with this name. If a photo has face tags, the name of its
+    folder is ignored. `outcomes_of` contains the extracted photos of each folder of features.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
@@ -522,7 +522,7 @@ def _enrol_photos(
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Returns the people in a photo, and the person of each usable clip; prints problems.
+    """Returns the people in a photo, and the person of each usable clip. Prints problems.
 
     If the photo has no face tags, the person is `folder_name`, the name of the folder or file.
     """
@@ -547,7 +547,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
     """Prints one warning if photos in the folder of a person have face tags only of other people.
 
-    Photos directly in `people`, and photos that an earlier call extracted, are not checked.
+    Photos that are not in a person's folder, and photos of an earlier call, are not checked.
     """
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
@@ -564,7 +564,8 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     """Returns the label that new photos of each person in `names` get in the gallery.
 
     The most frequent label of the person's enrolled photos is chosen, because a user may have
-    renamed them. A label that is another name in `names` is chosen only if there is no other label.
+    renamed the person. The name of another person in `names` is chosen only if there is no other
+    label. If there is no label, the name is used.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -580,9 +581,9 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
 def _enrol(
     gallery: Gallery, folder: Path, usable: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
-    """Enrols the clips of a folder of features, and removes clips whose photo is no longer there.
+    """Enrols the clips of a folder of features, and removes clips whose photo no longer exists.
 
-    `usable` contains the person of each clip to enrol, and `labels` each person's label.
+    `usable` contains the person of each clip to enrol. `labels` contains the label of each person.
     """
     old = {
         clip
@@ -664,9 +665,9 @@ def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
     """Removes people other than `names` from the results, and folders of photos not in `places`.
 
-    Clips of films that were enrolled for these people are also removed. So are the page and the
-    tables of the earlier call: they contain the names of these people, and this call may fail
-    before it writes them again.
+    Clips of films that were enrolled for the removed people are also removed. The page and the
+    tables of the earlier call are removed, too. They contain the names of the removed people, and
+    this call may fail before it writes new tables.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -711,10 +712,10 @@ def decide(
 ) -> Decision:
     """Names the people in the clips of all films, and numbers unknown people.
 
-    Clips of the same person are grouped, and all clips of a group vote on their name. A clip of a
-    film that is enrolled gets the name of its label. A group without a name is an unknown person:
-    it keeps the number of the last call, and a new group gets a new number. The numbers are written
-    to `unknown.json`.
+    Clips of the same person are grouped, and all clips of a group vote on their name. If a clip is
+    enrolled, it gets the name of its label. A group without a name is an unknown person. It keeps
+    the number of the last call. A new group gets a new number. The numbers are written to
+    `unknown.json`.
 
     Args:
       out: the folder of results.
@@ -755,11 +756,11 @@ def decide(
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], highest: int
 ) -> dict[str, str]:
-    """Renames groups of clips so that they keep their numbers; returns the new name of each clip.
+    """Renames groups of clips so that they keep their numbers; returns the group of each clip.
 
     A group keeps the number that most of its clips had in `before`, unless another group has more
-    clips with this number. The other groups get new numbers above `highest`, larger groups first.
-    In `groups`, larger groups have lower numbers.
+    clips with this number. The other groups get new numbers above `highest`. A larger group, which
+    has a lower number in `groups`, gets a lower new number.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
@@ -777,7 +778,7 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes tables, subtitles, the page, and cut lists with `padding` seconds at both ends."""
+    """Writes tables, subtitles, the page, and cut lists. For `padding`, see `name_people`."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
