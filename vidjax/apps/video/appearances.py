@@ -169,7 +169,7 @@ def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
         if group and track.start_s - end >= GAP_SECONDS:
             yield group
             group = []
-        end = max(end, track.end_s) if group else track.end_s
+        end = max(end, track.end_s)
         group.append(track)
     if group:
         yield group

@@ -99,8 +99,8 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     }  # fmt: skip
     parts = cards.list_embedders(cards_of)
     embed = {part: Embedder(card) for part, card in parts.items() if part != "audio"}
-    for part in [part for part in ("head", "body") if part in embed and part not in detect]:
-        if embed[part].card.around is None:
+    for part in ("head", "body"):
+        if part in embed and part not in detect and embed[part].card.around is None:
             raise UserError(
                 f"the {part} cannot be located: '{embed[part].card.path}' has no field 'around', "
                 f"and there is no {part}_detector\nadd such a detector, or in this file the box of "
@@ -262,10 +262,10 @@ class ClipBuilder:
         nets, faces = self._nets.embed.items(), figures.parts["face"]
         boxes = np.where(np.isnan(faces), figures.boxes, faces) / np.tile(rgb.shape[1::-1], 2)
         crops_of = {part: cut_crops(net.card, part, figures, rgb) for part, net in nets}
-        quality = figures.scores - 2
-        if faces := [*crops_of["face"]]:
-            crops, scores = np.stack([*crops_of["face"].values()]), figures.scores[faces]
-            quality[faces] = align.measure_quality(scores, figures.points[faces], crops)
+        quality = figures.scores - 2  # negative without a face
+        if rows := [*crops_of["face"]]:
+            crops, scores = np.stack([*crops_of["face"].values()]), figures.scores[rows]
+            quality[rows] = align.measure_quality(scores, figures.points[rows], crops)
         for row, track in enumerate(owners[chosen].tolist()):
             parts = {
                 part: (figures.parts[part][row], crops[row]) for part, crops in crops_of.items()

@@ -368,8 +368,7 @@ def to_model(
     from onnx import TensorProto, checker, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))
-    arrays = {key: np.ascontiguousarray(x) for key, x in weights.items()}
-    constants = [numpy_helper.from_array(x, key) for key, x in arrays.items()]
+    constants = [numpy_helper.from_array(np.ascontiguousarray(x), k) for k, x in weights.items()]
     net = helper.make_graph(nodes, name, [first], [last], constants)
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(net, opset_imports=opsets, ir_version=IR_VERSION)

@@ -442,28 +442,29 @@ def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
     """Extracts features from a batch of files in one process. Unchanged files are skipped."""
-    outcomes: list[FileOutcome | None] = []
-    pending: dict[int, dict[str, Any]] = {}
-    for number, job in enumerate(jobs):
+    outcomes: dict[_Job, FileOutcome] = {}
+    pending: dict[_Job, dict[str, Any]] = {}
+    for job in jobs:
         try:
             outcome = _compare(job, check)
         except (UserError, OSError) as error:
             outcome = _describe_failure(job, error)
         if isinstance(outcome, dict):
-            pending[number] = outcome | {"models": str(models.absolute())}
-        outcomes.append(None if isinstance(outcome, dict) else outcome)
+            pending[job] = outcome | {"models": str(models.absolute())}
+        else:
+            outcomes[job] = outcome
     if pending:
         photos = f"{len(pending):,} photo" + "s" * (len(pending) > 1)
         say(f"{features_folder.make_printable(title) or photos} ...")
-    given = [(jobs[number].path, arguments) for number, arguments in pending.items()]
+    given = [(job.path, arguments) for job, arguments in pending.items()]
     try:
         answers = _read_batch(children, given)
-        for (number, arguments), answer in zip(pending.items(), answers, strict=True):
-            outcomes[number] = _take_results(jobs[number], arguments, answer)
+        for (job, arguments), answer in zip(pending.items(), answers, strict=True):
+            outcomes[job] = _take_results(job, arguments, answer)
     finally:
         for arguments in pending.values():
             files.remove_tree(Path(arguments["out"]))
-    return [outcome for outcome in outcomes if outcome]
+    return [outcomes[job] for job in jobs]
 
 
 def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:

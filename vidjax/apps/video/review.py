@@ -302,9 +302,8 @@ class _Pages:
         ):
             raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
         same_origin = headers.get("origin") in (None, *(f"http://{host}" for host in self._hosts))
-        if headers.get("sec-fetch-site") not in (None, "none", "same-origin"):
-            same_origin = False
-        if request.method == "POST" and not same_origin:
+        same_site = headers.get("sec-fetch-site") in (None, "none", "same-origin")
+        if request.method == "POST" and not (same_origin and same_site):
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:

@@ -126,7 +126,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns numbers in which the people `groups` are one person, who gets the lowest number."""
+        """Returns numbers in which `groups` are one person, with the lowest of their numbers."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
@@ -154,7 +154,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Returns numbers that include `films`. `groups` contains the unknown person of each clip."""
+        """Returns numbers that include `films`. `groups` is the unknown person of each clip."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
