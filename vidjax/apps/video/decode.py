@@ -102,7 +102,8 @@ class DecodeCounts:
 
     Attributes:
       corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
-      refused: the number of packets that the decoder refused.
+      refused: the number of packets that could not be decoded, and of frames that could not be
+        converted.
       repaired: the number of time stamps that `Clock` replaced.
       seconds: the end of the last frame.
       damaged: whether the video ended long before its declared end, or could not be read to its
@@ -122,7 +123,7 @@ class Clock:
 
     A time stamp is bad if it is missing, if it does not increase, or if it is far beyond the
     declared end. Its frame gets the time of the last frame plus the average duration of a frame. If
-    this time differs from the bad time stamp, all later frames are moved by the same difference.
+    this time differs from the bad time stamp, all later frames are moved by this difference.
     """
 
     def __init__(self, step_s: float, latest_s: float | None):

@@ -55,7 +55,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels, and the scale to which a detector shrinks it."""
+    """A rectangle of an image in pixels. A detector shrinks it by the factor `scale`, at most 1."""
 
     left: int
     top: int
