@@ -102,8 +102,7 @@ class DecodeCounts:
 
     Attributes:
       corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
-      refused: the number of packets that could not be decoded, and of frames that could not be
-        converted.
+      refused: the number of packets and frames that could not be decoded or converted.
       repaired: the number of time stamps that `Clock` replaced.
       seconds: the end of the last frame.
       damaged: whether the video ended long before its declared end, or could not be read to its

@@ -68,8 +68,7 @@ class Figures(NamedTuple):
     """The N people in a picture. Boxes and points that were not detected are NaN.
 
     Attributes:
-      boxes: [N, 4], the boxes that are tracked. If a head was detected, the box is the head. If
-        not, the box is the face.
+      boxes: [N, 4], the boxes that are tracked: the head, or if no head was detected, the face.
       scores: [N], the scores of the faces. For a head without a face, it is the score of the head.
       points: [N, 5, 2], the five points of the faces.
       parts: the boxes [N, 4] of each part, such as "face" or "body".

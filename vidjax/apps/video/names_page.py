@@ -80,8 +80,7 @@ class Forms(NamedTuple):
     Attributes:
       version: the number of changes before the page was made. If another change was made since
         then, a change on this page is refused.
-      film, person: the film or person that the page shows. If both are empty, the page is an
-        overview.
+      film, person: the film or person that the page shows. For an overview, both are empty.
       message: a text about the last change, or an error.
       last: a description of the change that can be undone.
       at: the person, or the key of the appearance, next to which the message is shown.
@@ -148,13 +147,10 @@ def render(
       appearances: the appearances in order of time.
       films: the films, in the order in which the page shows them.
       people: the pictures of each enrolled person's photos, by name.
-      picture: a function that returns the URL of a clip's picture. If there is no picture, it
-        returns "".
+      picture: a function that returns the URL of a clip's picture, or "" if there is no picture.
       answers: the answer of the gallery for each clip, with the other likely people.
-      address: a function that returns the URL of a film at a time in seconds. If there is no URL,
-        it returns "".
-      forms: the state of the forms with which a user corrects names. If it is None, the page has no
-        forms.
+      address: a function that returns the URL of a film at a time in seconds, or "" for no URL.
+      forms: the state of the forms with which a user corrects names. If None, there are no forms.
     """
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}

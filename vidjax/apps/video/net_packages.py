@@ -182,9 +182,7 @@ class DlibNet:
     tensors. Only the tensors are read. It is enough to search for the name before each tensor,
     because the sha256 of the file is known.
 
-    Attributes:
-      at: the name of the last node's output.
-      shape: the channels, rows and columns of this output.
+    `at` is the name of the last node's output. `shape` is the channels, rows and columns of `at`.
     """
 
     def __init__(self, content: bytes):
@@ -197,8 +195,7 @@ class DlibNet:
         """Reads the tensor, float32 with four axes, of the next layer with the name `layer`.
 
         Between the name and the tensor, the file contains the integers `after`, the version 2 of
-        dlib's tensor format, and the shape. Before each integer, a byte contains its length in
-        bytes.
+        the format, and the shape. Before each integer, a byte contains the length of the integer.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -311,11 +308,9 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     The file contains pickled Python objects, which are never loaded. The weights are read from
     fixed places of the file, because its sha256 is known.
 
-    The order of the gates of `VoiceEncoder` is input, forget, cell, output. In ONNX, the order is
-    input, output, forget, cell.
-
     Source: Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-    `VoiceEncoder`.
+    `VoiceEncoder`. The order of the encoder's gates is input, forget, cell, output. The order in
+    ONNX is input, output, forget, cell.
     """
     from onnx import helper
 

@@ -360,8 +360,7 @@ def _overlap(first: Region, second: Region) -> bool:
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
     """Removes faces that overlap a better face; returns the others by falling score.
 
-    The remaining faces have an intersection over union of at most `most_overlap`. Source: greedy
-    non-maximum suppression.
+    Source: greedy non-maximum suppression. `most_overlap` is the largest intersection over union.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []

@@ -587,7 +587,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files of killed calls. If `stems` is given, other features are removed."""
+    """Removes temporary files, and if `stems` is given, features whose stem is not in `stems`."""
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

@@ -145,8 +145,7 @@ class Review:
           action: "name" gives the name `name`. "deny" removes a wrong name. "ignore" removes the
             name or number of a person.
           of: the person to change, or the key of the appearance to change.
-          name: the new name. If it is an unknown person, such as `unknown 4`, the two people are
-            joined.
+          name: the new name. If it is an unknown person, such as `unknown 4`, the two are joined.
           after: the person, or the key of the appearance, next to which the page shows the message.
 
         Raises:
@@ -204,7 +203,7 @@ class Review:
             self.save()
 
     def save(self) -> None:
-        """Writes the results if there were changes since the last call."""
+        """Writes the results if there were changes since they were last written."""
         with self._saving:
             version, decision = self.version, self._decision
             if version > self._saved:
@@ -236,7 +235,7 @@ class Review:
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns entries of the gallery that give clips a name. If `name` is None, it is ignored.
+        """Returns entries that give clips a name. If `name` is None, the person is ignored.
 
         Raises UserError if no clip can be enrolled.
         """

@@ -105,9 +105,9 @@ class Tracker:
 
     A detection is assigned to the track whose predicted box it overlaps most. If it overlaps no
     predicted box enough, it is compared with the last boxes of the tracks. A track with a single
-    sighting has no prediction yet. Its box and the detections are doubled in size. If one person
-    hides another, the remaining detection is dropped, because a lost detection is better than a
-    switched identity.
+    sighting has no prediction yet. Its box is compared after it and the detections are doubled in
+    size. If one person hides another, the remaining detection is dropped, because a lost detection
+    is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -211,7 +211,7 @@ class Tracker:
 
 
 class MainFigures:
-    """Makes one track for each shot: the main person of its frames.
+    """Makes one track for each shot: the track of the main person.
 
     A person is the main person of a frame if the area of the box is at least three times the area
     of any other box. A shot is dropped if it lasts less than 1 or more than 30 seconds, or if 30 %
@@ -371,8 +371,7 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns whether a detection is the only detection where two people are expected: bool [N].
 
-    `overlaps` [L, N] is the intersection over union of the predicted boxes `expected` [L, 4] and
-    N detections.
+    `overlaps` [L, N] is the intersection over union of N detections and L predicted boxes.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

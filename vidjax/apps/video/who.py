@@ -756,7 +756,7 @@ def decide(
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], highest: int
 ) -> dict[str, str]:
-    """Renames groups of clips so that they keep their numbers; returns the group of each clip.
+    """Renames groups of clips so that they keep their numbers; returns the new group of each clip.
 
     A group keeps the number that most of its clips had in `before`, unless another group has more
     clips with this number. The other groups get new numbers above `highest`. A larger group, which
