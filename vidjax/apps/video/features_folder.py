@@ -248,8 +248,8 @@ def read_films(folder: Path) -> list[Film]:
 def check_photo(film: Film) -> tuple[str | None, str]:
     """Returns the clip with which a photo can enrol a person, and the problem of the photo.
 
-    If the photo does not show exactly one face, the clip is None. If the face is poor, there is a
-    problem, but the clip can still enrol a person. Otherwise the problem is empty.
+    If the photo does not show exactly one face, the clip is None. If the face is poor, the clip can
+    still enrol a person. If the face is good, the problem is empty.
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"

@@ -102,8 +102,8 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
         if part in embed and part not in detect and embed[part].card.around is None:
             raise UserError(
                 f"the {part} cannot be located: '{embed[part].card.path}' has no field 'around', "
-                f"and there is no {part}_detector\nadd such a detector, or in this file the box of "
-                f"the {part}, in units in which the box of the face is [0, 0, 1, 1]:\n"
+                f"and there is no {part}_detector\nadd a {part}_detector, or add the box of the "
+                f"{part} to this file, in units in which the box of the face is [0, 0, 1, 1]:\n"
                 '"around": [LEFT, TOP, RIGHT, BOTTOM]'
             )
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None

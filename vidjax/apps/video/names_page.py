@@ -263,7 +263,7 @@ def _make_section(film: Film, entries: list[PageEntry], people: Collection[str])
         duration = "" if film.photo else f"in all {_format_length(total)}"
         rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
-    about = "; the file ends before the end that it declares" if film.damaged else ""
+    about = "; the file ends earlier than it declares" if film.damaged else ""
     ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
     return FilmSection(film.video, length + about, ordered, entries)
 

@@ -123,7 +123,7 @@ class ShotDetector:
         unlikeness = self._measure_unlikeness(picture, COMPARED_PICTURES)
         if unlikeness > 1 - UNLIKE:
             return True
-        # At the start of a shot, a motion may just have begun.
+        # At the start of a film, the change may also be the start of a motion.
         known = len(self._changes) >= COMPARED_PICTURES
         if unlikeness < 1 - LIKE or not known or not self._stands_out(change, *LIKELY)[0]:
             return False
