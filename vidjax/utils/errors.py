@@ -36,7 +36,7 @@ class Expected(Exception):
 
 
 class UserError(Expected, ValueError):
-    """A mistake that a user can correct. The message has at most three lines, and says how."""
+    """A mistake that a user can correct. The message, of at most three lines, names a remedy."""
 
 
 class ArgumentError(UserError, TypeError):
@@ -44,11 +44,11 @@ class ArgumentError(UserError, TypeError):
 
 
 class NoFileError(UserError, FileNotFoundError):
-    """A path that a user named does not exist, or leads to a file instead of a folder."""
+    """A path that a user named does not exist, or does not contain the files that are needed."""
 
 
 class DiskError(UserError, OSError):
-    """This process, or a process that it started, could not write a file."""
+    """This process or one of its child processes could not read or write a file."""
 
 
 class InUseError(UserError):
@@ -72,7 +72,7 @@ def check_choice(name: str, value: object, known: Collection[object]) -> None:
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """Puts `place`, such as the name of a field, before the message of a UserError."""
+    """In a `with` block, puts `place`, such as a field, before the message of each UserError."""
     try:
         yield
     except UserError as error:
@@ -80,10 +80,12 @@ def prefix_errors(place: str) -> Iterator[None]:
 
 
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
-    """Raises UserError, "`what` needs ...", unless all `packages` are installed.
+    """Raises UserError unless all `packages` are installed.
 
-    `extra` is the extra of vidjax that installs them, as in `vidjax[parquet]`. `instead` is an
-    imperative that describes a way to continue without them.
+    Args:
+      what: the flag or file that needs the packages. The message begins with it.
+      extra: the extra of vidjax that installs the packages, such as `parquet`.
+      instead: a way to continue without the packages, as an imperative.
     """
     for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
@@ -92,7 +94,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def describe_missing_packages(
     what: str, *packages: str, extra: str, instead: str = ""
 ) -> Iterator[str]:
-    """Yields the message of `require_packages` if a package is not installed, otherwise nothing."""
+    """Yields the error message of `require_packages`. Yields nothing if the packages exist."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (
@@ -105,7 +107,10 @@ def describe_missing_packages(
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if the type is not in `kinds`."""
+    """Raises ArgumentError unless `value` is of a type in `kinds`.
+
+    The message is "ARGUMENT must be WANTED, not ...", with the words `argument` and `wanted`.
+    """
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -141,7 +146,7 @@ _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EN
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns a message with a remedy for a system error, or None if a user cannot correct it."""
+    """Returns a message with a remedy for a system error, or None for any other exception."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -158,7 +163,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes characters (but no tab or line end) that could control a terminal or reorder text."""
+    """Escapes characters that could control a terminal or reorder text. Tabs and line ends stay."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -200,7 +205,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
     """Raises UserError unless `name`, the value of `field`, is in `table`.
 
-    A configuration file may add entries to `table`. So the message explains how to load one.
+    A configuration file may add entries to `table`, so the message explains how to load the file.
     """
     if name not in table:
         raise UserError(
