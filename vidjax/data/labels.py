@@ -41,7 +41,7 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads `labels.csv` of a folder, or its ground-truth files if there is no `labels.csv`.
+    """Reads the file `labels.csv` of a folder. If it does not exist, reads the ground-truth files.
 
     See `load_official_truth` for `clips` and the result. Raises UserError if the folder has both
     kinds of labels, or a misspelt file such as `label.csv`.
@@ -75,7 +75,7 @@ def load_label_table(
       clips: a dict, split -> the clips that have features.
 
     Returns:
-      A dict, split -> clip -> identity. It lacks splits without a label.
+      A dict, split -> clip -> identity. It does not contain splits without a labelled clip.
 
     Raises:
       UserError: labels are malformed, or name too many clips without features.
@@ -137,8 +137,8 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Checks labels, and returns a dict, clip -> identity.
 
-    Each row has the start of an error message, the clip and the identity. A clip whose identity is
-    None or empty is left out: it shows no known person. A warning counts the empty identities.
+    Each row has the start of an error message, the clip and the identity. If the identity is None
+    or empty, the clip shows no known person, and is left out. A warning counts empty identities.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -212,7 +212,8 @@ def load_ground_truth(
     ignored. A blank within a name is written as in a URL, `First%20Last`.
 
     Args:
-      known_clips: clips without `.mp4`. If one of them contains a `%20`, it is not changed.
+      known_clips: names of clips with features, without `.mp4`. In these names, a `%20` is not
+        replaced by a blank.
 
     Returns:
       A dict, clip (without `.mp4`) -> identity, in the order of the file.
@@ -281,9 +282,9 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _parse_clip(text: str, known: Collection[str], where: str) -> str:
-    """Returns the name of a clip without `.mp4`. A `%20` becomes a blank.
+    """Returns the name of a clip without `.mp4`, in which each `%20` is replaced by a blank.
 
-    If `known` contains the name as it is written, `%20` stays. Error messages begin with `where`.
+    If `known` contains the name with `%20`, nothing is replaced. Error messages begin with `where`.
     """
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))

@@ -32,7 +32,8 @@ from vidjax.utils.machine import max_open_files
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
-# Limits of elapsed time: it exceeds CPU time if the disk is slow or other processes use the cores.
+# A child may take 60 seconds + 20 times its limit of CPU time. The elapsed time exceeds the CPU
+# time if the disk is slow or other processes use the cores.
 WALL_SECONDS = 60
 WALL_PER_CPU = 20
 
@@ -72,9 +73,9 @@ class Children:
         Raises:
           subprocess.TimeoutExpired: the child was killed after `timeout`.
         """
-        # PYTHONPATH makes the child import from the same folders as this process. THREADS is 1,
-        # because each BLAS thread would reserve address space. MALLOC makes glibc keep freed
-        # memory, because the system would clear the pages again at the next allocation.
+        # PYTHONPATH makes the child import from the same folders as this process. The child has one
+        # BLAS thread, because each thread would reserve address space. The MALLOC variables make
+        # glibc keep freed memory, because the system would clear its pages before they are reused.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
@@ -86,7 +87,7 @@ class Children:
         pipe = subprocess.PIPE
         with self._lock:
             if self._stopped:
-                raise InterruptedError("stopped")  # nobody reads this error of a late thread
+                raise InterruptedError("stopped")  # `map_children` ignores this error
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *map(str, words)],
                 stdin=pipe,
@@ -120,11 +121,11 @@ def map_children(
 ) -> list[Result]:
     """Calls a function for each item, with at most `workers` calls at once, each in a thread.
 
-    The first error kills all child processes and is raised.
+    After the first error, all child processes are killed, and the error is raised.
 
     Args:
       function: takes a `Children` object, with which it starts child processes, and an item.
-      items: the items. Calls start in this order.
+      items: the items, in the order in which the calls start.
       progress: the title of a progress bar. If it is "", there is no progress bar.
 
     Returns:
