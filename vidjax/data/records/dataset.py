@@ -43,8 +43,8 @@ class Dataset:
 
         Args:
           truth: a dict, split -> clip -> identity, of the splits with labels.
-          identities: the names of the classes. If it is None, they are all identities in the ground
-            truth of train and val.
+          identities: the names of the classes. If it is None, the classes are all identities in the
+            ground truth of train and val.
           origin: the name and the folder of the dataset, for result files.
         """
         self._records = records
@@ -113,7 +113,7 @@ class Dataset:
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        See `ClipSource`. Clips of similar length come in the order on disk.
+        See `ClipSource`. Clips of similar length are in the order on disk.
 
         Raises:
           UserError: the split is unknown or lacks a modality, or a file is damaged.
@@ -127,8 +127,8 @@ class Dataset:
         """Reads every clip of a split once, with all frames, in the order on disk.
 
         Yields:
-          The position in `Split.clips` of n <= 256 clips [n] int32, and a dict, modality -> their
-          joined frames.
+          [n] int32, the positions of n <= 256 clips in `Split.clips`; and a dict, modality -> the
+          joined frames of these clips.
 
         Raises:
           UserError: the split is unknown or lacks a modality, or a file is damaged.
