@@ -196,8 +196,7 @@ class TrainingData(ClipSource, Protocol):
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
     """Returns a dict, name -> feature width, of the modalities `names`.
 
-    Raises:
-      UserError: `names` is empty, has a name twice, or has a name that is not in `known`.
+    Raises UserError if `names` is empty, has a name twice, or has a name that is not in `known`.
     """
     _check_distinct("config.modalities", names)
     for name in names:
@@ -214,10 +213,9 @@ def _check_distinct(field: str, names: Sequence[str]) -> None:
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Checks that a split has features of all `modalities`.
+    """Raises UserError unless a split has features of all `modalities`.
 
-    Raises:
-      UserError: `modalities` is empty, has a name twice, or has a name that is not in the split.
+    It is also an error if `modalities` is empty or has a name twice.
     """
     _check_distinct("config.modalities", modalities)
     for name in modalities:
@@ -325,10 +323,9 @@ def make_batch_plan(
 def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts the clips and frames that a limit of `max_frames` frames per clip cuts off.
+    """Counts the clips with more than `max_frames` frames, and the frames that they lose.
 
-    Returns:
-      A dict, modality -> {"clips": number of longer clips, "frames": number of lost frames}.
+    Returns a dict, modality -> {"clips": number of clips, "frames": number of lost frames}.
     """
     for split in splits:
         check_modalities(split, modalities)

@@ -409,8 +409,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the distinct names, sorted by number if all are whole numbers, or by name.
 
-    Raises:
-      UserError: a number is written in two ways, such as 7 and 007.
+    Raises UserError if a number is written in two ways, such as 7 and 007.
     """
     distinct = sorted(set(names))
     if not all(map(_is_integer, distinct)):

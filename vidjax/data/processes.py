@@ -32,10 +32,8 @@ from vidjax.utils.machine import max_open_files
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
-# A child may take 60 seconds + 20 times its limit of CPU time. The elapsed time exceeds the CPU
-# time if the disk is slow or other processes use the cores.
-WALL_SECONDS = 60
-WALL_PER_CPU = 20
+# The elapsed time exceeds the CPU time if the disk is slow or other processes use the cores.
+WALL_SECONDS, WALL_PER_CPU = 60, 20  # the limit of the elapsed time is 60 s + 20 x the CPU time
 
 # Machine -> its number in the headers of Linux, and the numbers of the forbidden system calls:
 # socket, execve, execveat, ptrace and io_uring_setup (which can open sockets, too).

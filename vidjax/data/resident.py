@@ -151,11 +151,8 @@ def step_bytes(
 
     The batch, the fused frames, the logits, the losses and the gradients with respect to these
     arrays are counted as float32. The gradients and the updates of the parameters are also counted.
-    The parameters and the state of the optimiser are not counted.
-
-    Args:
-      params: number of bytes of the parameters.
-      columns: number of classes.
+    The parameters (`params` bytes) and the state of the optimiser are not counted. `columns` is the
+    number of classes.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip

@@ -82,10 +82,8 @@ def prefix_errors(place: str) -> Iterator[None]:
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
     """Raises UserError unless all `packages` are installed.
 
-    Args:
-      what: the flag or file that needs the packages. The message begins with it.
-      extra: the extra of vidjax that installs the packages, such as `parquet`.
-      instead: a way to continue without the packages, as an imperative.
+    The message is "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]', or INSTEAD".
+    `instead` is an imperative that describes a way to continue without the packages.
     """
     for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)

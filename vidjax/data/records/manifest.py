@@ -1,9 +1,9 @@
 """Lists the TFRecord files (shards) of a dataset, with their sizes and digests.
 
 A folder of the cache contains the shards, `index.npz` (names, order and lengths of the clips),
-`data_report.json` and `manifest.json`. The manifest is written last. It contains the sha256 of
-these files and of all other entries of the manifest. Without the manifest, a shard that was cut
-between two records would be read without an error.
+`data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of
+all other files and of its other entries. Without the manifest, a shard that was cut between two
+records would be read without an error.
 """
 
 import contextlib
@@ -92,9 +92,8 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
 def remove(folder: Path) -> bool:
     """Removes a folder of converted clips, even if the conversion was not finished.
 
-    The manifest is removed first, so that the folder counts as incomplete if the removal is
-    interrupted. If the folder contains files of other programs, these files stay, and the result is
-    False.
+    The manifest is removed first. So the folder counts as incomplete if the removal is interrupted.
+    If the folder contains files of other programs, these files stay, and the result is False.
     """
     place = folder / NAME
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):

@@ -97,11 +97,9 @@ class Reader:
     def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
         """Reads the records with the numbers `places` [n], serialised as `tf.train.Example`.
 
-        If `whole` is True, the sha256 of a file is checked before its first record is read, for
-        which the whole file is read. If it is False, only the checksums of the records are checked.
-
-        Raises:
-          UserError: a file is damaged, or it changed between two reads.
+        If `whole` is True, the sha256 of a whole file is checked before its first record is read.
+        If it is False, only the checksums of the records are checked. Raises UserError if a file is
+        damaged, or changed between two reads.
         """
         messages = [b""] * len(places)
         numbers = self.shard[places]

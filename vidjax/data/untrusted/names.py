@@ -35,11 +35,8 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
 
-    `kind` is the word for the name in messages, such as "identity".
-
-    Raises:
-      UserError: the name is empty or blank, is not valid Unicode, or contains a newline or another
-        control character.
+    Raises UserError if the name is empty or blank, is not valid Unicode, or contains a newline or
+    another control character. `kind` is the word for the name in messages, such as "identity".
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
@@ -63,10 +60,9 @@ def check_name(name: str, kind: str = "clip name") -> str:
 def clean_identity(name: str) -> str:
     """Checks the name of a person, and returns it in the Unicode form NFC.
 
-    Raises:
-      UserError: the name is empty, has leading or trailing blanks, is not valid Unicode, or
-        contains a control character or an invisible letter. An invisible joiner (ZWJ or ZWNJ)
-        between two letters or symbols is allowed.
+    Raises UserError if the name is empty, has leading or trailing blanks, is not valid Unicode, or
+    contains a control character or an invisible letter. An invisible joiner (ZWJ or ZWNJ) between
+    two letters or symbols is allowed.
     """
     if name != name.strip() and name.strip():
         raise UserError(
