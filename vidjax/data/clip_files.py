@@ -149,8 +149,9 @@ def _group_by_modality(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Groups arrays with names such as `face` and `face_quality` by modality.
 
-    Returns a dict, modality -> field -> array. The field of `face` is `features`. Raises UserError
-    if a field is misspelt, such as `face_qualty`, or if an array has no name.
+    Returns a dict, modality -> field -> array. In `face`, the array `face` becomes the field
+    `features`, and `face_quality` becomes `quality`. Raises UserError if a field is misspelt, such
+    as `face_qualty`, or if an array has no name.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():

@@ -102,7 +102,7 @@ def load_label_table(
 
 
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields, for each row of a table, the start of an error message, the clip and the identity."""
+    """Yields (start of an error message, clip, identity) for each row of a `.csv` of labels."""
     if not path.exists():
         raise NoFileError(f"'{path}' does not exist: correct the path of the labels")
     try:
@@ -316,12 +316,12 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
 
 def _is_integer(text: str) -> bool:
     """Returns True if a text is a whole number of at most 100 digits."""
-    # Python refuses to parse numbers of thousands of digits.
+    # Python refuses to parse a number with thousands of digits.
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but one is not, or is less than 1."""
+    """If most identities are whole numbers, raises UserError unless all are numbers above 0."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
@@ -407,7 +407,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the distinct names, sorted by number if all are whole numbers, or by name.
+    """Returns the distinct names in alphabetical order. If all are whole numbers, sorts by value.
 
     Raises UserError if a number is written in two ways, such as 7 and 007.
     """

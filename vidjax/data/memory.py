@@ -34,7 +34,7 @@ class MemoryClips:
     Attributes:
       identities: the names of the classes of the model.
       names: N clip names as in the input, in the order of the input.
-      places: [N] int, the position in `split("clips").clips` of each clip of `names`.
+      places: [N] int, the position of each clip of `names` in `split("clips").clips`.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ def load_clips(
       modalities: a dict, modality that the model reads -> feature width.
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
-      quality: as in `MemoryClips.pack`. But if an iQIYI-VID pickle has no quality, it is 0.
+      quality: as in `MemoryClips.pack`. But frames of iQIYI-VID pickles without a quality have 0.
 
     Raises:
       UserError: clips are malformed, the folder has several splits and `split` is None, or no clip

@@ -78,7 +78,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
         quality. 'norm' always takes the norm.
 
     Returns:
-      A dict, field -> array, of all five fields. `features` [T, D] keep their dtype. If the clip
+      A dict, field -> array, with all five fields. `features` [T, D] keep their dtype. If the clip
       has no frames, the dict is empty.
 
     Raises:

@@ -121,7 +121,7 @@ def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of the columns to read. Raises UserError if one is missing or misspelt."""
+    """Returns the names of columns to read. Raises UserError if a name is missing or misspelt."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -207,14 +207,14 @@ def _check_pages(
 
 
 class _Page(NamedTuple):
-    """The size of a page in unpacked bytes, and its number of values."""
+    """The number of unpacked bytes of a page, and its number of values."""
 
     size: int
     values: int
 
 
 def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
-    """Yields the pages of a column, until they have the number of values that the footer lists."""
+    """Yields the pages of a column. Stops when they have as many values as the footer lists."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first

@@ -104,8 +104,8 @@ class ResidentPlan(NamedTuple):
       train_splits: the training splits. `clip_index` counts their clips, split after split.
       splits: the training splits and the split to evaluate.
       num_frames: a dict, modality -> number of frames, including the copies of `best`.
-      best: a dict, (split, phase, modality) -> T. In this phase, 'train' or 'eval', only the T
-        frames of the highest quality of a longer clip are used. A copy of them is stored.
+      best: a dict, (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip
+        has more than T frames, this phase uses a copy of its T frames of the highest quality.
       nbytes: number of bytes of all frames.
       widths: a dict, modality -> feature width.
     """

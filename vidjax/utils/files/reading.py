@@ -169,8 +169,8 @@ def read_json(
 def parse_json(content: bytes | str) -> object:
     """Returns the value of JSON text.
 
-    Raises UserError if it is nested deeper than 40 levels, has more than 2 million values, or
-    contains an integer that does not fit into 64 bits.
+    Raises UserError if the value is nested deeper than 40 levels, has more than 2 million values,
+    or contains an integer that does not fit into 64 bits.
     """
     try:
         value = json.loads(content, parse_int=_parse_int)
@@ -235,7 +235,7 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns how many bytes an archive of `size` bytes may contain. Otherwise it is a zip bomb.
+    """Returns to how many bytes an archive of `size` bytes may unpack. Zip bombs exceed this limit.
 
     The limit is 100 times the size, and at least 64 MB. Compression makes real features at most 10
     times smaller. Only arrays of nearly equal values become 1,000 times smaller.
@@ -387,7 +387,7 @@ def hash_opened(file: io.FileIO) -> str:
 
 
 def sha256_json(value: object) -> str:
-    """Returns the sha256 of a value as JSON text. The order of keys affects it."""
+    """Returns the sha256 of a value as JSON text. It changes with the order of keys."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
