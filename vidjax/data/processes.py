@@ -82,17 +82,11 @@ class Children:
             "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
             "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
         }
-        pipe = subprocess.PIPE
+        command, pipe = [sys.executable, "-P", "-m", module, *map(str, words)], subprocess.PIPE
         with self._lock:
             if self._stopped:
                 raise InterruptedError("stopped")  # `map_children` ignores this error
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *map(str, words)],
-                stdin=pipe,
-                stdout=pipe,
-                stderr=pipe,
-                env=environment,
-            )
+            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
             self._started.append(child)
         with child:
             try:
@@ -135,14 +129,10 @@ def map_children(
     # A child needs three open files, and a few more during its start.
     with ThreadPoolExecutor(max(1, int(min(workers, max_open_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
+        hidden = not progress or None  # tqdm takes None as: if standard error is not a terminal
+        done = as_completed(futures)
         try:
-            for future in tqdm(
-                as_completed(futures),
-                progress,
-                len(futures),
-                leave=False,
-                disable=not progress or None,
-            ):
+            for future in tqdm(done, progress, len(futures), leave=False, disable=hidden):
                 future.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)

@@ -92,7 +92,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def describe_missing_packages(
     what: str, *packages: str, extra: str, instead: str = ""
 ) -> Iterator[str]:
-    """Yields the error message of `require_packages`. Yields nothing if the packages exist."""
+    """Yields the message of `require_packages`, or nothing if all `packages` are installed."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (
@@ -144,7 +144,7 @@ _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EN
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns a message with a remedy for a system error, or None for any other exception."""
+    """Describes a system error and its remedy. Returns None if a user cannot correct the error."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -179,8 +179,8 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    Words are similar if their similarity is at least `cutoff`, from 0 to 1 (equal words). Words
-    with the same part after the last dot are always similar.
+    Words are similar if the ratio that `difflib` computes, 1 for equal words, is at least `cutoff`.
+    Words with the same part after the last dot are always similar.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
