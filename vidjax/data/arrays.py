@@ -41,7 +41,7 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 
 QUALITIES = typing.get_args(Quality)
-VERSION = 2  # if a change of the code reads other frames from a file, increase it to refill caches
+VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
 
 
 class FeatureDict:

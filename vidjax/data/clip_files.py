@@ -85,7 +85,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes several clips into an `.npz` file.
 
-    `clips` is a dict, clip -> name of an array, such as `face` or `face_quality` -> array.
+    `clips` is a dict, clip -> name of an array (`face`, `face_quality` and so on) -> array.
     """
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}

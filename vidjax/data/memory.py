@@ -268,7 +268,7 @@ def load_clips(
       modalities: a dict, modality that the model reads -> feature width.
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
-      quality: as in `MemoryClips.pack`. But frames of iQIYI-VID pickles without a quality have 0.
+      quality: as in `MemoryClips.pack`. But if an iQIYI-VID pickle lacks qualities, they are 0.
 
     Raises:
       UserError: clips are malformed, the folder has several splits and `split` is None, or no clip

@@ -129,7 +129,7 @@ def map_children(
     # A child needs three open files, and a few more during its start.
     with ThreadPoolExecutor(max(1, int(min(workers, max_open_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
-        hidden = not progress or None  # tqdm takes None as: if standard error is not a terminal
+        hidden = not progress or None  # None hides the bar if standard error is not a terminal
         done = as_completed(futures)
         try:
             for future in tqdm(done, progress, len(futures), leave=False, disable=hidden):

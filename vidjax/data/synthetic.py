@@ -129,9 +129,10 @@ class SyntheticOptions(NamedTuple):
         iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
         has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
-      missing_rate: share of clips without face, drawn again for head, body and audio. It is added
-        to the shares that every dataset has: 0.02, 0.02, 0.05 and 0.15. No rate is published. In
-        the small real dataset of our tests, 0.1 of the clips have no face, and 0.1 have no voice.
+      missing_rate: share of clips without a face. Clips without head, body or audio are drawn
+        independently, with the same share. It is added to the shares that every dataset has: 0.02,
+        0.02, 0.05 and 0.15. No rate is published. In the small real dataset of our tests, 0.1 of
+        the clips have no face, and 0.1 have no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
         to another person in all frames. The causes are a tracker that followed the wrong face, or a
         voice-over. The iQIYI-VID paper mentions both (sections 1 and 6.4) without a rate.

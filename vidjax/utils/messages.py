@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
         )
         self.example = ""
-        # The command may override fields that begin with this text. If it is None, no field.
+        # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
 
     def fields(self, group: str = "") -> None:
