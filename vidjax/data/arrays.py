@@ -3,9 +3,10 @@
 For each split (`train`, `val`, `test`), a folder contains either one `.npz` file per clip or one
 parquet table:
 
-    train/CLIP.npz    contains an array [T, D] for each modality, under the name of the modality,
-                      such as `face`. The arrays `face_quality`, `face_detection` and `face_number`
-                      [T], and `face_box` [T, 4] are optional.
+    train/CLIP.npz    contains an array [T, D] for each modality, with features of width D for each
+                      of T frames. The array has the name of the modality, such as `face`. The
+                      arrays `face_quality`, `face_detection` and `face_number` [T], and `face_box`
+                      [T, 4] are optional.
     train.parquet     has a row for each frame, with the columns `clip`, `modality` and `features`
                       (a list). The columns `quality`, `detection` and `number` are optional.
 
@@ -40,7 +41,7 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 
 QUALITIES = typing.get_args(Quality)
-VERSION = 2  # increase it if other frames are read from the same file: the cache is then refilled
+VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
 
 
 class FeatureDict:
@@ -79,12 +80,12 @@ class FeatureDict:
         ]
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the name of the split for messages, because arrays in memory have no file."""
+        """Returns the name of the split, for messages. Arrays in memory have no file."""
         del modality
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Checks all clips, and copies their frames to files. See `RecordSource.read`."""
+        """Checks all clips, and copies their frames to files in `scratch`. See `RecordSource`."""
         return {
             split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
@@ -138,13 +139,13 @@ class FeatureFolder:
         ]
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the table of a split, or the folder of its `.npz` files, for messages."""
+        """Returns the parquet table of a split, or the folder of its `.npz` files, for messages."""
         del modality
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads and checks all clips, and copies their frames to files. See `RecordSource.read`."""
+        """Checks all clips, and copies their frames to files in `scratch`. See `RecordSource`."""
         options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
@@ -244,7 +245,7 @@ def _digest(clips: Iterable[Clip]) -> str:
         sha256 = hashlib.sha256(clip.name.encode())
         for modality, value in sorted(clip.modalities.items()):
             frames = read_frames(value, locate(clip, modality))
-            if not frames:  # a modality without frames changes the digest, too
+            if not frames:  # a modality without frames must change the digest, too
                 sha256.update(repr((modality, None)).encode())
             for field, array in frames.items():
                 sha256.update(repr((modality, field, array.dtype.str, array.shape)).encode())

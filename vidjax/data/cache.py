@@ -36,9 +36,9 @@ def digest_files(
 ) -> str:
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
-    The order of `paths` matters. The digest is stored in the cache, so unchanged files are not read
-    again. If a file changed less than 2 seconds before this call, the digest is not stored, because
-    another change so soon after the first could leave the times of the file as they are.
+    The digest depends on the order of `paths`. It is stored in the cache, so that unchanged files
+    are not read again. If a file changed less than 2 seconds before this call, the digest is not
+    stored, because a second change of the file in these seconds might not change its time.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -77,7 +77,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder of the cache during a `with` block, so that only one process fills it.
 
-    First, unfinished copies of the folder are deleted, which processes left when they were killed.
+    First deletes unfinished copies of the folder, which killed processes have left.
     """
     root = folder.parent
     files.make_private(root)

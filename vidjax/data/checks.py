@@ -25,7 +25,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path exists, but is a folder, a broken link or a device."""
+    """Raises UserError if a path is a folder, a broken link or a device. It may be missing."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -37,8 +37,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is a part of the name of the file `path`, which would be ignored. If `word` resembles a
-    split in `present`, there is no error, because the split itself is not missing.
+    `word` is a part of the name of the file `path`, which would be ignored. `present` has the
+    splits with correct names. If `word` resembles one of them, there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -99,7 +99,8 @@ def find_transposed(
     """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
 
     A modality is reported if all its clips have an equal number of frames T, and T >= 4 D. `splits`
-    is a dict, split -> modality -> [N] int, the number of frames of each clip. `widths` lists D.
+    is a dict, split -> modality -> [N] int, the number of frames of each clip. `widths` is a dict,
+    modality -> D, the feature width.
     """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
@@ -119,7 +120,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
     """Yields a message for each modality that uses norms as quality, if all norms are equal.
 
     A modality with at most one frame per clip is not reported, because its quality has no effect.
-    `report` is the data report, with histograms of norms and qualities.
+    `report` is the data report, which has histograms of norms and qualities.
     """
     for modality in modalities:
         reports = [
@@ -148,8 +149,9 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality without a usable frame or with out-of-range norms.
+    """Yields a message for each modality from which no model can learn in the given splits.
 
+    The modality has no usable frame, or features that are too large or too small for float32.
     `report` is the data report, which counts the frames of each split and modality.
     """
     place = ", ".join(splits)

@@ -1,8 +1,9 @@
 """Reads and writes files of a user's own features: `.npz` files and parquet tables.
 
-An `.npz` file usually contains a single clip. It may also contain several clips: their names are in
-`clips` [N], and the frames of all clips are joined in `face` [T, D], `face_quality` [T] and so on.
-`face_length` [N] counts the frames of each clip. A parquet table has a row per frame.
+An `.npz` file usually contains a single clip. It may also contain N clips with T frames in total.
+Then the array `clips` [N] has their names, the arrays `face` [T, D], `face_quality` [T] and so on
+have the frames of all clips, and `face_length` [N] has the number of frames of each clip. A parquet
+table has a row per frame.
 """
 
 import io
@@ -23,7 +24,7 @@ from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, closest
+from vidjax.utils.errors import UserError, closest, prefix_errors
 from vidjax.utils.machine import memory_bytes, num_cores
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
@@ -35,12 +36,9 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
     limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
-        with files.open_input(path) as file:
+        with files.open_input(path) as file, prefix_errors(str(path)):
             size = os.fstat(file.fileno()).st_size
-            try:
-                arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from error
+            arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
         if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
@@ -87,7 +85,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes several clips into an `.npz` file.
 
-    `clips` is a dict, clip -> key of the file, such as `face` or `face_quality` -> array.
+    `clips` is a dict, clip -> name of an array (`face`, `face_quality` and so on) -> array.
     """
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
@@ -109,14 +107,10 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     `limit`.
     """
     clean = clean_name_at("clip:", name)
-    try:
+    with prefix_errors(f"clip {show(clean)}"):
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
-    except ValueError as error:
-        raise UserError(f"clip {show(clean)}: {error}") from error
-    if has_several_clips(arrays):
-        raise UserError(
-            f"clip {show(clean)}: the .npz contains several clips\nsend each clip separately"
-        )
+        if has_several_clips(arrays):
+            raise UserError("the .npz contains several clips\nsend each clip separately")
     return Clip(clean, "npz", _group_by_modality(arrays, "npz"), name)
 
 
@@ -155,8 +149,9 @@ def _group_by_modality(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Groups arrays with names such as `face` and `face_quality` by modality.
 
-    Returns a dict, modality -> field -> array. The field of `face` is `features`. Raises UserError
-    if a field is misspelt, such as `face_qualty`, or if an array has no name.
+    Returns a dict, modality -> field -> array. In `face`, the array `face` becomes the field
+    `features`, and `face_quality` becomes `quality`. Raises UserError if a field is misspelt, such
+    as `face_qualty`, or if an array has no name.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -213,9 +208,9 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns [n, width]: from each position in `starts` [n], the next `width` numbers of `values`.
+    """Returns an array [n, width] whose row i is `values[starts[i] : starts[i] + width]`.
 
-    If the numbers of each row directly follow the row before, the result is a view of `values`.
+    If each row begins in `values` where the row before ends, the result is a view of `values`.
     """
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
@@ -239,7 +234,8 @@ def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndar
 
 MIN_READER_BYTES = 64 << 20  # for less data, another process takes longer to start than it saves
 COPY_BYTES = 4 << 20
-NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000  # the files come from the user
+# These limits are practically infinite, because the files come from the user, not from a stranger.
+NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000
 OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
 
 
@@ -278,7 +274,7 @@ def read_at_once(
       RetrySerially: a process failed, or the results of two processes contradict each other, for
         example because both read the same clip.
     """
-    # The files are divided into twice as many parts as processes, because some take longer.
+    # There are twice as many parts as processes, because some parts take longer than others.
     length = -(-sum(map(len, files.values())) // (2 * workers))
     parts = [
         (split, paths[first : first + length])
@@ -361,8 +357,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     def clips() -> Iterator[Clip]:
         for clip in read_clips(list(map(Path, arguments["paths"]))):
             if not clip.modalities:
-                # `pack` would add the clip to the first modality, which may differ between
-                # processes. This error makes `read_at_once` raise RetrySerially.
+                # `pack` would add the clip to the first modality of this process, which may not be
+                # the first modality of another process. `read_at_once` then raises RetrySerially.
                 raise UserError("a clip without modalities")
             yield clip
 

@@ -22,8 +22,8 @@ SPLITS = ("train", "val", "test")
 # largest numbers of frames of a clip in each bucket.
 BUCKETS = (32, 128, 512)
 MAX_EVAL_FRAMES = BUCKETS[-1]
-# A modality is padded to its longest clip of the split, rounded up to one of these lengths. So
-# audio with a vector per clip keeps T = 1, and splits of similar clips share compiled programs.
+# The clips of a modality are padded to the longest clip of the split, rounded up to one of these
+# lengths. So audio with a vector per clip keeps T = 1, and similar splits share compiled programs.
 PAD_LENGTHS = (1, 8, *BUCKETS)
 # Processing this many padding frames is faster than compiling a program for another length.
 MAX_EXTRA_FRAMES = 1 << 16
@@ -66,7 +66,7 @@ class EvalPlan(NamedTuple):
     Attributes:
       bucket: [N] int, the group of each clip: 0 for at most 32 frames, 1 for at most 128, and 2 for
         longer clips. It is -1 for a clip that is left out.
-      padded_lengths: a dict, modality -> for each group, the number of frames after padding.
+      padded_lengths: a dict, modality -> the number of frames after padding, for each group.
     """
 
     split: str
@@ -87,8 +87,8 @@ class BatchPlan(NamedTuple):
       crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
         start. 'quality' takes the T frames of the best quality, in time order.
       seed: the seed for the order of the clips and for random windows.
-      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch
-        may then have empty rows. If it is None, an epoch has all clips, and a batch may contain
+      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. With it, the last batch of
+        an epoch may have empty rows. If it is None, an epoch has all clips, and a batch may contain
         clips of two epochs.
     """
 
@@ -125,10 +125,10 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Splits clips into blocks of at most `rows` clips of the same bucket.
+    """Divides clips into blocks of at most `rows` clips of the same bucket.
 
-    `bucket` [N] int has -1 for clips that are left out. Yields the bucket of each block, and [n]
-    int, the positions of its n clips in `bucket`.
+    `bucket` is [N] int, the bucket of each clip, or -1 for a clip that is left out. Yields the
+    bucket of each block, and [n] int, the positions of its n clips in `bucket`.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -196,8 +196,7 @@ class TrainingData(ClipSource, Protocol):
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
     """Returns a dict, name -> feature width, of the modalities `names`.
 
-    Raises:
-      UserError: `names` is empty, has a name twice, or has a name that is not in `known`.
+    Raises UserError if `names` is empty, has a name twice, or has a name that is not in `known`.
     """
     _check_distinct("config.modalities", names)
     for name in names:
@@ -214,10 +213,9 @@ def _check_distinct(field: str, names: Sequence[str]) -> None:
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Checks that a split has features of all `modalities`.
+    """Raises UserError unless a split has features of all `modalities`.
 
-    Raises:
-      UserError: `modalities` is empty, has a name twice, or has a name that is not in the split.
+    It is also an error if `modalities` is empty or has a name twice.
     """
     _check_distinct("config.modalities", modalities)
     for name in modalities:
@@ -237,10 +235,10 @@ def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns the number of frames to which a modality is padded.
+    """Returns the number of frames to which the clips of a modality are padded.
 
-    This is `longest`, the length of its longest clip, rounded up to 1, 8, 32, 128 or 512, but at
-    most `limit`.
+    It is `longest`, the number of frames of the longest clip, rounded up to 1, 8, 32, 128 or 512,
+    but at most `limit`.
     """
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
@@ -258,8 +256,8 @@ def make_eval_plan(
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      lengths: [N] int, the length that decides the group of each clip. It must be at least the
-        number of frames in the longest modality of the clip, which is the default.
+      lengths: [N] int, the length that decides the group of each clip. The default is the number of
+        frames in the longest modality of the clip. A length must not be shorter than the default.
       only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
       join: if True, short clips are grouped with longer clips if that adds at most 65536 frames of
         padding. So a small split needs only one compiled program. Models of single frames do not
@@ -325,10 +323,9 @@ def make_batch_plan(
 def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts the clips and frames that a limit of `max_frames` frames per clip cuts off.
+    """Counts the clips with more than `max_frames` frames, and the frames that they lose.
 
-    Returns:
-      A dict, modality -> {"clips": number of longer clips, "frames": number of lost frames}.
+    Returns a dict, modality -> {"clips": number of clips, "frames": number of lost frames}.
     """
     for split in splits:
         check_modalities(split, modalities)

@@ -58,10 +58,9 @@ STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on th
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """A dict, field -> its values for all frames, which are in the file `FIELD.bin` of a folder.
+    """A dict, field -> its values for all frames. A folder has a file `FIELD.bin` for each field.
 
-    Each access to a field memory-maps the file again, and the file stays open while the array
-    exists.
+    Each access to a field memory-maps the file again. The file stays open while the array exists.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | str, width: int, num_frames: int):
@@ -116,7 +115,7 @@ class PackedClips:
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
         """Opens frames that another process wrote to `folder`, with one file per field.
 
-        `summary` is the result of `summary()` in the other process.
+        `summary` is the result of the method `summary` in the other process.
         """
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())

@@ -27,7 +27,7 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
 
-VERSION = 2  # increase it if other frames are read from the same file: the cache is then refilled
+VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
 
 
 class OfficialFiles:
@@ -121,8 +121,8 @@ def _choose_num_readers(sizes: Collection[int]) -> int:
 def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Path]:
     """Finds the pickles of features in a directory.
 
-    A file is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
-    `_v2` is used.
+    A pickle is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
+    the second is used.
 
     Returns:
       A sorted dict, (modality, split) -> path.
@@ -156,7 +156,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line for a message: where missing pickles probably are, or "" if unknown."""
+    """Returns a line for a message that names the probable place of missing pickles, or ""."""
     for inner in sorted(directory.glob("*/*_train*.pickle")):
         return f"\nthey are in a folder below: --config.data.dir={inner.parent}"
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):

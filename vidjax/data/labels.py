@@ -41,7 +41,7 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads `labels.csv` of a folder, or its ground-truth files if there is no `labels.csv`.
+    """Reads the file `labels.csv` of a folder. If it does not exist, reads the ground-truth files.
 
     See `load_official_truth` for `clips` and the result. Raises UserError if the folder has both
     kinds of labels, or a misspelt file such as `label.csv`.
@@ -75,7 +75,7 @@ def load_label_table(
       clips: a dict, split -> the clips that have features.
 
     Returns:
-      A dict, split -> clip -> identity. It lacks splits without a label.
+      A dict, split -> clip -> identity. It does not contain splits without a labelled clip.
 
     Raises:
       UserError: labels are malformed, or name too many clips without features.
@@ -102,7 +102,7 @@ def load_label_table(
 
 
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields, for each row of a table, the start of an error message, the clip and the identity."""
+    """Yields (start of an error message, clip, identity) for each row of a `.csv` of labels."""
     if not path.exists():
         raise NoFileError(f"'{path}' does not exist: correct the path of the labels")
     try:
@@ -137,8 +137,8 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Checks labels, and returns a dict, clip -> identity.
 
-    Each row has the start of an error message, the clip and the identity. A clip whose identity is
-    None or empty is left out: it shows no known person. A warning counts the empty identities.
+    Each row has the start of an error message, the clip and the identity. If the identity is None
+    or empty, the clip shows no known person, and is left out. A warning counts empty identities.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -212,7 +212,8 @@ def load_ground_truth(
     ignored. A blank within a name is written as in a URL, `First%20Last`.
 
     Args:
-      known_clips: clips without `.mp4`. If one of them contains a `%20`, it is not changed.
+      known_clips: names of clips with features, without `.mp4`. In these names, a `%20` is not
+        replaced by a blank.
 
     Returns:
       A dict, clip (without `.mp4`) -> identity, in the order of the file.
@@ -281,9 +282,9 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _parse_clip(text: str, known: Collection[str], where: str) -> str:
-    """Returns the name of a clip without `.mp4`. A `%20` becomes a blank.
+    """Returns the name of a clip without `.mp4`, in which each `%20` is replaced by a blank.
 
-    If `known` contains the name as it is written, `%20` stays. Error messages begin with `where`.
+    If `known` contains the name with `%20`, nothing is replaced. Error messages begin with `where`.
     """
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))
@@ -315,12 +316,12 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
 
 def _is_integer(text: str) -> bool:
     """Returns True if a text is a whole number of at most 100 digits."""
-    # Python refuses to parse numbers of thousands of digits.
+    # Python refuses to parse a number with thousands of digits.
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but one is not, or is less than 1."""
+    """If most identities are whole numbers, raises UserError unless all are numbers above 0."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
@@ -406,10 +407,9 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the distinct names, sorted by number if all are whole numbers, or by name.
+    """Returns the distinct names in alphabetical order. If all are whole numbers, sorts by value.
 
-    Raises:
-      UserError: a number is written in two ways, such as 7 and 007.
+    Raises UserError if a number is written in two ways, such as 7 and 007.
     """
     distinct = sorted(set(names))
     if not all(map(_is_integer, distinct)):

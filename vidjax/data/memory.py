@@ -34,7 +34,7 @@ class MemoryClips:
     Attributes:
       identities: the names of the classes of the model.
       names: N clip names as in the input, in the order of the input.
-      places: [N] int, the position in `split("clips").clips` of each clip of `names`.
+      places: [N] int, the position of each clip of `names` in `split("clips").clips`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Does the same as `pack` with a dict, clip -> modality -> features [T, D]."""
+        """Checks the clips of a dict, clip -> modality -> features [T, D]. See `pack`."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are of type {type(clips).__name__}: "
@@ -107,7 +107,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks and takes clips.
+        """Checks clips, and returns them as an object of this class.
 
         If no clip has a modality that the model reads, but a clip has another modality, a warning
         asks whether the name is misspelt.
@@ -197,10 +197,10 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips with only the modalities that the model reads.
+    """Yields clips with only `modalities`, the modalities that the model reads.
 
     Adds the name of each clip and its name in the input to `names`, and the names of the removed
-    modalities to `unread`. Raises UserError if a clip has modalities, but none of `modalities`.
+    modalities to `unread`. Raises UserError if the model reads none of the modalities of a clip.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
@@ -268,7 +268,7 @@ def load_clips(
       modalities: a dict, modality that the model reads -> feature width.
       identities: the names of the classes.
       split: the split to read. It may be None if the folder has a single split.
-      quality: as in `MemoryClips.pack`. But if an iQIYI-VID pickle has no quality, it is 0.
+      quality: as in `MemoryClips.pack`. But if an iQIYI-VID pickle lacks qualities, they are 0.
 
     Raises:
       UserError: clips are malformed, the folder has several splits and `split` is None, or no clip
@@ -377,7 +377,10 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns `split` if it exists, or the only split if `split` is None, or raises UserError."""
+    """Returns `split`. If it is None, returns the only split of `splits`.
+
+    Raises UserError if `split` is not in `splits`, or is None although there are several splits.
+    """
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:

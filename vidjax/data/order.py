@@ -90,8 +90,9 @@ def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
       [B] int32, the clip at each position, 0 to N - 1.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. A generalised Feistel
-    network permutes the smallest rectangle of at least N places. It is repeated while a place is
-    mapped to N or beyond. Unlike the paper, the round function is the finaliser of MurmurHash3.
+    network permutes the cells of a rectangle that has at least N cells. If a position is mapped to
+    N or a larger number, the network is applied again. Unlike the paper, the round function is the
+    finaliser of MurmurHash3.
     """
     rows = math.isqrt(num_clips - 1) + 1
     columns = -(-num_clips // rows)

@@ -50,7 +50,7 @@ class Clip(NamedTuple):
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
     """Yields the clips of a dict, clip -> modality -> features. Error messages begin with `place`.
 
-    Raises UserError if a name is not text, or is refused, or if its value is not a dict.
+    Raises UserError if the name of a clip is not a valid text, or if its value is not a dict.
     """
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
@@ -78,7 +78,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
         quality. 'norm' always takes the norm.
 
     Returns:
-      A dict, field -> array, of all five fields. `features` [T, D] keep their dtype. If the clip
+      A dict, field -> array, with all five fields. `features` [T, D] keep their dtype. If the clip
       has no frames, the dict is empty.
 
     Raises:
@@ -210,12 +210,12 @@ def pack(
                 packers[name].add(clip, value)
         for packer in list(packers.values())[:1]:
             for clip in empty:
-                packer.add(clip, None)  # keeps a clip without modalities as a clip without frames
+                packer.add(clip, None)  # a clip without modalities becomes a clip without frames
         return {name: packers[name].finish() for name in sorted(packers)}
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if the name of a modality cannot be the name of a folder next to `known`."""
+    """Raises UserError if the modality `name` cannot be a folder next to the folders `known`."""
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
         problem = " may have only letters, digits, '-' and '_': rename it"

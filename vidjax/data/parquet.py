@@ -30,7 +30,7 @@ TEXT_COLUMNS = ("clip", "modality")
 COLUMNS = (*TEXT_COLUMNS, "features")
 OPTIONAL_COLUMNS = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
 MAX_PAGES = 300_000  # most writers make pages of 1 MB
-HEADER_BYTES = (1 << 10, 1 << 20)  # bytes that are read for a page header, and if they are too few
+HEADER_BYTES = (1 << 10, 1 << 20)  # bytes to read for a page header; the second if it is longer
 BATCH_VALUES = 1 << 20  # numbers of features that are decoded at once
 MAX_HEADER_DEPTH = 8  # nested structs
 # Physical type -> bytes of a value in memory. Text is dictionary-encoded: its values are indices.
@@ -41,8 +41,8 @@ class Rows(NamedTuple):
     """The F rows of a table, one for each frame.
 
     Attributes:
-      columns: a dict, name -> pyarrow column without nulls, except `features`. The columns `clip`
-        and `modality` are dictionary-encoded.
+      columns: a dict, name -> pyarrow column without nulls. It does not contain `features`. The
+        columns `clip` and `modality` are dictionary-encoded.
       values: the features of all rows, joined in one array.
       width: [F] int, the number of values of each feature.
     """
@@ -57,7 +57,7 @@ def read(path: Path) -> Rows:
 
     Raises UserError if the table is damaged, needs too much memory, or lacks a column.
     """
-    with files.open_input(path) as opened, _Errors(path):
+    with files.open_input(path) as opened, _pyarrow_errors(path):
         file = _open(path, opened)
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
@@ -67,7 +67,7 @@ def read(path: Path) -> Rows:
 
 def read_clip_names(path: Path) -> list[str]:
     """Returns the distinct clip names of a parquet table, in any order."""
-    with files.open_input(path) as opened, _Errors(path):
+    with files.open_input(path) as opened, _pyarrow_errors(path):
         file = _open(path, opened)
         _check_pages(path, opened, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].unique()
@@ -76,26 +76,26 @@ def read_clip_names(path: Path) -> list[str]:
 
 def count_rows(path: Path) -> int:
     """Returns the number of rows of a parquet table."""
-    with files.open_input(path) as opened, _Errors(path):
+    with files.open_input(path) as opened, _pyarrow_errors(path):
         return _open(path, opened).metadata.num_rows
 
 
-class _Errors:
-    """Turns errors of pyarrow in a `with` block into UserError. System errors stay as they are."""
+@contextlib.contextmanager
+def _pyarrow_errors(path: Path) -> Iterator[None]:
+    """Turns errors of pyarrow in a `with` block into UserError. System errors stay as they are.
 
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> None:
-        require_packages(str(self._path), "pyarrow", extra="parquet")
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, (UserError, MemoryError)):
-            return
+    Raises UserError if pyarrow is not installed.
+    """
+    require_packages(str(path), "pyarrow", extra="parquet")
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
         if isinstance(error, OSError) and error.errno:
-            return
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise _damaged(self._path, reason) from error
+        raise _damaged(path, reason) from error
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -121,7 +121,7 @@ def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of the columns to read. Raises UserError if one is missing or misspelt."""
+    """Returns the names of columns to read. Raises UserError if a name is missing or misspelt."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -141,7 +141,10 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Raises UserError if features are not lists of numbers, or an optional column not numbers."""
+    """Raises UserError if `features` are not lists of numbers, or another column is not numeric.
+
+    `clip` and `modality` are not checked here.
+    """
     from pyarrow import types
 
     list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -164,9 +167,8 @@ def _check_pages(
 ) -> int:
     """Counts the values of all features in the headers of pages, before a page is unpacked.
 
-    `opened` and `file` are the same file, which pyarrow has opened as `file`. Raises UserError if
-    the headers and the footer count different numbers of values, or if the columns `names` need too
-    much memory.
+    `file` is the open file `opened` as an object of pyarrow. Raises UserError if the headers and
+    the footer count different numbers of values, or if the columns `names` need too much memory.
     """
     size, count, pages = 0, 0, 0
     for number in range(file.metadata.num_row_groups):
@@ -205,14 +207,14 @@ def _check_pages(
 
 
 class _Page(NamedTuple):
-    """The size of a page in unpacked bytes, and its number of values."""
+    """The number of unpacked bytes of a page, and its number of values."""
 
     size: int
     values: int
 
 
 def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
-    """Yields the pages of a column, until they have the number of values that the footer lists."""
+    """Yields the pages of a column. Stops when they have as many values as the footer lists."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first

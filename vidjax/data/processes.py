@@ -32,9 +32,8 @@ from vidjax.utils.machine import max_open_files
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
-# Limits of elapsed time: it exceeds CPU time if the disk is slow or other processes use the cores.
-WALL_SECONDS = 60
-WALL_PER_CPU = 20
+# The elapsed time exceeds the CPU time if the disk is slow or other processes use the cores.
+WALL_SECONDS, WALL_PER_CPU = 60, 20  # the limit of the elapsed time is 60 s + 20 x the CPU time
 
 # Machine -> its number in the headers of Linux, and the numbers of the forbidden system calls:
 # socket, execve, execveat, ptrace and io_uring_setup (which can open sockets, too).
@@ -72,9 +71,9 @@ class Children:
         Raises:
           subprocess.TimeoutExpired: the child was killed after `timeout`.
         """
-        # PYTHONPATH makes the child import from the same folders as this process. THREADS is 1,
-        # because each BLAS thread would reserve address space. MALLOC makes glibc keep freed
-        # memory, because the system would clear the pages again at the next allocation.
+        # PYTHONPATH makes the child import from the same folders as this process. The child has one
+        # BLAS thread, because each thread would reserve address space. The MALLOC variables make
+        # glibc keep freed memory, because the system would clear its pages before they are reused.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
@@ -83,17 +82,11 @@ class Children:
             "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
             "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
         }
-        pipe = subprocess.PIPE
+        command, pipe = [sys.executable, "-P", "-m", module, *map(str, words)], subprocess.PIPE
         with self._lock:
             if self._stopped:
-                raise InterruptedError("stopped")  # nobody reads this error of a late thread
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *map(str, words)],
-                stdin=pipe,
-                stdout=pipe,
-                stderr=pipe,
-                env=environment,
-            )
+                raise InterruptedError("stopped")  # `map_children` ignores this error
+            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
             self._started.append(child)
         with child:
             try:
@@ -120,11 +113,11 @@ def map_children(
 ) -> list[Result]:
     """Calls a function for each item, with at most `workers` calls at once, each in a thread.
 
-    The first error kills all child processes and is raised.
+    After the first error, all child processes are killed, and the error is raised.
 
     Args:
       function: takes a `Children` object, with which it starts child processes, and an item.
-      items: the items. Calls start in this order.
+      items: the items, in the order in which the calls start.
       progress: the title of a progress bar. If it is "", there is no progress bar.
 
     Returns:
@@ -136,14 +129,10 @@ def map_children(
     # A child needs three open files, and a few more during its start.
     with ThreadPoolExecutor(max(1, int(min(workers, max_open_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
+        hidden = not progress or None  # None hides the bar if standard error is not a terminal
+        done = as_completed(futures)
         try:
-            for future in tqdm(
-                as_completed(futures),
-                progress,
-                len(futures),
-                leave=False,
-                disable=not progress or None,
-            ):
+            for future in tqdm(done, progress, len(futures), leave=False, disable=hidden):
                 future.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)

@@ -24,6 +24,7 @@ from vidjax.data.clips import (
     Split,
     TrainingData,
     choose_best_frames,
+    make_batch,
     make_eval_plan,
     split_blocks,
 )
@@ -34,7 +35,7 @@ from vidjax.utils.errors import UserError
 
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
-# Bytes of a frame without its feature.
+# Bytes of a frame without its feature, which is the first field of BATCHED.
 SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in BATCHED[1:])
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
@@ -103,8 +104,8 @@ class ResidentPlan(NamedTuple):
       train_splits: the training splits. `clip_index` counts their clips, split after split.
       splits: the training splits and the split to evaluate.
       num_frames: a dict, modality -> number of frames, including the copies of `best`.
-      best: a dict, (split, phase, modality) -> T. In this phase, 'train' or 'eval', only the T
-        frames of the highest quality of a longer clip are used. A copy of them is stored.
+      best: a dict, (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip
+        has more than T frames, this phase uses a copy of its T frames of the highest quality.
       nbytes: number of bytes of all frames.
       widths: a dict, modality -> feature width.
     """
@@ -148,9 +149,9 @@ def step_bytes(
 ) -> float:
     """Estimates the bytes that a training step needs on a device for intermediate results.
 
-    The results are the batch, the fused frames, the logits, the losses and the gradients of all of
-    them, as float32. The gradients and the updates of the parameters are also counted. The
-    parameters (`params` bytes) and the state of the optimiser are not counted. `columns` is the
+    The batch, the fused frames, the logits, the losses and the gradients with respect to these
+    arrays are counted as float32. The gradients and the updates of the parameters are also counted.
+    The parameters (`params` bytes) and the state of the optimiser are not counted. `columns` is the
     number of classes.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
@@ -266,15 +267,13 @@ class Resident:
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows)
             return
-        for bucket, clips in split_blocks(plan.bucket, rows):
-            clip_index = np.pad(clips.astype(np.int32), (0, rows - len(clips)))
-            batch_mask = np.arange(rows) < len(clips)
-            clip_index = devices.put(clip_index, devices.row_layout(self._mesh))
-            batch_mask = devices.put(batch_mask, devices.row_layout(self._mesh))
+        for bucket, places in split_blocks(plan.bucket, rows):
+            batch = make_batch({}, places.astype(np.int32), rows)  # the frames are gathered below
+            batch = devices.put(batch, devices.row_layout(self._mesh))
             clips = [self._eval[plan.split][name] for name in plan.modalities]
             sizes = tuple(plan.padded_lengths[name][bucket] for name in plan.modalities)
-            frames = self._gathered(clips, clip_index, batch_mask, sizes=sizes)
-            yield Batch(dict(zip(plan.modalities, frames, strict=True)), clip_index, batch_mask)
+            frames = self._gathered(clips, batch.clip_index, batch.batch_mask, sizes=sizes)
+            yield batch._replace(frames=dict(zip(plan.modalities, frames, strict=True)))
 
 
 def gather_modalities(
@@ -295,7 +294,7 @@ def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames, without the starts of clips. `fields` are in the order of BATCHED."""
+    """Returns frames that are not divided into clips. `fields` are in the order of BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 

@@ -150,8 +150,9 @@ def load(
 def read_modalities(data: Section) -> Mapping[str, int]:
     """Returns a dict, modality -> feature width, without reading a file.
 
-    If the width is unknown, it is 0. If file names do not contain modalities, the dict is empty.
-    `data` is the section `data` of a configuration. Raises UserError if the folder has no features.
+    If the width of a modality is unknown, it is 0. If the names of the files do not contain the
+    modalities, the dict is empty. `data` is the section `data` of a configuration. Raises UserError
+    if the folder has no features.
     """
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims

@@ -74,7 +74,9 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size and the difficulty of a dataset. After a change, `spread` must be calibrated again.
+    """The size and the difficulty of a dataset.
+
+    If another attribute is changed, `spread` must be calibrated again.
 
     Attributes:
       identities: number of identities.
@@ -115,24 +117,24 @@ class SyntheticOptions(NamedTuple):
     values stay equal to the bit, so two datasets that differ in an option are directly comparable.
 
     Attributes:
-      wrong_clips: share of clips in which a third of the frames, in a row, shows another person,
-        with a quality that is lower by 20. No rate is published. The iQIYI-VID paper keeps a clip
-        if more than 30 % of its frames show a single head, or a head that is much larger than all
-        others (section 3.2). So up to 70 % of the frames may show several people.
-      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality. If
-        it is 0, all frames are blurred alike. If it is 0, 1, 1.5 or 2, the weights W(x) improve the
-        MAP of the mean face by 0.002, 0.005, 0.009 or 0.021, with nearest neighbours on the small
-        dataset. The 4th place of 2019 reports gains of 0.01 by weighting frames by quality, and of
-        0.02 by filtering them.
+      wrong_clips: share of clips in which a third of the frames show another person. These frames
+        are consecutive, and their quality is lower by 20. No rate is published. The iQIYI-VID paper
+        keeps a clip if more than 30 % of its frames show a single head, or a head that is much
+        larger than all others (section 3.2). So up to 70 % of the frames may show several people.
+      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
+        With a blur of 0, 1, 1.5 and 2, weighting the frames of a face by W(x) improves the MAP of
+        nearest neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021. The 4th place of
+        2019 reports gains of 0.01 by weighting frames by quality, and of 0.02 by filtering them.
       label_noise: share of train clips with the label of another person. The authors of the
         iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
         has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
-      missing_rate: share of clips without face, head, body or audio, drawn independently. It is
-        added to the shares that every dataset has: 0.02, 0.02, 0.05 and 0.15. No rate is published.
-        The small real dataset of our tests lacks 0.1 of the faces and of the voices.
+      missing_rate: share of clips without a face. Clips without head, body or audio are drawn
+        independently, with the same share. It is added to the shares that every dataset has: 0.02,
+        0.02, 0.05 and 0.15. No rate is published. In the small real dataset of our tests, 0.1 of
+        the clips have no face, and 0.1 have no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
-        to another person in all frames, because a tracker followed the wrong face, or there is a
+        to another person in all frames. The causes are a tracker that followed the wrong face, or a
         voice-over. The iQIYI-VID paper mentions both (sections 1 and 6.4) without a rate.
     """
 

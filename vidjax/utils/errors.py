@@ -36,7 +36,7 @@ class Expected(Exception):
 
 
 class UserError(Expected, ValueError):
-    """A mistake that a user can correct. The message has at most three lines, and says how."""
+    """A mistake that a user can correct. The message, of at most three lines, names a remedy."""
 
 
 class ArgumentError(UserError, TypeError):
@@ -44,11 +44,11 @@ class ArgumentError(UserError, TypeError):
 
 
 class NoFileError(UserError, FileNotFoundError):
-    """A path that a user named does not exist, or leads to a file instead of a folder."""
+    """A path that a user named does not exist, or does not contain the files that are needed."""
 
 
 class DiskError(UserError, OSError):
-    """This process, or a process that it started, could not write a file."""
+    """This process or one of its child processes could not read or write a file."""
 
 
 class InUseError(UserError):
@@ -72,7 +72,7 @@ def check_choice(name: str, value: object, known: Collection[object]) -> None:
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """Puts `place`, such as the name of a field, before the message of a UserError."""
+    """In a `with` block, puts `place`, such as a field, before the message of each UserError."""
     try:
         yield
     except UserError as error:
@@ -80,10 +80,10 @@ def prefix_errors(place: str) -> Iterator[None]:
 
 
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
-    """Raises UserError, "`what` needs ...", unless all `packages` are installed.
+    """Raises UserError unless all `packages` are installed.
 
-    `extra` is the extra of vidjax that installs them, as in `vidjax[parquet]`. `instead` is an
-    imperative that describes a way to continue without them.
+    The message is "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]', or INSTEAD".
+    `instead` is an imperative that describes a way to continue without the packages.
     """
     for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
         raise UserError(problem)
@@ -92,7 +92,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def describe_missing_packages(
     what: str, *packages: str, extra: str, instead: str = ""
 ) -> Iterator[str]:
-    """Yields the message of `require_packages` if a package is not installed, otherwise nothing."""
+    """Yields the message of `require_packages`, or nothing if all `packages` are installed."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
         yield (
@@ -105,7 +105,10 @@ def describe_missing_packages(
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if the type is not in `kinds`."""
+    """Raises ArgumentError unless `value` is of a type in `kinds`.
+
+    The message is "ARGUMENT must be WANTED, not ...", with the words `argument` and `wanted`.
+    """
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -141,7 +144,7 @@ _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.EN
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns a message with a remedy for a system error, or None if a user cannot correct it."""
+    """Describes a system error and its remedy. Returns None if a user cannot correct the error."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -158,7 +161,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes characters (but no tab or line end) that could control a terminal or reorder text."""
+    """Escapes characters that could control a terminal or reorder text. Tabs and line ends stay."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -176,8 +179,8 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    Words are similar if their similarity is at least `cutoff`, from 0 to 1 (equal words). Words
-    with the same part after the last dot are always similar.
+    Words are similar if the ratio that `difflib` computes, 1 for equal words, is at least `cutoff`.
+    Words with the same part after the last dot are always similar.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
@@ -200,7 +203,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
     """Raises UserError unless `name`, the value of `field`, is in `table`.
 
-    A configuration file may add entries to `table`. So the message explains how to load one.
+    A configuration file may add entries to `table`, so the message explains how to load the file.
     """
     if name not in table:
         raise UserError(

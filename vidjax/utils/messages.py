@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
         )
         self.example = ""
-        # The command may override the fields whose names begin with this text. None: no field.
+        # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
 
     def fields(self, group: str = "") -> None:
@@ -118,9 +118,10 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the words of a command line into (other words, words that begin with `--config.`).
+    """Separates the words of a command line that override fields of the configuration.
 
-    Two words `--config.F V` become the word `--config.F=V`.
+    Returns all other words, and the words that begin with `--config.`. The two words
+    `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
     """
     flags, overrides = [], []
     rest = list(words)
@@ -216,7 +217,7 @@ def hide_progress() -> Iterator[None]:
 
 
 def print_text(text: str) -> bool:
-    """Prints text to standard output. Returns False if the reader of the pipe has closed it."""
+    """Prints text to standard output. Returns False if standard output is a closed pipe."""
     return _print(text, sys.stdout)
 
 
@@ -245,7 +246,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _print(text: str, stream: TextIO) -> bool:
-    """Escapes and prints text of a stranger. Returns False if the reader has closed the pipe."""
+    """Prints text, and escapes control characters. Returns False if the pipe is closed."""
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -300,7 +301,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def get_exit_code(error: Exception) -> int | None:
-    """Returns the exit code that `utils.errors` lists, or None for a bug of vidjax."""
+    """Returns the exit code of an error, as `utils.errors` lists it, or None for a bug."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):

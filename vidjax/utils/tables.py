@@ -1,9 +1,10 @@
 """Writes tables to new files. An error or a crash leaves no incomplete file.
 
 The ending of the file name decides the format. A .tsv or .csv has a line of column names and a
-line per row. A .jsonl has a JSON object per line. A .parquet has the columns of the .tsv. A
-spreadsheet would run some text in .tsv and .csv as a formula. This text gets a `'` in front, as
-does text that begins with `'`. A program that reads the table must remove this `'`.
+line per row. A .jsonl has a JSON object per line. A .parquet has the columns of the .tsv.
+
+A spreadsheet would run cells such as `=1+1` in a .tsv or .csv as formulas. So a `'` is put before
+them, and before cells that begin with `'`. A program that reads the table must remove this `'`.
 """
 
 import codecs
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
 
 # Name -> (type in Apache Arrow such as `float32`, values). An array [N, D] becomes N lists.
 Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
-Ranking = Mapping[str, Sequence[tuple[str, float]]]
+Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score), the best first
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # of a formula, or of text after escaping
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # a `'` is put before these characters
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_TABLE_BYTES = 64 * files.MB  # of a table that `read_tsv` reads
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Raises UserError before slow work if no table can be written to `path`, given as `--out`."""
+    """Raises UserError if no table can be written to `path`, the value of the flag `--out`."""
     if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise UserError(f"--out={path}: end the name in {names}")
@@ -59,7 +60,7 @@ def write(
     """Writes a table to the new file `path`, in the format of its ending.
 
     A .jsonl contains the JSON `objects`. The other formats contain `rows`, where None is an empty
-    cell, and `columns`, name -> type in Apache Arrow, such as `float32`.
+    cell. `columns` is a dict, name -> type in Apache Arrow, such as `float32`.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)
@@ -72,7 +73,7 @@ def write(
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
-    """Writes a ranking, identity -> [(clip, score), ...] with the best clip first, to a new file.
+    """Writes a dict, identity -> [(clip, score), ...] with the best clip first, to a new file.
 
     A line of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has all
     digits of float32. If a clip has no usable frame, the score is -inf, or null in .jsonl.
@@ -80,7 +81,10 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
     objects = (
         {
             "identity": identity,
-            "clips": [{"clip": c, "score": _round_to_float32(x)} for c, x in clips],
+            "clips": [
+                {"clip": clip, "score": float(str(np.float32(x))) if math.isfinite(x) else None}
+                for clip, x in clips
+            ],
         }
         for identity, clips in ranking.items()
     )
@@ -88,7 +92,7 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def ranking_columns(ranking: Ranking) -> Columns:
-    """Converts a ranking, identity -> [(clip, score), ...] with the best clip first, to columns."""
+    """Converts a dict, identity -> [(clip, score), ...] with the best clip first, to columns."""
     return to_columns(RANKING, list(_list_ranking(ranking)))
 
 
@@ -98,15 +102,15 @@ def _list_ranking(ranking: Ranking) -> Iterator[tuple[object, ...]]:
             yield identity, rank, clip, np.float32(score)
 
 
-def _round_to_float32(score: float) -> float | None:
-    return float(str(np.float32(score))) if math.isfinite(score) else None
-
-
 def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -> str:
-    """Converts rows to the text of a .csv or .tsv. Cells are quoted as in Excel. None is empty."""
+    """Converts rows to the text of a .csv or .tsv, quoted as in Excel. None is an empty cell."""
+
+    def escape(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+
     text = io.StringIO()
     writer = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
-    writer.writerows([_guard_cell(cell) for cell in row] for row in rows)
+    writer.writerows(map(escape, row) for row in rows)
     return text.getvalue()
 
 
@@ -136,10 +140,6 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
-def _guard_cell(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
-
-
 def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
     """Converts rows to columns. `kinds` maps each column name to a type of Apache Arrow."""
     return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
@@ -160,7 +160,7 @@ def to_arrow(columns: Columns) -> "pyarrow.Table":
 
 
 def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None) -> bytes:
-    """Returns the bytes of a parquet file with the metadata `note`."""
+    """Returns the content of a parquet file, with `note` as its metadata."""
     from pyarrow import parquet
 
     content = io.BytesIO()

@@ -1,8 +1,8 @@
 """Writes the metadata with which TFDS can read the TFRecord files.
 
-The values of all frames of a clip are stored as one bytes string per field, because
+The values of all frames of a clip are stored as one string of bytes per field, because
 `tf.train.Example` has no float16, and a list of floats takes several times as long to decode.
-vidjax does not use the metadata: `streaming` decodes whole batches, which is much faster.
+vidjax itself does not use the metadata: `streaming` decodes whole batches, which is much faster.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.manifest import NAME, VERSION
 from vidjax.data.records.shard_files import Shard
 
-# The types of TFDS for type checkers cover only half of it.
+# The type stubs of TFDS are incomplete.
 tfds: Any = tensorflow_datasets
 tfds.disable_progress_bar()
 
@@ -62,7 +62,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return decoded
 
     def to_json_content(self) -> dict[str, Any]:
-        """Returns the arguments with which TFDS calls `__init__` to make an equal object."""
+        """Returns the arguments that TFDS passes to `__init__` to make an equal object."""
         return self._modality._asdict()
 
 
@@ -78,7 +78,8 @@ def write_info(
         "clip_index": tfds.features.Scalar(dtype=np.int64),
         "frames": tfds.features.FeaturesDict(frames),
     }
-    # Do not change the name or the module, because equal data must give equal files.
+    # The name and the module are in the metadata. Do not change them: equal data must give equal
+    # files.
     module, version = "vidjax.data.iqiyi_vid", tfds.core.Version(VERSION)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(NAME, version, str(folder), module),

@@ -69,7 +69,7 @@ def convert(
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
-                remove(folder)  # without a manifest it is incomplete
+                remove(folder)  # a folder without a manifest is incomplete
                 with files.atomic_folder(folder) as partial:
                     write_records(source, fingerprint, partial, non_finite, workers)
                     if source.fingerprint() != fingerprint:
@@ -85,8 +85,8 @@ def convert(
         for counts in split["modalities"].values()
     )
     if non_finite == "error" and skipped:
-        # An earlier call with 'drop' made these records. Reading the source again raises an error
-        # that names the clip.
+        # An earlier call with 'drop' made these records. Now the source is read again, which raises
+        # an error that names the clip.
         with tempfile.TemporaryDirectory() as scratch:
             source.read(Path(scratch), "error")
     return records
@@ -119,8 +119,8 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    # Each thread opens a file per field and modality. All threads may open half of the files that a
-    # process may open.
+    # Each thread opens a file per field and modality. All threads together may open half of the
+    # number of files that a process may open.
     max_threads = max_open_files() / 2 / (len(STORED) * len(modalities))
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
@@ -165,8 +165,8 @@ def _join_modalities(
 ) -> dict[str, Modality]:
     """Returns a dict, modality -> width and dtype of its features in all splits.
 
-    If the dtype differs between splits, a dtype that represents all values exactly is returned.
-    Raises UserError if the width of a modality differs between splits, or if there are no frames.
+    If the dtype differs between splits, the returned dtype represents all values exactly. Raises
+    UserError if the width of a modality differs between splits, or if there are no frames.
     """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
@@ -198,7 +198,7 @@ def _join_modalities(
 
 
 def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
-    """Raises UserError if a clip is in two splits, because it would be in training and test."""
+    """Raises UserError if a clip is in two splits, so that it could be in training and test."""
     owners: dict[str, str] = {}
     shared = []
     for name, split in sorted(staged.items()):
@@ -218,7 +218,7 @@ def cut(
 ) -> list[tuple[Path, np.ndarray]]:
     """Divides the clips of a split into shards of about 256 MB, whose paths begin with `prefix`.
 
-    Returns the path of each shard, and the positions of its clips in `split.clips` [n] int32.
+    Returns the path of each shard, and [n] int32, the positions of its n clips in `split.clips`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))

@@ -88,8 +88,8 @@ def label_records(
 
     Args:
       truth: a dict, split -> clip -> identity.
-      identities: the names of the classes 1..C. If it is None, they are all identities in the
-        ground truth of train and val, even if they have no clip.
+      identities: the names of the classes 1..C. If it is None, the classes are all identities in
+        the ground truth of train and val, even identities without a clip.
 
     Returns:
       The names of the classes; a dict, split -> its clips and labels; and the data report.
@@ -141,7 +141,8 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 def digest_data(records: Records, truth: Truth) -> str:
     """Returns the sha256 of all clip names, frames and labels, in hexadecimal.
 
-    The digest does not depend on paths and times, so equal data have equal digests on all machines.
+    The digest does not depend on the paths and times of files, so equal data have equal digests on
+    all machines.
     """
     splits = {
         name: {

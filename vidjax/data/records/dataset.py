@@ -43,8 +43,8 @@ class Dataset:
 
         Args:
           truth: a dict, split -> clip -> identity, of the splits with labels.
-          identities: the names of the classes. If it is None, they are all identities in the ground
-            truth of train and val.
+          identities: the names of the classes. If it is None, the classes are all identities in the
+            ground truth of train and val.
           origin: the name and the folder of the dataset, for result files.
         """
         self._records = records
@@ -94,9 +94,8 @@ class Dataset:
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
-        Raises:
-          UserError: a split is unknown or lacks a modality, `step` is negative, or a file is
-            damaged.
+        Raises UserError if a split is unknown or lacks a modality, `step` is negative, or a file is
+        damaged.
         """
         if step < 0:
             raise UserError(f"step={step} is negative: choose 0 or more")
@@ -113,10 +112,8 @@ class Dataset:
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        See `ClipSource`. Clips of similar length come in the order on disk.
-
-        Raises:
-          UserError: the split is unknown or lacks a modality, or a file is damaged.
+        See `ClipSource`. Clips of similar length are in the order on disk. Raises UserError if the
+        split is unknown or lacks a modality, or a file is damaged.
         """
         check_modalities(self.split(plan.split), plan.modalities)
         return eval_batches(self._records, plan, rows)
@@ -126,12 +123,9 @@ class Dataset:
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
         """Reads every clip of a split once, with all frames, in the order on disk.
 
-        Yields:
-          The position in `Split.clips` of n <= 256 clips [n] int32, and a dict, modality -> their
-          joined frames.
-
-        Raises:
-          UserError: the split is unknown or lacks a modality, or a file is damaged.
+        Yields [n] int32, the positions of n <= 256 clips in `Split.clips`; and a dict, modality ->
+        the joined frames of these clips. Raises UserError if the split is unknown or lacks a
+        modality, or a file is damaged.
         """
         check_modalities(self.split(split), modalities)
         reader = Reader(self._records, [split])

@@ -1,9 +1,9 @@
 """Lists the TFRecord files (shards) of a dataset, with their sizes and digests.
 
 A folder of the cache contains the shards, `index.npz` (names, order and lengths of the clips),
-`data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of all
-files and of its own content. Without it, a shard that was cut between two records would be read
-without an error.
+`data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of
+all other files and of its other entries. Without the manifest, a shard that was cut between two
+records would be read without an error.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 
-# Increase it if the meaning of a record or of the manifest changes: the cache is then refilled.
+# If the meaning of a record or of the manifest changes, increase the version to refill the cache.
 VERSION = "1.3.0"
 NAME = "iqiyi_vid"  # the name of every dataset in TFDS
-MAX_INDEX_BYTES = 4096  # limit per clip
+MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 DTYPES = ("float16", "float32", "float64", "int8")
 
 
@@ -93,7 +93,7 @@ def remove(folder: Path) -> bool:
     """Removes a folder of converted clips, even if the conversion was not finished.
 
     The manifest is removed first. So the folder counts as incomplete if the removal is interrupted.
-    If the folder contains files of other programs, they stay, and the result is False.
+    If the folder contains files of other programs, these files stay, and the result is False.
     """
     place = folder / NAME
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
@@ -120,7 +120,7 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads the list of the converted clips, without a look at the TFRecord files.
+    """Loads the list of the converted clips, but does not check the TFRecord files.
 
     Raises UserError if `manifest.json`, `index.npz` or `data_report.json` is missing or damaged.
     """

@@ -95,13 +95,11 @@ class Reader:
         return locate_values(sizes)
 
     def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
-        """Reads the records `places` [n]. Each result is a serialised `tf.train.Example`.
+        """Reads the records with the numbers `places` [n], serialised as `tf.train.Example`.
 
-        If `whole` is True, the sha256 of a file is checked at its first use, which reads the whole
-        file. If it is False, only the checksums of the records are checked.
-
-        Raises:
-          UserError: a file is damaged, or it changed between two reads.
+        If `whole` is True, the sha256 of a whole file is checked before its first record is read.
+        If it is False, only the checksums of the records are checked. Raises UserError if a file is
+        damaged, or changed between two reads.
         """
         messages = [b""] * len(places)
         numbers = self.shard[places]
@@ -120,7 +118,7 @@ class Reader:
 
     @contextlib.contextmanager
     def _open(self, number: int, *, whole: bool = True) -> Iterator[io.FileIO]:
-        """Opens a file in a `with` block. If `whole`, its sha256 is checked at the first use."""
+        """Opens a file in a `with` block. If `whole`, first checks its sha256, once per file."""
         shard = self.shards[number]
         if not files.exists(shard.path):
             check_shard(shard)
@@ -135,7 +133,7 @@ class Reader:
             yield file
 
     def _damaged(self, number: int) -> UserError:
-        """Raises UserError if a file is damaged. Otherwise, returns an error: the file changed."""
+        """Raises UserError if a file is damaged. Otherwise, returns the error that it changed."""
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"
@@ -147,8 +145,8 @@ class Reader:
     ) -> dict[str, list[np.ndarray]]:
         """Decodes the frames of the records `places` [n] in the modality `name`.
 
-        `messages` is the result of `read(places)`. Returns a dict, field -> the values of each
-        record: features [t, D], or other fields [t].
+        `messages` is the result of `read(places)`. Returns a dict, field -> an array for each
+        record with t frames. Features are [t, D], and other fields are [t].
         """
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)

@@ -95,7 +95,7 @@ def check_shard(shard: Shard) -> None:
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:
-    """Counts the records before the first damaged record. Also returns True if none is damaged."""
+    """Returns the number of records before the first damaged record, and True if there is none."""
     with files.open_regular(path) as file:
         left, count = os.fstat(file.fileno()).st_size, 0
         while left:
@@ -116,12 +116,12 @@ SUM = 4  # bytes after the content: its checksum
 
 
 def make_record(content: bytes) -> bytes:
-    """Returns a record of a TFRecord file with the given content: adds its length and checksums."""
+    """Returns a record of a TFRecord file: the length and the content, each with its checksum."""
     return b"".join([make_header(len(content)), content, mask_checksum(content)])
 
 
 def make_header(size: int) -> bytes:
-    """Returns the bytes before a content of `size` bytes: the size and its checksum."""
+    """Returns the header of a record with a content of `size` bytes: `size` and its checksum."""
     packed = struct.pack("<Q", size)
     return packed + mask_checksum(packed)
 
@@ -158,11 +158,11 @@ def count_frame_bytes(modality: Modality) -> dict[str, int]:
 
 
 def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Computes where the values are in N results of `encode`.
+    """Computes where the values of N clips are in the results of `encode`.
 
-    `sizes` is a dict, key -> [N] int64, the number of bytes of each value. Returns a dict, key ->
-    [N] int64, the position of the first byte of each value; and [N] int64, the number of bytes of
-    each result.
+    `sizes` is a dict, key -> [N] int64, the number of bytes of the value of each clip. Returns a
+    dict, key -> [N] int64, the position of the first byte of each value; and [N] int64, the number
+    of bytes of each result.
     """
     ends, end = {}, np.zeros(1, np.int64)
     for key in sorted(sizes, key=_sort_key):
@@ -179,7 +179,7 @@ def _sort_key(key: str) -> str:
 
 
 def _count_field_bytes(size: np.ndarray) -> np.ndarray:
-    """Returns the bytes of N fields, with tag and length, for contents of `size` [N] bytes."""
+    """Returns [N] int64, the bytes of fields: tag, length, and `size` [N] bytes of content."""
     return 1 + count_varint_bytes(size) + size
 
 

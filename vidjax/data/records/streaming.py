@@ -43,7 +43,7 @@ finally:
     if _keras_home is not None:
         os.environ["KERAS_HOME"] = _keras_home
 
-# TensorFlow has no types, and the stubs of type checkers cover only half of it.
+# TensorFlow has no types, and its type stubs are incomplete.
 tf: Any = tensorflow
 
 # Only JAX uses the accelerator, because TensorFlow would take all of its memory.
@@ -84,7 +84,7 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
 
 
 def _close(queue: Any) -> None:
-    """Closes a queue of TensorFlow, even if this is called while TensorFlow traces a function."""
+    """Closes a queue of TensorFlow, also if it is called while TensorFlow traces a function."""
     with tf.init_scope():
         queue.close()
 
@@ -94,7 +94,8 @@ def _read_records(
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
     """Reads the records of each training step, beginning with `step`.
 
-    Yields the content of the B records, and the results of `_locate_clips` except the first.
+    Yields the content of the B records; and clip_index, batch_mask and the first frames, as
+    `_locate_clips` does.
     """
     located = _locate_clips(records, plan, reader, step)
     waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
@@ -121,9 +122,9 @@ def _locate_clips(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Draws the clips of each training step, beginning with `step`.
 
-    Yields the number of each record in `reader` [B] int64; clip_index [B] int32; batch_mask [B]
-    bool; and the first frame of the window in each of the M modalities in `plan.windowed` [M, B]
-    int32.
+    Yields [B] int64, the number of each record in `reader`; clip_index [B] int32; batch_mask [B]
+    bool; and [M, B] int32, the first frame of the window of each clip in each of the M modalities
+    in `plan.windowed`.
     """
     place_of_clip = np.argsort(reader.clip_index)
     with jax.default_device(_get_host_device()):

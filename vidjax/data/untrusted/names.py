@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 from vidjax.utils.errors import UserError
 
-# Unicode categories of control characters, and of line and paragraph separators, which would break
-# the lines of a file.
+# The Unicode categories of control characters, and of separators of lines and paragraphs. These
+# characters would break the lines of a file.
 _BREAKS = ("Cc", "Zl", "Zp")
-# Characters that `escape` replaces: white space and the byte order mark, because programs that read
-# text may drop them; and a % before two hexadecimal digits, because `unescape` would change it.
+# The characters that `escape` replaces. White space and the byte order mark may be dropped by
+# programs that read text. A % before two hexadecimal digits would be changed by `unescape`.
 _UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
 _JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ are in Persian and Indic names and in emoji
 # Invisible letters that are not in the Unicode category Cf: fillers and variation selectors.
@@ -35,11 +35,8 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
 
-    `kind` says in messages what the name is, such as "identity".
-
-    Raises:
-      UserError: the name is empty or blank, is not valid Unicode, or contains a newline or another
-        control character.
+    Raises UserError if the name is empty or blank, is not valid Unicode, or contains a newline or
+    another control character. `kind` is the word for the name in messages, such as "identity".
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
@@ -63,10 +60,9 @@ def check_name(name: str, kind: str = "clip name") -> str:
 def clean_identity(name: str) -> str:
     """Checks the name of a person, and returns it in the Unicode form NFC.
 
-    Raises:
-      UserError: the name is empty, has leading or trailing blanks, is not valid Unicode, or
-        contains a control character or an invisible letter. An invisible joiner (ZWJ or ZWNJ)
-        between two letters or symbols is allowed.
+    Raises UserError if the name is empty, has leading or trailing blanks, is not valid Unicode, or
+    contains a control character or an invisible letter. An invisible joiner (ZWJ or ZWNJ) between
+    two letters or symbols is allowed.
     """
     if name != name.strip() and name.strip():
         raise UserError(
@@ -99,10 +95,9 @@ def is_unknown(name: str) -> bool:
 
 
 def fold(name: str) -> str:
-    """Returns a simplified name, which is equal for two names that look alike.
+    """Returns a simplified form of a name. Names that look alike have equal simplified forms.
 
-    Upper and lower case, ligatures (`\ufb01` and `fi`), invisible letters and repeated blanks make
-    no difference.
+    Case, ligatures (`\ufb01` and `fi`), invisible letters and repeated blanks make no difference.
 
     Source: NFKC_Casefold of the Unicode standard.
     """
@@ -114,9 +109,9 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns a dict, new name -> another name, new or known, that looks like it.
+    """Returns a dict, new name -> a different name, new or known, that looks like the new name.
 
-    The names have passed `clean_identity`.
+    All names have been checked by `clean_identity`.
     """
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
@@ -131,7 +126,7 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
 
 def _fold_all(names: list[str]) -> list[str]:
-    """Folds many names together, because a call for each of a million names takes two seconds."""
+    """Calls `fold` for many names at once. Single calls for a million names take two seconds."""
     text = "\n".join(names)
     folded = re.sub("  +", " ", text).casefold().split("\n") if names else []
     if text.isascii():
@@ -193,7 +188,7 @@ def escape(name: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """Returns the name from which `escape` makes `text`. If there is none, returns `text`."""
+    """Reverses `escape`. If `escape` cannot return `text`, returns `text` unchanged."""
     if "%" not in text:
         return text
     name = urllib.parse.unquote(text)

@@ -1,11 +1,12 @@
 """Unpickles a large dict in pieces, so that it needs little memory.
 
-pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time, each time
-as a new dict. pickle also numbers most objects, to refer to them later, and an unpickler keeps all
-numbered objects in its memo. Feature pickles refer only to objects of the same clip, and to a few
-objects that all arrays share, which are in the first piece. So the numbered objects of all other
-pieces are replaced by None when the next piece is loaded. If a pickle refers to such an object, a
-clip gets a value None, which is refused. The pickle then has to be loaded as a whole.
+pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time as a new
+dict, which is called a piece. pickle also numbers most objects, to refer to them later, and an
+unpickler keeps all numbered objects in its memo. Pickles of features refer only to objects of the
+same clip, and to a few objects that all arrays share. These shared objects are in the first piece.
+So the numbered objects of every other piece are replaced by None when the next piece is loaded. If
+a pickle refers to a replaced object, a clip gets a value None, which is refused. The pickle then
+has to be loaded as a whole.
 """
 
 import io
@@ -24,15 +25,15 @@ from vidjax.utils.errors import UserError
 PIECE_BYTES = 16 << 20
 MAX_PATTERNS, MAX_RUN = 32, 200  # number of patterns that are tried, and of opcodes in a pattern
 
-# Opcode whose argument begins with its size -> format of the size.
+# Opcode whose argument begins with the size of the argument -> format of this size.
 _SIZED = {
     code: struct.Struct(size)
     for size, codes in {"<B": b"UC\x8a\x8c", "<I": b"TXB", "<Q": b"\x8d\x8e\x96"}.items()
     for code in codes
 }
 _FRAME = 0x95  # opcode before 8 bytes with the number of bytes that a reader should fetch at once
-# Opcode with an argument of fixed size -> the size. Opcodes of dicts and the last opcode are left
-# out.
+# Opcode with an argument of fixed size -> the size of the argument. The opcodes of dicts and the
+# last opcode of a pickle are left out.
 _PLAIN = {
     ord(x.code): x.arg.n if x.arg else 0
     for x in pickletools.opcodes
@@ -115,8 +116,8 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 class _Runs:
     """Skips opcodes with fixed-size arguments, and counts the objects that they put into the memo.
 
-    The opcodes of most arrays differ only in their arguments. So they match a few patterns, which
-    is faster than to look at each opcode.
+    Most arrays have the same sequence of opcodes, with other arguments. So the first sequences
+    become regular expressions, because a match is faster than a look at each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:

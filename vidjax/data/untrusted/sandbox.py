@@ -3,8 +3,8 @@
 `unpack` starts the child process, which runs this module. There are three barriers:
 
 1. No code from the file runs, because `unpickle` resolves only the few globals that numpy writes.
-2. The limits of address space (on Linux), CPU time and output grow with the size of the file. So a
-   small file that expands to gigabytes ends in an error.
+2. The address space (on Linux), the CPU time and the output are limited. The limits grow with the
+   size of the file, so a small file that expands to gigabytes causes an error.
 3. The type and shape of every field are checked before it is written to files, from which the
    parent process reads arrays.
 """
@@ -146,9 +146,9 @@ _FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -> Iterator[Clip]:
     """Checks unpickled dicts, and yields their clips. The dicts are emptied to free memory.
 
-    See `unpack` for the content of the dicts. The clips and frames are limited by `size`, the
-    number of bytes of the file. Raises UserError if the content has another structure, or exceeds
-    the limits. Error messages begin with `place`.
+    See `unpack` for the content of the dicts. The allowed numbers of clips and frames depend on
+    `size`, the number of bytes of the file. Raises UserError if the content has another structure,
+    or exceeds these limits. Error messages begin with `place`.
     """
     names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
@@ -201,7 +201,7 @@ def _clean_key(key: object) -> str:
 class _Budget:
     """Limits the frames, bytes and empty clips of a pickle of `size` bytes.
 
-    Clips of a pickle may refer to the same array, so a small pickle could expand without a limit.
+    Many clips of a pickle may refer to the same array, so a small pickle could become very large.
     """
 
     def __init__(self, size: int) -> None:
@@ -210,7 +210,7 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts empty clips among all `among` clips. Raises UserError if there are too many."""
+        """Counts the empty clips among `among` clips. Raises UserError if there are too many."""
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
@@ -243,7 +243,7 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the fields that the entries of a clip must have.
 
-    In modalities of iQIYI-VID, they are fixed. In others, the majority of the clips decides.
+    The modalities of iQIYI-VID have fixed fields. In others, the majority of the clips decides.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:

@@ -21,7 +21,7 @@ _STRUCT_CODES = {
     "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
 }  # fmt: skip
 
-# First bytes of files that users mistake for pickles -> kind of the file. No pickle begins with
+# First bytes of a file that users mistake for a pickle -> kind of the file. No pickle begins with
 # these bytes.
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
@@ -37,8 +37,8 @@ _OTHER_FILES = {
 REMEDY = "write it again with pickle.dump, as a dict {clip name: numpy array [T, D]}"
 
 
-# The globals of a pickle resolve to the classes below, never to functions. A pickle may set
-# attributes of any object, even of a class, so the metaclass forbids it.
+# The globals of a pickle resolve to the classes below, never to functions. A pickle may try to set
+# an attribute of a class, which the metaclass refuses.
 
 
 class _Sealed(type):
@@ -47,7 +47,7 @@ class _Sealed(type):
 
 
 class _NdArray(metaclass=_Sealed):
-    """Replaces numpy.ndarray, which may only be the first argument of _reconstruct."""
+    """Replaces numpy.ndarray. A pickle may only pass it to _reconstruct, as the first argument."""
 
     def __new__(cls, *args: object) -> "_NdArray":
         raise UserError("the pickle is refused, because it calls numpy.ndarray")
@@ -88,7 +88,7 @@ class _DType(metaclass=_Sealed):
 
 
 class Array(metaclass=_Sealed):
-    """Replaces a numpy array: has its dtype code, its shape, and its bytes in C order."""
+    """Replaces a numpy array. It has the dtype code, the shape, and the bytes in C order."""
 
     __slots__ = ("code", "data", "shape")
     code: str
@@ -136,7 +136,7 @@ class _Reconstruct(metaclass=_Sealed):
 
 
 class _FromBuffer(metaclass=_Sealed):
-    """Replaces numpy.core.numeric._frombuffer, with which pickle protocol 5 makes an array."""
+    """Replaces numpy.core.numeric._frombuffer, which pickles of protocol 5 call to make arrays."""
 
     def __new__(
         cls, data: object, dtype: object, shape: object, order: object, axes: object = None
@@ -159,7 +159,7 @@ class _Scalar(metaclass=_Sealed):
 
 
 class _Encode(metaclass=_Sealed):
-    """Replaces _codecs.encode, with which Python 3 writes bytes below protocol 3."""
+    """Replaces _codecs.encode, which pickles of protocol 0 to 2 call to make bytes."""
 
     def __new__(cls, text: object, encoding: object) -> bytes:
         known = type(encoding) in (str, bytes) and encoding in ("latin1", b"latin1")
@@ -169,7 +169,7 @@ class _Encode(metaclass=_Sealed):
 
 
 class _Bytes(metaclass=_Sealed):
-    """Replaces __builtin__.bytes, with which Python 3 writes b"" below protocol 3."""
+    """Replaces __builtin__.bytes, which pickles of protocol 0 to 2 call to make b""."""
 
     def __new__(cls) -> bytes:
         return b""
@@ -202,7 +202,7 @@ class Unpickler(pickle.Unpickler):
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        """Raises UserError, because the objects that it would return are not in the file."""
+        """Raises UserError. A pickle calls it to get an object that is not in the file."""
         raise UserError("the pickle is refused, because it refers to an object outside the file")
 
 

@@ -20,7 +20,7 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    Raises InUseError, which calls the folder `name`, if another process has locked it.
+    Raises InUseError if another process has locked it. `name` is the word for it in messages.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -63,11 +63,14 @@ def find_foreign_folder(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if users other than root may replace files or, with `last`, add files."""
+    """Returns True if other users, except root, may change a folder with the given `os.stat`.
+
+    A change is to replace a file. If `last` is True, to add a file is a change, too.
+    """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True
-    # In a sticky folder, such as /tmp, a user may add files, but rename only files of this user.
+    # In a sticky folder, such as /tmp, other users may add files, but not replace our files.
     sticky = status.st_mode & stat.S_ISVTX and not last
     others = status.st_mode & stat.S_IWOTH
     group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)

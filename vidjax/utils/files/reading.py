@@ -48,9 +48,9 @@ def open_regular(
 ) -> io.FileIO:
     """Opens a regular file without a buffer. It never truncates the file.
 
-    `flags` are flags of `os.open`. If `below`, a folder that contains the file, is given, the real
-    path of the file must lie in this folder, too. Raises UserError if the path is a symbolic link
-    or a special file, the file has more than `limit` bytes, or it has more than 64 MB and is
+    `flags` are flags of `os.open`. If `below` is given, the folder of the file must lie in the
+    folder `below`, even after all links are followed. Raises UserError if the path is a symbolic
+    link or a special file, the file has more than `limit` bytes, or it has more than 64 MB and is
     sparse.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
@@ -114,7 +114,10 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields relative paths of files, at any depth. Raises UserError at a link, pipe or device."""
+    """Yields the relative path of each file in a folder, at any depth.
+
+    Raises UserError if the folder contains a link, a pipe or a device.
+    """
     folders = [""]
     while folders:
         place = folders.pop()
@@ -166,8 +169,8 @@ def read_json(
 def parse_json(content: bytes | str) -> object:
     """Returns the value of JSON text.
 
-    Raises UserError if it is nested deeper than 40 levels, has more than 2 million values, or
-    contains an integer that does not fit into 64 bits.
+    Raises UserError if the value is nested deeper than 40 levels, has more than 2 million values,
+    or contains an integer that does not fit into 64 bits.
     """
     try:
         value = json.loads(content, parse_int=_parse_int)
@@ -205,7 +208,7 @@ def parse_line(line: bytes) -> dict[str, object]:
 
 
 def iterate_lines(path: Path) -> Iterator[bytes]:
-    """Yields the lines of a file with their ends. Lines above 256 kB are split into pieces."""
+    """Yields lines, each with its line end. A line of over 256 kB is split into several pieces."""
     with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(LINE_BYTES):
             yield line
@@ -232,10 +235,10 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns how many bytes an archive of `size` bytes may contain. With more, it is a zip bomb.
+    """Returns to how many bytes an archive of `size` bytes may unpack. Zip bombs exceed this limit.
 
-    The limit is 100 times the size, and at least LARGE_BYTES. Compression makes real features at
-    most 10 times smaller. Only arrays of nearly equal values become 1,000 times smaller.
+    The limit is 100 times the size, and at least 64 MB. Compression makes real features at most 10
+    times smaller. Only arrays of nearly equal values become 1,000 times smaller.
     """
     return max(LARGE_BYTES, 100 * size)
 
@@ -243,7 +246,7 @@ def max_unpacked_bytes(size: int) -> int:
 def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
     """Returns how many bytes the arrays of an `.npz` need in memory, according to their headers.
 
-    It takes `limit` and `least`, and raises UserError, as `load_npz` does.
+    See `load_npz` for `limit`, `least` and the errors.
     """
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least))
@@ -312,9 +315,9 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class _InPieces(io.BufferedReader):
-    """A file that reads at most PIECE_BYTES at once.
+    """A file that raises UserError if more than PIECE_BYTES (1 MB) are read at once.
 
-    `zipfile` would read the list of entries of a zip in one piece, however long the list is.
+    `zipfile` reads the list of entries of a zip at once, however long the list is.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -384,7 +387,7 @@ def hash_opened(file: io.FileIO) -> str:
 
 
 def sha256_json(value: object) -> str:
-    """Returns the sha256 of a value as JSON text. The order of keys affects it."""
+    """Returns the sha256 of a value as JSON text. It changes with the order of keys."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

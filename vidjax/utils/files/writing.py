@@ -23,7 +23,7 @@ from vidjax.utils.files.reading import open_regular, read_json, sha256_json
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes a folder if it does not exist, and returns its absolute path.
 
-    Raises UserError, which calls the folder `name`, if the folder is not writable.
+    Raises UserError if the folder is not writable. `name` is the word for the folder in messages.
     """
     workdir = Path(path).expanduser().absolute()
     try:
@@ -64,10 +64,11 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
-    """Removes files whose whole name matches the regular expression `ours`.
+    """Removes the files of vidjax in a folder, and then the folder if it is empty.
 
-    Then removes the folder if it is empty. If a file is a link, its target stays. If `folder` is a
-    link, nothing is removed. Returns True if the folder does not exist afterwards.
+    `ours` is a regular expression that matches the whole names of these files. If a file is a link,
+    only the link is removed. If `folder` is a link, nothing is removed. Returns True if the folder
+    does not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
@@ -93,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Writes a file atomically. For `sync`, see `atomic_file`."""
+    """Writes a file atomically. If `sync` is True, waits until the content is on the disk."""
     with atomic_file(path, sync=sync) as file:
         file.write(content)
 
@@ -122,7 +123,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Adds `content` to the end of an unbuffered file. After an error, none of it is added."""
+    """Adds `content` to the end of an unbuffered file. After an error, the file is as before."""
     before = file.seek(0, os.SEEK_END)
     left = content
     try:
