@@ -37,7 +37,7 @@ GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table o
 IGNORED = "ignored"  # the user ignores the clip, or it has no clear face
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional further columns
 NUM_TABLE_PEOPLE = 3  # best identities in a line of text
-SCORE_ROUNDING = 1e-7  # relative difference of a stranger's score between two batches of clips
+SCORE_ROUNDING = 1e-7  # largest relative difference of a stranger's score in another batch of clips
 
 
 class Answer(NamedTuple):
@@ -121,7 +121,7 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns True where `best`, the best identity's log-probability, is enough for a name."""
+        """Returns True for clips that get a name. `best` are the best log-probabilities of clips."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
@@ -212,8 +212,8 @@ def write_groups(
 ) -> None:
     """Writes a new table of clips and groups, in which the user replaces groups by people.
 
-    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. `places`
-    are clip -> (video, start, end), which become three more columns.
+    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If
+    `places`, clip -> (video, start, end), are given, the table has three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -245,7 +245,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
 
 
 def table(answers: Answers) -> list[str]:
-    """Returns lines of text with each clip, its identity, and its most probable identities."""
+    """Returns the answers as lines of text: clip, identity, and most probable identities."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])

@@ -63,8 +63,8 @@ class Draft:
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
         """Adds the modalities that enrolled clips lack.
 
-        `vectors` contain all modalities. A clip is skipped if any modality that it already has
-        differs. Returns the names of the enrolled clips in `vectors` that were not skipped.
+        `vectors` are clip -> vector of all modalities. A clip is skipped if a modality of the
+        enrolled clip differs. Returns the names of the enrolled clips that were not skipped.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -114,7 +114,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the identity of a clip; returns the old identity. A stranger has None."""
+        """Changes the identity of a clip; returns the old identity. None stands for a stranger."""
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
@@ -196,9 +196,9 @@ class Draft:
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, if clips were only added, or given a person for the first time.
+        """The changed clips, name -> clip, if the file needs only additional rows for them.
 
-        If any other change was made, it is None.
+        It is None if a clip was removed, a vector changed, or a clip of a person changed.
         """
         for old, new in self._list_changes():
             if new is None or (old and (old.identity or new.vector is not old.vector)):

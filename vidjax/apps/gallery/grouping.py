@@ -87,7 +87,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices [G] of the other groups."""
+        """Drops groups without clips; returns the old indices [G] of the groups that stay."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -133,7 +133,7 @@ def group(
     begin: Sequence[str] | None = None,
     absorb: bool = True,
 ) -> np.ndarray:
-    """Groups clips that show the same person; returns the group of each clip, [N] int from 0.
+    """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
     Args:
       backend: compares the vectors.
