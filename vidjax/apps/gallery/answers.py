@@ -121,7 +121,7 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns True for clips that get a name. `best` are the best log-probabilities of clips."""
+        """Returns True for clips that get a name. `best` are their highest log-probabilities."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)

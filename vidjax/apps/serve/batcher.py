@@ -42,7 +42,10 @@ class Batcher(Generic[Q, A]):
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait
-        self._target, self._enough = 0, asyncio.Event()  # set when `_target` clips wait
+        self._target, self._enough = (
+            0,
+            asyncio.Event(),
+        )  # `_enough` is set when `_target` clips wait
 
     async def ask(self, question: Q, size: int) -> A:
         """Answers a question about `size` clips, or raises Refused (429) if too many clips wait."""
@@ -83,8 +86,8 @@ class Batcher(Generic[Q, A]):
     async def _linger(self, answered: int) -> None:
         """Waits a moment for more requests, because clients often ask again after an answer.
 
-        Otherwise, the first new request would form a batch that takes nearly as long as a large
-        batch. `answered` is the number of clips in the last batch.
+        Without this wait, the first new request would be the whole next batch, and a small batch
+        takes nearly as long as a large batch. `answered` is the number of clips in the last batch.
         """
         self._target = min(self.size + answered, self._limits.batch_clips)
         self._enough.clear()

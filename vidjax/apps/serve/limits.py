@@ -2,8 +2,8 @@
 
 `Guard` wraps the application: it checks the sender, turns errors into answers, and counts requests.
 `Bodies` reads the bodies of requests, and stops if they are too large. uvicorn limits the number of
-connections. Slow clients and long headers are not limited here. On an open network the server needs
-a proxy for TLS, and this proxy must limit them.
+connections. Slow clients and long headers are not limited. On an open network the server needs a
+proxy for TLS, and the proxy must limit slow clients and long headers.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """Limits of a server.
+    """The largest values that a server accepts.
 
     Attributes:
       body_bytes: size of a binary body, and of the arrays of an `.npz` file as float32.
@@ -129,7 +129,7 @@ class Refused(Expected):
 
 
 def one_line(text: str) -> str:
-    """Joins the lines of a message. If the result is longer than 300 letters, it is shortened."""
+    """Joins the lines of a message into a line, which is cut after 300 letters."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     return line if len(line) <= 300 else line[:300] + "..."
 
@@ -156,7 +156,7 @@ def read_token(path: Path) -> bytes:
 
 @functools.lru_cache(16)
 def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach the address `host`."""
+    """Returns True if only programs on this machine can reach a server at the address `host`."""
     if host == "localhost":
         return True
     try:
