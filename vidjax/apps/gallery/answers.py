@@ -1,7 +1,7 @@
 """Decides which clips get a name, and writes the answers of a gallery to tables.
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
-chooses the threshold, or it is chosen so that few strangers reach it.
+chooses the threshold. By default, it is measured on strangers, so that few strangers reach it.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
@@ -129,8 +129,8 @@ class NamingRule(NamedTuple):
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip.
 
-        `cards` is True in a gallery of models, in which a clip gets a name only if it has a
-        modality in common with the person.
+        `cards` is True in a gallery of models, whose vectors were computed by pretrained nets. A
+        clip then gets a name only if it has a modality in common with the person.
         """
         if not nearest.best:
             return NOBODY

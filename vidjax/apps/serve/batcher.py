@@ -48,7 +48,7 @@ class Batcher(Generic[Q, A]):
         )  # `_enough` is set when `_target` clips wait
 
     async def ask(self, question: Q, size: int) -> A:
-        """Answers a question about `size` clips, or raises Refused (429) if too many clips wait."""
+        """Answers a question about `size` clips. Raises Refused (429) if too many clips wait."""
         if self.size + size > self._limits.waiting_clips and self._waiting:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -110,7 +110,7 @@ class Batcher(Generic[Q, A]):
         return batch
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread, between two batches; returns the result."""
+        """Calls a function in the thread between two batches, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def settle(self) -> None:
@@ -152,7 +152,7 @@ class Changes:
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1
         if not work.cancelled():
-            work.exception()  # otherwise asyncio logs an error whose client has gone
+            work.exception()  # asyncio logs errors that are never read, also if the client has gone
 
     def stop(self) -> None:
         """Waits for all changes, and ends the thread."""

@@ -36,7 +36,7 @@ Probability = Annotated[
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. Without values, it is the gallery's default rule."""
+    """The rule by which a clip gets a name. If both are None, it is the gallery's default rule."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -53,7 +53,7 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input tensor. None means that the values are in `Tensor.data`."""
+    """The parameters of an input tensor. If the size is None, the values are in `Tensor.data`."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
@@ -69,7 +69,7 @@ class Tensor(Struct):
 
 
 class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an output. If `binary_data` is False, the values are in the JSON."""
+    """The parameters of an output tensor. If `binary_data` is False, its values are in the JSON."""
 
     binary_data: bool = False
 
