@@ -162,8 +162,7 @@ def _add_relabel(parser: Parser) -> None:
     parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--identity", metavar="NAME", help="the person")
-    about = "the clip shows a stranger"
-    who.add_argument("--strangers", action="store_true", help=about)
+    who.add_argument("--strangers", action="store_true", help="the clip shows a stranger")
     parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
 

@@ -187,8 +187,7 @@ class Graph:
             return self.constant(tree.value, np.int64)
         if isinstance(tree, ast.Name):
             name, axis = self.symbols[tree.id]
-            shape = self.node("Shape", name)
-            return self.node("Gather", shape, self.ints(axis))
+            return self.node("Gather", self.node("Shape", name), self.ints(axis))
         if isinstance(tree, ast.UnaryOp):
             return self.node("Neg", self._expression(tree.operand))
         if isinstance(tree, ast.BinOp):
@@ -509,8 +508,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
     """Returns element n of the last axis of `index`. With `keep`, this axis stays, with size 1."""
-    place = graph.ints([n] if keep else n)
-    return graph.node("Gather", index, place, axis=-1)
+    return graph.node("Gather", index, graph.ints([n] if keep else n), axis=-1)
 
 
 def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:

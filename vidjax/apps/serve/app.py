@@ -173,8 +173,7 @@ class Application:
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
-            gauge = Gauge(name, about, namespace="vidjax", registry=metrics.registry)
-            gauge.set_function(value)
+            Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
 
     @property
     def waiting(self) -> int:
@@ -304,8 +303,7 @@ class Application:
         question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
         identified = await self.people_batcher.ask(question, len(clips))
-        answers = map(answers_lib.as_json, clips, identified.answers)
-        return _encode_json({"clips": [*answers]})
+        return _encode_json({"clips": [*map(answers_lib.as_json, clips, identified.answers)]})
 
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
@@ -335,9 +333,8 @@ class Application:
             vectors = await self.people_batcher.run(embed)
         finally:
             self.embedding -= len(clips)
-        strangers = body.strangers
-        enrol = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=strangers)
-        return _encode_json((await self._change(request, enrol))._asdict())
+        make = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=body.strangers)
+        return _encode_json((await self._change(request, make))._asdict())
 
     async def identities(self, request: Request) -> Response:
         """Lists the next 10,000 people, sorted by name, with their numbers of clips."""

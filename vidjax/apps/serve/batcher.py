@@ -42,10 +42,7 @@ class Batcher(Generic[Q, A]):
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait
-        self._target, self._enough = (
-            0,
-            asyncio.Event(),
-        )  # `_enough` is set when `_target` clips wait
+        self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
     async def ask(self, question: Q, size: int) -> A:
         """Answers a question about `size` clips. Raises Refused (429) if too many clips wait."""
