@@ -58,10 +58,8 @@ class TableTask:
         raise NotImplementedError
 
     def made_by(self) -> dict[str, object]:
-        """Returns JSON values. Tasks with equal values make equal results from equal clips."""
-        return {
-            "work": type(self).__name__, "by": self.trained.digest, "options": self.options
-        }  # fmt: skip
+        """Returns values for JSON. Tasks with equal values make equal results from equal clips."""
+        return {"work": type(self).__name__, "by": self.trained.digest, "options": self.options}
 
     def table(self, path: Path) -> "pyarrow.Table":
         """Returns the results for the clips of a parquet table."""
@@ -105,9 +103,10 @@ class Rank(TableTask):
 def best(lists: "pyarrow.Table") -> "pyarrow.Table":
     """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
-    Clips with equal scores are sorted by name without `.mp4`, as in a ranking of all clips at once.
-    Identities keep their order. Ray Data can also call this function for each identity:
-    `dataset.groupby("identity").map_groups(best)`. `lists` has the columns of `Rank`.
+    `lists` contains the rankings one after the other, with the columns of `Rank`. Identities keep
+    their order. Clips with equal scores are sorted by name without `.mp4`, so the result equals a
+    ranking of all clips at once. Ray Data can also call this function for each identity:
+    `dataset.groupby("identity").map_groups(best)`.
 
     Raises:
       ValueError: a clip occurs twice in the lists of an identity.
@@ -121,8 +120,7 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
     pairs = keyed.group_by(["of", "name"]).aggregate([([], "count_all")])
     if repeated := pairs.filter(compute.field("count_all") > 1)["name"].to_pylist():
         raise _repeated_clip_error(repeated[0], "")
-    keys = [("of", "ascending"), ("score", "descending"), ("name", "ascending")]
-    ordered = keyed.sort_by(keys)
+    ordered = keyed.sort_by([("of", "ascending"), ("score", "descending"), ("name", "ascending")])
     of = ordered["of"].to_numpy()
     rank = np.arange(len(of)) - np.searchsorted(of, of) + 1
     ordered = ordered.set_column(1, "rank", [rank.astype(np.int32)])
@@ -132,9 +130,9 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is not a folder or contains no table, and also if a table is named
-    like a split, such as `val.parquet`, because such a folder is a dataset. Raises UserError if the
-    folder also contains files that are not tables.
+    The list is empty if `source` is not a folder or contains no table. It is also empty if a table
+    has the name of a split, such as `val.parquet`, because the folder is then a dataset. Raises
+    UserError if the folder contains tables and other files.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -173,12 +171,13 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     """Writes the results of every table that has no results yet, and returns a summary.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
-    `Rank`, OUT/parts contains a ranking of each table, and OUT/ranking.parquet the joint ranking.
+    `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet contains the joint
+    ranking.
 
     Raises:
       UserError: the folder `out` contains results of other clips, or of another run, gallery or
-        rule. If a table of `inputs` cannot be read, the error is raised after all other tables are
-        processed.
+        rule; or a table of `inputs` cannot be read. In the second case, the error is raised after
+        all other tables are processed.
     """
     out_folder = Path(out).expanduser()
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
@@ -187,9 +186,9 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     if work.joined:
         check_out(out, inputs, type(work))
         (out_folder / RANKING).unlink(missing_ok=True)
-    label, failed = type(work).__name__.lower(), []
+    label, failed, skipped = type(work).__name__.lower(), [], len(inputs) - len(left)
     progress = terminal.Progress(
-        len(inputs), initial=len(inputs) - len(left), unit="table", label=label, leave=False
+        len(inputs), initial=skipped, unit="table", label=label, leave=False
     )
     for table in left:
         try:
@@ -212,7 +211,6 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
         _check_once(inputs)
         content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
         _write(out_folder / RANKING, content, JOINED_NOTE)
-    skipped = len(inputs) - len(left)
     count = f"{len(inputs):,}" + (f", {skipped:,} of them finished before" if skipped else "")
     results = str(out_folder / RANKING if work.joined else out_folder)
     content = {"tables": len(inputs), "skipped": skipped, "results": results}
@@ -220,7 +218,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes a new file of results. If another process has already written it, nothing happens."""
+    """Writes a new file of results. If another process has already written it, does nothing."""
     try:
         tables.write_new(results, content)
     except UserError:
@@ -229,7 +227,7 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns a note for results: JSON with the size and time of the table, and `work.made_by`."""
+    """Returns the note to store with results: JSON of the table's size and time, and `made_by`."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return msgspec.json.encode({"clips": clips, **work.made_by()})

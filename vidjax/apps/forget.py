@@ -29,7 +29,7 @@ from vidjax.utils.errors import UserError, closest
 INDEX_BYTES = 512 * files.MB  # largest list of clips of a converted dataset, or file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
-MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among these takes a second
+MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many names takes a second
 MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # in larger files, names are searched only in UTF-8
 # grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
@@ -50,8 +50,8 @@ UNPACK = {
 }
 
 
-# Kind of folder -> the files that vidjax wrote there. grep does not search these files: READERS
-# compares whole names, and would not take "Ada" for a part of "Adam".
+# Kind of folder -> the names of the files that vidjax writes there. grep does not search these
+# files. Instead, READERS read the names in them, and whole names are compared.
 OWN = {
     "run": re.compile(
         r"(ranking|analysis|report|metrics)(_\w+)?\.(txt|npz|html|json)|checkpoints|members\.npz|"
@@ -129,11 +129,12 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Finds people, their clips, and other clips in all files below the folders `places`.
+    """Finds the places below some folders that contain people, their clips, or other clips.
 
     Args:
       identities: the names of the people.
       clips: the names of the other clips.
+      places: the folders.
       delete: True to delete the clips from galleries, and to delete converted datasets that
         contain any of the clips.
 
@@ -147,15 +148,15 @@ def forget(
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         _survey(root, folders, others, found)
-    of_kind = lambda kind: [path for path, own in sorted(folders.items()) if own == kind]  # noqa: E731
+    of_kind = lambda kind: [path for path in sorted(folders) if folders[path] == kind]  # noqa: E731
     people = {*map(normal_form, identities)}
     asked = {*map(normal_form, clips)}
     wanted = people | asked
     names, known = {*wanted}, SimilarNames(wanted)
     for folder in of_kind("gallery"):
-        own, shown = _search_gallery(folder, people, asked, known, delete=delete)
-        found += own
-        names |= shown
+        galleries, held = _search_gallery(folder, people, asked, known, delete=delete)
+        found += galleries
+        names |= held
     for folder in of_kind("records"):
         found += _search_records(folder, names, delete=delete)
     for kind, (names_of, remedy) in READERS.items():
@@ -180,11 +181,11 @@ def forget(
 def _survey(
     root: Path, folders: dict[Path, str], others: dict[Path, bool], found: list[Place]
 ) -> None:
-    """Finds what must be searched below `root`, without following links.
+    """Lists the files and folders below `root` that must be searched. Links are not followed.
 
-    Adds path -> kind to `folders` for each gallery, run, dataset or result, and for everything else
-    path -> (True for a file, False for a folder) to `others`. Adds a `Place` to `found` for each
-    folder that cannot be read.
+    Adds path -> kind to `folders` for each gallery, run, converted dataset and result of `vidjax
+    who`. Adds path -> True to `others` for each other file, and path -> False for each other
+    folder. Adds a `Place` to `found` for each folder that cannot be read.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
@@ -215,10 +216,11 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 def _search_gallery(
     folder: Path, people: set[str], clips: set[str], known: SimilarNames, *, delete: bool
 ) -> tuple[list[Place], set[str]]:
-    """Searches a gallery for `clips` and the clips of `people`, and deletes them with `delete`.
+    """Searches a gallery for `clips` and for the clips of `people`.
 
-    Returns a list with the gallery if it contains any of the clips, and the names of these clips.
-    Adds all names of people and clips in the gallery to `known`.
+    If `delete` is True, these clips are deleted. Adds the names of all people and clips in the
+    gallery to `known`. Returns a list and the names of the clips that were found. The list contains
+    the gallery if a clip was found, or if the gallery cannot be read.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -229,9 +231,8 @@ def _search_gallery(
         return [_list_unread(folder, error)], set()
     stored = gallery.clips.items()
     shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in clips}
-    names = {*map(normal_form, shown)}
     if not shown:
-        return [], names
+        return [], set()
     about, remedy = f"{len(shown):,} of its clips", "--delete"
     if delete:
         try:
@@ -239,13 +240,14 @@ def _search_gallery(
             remedy = "deleted"
         except UserError as error:
             about += f", not deleted: {str(error).splitlines()[0]}"
-    return [Place("gallery", folder, about, remedy)], names
+    return [Place("gallery", folder, about, remedy)], {*map(normal_form, shown)}
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
-    """Searches a converted dataset for clips. With `delete`, it is deleted if it contains any.
+    """Searches a converted dataset for clips.
 
-    Returns a list with the folder if the dataset contains any of the clips, or cannot be read.
+    If any clip is found and `delete` is True, the dataset is deleted. Returns a list. It
+    contains the folder if a clip was found, or if the dataset cannot be read.
     """
     path = folder / "index.npz"
     try:
@@ -269,7 +271,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
 
 
 def _lines(content: bytes) -> Iterator[str]:
-    """Yields the lines of a text. If it has too many lines, UserError is raised."""
+    """Yields the lines of a text. If the text has too many lines, raises UserError."""
     if content.count(b"\n") > MAX_NAMES_IN_INDEX:
         raise UserError(f"it contains more than {MAX_NAMES_IN_INDEX:,} names")
     for line in io.BytesIO(content):
@@ -302,7 +304,7 @@ def _walk_texts(value: object) -> Iterator[str]:
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields the cells of tables, names of folders and photo tags in results of `vidjax who`."""
+    """Yields all names in results of `vidjax who`: cells of tables, folder names and photo tags."""
     from vidjax.apps.video.features_folder import read_films
 
     for table in ("names.tsv", "unknown.tsv"):
@@ -346,10 +348,10 @@ def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -
 def _search_files(
     paths: Mapping[Path, bool], names: Collection[str], given: Collection[str]
 ) -> list[Place]:
-    """Searches the names and contents of files for names. Links are not followed.
+    """Searches the paths and contents of files for names. Links are not followed.
 
-    `paths` are path -> True for a file, False for a folder. The names `given`, which the user
-    typed, are searched in UTF-8 and other encodings, and all `names` in UTF-8. Returns the places
+    `paths` are path -> True for a file, False for a folder. All `names` are searched in UTF-8. The
+    names `given`, which the user typed, are also searched in other encodings. Returns the places
     that contain a name, cannot be read, or are compressed.
     """
     if shutil.which("grep") is None:
@@ -361,11 +363,9 @@ def _search_files(
     rows = _run_grep("-zniawF", patterns, text=b"\0".join(words))
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
-    own = "it is your file: delete it, or rename it"
-    places = [
-        Place("file", path, "its path contains one of the names", own) for path in sorted(named)
-    ]
-    closed, read = [], []
+    about, remedy = "its path contains one of the names", "it is your file: delete it, or rename it"
+    places = [Place("file", path, about, remedy) for path in sorted(named)]
+    compressed, read = [], []
     for path, is_file in paths.items():
         if not is_file or path.is_symlink() or path in named or named.intersection(path.parents):
             continue
@@ -374,21 +374,21 @@ def _search_files(
             places.append(Place("unread", path, about, "search it yourself"))
             continue
         read.append(path)
-        closed += [path] if _unpack(path) else []
+        compressed += [path] if _unpack(path) else []
     held = set[bytes]()
     for some in (read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)):
         try:
             small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
             held |= {*_run_grep("-liZwF", patterns, some)}
-            held |= {*_run_grep("-liaZP", _encode_name(given), small, locale="C")}
+            held |= {*_run_grep("-liaZP", _make_wide_pattern(given), small, locale="C")}
         except OSError as error:
             places.append(_list_unread(some[0].parent, error))
     inside = "it is your file: delete it, or remove the name from it"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
     places += [Place("file", path, "it contains one of the names", inside) for path in holding]
-    packed = [path for path in closed if path not in holding]
-    about = "it is compressed", "search it with the command below"
-    return places + [Place("unread", path, *about) for path in packed]
+    about, remedy = "it is compressed", "search it with the command below"
+    packed = [path for path in compressed if path not in holding]
+    return places + [Place("unread", path, about, remedy) for path in packed]
 
 
 def _run_grep(
@@ -418,13 +418,13 @@ def _run_grep(
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns spellings of names, NFC and NFD, in text, JSON, HTML, URLs and rankings."""
+    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
     return sorted({way(form) for form in forms for way in ways})
 
 
-def _encode_name(names: Iterable[str]) -> bytes:
+def _make_wide_pattern(names: Iterable[str]) -> bytes:
     """Returns a pattern for `grep -P` that matches names in UTF-16, UTF-32 and Windows-1252."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
@@ -437,15 +437,15 @@ def _encode_name(names: Iterable[str]) -> bytes:
 
 
 def _unpack(path: Path) -> str | None:
-    """Returns a command that prints a compressed file; None if the ending is another one."""
+    """Returns the command that prints the content of a compressed file, or None for other files."""
     endings = (words for ends, words in UNPACK.items() if path.name.lower().endswith(ends))
     return next(endings, None)
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands, one for each type of file in `unread`, that search compressed files.
+    """Returns shell commands that search compressed files below the folders `places` for `names`.
 
-    The commands search the folders `places` for `names`.
+    There is a command for each type of compressed file in `unread`.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

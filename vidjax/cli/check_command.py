@@ -38,9 +38,9 @@ def check(args: argparse.Namespace) -> Result:
             text = run_check()
         except Exception as error:  # a library can raise any exception for a damaged file
             state, error_code = "FAULT", messages.get_exit_code(error)
-            text = (
-                messages.describe_error(error) if error_code else f"{type(error).__name__}: {error}"
-            )
+            text = f"{type(error).__name__}: {error}"
+            if error_code:
+                text = messages.describe_error(error)
             code = max(code, error_code or 2)
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
@@ -52,9 +52,9 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns subject -> function that returns a summary, or raises an error if its check fails.
+    """Returns the checks that the flags ask for: subject -> function.
 
-    The flags decide whether data, a run or a gallery is checked.
+    A function returns a summary of its subject. If its check fails, it raises an error.
     """
     if args.workdir and args.config:
         raise UserError("--workdir and --config cannot be checked together: leave one of them out")
@@ -84,9 +84,8 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
             f"check each of them: {', '.join(config.join.runs)}"
         )
     for step in checkpoint.list_folders(workdir):
-        checks[f"checkpoint {step}"] = partial(
-            _check_checkpoint, workdir / "checkpoints" / str(step)
-        )
+        folder = workdir / "checkpoints" / str(step)
+        checks[f"checkpoint {step}"] = partial(_check_checkpoint, folder)
     return checks | {"run": partial(_check_run, config, workdir)}
 
 
@@ -119,11 +118,9 @@ def _check_run(config: Config, workdir: Path) -> str:
 
     with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
         checkpoint = restore.find_run(config, RunFolder(workdir))
-    data = api.load_data(config)
-    restore.check_data(workdir, checkpoint.manifest["data"], config, data, trains=False)
-    return (
-        f"step {checkpoint.manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
-    )
+    data, manifest = api.load_data(config), checkpoint.manifest
+    restore.check_data(workdir, manifest["data"], config, data, trains=False)
+    return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 
 
 def _count_clips(splits: Mapping[str, Mapping[str, int]]) -> str:

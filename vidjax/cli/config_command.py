@@ -28,7 +28,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def show_config(args: argparse.Namespace) -> Result:
-    """Lists the fields of a configuration file or of a run. If neither is given, lists defaults."""
+    """Lists the fields of a configuration file, of a run, or of the default configuration."""
     if args.workdir and args.config:
         raise UserError("--config and --workdir cannot be listed together: leave one of them out")
     if args.config:

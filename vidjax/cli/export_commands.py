@@ -17,7 +17,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folders to read and to write. Raises UserError if the latter already exists."""
+    """Returns the folders to read and to write. If the second folder exists, raises UserError."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if files.exists(to):
         raise UserError(f"--to={to} already exists: name a new folder")

@@ -24,21 +24,20 @@ def count_workers(args: argparse.Namespace) -> int:
 
 
 def read_settings(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
-    """Returns the settings that the flags give. If no such flag is given, returns None."""
+    """Returns the settings of `--fps`, `--size` and `--unit`, or None if no such flag is given."""
     names = ("fps", "size", "unit")
     values = {name: x for name in names if (x := getattr(args, name, None)) is not None}
     return features_folder.ExtractionSettings(**values) if values else None  # pyright: ignore[reportArgumentType]
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
-    """Prints a line about a file that was read, and a line for each problem with it."""
+    """Prints a line about a file, and a line for each problem with the file."""
     film = outcome.film
     if film is None:
         say(outcome.error)
         return
-    count = len(film.tracks)
-    faces = f"{count:,} face{'' if count == 1 else 's'}"
-    shots = f"{len(film.shots):,} shot{'' if len(film.shots) == 1 else 's'}"
+    faces = f"{len(film.tracks):,} face{'s' * (len(film.tracks) != 1)}"
+    shots = f"{len(film.shots):,} shot{'s' * (len(film.shots) != 1)}"
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     note = ", as before" if outcome.kept else ""
     if outcome.replaced:
@@ -69,7 +68,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
-    """Returns a row of the printed result with up to three different remedies for failed files."""
+    """Returns a row for the printed result: up to three different remedies for failed files."""
     different = [*dict.fromkeys(filter(None, remedies))]
     return {"remedy": "; ".join(different[:3])} if different else {}
 
@@ -87,16 +86,12 @@ def run_extract(args: argparse.Namespace) -> Result:
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
     minutes = sum(o.film.seconds for o in outcomes if o.film and not o.kept) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
-    content = {
-        "out": args.out,
-        "files": len(films),
-        "failed": [*failed],
-        "clips": sum(len(film.tracks) for film in films),
-    }
+    clips = sum(len(film.tracks) for film in films)
+    content = {"out": args.out, "files": len(films), "failed": [*failed], "clips": clips}
     rows = {
         "features": str(args.out),
         "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
-        "clips": f"{content['clips']:,}",
+        "clips": f"{clips:,}",
         **list_remedies(failed.values()),
     }
     if minutes:

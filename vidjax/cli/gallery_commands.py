@@ -162,8 +162,7 @@ def _add_relabel(parser: Parser) -> None:
     parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--identity", metavar="NAME", help="the person")
-    about = "the clip shows a stranger"
-    who.add_argument("--strangers", action="store_true", help=about)
+    who.add_argument("--strangers", action="store_true", help="the clip shows a stranger")
     parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
 
@@ -303,7 +302,7 @@ def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progre
 
 
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
-    """Computes the embeddings of the clips. Returns the start time, and the embeddings."""
+    """Returns the start time, and the embeddings of the clips of a command."""
     clips = _load_clips(args, gallery)
     began = time.monotonic()
     split = getattr(args, "split", None)
@@ -349,9 +348,10 @@ def _enrol(args: argparse.Namespace) -> Result:
 def _drop_group_photos(
     path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns clip -> person, without photos of several people. Warns of photos that are not used.
+    """Returns clip -> person, without the clips of photos of several people. Warns of such photos.
 
-    Photos are recognised only in features of `vidjax extract`. All other clips are kept.
+    `path` is the folder of the clips. Photos are recognised only in features of `vidjax extract`.
+    All other clips are kept.
     """
     from vidjax.apps.video import features_folder
 
@@ -370,7 +370,7 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Reads clip -> person from a table of `gallery group`. Raises UserError if it has no names."""
+    """Reads clip -> person from a table of `gallery group`. Raises UserError without names."""
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(
@@ -431,17 +431,13 @@ def _identify(args: argparse.Namespace) -> Result:
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
-    content = {
-        "clips": len(answers),
-        "named": named,
-        "rule": answers_lib.convert_rule_to_json(rule),
-    }
+    content = {"clips": len(answers), "named": named}
+    content |= {"rule": answers_lib.convert_rule_to_json(rule)}
     content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
     if out:
         if films:
             settled = appearances.settle_answers(answers, films)
-            named_times = appearances.find_appearances(settled, films)
-            appearances.write(out, named_times, films)
+            appearances.write(out, appearances.find_appearances(settled, films), films)
         else:
             answers_lib.write(out, answers)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
@@ -491,9 +487,8 @@ def _rank(args: argparse.Namespace) -> Result:
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
-    return Result(
-        content | {"rule": answers_lib.convert_rule_to_json(rule) if rule else None}, rows
-    )
+    content |= {"rule": answers_lib.convert_rule_to_json(rule) if rule else None}
+    return Result(content, rows)
 
 
 def _remove(args: argparse.Namespace) -> Result:
@@ -548,10 +543,10 @@ def _threshold(args: argparse.Namespace) -> Result:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Writes a table of the enrolled clips, with the columns clip, identity, and vectors.
+    """Writes a table of the enrolled clips, with the columns clip and identity, and vectors.
 
-    A gallery compares clips by one or more unit vectors, such as one of the face and one of the
-    voice. Each of them has a column. If a clip lacks a vector, its numbers in the column are 0.
+    Each part of the vectors, such as face or audio, has a column with a unit vector for each clip.
+    If a clip lacks the part, the vector is 0.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))
@@ -574,6 +569,5 @@ def _export(args: argparse.Namespace) -> Result:
     with files.atomic_file(out) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(tables.to_parquet(tables.to_arrow(columns)))
-    return Result(
-        {"table": str(out), "clips": len(names)}, {"clips": f"{len(names):,}", "table": str(out)}
-    )
+    rows = {"clips": f"{len(names):,}", "table": str(out)}
+    return Result({"table": str(out), "clips": len(names)}, rows)

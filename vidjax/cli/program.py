@@ -1,7 +1,7 @@
 """Parses and runs the command line `vidjax COMMAND`.
 
-The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too. The
-dict `COMMANDS` lists all commands, and `load` imports the module of a command.
+The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too. The dict
+`COMMANDS` lists all commands, and `load` imports the module of a command.
 """
 
 import argparse
@@ -109,8 +109,8 @@ def _run(args: argparse.Namespace) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line. Raises UserError if a command, a flag or a value is wrong.
 
-    Returns the value of each flag, and five more attributes: `command` is the name of the command,
-    `execute` its function, and `parser` its parser. `overrides` are the words
+    Returns the value of each flag, and five more attributes. `command` is the name of the command.
+    `execute` is the function that runs it, and `parser` is its parser. `overrides` are the words
     `--config.FIELD=VALUE`. `line` is the command line as text.
     """
     flags, overrides = messages.split_overrides(_put_command_first(words))
@@ -151,8 +151,8 @@ def _parse_known(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses the words of a command line; returns the values of flags, and the unknown words.
 
-    If a required flag is missing, raises UserError, unless there are unknown words: one of them is
-    probably the misspelt flag.
+    Raises UserError if a required flag is missing and all words are known. An unknown word is
+    probably the misspelt flag, so it is returned instead.
     """
     try:
         return parser.parse_known_args(words)
@@ -169,7 +169,7 @@ def _parse_known(
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
-    """Moves the command to the first place of a command line. If there is none, adds `train`.
+    """Moves the command to the first place of a command line. If no command is named, adds `train`.
 
     The command may be written as `--mode=COMMAND`, or after switches such as `--quiet`.
     """
@@ -202,62 +202,49 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
 
 
 def load(name: str) -> Callable[[Parser], None]:
-    """Imports the module of a command, and returns the function that adds its flags.
+    """Imports the module of a command, and returns the function that adds the flags.
 
-    The commands for galleries and films must work without packages that only runs need, so no
-    other module is imported.
+    No other module is imported, because the commands for galleries and films must work without
+    packages that only runs need.
     """
     match name:
-        case "gallery":
-            from vidjax.cli import gallery_commands
-
-            return gallery_commands.add_flags
-        case "extract":
-            from vidjax.cli import extract_command
-
-            return extract_command.add_flags
-        case "who":
-            from vidjax.cli import who_command
-
-            return who_command.add_flags
-        case "convert":
-            from vidjax.cli import convert_command
-
-            return convert_command.add_flags
+        case "train":
+            from vidjax.cli.run_commands import add_train_flags as add_flags
+        case "evaluate":
+            from vidjax.cli.run_commands import add_evaluate_flags as add_flags
+        case "report":
+            from vidjax.cli.run_commands import add_report_flags as add_flags
+        case "rank":
+            from vidjax.cli.rank_command import add_flags
+        case "embed":
+            from vidjax.cli.rank_command import add_embed_flags as add_flags
+        case "compare":
+            from vidjax.cli.compare_command import add_flags
+        case "check":
+            from vidjax.cli.check_command import add_flags
+        case "config":
+            from vidjax.cli.config_command import add_flags
         case "score":
-            from vidjax.cli import score_command
-
-            return score_command.add_flags
-        case "forget":
-            from vidjax.cli import forget_command
-
-            return forget_command.add_flags
+            from vidjax.cli.score_command import add_flags
+        case "gallery":
+            from vidjax.cli.gallery_commands import add_flags
+        case "extract":
+            from vidjax.cli.extract_command import add_flags
+        case "convert":
+            from vidjax.cli.convert_command import add_flags
+        case "who":
+            from vidjax.cli.who_command import add_flags
         case "serve":
-            from vidjax.cli import serve_command
-
-            return serve_command.add_flags
-        case "export" | "import":
-            from vidjax.cli import export_commands as commands
-
-            return commands.add_export_flags if name == "export" else commands.add_import_flags
-    from vidjax.cli import (
-        check_command,
-        compare_command,
-        config_command,
-        rank_command,
-        run_commands,
-    )
-
-    return {
-        "train": run_commands.add_train_flags,
-        "evaluate": run_commands.add_evaluate_flags,
-        "rank": rank_command.add_flags,
-        "embed": rank_command.add_embed_flags,
-        "compare": compare_command.add_flags,
-        "report": run_commands.add_report_flags,
-        "check": check_command.add_flags,
-        "config": config_command.add_flags,
-    }[name]
+            from vidjax.cli.serve_command import add_flags
+        case "export":
+            from vidjax.cli.export_commands import add_export_flags as add_flags
+        case "import":
+            from vidjax.cli.export_commands import add_import_flags as add_flags
+        case "forget":
+            from vidjax.cli.forget_command import add_flags
+        case _:
+            raise AssertionError(f"no module for the command {name}")
+    return add_flags
 
 
 def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:

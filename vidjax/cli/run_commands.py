@@ -64,8 +64,8 @@ def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
 def _make_default_name(args: argparse.Namespace, config: Config) -> str:
     """Returns the default name of a run's folder, made of the configuration file and the overrides.
 
-    The name contains only the last part of `data.dir`, so two datasets can get the same default
-    folder. Then the run of the first dataset refuses to train on the second.
+    The name contains only the last part of `data.dir`, so runs on two datasets can get the same
+    default folder. Then the command for the second dataset raises an error.
     """
     name, _, words = args.config.partition(":")
     file = Path(name)
@@ -117,7 +117,7 @@ def add_report_flags(parser: Parser) -> None:
 
 
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
-    """Returns the configuration and the folder of the run or of the blend of `--runs`."""
+    """Returns the configuration and the folder of a run, or of a blend if `--runs` is given."""
     for name in config_io.override_names(args.overrides):
         if config_lib.is_in_groups(name, TRAINING_FIELDS):
             raise UserError(
@@ -140,7 +140,10 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns the configuration of a blend of `--runs`, with their `eval.split` if all agree."""
+    """Returns the configuration of a blend of `--runs`.
+
+    If all runs have the same `eval.split`, the blend has it, too.
+    """
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )

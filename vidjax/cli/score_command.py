@@ -47,7 +47,7 @@ def score_files(args: argparse.Namespace) -> Result:
 def _warn_if_nothing_matches(
     path: Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> None:
-    """Prints a warning if two files have no identity or no clip in common, so the score is 0."""
+    """Prints a warning if two files have no identity or no clip in common. Then the score is 0."""
     if positives.keys().isdisjoint(ranking):
         messages.print_problem(
             f"warning: {path} lists no identity of the ground truth: compare their identities"

@@ -47,9 +47,7 @@ def serve(args: argparse.Namespace) -> Result:
         from vidjax.evaluation import predict
 
         restored = predict.restore(args.run)
-    gallery = Gallery(args.gallery)
-    if restored is not None and not gallery.origin.cards:
-        gallery = Gallery(args.gallery, run=restored)
+    gallery = Gallery(args.gallery, run=restored)  # a gallery of models ignores the run
     gallery.remove_leftovers()
     limits = limits_lib.Limits()
     app = app_lib.make_app(gallery, restored, limits, token)

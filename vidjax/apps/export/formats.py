@@ -6,18 +6,21 @@ that the results can be compared with vidjax.
 The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
 scores clips:
 
-    scale, unenrolled, stranger, temperature   [E], see `two_covariance.Settings`, `config.eval`
-    PART/centre, PART/mean      [E, D], subtracted from vectors before and after they are scaled
-    PART/transform              [E, D, D], columns are the axes of the coordinates z
-    PART/linear, PART/constant  [E, N, D] and [E, N], coefficients of z, and the constant
-    PART/curve, PART/kind       [E, U, D], coefficients of z^2, and [E, N], a person's row in curve
-    PART/known                  [E, N], 1 for people with a clip that has the part
-    PART/scale, PART/limit      [E], factor of the ratios, and their bound if a clip has other parts
+    scale, unenrolled, stranger  [E], see `two_covariance.Settings`
+    temperature                  [E], divides the logits, see `config.eval.temperature`
+    PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
+    PART/mean, PART/transform    [E, D] and [E, D, D], z = (unit vector - mean) @ transform
+    PART/linear, PART/constant   [E, N, D] and [E, N], log-likelihood ratios are polynomials of z
+    PART/curve                   [E, U, D], the coefficients of z^2 in these polynomials
+    PART/kind                    [E, N] int32, the row of each person in `curve`
+    PART/known                   [E, N] int32, 1 for people with a clip that has the part
+    PART/scale                   [E], a factor of the ratios
+    PART/limit                   [E], a bound of the ratios of clips that also have other parts
 
-PART is a modality. N is the number of people, in the order of identities.json. E is the number of
-ensemble members. People with the same number of clips share one of the U rows of `curve`. `kind`
-and `known` are int32. All other arrays are float32 or float64. Parts that are compared by distances
-have other arrays, see `make_gallery_arrays`.
+PART is a modality, and D is the length of its vectors. N is the number of people, in the order of
+identities.json. E is the number of ensemble members. People with the same number of clips share one
+of the U rows of `curve`. Arrays without a dtype are float32 or float64. Parts that are compared by
+distances have other arrays, see `make_gallery_arrays`.
 """
 
 import functools
@@ -152,17 +155,15 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     """Imports the weights in the folder as a run; returns a function that predicts with this run.
 
-    Nothing is written, because every format already contains the weights as safetensors.
+    The folder is not changed, because it already contains the weights in every format.
     """
     del run, inputs
     imported = folder / "imported"
     weights.read(folder, imported)
     copy = predict.restore(imported)
     shutil.rmtree(imported)
-    compiled, members = (
-        jax.jit(functools.partial(function.compute_outputs, copy)),
-        function.get_members(copy),
-    )
+    compiled = jax.jit(functools.partial(function.compute_outputs, copy))
+    members = function.get_members(copy)
     return lambda arrays: jax.device_get(compiled(members, dict(arrays)))
 
 
@@ -193,8 +194,7 @@ def _write_arrays(
 
 def gallery_numpy(gallery: Gallery, folder: Path) -> float:
     """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores."""
-    read = _write_arrays(folder, make_gallery_arrays(gallery))
-    return check_gallery(gallery, read)
+    return check_gallery(gallery, _write_arrays(folder, make_gallery_arrays(gallery)))
 
 
 def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
@@ -212,7 +212,7 @@ def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
-    """Returns the arrays of a PLDA run, name -> array; see the description of this module.
+    """Returns the arrays of a PLDA run, name -> array. The docstring of this file lists them.
 
     Raises UserError for other models, and for settings that `reader.py` does not support.
     """
@@ -252,7 +252,7 @@ def make_run_arrays(run: Predictor) -> Arrays:
 
 
 def make_gallery_arrays(gallery: Gallery) -> Arrays:
-    """Returns the arrays of a gallery, name -> array; see the description of this module.
+    """Returns the arrays of a gallery, name -> array. The docstring of this file lists them.
 
     People are in the order of `gallery.index.names`. A part that is compared by distances has the
     arrays of `backend.DistanceRatios` instead of `transform`, `curve` and `kind`.
@@ -319,8 +319,8 @@ def check_gallery(
 ) -> float:
     """Compares an exported gallery with the gallery; returns the largest difference of the scores.
 
-    `read` returns the scores of the exported file for Q random clips, part of the vector -> [Q, D].
-    Raises UserError if the scores differ by more than `function.TOLERANCE`.
+    `read` computes the scores [Q, 1 + N] of Q clips with the exported file. Its argument is part ->
+    vectors [Q, D]. Raises UserError if the scores differ by more than `function.TOLERANCE`.
     """
     rng, parts = np.random.default_rng(0), {}
     for number, (name, width) in enumerate(gallery.backend.widths.items()):

@@ -45,7 +45,8 @@ def input_shapes(run: Predictor) -> Shapes:
     """Returns the shapes and dtypes of the inputs of an exported run, name -> shape and dtype.
 
     The number of clips and the number of frames of each modality are symbolic dimensions of
-    `jax.export`. With `after_fusion=examples`, all modalities have the same number of frames.
+    `jax.export`. If the run classifies single frames (`after_fusion=examples`), all modalities have
+    the same number of frames.
     """
     same_length = run.system.frame_is_example
     scope = jax.export.SymbolicScope()
@@ -60,15 +61,15 @@ def input_shapes(run: Predictor) -> Shapes:
 
 
 def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns a run with all weights as a function of inputs, see `compute_outputs`."""
+    """Returns the function from inputs to outputs, with all weights; see `compute_outputs`."""
     return functools.partial(compute_outputs, run, get_members(run))
 
 
 def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
-    The weights are `members`, see `get_members`, and not the weights of `run`. For `inputs`, see
-    `input_shapes`.
+    `members`, see `get_members`, are the weights. The weights of `run` are not used. `input_shapes`
+    describes `inputs`.
     """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:
@@ -105,8 +106,7 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
         order = jnp.argsort(jnp.where(mask, -ordered, jnp.inf), axis=1, stable=True)
         return mask & (jnp.argsort(order, axis=1) < MAX_EVAL_FRAMES)
 
-    # If all clips are short, the loop does nothing. It is used instead of a
-    # conditional, because `onnx_graph` does not support conditionals.
+    # A loop of 0 or 1 rounds replaces a conditional, which `onnx_graph` does not support.
     long = jnp.any(jnp.sum(mask, axis=1) > MAX_EVAL_FRAMES)
     return jax.lax.fori_loop(0, long.astype(jnp.int32), drop, mask)
 
@@ -114,9 +114,9 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
     """Fuses the frames of each clip as if it were the only clip of the batch.
 
-    A run combines a single frame of a modality with every frame of the other modalities, and
-    `System.to_examples` recognises a single frame by the length of its array. But an exported
-    function pads all modalities to the same length, so single frames are repeated here.
+    If a modality of a clip has a single frame, a run combines this frame with every frame of the
+    other modalities. `System.to_examples` recognises a single frame by the length of its array. But
+    an exported function pads all modalities to the same length, so single frames are repeated here.
     """
     fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
     padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
@@ -197,10 +197,10 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
     """Makes four or five random clips, and computes the outputs of a run for them.
 
     The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. The
-    fifth clip is made for runs that classify single frames (`after_fusion=examples`) of several
-    modalities. It has a single frame of the last modality. The run predicts it in a separate call,
-    because in a batch with longer clips it would not repeat the single frame. `padding` is the
-    number of padded frames after the longest clip.
+    fifth clip is made if the run classifies single frames of several modalities. It has a single
+    frame of the last modality. The run scores this clip in a separate call, because in a batch with
+    longer clips it would not repeat the single frame. `padding` is the number of padded frames
+    after the longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
@@ -234,7 +234,7 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
 
 def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
-    """Returns the largest difference between outputs and expected outputs, name -> array.
+    """Returns the largest difference between outputs and expected outputs, both name -> array.
 
     The difference is relative for values above 1, and absolute for smaller values. It is inf if
     shapes differ, if an output is NaN, or if an infinite value differs.

@@ -29,13 +29,13 @@ from vidjax.apps.export.function import LARGEST
 from vidjax.utils.errors import UserError
 
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 and later versions can read them
+# dtype of JAX -> dtype in the graph. All other dtypes are the same.
 _DTYPES = {"uint32": np.int64, "int8": np.int32, "uint8": np.int32, "bfloat16": np.float32,
            "float16": np.float32}  # fmt: skip
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")  # functions with a custom derivative
 Eqn = Any  # a JaxprEqn, whose type annotations lack the shapes of values
-Rule = Callable[
-    ["Graph", Any, Sequence[str]], Any
-]  # (graph, Eqn, names of the arguments) -> names of the results
+# (graph, Eqn, names of the arguments) -> names of the results
+Rule = Callable[["Graph", Any, Sequence[str]], Any]
 
 
 def to_model(
@@ -86,9 +86,8 @@ def _find_inputs(nodes: Iterable[onnx.NodeProto]) -> set[str]:
         names.update(node.input)
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                names |= _find_inputs(attribute.g.node) | {
-                    value.name for value in attribute.g.output
-                }
+                names |= _find_inputs(attribute.g.node)
+                names.update(value.name for value in attribute.g.output)
     return names
 
 
@@ -188,8 +187,7 @@ class Graph:
             return self.constant(tree.value, np.int64)
         if isinstance(tree, ast.Name):
             name, axis = self.symbols[tree.id]
-            shape = self.node("Shape", name)
-            return self.node("Gather", shape, self.ints(axis))
+            return self.node("Gather", self.node("Shape", name), self.ints(axis))
         if isinstance(tree, ast.UnaryOp):
             return self.node("Neg", self._expression(tree.operand))
         if isinstance(tree, ast.BinOp):
@@ -349,9 +347,9 @@ def _broadcast(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     for axis, place in enumerate(eqn.params["broadcast_dimensions"]):
         inner[place] = before[axis]
     value = x[0] if tuple(inner) == tuple(before) else graph.reshape(x[0], inner)
-    return (
-        value if tuple(inner) == tuple(after) else graph.node("Expand", value, graph.shape(after))
-    )
+    if tuple(inner) == tuple(after):
+        return value
+    return graph.node("Expand", value, graph.shape(after))
 
 
 def _iota(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -405,9 +403,8 @@ def _argmax(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     (axis,) = eqn.params["axes"]
     value = graph.cast(x[0], np.int32) if eqn.invars[0].aval.dtype == bool else x[0]
     name = "ArgMax" if eqn.primitive.name == "argmax" else "ArgMin"
-    return graph.cast(
-        graph.node(name, value, axis=axis, keepdims=0), _get_dtype(eqn.outvars[0].aval)
-    )
+    index = graph.node(name, value, axis=axis, keepdims=0)
+    return graph.cast(index, _get_dtype(eqn.outvars[0].aval))
 
 
 def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -511,8 +508,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
     """Returns element n of the last axis of `index`. With `keep`, this axis stays, with size 1."""
-    place = graph.ints([n] if keep else n)
-    return graph.node("Gather", index, place, axis=-1)
+    return graph.node("Gather", index, graph.ints([n] if keep else n), axis=-1)
 
 
 def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -555,7 +551,7 @@ def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _as_column(graph: Graph, flags: str, rank: int, aval: Any) -> str:
-    """Adds axes of size 1 to bools with `rank` axes, until they have as many axes as `aval`."""
+    """Adds axes of size 1 at the end of bools with `rank` axes, as many as `aval` has."""
     axes = list(range(rank, len(aval.shape)))
     return graph.node("Unsqueeze", flags, graph.ints(axes)) if axes else flags
 
@@ -574,9 +570,7 @@ def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     inner = graph.body()
     names = [inner.fresh() for _ in carried]
     after = inner.add_jaxpr(body.jaxpr, body.consts, [*body_consts, *names])
-    if several := len(
-        cond.out_avals[0].shape
-    ):  # under vmap, some loops go on while others have ended
+    if several := len(cond.out_avals[0].shape):  # vmap: some loops go on, others have ended
         (goes_on,) = inner.add_jaxpr(cond.jaxpr, cond.consts, [*cond_consts, *names])
         after = [
             inner.select(_as_column(inner, goes_on, several, var.aval), new, old, var.aval)
@@ -589,14 +583,12 @@ def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
             for owner, flags in ((graph, start), (inner, again))
         )
     ends = [inner.node("Identity", value) for value in (again, *after)]
-    count, going = inner.fresh(), inner.fresh()
-    flag = helper.make_tensor_value_info
-    entering = [flag(count, onnx.TensorProto.INT64, []), flag(going, onnx.TensorProto.BOOL, [])]
-    leaving = [flag(ends[0], onnx.TensorProto.BOOL, [])]
-    entering += [_make_value_info(name, var.aval) for name, var in zip(names, carried, strict=True)]
-    leaving += [
-        _make_value_info(name, var.aval) for name, var in zip(ends[1:], carried, strict=True)
-    ]
+    scalar, types = helper.make_tensor_value_info, onnx.TensorProto
+    entering = [scalar(inner.fresh(), types.INT64, []), scalar(inner.fresh(), types.BOOL, [])]
+    leaving = [scalar(ends[0], types.BOOL, [])]
+    avals = [var.aval for var in carried]
+    entering += map(_make_value_info, names, avals)
+    leaving += map(_make_value_info, ends[1:], avals)
     proto = helper.make_graph(inner.nodes, inner.fresh(), entering, leaving)
     results = [graph.fresh() for _ in carried]
     return graph.add_node("Loop", "", start, *state, names=results, body=proto)

@@ -24,20 +24,15 @@ def log_probabilities(arrays, vectors):
             has_part = np.any(vectors[part] != 0, axis=1)[:, None]
             u = vectors[part] - get[f"{part}/centre"]
             u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
-            values = {
-                name.split("/")[1]: x for name, x in get.items() if name.startswith(f"{part}/")
-            }
+            values = {key.split("/")[1]: x for key, x in get.items() if key.startswith(f"{part}/")}
             x = u - values["mean"]
             if "card" in values:
                 ratio = _compute_distance_ratios(values, x)
             else:
                 z = x @ values["transform"]
                 squares = (z**2 @ values["curve"].T)[:, values["kind"].astype(int)]
-                ratio = (
-                    get["scale"]
-                    * values["scale"]
-                    * (z @ values["linear"].T + squares + values["constant"])
-                )
+                ratio = z @ values["linear"].T + squares + values["constant"]
+                ratio = get["scale"] * values["scale"] * ratio
             limit = np.where(seen > 1, values["limit"], np.inf)[:, None]
             ratio = np.clip(ratio, -limit, limit)
             ratio = np.where(values["known"] > 0, ratio, get["unenrolled"])
@@ -57,7 +52,10 @@ def log_probabilities(arrays, vectors):
 
 
 def _compute_distance_ratios(values, x):
-    """Returns the log-likelihood ratios [Q, N] of centred vectors x [Q, D] from distances."""
+    """Returns the log-likelihood ratios [Q, N] of clips and people, from distances.
+
+    `values` are the arrays of a part. `x` [Q, D] are unit vectors minus the mean of all people.
+    """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]
     across = x @ values["linear"].T - (x @ values["mean"])[:, None]

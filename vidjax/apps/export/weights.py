@@ -32,8 +32,6 @@ WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
 NEEDED_FILES = (CONFIG, IDENTITIES, MEMBERS)
 COPIED_FILES = (*NEEDED_FILES, "metrics.json")
 ITEMS = ("params", "model_state")
-# Entries of checkpoint.json that depend on how the arrays are stored.
-CHECKPOINT_ENTRIES = ("step", "files", "arrays", "sha256")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
@@ -47,7 +45,7 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
     save_file(flatten(items), folder / WEIGHTS)
-    files.write_manifest(folder / CHECKPOINT, {**_select_entries(run.manifest), "files": {}})
+    files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}})
     _copy(workdir, folder)
 
 
@@ -71,9 +69,8 @@ def read(folder: Path, workdir: Path) -> None:
         config = run.config
         sets = restore.load_training_sets(partial, manifest)
         items = _read_items(folder / WEIGHTS, _make_shapes(config, manifest, len(sets.members)))
-        checkpoint.save(
-            partial, manifest["step"], items, _select_entries(manifest, without_step=True)
-        )
+        info = {name: x for name, x in manifest.items() if name not in ("step", "files", "arrays")}
+        checkpoint.save(partial, manifest["step"], items, info)
         restore.find_run(config, run)  # checks that the files belong together
 
 
@@ -95,20 +92,9 @@ def _path(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _select_entries(manifest: Mapping[str, Any], *, without_step: bool = False) -> dict[str, Any]:
-    """Returns the entries of checkpoint.json, without the list of files and the digest.
-
-    With `without_step`, the step and the list of arrays are left out, too.
-    """
-    left_out = CHECKPOINT_ENTRIES if without_step else CHECKPOINT_ENTRIES[1:]
-    arrays = {} if without_step else {"arrays": manifest["arrays"]}
-    return {name: value for name, value in manifest.items() if name not in left_out} | arrays
-
-
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the weights of all members, nested like the weights."""
-    task = restore.read_task(manifest)
-    system = make_system(config.to_dict(), task)
+    """Returns the shapes and dtypes of the weights of all `members`, nested like the weights."""
+    system = make_system(config.to_dict(), restore.read_task(manifest))
     return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
 
 

@@ -4,5 +4,5 @@ The module `gallery` is the Python API. `backend` compares vectors with enrolled
 applies thresholds and writes answers, `changes` edits the content, `store` reads and writes the
 file, and `grouping` groups the clips of unknown people.
 
-Only functions that need JAX import it, because the import takes seconds.
+JAX is imported only in functions that need it, because the import takes seconds.
 """

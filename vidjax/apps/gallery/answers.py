@@ -1,7 +1,7 @@
 """Decides which clips get a name, and writes the answers of a gallery to tables.
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
-chooses the threshold, or it is chosen so that few strangers reach it.
+chooses the threshold. By default, it is measured on strangers, so that few strangers reach it.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
@@ -37,7 +37,7 @@ GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table o
 IGNORED = "ignored"  # the user ignores the clip, or it has no clear face
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional further columns
 NUM_TABLE_PEOPLE = 3  # best identities in a line of text
-SCORE_ROUNDING = 1e-7  # relative difference of a stranger's score between two batches of clips
+SCORE_ROUNDING = 1e-7  # largest relative difference of a stranger's score in another batch of clips
 
 
 class Answer(NamedTuple):
@@ -121,7 +121,7 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns True where `best`, the best identity's log-probability, is enough for a name."""
+        """Returns True for clips that get a name. `best` are their highest log-probabilities."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
@@ -129,16 +129,16 @@ class NamingRule(NamedTuple):
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip.
 
-        `cards` is True in a gallery of models, in which a clip gets a name only if it has a
-        modality in common with the person.
+        `cards` is True in a gallery of models, whose vectors were computed by pretrained nets. A
+        clip then gets a name only if it has a modality in common with the person.
         """
         if not nearest.best:
             return NOBODY
         name, score = nearest.best[0]
         best = tuple((name, math.exp(log)) for name, log in nearest.best)
-        evidence = nearest.compared if self.names(score) else ()
         # In a gallery of models, the most probable person may have no modality of the clip.
-        is_named = self.names(score) and (evidence or not cards)
+        is_named = self.names(score) and (nearest.compared or not cards)
+        evidence = nearest.compared if is_named else ()
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
 
@@ -212,8 +212,8 @@ def write_groups(
 ) -> None:
     """Writes a new table of clips and groups, in which the user replaces groups by people.
 
-    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. `places`
-    are clip -> (video, start, end), which become three more columns.
+    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If
+    `places`, clip -> (video, start, end), are given, the table has three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -245,7 +245,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
 
 
 def table(answers: Answers) -> list[str]:
-    """Returns lines of text with each clip, its identity, and its most probable identities."""
+    """Returns the answers as lines of text: clip, identity, and most probable identities."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])

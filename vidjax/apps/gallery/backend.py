@@ -7,9 +7,9 @@ of a run that is not PLDA has a single part, the embedding. A part is compared i
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
 
 A clip is compared with all people by matrix products in float32. The most probable people are then
-compared again in float64. Therefore answers differ by at most 1e-6 if the order or the number of
-people and clips changes. The formulas are the same as in `models.plda_fit.combine_modalities` and
-`losses.log_softmax`.
+compared again in float64. Therefore rounding changes an answer by at most 1e-6 if people or clips
+are in another order, or clips are in other batches. The formulas are the same as in
+`models.plda_fit.combine_modalities` and `losses.log_softmax`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
-MAX_PAIRED_NUMBERS = 1 << 20  # numbers that are multiplied pair by pair at once
+MAX_PAIRED_NUMBERS = 1 << 20  # coordinates that are multiplied at once for pairs of clip and person
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change joins smaller blocks
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
@@ -41,7 +41,7 @@ MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
-PEAK_PEOPLE = 32  # people whose best logit is used to bound the k-th highest logit
+PEAK_PEOPLE = 32  # size of groups of people; their best logits bound the k-th highest logit
 
 
 class Part(NamedTuple):
@@ -209,7 +209,8 @@ def fit(
     Args:
       vectors: part -> unit vectors [N, D] float32. The vector of a missing part is 0.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: the vectors with which the clips are enrolled, if they differ from `vectors`.
+      enrolled: part -> [N, D] float32, the vectors with which the clips are enrolled. The default
+        is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too.
     """
@@ -274,7 +275,10 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the sizes of the arrays in `Part.arrays`. `width` is the length of the vectors."""
+    """Returns the sizes of the arrays in `Part.arrays`, for vectors of length `width`.
+
+    `by_card` is True if the part is compared by distances.
+    """
     return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
 
 
@@ -358,7 +362,10 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `coordinates` [Q, D] and `terms` [Q, U], see `_Queries`. Ignores `effective`."""
+        """Returns `coordinates` [Q, D] and `terms` [Q, U] of Q clips, see `_Queries`.
+
+        `units` [Q, D] are their unit vectors. `effective` is used only in `DistanceRatios.ask`.
+        """
         del effective
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -368,7 +375,7 @@ class Ratios:
     ) -> None:
         """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
-        `rows` and `owner` are the people and the clips of the products. `terms` are from `ask`.
+        `rows` and `owner` are the indices of the people and of the clips. `terms` are from `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -633,8 +640,8 @@ class Index:
         """Turns the products of each part into ratios, and returns their sums: the logits.
 
         The M arrays `products` are [Q, R] for all pairs of Q clips and R people, or [R] for R
-        pairs. The logits overwrite the first array. `rows` are the indices of the people, and
-        `owner` of the clips, [Q, 1] for all pairs or [R] for R pairs.
+        pairs. The logits overwrite the first array. `rows` are the indices of the people. `owner`
+        are the indices of the clips, [Q, 1] for all pairs or [R] for R pairs.
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
@@ -659,16 +666,14 @@ class Index:
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
         """Returns the sorted indices of the k highest of N float32 logits.
 
-        Logits that are lower only by a possible rounding error are included.
+        Further logits are included if rounding may have moved them below the k highest.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)
-        peaks = (
-            logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
-            if k <= count
-            else logits
-        )
+        peaks = logits
+        if k <= count:
+            peaks = logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
         rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - MAX_LOGIT_ERROR)
         if len(rows) > MAX_FINE_PEOPLE:
             rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])

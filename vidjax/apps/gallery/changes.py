@@ -63,8 +63,8 @@ class Draft:
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
         """Adds the modalities that enrolled clips lack.
 
-        `vectors` contain all modalities. A clip is skipped if any modality that it already has
-        differs. Returns the names of the enrolled clips in `vectors` that were not skipped.
+        `vectors` are clip -> vector of all modalities. A clip is skipped if a modality of the
+        enrolled clip differs. Returns the names of the enrolled clips that were not skipped.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -114,7 +114,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the identity of a clip; returns the old identity. A stranger has None."""
+        """Changes the identity of a clip; returns the old identity. None stands for a stranger."""
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
@@ -152,9 +152,9 @@ class Draft:
         self._changed_people |= added.keys()
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if a clip is not enrolled yet, or is a stranger that becomes a person.
+        """Returns True if a clip is not enrolled yet, or changes from stranger to person.
 
-        Raises UserError if a clip with this name, but another person or vector, is enrolled.
+        Raises UserError if the clip is already enrolled with another person or vector.
         """
         old = self.clips.get(name)
         if old is None:
@@ -190,15 +190,15 @@ class Draft:
 
     @property
     def refits(self) -> bool:
-        """True if the back end was fitted to a clip that is removed, so it must be fitted again."""
+        """True if a fitted vector changes or is removed, so the back end must be fitted again."""
         fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, if clips were only added, or given a person for the first time.
+        """The changed clips, name -> clip, if the file needs only additional rows for them.
 
-        If any other change was made, it is None.
+        It is None if a clip was removed, a vector changed, or a clip of a person changed.
         """
         for old, new in self._list_changes():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
@@ -230,8 +230,9 @@ def enrol(
 ) -> People:
     """Computes the coefficients of people. `groups` are identity -> the names of its clips.
 
-    PLDA counts the clips of a person in a film as a single clip, because they are alike. In a
-    gallery of models, the distances show how alike clips are; see `distance.effective_count`.
+    PLDA counts all clips of a person in a film as a single clip, because they are alike. A gallery
+    of models compares clips by distances, which show how alike clips are. So its clips are counted
+    separately; see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str
@@ -335,9 +336,9 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 class NotEnrolledError(UserError):
     """The gallery contains no person or clip with the given name.
 
-    The message suggests a similar name. The slow search for it starts only when the message is
-    read, after the gallery is unlocked. A server never reads the message, because answers of a
-    server must not reveal names.
+    The message suggests a similar name. The search for a similar name is slow, so it starts when
+    the message is read, after the gallery is unlocked. A server never reads the message, because
+    answers of a server must not reveal names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):

@@ -579,7 +579,7 @@ class Gallery:
             return draft.rename(identity, to, merge=merge)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the person of a clip; returns the old person. A stranger has the person None."""
+        """Changes the person of a clip; returns the old person. None stands for a stranger."""
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
@@ -624,8 +624,8 @@ class Gallery:
     def complete(self, vectors: Vectors) -> set[str]:
         """Adds missing modalities to enrolled clips.
 
-        `vectors` contain all modalities. A clip is skipped if any modality that it already has
-        differs from `vectors`. Returns the names of the enrolled clips that were not skipped.
+        `vectors` contain all modalities. A clip is skipped if a modality of the enrolled clip
+        differs. Returns the names of the enrolled clips that were not skipped.
         """
         rows = zip(*vectors.parts.values(), strict=True)
         joined = dict(zip(vectors.names, map(np.concatenate, rows), strict=True))
@@ -803,8 +803,8 @@ class Gallery:
         """
         self.rule(fpir=fpir, threshold=threshold)  # computing vectors takes long: mistakes first
         vectors, state = self.embed(clips, split), self._require_people()
-        chosen = fpir is not None or threshold is not None
-        searched, rule = state.index, self._rule(state, fpir, threshold) if chosen else None
+        is_limited, searched = fpir is not None or threshold is not None, state.index
+        rule = self._rule(state, fpir, threshold) if is_limited else None
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
@@ -875,13 +875,13 @@ def _restored(run: "Predictor | str | Path") -> "Predictor":
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
-    """Returns a `VectorOrigin` that identifies a run by its folder and a digest of its weights."""
+    """Returns the `VectorOrigin` of a run: its folder, and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
 
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Returns a `VectorOrigin` that identifies models, and the parameters that compare vectors.
+    """Returns the `VectorOrigin` of models, and the parameters that compare their vectors.
 
     The parameters are modality -> `cards.BackEnd`, from the JSON file (card) of each face and voice
     model. Raises UserError if no card contains such parameters.
@@ -968,7 +968,7 @@ def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Leaves out clips without a usable frame, whose vectors are 0. Returns name -> clip."""
+    """Returns name -> clip for clips with a usable frame. All other clips have the vector 0."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
@@ -987,7 +987,7 @@ def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
 
 
 def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
-    """Warns about new people in `names`, new name -> similar name, and shows the first pair."""
+    """Warns about people in `names`, new name -> similar enrolled name. Shows only the first."""
     for name, other in itertools.islice(names.items(), 1):
         more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
         words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]

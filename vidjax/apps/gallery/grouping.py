@@ -4,8 +4,8 @@
    again and again, until the probability is below 0.5 for every pair. The prior probability that a
    pair shows the same person is 1 / G, where G is the present number of groups.
 2. Small groups are joined to larger groups. The prior probability that a small group belongs to a
-   group of n clips is proportional to n. The prior probability that it shows a new person is
-   proportional to the number of groups with a single clip.
+   group of n clips is proportional to n. The prior probability that the small group shows a new
+   person is proportional to the number of groups with a single clip.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.
@@ -87,7 +87,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices [G] of the other groups."""
+        """Drops groups without clips; returns the old indices [G] of the groups that stay."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -133,7 +133,7 @@ def group(
     begin: Sequence[str] | None = None,
     absorb: bool = True,
 ) -> np.ndarray:
-    """Groups clips that show the same person; returns the group of each clip, [N] int from 0.
+    """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
     Args:
       backend: compares the vectors.
@@ -151,7 +151,7 @@ def group(
         labels = np.unique(begin, return_inverse=True)[1]
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
-        """Joins the groups of the clips with the indices `rows`; returns their groups, from 0."""
+        """Joins the groups of the clips `rows` (indices); returns the new groups of these clips."""
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))
@@ -205,7 +205,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
     Returns the group [G] to which each group was joined. The highest ratio of each group is stored.
     When two groups are joined, the stored ratios to these groups become stale. A stale ratio is
-    computed again only when it is the highest of all ratios, because it is an upper bound.
+    treated as an upper bound. It is computed again only when it is the highest of all ratios.
     """
     num = left = len(groups.sizes)
     labels, best, highest = np.arange(num), np.zeros(num, int), np.full(num, np.inf)

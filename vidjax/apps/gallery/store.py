@@ -69,7 +69,7 @@ LOCK_SECONDS = 0.2  # how long a change waits for another change to end
 WAIT_SECONDS = 60.0  # how long a change waits for readers, and a reader for the end of a change
 STRANGER = ""  # the person of a clip of a stranger; names of people are never empty
 REMEDY = "put back a copy of the gallery, or create it again"
-SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal with another file's path
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that contains a path
 ROWS = "(place INTEGER PRIMARY KEY, words TEXT NOT NULL, numbers BLOB NOT NULL)"
 SCHEMA = {
     "gallery": "(facts TEXT NOT NULL, sha256 BLOB NOT NULL)",
@@ -423,7 +423,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]]:
-    """Returns the format version, and the (type, name) of every table, view, index and trigger.
+    """Returns the format version, and the sorted (type, name) of tables, views, indexes, triggers.
 
     The time is limited, because the pages of a forged file may refer to each other without end.
     """
@@ -454,8 +454,8 @@ def _append(
     """Adds N people or clips to a table. The last row is filled before a new row is added.
 
     `words` contains the names of N people, or the names of N clips and the names of their people.
-    `numbers` [N] has the layout of the table. Returns the change of the sum of the digests of all
-    rows.
+    `numbers` [N] has the layout of the table. Returns by how much the sum of the digests of all
+    rows changes.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))

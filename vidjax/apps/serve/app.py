@@ -4,8 +4,8 @@
 
 The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
 of people. `describe` generates the OpenAPI description of all paths. Every answer uses the current
-content of the gallery's folder. A removal is confirmed when it is on the disk, and all answers that
-could still name the person are finished.
+content of the gallery's folder. The server confirms a removal when the removal is on the disk and
+all answers that could still contain the person are finished.
 """
 
 import asyncio
@@ -173,8 +173,7 @@ class Application:
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
-            gauge = Gauge(name, about, namespace="vidjax", registry=metrics.registry)
-            gauge.set_function(value)
+            Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
 
     @property
     def waiting(self) -> int:
@@ -222,7 +221,7 @@ class Application:
         try:
             for model, batcher in self.served.values():
                 await batcher.run(model.warm)
-        except Exception as error:  # `live` now reports a failure, so that a platform restarts us
+        except Exception as error:  # `live` then reports a failure, so a platform can restart us
             self.broken = True
             LOG.error("cannot answer: %s", one_line(str(error)))
             return
@@ -304,8 +303,7 @@ class Application:
         question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
         identified = await self.people_batcher.ask(question, len(clips))
-        answers = map(answers_lib.as_json, clips, identified.answers)
-        return _encode_json({"clips": [*answers]})
+        return _encode_json({"clips": [*map(answers_lib.as_json, clips, identified.answers)]})
 
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
@@ -335,9 +333,8 @@ class Application:
             vectors = await self.people_batcher.run(embed)
         finally:
             self.embedding -= len(clips)
-        strangers = body.strangers
-        enrol = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=strangers)
-        return _encode_json((await self._change(request, enrol))._asdict())
+        make = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=body.strangers)
+        return _encode_json((await self._change(request, make))._asdict())
 
     async def identities(self, request: Request) -> Response:
         """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
@@ -443,7 +440,7 @@ class Application:
 
 
 def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Converts a query, name -> value, to `kind`. Strings become numbers if necessary."""
+    """Converts a query, name -> value, to the type `kind`. Strings may become numbers."""
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
@@ -455,10 +452,10 @@ def _check_clips(
 ) -> dict[str, dict[str, Frames]]:
     """Checks the clips of a request, and removes modalities that the gallery does not use.
 
-    `widths` are modality -> width of its features in the gallery. Returns the name of the clip as
-    in the request -> modality -> field -> frames. Raises Refused if two clips have the same name, a
-    clip has none of the modalities, a clip has too many frames, or frames have a wrong width or are
-    not finite.
+    `widths` are modality -> width of its features in the gallery. Returns clip -> modality -> field
+    -> frames, with the names of the clips in the request. Raises Refused if two clips have the same
+    name, a clip has none of the modalities, a clip has too many frames, or frames have a wrong
+    width or are not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -499,9 +496,11 @@ def make_app(
     """Makes the ASGI application that serves a gallery.
 
     Args:
+      gallery: the gallery.
       run: a run whose net is served, too.
-      token: the secret that clients must send. If it is None, only programs on this machine are
-        served.
+      limits: the limits of requests, see `Limits`.
+      token: the secret that clients must send. If it is None, the server answers only programs on
+        this machine.
     """
     limits, metrics = limits or Limits(), ServerMetrics()
     bodies = Bodies(limits)
@@ -611,7 +610,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends `limits.end_seconds` after a signal even if a thread hangs."""
+    """A uvicorn server that ends within `limits.end_seconds` after a signal in any case."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))

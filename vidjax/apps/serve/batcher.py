@@ -42,10 +42,10 @@ class Batcher(Generic[Q, A]):
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait
-        self._target, self._enough = 0, asyncio.Event()  # set when `_target` clips wait
+        self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
     async def ask(self, question: Q, size: int) -> A:
-        """Answers a question about `size` clips, or raises Refused (429) if too many clips wait."""
+        """Answers a question about `size` clips. Raises Refused (429) if too many clips wait."""
         if self.size + size > self._limits.waiting_clips and self._waiting:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -83,8 +83,8 @@ class Batcher(Generic[Q, A]):
     async def _linger(self, answered: int) -> None:
         """Waits a moment for more requests, because clients often ask again after an answer.
 
-        Otherwise, the first new request would form a batch that takes nearly as long as a large
-        batch. `answered` is the number of clips in the last batch.
+        Without this wait, the first new request would be the whole next batch, and a small batch
+        takes nearly as long as a large batch. `answered` is the number of clips in the last batch.
         """
         self._target = min(self.size + answered, self._limits.batch_clips)
         self._enough.clear()
@@ -107,7 +107,7 @@ class Batcher(Generic[Q, A]):
         return batch
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread, between two batches; returns the result."""
+        """Calls a function in the thread between two batches, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def settle(self) -> None:
@@ -149,7 +149,7 @@ class Changes:
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1
         if not work.cancelled():
-            work.exception()  # otherwise asyncio logs an error whose client has gone
+            work.exception()  # asyncio logs errors that are never read, also if the client has gone
 
     def stop(self) -> None:
         """Waits for all changes, and ends the thread."""

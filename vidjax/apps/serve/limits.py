@@ -2,8 +2,8 @@
 
 `Guard` wraps the application: it checks the sender, turns errors into answers, and counts requests.
 `Bodies` reads the bodies of requests, and stops if they are too large. uvicorn limits the number of
-connections. Slow clients and long headers are not limited here. On an open network the server needs
-a proxy for TLS, and this proxy must limit them.
+connections. Slow clients and long headers are not limited. On an open network the server needs a
+proxy for TLS, and the proxy must limit slow clients and long headers.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """Limits of a server.
+    """Limits of a server: numbers, sizes in bytes, and times in seconds.
 
     Attributes:
       body_bytes: size of a binary body, and of the arrays of an `.npz` file as float32.
@@ -129,7 +129,7 @@ class Refused(Expected):
 
 
 def one_line(text: str) -> str:
-    """Joins the lines of a message. If the result is longer than 300 letters, it is shortened."""
+    """Joins the lines of a message into a line, which is cut after 300 letters."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     return line if len(line) <= 300 else line[:300] + "..."
 
@@ -156,7 +156,7 @@ def read_token(path: Path) -> bytes:
 
 @functools.lru_cache(16)
 def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach the address `host`."""
+    """Returns True if only programs on this machine can reach a server at the address `host`."""
     if host == "localhost":
         return True
     try:
@@ -168,8 +168,8 @@ def is_loopback(host: str) -> bool:
 class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
-    The ASGI scope of a request contains the number of bytes that the request takes in memory
-    (`vidjax.held`), and the `asyncio.Timeout` of the request (`vidjax.clock`).
+    The ASGI scope of a request has two entries. `vidjax.held` is the number of bytes that the
+    request takes in memory. `vidjax.clock` is its `asyncio.Timeout`.
     """
 
     def __init__(self, limits: Limits):
@@ -320,7 +320,7 @@ class Guard:
 def to_refusal(error: Exception) -> Refused:
     """Converts an exception to the error that is sent to the client.
 
-    Messages that contain paths or describe internal errors are logged, and not sent.
+    If the message contains paths or describes an internal error, it is logged and not sent.
     """
     if isinstance(error, Refused):
         return error
@@ -344,7 +344,7 @@ def to_refusal(error: Exception) -> Refused:
 
 
 def _describe_traceback(error: Exception) -> str:
-    """Describes the type and place of an exception. The message may contain names of people."""
+    """Describes an exception without its message, which may contain names of people."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}"

@@ -27,18 +27,16 @@ Name = Annotated[str, Meta(max_length=200)]
 Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=1, max_length=4)]
 DEFAULT_K = 5
 K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities per clip")]
-
 Fpir = Annotated[
     float, Meta(gt=0, lt=1, description="the largest share of strangers who may get a name")
 ]
 Probability = Annotated[
-    float,
-    Meta(gt=0, le=1, description="the lowest probability of a name; it replaces fpir"),
+    float, Meta(gt=0, le=1, description="the lowest probability of a name; it replaces fpir")
 ]
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. The default is the default rule of the gallery."""
+    """The rule by which a clip gets a name. If both are None, it is the gallery's default rule."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -55,7 +53,7 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input tensor. If it has no `binary_data_size`, `data` has the values."""
+    """The parameters of an input tensor. If the size is None, the values are in `Tensor.data`."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
@@ -71,7 +69,7 @@ class Tensor(Struct):
 
 
 class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an output. If `binary_data` is False, the values are in the JSON."""
+    """The parameters of an output tensor. If `binary_data` is False, its values are in the JSON."""
 
     binary_data: bool = False
 
@@ -128,7 +126,9 @@ def parse(
         if tensor.datatype != spec.datatype:
             kind = show(tensor.datatype)
             raise unprocessable(f"input '{name}' has the datatype {kind}: send {spec.datatype}")
-        if not _fits(tensor.shape, spec.shape):
+        pairs = zip(tensor.shape, spec.shape, strict=False)
+        sizes_fit = all(expected in (-1, size) for size, expected in pairs)
+        if len(tensor.shape) != len(spec.shape) or not sizes_fit:
             raise unprocessable(
                 f"input '{name}' has the shape {tensor.shape}, but must have {list(spec.shape)}"
             )
@@ -180,12 +180,6 @@ def _read_header_size(body: bytes, header_length: str | None) -> int:
     if int(header_length) > len(body):
         raise unprocessable("Inference-Header-Content-Length is larger than the body")
     return int(header_length)
-
-
-def _fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
-    """Returns True if a shape has the sizes in `spec`, where -1 stands for any size."""
-    pairs = zip(shape, spec, strict=False)
-    return len(shape) == len(spec) and all(expected in (-1, size) for size, expected in pairs)
 
 
 def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:

@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
     from vidjax.evaluation.predict import Predictor
 
-TABLE_CLIPS = 512  # larger than the number of clips in a batch
+TABLE_CLIPS = 512
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
 
@@ -33,7 +33,8 @@ class Question(NamedTuple):
     Attributes:
       clips: name -> modality -> field -> [T, ...]. A field is, for example, `features`.
       k: the largest number of identities per clip.
-      fpir, threshold: the rule of names, see `Gallery.identify`. The net of a run ignores them.
+      fpir, threshold: decide who gets a name, see `Gallery.identify`. The net of a run ignores
+        them.
     """
 
     clips: Mapping[str, Mapping[str, Frames]]
@@ -125,8 +126,8 @@ def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
         return [result for question in questions for result in answer(model, [question])]
 
 
-def _make_question(model: "Model", length: int, count: int = 1) -> Question:
-    """Makes a question about `count` clips with `length` frames, whose features are all 1."""
+def _make_test_question(model: "Model", length: int, count: int = 1) -> Question:
+    """Makes a question about `count` equal clips with `length` frames and features of 1."""
     frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
     clip = {name: {"features": features} for name, features in frames.items()}
     return Question({str(number): clip for number in range(count)})
@@ -234,9 +235,9 @@ class GalleryModel:
         """Compiles all programs of the gallery's run, so that the first requests do not wait."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
-                self.gallery.embed(_make_question(self, length).clips)
+                self.gallery.embed(_make_test_question(self, length).clips)
         if self.gallery.index.names:
-            self.answer_batch([_make_question(self, 1)])
+            self.answer_batch([_make_test_question(self, 1)])
 
 
 class RunModel:
@@ -251,7 +252,7 @@ class RunModel:
 
     def __init__(self, run: "Predictor"):
         self.run = run
-        self._width = self.answer_batch([_make_question(self, 1)])[0].vectors.shape[1]
+        self._width = self.answer_batch([_make_test_question(self, 1)])[0].vectors.shape[1]
 
     @property
     def widths(self) -> dict[str, int]:
@@ -275,8 +276,8 @@ class RunModel:
         run, request = self.run, self.run.request(_join_clips(questions), None)
         data = request.data
         split = data.split(request.split)
-        # An ensemble has an array with a row for each name. Its size is constant, because each new
-        # size would compile a program.
+        # `ModelScorer` makes an array with a row for each name. JAX compiles a program for each
+        # size of the array, so the number of names is always a multiple of TABLE_CLIPS.
         rest = -len(split.clips) % TABLE_CLIPS
         names = [*split.clips, *(f"none/{number}" for number in range(rest))]
         scorer = ModelScorer(run.model_for(request), names, run.mesh)
@@ -301,7 +302,7 @@ class RunModel:
         """Converts an answer to the output tensors, name -> array.
 
         They are scores [N, C], identities [N, K] with the best K classes, and embedding [N, D]. If
-        a clip could not be scored for a class, the name of the class is left empty.
+        a clip has no score for a class, the name of the class is empty.
         """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
@@ -314,8 +315,8 @@ class RunModel:
         from vidjax.evaluation.predict import SMALL_REQUEST
 
         for length in PAD_LENGTHS:
-            self.answer_batch([_make_question(self, length)])
-            self.answer_batch([_make_question(self, length, SMALL_REQUEST + 1)])
+            self.answer_batch([_make_test_question(self, length)])
+            self.answer_batch([_make_test_question(self, length, SMALL_REQUEST + 1)])
 
 
 Model = GalleryModel | RunModel
