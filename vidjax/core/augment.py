@@ -189,8 +189,8 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 class Transform(NamedTuple):
     """A transform that the configuration field `config.transforms` may name.
 
-    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives all frames of the
-    clips if `before_fusion` is True, or the fused frames.
+    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives the fused frames. If
+    `before_fusion` is True, it receives all frames of the clips instead.
     """
 
     function: Callable[..., MemberClips]

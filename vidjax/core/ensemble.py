@@ -36,8 +36,7 @@ class Member(NamedTuple):
     """The options of a member (net) of an ensemble.
 
     Attributes:
-      number: position among all members of the ensemble. The random keys of the member depend on
-        it.
+      number: position among all members of the ensemble. It decides the random keys of the member.
       fold: fold that the member is not trained on, or -1.
       bootstrap: number of the member's bootstrap sample, or -1.
       view: number of the chunk of every feature vector that is hidden from the member (see
@@ -173,10 +172,8 @@ def make_rngs(members: Sequence[Member], seed: int) -> Array:
 
 def digest(training_sets: TrainingSets) -> str:
     """Returns the sha256 of all values in `training_sets`, in hexadecimal."""
-    parts = (json.dumps(training_sets.members), "\n".join(training_sets.clips))
     sha256 = hashlib.sha256(training_sets.trained.tobytes())
-    for part in parts:
-        sha256.update(part.encode())
+    sha256.update((json.dumps(training_sets.members) + "\n".join(training_sets.clips)).encode())
     return sha256.hexdigest()
 
 
@@ -233,10 +230,10 @@ def choose_scoring_members(
 ) -> tuple[np.ndarray, bool]:
     """Decides which members score each of n clips.
 
-    A clip is scored by the members that were not trained on a clip of the same name. But if all
-    members were trained on all training clips, no member could score a training clip. Then, if
-    `clips` contains a training clip, all members score all of `clips`. Returns [E, n] bool, True
-    where a member scores a clip, and True if members score clips that they were trained on.
+    A member scores a clip if it was not trained on a clip of the same name. But if all members were
+    trained on all training clips, no member could score a training clip. Then, if `clips` contains
+    a training clip, all members score all of `clips`. Returns [E, n] bool, True where a member
+    scores a clip; and a bool, True if members score clips that they were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

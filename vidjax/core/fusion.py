@@ -98,7 +98,8 @@ def sample_frames(
     """Selects `num_frames` frames of every clip, independently of quality.
 
     If `rng` is a key, frames are drawn at random. A clip with fewer than `num_frames` frames keeps
-    all and repeats random ones. If `rng` is None, the frames are evenly spaced over the clip.
+    all frames and repeats random frames. If `rng` is None, the frames are evenly spaced over the
+    clip.
 
     Args:
       order: `time`, or `random` for an order independent of time. Without a key, the random order
@@ -151,7 +152,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     The weight `uniform` is 1. `quality` is quality x detection. `score` is quality. `squared` is
     quality squared, so a negative quality counts too. `graded` is quality x detection x g, where g
     is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40, and 1 from 40 on. The weight is 0 on
-    padding and where it would be negative or not finite. If all weights of a clip would be 0, they
+    padding, and where it would be negative or not finite. If all weights of a clip would be 0, they
     are uniform.
 
     Source: `graded` is W(x) of quality fusion (4th place 2019); `squared` is from the code of noise
@@ -262,9 +263,9 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    A clip with fewer frames keeps all and repeats random ones. With `replacement` all its frames
-    are random. If there is no key, frames are repeated in turn, unless `replacement` or
-    `fixed_draws` is set. Then they are drawn with a fixed key.
+    A clip with fewer frames keeps all frames and repeats random frames. With `replacement` all its
+    frames are random. If `rng` is None, frames are repeated in turn. But if `replacement` or
+    `fixed_draws` is set, they are drawn with a fixed key.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]

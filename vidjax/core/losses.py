@@ -56,14 +56,14 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 
     Returns:
       [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
-        above pi - m, where this would increase again, it becomes scale x (cos(angle) - m sin(m)).
-        Other columns are unchanged.
+        above pi - m this cosine would increase again. There the column becomes
+        scale x (cos(angle) - m sin(m)). Other columns are unchanged.
 
     Raises:
       UserError: `margin` or `scale` is out of range.
 
-    Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Unlike there,
-    the derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
+    Source: Deng et al., ArcFace, equation 3, with the second formula of the authors' code. Unlike
+    in their code, the derivative of the sine is 0 at cosines of 1 and -1, where it does not exist.
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
     if not 0 <= margin <= np.pi / 2:
@@ -329,7 +329,7 @@ def _select_at_label_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (values, labels), (tangent, _) = primals, tangents
-    # The transpose of this is elementwise. The transpose of a gather is a slow scatter.
+    # The transpose of this sum is elementwise. The transpose of a gather is a slow scatter.
     picked = jnp.where(is_label(labels, values.shape[-1]), tangent, 0)
     return select_at_label(values, labels), jnp.sum(picked, axis=-1)
 
@@ -376,13 +376,13 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
     best = jnp.max(trained, axis=-1, keepdims=True)
     column = jnp.arange(logits.shape[-1])
     first = jnp.min(jnp.where(trained == best, column, len(class_mask)), axis=-1, keepdims=True)
-    is_argmax = column == first
-    others = jnp.where(is_argmax, -jnp.inf, trained)
+    is_best = column == first
+    others = jnp.where(is_best, -jnp.inf, trained)
     second = jnp.max(others, axis=-1, keepdims=True)
     second = jnp.where(second == -jnp.inf, 0.0, second)
     lead = best - second - jnp.log(jnp.sum(jnp.exp(others - second), axis=-1, keepdims=True))
     total = best + jax.nn.softplus(-lead)
-    return jnp.where(is_argmax, jax.nn.log_sigmoid(lead), logits - total)
+    return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:
@@ -427,10 +427,6 @@ def _log1p(x: Array) -> Array:
     return x * functools.reduce(lambda total, factor: total * x + factor, _LOG1P)
 
 
-def _fit_log1p() -> list[float]:
-    """Fits a polynomial to log(1 + x) / x on [0, 1]; returns coefficients, highest power first."""
-    fit = np.polynomial.Chebyshev.interpolate(lambda x: np.log1p(x) / x, 10, domain=[0, 1])
-    return fit.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
-
-
-_LOG1P = _fit_log1p()
+# The coefficients of a polynomial that is nearly log(1 + x) / x on [0, 1], highest power first.
+_FIT = np.polynomial.Chebyshev.interpolate(lambda x: np.log1p(x) / x, 10, domain=[0, 1])
+_LOG1P: list[float] = _FIT.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()

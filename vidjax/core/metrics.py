@@ -223,8 +223,8 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
     """Computes the lowest threshold with an FPIR of at most `fpir`, or the FNIR at this threshold.
 
-    `value` is `fnir` or `threshold`. For the other arguments see `top1`. The threshold is a
-    logarithm if the scores are. Returns None where `identification_errors` returns None.
+    `value` is `fnir` or `threshold`. For the other arguments see `top1`. If the scores are
+    logarithms, so is the threshold. Returns None where `identification_errors` returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0

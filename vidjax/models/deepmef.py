@@ -1,4 +1,4 @@
-"""DeepMEF, third place of 2019, classifies by attention over frames and by scene features."""
+"""DeepMEF, the third-place system of 2019: attention over frames, and features of the scene."""
 
 import functools
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ each other than the card predicts, and k clips count only as `effective_count` c
 
 Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
 (two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
-there.
+this paper.
 """
 
 import math

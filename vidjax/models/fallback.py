@@ -42,12 +42,13 @@ class FallbackIdentifier(Identifier):
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
-    Source: DeepMEF (3rd place 2019): only the scene for clips without a face; face and scene with
-    the scene for the 1 % of clips of the lowest quality (article). Its code: 0.95 x scene; 0.2 x
-    (face and scene) + 0.8 x scene for norms below 8.867, which are 1 % of the official faces.
-    Residual Dense Net (2nd place 2019): only the body for clips without a face. Unlike there, the
-    threshold is a quantile of the training clips, because norms differ between face networks, and
-    a single run trains both models.
+    Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
+    the scene. The article uses the fallback model for clips without a face, and both models for the
+    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95, and the shares 0.2
+    and 0.8 for norms below 8.867, which are 1 % of the official faces. Residual Dense Net (2nd
+    place 2019) uses only the body for clips without a face. Unlike in both systems, the threshold
+    is a quantile of the training clips, because norms differ between face networks, and a single
+    run trains both models.
     """
 
     modalities: Mapping[str, int]
@@ -131,11 +132,9 @@ class FallbackIdentifier(Identifier):
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Adds the threshold to `spec`, unless `spec` sets it or has no `threshold_share`."""
-        return (
-            spec
-            if not spec.get("threshold_share") or spec.get("threshold")
-            else {**spec, **prepared}
-        )
+        if not spec.get("threshold_share") or spec.get("threshold"):
+            return spec
+        return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
         """Returns the norm or quality of `modality`, [B], or None if there is no `threshold`."""

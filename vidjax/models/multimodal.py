@@ -26,8 +26,8 @@ from vidjax.models.layers import (
 class MultimodalIdentifier(Identifier):
     """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
-    The feature map of a clip is a matrix with a vector or more of each modality. The vectors of
-    a missing modality are exactly 0 in the feature map, including the bias. With `fill_missing`,
+    The feature map of a clip is a matrix with one or more vectors for each modality. The vectors of
+    a missing modality are exactly 0, because no bias is added to them. With `fill_missing`,
     attention fills them from the other vectors.
 
     Attributes:
@@ -176,7 +176,7 @@ class MultimodalIdentifier(Identifier):
 
 
 class MultimodalAttention(nn.Module):
-    """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
+    """Adds to each vector of the feature map a mean of all vectors, weighted by correlation.
 
     The feature map is [B, M, D], a vector per row. The X in R^{D x M} of the paper is its
     transpose. The indices of Y[b, i, j] are i and j of the paper.
@@ -194,8 +194,8 @@ class MultimodalAttention(nn.Module):
         of the vectors that exist. If False (not in the paper), it is 0.
       dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
 
-    Source: iQIYI-VID paper, equations 1-3. Unlike there, a missing vector is 0 and has no weight in
-    the softmax; the equations would give it exp(0). Without missing vectors the results are equal.
+    Source: iQIYI-VID paper, equations 1-3. Here a missing vector is 0 and has no weight in the
+    softmax; the equations would give it exp(0). Without missing vectors the results are equal.
     SAGAN also projects the vectors that are summed; the form `two` does not.
     """
 

@@ -155,7 +155,7 @@ def fit_member_settings(
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
     """Prints a message if too few people have two clips for calibrated probabilities.
 
-    Labels are [N] int, 0 for clips that show nobody who is known.
+    Labels are [N] int, 0 for clips of strangers.
     """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
@@ -174,7 +174,7 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
-    If there are more than MAX_FITTED_CLIPS, only the clips of a few random identities are True.
+    If more than MAX_FITTED_CLIPS clips have such labels, only the clips of random identities count.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -193,9 +193,9 @@ def fit_settings(
     """Fits the settings of PLDA on held-out clips, except the settings in `given`.
 
     `vectors` maps a modality to [N, D] float of unit length, 0 for clips that lack the modality.
-    Labels are [N] int from 1 on. `enrolled` has the vectors of the clips when they are enrolled;
-    None means `vectors`. If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted, and
-    the settings have typical values.
+    Labels are [N] int from 1 on. `enrolled` has the vectors with which clips are enrolled, if they
+    differ from the vectors that are scored; None means `vectors`. If fewer than FEWEST_PEOPLE
+    people have two clips, nothing is fitted, and the settings have typical values.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))

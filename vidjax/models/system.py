@@ -107,11 +107,10 @@ class System(NamedTuple):
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
         Usually each clip is an example. Then the frames are returned unchanged, with [B, 1] bool,
-        all True. If `frame_is_example` is set, each fused frame of a clip is an example. Then a
-        modality must have T' frames, as the other modalities have, or 1 frame, which is repeated in
-        every example of the clip. A clip that has only modalities with a single frame is one
-        example. The result is modality -> Frames [B T', 1], and [B, T'] bool, True for examples
-        that exist.
+        all True. If `frame_is_example` is set, each of the T' fused frames of a clip is an example.
+        Then a modality has T' frames, or 1 frame, which is repeated in every example of the clip. A
+        clip that has only modalities with 1 frame is one example. The result is modality ->
+        Frames [B T', 1], and [B, T'] bool, True for examples that exist.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -219,7 +218,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model, which gets fewer features if `config.ensemble.views` hides a chunk."""
+    """Builds the model. If `config.ensemble.views` hides a chunk, the model has fewer inputs."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -262,7 +261,8 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds `System.column_weight`, the weights of clips by their class column.
 
-    A mirror of a noise class has the weight `spec["mirror_weight"]`, a schedule. Others have 1.
+    A mirror class has the weight `spec["mirror_weight"]`, which is a schedule. Other classes have
+    the weight 1.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

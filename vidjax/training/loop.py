@@ -101,7 +101,7 @@ def train(
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
     write_description(workdir, config, data, plan.training_sets)
-    evaluated = _take_steps(run, plan, schedule, RunFolder(workdir), config.eval.split, analyse)
+    evaluated = _take_steps(run, plan, schedule, workdir, config.eval.split, analyse)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluation = evaluated or run.evaluate()
     results = {"data": data.report["data"], **evaluation.results, **run.results()}
@@ -117,19 +117,14 @@ def train(
 
 
 def _take_steps(
-    run: "TrainingRun",
-    plan: RunPlan,
-    schedule: Schedule,
-    folder: RunFolder,
-    split: str,
-    analyse: bool,
+    run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, split: str, analyse: bool
 ) -> Evaluation | None:
     """Trains, logs, saves and evaluates. Returns the last evaluation if this process evaluated."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
     with contextlib.ExitStack() as stack:
-        logs = Logs(folder.path, step=run.step, evaluated=not is_pending)
+        logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
         progress = Progress(
             num_drawn(total_steps), initial=num_drawn(run.step),
@@ -424,7 +419,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in the manifest. If it exists, only adds `more`."""
+        """Saves a checkpoint with `more` in its manifest. If it exists, `more` is added to it."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

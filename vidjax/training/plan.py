@@ -168,7 +168,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
     A member learns from a clip if its `weight` [E, N] is above 0, and the fusion of `config.fusion`
-    keeps a frame. Of a clip with more frames, only the 512 frames of the best quality are tried.
+    keeps a frame. If a clip has more than 512 frames, only the 512 of best quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -268,7 +268,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes TrainingClips, which explains `labels` and `used`, for `Identifier.prepare`."""
+    """Makes the argument of `Identifier.prepare`. TrainingClips explains `labels` and `used`."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])

@@ -33,7 +33,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
     labels: Array  # [E, N] int32, class column of every training clip; constant within a step
-    bad_steps: Array  # [E] int32, number of latest steps without a finite loss and gradient
+    bad_steps: Array  # [E] int32, latest consecutive steps without a finite loss and gradient
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
@@ -283,8 +283,8 @@ def _transform_and_fuse(
         min_quality=min_quality,
         targets=((labels, jnp.ones_like(weight)),),
     )
-    # The fusion of M modalities folds the numbers 0 to M - 1 into the key. The last transform uses
-    # M, the one before it M + 1. So the first transform, `drop_poor_frames`, changes no other draw.
+    # The fusion of M modalities folds the numbers 0 to M - 1 into the key. The last transform folds
+    # M, and the transform before it M + 1. So a further first transform changes no other draw.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1
