@@ -203,11 +203,7 @@ Objective = Callable[[ModelOutput, Array, Array, Array], Array]
 
 
 def make_objective(
-    spec: Mapping[str, Any],
-    class_mask: Array | None,
-    steps_per_epoch: float,
-    *,
-    logit_scale: float,
+    spec: Mapping[str, Any], class_mask: Array | None, steps_per_epoch: float, *, logit_scale: float
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 

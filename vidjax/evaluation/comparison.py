@@ -86,9 +86,8 @@ class Comparison(NamedTuple):
         ]
         first = self.runs[0]
         clips = f"{first.metrics['num_clips']:,} clips of {first.split}"
-        others = ""
-        if first.num_others:
-            others = f" ({first.num_others:,} that no run was trained on are left out)"
+        unseen = f" ({first.num_others:,} that no run was trained on are left out)"
+        others = unseen if first.num_others else ""
         title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
         return "\n".join(
             [title, *(f"  {line}" for line in [*lines, *describe_in_sample(self.runs)])]

@@ -22,9 +22,9 @@ from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
 from vidjax.models.system import System
 
-# (params, model_state, hidden_chunk [] int32, batch) of a member -> [B, ...]
+# (params and model_state of a member, hidden_chunk [] int32, batch) -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
-ROWS_AT_ONCE = 256  # most examples of all clips together that an exported function computes at once
+ROWS_AT_ONCE = 256  # most examples, of all clips, that an exported function computes together
 
 
 def eval_step(
@@ -196,13 +196,8 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
     Every device runs the same program on a part of the rows. So the scores are bit-equal on any
     number of devices if the number of rows per device is the same.
     """
-    num_identities = system.task.num_identities
-
-    def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
-        scores = eval_step(system, params, model_state, hidden_chunk, batch)
-        return scores[:, 1 : 1 + num_identities]
-
-    return _shard_rows(step, mesh)
+    identities = slice(1, 1 + system.task.num_identities)
+    return _shard_rows(lambda *inputs: eval_step(system, *inputs)[:, identities], mesh)
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
@@ -238,9 +233,7 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
         )(params, model_state, hidden_chunk, batch)
 
     return jax.jit(
-        on_each,
-        out_shardings=devices.row_layout(mesh),
-        compiler_options=devices.compile_options(),
+        on_each, out_shardings=devices.row_layout(mesh), compiler_options=devices.compile_options()
     )
 
 

@@ -491,9 +491,8 @@ def _compute_metrics(
             "map": value,
             "map_kind": _map_kind(split.name, scorers),
             "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
+            **{name: x.fn(clips, split.labels) for name, x in metrics.CLIP_METRICS.items()},
         }
-        for name, metric in metrics.CLIP_METRICS.items():
-            results[name] = metric.fn(clips, split.labels)
     return results | {
         "num_clips": int(np.sum(pool)),
         "num_identities": len(split.positives),
