@@ -156,7 +156,10 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share [B] x clip + (1 - share) x clip at row `partner` [B]. Missing frames are 0."""
+    """Returns share [B] x clip + (1 - share) x partner, the clip at row `partner` [B].
+
+    Missing frames count as 0.
+    """
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:

@@ -148,7 +148,10 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
+    """Returns how many times each member trains on each clip in an epoch, [E, N] float32.
+
+    `folds` is the number of folds; 0 means no folds. For `resample` see `draw_bootstrap`.
+    """
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -263,7 +266,7 @@ def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Selects a member from a tree of arrays [E, ...]. It is compiled once for all members."""
+    """Selects a member from a tree of arrays [E, ...]. All members use the same program."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )

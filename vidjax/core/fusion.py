@@ -226,7 +226,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field: from Frames a and b, the new mask is fn(a.mask, b.mask).
+    """Applies `fn` to each field. For Frames a and b, the new mask is `fn(a.mask, b.mask)`.
 
     If the features are LazyFeatures, `fn` is applied to their `index`.
     """

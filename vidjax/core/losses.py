@@ -331,7 +331,7 @@ def _select_at_label_jvp(
 
 
 def is_argmax(scores: Array, column: Array) -> Array:
-    """Computes `argmax(scores, axis=1) == column`, on a CPU 9 times faster than with argmax.
+    """Computes `argmax(scores, axis=1) == column`, 9 times faster than `argmax` on a CPU.
 
     Scores are [B, K] float, and the column is [B] int32. Of equal scores the first column is best.
     A row with NaN has no best column.
@@ -414,7 +414,7 @@ def _sum_of_focal_negatives_jvp(
 
 
 def _log1p(x: Array) -> Array:
-    """Computes log(1 + x) for x in [0, 1], within 2e-7 relative in float32.
+    """Computes log(1 + x) for x in [0, 1], with a relative error below 2e-7 in float32.
 
     XLA for CPUs does not vectorise `jnp.log1p` if it is fused with other operations.
     """

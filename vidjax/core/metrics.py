@@ -206,7 +206,7 @@ class ClipScores(NamedTuple):
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
     """Returns the share of the labelled clips whose best identity is right, from 0 to 1.
 
-    `labels` are [N] int, numbers of identities; 0 for a distractor, a clip of none of them.
+    `labels` are [N] int, class columns; 0 for a distractor, which shows none of the identities.
     """
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
@@ -279,7 +279,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from a `metrics.json`, unless they are None."""
+    """Returns MAP and the metrics with `log=True` in a `metrics.json`, except values of None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

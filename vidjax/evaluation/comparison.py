@@ -376,7 +376,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def list_fields(run: RankedRun) -> dict[str, str]:
-    """Returns the configuration of a run, as its evaluation changed it: field -> value as text."""
+    """Returns the configuration with which a run was evaluated: field -> value as text."""
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     return {name: config_io.value_text(value) for name, value in values.items()}
 
@@ -436,7 +436,7 @@ LATEX = str.maketrans(
 
 
 def _format_latex_cell(text: str) -> str:
-    """Escapes text for LaTeX. Numbers with a sign get math mode, for its minus sign."""
+    """Escapes text for LaTeX. Numbers with a sign are in math mode, which has a minus sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")

@@ -213,8 +213,8 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
     """Selects the best k of k + B candidates per identity by their scores [C, k + B].
 
-    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B] or, if
-    all identities have the same, [1, B].
+    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B]. If all
+    identities have the same candidates, `clips` is [1, B].
     """
     k = old.scores.shape[1]
     # If the scores k and k + 1 are equal, top_k prefers the earlier column, but the earlier column

@@ -334,7 +334,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Embeds blocks, [B, D] each: the members are concatenated and not scaled to length 1."""
+        """Returns the vectors of all members side by side for each block, [B, D], not scaled."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)

@@ -312,7 +312,7 @@ def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of `top` on clips in `pool`, [N] bool, or None if none shows an identity."""
+    """Returns the MAP of `top` on clips in `pool`, [N] bool. None means no clip has an identity."""
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -411,7 +411,7 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores clips with one or more models, and ranks them by their blend, each model and member.
+    """Scores clips with models, and ranks the clips by the blend, by each model and each member.
 
     `ranking` ranks by the blend of all models, or by the only model. `best` has the best score of
     each clip, on the devices.
@@ -504,7 +504,7 @@ def _compute_metrics(
 def _add_best(
     clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> ClipScores:
-    """Stores in `clips` the best score of each clip of a block, and if its identity is right."""
+    """Stores the best score of each clip of a block, and True if it is for the right identity."""
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)

@@ -194,9 +194,6 @@ class FallbackIdentifier(Identifier):
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns the value below which a share of the values lie.
-
-    For n values, int(share * n) of them lie below it, or fewer if some values are equal.
-    """
+    """Returns one of n values. int(share * n) values lie below it, or fewer if some are equal."""
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

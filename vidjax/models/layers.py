@@ -99,8 +99,8 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     """Computes `matmul(x, kernel, dtype)`, with a backward pass that also multiplies in `dtype`.
 
-    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. (In JAX, a
-    function with a custom VJP has no forward-mode derivative.)
+    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. This function has
+    no forward-mode derivative, because it has a custom VJP.
     """
     return matmul(x, kernel, dtype)
 
@@ -122,17 +122,17 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Multiplies matrices and sums, in `dtype`, over axis 1 of `left` and `axis` of `right`."""
+    """Multiplies matrices. Sums over axis 1 of `left` and `axis` of `right`, in `dtype`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns the transpose of a matrix, which is stored in memory on CPUs.
+    """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory.
 
-    Otherwise a product with it would be slow: XLA for CPUs has no fast product that sums over the
-    first axis of both operands.
+    Without the copy, a product with the transpose would be slow: XLA for CPUs has no fast product
+    that sums over the first axis of both operands.
     """
     if jax.default_backend() != "cpu":
         return x.T

@@ -61,7 +61,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns a member's settings. Raises UserError if one is neither given nor fitted."""
+        """Returns a member's settings. Raises UserError if a setting is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -71,12 +71,12 @@ class PLDAIdentifier(Identifier):
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Fits the parameters that are None on held-out training clips. Returns name -> value."""
+        """Fits the settings that are None, on held-out training clips. Returns name -> value."""
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the parameters of PLDA for galleries, which use the first member."""
+        """Returns the settings of the first member, which galleries use."""
         return self.settings()
 
     @nn.compact

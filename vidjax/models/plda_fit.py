@@ -115,7 +115,7 @@ def fit_member_settings(
 ) -> dict[str, float | tuple[float, ...]]:
     """Fits the settings of PLDA that are None in `given`. Returns name -> number.
 
-    If the numbers differ between the members of an ensemble, a value is a tuple of them.
+    If the numbers of the members of an ensemble differ, a value is a tuple with all numbers.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -174,7 +174,7 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
-    If more than MAX_FITTED_CLIPS clips have such labels, only the clips of random identities count.
+    If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -252,8 +252,8 @@ def _hold_out(
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
     The remaining identities, which are random, become strangers. For the arguments, see
-    `fit_settings`. Returns None if a modality has no enrolled clip, or if all held-out clips or
-    none of them show strangers.
+    `fit_settings`. Returns None if a modality has no enrolled clip, if all held-out clips show
+    strangers, or if no held-out clip does.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -335,7 +335,7 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger`, unless `given`, by likelihood and prior."""
+    """Fits `scale`, `unenrolled` and `stranger`, unless `given`: maximises likelihood x prior."""
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)

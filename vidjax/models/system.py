@@ -134,7 +134,7 @@ class System(NamedTuple):
 
 
 def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns a clip of a single frame of zeros: modality -> Frames [1, 1], with these widths."""
+    """Returns a clip of one frame of zeros, modality -> Frames [1, 1]. `modalities` has widths."""
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -273,7 +273,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises UserError if JAX would compute in another dtype without a message."""
+    """Raises UserError if JAX would silently compute in another dtype."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"

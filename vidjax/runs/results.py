@@ -228,8 +228,8 @@ class Logs:
     """Writes the logs of a run: `metrics.jsonl`, `timing.jsonl` and a file for TensorBoard.
 
     If several processes train the run, only the first process writes. A resumed run continues after
-    `step`, and later entries of the logs are removed or hidden. `evaluated` is True if `step` was
-    evaluated.
+    `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
+    `step` was evaluated.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):

@@ -66,7 +66,7 @@ class RunFolder:
         return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
-        """Returns the paths of the result files of `split`, by default of the split of training.
+        """Returns the paths of the result files of `split`, by default the `eval.split` of the run.
 
         `apart` is True if the results come from settings other than the settings of the run. Then
         the file names contain the name of the split, so no result of the training is replaced.

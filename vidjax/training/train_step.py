@@ -81,7 +81,7 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
-    """Builds the state at step 0 on the devices. `init` must call `init_state`.
+    """Builds the state at step 0 on the devices. `init` returns the result of `init_state`.
 
     A first program draws the parameters, and a second program adds the state of the optimiser `tx`.
     A single program would need more memory, because drawing takes three times the memory of the

@@ -118,7 +118,7 @@ def measure_quality_and_attention(
 
 @functools.cache
 def import_slow_libraries(*, report: bool) -> None:
-    """Starts a thread for imports that take over half a second: Orbax and, if asked, the report."""
+    """Starts a thread that imports Orbax and, if wanted, the report. Both take half a second."""
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # the code that needs them reports it

@@ -357,7 +357,7 @@ def resample_fnir(
 
     `strange` [S] are the scores of distractors. For the n known clips, `known` are the scores,
     `right` is True if the best identity is right, and `people` are the identities. `rate` is the
-    FPIR at which `metrics.find_threshold` would set the threshold of each sample.
+    FPIR for which each sample sets its threshold, as `metrics.find_threshold` does.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
