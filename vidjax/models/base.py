@@ -141,5 +141,5 @@ class Identifier(nn.Module):
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` of galleries. With None, galleries compare cosines."""
+        """Returns the `two_covariance.Settings` of galleries, or None if galleries use cosines."""
         return None

@@ -61,7 +61,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns a member's settings. Raises UserError if a setting is neither given nor fitted."""
+        """Returns a member's settings. Raises UserError if a setting has no value."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(

@@ -419,7 +419,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in the manifest. If it exists, only the manifest changes."""
+        """Saves a checkpoint with `more` in the manifest, or adds `more` to a saved checkpoint."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
