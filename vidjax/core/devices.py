@@ -126,10 +126,9 @@ def _read_commit(checkout: Path) -> str | None:
         return None
     # `git describe --dirty` would lock the index, and the user may commit at this moment.
     words = ("git", "--no-optional-locks", "-C", str(checkout), "status", "--untracked-files=no")
+    words += ("--porcelain=v2", "--branch")
     try:
-        status = subprocess.run(
-            (*words, "--porcelain=v2", "--branch"), capture_output=True, text=True, timeout=5
-        )
+        status = subprocess.run(words, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     head, *lines = status.stdout.splitlines() or [""]

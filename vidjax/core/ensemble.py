@@ -267,9 +267,7 @@ def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
     """Selects a member from a tree of arrays [E, ...]. All members use the same program."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
-    )
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=False), tree)
 
 
 def split(tree: Tree, size: int) -> tuple[Tree, ...]:

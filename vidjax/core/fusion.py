@@ -118,10 +118,8 @@ def sample_frames(
     check_choice("order", order, ("random", "time"))
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
-        order_of_draws = shuffle(shuffle_rng, frames.mask)
-        chosen = _select_first(
-            repeat_rng, frames, order_of_draws, num_frames, replacement=replacement
-        )
+        draws = shuffle(shuffle_rng, frames.mask)
+        chosen = _select_first(repeat_rng, frames, draws, num_frames, replacement=replacement)
         order_rng = None if repeat_rng is None else jax.random.fold_in(repeat_rng, 1)
     else:
         in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames come first
@@ -277,9 +275,8 @@ def _select_first(
         uniforms = jax.random.uniform(key, (rows, num_frames), jnp.float32)
         again = jnp.minimum((uniforms * count).astype(jnp.int32), count - 1)
     rank = jnp.where(count >= num_frames if replacement else slot < count, slot, again)
-    return _select_frames(
-        frames, jnp.sort(take(order, jnp.clip(rank, 0, order.shape[1] - 1)), axis=1)
-    )
+    index = take(order, jnp.clip(rank, 0, order.shape[1] - 1))
+    return _select_frames(frames, jnp.sort(index, axis=1))
 
 
 def _select_frames(frames: Frames, index: Array) -> Frames:

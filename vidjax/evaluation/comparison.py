@@ -89,9 +89,8 @@ class Comparison(NamedTuple):
         unseen = f" ({first.num_others:,} that no run was trained on are left out)"
         others = unseen if first.num_others else ""
         title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
-        return "\n".join(
-            [title, *(f"  {line}" for line in [*lines, *describe_in_sample(self.runs)])]
-        )
+        lines += describe_in_sample(self.runs)
+        return "\n".join([title, *(f"  {line}" for line in lines)])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -121,9 +120,7 @@ class Comparison(NamedTuple):
         names = shorten_names(self.runs)
         named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
         head, rows = make_difference_table(named, self.differences)
-        lines = [
-            " & ".join(_format_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]
-        ]
+        lines = [" & ".join(map(_format_latex_cell, row)) + r" \\" for row in [head, *rows]]
         body = "\n".join(lines[1:])
         note = "".join(f"% {line}\n" for text in sentences(self.runs) for line in text.splitlines())
         return (

@@ -212,18 +212,15 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 def make_attention_step(system: System) -> EvalStep:
     """Returns a compiled `attention_step`."""
-    return jax.jit(
-        functools.partial(attention_step, system), compiler_options=devices.compile_options()
-    )
+    step = functools.partial(attention_step, system)
+    return jax.jit(step, compiler_options=devices.compile_options())
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     """Returns a compiled step that every device runs on a part of the rows."""
     whole = PartitionSpec()
 
-    def on_each(
-        params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
-    ) -> Array:
+    def apply(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
         return jax.shard_map(
             step,
             mesh=mesh,
@@ -233,7 +230,7 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
         )(params, model_state, hidden_chunk, batch)
 
     return jax.jit(
-        on_each, out_shardings=devices.row_layout(mesh), compiler_options=devices.compile_options()
+        apply, out_shardings=devices.row_layout(mesh), compiler_options=devices.compile_options()
     )
 
 
@@ -275,9 +272,8 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
     counts = column > 0
     if mean.rest is None:
         scores = jnp.where(counts, scores * column, 0.0)
-        return MeanScores(
-            mean.total + (jnp.sum(scores, axis=1) if several else scores), None, total
-        )
+        scores = jnp.sum(scores, axis=1) if several else scores
+        return MeanScores(mean.total + scores, None, total)
     log_weight = jnp.log(column)
 
     def add(part: Array, more: Array) -> Array:

@@ -170,10 +170,8 @@ def load_weights(
     params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
-    params = items["params"]
-    return params, devices.replicate(
-        mesh, system.model.finalise_state(params, items["model_state"])
-    )
+    model_state = system.model.finalise_state(items["params"], items["model_state"])
+    return items["params"], devices.replicate(mesh, model_state)
 
 
 def hash_companions(
@@ -181,7 +179,7 @@ def hash_companions(
 ) -> dict[str, str]:
     """Returns the sha256 of both arguments, as entries of the manifest of a checkpoint."""
     return {
-        "identities_sha256": _digest(identities),
+        "identities_sha256": files.sha256_json(list(identities)),
         "members_sha256": ensemble.digest(training_sets),
     }
 
@@ -205,7 +203,7 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
 def load_identities(folder: RunFolder, manifest: Mapping[str, Any]) -> list[str]:
     """Reads the names of the class columns 1..C."""
     path, wanted = folder.path / IDENTITIES, manifest.get("identities_sha256")
-    return _read_companion(path, lambda: folder.identities, _digest, wanted)
+    return _read_companion(path, lambda: folder.identities, files.sha256_json, wanted)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
@@ -227,10 +225,6 @@ def _read_companion(
     if digest(data) != wanted:
         raise CheckpointError(f"'{path}' is not the file that the run was trained with\n{REMEDY}")
     return data
-
-
-def _digest(identities: Sequence[str]) -> str:
-    return files.sha256_json(list(identities))
 
 
 # The data of a run.

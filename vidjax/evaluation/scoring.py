@@ -452,10 +452,9 @@ class _Ranker:
         weights = [model.weight for model in self._models]
         for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
             blended = blend(each, weights) if self._by_model else each[0]
-            self.ranking.add((blended, block.clip_index, block.batch_mask))
-            self.best = _add_best(
-                self.best, self._labels, blended, block.clip_index, block.batch_mask
-            )
+            scored = blended, block.clip_index, block.batch_mask
+            self.ranking.add(scored)
+            self.best = _add_best(self.best, self._labels, *scored)
 
     def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
         """Returns `runs` with the MAP of each model, and `members` with the MAP of each member.

@@ -218,12 +218,8 @@ class ResidualDenseNet(nn.Module):
                 name=f"layer_{i}",
             )(x, mask, train=train)
             if self.gate:
-                branch = Linear(
-                    self.width,
-                    dtype=self.dtype,
-                    kernel_init=nn.initializers.zeros,
-                    name=f"gate_{i}",
-                )
+                zeros = nn.initializers.zeros
+                branch = Linear(self.width, self.dtype, kernel_init=zeros, name=f"gate_{i}")
                 new = new * jax.nn.sigmoid(branch(new))
             x = x + new if connected and self.shortcut == "add" else new
             inputs.append(new)
@@ -285,9 +281,8 @@ class CosineIdentifier(Identifier):
             for i, (name, real) in enumerate(frames.items())
         ]
         z = unit_vectors(jnp.concatenate(parts, axis=-1))  # [B, M embed_dim]
-        cosines = CosineClassifier(self.num_classes, 1.0, self.dropout_rate, name="classifier")(
-            z, train=train
-        )
+        head = CosineClassifier(self.num_classes, 1.0, self.dropout_rate, name="classifier")
+        cosines = head(z, train=train)
         scale = self.param("scale", nn.initializers.constant(self.logit_scale), (), param_dtype)
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 

@@ -172,6 +172,5 @@ def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray)
     same = distances.within * noise
     different = same + 2 * distances.between
     square = np.maximum(square, MIN_SQUARE * distances.within)
-    return person_log_density(distances, square, same) - stranger_log_density(
-        distances, square, different
-    )
+    log_density = person_log_density(distances, square, same)
+    return log_density - stranger_log_density(distances, square, different)

@@ -72,11 +72,11 @@ class FallbackIdentifier(Identifier):
             raise UserError(
                 f"config.model.threshold_share={self.threshold_share}: must be 0 or more, below 1"
             )
-        if self.modality not in (self.main_modalities or self.modalities):
-            main = ", ".join(self.main_modalities or self.modalities)
+        main = self.main_modalities or self.modalities
+        if self.modality not in main:
             raise UserError(
                 f"model 'fallback': modality={self.modality!r} is not among the main modalities "
-                f"({main})\nadd it to main_modalities, or choose another modality"
+                f"({', '.join(main)})\nadd it to main_modalities, or choose another modality"
             )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
@@ -123,9 +123,8 @@ class FallbackIdentifier(Identifier):
         if not exists.any():
             return {"threshold": 0.0}
         mean = jax.jit(functools.partial(fusion.mean_measure, measure=self.measure))
-        return {
-            "threshold": quantile(clips.values(self.modality, mean, exists), self.threshold_share)
-        }
+        values = clips.values(self.modality, mean, exists)
+        return {"threshold": quantile(values, self.threshold_share)}
 
     @classmethod
     def with_prepared(

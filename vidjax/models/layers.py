@@ -258,14 +258,10 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Computes x + f(x), [B, D] float32. For the arguments see DenseLayer."""
         hidden_dim = self.hidden_dim or 2 * x.shape[-1]
-        layer = functools.partial(
-            DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING
-        )
-        hidden = layer(hidden_dim, "prelu", True, self.dropout_rate, name="hidden")(
-            x, mask, train=train
-        )
-        back = layer(x.shape[-1], "prelu", name="back")
-        return x + back(hidden, mask, train=train)
+        make = functools.partial(DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING)
+        hidden = make(hidden_dim, "prelu", True, self.dropout_rate, name="hidden")
+        back = make(x.shape[-1], "prelu", name="back")
+        return x + back(hidden(x, mask, train=train), mask, train=train)
 
 
 def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
@@ -289,9 +285,7 @@ class Classifier(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Computes the logits, [B, 1 + C] float32, from x [B, D] float; `train` applies dropout."""
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
-        return Linear(
-            self.num_classes, dtype=self.dtype, kernel_init=self.kernel_init, name="logits"
-        )(x)
+        return Linear(self.num_classes, self.dtype, kernel_init=self.kernel_init, name="logits")(x)
 
 
 class CosineClassifier(nn.Module):
@@ -319,13 +313,10 @@ class CosineClassifier(nn.Module):
         Without dropout, logits lie in [-scale, scale]. The logits of a zero vector are 0.
         """
         unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
-        kernel = self.param(
-            "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.num_classes), unit.dtype
-        )
+        init = nn.initializers.xavier_uniform()
+        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), unit.dtype)
         directions = unit_vectors(kernel.T)  # [1 + C, D]
-        return self.scale * jnp.einsum(
-            "bd,cd->bc", unit, directions, precision=jax.lax.Precision.HIGHEST
-        )
+        return self.scale * jnp.einsum("bd,cd->bc", unit, directions, precision="highest")
 
 
 class NetVLAD(nn.Module):
@@ -376,9 +367,8 @@ class NetVLAD(nn.Module):
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
 
         dim = features.shape[-1]
-        centers = self.param(
-            "centers", nn.initializers.normal(dim**-0.5), (self.num_clusters, dim), param_dtype
-        )
+        init = nn.initializers.normal(dim**-0.5)
+        centers = self.param("centers", init, (self.num_clusters, dim), param_dtype)
         weighted = jnp.einsum(
             "btk,btd->bkd",
             assignment.astype(self.dtype),

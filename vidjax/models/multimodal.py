@@ -123,9 +123,10 @@ class MultimodalIdentifier(Identifier):
             mapped = Linear(count * self.embed_dim, dtype=self.dtype, name=f"{name}_map")(video)
             mapped = mapped.reshape(-1, count, self.embed_dim)
             if self.map_norm:
-                mapped = nn.LayerNorm(
+                norm = nn.LayerNorm(
                     dtype=self.dtype, param_dtype=param_dtype, name=f"{name}_map_norm"
-                )(mapped)
+                )
+                mapped = norm(mapped)
             vectors.append(mapped * exists[..., None])
             vector_mask.append(jnp.repeat(exists, count, axis=1))
         x = jnp.concatenate(vectors, axis=1)  # [B, M, embed_dim]
@@ -225,8 +226,8 @@ class MultimodalAttention(nn.Module):
         project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)
         f = project(name="w_f")(x)  # [B, M, D~]
         g = project(name="w_g")(x) if self.form == "two" else f
-        z = jnp.einsum("bid,bjd->bij", f, g, preferred_element_type=param_dtype)  # [B, M, M]
-        z = z * self.scale
+        product = functools.partial(jnp.einsum, preferred_element_type=param_dtype)
+        z = product("bid,bjd->bij", f, g) * self.scale  # [B, M, M]
         pairs = mask[:, :, None] & (True if self.fill_missing else mask[:, None, :])
         # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
         # the same zeros without NaN.
@@ -235,9 +236,7 @@ class MultimodalAttention(nn.Module):
         gamma = self.gamma
         if self.train_gamma:
             gamma = self.param("gamma", nn.initializers.constant(gamma), (), param_dtype)
-        mixed = jnp.einsum(
-            "bij,bid->bjd", y.astype(self.dtype), x, preferred_element_type=param_dtype
-        )
+        mixed = product("bij,bid->bjd", y.astype(self.dtype), x)
         return (x + gamma * mixed).astype(self.dtype), y
 
 

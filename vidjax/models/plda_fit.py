@@ -269,9 +269,8 @@ def _hold_out(
             return None
         share = two_covariance.centre_share(len(np.unique(labels[visible])))
         centre = share * x[visible].mean(axis=0)
-        centred, to_enrol = (
-            two_covariance.unit_vectors_from(centre, side) for side in (x, enrolled_vectors[name])
-        )
+        centred = two_covariance.unit_vectors_from(centre, x)
+        to_enrol = two_covariance.unit_vectors_from(centre, enrolled_vectors[name])
         sums = two_covariance.make_sums(centred[visible], labels[visible], 1 + num_identities)
         parts["covariances"].append(two_covariance.covariances(sums))
         rows = np.flatnonzero(visible)

@@ -74,15 +74,13 @@ class System(NamedTuple):
         feature vector that is hidden from the member. It is read only if `config.ensemble.views` is
         not 0.
         """
-        fused = {}
+        fused, spec = {}, self.config["ensemble"]
         fusions = self.fuse_eval if rng is None else self.fuse_train
         for i, (name, fuse) in enumerate(fusions.items()):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
-            if self.config["ensemble"]["views"]:
-                features = ensemble.drop_chunk(
-                    features, hidden_chunk, self.config["ensemble"]["chunks"]
-                )
+            if spec["views"]:
+                features = ensemble.drop_chunk(features, hidden_chunk, spec["chunks"])
             fused[name] = result._replace(features=features)
         return fused
 

@@ -132,10 +132,8 @@ def make_space(covariances: Covariances, *, within: float | Array, between: floa
     values = (1 - within) * covariances.within + within * mean_variance
     values = np.maximum(values, 1e-6 * mean_variance)  # W may have no variance along some axes
     shrunk = (1 - between) * covariances.between
-    isotropic = (
-        np.trace(covariances.between) / len(values) * np.eye(len(values), dtype=values.dtype)
-    )
-    shrunk = shrunk + between * isotropic
+    mean_between = np.trace(covariances.between) / len(values)
+    shrunk = shrunk + between * mean_between * np.eye(len(values), dtype=values.dtype)
     scale = 1 / np.sqrt(values)
     ratio, turned = np.linalg.eigh(scale[:, None] * shrunk * scale)
     return Space(covariances.mean, (covariances.axes * scale) @ turned, np.maximum(ratio, 0.0))

@@ -197,12 +197,8 @@ def _name_data(config: Config, data: "TrainingData") -> Config:
     values = dict(config_lib.fields(config))
     for field in config_lib.FIELDS.values():
         when = field.read_when
-        if (
-            when
-            and when.field == "data.name"
-            and not when.condition(values)
-            and field.name != "data.dir"
-        ):
+        is_of_others = when and when.field == "data.name" and not when.condition(values)
+        if is_of_others and field.name != "data.dir":
             config.data[field.name.removeprefix("data.")] = field.default
     return config
 

@@ -294,22 +294,20 @@ class TrainingRun:
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
-        plan_in_memory = resident.make_resident_plan(data, batches, config.eval.split)
+        in_memory = resident.make_resident_plan(data, batches, config.eval.split)
         num_drawn = plan.task.total_steps * config.batch_size
         params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
-        taken = resident.step_bytes(plan_in_memory, batches, params, plan.task.num_columns, mesh)
-        mode = mode or resident.choose_mode(
-            config.data.mode, plan_in_memory, mesh, num_drawn, taken
-        )
+        taken = resident.step_bytes(in_memory, batches, params, plan.task.num_columns, mesh)
+        mode = mode or resident.choose_mode(config.data.mode, in_memory, mesh, num_drawn, taken)
         (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
             say("clips are read from the disk in each epoch")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()
-        clips = resident.Resident(data, plan_in_memory, mesh)
+        clips = resident.Resident(data, in_memory, mesh)
         say(
-            f"clips stay on the device: {plan_in_memory.nbytes / 1e6:,.0f} MB, "
+            f"clips stay on the device: {in_memory.nbytes / 1e6:,.0f} MB, "
             f"read in {time.monotonic() - began:.1f} s"
         )
         return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips

@@ -176,9 +176,8 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     @jax.jit
     def is_chosen(batch: Batch) -> Array:
         rng = jax.random.key(config.seed)
-        return fusion.has_frames(
-            {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
-        )
+        fused = {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
+        return fusion.has_frames(fused)
 
     is_used = compute_values(config, data, tuple(config.modalities), is_chosen, weighted)
     if not is_used.any():
@@ -211,13 +210,10 @@ def label_distractors(
             f"config.noise.modality='{modality}' is not a modality of the data: choose from "
             f"{', '.join(data.modalities)}"
         )
-    clusters = cluster(
-        compute_values(
-            config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
-        ),
-        eps=config.noise.eps,
-        min_samples=config.noise.min_samples,
+    vectors = compute_values(
+        config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
     )
+    clusters = cluster(vectors, eps=config.noise.eps, min_samples=config.noise.min_samples)
     layout = NoiseClassLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
     labels = labels.copy()
     labels[is_noise] = initial_labels(clusters, layout, config.seed)
@@ -486,9 +482,8 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
     [n] int, the cluster of each distractor, or -1 if it is in no cluster.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
-    columns = np.where(
-        clusters >= 0, 1 + layout.num_identities + clusters, identities + layout.mirror_shift
-    )
+    mirrors = identities + layout.mirror_shift
+    columns = np.where(clusters >= 0, 1 + layout.num_identities + clusters, mirrors)
     return columns.astype(np.int32)
 
 

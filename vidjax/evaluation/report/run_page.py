@@ -233,9 +233,8 @@ def reading(run: RunFiles) -> Markup | None:
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
-    return Markup("<dl>{}</dl>").format(
-        Markup().join(words.format(*item) for item in TERMS.items())
-    )
+    terms = Markup().join(words.format(*item) for item in TERMS.items())
+    return Markup("<dl>{}</dl>").format(terms)
 
 
 def learning(run: RunFiles) -> Markup | None:
@@ -387,9 +386,8 @@ def open_set(run: RunFiles) -> Markup | None:
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
-    parts = [
-        html.beside("figures", [draw(run) for name, draw in shown.items() if name in run.arrays])
-    ]
+    figures = [draw(run) for name, draw in shown.items() if name in run.arrays]
+    parts = [html.beside("figures", figures)]
     if open_set := run.analysis.open_set:
         parts.append(_thresholds(run, open_set))
     if "fpir" not in run.arrays:
