@@ -369,13 +369,9 @@ class NetVLAD(nn.Module):
         dim = features.shape[-1]
         init = nn.initializers.normal(dim**-0.5)
         centers = self.param("centers", init, (self.num_clusters, dim), param_dtype)
-        weighted = jnp.einsum(
-            "btk,btd->bkd",
-            assignment.astype(self.dtype),
-            features,
-            preferred_element_type=param_dtype,
-        )  # [B, K, D]
-        descriptors = weighted - jnp.sum(assignment, axis=1)[..., None] * centers
+        share = assignment.astype(self.dtype)
+        summed = jnp.einsum("btk,btd->bkd", share, features, preferred_element_type=param_dtype)
+        descriptors = summed - jnp.sum(assignment, axis=1)[..., None] * centers  # [B, K, D]
         if self.reduce == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1), 1)
             descriptors = descriptors / count[:, None, None]

@@ -90,11 +90,9 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         ocp.save_checkpointables(str(partial / "state"), filled)
         distributed.barrier()
         if distributed.is_first():
-            contents = {
-                "arrays": _describe_arrays(items),
-                "files": files.sha256_folder(partial / "state"),
-            }
-            files.write_manifest(partial / MANIFEST, {**contents, **info})
+            digests = files.sha256_folder(partial / "state")
+            contents = {"arrays": _describe_arrays(items), "files": digests, **info}
+            files.write_manifest(partial / MANIFEST, contents)
             _set_aside(folder)
             os.rename(partial, folder)
     except Exception as error:  # Orbax raises a dozen different errors if the disk is full
