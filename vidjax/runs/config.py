@@ -260,10 +260,10 @@ TABLE: tuple[Field | Group, ...] = (
           low=0, high=1e6),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
-    Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the order of clips "
-          "by probability, and the mean over members", above=0),
-    Field("eval.top_classes", 0, "number of identities for which each clip is ranked: those with "
-          "the highest scores; 0: all", low=0),
+    Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
+          "members, and the order of clips that are ranked by probability", above=0),
+    Field("eval.top_classes", 0, "number of identities for which each clip is ranked, its "
+          "identities with the highest scores; 0: all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),

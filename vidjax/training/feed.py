@@ -121,7 +121,7 @@ class StreamingFeed(Feed):
             fetched = time.monotonic() - began
             if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(outcomes[-1])):
                 self.waited += fetched - self._fastest
-            # This waits until the devices have finished the step before.
+            # This waits until the devices have finished the previous step.
             before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []
             self._next = devices.shard_batch(self._mesh, after)
             if any(x.bad_step >= 0 for x in before):

@@ -189,7 +189,7 @@ def take_member_step(
     clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
-        # A small number could give a key that the first transform derives with `split`, too.
+        # With a small number, the key could equal a key that the first transform gets by `split`.
         key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
 

@@ -34,8 +34,8 @@ KINDS = {
 LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
 TERMS = {
     "MAP@100": "mean average precision. Every identity has a list of its 100 best clips. Its "
-    "average precision is 1 if all its clips come first in the list, and less the later they come "
-    "or the more are missing. MAP is the mean over identities.",
+    "average precision is 1 if all its clips come first in the list. It is lower if its clips come "
+    "later or are missing. MAP is the mean over identities.",
     "Distractor": "a clip that shows none of the identities.",
     "Threshold": "the score from which a clip is identified.",
     "FPIR": "the share of distractors whose best score reaches the threshold.",
@@ -159,9 +159,9 @@ def result_rows(run: RunFiles) -> Rows:
     labels = [
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
-        ("num_map_identities", "identities with clips, whose mean MAP is", 0),
+        ("num_map_identities", "identities with clips; MAP is their mean", 0),
         ("num_distractors", "distractors", 0),
-        ("num_ties", "places in lists that only names decide: equal scores", 0),
+        ("num_ties", "ties: ranked clips with the score of the clip before them", 0),
         ("eval_clips_per_second", "clips per second of evaluation", 0),
         ("eval_seconds", "seconds of the evaluation", 1),
         ("train_clips_per_second", "clips per second of training steps (median)", 0),
