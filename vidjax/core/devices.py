@@ -211,13 +211,13 @@ def fetch(tree: Tree) -> Tree:
 
     All processes must call it together with the same arrays.
     """
-    return jax.tree.map(_fetch, tree)
 
+    def copy(x: Array) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
 
-def _fetch(x: Array) -> np.ndarray:
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    return jax.tree.map(copy, tree)
 
 
 def batch_specs(batch: Batch) -> Batch:

@@ -159,9 +159,7 @@ def convert_to_lists(
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [
-            (names[clip], score)
-            for clip, score in zip(indices, scores, strict=True)
-            if clip != NO_CLIP
+            (names[clip], score) for clip, score in zip(*row, strict=True) if clip != NO_CLIP
         ]
-        for identity, (indices, scores) in zip(identities, rows, strict=True)
+        for identity, row in zip(identities, rows, strict=True)
     }

@@ -184,11 +184,8 @@ def _add(
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
-    new = {
-        **part,
-        "centre": part["centre"] + jnp.dot(first, x),
-        "num": part["num"] + jnp.sum(first),
-    }
+    centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)
+    new = {**part, "centre": centre, "num": num}
     assert clips.labels is not None
     counted = real & (turn == 1) & (clips.labels > 0)
     # All first occurrences come before any second occurrence, so the centre is complete here.

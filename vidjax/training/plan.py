@@ -408,10 +408,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
         return frozenset(range(steps, total, steps))
 
-    log = frozenset(
-        {*range(0, total, config.log_every_steps), total}
-        | {step for step in FIRST_STEPS if step < total}
-    )
+    first = [step for step in FIRST_STEPS if step < total]
+    log = frozenset((*first, *range(0, total, config.log_every_steps), total))
     evaluate = every(config.eval.every_epochs) | {total}
     relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))

@@ -411,12 +411,7 @@ def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
         fpir = share(row.fpir, 2), html.between(row.fpir_low, row.fpir_high, 2, percent=True)
         fnir = share(row.fnir, 1), html.between(row.fnir_low, row.fnir_high, 1, percent=True)
         rows.append((share(row.rate, 1), html.number(row.threshold), *fpir, *fnir))
-    counts = (
-        open_set.num_known,
-        open_set.num_people,
-        open_set.num_strange,
-        open_set.num_identities,
-    )
+    counts = open_set.num_known, open_set.num_people, open_set.num_strange, open_set.num_identities
     words = (
         "{} clips of {} known people and {} distractors, each compared with {} identities. The "
         "best score of a distractor depends on the number of identities, so a gallery of this run "
