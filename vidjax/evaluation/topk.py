@@ -158,8 +158,6 @@ def convert_to_lists(
     """Returns identity -> its clips as (name, score), best first. `names` maps indices to names."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
-        identity: [
-            (names[clip], score) for clip, score in zip(*row, strict=True) if clip != NO_CLIP
-        ]
+        identity: [(names[i], score) for i, score in zip(*row, strict=True) if i != NO_CLIP]
         for identity, row in zip(identities, rows, strict=True)
     }
