@@ -16,7 +16,7 @@ from vidjax.core import fusion
 from vidjax.core.batch import Array, Frames
 from vidjax.utils.errors import UserError, check_entry
 
-NOISE_FRAMES = 50  # shorter distractor clips are concatenated; value of the code of 5th place 2018
+NOISE_FRAMES = 50  # shorter distractor clips are concatenated (code of 5th place 2018)
 
 
 class MemberClips(NamedTuple):

@@ -218,7 +218,7 @@ def make_objective(
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
         if train_weight is None:
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
-        # One axis for examples and branches, and logits that are in memory only once, are faster.
+        # A single axis for examples and branches is faster, and so are logits that are stored once.
         rows = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
         repeated = jnp.repeat(labels, logits.shape[1])
         scale = output.logit_scale
@@ -404,7 +404,7 @@ def _sum_of_focal_negatives_jvp(
 ) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
     total = sum_of_focal_negatives(logits, gamma)
-    # Behind the barrier, XLA recomputes the exponentials and stores none.
+    # With the barrier, XLA recomputes the exponentials and does not store them.
     logits = jax.lax.optimization_barrier(logits)
     log_rest = jnp.maximum(logits, 0) + _log1p(jnp.exp(-jnp.abs(logits)))
     p = jnp.exp(logits - log_rest)

@@ -249,7 +249,7 @@ class Metric(NamedTuple):
     log: bool = False
 
 
-# Key in `metrics.json` -> metric. These need the best score of each clip. (MAP needs the ranking.)
+# Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
     "auroc": Metric(

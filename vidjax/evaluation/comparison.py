@@ -29,7 +29,7 @@ from vidjax.utils.errors import UserError
 
 # Fields in which the runs of a group of seeds may differ.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
-MAX_MISMATCH = 1e-9  # largest difference of MAP in metrics.json from the mean in analysis.npz
+MAX_MISMATCH = 1e-9  # largest difference between the MAP of metrics.json and analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
 HOLM = "p (Holm)"
 

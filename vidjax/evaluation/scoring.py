@@ -393,7 +393,7 @@ def start_compiling(
     must start all programs in the same order.
     """
     split = model.data.split(split_name)
-    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights: training donates them
+    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights, which training donates
     pool = np.ones(len(split.clips), bool)
     ranker = _Ranker([model], [scorer], split, pool, mesh, each_member=False)
 

@@ -101,7 +101,7 @@ class _Chunk:
         table.partition(most, axis=1)
         self.keys = table[:, most:].copy()
         least = _read_keys(self.keys.min(axis=1)).scores
-        # Magnitudes below TINY count as 0. So if the least score is 0, they tie with it.
+        # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
         self._waiting, self._num_waiting = [], 0
 

@@ -237,7 +237,7 @@ class _Fold(NamedTuple):
 
     covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
-    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals, if half of the identities have one clip
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # the same, but half of the people have one clip
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 

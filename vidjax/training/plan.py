@@ -41,7 +41,7 @@ FIRST_STEPS = (1, 2, 5, 10)
 UNREAD_IN_CLOSED_FORM = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
-MAX_BATCH_ROWS = 65_536  # a larger batch is a typing error, unless there are as many clips
+MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
 
 # The assumptions of a dry run, which reads no data:
 WIDTH = 512  # feature width of a modality

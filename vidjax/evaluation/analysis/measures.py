@@ -22,7 +22,7 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.evaluation.topk import TopK
 
-MOST_GROUPS = 8  # number of sets of modalities that form a group; the other sets form a last group
+MOST_GROUPS = 8  # sets of modalities with separate groups; all other sets form one group
 DRAWS = 1000  # for the interval of a group
 QUANTILES = 5  # number of groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of groups by the number of clips or frames

@@ -202,7 +202,7 @@ def run_rows(run: RunFiles) -> Rows:
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
     if config["join"]["runs"]:
-        del settings["trained on"], settings["modalities"]  # a joined run does not use them
+        del settings["trained on"], settings["modalities"]  # a blend does not use them
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
