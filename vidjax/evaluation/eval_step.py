@@ -248,7 +248,7 @@ class MeanScores(NamedTuple):
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
-    rest: Array | None  # [B, K] log of the weighted sum of complements. None without logs
+    rest: Array | None  # [B, K] log of the weighted sum of complements; None if logs is False
     weight: Array  # [B] sum of the weights
 
 

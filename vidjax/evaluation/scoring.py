@@ -312,7 +312,7 @@ def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of `top` on clips in `pool`, [N] bool. None means no clip has an identity."""
+    """Returns the MAP of `top` on clips in `pool`, [N] bool, or None if no clip has an identity."""
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None

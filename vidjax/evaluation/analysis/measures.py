@@ -74,7 +74,7 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns average precisions that count only the clips of identities in `chosen`, [N] bool.
+        """Returns the average precision of each identity with only the clips in `chosen`, [N] bool.
 
         The other clips of an identity are removed from its list. An identity without a chosen clip
         is left out. Also returns the number of chosen clips of identities.
