@@ -16,7 +16,7 @@ from vidjax.core import fusion
 from vidjax.core.batch import Array, Frames
 from vidjax.utils.errors import UserError, check_entry
 
-NOISE_FRAMES = 50  # shorter distractor clips are concatenated; value of the code of 5th place 2018
+NOISE_FRAMES = 50  # shorter distractor clips are concatenated (code of 5th place 2018)
 
 
 class MemberClips(NamedTuple):
@@ -70,8 +70,6 @@ def concat_noise(
 
     A distractor is a clip that shows none of the identities: its label is 0 or above
     `num_identities`.
-
-    Source: noise augmentation of the 5th-place system of 2018.
     """
     labels = clips.labels
     is_noise = (clips.weight > 0) & ((labels == 0) | (labels > num_identities))
@@ -156,7 +154,10 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share [B] x clip + (1 - share) x clip at row `partner` [B]. Missing frames are 0."""
+    """Returns share [B] x clip + (1 - share) x partner, the clip at row `partner` [B].
+
+    Missing frames count as 0.
+    """
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -189,8 +190,8 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 class Transform(NamedTuple):
     """A transform that the configuration field `config.transforms` may name.
 
-    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives all frames of the
-    clips if `before_fusion` is True, or the fused frames.
+    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives the fused frames. If
+    `before_fusion` is True, it receives all frames of the clips instead.
     """
 
     function: Callable[..., MemberClips]

@@ -86,7 +86,7 @@ class Frames(NamedTuple):
         LazyFeatures, although its type says Array.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
         negative. It is 0 for modalities without a quality.
-      detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without it.
+      detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without a score.
       number: [B, T] int32, frame number within the clip, non-decreasing.
       mask: [B, T] bool, True for real frames; all False for clips that lack the modality.
     """
@@ -150,8 +150,8 @@ class ModelOutput(NamedTuple):
       eval_weight: [B, G] float32, weight of each branch's score (a probability, not a logit) in
         evaluation. None means 1 for all. The weights of a clip need not sum to 1: smaller weights
         rank the clip lower.
-      attention: [B, M, M], weight of vector i for vector j, for the report. It is None if the model
-        has no attention.
+      attention: [B, M, M], for the report: entry [b, i, j] is the weight of vector i in the new
+        vector j. It is None if the model has no attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 

@@ -63,8 +63,8 @@ def cache_programs(folder: Path) -> None:
 def compile_options() -> dict[str, Any] | None:
     """Returns the options with which large programs are compiled.
 
-    On a CPU, the least optimisation by LLVM saves a fifth of the time of compilation. Results and
-    rates stay the same, because libraries compute the matrix products.
+    On a CPU, the lowest optimisation level of LLVM makes compilation a fifth shorter. Results and
+    speed stay the same, because libraries compute the matrix products.
     """
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
@@ -93,10 +93,11 @@ def make_deterministic() -> None:
     if flag in known.split():
         return
     os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
-    # jax has no public function for this. If the name is missing, no warning is printed.
+    # No public function reports whether jax has opened its devices. If a later jax lacks this
+    # private function, no warning is printed.
     bridge = sys.modules.get("jax._src.xla_bridge")
-    looked = getattr(bridge, "backends_are_initialized", lambda: False)
-    if looked() and jax.default_backend() == "gpu":
+    is_open = getattr(bridge, "backends_are_initialized", lambda: False)
+    if is_open() and jax.default_backend() == "gpu":
         warn(
             "config.deterministic=True has no effect: jax already uses the GPU\n"
             f"set it before Python starts: XLA_FLAGS={flag}"
@@ -120,15 +121,14 @@ def collect_versions() -> dict[str, str]:
 
 
 def _read_commit(checkout: Path) -> str | None:
-    """Returns the git commit, with `-dirty` if files differ from it, or None if git finds none."""
+    """Returns the git commit, with `-dirty` if files differ from it, or None without a commit."""
     if not (checkout / ".git").exists():
         return None
     # `git describe --dirty` would lock the index, and the user may commit at this moment.
     words = ("git", "--no-optional-locks", "-C", str(checkout), "status", "--untracked-files=no")
+    words += ("--porcelain=v2", "--branch")
     try:
-        status = subprocess.run(
-            (*words, "--porcelain=v2", "--branch"), capture_output=True, text=True, timeout=5
-        )
+        status = subprocess.run(words, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     head, *lines = status.stdout.splitlines() or [""]
@@ -140,7 +140,7 @@ def _read_commit(checkout: Path) -> str | None:
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh of the first `num_devices` devices, or of all devices if it is None.
 
-    Clips are split over the only axis, `data`. It has the type Auto, so JAX inserts the
+    Clips are split over the only axis, `data`. The axis has the type Auto, so JAX inserts the
     communication. Random draws and batch statistics are the same for every number of devices.
     """
     try:
@@ -166,8 +166,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
             f"choose from 1 to {len(devices)}, or None for all"
         )
     devices = devices[:num_devices]
-    kinds = (AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated_layout(mesh: Mesh) -> NamedSharding:
@@ -212,13 +211,13 @@ def fetch(tree: Tree) -> Tree:
 
     All processes must call it together with the same arrays.
     """
-    return jax.tree.map(_fetch, tree)
 
+    def copy(x: Array) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
 
-def _fetch(x: Array) -> np.ndarray:
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    return jax.tree.map(copy, tree)
 
 
 def batch_specs(batch: Batch) -> Batch:

@@ -21,7 +21,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 def join_processes(args: argparse.Namespace) -> None:
     """Joins the other processes of the run, if the command line `args` has the flags in FLAGS.
 
-    It must be called before JAX is used. If some of the flags are missing, UserError is raised.
+    Call it before JAX is used. If only some of the flags are given, UserError is raised.
     """
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
@@ -47,7 +47,7 @@ def join_processes(args: argparse.Namespace) -> None:
 
 def count() -> int:
     """Returns the number of processes that work on the run."""
-    jax = sys.modules.get("jax")  # a process that never imported jax has joined no other
+    jax = sys.modules.get("jax")  # a process without jax has not joined others
     return jax.process_count() if jax and jax.distributed.is_initialized() else 1
 
 
@@ -57,7 +57,7 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Returns the maximum of each value, an int32, over all processes. Waits until all call it."""
+    """Returns the maximum of each int32 over all processes. Waits until all processes call it."""
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
@@ -71,7 +71,7 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if `facts`, setting -> JSON value, differ between them."""
+    """Raises UserError in all processes if `facts` (setting -> JSON value) differ between them."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

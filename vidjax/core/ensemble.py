@@ -36,8 +36,7 @@ class Member(NamedTuple):
     """The options of a member (net) of an ensemble.
 
     Attributes:
-      number: position among all members of the ensemble. The random keys of the member depend on
-        it.
+      number: position among all members of the ensemble. It decides the random keys of the member.
       fold: fold that the member is not trained on, or -1.
       bootstrap: number of the member's bootstrap sample, or -1.
       view: number of the chunk of every feature vector that is hidden from the member (see
@@ -149,7 +148,10 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
+    """Returns how many times each member trains on each clip in an epoch, [E, N] float32.
+
+    `folds` is the number of folds; 0 means no folds. For `resample` see `draw_bootstrap`.
+    """
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -173,10 +175,8 @@ def make_rngs(members: Sequence[Member], seed: int) -> Array:
 
 def digest(training_sets: TrainingSets) -> str:
     """Returns the sha256 of all values in `training_sets`, in hexadecimal."""
-    parts = (json.dumps(training_sets.members), "\n".join(training_sets.clips))
     sha256 = hashlib.sha256(training_sets.trained.tobytes())
-    for part in parts:
-        sha256.update(part.encode())
+    sha256.update((json.dumps(training_sets.members) + "\n".join(training_sets.clips)).encode())
     return sha256.hexdigest()
 
 
@@ -233,10 +233,10 @@ def choose_scoring_members(
 ) -> tuple[np.ndarray, bool]:
     """Decides which members score each of n clips.
 
-    A clip is scored by the members that were not trained on a clip of the same name. But if all
-    members were trained on all training clips, no member could score a training clip. Then, if
-    `clips` contains a training clip, all members score all of `clips`. Returns [E, n] bool, True
-    where a member scores a clip, and True if members score clips that they were trained on.
+    A member scores a clip if it was not trained on a clip of the same name. But if all members were
+    trained on all training clips, no member could score a training clip. Then, if `clips` contains
+    a training clip, all members score all of `clips`. Returns [E, n] bool, True where a member
+    scores a clip; and a bool, True if members score clips that they were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
@@ -266,10 +266,8 @@ def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Selects a member from a tree of arrays [E, ...]. It is compiled once for all members."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
-    )
+    """Selects a member from a tree of arrays [E, ...]. All members use the same program."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=False), tree)
 
 
 def split(tree: Tree, size: int) -> tuple[Tree, ...]:

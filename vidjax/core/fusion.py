@@ -98,7 +98,8 @@ def sample_frames(
     """Selects `num_frames` frames of every clip, independently of quality.
 
     If `rng` is a key, frames are drawn at random. A clip with fewer than `num_frames` frames keeps
-    all and repeats random ones. If `rng` is None, the frames are evenly spaced over the clip.
+    all frames and repeats random frames. If `rng` is None, the frames are evenly spaced over the
+    clip.
 
     Args:
       order: `time`, or `random` for an order independent of time. Without a key, the random order
@@ -117,10 +118,8 @@ def sample_frames(
     check_choice("order", order, ("random", "time"))
     if rng is not None or replacement:
         shuffle_rng, repeat_rng = (None, None) if rng is None else jax.random.split(rng)
-        order_of_draws = shuffle(shuffle_rng, frames.mask)
-        chosen = _select_first(
-            repeat_rng, frames, order_of_draws, num_frames, replacement=replacement
-        )
+        draws = shuffle(shuffle_rng, frames.mask)
+        chosen = _select_first(repeat_rng, frames, draws, num_frames, replacement=replacement)
         order_rng = None if repeat_rng is None else jax.random.fold_in(repeat_rng, 1)
     else:
         in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames come first
@@ -151,7 +150,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     The weight `uniform` is 1. `quality` is quality x detection. `score` is quality. `squared` is
     quality squared, so a negative quality counts too. `graded` is quality x detection x g, where g
     is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40, and 1 from 40 on. The weight is 0 on
-    padding and where it would be negative or not finite. If all weights of a clip would be 0, they
+    padding, and where it would be negative or not finite. If all weights of a clip would be 0, they
     are uniform.
 
     Source: `graded` is W(x) of quality fusion (4th place 2019); `squared` is from the code of noise
@@ -225,7 +224,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field: from Frames a and b, the new mask is fn(a.mask, b.mask).
+    """Applies `fn` to each field. For Frames a and b, the new mask is `fn(a.mask, b.mask)`.
 
     If the features are LazyFeatures, `fn` is applied to their `index`.
     """
@@ -262,9 +261,9 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    A clip with fewer frames keeps all and repeats random ones. With `replacement` all its frames
-    are random. If there is no key, frames are repeated in turn, unless `replacement` or
-    `fixed_draws` is set. Then they are drawn with a fixed key.
+    A clip with fewer frames keeps all frames and repeats random frames. With `replacement` all its
+    frames are random. If `rng` is None, frames are repeated in turn. But if `replacement` or
+    `fixed_draws` is set, they are drawn with a fixed key.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -276,9 +275,8 @@ def _select_first(
         uniforms = jax.random.uniform(key, (rows, num_frames), jnp.float32)
         again = jnp.minimum((uniforms * count).astype(jnp.int32), count - 1)
     rank = jnp.where(count >= num_frames if replacement else slot < count, slot, again)
-    return _select_frames(
-        frames, jnp.sort(take(order, jnp.clip(rank, 0, order.shape[1] - 1)), axis=1)
-    )
+    index = take(order, jnp.clip(rank, 0, order.shape[1] - 1))
+    return _select_frames(frames, jnp.sort(index, axis=1))
 
 
 def _select_frames(frames: Frames, index: Array) -> Frames:

@@ -56,14 +56,14 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 
     Returns:
       [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
-        above pi - m, where this would increase again, it becomes scale x (cos(angle) - m sin(m)).
-        Other columns are unchanged.
+        above pi - m this cosine would increase again. There the column becomes
+        scale x (cos(angle) - m sin(m)). Other columns are unchanged.
 
     Raises:
       UserError: `margin` or `scale` is out of range.
 
-    Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Unlike there,
-    the derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
+    Source: Deng et al., ArcFace, equation 3, with the second formula of the authors' code. Unlike
+    in their code, the derivative of the sine is 0 at cosines of 1 and -1, where it does not exist.
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
     if not 0 <= margin <= np.pi / 2:
@@ -203,11 +203,7 @@ Objective = Callable[[ModelOutput, Array, Array, Array], Array]
 
 
 def make_objective(
-    spec: Mapping[str, Any],
-    class_mask: Array | None,
-    steps_per_epoch: float,
-    *,
-    logit_scale: float,
+    spec: Mapping[str, Any], class_mask: Array | None, steps_per_epoch: float, *, logit_scale: float
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
@@ -222,7 +218,7 @@ def make_objective(
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
         if train_weight is None:
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
-        # One axis for examples and branches, and logits that are in memory only once, are faster.
+        # A single axis for examples and branches is faster, and so are logits that are stored once.
         rows = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
         repeated = jnp.repeat(labels, logits.shape[1])
         scale = output.logit_scale
@@ -329,13 +325,13 @@ def _select_at_label_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (values, labels), (tangent, _) = primals, tangents
-    # The transpose of this is elementwise. The transpose of a gather is a slow scatter.
+    # The transpose of this sum is elementwise. The transpose of a gather is a slow scatter.
     picked = jnp.where(is_label(labels, values.shape[-1]), tangent, 0)
     return select_at_label(values, labels), jnp.sum(picked, axis=-1)
 
 
 def is_argmax(scores: Array, column: Array) -> Array:
-    """Computes `argmax(scores, axis=1) == column`, on a CPU 9 times faster than with argmax.
+    """Computes `argmax(scores, axis=1) == column`, 9 times faster than `argmax` on a CPU.
 
     Scores are [B, K] float, and the column is [B] int32. Of equal scores the first column is best.
     A row with NaN has no best column.
@@ -376,13 +372,13 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
     best = jnp.max(trained, axis=-1, keepdims=True)
     column = jnp.arange(logits.shape[-1])
     first = jnp.min(jnp.where(trained == best, column, len(class_mask)), axis=-1, keepdims=True)
-    is_argmax = column == first
-    others = jnp.where(is_argmax, -jnp.inf, trained)
+    is_best = column == first
+    others = jnp.where(is_best, -jnp.inf, trained)
     second = jnp.max(others, axis=-1, keepdims=True)
     second = jnp.where(second == -jnp.inf, 0.0, second)
     lead = best - second - jnp.log(jnp.sum(jnp.exp(others - second), axis=-1, keepdims=True))
     total = best + jax.nn.softplus(-lead)
-    return jnp.where(is_argmax, jax.nn.log_sigmoid(lead), logits - total)
+    return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
 
 
 def focal_negative(logits: Array, gamma: float) -> Array:
@@ -408,7 +404,7 @@ def _sum_of_focal_negatives_jvp(
 ) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
     total = sum_of_focal_negatives(logits, gamma)
-    # Behind the barrier, XLA recomputes the exponentials and stores none.
+    # With the barrier, XLA recomputes the exponentials and does not store them.
     logits = jax.lax.optimization_barrier(logits)
     log_rest = jnp.maximum(logits, 0) + _log1p(jnp.exp(-jnp.abs(logits)))
     p = jnp.exp(logits - log_rest)
@@ -418,7 +414,7 @@ def _sum_of_focal_negatives_jvp(
 
 
 def _log1p(x: Array) -> Array:
-    """Computes log(1 + x) for x in [0, 1], within 2e-7 relative in float32.
+    """Computes log(1 + x) for x in [0, 1], with a relative error below 2e-7 in float32.
 
     XLA for CPUs does not vectorise `jnp.log1p` if it is fused with other operations.
     """
@@ -427,10 +423,6 @@ def _log1p(x: Array) -> Array:
     return x * functools.reduce(lambda total, factor: total * x + factor, _LOG1P)
 
 
-def _fit_log1p() -> list[float]:
-    """Fits a polynomial to log(1 + x) / x on [0, 1]; returns coefficients, highest power first."""
-    fit = np.polynomial.Chebyshev.interpolate(lambda x: np.log1p(x) / x, 10, domain=[0, 1])
-    return fit.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
-
-
-_LOG1P = _fit_log1p()
+# The coefficients of a polynomial that is nearly log(1 + x) / x on [0, 1], highest power first.
+_FIT = np.polynomial.Chebyshev.interpolate(lambda x: np.log1p(x) / x, 10, domain=[0, 1])
+_LOG1P: list[float] = _FIT.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()

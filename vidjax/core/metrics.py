@@ -206,7 +206,7 @@ class ClipScores(NamedTuple):
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
     """Returns the share of the labelled clips whose best identity is right, from 0 to 1.
 
-    `labels` are [N] int, numbers of identities; 0 for a distractor, a clip of none of them.
+    `labels` are [N] int, class columns; 0 for a distractor, which shows none of the identities.
     """
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
@@ -223,8 +223,8 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
     """Computes the lowest threshold with an FPIR of at most `fpir`, or the FNIR at this threshold.
 
-    `value` is `fnir` or `threshold`. For the other arguments see `top1`. The threshold is a
-    logarithm if the scores are. Returns None where `identification_errors` returns None.
+    `value` is `fnir` or `threshold`. For the other arguments see `top1`. If the scores are
+    logarithms, so is the threshold. Returns None where `identification_errors` returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -249,7 +249,7 @@ class Metric(NamedTuple):
     log: bool = False
 
 
-# Key in `metrics.json` -> metric. These need the best score of each clip. (MAP needs the ranking.)
+# Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
     "auroc": Metric(
@@ -279,7 +279,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from a `metrics.json`, unless they are None."""
+    """Returns MAP and the metrics with `log=True` in a `metrics.json`, except values of None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

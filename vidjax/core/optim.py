@@ -116,8 +116,9 @@ def piecewise(ramp: Warmup, *, points: Sequence[Sequence[float]]) -> optax.Sched
     return ramp.multiply(lambda step: factor((jnp.asarray(step) + 0.5) / ramp.steps_per_epoch))
 
 
-# name in `config.optim.decay` -> decay (ramp, *, options) -> schedule. Options are fields of
-# `config.optim`. To add a decay or an optimiser, write a function and add a line to its table.
+# name in `config.optim.decay` -> function (ramp, *, options) that returns a schedule. Options are
+# fields of `config.optim`. To add a decay or an optimiser, write a function and add a line to its
+# table.
 DECAYS: dict[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
     "cosine": cosine,
@@ -165,8 +166,8 @@ def sgd(*, momentum: float) -> optax.GradientTransformation:
     return optax.trace(decay=momentum) if momentum else optax.identity()
 
 
-# name in `config.optim.name` -> (*, options) -> transformation of the gradient; the learning rate
-# is applied later
+# name in `config.optim.name` -> function (*, options) that returns a transformation of the
+# gradient. The learning rate is applied later.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": adam,
     "sgd": sgd,
@@ -225,7 +226,8 @@ def make_optimizer(
     name = spec["name"]
     check_entry("config.optim.name", name, OPTIMIZERS)
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
-    decayed = None if spec["decay_all"] else _is_matrix
+    # Matrices have 2 axes or more.
+    decayed = None if spec["decay_all"] else lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
     scaled = OPTIMIZERS[name](**select_options(OPTIMIZERS[name], spec))
@@ -248,8 +250,3 @@ def make_optimizer(
 def select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of `spec` that are parameters of `function`."""
     return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}
-
-
-def _is_matrix(params: optax.Params) -> optax.Params:
-    """Returns a tree of booleans, True for parameters with 2 axes or more."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -29,7 +29,7 @@ from vidjax.utils.errors import UserError
 
 # Fields in which the runs of a group of seeds may differ.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
-MAX_MISMATCH = 1e-9  # largest difference of MAP in metrics.json from the mean in analysis.npz
+MAX_MISMATCH = 1e-9  # largest difference between the MAP of metrics.json and analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
 HOLM = "p (Holm)"
 
@@ -86,13 +86,11 @@ class Comparison(NamedTuple):
         ]
         first = self.runs[0]
         clips = f"{first.metrics['num_clips']:,} clips of {first.split}"
-        others = ""
-        if first.num_others:
-            others = f" ({first.num_others:,} that no run was trained on are left out)"
+        unseen = f" ({first.num_others:,} that no run was trained on are left out)"
+        others = unseen if first.num_others else ""
         title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
-        return "\n".join(
-            [title, *(f"  {line}" for line in [*lines, *describe_in_sample(self.runs)])]
-        )
+        lines += describe_in_sample(self.runs)
+        return "\n".join([title, *(f"  {line}" for line in lines)])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -122,9 +120,7 @@ class Comparison(NamedTuple):
         names = shorten_names(self.runs)
         named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
         head, rows = make_difference_table(named, self.differences)
-        lines = [
-            " & ".join(_format_latex_cell(cell) for cell in row) + r" \\" for row in [head, *rows]
-        ]
+        lines = [" & ".join(map(_format_latex_cell, row)) + r" \\" for row in [head, *rows]]
         body = "\n".join(lines[1:])
         note = "".join(f"% {line}\n" for text in sentences(self.runs) for line in text.splitlines())
         return (
@@ -377,7 +373,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def list_fields(run: RankedRun) -> dict[str, str]:
-    """Returns the configuration of a run, as its evaluation changed it: field -> value as text."""
+    """Returns the configuration with which a run was evaluated: field -> value as text."""
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     return {name: config_io.value_text(value) for name, value in values.items()}
 
@@ -437,7 +433,7 @@ LATEX = str.maketrans(
 
 
 def _format_latex_cell(text: str) -> str:
-    """Escapes text for LaTeX. Numbers with a sign get math mode, for its minus sign."""
+    """Escapes text for LaTeX. Numbers with a sign are in math mode, which has a minus sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")

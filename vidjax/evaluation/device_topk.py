@@ -190,15 +190,13 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
         return select_all()
     best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
     # An equal score can enter, too, if its clip has a lower index.
-    num_seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
-    counts = num_seen[:, -1]
+    seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
+    counts = seen[:, -1]
 
     def select_few(size: int) -> TopK:
         number = jnp.arange(1, size + 1)
         # The n-th group with a candidate is at the position where the running count reaches n.
-        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(
-            num_seen
-        )
+        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(seen)
         groups = jnp.minimum(groups, num_groups - 1)
         chosen = (groups[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(len(groups), -1)
         real = jnp.repeat(number <= counts[:, None], GROUP, axis=1)
@@ -213,8 +211,8 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
     """Selects the best k of k + B candidates per identity by their scores [C, k + B].
 
-    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B] or, if
-    all identities have the same, [1, B].
+    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B]. If all
+    identities have the same candidates, `clips` is [1, B].
     """
     k = old.scores.shape[1]
     # If the scores k and k + 1 are equal, top_k prefers the earlier column, but the earlier column

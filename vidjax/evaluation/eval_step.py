@@ -22,9 +22,9 @@ from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
 from vidjax.models.system import System
 
-# (params, model_state, hidden_chunk [] int32, batch) of a member -> [B, ...]
+# (params and model_state of a member, hidden_chunk [] int32, batch) -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
-ROWS_AT_ONCE = 256  # most examples of all clips together that an exported function computes at once
+ROWS_AT_ONCE = 256  # most examples, of all clips, that an exported function computes together
 
 
 def eval_step(
@@ -196,13 +196,8 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
     Every device runs the same program on a part of the rows. So the scores are bit-equal on any
     number of devices if the number of rows per device is the same.
     """
-    num_identities = system.task.num_identities
-
-    def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
-        scores = eval_step(system, params, model_state, hidden_chunk, batch)
-        return scores[:, 1 : 1 + num_identities]
-
-    return _shard_rows(step, mesh)
+    identities = slice(1, 1 + system.task.num_identities)
+    return _shard_rows(lambda *inputs: eval_step(system, *inputs)[:, identities], mesh)
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
@@ -217,18 +212,15 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 def make_attention_step(system: System) -> EvalStep:
     """Returns a compiled `attention_step`."""
-    return jax.jit(
-        functools.partial(attention_step, system), compiler_options=devices.compile_options()
-    )
+    step = functools.partial(attention_step, system)
+    return jax.jit(step, compiler_options=devices.compile_options())
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     """Returns a compiled step that every device runs on a part of the rows."""
     whole = PartitionSpec()
 
-    def on_each(
-        params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
-    ) -> Array:
+    def apply(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
         return jax.shard_map(
             step,
             mesh=mesh,
@@ -238,9 +230,7 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
         )(params, model_state, hidden_chunk, batch)
 
     return jax.jit(
-        on_each,
-        out_shardings=devices.row_layout(mesh),
-        compiler_options=devices.compile_options(),
+        apply, out_shardings=devices.row_layout(mesh), compiler_options=devices.compile_options()
     )
 
 
@@ -258,7 +248,7 @@ class MeanScores(NamedTuple):
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
-    rest: Array | None  # [B, K] log of the weighted sum of complements. None if scores are no logs
+    rest: Array | None  # [B, K] log of the weighted sum of complements; None if logs is False
     weight: Array  # [B] sum of the weights
 
 
@@ -282,9 +272,8 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
     counts = column > 0
     if mean.rest is None:
         scores = jnp.where(counts, scores * column, 0.0)
-        return MeanScores(
-            mean.total + (jnp.sum(scores, axis=1) if several else scores), None, total
-        )
+        scores = jnp.sum(scores, axis=1) if several else scores
+        return MeanScores(mean.total + scores, None, total)
     log_weight = jnp.log(column)
 
     def add(part: Array, more: Array) -> Array:

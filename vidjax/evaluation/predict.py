@@ -70,15 +70,13 @@ class Predictor(NamedTuple):
     A clip may lack modalities. A clip without a usable frame scores -inf. If clips do not fit the
     run, the methods raise ValueError; the message names the clip, the modality and the field.
 
-    All members of an ensemble score a clip. In the data that the run was trained on, a clip is
-    scored by the members that were not trained on it, unless all members were trained on all
-    training clips.
+    All members of an ensemble score a new clip. A training clip is scored only by the members that
+    were not trained on it, unless all members were trained on all training clips.
 
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      results: content of `metrics.json` in `workdir`. If it has results of another step, it is
-        empty.
+      results: content of `metrics.json` in `workdir`, or {} if it is of another step.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
       params, model_state: parameters and other variable collections of the model, [E, ...].
@@ -336,7 +334,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Embeds blocks, [B, D] each: the members are concatenated and not scaled to length 1."""
+        """Returns the vectors of all members side by side for each block, [B, D], not scaled."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)

@@ -39,7 +39,8 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 class FoundRun(NamedTuple):
     """The content of a run's folder, except for the weights. Its files belong to the same run.
 
-    The sha256 of the files of `checkpoint` have been checked. `identities` are class columns 1..C.
+    The sha256 of the files of `checkpoint` have been checked. `identities` are the names of the
+    class columns 1..C.
     """
 
     folder: RunFolder
@@ -71,10 +72,10 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    `config.eval.checkpoint` selects the checkpoint. If it is damaged, an intact one is used, with a
-    warning. Raises CheckpointError if the folder has no checkpoint, a file is damaged, or files of
-    different runs are mixed. Raises ValueError if `config.modalities` are not the modalities of the
-    run.
+    `config.eval.checkpoint` selects the checkpoint. If it is damaged, an intact checkpoint
+    is used, with a warning. Raises CheckpointError if the folder has no checkpoint, a file is
+    damaged, or files of different runs are mixed. Raises ValueError if `config.modalities` are not
+    the modalities of the run.
     """
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
@@ -169,10 +170,8 @@ def load_weights(
     params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
-    params = items["params"]
-    return params, devices.replicate(
-        mesh, system.model.finalise_state(params, items["model_state"])
-    )
+    model_state = system.model.finalise_state(items["params"], items["model_state"])
+    return items["params"], devices.replicate(mesh, model_state)
 
 
 def hash_companions(
@@ -180,15 +179,15 @@ def hash_companions(
 ) -> dict[str, str]:
     """Returns the sha256 of both arguments, as entries of the manifest of a checkpoint."""
     return {
-        "identities_sha256": _digest(identities),
+        "identities_sha256": files.sha256_json(list(identities)),
         "members_sha256": ensemble.digest(training_sets),
     }
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a run cannot be resumed, because `digests` differ from its own.
+    """Raises CheckpointError if a run cannot be resumed, because `digests` are not in its manifest.
 
-    The digests are sha256 of the identities, and of the members with their training clips.
+    The digests are the results of `hash_companions`.
     """
     for name, noun in {
         "identities_sha256": "another list of identities",
@@ -204,7 +203,7 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
 def load_identities(folder: RunFolder, manifest: Mapping[str, Any]) -> list[str]:
     """Reads the names of the class columns 1..C."""
     path, wanted = folder.path / IDENTITIES, manifest.get("identities_sha256")
-    return _read_companion(path, lambda: folder.identities, _digest, wanted)
+    return _read_companion(path, lambda: folder.identities, files.sha256_json, wanted)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
@@ -228,10 +227,6 @@ def _read_companion(
     return data
 
 
-def _digest(identities: Sequence[str]) -> str:
-    return files.sha256_json(list(identities))
-
-
 # The data of a run.
 
 
@@ -252,10 +247,9 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how a split differs from the split that a run has read before.
+    """Describes how a split differs from the split that a run has read before, or returns "".
 
-    `before` and `now` are the digests of both. If the split is missing now, `now` is None. If the
-    digests are equal, returns an empty text.
+    `before` and `now` are the digests of the split. If the split is missing now, `now` is None.
     """
     if now is None:
         return f"{split} is missing"
@@ -275,11 +269,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips of each member, which this member does not score in `data`.
+    """Returns `sets`, the clips that each member must not score, or empty sets for other data.
 
     The digests `own` identify the data that the run was trained on. In other data, a different clip
-    may have the name of a training clip. If `data` are other data, returns no training clips, with
-    a warning, so all members score all clips.
+    may have the name of a training clip. So in other data, all members score all clips, and a
+    warning is printed.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

@@ -312,7 +312,7 @@ def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of `top` on clips in `pool`, [N] bool, or None if none shows an identity."""
+    """Returns the MAP of `top` on clips in `pool`, [N] bool, or None if no clip has an identity."""
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -393,7 +393,7 @@ def start_compiling(
     must start all programs in the same order.
     """
     split = model.data.split(split_name)
-    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights: training donates them
+    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights, which training donates
     pool = np.ones(len(split.clips), bool)
     ranker = _Ranker([model], [scorer], split, pool, mesh, each_member=False)
 
@@ -411,7 +411,7 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores clips with one or more models, and ranks them by their blend, each model and member.
+    """Scores clips with models, and ranks the clips by the blend, by each model and each member.
 
     `ranking` ranks by the blend of all models, or by the only model. `best` has the best score of
     each clip, on the devices.
@@ -452,10 +452,9 @@ class _Ranker:
         weights = [model.weight for model in self._models]
         for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
             blended = blend(each, weights) if self._by_model else each[0]
-            self.ranking.add((blended, block.clip_index, block.batch_mask))
-            self.best = _add_best(
-                self.best, self._labels, blended, block.clip_index, block.batch_mask
-            )
+            scored = blended, block.clip_index, block.batch_mask
+            self.ranking.add(scored)
+            self.best = _add_best(self.best, self._labels, *scored)
 
     def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
         """Returns `runs` with the MAP of each model, and `members` with the MAP of each member.
@@ -491,9 +490,8 @@ def _compute_metrics(
             "map": value,
             "map_kind": _map_kind(split.name, scorers),
             "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
+            **{name: x.fn(clips, split.labels) for name, x in metrics.CLIP_METRICS.items()},
         }
-        for name, metric in metrics.CLIP_METRICS.items():
-            results[name] = metric.fn(clips, split.labels)
     return results | {
         "num_clips": int(np.sum(pool)),
         "num_identities": len(split.positives),
@@ -505,7 +503,7 @@ def _compute_metrics(
 def _add_best(
     clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> ClipScores:
-    """Stores in `clips` the best score of each clip of a block, and if its identity is right."""
+    """Stores the best score of each clip of a block, and True if it is for the right identity."""
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)

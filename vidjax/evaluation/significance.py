@@ -2,9 +2,10 @@
 
 The interval of a single run, or of the difference between two runs, comes from a Bayesian bootstrap
 over the identities. An unseen identity is added to the identities. Its average precisions in two
-runs are (0, 0), (0, 1), (1, 0) or (1, 1), each with a quarter of the weight of an identity. So MAP
-gets half an identity at 0 and half at 1. A difference gets a quarter at -1, half at 0 and a quarter
-at 1. The interval of the difference between two groups of runs is a t interval.
+runs are (0, 0), (0, 1), (1, 0) or (1, 1), each with a quarter of the weight of an identity. So in a
+single run, its average precision is 0 or 1, each with half of the weight. Its difference between
+two runs is -1 or 1 with a quarter of the weight each, and 0 with half of the weight. The interval
+of the difference between two groups of runs is a t interval.
 
 If all values are 0 or 1, the bootstrap interval of MAP equals the Jeffreys interval of a
 proportion. If the values vary, it is hardly wider than a t interval. If most values are equal and a
@@ -30,7 +31,8 @@ FEWEST_IDENTITIES = 20  # with fewer identities, the intervals were not tested
 EQUAL = 1e-9  # average precisions count as equal below this difference
 METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"
 METHOD_OF_SEEDS = "t interval over identities and seeds, degrees of freedom by Welch-Satterthwaite"
-# The unseen identity: average precision, or difference of two, -> weight (1 for an identity).
+# Value of the unseen identity -> weight. A seen identity has the weight 1. The value is an average
+# precision, or a difference of two average precisions.
 UNSEEN = {0.0: 0.5, 1.0: 0.5}
 UNSEEN_GAP = {-1.0: 0.25, 0.0: 0.5, 1.0: 0.25}
 
@@ -95,10 +97,8 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
     """Returns bounds that contain 95 % of `means`, and in addition the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
-    low, high = (
-        np.quantile(means, tail, method="lower"),
-        np.quantile(means, 1 - tail, method="higher"),
-    )
+    low = np.quantile(means, tail, method="lower")
+    high = np.quantile(means, 1 - tail, method="higher")
     return float(min(low, mean)), float(max(high, mean))
 
 

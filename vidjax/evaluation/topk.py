@@ -101,7 +101,7 @@ class _Chunk:
         table.partition(most, axis=1)
         self.keys = table[:, most:].copy()
         least = _read_keys(self.keys.min(axis=1)).scores
-        # Magnitudes below TINY count as 0. So if the least score is 0, they tie with it.
+        # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
         self._waiting, self._num_waiting = [], 0
 
@@ -158,10 +158,6 @@ def convert_to_lists(
     """Returns identity -> its clips as (name, score), best first. `names` maps indices to names."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
-        identity: [
-            (names[clip], score)
-            for clip, score in zip(indices, scores, strict=True)
-            if clip != NO_CLIP
-        ]
-        for identity, (indices, scores) in zip(identities, rows, strict=True)
+        identity: [(names[i], score) for i, score in zip(*row, strict=True) if i != NO_CLIP]
+        for identity, row in zip(identities, rows, strict=True)
     }

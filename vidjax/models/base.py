@@ -19,8 +19,8 @@ class TrainingClips(NamedTuple):
     """The N training clips of a run, as `Identifier.prepare` receives them.
 
     `values(modality, value_of, wanted)` returns the values [n, ...] of the n clips for which
-    `wanted` [N] bool is True. `value_of` is a function that computes them in blocks of B clips: it
-    maps all frames of a block in the modality, Frames [B, T], to [B, ...].
+    `wanted` [N] bool is True. The function `value_of` computes the values of a block of B clips: it
+    maps all frames of the block in the modality, Frames [B, T], to [B, ...].
     """
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
@@ -141,5 +141,5 @@ class Identifier(nn.Module):
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` of galleries, or None if they compare cosines."""
+        """Returns the `two_covariance.Settings` of galleries, or None if galleries use cosines."""
         return None

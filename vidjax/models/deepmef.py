@@ -1,4 +1,4 @@
-"""DeepMEF, third place of 2019, classifies by attention over frames and by scene features."""
+"""DeepMEF, the third-place system of 2019: attention over frames, and features of the scene."""
 
 import functools
 from collections.abc import Mapping
@@ -126,10 +126,8 @@ class DeepMEF(Identifier):
         hidden = DenseLayer(
             self.hidden_dim, "prelu", True, self.dropout_rate, dtype=self.dtype, name="hidden"
         )(x, has_frames, train=train)
-        added = Linear(
-            x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="back"
-        )(hidden)
-        return x + added
+        zeros = nn.initializers.zeros
+        return x + Linear(x.shape[-1], self.dtype, kernel_init=zeros, name="back")(hidden)
 
     def _aggregate(self, real: Frames, *, train: bool) -> Array:
         """Pools the frames of `modality` into a vector [B, D + 2], which is 0 without frames."""

@@ -4,6 +4,7 @@ They are dense networks, a cosine classifier, and nearest neighbours.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -112,16 +113,9 @@ class DenseIdentifier(Identifier):
         elif self.backbone == "block":
             backbone = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
         else:
-            backbone = ResidualDenseNet(
-                self.width,
-                self.num_layers,
-                self.activation,
-                self.dropout_rate,
-                self.shortcut,
-                self.gate,
-                self.dtype,
-                name="backbone",
-            )
+            options = self.width, self.num_layers, self.activation, self.dropout_rate
+            options += self.shortcut, self.gate, self.dtype
+            backbone = ResidualDenseNet(*options, name="backbone")
         x = backbone(x, has_frames, train=train)
         if self.head == "cosine":
             logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
@@ -209,21 +203,12 @@ class ResidualDenseNet(nn.Module):
             connected = 0 < i < _NUM_CONNECTED
             if connected and self.shortcut == "concat":
                 x = jnp.concatenate(inputs, axis=-1)  # [B, D + i width]
-            new = DenseLayer(
-                self.width,
-                self.activation,
-                batch_norm=True,
-                dropout_rate=self.dropout_rate,
-                dtype=self.dtype,
-                name=f"layer_{i}",
-            )(x, mask, train=train)
+            options = self.width, self.activation, True, self.dropout_rate
+            layer = DenseLayer(*options, dtype=self.dtype, name=f"layer_{i}")
+            new = layer(x, mask, train=train)
             if self.gate:
-                branch = Linear(
-                    self.width,
-                    dtype=self.dtype,
-                    kernel_init=nn.initializers.zeros,
-                    name=f"gate_{i}",
-                )
+                zeros = nn.initializers.zeros
+                branch = Linear(self.width, self.dtype, kernel_init=zeros, name=f"gate_{i}")
                 new = new * jax.nn.sigmoid(branch(new))
             x = x + new if connected and self.shortcut == "add" else new
             inputs.append(new)
@@ -285,9 +270,8 @@ class CosineIdentifier(Identifier):
             for i, (name, real) in enumerate(frames.items())
         ]
         z = unit_vectors(jnp.concatenate(parts, axis=-1))  # [B, M embed_dim]
-        cosines = CosineClassifier(self.num_classes, 1.0, self.dropout_rate, name="classifier")(
-            z, train=train
-        )
+        head = CosineClassifier(self.num_classes, 1.0, self.dropout_rate, name="classifier")
+        cosines = head(z, train=train)
         scale = self.param("scale", nn.initializers.constant(self.logit_scale), (), param_dtype)
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
@@ -333,18 +317,15 @@ class NeighbourIdentifier(Identifier):
         real, _ = real_frames(frames, self.modalities, clips.mask)
         mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]
         unit, no_class = unit_vectors(mean), self.num_classes
-        vectors = self.variable(
-            "memory", "vectors", jnp.zeros, (self.num_clips, unit.shape[1]), unit.dtype
-        )
-        stored_labels = self.variable(
-            "memory", "labels", jnp.full, (self.num_clips,), no_class, jnp.int32
-        )
+        memory, count = functools.partial(self.variable, "memory"), self.num_clips
+        vectors = memory("vectors", jnp.zeros, (count, unit.shape[1]), unit.dtype)
+        stored_labels = memory("labels", jnp.full, (count,), no_class, jnp.int32)
         has_frames = jnp.any(unit != 0, axis=-1)
         if train:
             if clips.labels is None:
                 raise ValueError("model 'knn' needs ClipInfo.labels in training")
             if not self.is_initializing():
-                rows = jnp.where(clips.mask, clips.index, self.num_clips)
+                rows = jnp.where(clips.mask, clips.index, count)
                 new_labels = jnp.where(has_frames, clips.labels, no_class)
                 vectors.value = vectors.value.at[rows].set(unit, mode="drop")
                 stored_labels.value = stored_labels.value.at[rows].set(new_labels, mode="drop")

@@ -23,7 +23,7 @@ each other than the card predicts, and k clips count only as `effective_count` c
 
 Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
 (two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
-there.
+this paper.
 """
 
 import math
@@ -172,6 +172,5 @@ def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray)
     same = distances.within * noise
     different = same + 2 * distances.between
     square = np.maximum(square, MIN_SQUARE * distances.within)
-    return person_log_density(distances, square, same) - stranger_log_density(
-        distances, square, different
-    )
+    log_density = person_log_density(distances, square, same)
+    return log_density - stranger_log_density(distances, square, different)

@@ -42,12 +42,13 @@ class FallbackIdentifier(Identifier):
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
-    Source: DeepMEF (3rd place 2019): only the scene for clips without a face; face and scene with
-    the scene for the 1 % of clips of the lowest quality (article). Its code: 0.95 x scene; 0.2 x
-    (face and scene) + 0.8 x scene for norms below 8.867, which are 1 % of the official faces.
-    Residual Dense Net (2nd place 2019): only the body for clips without a face. Unlike there, the
-    threshold is a quantile of the training clips, because norms differ between face networks, and
-    a single run trains both models.
+    Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
+    the scene. The article uses the fallback model for clips without a face, and both models for the
+    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95, and the shares 0.2
+    and 0.8 for norms below 8.867, which are 1 % of the official faces. Residual Dense Net (2nd
+    place 2019) uses only the body for clips without a face. Unlike in both systems, the threshold
+    is a quantile of the training clips, because norms differ between face networks, and a single
+    run trains both models.
     """
 
     modalities: Mapping[str, int]
@@ -71,11 +72,11 @@ class FallbackIdentifier(Identifier):
             raise UserError(
                 f"config.model.threshold_share={self.threshold_share}: must be 0 or more, below 1"
             )
-        if self.modality not in (self.main_modalities or self.modalities):
-            main = ", ".join(self.main_modalities or self.modalities)
+        main = self.main_modalities or self.modalities
+        if self.modality not in main:
             raise UserError(
                 f"model 'fallback': modality={self.modality!r} is not among the main modalities "
-                f"({main})\nadd it to main_modalities, or choose another modality"
+                f"({', '.join(main)})\nadd it to main_modalities, or choose another modality"
             )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
@@ -122,20 +123,17 @@ class FallbackIdentifier(Identifier):
         if not exists.any():
             return {"threshold": 0.0}
         mean = jax.jit(functools.partial(fusion.mean_measure, measure=self.measure))
-        return {
-            "threshold": quantile(clips.values(self.modality, mean, exists), self.threshold_share)
-        }
+        values = clips.values(self.modality, mean, exists)
+        return {"threshold": quantile(values, self.threshold_share)}
 
     @classmethod
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Adds the threshold to `spec`, unless `spec` sets it or has no `threshold_share`."""
-        return (
-            spec
-            if not spec.get("threshold_share") or spec.get("threshold")
-            else {**spec, **prepared}
-        )
+        if not spec.get("threshold_share") or spec.get("threshold"):
+            return spec
+        return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
         """Returns the norm or quality of `modality`, [B], or None if there is no `threshold`."""
@@ -195,9 +193,6 @@ class FallbackIdentifier(Identifier):
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns the value below which a share of the values lie.
-
-    For n values, int(share * n) of them lie below it, or fewer if some values are equal.
-    """
+    """Returns one of n values. int(share * n) values lie below it, or fewer if some are equal."""
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

@@ -99,8 +99,8 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     """Computes `matmul(x, kernel, dtype)`, with a backward pass that also multiplies in `dtype`.
 
-    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. (In JAX, a
-    function with a custom VJP has no forward-mode derivative.)
+    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. This function has
+    no forward-mode derivative, because it has a custom VJP.
     """
     return matmul(x, kernel, dtype)
 
@@ -122,17 +122,17 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Multiplies matrices and sums, in `dtype`, over axis 1 of `left` and `axis` of `right`."""
+    """Multiplies matrices. Sums over axis 1 of `left` and `axis` of `right`, in `dtype`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns the transpose of a matrix, which is stored in memory on CPUs.
+    """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory.
 
-    Otherwise a product with it would be slow: XLA for CPUs has no fast product that sums over the
-    first axis of both operands.
+    Without the copy, a product with the transpose would be slow: XLA for CPUs has no fast product
+    that sums over the first axis of both operands.
     """
     if jax.default_backend() != "cpu":
         return x.T
@@ -258,14 +258,10 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Computes x + f(x), [B, D] float32. For the arguments see DenseLayer."""
         hidden_dim = self.hidden_dim or 2 * x.shape[-1]
-        layer = functools.partial(
-            DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING
-        )
-        hidden = layer(hidden_dim, "prelu", True, self.dropout_rate, name="hidden")(
-            x, mask, train=train
-        )
-        back = layer(x.shape[-1], "prelu", name="back")
-        return x + back(hidden, mask, train=train)
+        make = functools.partial(DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING)
+        hidden = make(hidden_dim, "prelu", True, self.dropout_rate, name="hidden")
+        back = make(x.shape[-1], "prelu", name="back")
+        return x + back(hidden(x, mask, train=train), mask, train=train)
 
 
 def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
@@ -289,9 +285,7 @@ class Classifier(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Computes the logits, [B, 1 + C] float32, from x [B, D] float; `train` applies dropout."""
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
-        return Linear(
-            self.num_classes, dtype=self.dtype, kernel_init=self.kernel_init, name="logits"
-        )(x)
+        return Linear(self.num_classes, self.dtype, kernel_init=self.kernel_init, name="logits")(x)
 
 
 class CosineClassifier(nn.Module):
@@ -319,13 +313,10 @@ class CosineClassifier(nn.Module):
         Without dropout, logits lie in [-scale, scale]. The logits of a zero vector are 0.
         """
         unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
-        kernel = self.param(
-            "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.num_classes), unit.dtype
-        )
+        init = nn.initializers.xavier_uniform()
+        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), unit.dtype)
         directions = unit_vectors(kernel.T)  # [1 + C, D]
-        return self.scale * jnp.einsum(
-            "bd,cd->bc", unit, directions, precision=jax.lax.Precision.HIGHEST
-        )
+        return self.scale * jnp.einsum("bd,cd->bc", unit, directions, precision="highest")
 
 
 class NetVLAD(nn.Module):
@@ -376,16 +367,11 @@ class NetVLAD(nn.Module):
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
 
         dim = features.shape[-1]
-        centers = self.param(
-            "centers", nn.initializers.normal(dim**-0.5), (self.num_clusters, dim), param_dtype
-        )
-        weighted = jnp.einsum(
-            "btk,btd->bkd",
-            assignment.astype(self.dtype),
-            features,
-            preferred_element_type=param_dtype,
-        )  # [B, K, D]
-        descriptors = weighted - jnp.sum(assignment, axis=1)[..., None] * centers
+        init = nn.initializers.normal(dim**-0.5)
+        centers = self.param("centers", init, (self.num_clusters, dim), param_dtype)
+        share = assignment.astype(self.dtype)
+        summed = jnp.einsum("btk,btd->bkd", share, features, preferred_element_type=param_dtype)
+        descriptors = summed - jnp.sum(assignment, axis=1)[..., None] * centers  # [B, K, D]
         if self.reduce == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1), 1)
             descriptors = descriptors / count[:, None, None]

@@ -26,8 +26,8 @@ from vidjax.models.layers import (
 class MultimodalIdentifier(Identifier):
     """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
-    The feature map of a clip is a matrix with a vector or more of each modality. The vectors of
-    a missing modality are exactly 0 in the feature map, including the bias. With `fill_missing`,
+    The feature map of a clip is a matrix with one or more vectors for each modality. The vectors of
+    a missing modality are exactly 0, because no bias is added to them. With `fill_missing`,
     attention fills them from the other vectors.
 
     Attributes:
@@ -123,9 +123,10 @@ class MultimodalIdentifier(Identifier):
             mapped = Linear(count * self.embed_dim, dtype=self.dtype, name=f"{name}_map")(video)
             mapped = mapped.reshape(-1, count, self.embed_dim)
             if self.map_norm:
-                mapped = nn.LayerNorm(
+                norm = nn.LayerNorm(
                     dtype=self.dtype, param_dtype=param_dtype, name=f"{name}_map_norm"
-                )(mapped)
+                )
+                mapped = norm(mapped)
             vectors.append(mapped * exists[..., None])
             vector_mask.append(jnp.repeat(exists, count, axis=1))
         x = jnp.concatenate(vectors, axis=1)  # [B, M, embed_dim]
@@ -133,16 +134,9 @@ class MultimodalIdentifier(Identifier):
         if self.gate:
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
-            x, attention = MultimodalAttention(
-                self.gram_dim,
-                self.gram_scale,
-                self.gamma,
-                self.train_gamma,
-                self.attention_form,
-                self.fill_missing,
-                self.dtype,
-                name="attention_map",
-            )(x, exists)
+            options = self.gram_dim, self.gram_scale, self.gamma, self.train_gamma
+            options += self.attention_form, self.fill_missing, self.dtype
+            x, attention = MultimodalAttention(*options, name="attention_map")(x, exists)
         if self.joined == "mean":
             x = x.sum(axis=1) / jnp.maximum(exists.sum(axis=1, keepdims=True), 1).astype(x.dtype)
         x = x.reshape(x.shape[0], -1)
@@ -162,13 +156,9 @@ class MultimodalIdentifier(Identifier):
             features = real.features.astype(param_dtype)
             if self.unit_length:
                 features = unit_vectors(features)
-            video = NetVLAD(
-                self.num_clusters,
-                self.netvlad_reduce,
-                self.netvlad_norms,
-                self.dtype,
-                name=f"{name}_netvlad",
-            )(features * self.feature_scale, real.mask, train=train)
+            options = self.num_clusters, self.netvlad_reduce, self.netvlad_norms, self.dtype
+            netvlad = NetVLAD(*options, name=f"{name}_netvlad")
+            video = netvlad(features * self.feature_scale, real.mask, train=train)
         else:
             video = fusion.mean_frame(real).features * self.feature_scale
         video = video.reshape(video.shape[0], -1)
@@ -176,7 +166,7 @@ class MultimodalIdentifier(Identifier):
 
 
 class MultimodalAttention(nn.Module):
-    """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
+    """Adds to each vector of the feature map a mean of all vectors, weighted by correlation.
 
     The feature map is [B, M, D], a vector per row. The X in R^{D x M} of the paper is its
     transpose. The indices of Y[b, i, j] are i and j of the paper.
@@ -194,8 +184,8 @@ class MultimodalAttention(nn.Module):
         of the vectors that exist. If False (not in the paper), it is 0.
       dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
 
-    Source: iQIYI-VID paper, equations 1-3. Unlike there, a missing vector is 0 and has no weight in
-    the softmax; the equations would give it exp(0). Without missing vectors the results are equal.
+    Source: iQIYI-VID paper, equations 1-3. Here a missing vector is 0 and has no weight in the
+    softmax; the equations would give it exp(0). Without missing vectors the results are equal.
     SAGAN also projects the vectors that are summed; the form `two` does not.
     """
 
@@ -225,8 +215,8 @@ class MultimodalAttention(nn.Module):
         project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)
         f = project(name="w_f")(x)  # [B, M, D~]
         g = project(name="w_g")(x) if self.form == "two" else f
-        z = jnp.einsum("bid,bjd->bij", f, g, preferred_element_type=param_dtype)  # [B, M, M]
-        z = z * self.scale
+        product = functools.partial(jnp.einsum, preferred_element_type=param_dtype)
+        z = product("bid,bjd->bij", f, g) * self.scale  # [B, M, M]
         pairs = mask[:, :, None] & (True if self.fill_missing else mask[:, None, :])
         # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
         # the same zeros without NaN.
@@ -235,9 +225,7 @@ class MultimodalAttention(nn.Module):
         gamma = self.gamma
         if self.train_gamma:
             gamma = self.param("gamma", nn.initializers.constant(gamma), (), param_dtype)
-        mixed = jnp.einsum(
-            "bij,bid->bjd", y.astype(self.dtype), x, preferred_element_type=param_dtype
-        )
+        mixed = product("bij,bid->bjd", y.astype(self.dtype), x)
         return (x + gamma * mixed).astype(self.dtype), y
 
 

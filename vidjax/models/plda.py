@@ -33,7 +33,7 @@ class PLDAIdentifier(Identifier):
 
     Three attempts did not help (their code is in the history up to a538f79): a learned map x + x A
     of the vectors of each modality, where A starts at 0 and decays towards 0 (NPLDA, Ramoji et al.
-    2020; MAP .910 on synthetic and .935 on real clips, the same as without); a scale per modality;
+    2020; MAP 0.910 on synthetic and 0.935 on real clips, as without the map); a scale per modality;
     a prior that depends on the number of clips.
     """
 
@@ -61,7 +61,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns a member's settings. Raises UserError if one is neither given nor fitted."""
+        """Returns a member's settings. Raises UserError if a setting has no value."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -71,12 +71,12 @@ class PLDAIdentifier(Identifier):
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Fits the parameters that are None on held-out training clips. Returns name -> value."""
+        """Fits the settings that are None, on held-out training clips. Returns name -> value."""
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the parameters of PLDA for galleries, which use the first member."""
+        """Returns the settings of the first member, which galleries use."""
         return self.settings()
 
     @nn.compact
@@ -132,17 +132,15 @@ class PLDAIdentifier(Identifier):
 
     def score_vectors(self, vectors: Mapping[str, Array]) -> ModelOutput:
         """Computes the logits of unit vectors, modality -> [B, D], with the collection `solved`."""
-        solved = {name: self.get_variable("solved", name) for name in self.modalities}
-        centred = [
-            _centre_vectors(x, solved[name]["centre"]) for name, x in vectors.items()
-        ]  # [B, D] of each modality
-        ratios = [
-            plda_fit.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
-            for name, x in zip(vectors, centred, strict=True)
-        ]
+        ratios, known, centred = [], [], []  # of each modality
+        for name, x in vectors.items():
+            solved = self.get_variable("solved", name)
+            centred.append(_centre_vectors(x, solved["centre"]))  # [B, D]
+            ratios.append(plda_fit.log_ratios(solved["space"], solved["enrolled"], centred[-1]))
+            known.append(solved["enrolled"].known)
         logits = combine_modalities(
             jnp.stack(ratios),
-            jnp.stack([solved[name]["enrolled"].known for name in vectors]),
+            jnp.stack(known),
             jnp.stack([jnp.any(x != 0, axis=1) for x in centred]),
             self.get_variable("solved", "settings"),
         )
@@ -156,10 +154,9 @@ class PLDAIdentifier(Identifier):
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
-        members = range(len(jax.tree.leaves(parts)[0]))
         solved = [
             self._finalise_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
-            for e in members
+            for e in range(len(jax.tree.leaves(parts)[0]))
         ]
         return {"solved": jax.tree.map(_stack, *solved)}
 
@@ -187,11 +184,8 @@ def _add(
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
-    new = {
-        **part,
-        "centre": part["centre"] + jnp.dot(first, x),
-        "num": part["num"] + jnp.sum(first),
-    }
+    centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)
+    new = {**part, "centre": centre, "num": num}
     assert clips.labels is not None
     counted = real & (turn == 1) & (clips.labels > 0)
     # All first occurrences come before any second occurrence, so the centre is complete here.

@@ -115,7 +115,7 @@ def fit_member_settings(
 ) -> dict[str, float | tuple[float, ...]]:
     """Fits the settings of PLDA that are None in `given`. Returns name -> number.
 
-    If the numbers differ between the members of an ensemble, a value is a tuple of them.
+    If the numbers of the members of an ensemble differ, a value is a tuple with all numbers.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -155,7 +155,7 @@ def fit_member_settings(
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
     """Prints a message if too few people have two clips for calibrated probabilities.
 
-    Labels are [N] int, 0 for clips that show nobody who is known.
+    Labels are [N] int, 0 for clips of strangers.
     """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
@@ -174,7 +174,7 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
-    If there are more than MAX_FITTED_CLIPS, only the clips of a few random identities are True.
+    If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True.
     """
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
@@ -193,9 +193,9 @@ def fit_settings(
     """Fits the settings of PLDA on held-out clips, except the settings in `given`.
 
     `vectors` maps a modality to [N, D] float of unit length, 0 for clips that lack the modality.
-    Labels are [N] int from 1 on. `enrolled` has the vectors of the clips when they are enrolled;
-    None means `vectors`. If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted, and
-    the settings have typical values.
+    Labels are [N] int from 1 on. `enrolled` has the vectors with which clips are enrolled, if they
+    differ from the vectors that are scored; None means `vectors`. If fewer than FEWEST_PEOPLE
+    people have two clips, nothing is fitted, and the settings have typical values.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -237,7 +237,7 @@ class _Fold(NamedTuple):
 
     covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
-    few: Sequence[tuple[np.ndarray, np.ndarray]]  # totals, if half of the identities have one clip
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # the same, but half of the people have one clip
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 
@@ -252,8 +252,8 @@ def _hold_out(
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
     The remaining identities, which are random, become strangers. For the arguments, see
-    `fit_settings`. Returns None if a modality has no enrolled clip, or if all held-out clips or
-    none of them show strangers.
+    `fit_settings`. Returns None if a modality has no enrolled clip, if all held-out clips show
+    strangers, or if no held-out clip does.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -269,9 +269,8 @@ def _hold_out(
             return None
         share = two_covariance.centre_share(len(np.unique(labels[visible])))
         centre = share * x[visible].mean(axis=0)
-        centred, to_enrol = (
-            two_covariance.unit_vectors_from(centre, side) for side in (x, enrolled_vectors[name])
-        )
+        centred = two_covariance.unit_vectors_from(centre, x)
+        to_enrol = two_covariance.unit_vectors_from(centre, enrolled_vectors[name])
         sums = two_covariance.make_sums(centred[visible], labels[visible], 1 + num_identities)
         parts["covariances"].append(two_covariance.covariances(sums))
         rows = np.flatnonzero(visible)
@@ -335,7 +334,7 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger`, unless `given`, by likelihood and prior."""
+    """Fits `scale`, `unenrolled` and `stranger`, unless `given`: maximises likelihood x prior."""
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)

@@ -74,15 +74,13 @@ class System(NamedTuple):
         feature vector that is hidden from the member. It is read only if `config.ensemble.views` is
         not 0.
         """
-        fused = {}
+        fused, spec = {}, self.config["ensemble"]
         fusions = self.fuse_eval if rng is None else self.fuse_train
         for i, (name, fuse) in enumerate(fusions.items()):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
-            if self.config["ensemble"]["views"]:
-                features = ensemble.drop_chunk(
-                    features, hidden_chunk, self.config["ensemble"]["chunks"]
-                )
+            if spec["views"]:
+                features = ensemble.drop_chunk(features, hidden_chunk, spec["chunks"])
             fused[name] = result._replace(features=features)
         return fused
 
@@ -107,11 +105,10 @@ class System(NamedTuple):
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
         Usually each clip is an example. Then the frames are returned unchanged, with [B, 1] bool,
-        all True. If `frame_is_example` is set, each fused frame of a clip is an example. Then a
-        modality must have T' frames, as the other modalities have, or 1 frame, which is repeated in
-        every example of the clip. A clip that has only modalities with a single frame is one
-        example. The result is modality -> Frames [B T', 1], and [B, T'] bool, True for examples
-        that exist.
+        all True. If `frame_is_example` is set, each of the T' fused frames of a clip is an example.
+        Then a modality has T' frames, or 1 frame, which is repeated in every example of the clip. A
+        clip that has only modalities with 1 frame is one example. The result is modality ->
+        Frames [B T', 1], and [B, T'] bool, True for examples that exist.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -135,7 +132,7 @@ class System(NamedTuple):
 
 
 def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns a clip of a single frame of zeros: modality -> Frames [1, 1], with these widths."""
+    """Returns a clip of one frame of zeros, modality -> Frames [1, 1]. `modalities` has widths."""
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -219,7 +216,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model, which gets fewer features if `config.ensemble.views` hides a chunk."""
+    """Builds the model. If `config.ensemble.views` hides a chunk, the model has fewer inputs."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -262,7 +259,8 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds `System.column_weight`, the weights of clips by their class column.
 
-    A mirror of a noise class has the weight `spec["mirror_weight"]`, a schedule. Others have 1.
+    A mirror class has the weight `spec["mirror_weight"]`, which is a schedule. Other classes have
+    the weight 1.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
@@ -273,7 +271,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises UserError if JAX would compute in another dtype without a message."""
+    """Raises UserError if JAX would silently compute in another dtype."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"

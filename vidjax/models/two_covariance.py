@@ -1,13 +1,13 @@
 """Two-covariance PLDA scores whether vectors of clips belong to the same identity.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
-e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. To enrol a clip is
-to add to the sums, and to remove it is to subtract. The fit takes three eigendecompositions of
-[D, D] in float64. Everything here is numpy, because galleries do not wait for JAX. `plda_fit` works
-on the device.
+e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They add up the
+enrolled clips; to remove a clip, it is subtracted. The fit takes three eigendecompositions of
+[D, D] in float64. This file uses only numpy, because galleries do not wait for JAX. `plda_fit`
+works on the device.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
-shrinkage of both covariances towards a multiple of the identity is not from there.
+shrinkage of both covariances towards a multiple of the identity is not from this paper.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ import numpy as np
 
 from vidjax.core.batch import Array
 
-# The typical share of the variance that belongs to the clip and not to the person: .25 for the face
-# vectors of dlib (distances of .42 within and .85 between people), and .54, .69 and .60 for faces,
-# heads and voices of the small real dataset.
+# The typical share of the variance that belongs to the clip and not to the person. It is 0.25 for
+# the face vectors of dlib (distances of 0.42 within and 0.85 between people), and 0.54, 0.69 and
+# 0.60 for faces, heads and voices of the small real dataset.
 WITHIN = 0.5
 PRIOR = 10.0  # weight of these typical covariances, in clips and in people
 SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit vectors
@@ -132,10 +132,8 @@ def make_space(covariances: Covariances, *, within: float | Array, between: floa
     values = (1 - within) * covariances.within + within * mean_variance
     values = np.maximum(values, 1e-6 * mean_variance)  # W may have no variance along some axes
     shrunk = (1 - between) * covariances.between
-    isotropic = (
-        np.trace(covariances.between) / len(values) * np.eye(len(values), dtype=values.dtype)
-    )
-    shrunk = shrunk + between * isotropic
+    mean_between = np.trace(covariances.between) / len(values)
+    shrunk = shrunk + between * mean_between * np.eye(len(values), dtype=values.dtype)
     scale = 1 / np.sqrt(values)
     ratio, turned = np.linalg.eigh(scale[:, None] * shrunk * scale)
     return Space(covariances.mean, (covariances.axes * scale) @ turned, np.maximum(ratio, 0.0))

@@ -7,8 +7,8 @@ is complete. A checkpoint is not used if a file differs from the manifest, if `s
 that the manifest does not list, or if a path contains a link.
 
 At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
-evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the one before the
-latest is kept. Other files in `checkpoints/` are not changed.
+evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint
+before the latest is kept. Other files in `checkpoints/` are not changed.
 
 The class `training.Checkpointer` of Orbax does not fit for two reasons. It renames a step before
 the manifest exists. It needs the MAP when it saves, but vidjax saves a step before the evaluation.
@@ -90,11 +90,9 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         ocp.save_checkpointables(str(partial / "state"), filled)
         distributed.barrier()
         if distributed.is_first():
-            contents = {
-                "arrays": _describe_arrays(items),
-                "files": files.sha256_folder(partial / "state"),
-            }
-            files.write_manifest(partial / MANIFEST, {**contents, **info})
+            digests = files.sha256_folder(partial / "state")
+            contents = {"arrays": _describe_arrays(items), "files": digests, **info}
+            files.write_manifest(partial / MANIFEST, contents)
             _set_aside(folder)
             os.rename(partial, folder)
     except Exception as error:  # Orbax raises a dozen different errors if the disk is full

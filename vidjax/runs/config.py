@@ -73,7 +73,7 @@ class Group(NamedTuple):
 def _focal_weights(values: Values) -> tuple[float, ...]:
     """Returns the weights in `loss.schedule`. If it is malformed, returns (0.5,).
 
-    Then every loss counts as used, and another function will report the mistake.
+    With (0.5,), both losses count as used. Another function reports the mistake.
     """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
@@ -108,9 +108,7 @@ def _read_by_schedule(condition: Callable[[Values], bool], focal_weight: int) ->
 
 SYNTHETIC, OWN_FEATURES = _read_if("data.name", "synthetic"), _read_if("data.name", "arrays")
 FOLDER = _read_unless(
-    "data.name",
-    "synthetic",
-    "arrays, or --config.data.name=iqiyi_vid for iQIYI-VID",
+    "data.name", "synthetic", "arrays, or --config.data.name=iqiyi_vid for iQIYI-VID"
 )
 NOISE_CLASSES = _read_if("data.distractors", "noise")
 CLASSIFICATION = _read_by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
@@ -262,10 +260,10 @@ TABLE: tuple[Field | Group, ...] = (
           low=0, high=1e6),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
-    Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the order of clips "
-          "by probability, and the mean over members", above=0),
-    Field("eval.top_classes", 0, "number of identities for which each clip is ranked: those with "
-          "the highest scores; 0: all", low=0),
+    Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
+          "members, and the order of clips that are ranked by probability", above=0),
+    Field("eval.top_classes", 0, "number of identities for which each clip is ranked, its "
+          "identities with the highest scores; 0: all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),
@@ -581,7 +579,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`, or the default. Raises UserError if several are."""
+    """Returns the word in `names`, or the default. Raises UserError for two words in `names`."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

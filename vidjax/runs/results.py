@@ -33,20 +33,9 @@ MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
 # Keys of `metrics.json` that describe the training. A later evaluation does not change them.
 TRAINING_KEYS = (
-    "best_step",
-    "best_map",
-    "num_params",
-    "num_members",
-    "train_clips_per_second",
-    "train_seconds",
-    "seconds",
-    "date",
-    "seed",
-    "command",
-    "finished",
-    "trained_on",
-    "versions",
-)
+    "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
+    "seconds", "date", "seed", "command", "finished", "trained_on", "versions",
+)  # fmt: skip
 
 
 def now() -> str:
@@ -79,10 +68,8 @@ class Results(schemas.Metrics, kw_only=True):
         return cls(**known, split=split, paths=paths, values=cast(dict[str, Any], plain))
 
     def __repr__(self) -> str:
-        values = (
-            f"{name}={getattr(self, name)!r}" for name in ("split", "map", "map_kind", "step")
-        )
-        return f"Results({', '.join(values)})"
+        names = ("split", "map", "map_kind", "step")
+        return f"Results({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `metrics.json` as a dict of JSON values."""
@@ -142,7 +129,7 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns the settings of an evaluation that differ from the run's, as `FIELD=VALUE, ...`."""
+    """Returns the fields that an evaluation changed in the configuration, as `FIELD=VALUE, ...`."""
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
@@ -216,8 +203,8 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
 def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Removes the lines of a .jsonl file after `step`, because a resumed run writes them again.
 
-    Damaged lines are also removed, with a warning unless only the last line is damaged, as a killed
-    process leaves it. If `evaluated` is False, the evaluation of `step` is removed, too.
+    Damaged lines are also removed, with a warning. A damaged last line gives no warning, because a
+    killed process leaves one. If `evaluated` is False, the evaluation of `step` is removed, too.
     """
     if not files.exists(path):
         return
@@ -241,8 +228,8 @@ class Logs:
     """Writes the logs of a run: `metrics.jsonl`, `timing.jsonl` and a file for TensorBoard.
 
     If several processes train the run, only the first process writes. A resumed run continues after
-    `step`, and later entries of the logs are removed or hidden. `evaluated` is True if `step` was
-    evaluated.
+    `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
+    `step` was evaluated.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):

@@ -66,10 +66,10 @@ class RunFolder:
         return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
-        """Returns the paths of the result files of `split`, by default of the split of training.
+        """Returns the paths of the result files of `split`, by default the `eval.split` of the run.
 
-        If `apart` is True, the results come from settings other than the run's. Then the file names
-        contain the name of the split, so that no result of the training is replaced.
+        `apart` is True if the results come from settings other than the settings of the run. Then
+        the file names contain the name of the split, so no result of the training is replaced.
         """
         trained_split = str(self._config.eval.split)
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
@@ -140,7 +140,7 @@ def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def refuse_folder_of_data(folder: Path) -> None:
     """Raises UserError if a folder contains clips, because a run must not write among them."""
-    if files.exists(folder / "config.json"):
+    if files.exists(folder / CONFIG):
         return
     paths = (path for pattern in DATA_PATTERNS for path in folder.glob(pattern))
     if path := next(paths, None):
@@ -175,7 +175,7 @@ def check_resumes(workdir: Path, old: Config, new: Config) -> None:
 
 def check_not_moved(workdir: Path) -> None:
     """Raises UserError if the folder of a run was moved or removed during training."""
-    if not files.exists(workdir / "config.json"):
+    if not files.exists(workdir / CONFIG):
         raise UserError(
             f"'{workdir}' was moved or removed during training\n"
             "to resume from its last checkpoint, run the same command with its new path: "

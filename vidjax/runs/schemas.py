@@ -165,7 +165,7 @@ Pair = tuple[Column, Column]  # an identity or -1, and a count
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity with a low average precision. `find_worst_identities` explains the other keys."""
+    """An identity with a low average precision, see `measures.find_worst_identities`."""
 
     identity: Column
     ap: Share
@@ -263,8 +263,8 @@ MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     """Converts a JSON value to an object of the class `kind`.
 
-    If the value does not fit, raises UserError with `path`, the file of the value, the wrong key,
-    such as `$.members[2].map`, and `remedy`.
+    If the value does not fit, raises UserError. The message has the path of the file, the wrong
+    key, such as `$.members[2].map`, and `remedy`.
     """
     try:
         return msgspec.convert(value, kind)
@@ -287,7 +287,7 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Reads a JSON file, and converts its value to an object of `kind`. It raises as `load`."""
+    """Reads a JSON file, and returns its value as an object of `kind`. Errors are as in `load`."""
     return load(path, kind, remedy, limit)[1]
 
 

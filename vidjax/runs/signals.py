@@ -33,7 +33,7 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if any process got a signal or has `save_due`. All must call it together."""
+        """Returns True if a process got a signal or has `save_due`. All processes must call it."""
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)

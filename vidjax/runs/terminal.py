@@ -13,10 +13,7 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 
 
 def is_quiet() -> bool:
-    """Returns True if this process must print no messages.
-
-    This is so if TQDM_DISABLE is set, and in every process of a run except the first.
-    """
+    """Returns True if messages are off: TQDM_DISABLE is set, or this is not the first process."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 

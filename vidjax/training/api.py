@@ -197,12 +197,8 @@ def _name_data(config: Config, data: "TrainingData") -> Config:
     values = dict(config_lib.fields(config))
     for field in config_lib.FIELDS.values():
         when = field.read_when
-        if (
-            when
-            and when.field == "data.name"
-            and not when.condition(values)
-            and field.name != "data.dir"
-        ):
+        is_of_others = when and when.field == "data.name" and not when.condition(values)
+        if is_of_others and field.name != "data.dir":
             config.data[field.name.removeprefix("data.")] = field.default
     return config
 
@@ -344,12 +340,8 @@ def compare(
         ranked different clips.
     """
     check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
-    groups = [
-        [os.fspath(run)]
-        if isinstance(run, (str, os.PathLike))
-        else [os.fspath(path) for path in run]
-        for run in runs
-    ]
+    lists = ([run] if isinstance(run, (str, os.PathLike)) else run for run in runs)
+    groups = [[os.fspath(path) for path in paths] for paths in lists]
     if len(groups) < 2 or not all(groups):
         raise UserError("compare: there are too few runs: give two runs, or two lists of runs")
     from vidjax.evaluation import comparison

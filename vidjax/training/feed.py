@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, distributed
-from vidjax.core.batch import Array, Batch, Packed
+from vidjax.core.batch import Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.models.system import System
@@ -81,9 +81,9 @@ class Feed(abc.ABC):
     ) -> tuple[list[TrainState], list[list[LoopResult]]]:
         """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
-        The outer list has an entry for the last call of the compiled loop, or for the last two. An
-        entry is a list of the results of all groups of members. Results of earlier calls are left
-        out: they were finite, as otherwise the loop would not have been called again.
+        The outer list has an entry for each of the last calls of the compiled loop, at most two. An
+        entry is a list of the results of all groups of members. The results of earlier calls have
+        no `bad_step`, because the loop is not called again after a bad step.
         """
 
 
@@ -121,7 +121,7 @@ class StreamingFeed(Feed):
             fetched = time.monotonic() - began
             if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(outcomes[-1])):
                 self.waited += fetched - self._fastest
-            # This waits until the devices have finished the step before.
+            # This waits until the devices have finished the previous step.
             before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []
             self._next = devices.shard_batch(self._mesh, after)
             if any(x.bad_step >= 0 for x in before):
@@ -139,11 +139,9 @@ class ResidentFeed(Feed):
     def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
         super().__init__()
         self._clips = clips
-
-        def draw(clips: Mapping[str, Packed], step: Array) -> Batch:
-            return resident.draw_batch(clips, plan, step)
-
-        self._loop = train_step.make_train_loop(system, mesh, draw)
+        self._loop = train_step.make_train_loop(
+            system, mesh, lambda clips, step: resident.draw_batch(clips, plan, step)
+        )
 
     def _dispatch(
         self, states: States, constants: AllConstants, count: int

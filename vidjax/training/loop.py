@@ -101,7 +101,7 @@ def train(
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
     write_description(workdir, config, data, plan.training_sets)
-    evaluated = _take_steps(run, plan, schedule, RunFolder(workdir), config.eval.split, analyse)
+    evaluated = _take_steps(run, plan, schedule, workdir, config.eval.split, analyse)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluation = evaluated or run.evaluate()
     results = {"data": data.report["data"], **evaluation.results, **run.results()}
@@ -117,19 +117,14 @@ def train(
 
 
 def _take_steps(
-    run: "TrainingRun",
-    plan: RunPlan,
-    schedule: Schedule,
-    folder: RunFolder,
-    split: str,
-    analyse: bool,
+    run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, split: str, analyse: bool
 ) -> Evaluation | None:
     """Trains, logs, saves and evaluates. Returns the last evaluation if this process evaluated."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
     with contextlib.ExitStack() as stack:
-        logs = Logs(folder.path, step=run.step, evaluated=not is_pending)
+        logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
         progress = Progress(
             num_drawn(total_steps), initial=num_drawn(run.step),
@@ -299,22 +294,20 @@ class TrainingRun:
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
-        plan_in_memory = resident.make_resident_plan(data, batches, config.eval.split)
+        in_memory = resident.make_resident_plan(data, batches, config.eval.split)
         num_drawn = plan.task.total_steps * config.batch_size
         params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
-        taken = resident.step_bytes(plan_in_memory, batches, params, plan.task.num_columns, mesh)
-        mode = mode or resident.choose_mode(
-            config.data.mode, plan_in_memory, mesh, num_drawn, taken
-        )
+        taken = resident.step_bytes(in_memory, batches, params, plan.task.num_columns, mesh)
+        mode = mode or resident.choose_mode(config.data.mode, in_memory, mesh, num_drawn, taken)
         (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
             say("clips are read from the disk in each epoch")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()
-        clips = resident.Resident(data, plan_in_memory, mesh)
+        clips = resident.Resident(data, in_memory, mesh)
         say(
-            f"clips stay on the device: {plan_in_memory.nbytes / 1e6:,.0f} MB, "
+            f"clips stay on the device: {in_memory.nbytes / 1e6:,.0f} MB, "
             f"read in {time.monotonic() - began:.1f} s"
         )
         return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
@@ -424,7 +417,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in the manifest. If it exists, only adds `more`."""
+        """Saves a checkpoint with `more` in the manifest, or adds `more` to a saved checkpoint."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

@@ -41,7 +41,7 @@ FIRST_STEPS = (1, 2, 5, 10)
 UNREAD_IN_CLOSED_FORM = (
     "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
 )  # fmt: skip
-MAX_BATCH_ROWS = 65_536  # a larger batch is a typing error, unless there are as many clips
+MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
 
 # The assumptions of a dry run, which reads no data:
 WIDTH = 512  # feature width of a modality
@@ -168,7 +168,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
     A member learns from a clip if its `weight` [E, N] is above 0, and the fusion of `config.fusion`
-    keeps a frame. Of a clip with more frames, only the 512 frames of the best quality are tried.
+    keeps a frame. If a clip has more than 512 frames, only the 512 of best quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -176,9 +176,8 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
     @jax.jit
     def is_chosen(batch: Batch) -> Array:
         rng = jax.random.key(config.seed)
-        return fusion.has_frames(
-            {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
-        )
+        fused = {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
+        return fusion.has_frames(fused)
 
     is_used = compute_values(config, data, tuple(config.modalities), is_chosen, weighted)
     if not is_used.any():
@@ -211,13 +210,10 @@ def label_distractors(
             f"config.noise.modality='{modality}' is not a modality of the data: choose from "
             f"{', '.join(data.modalities)}"
         )
-    clusters = cluster(
-        compute_values(
-            config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
-        ),
-        eps=config.noise.eps,
-        min_samples=config.noise.min_samples,
+    vectors = compute_values(
+        config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
     )
+    clusters = cluster(vectors, eps=config.noise.eps, min_samples=config.noise.min_samples)
     layout = NoiseClassLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
     labels = labels.copy()
     labels[is_noise] = initial_labels(clusters, layout, config.seed)
@@ -268,7 +264,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes TrainingClips, which explains `labels` and `used`, for `Identifier.prepare`."""
+    """Makes the argument of `Identifier.prepare`. TrainingClips explains `labels` and `used`."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -412,10 +408,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
         return frozenset(range(steps, total, steps))
 
-    log = frozenset(
-        {*range(0, total, config.log_every_steps), total}
-        | {step for step in FIRST_STEPS if step < total}
-    )
+    first = [step for step in FIRST_STEPS if step < total]
+    log = frozenset((*first, *range(0, total, config.log_every_steps), total))
     evaluate = every(config.eval.every_epochs) | {total}
     relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
@@ -486,9 +480,8 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
     [n] int, the cluster of each distractor, or -1 if it is in no cluster.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
-    columns = np.where(
-        clusters >= 0, 1 + layout.num_identities + clusters, identities + layout.mirror_shift
-    )
+    mirrors = identities + layout.mirror_shift
+    columns = np.where(clusters >= 0, 1 + layout.num_identities + clusters, mirrors)
     return columns.astype(np.int32)
 
 

@@ -33,7 +33,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
     labels: Array  # [E, N] int32, class column of every training clip; constant within a step
-    bad_steps: Array  # [E] int32, number of latest steps without a finite loss and gradient
+    bad_steps: Array  # [E] int32, latest consecutive steps without a finite loss and gradient
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
@@ -81,7 +81,7 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
-    """Builds the state at step 0 on the devices. `init` must call `init_state`.
+    """Builds the state at step 0 on the devices. `init` returns the result of `init_state`.
 
     A first program draws the parameters, and a second program adds the state of the optimiser `tx`.
     A single program would need more memory, because drawing takes three times the memory of the
@@ -189,7 +189,7 @@ def take_member_step(
     clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
-        # A small number could give a key that the first transform derives with `split`, too.
+        # With a small number, the key could equal a key that the first transform gets by `split`.
         key = jax.random.fold_in(transform_rng, 1 << 16 | number) if number else transform_rng
         clips = transform(key, clips)
 
@@ -283,8 +283,8 @@ def _transform_and_fuse(
         min_quality=min_quality,
         targets=((labels, jnp.ones_like(weight)),),
     )
-    # The fusion of M modalities folds the numbers 0 to M - 1 into the key. The last transform uses
-    # M, the one before it M + 1. So the first transform, `drop_poor_frames`, changes no other draw.
+    # The fusion of M modalities folds the numbers 0 to M - 1 into the key. The last transform folds
+    # M, and the transform before it M + 1. So a further first transform changes no other draw.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1

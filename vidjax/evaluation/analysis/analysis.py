@@ -35,10 +35,7 @@ from vidjax.utils.errors import warn
 
 
 def analyse(
-    models: Sequence[TrainedModel],
-    evaluation: Evaluation,
-    mesh: Mesh,
-    config: Config,
+    models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh, config: Config
 ) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
@@ -91,9 +88,9 @@ def measure_quality_and_attention(
 
     The quality is the mean over the clip's frames of the primary modality, or 0 if there are none.
     The attention is between the V input vectors of the first member. Element [i, j] is how much
-    vector j attends to vector i. It is the mean over the clips that have vector j. If the model
-    fills missing vectors, it is the mean over all clips. The attention is None if `attention` is
-    False, the model has no attention, or each frame of a clip is a separate example.
+    vector j attends to vector i, a mean over the clips that have vector j. If the model fills
+    missing vectors, it is a mean over all clips. The attention is None if `attention` is False, the
+    model has no attention, or each frame of a clip is a separate example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
@@ -101,12 +98,8 @@ def measure_quality_and_attention(
     step = model.attention_step or eval_step_lib.make_attention_step(model.system)
     attention = attention and not model.system.frame_is_example
     total = None
-    blocks = (
-        block
-        for (own,) in iterate_block_groups([model], split_name, block_size, mesh)
-        for block in own
-    )
-    for block in blocks:
+    groups = iterate_block_groups([model], split_name, block_size, mesh)
+    for block in (block for (blocks,) in groups for block in blocks):
         frames = block.frames[model.modalities[0]]
         attended = step(params, model_state, hidden_chunk, block) if attention else None
         given, mask, clips, real, attended = devices.fetch(
@@ -125,7 +118,7 @@ def measure_quality_and_attention(
 
 @functools.cache
 def import_slow_libraries(*, report: bool) -> None:
-    """Starts a thread for imports that take over half a second: Orbax and, if asked, the report."""
+    """Starts a thread that imports Orbax and, if wanted, the report. Both take half a second."""
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # the code that needs them reports it

@@ -22,7 +22,7 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.evaluation.topk import TopK
 
-MOST_GROUPS = 8  # number of sets of modalities that form a group; the other sets form a last group
+MOST_GROUPS = 8  # sets of modalities with separate groups; all other sets form one group
 DRAWS = 1000  # for the interval of a group
 QUANTILES = 5  # number of groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of groups by the number of clips or frames
@@ -74,7 +74,7 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precision of each identity, with only its `chosen` clips, [N] bool.
+        """Returns the average precision of each identity with only the clips in `chosen`, [N] bool.
 
         The other clips of an identity are removed from its list. An identity without a chosen clip
         is left out. Also returns the number of chosen clips of identities.
@@ -357,7 +357,7 @@ def resample_fnir(
 
     `strange` [S] are the scores of distractors. For the n known clips, `known` are the scores,
     `right` is True if the best identity is right, and `people` are the identities. `rate` is the
-    FPIR at which `metrics.find_threshold` would set the threshold of each sample.
+    FPIR for which each sample sets its threshold, as `metrics.find_threshold` does.
     """
     rng = np.random.default_rng(0)
     num = len(strange)

@@ -34,8 +34,8 @@ KINDS = {
 LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
 TERMS = {
     "MAP@100": "mean average precision. Every identity has a list of its 100 best clips. Its "
-    "average precision is 1 if all its clips come first in the list, and less the later they come "
-    "or the more are missing. MAP is the mean over identities.",
+    "average precision is 1 if all its clips come first in the list. It is lower if its clips come "
+    "later or are missing. MAP is the mean over identities.",
     "Distractor": "a clip that shows none of the identities.",
     "Threshold": "the score from which a clip is identified.",
     "FPIR": "the share of distractors whose best score reaches the threshold.",
@@ -159,9 +159,9 @@ def result_rows(run: RunFiles) -> Rows:
     labels = [
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
-        ("num_map_identities", "identities with clips, whose mean MAP is", 0),
+        ("num_map_identities", "identities with clips; MAP is their mean", 0),
         ("num_distractors", "distractors", 0),
-        ("num_ties", "places in lists that only names decide: equal scores", 0),
+        ("num_ties", "ties: ranked clips with the score of the clip before them", 0),
         ("eval_clips_per_second", "clips per second of evaluation", 0),
         ("eval_seconds", "seconds of the evaluation", 1),
         ("train_clips_per_second", "clips per second of training steps (median)", 0),
@@ -202,7 +202,7 @@ def run_rows(run: RunFiles) -> Rows:
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
     if config["join"]["runs"]:
-        del settings["trained on"], settings["modalities"]  # a joined run does not use them
+        del settings["trained on"], settings["modalities"]  # a blend does not use them
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
@@ -233,9 +233,8 @@ def reading(run: RunFiles) -> Markup | None:
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
-    return Markup("<dl>{}</dl>").format(
-        Markup().join(words.format(*item) for item in TERMS.items())
-    )
+    terms = Markup().join(words.format(*item) for item in TERMS.items())
+    return Markup("<dl>{}</dl>").format(terms)
 
 
 def learning(run: RunFiles) -> Markup | None:
@@ -387,9 +386,8 @@ def open_set(run: RunFiles) -> Markup | None:
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
-    parts = [
-        html.beside("figures", [draw(run) for name, draw in shown.items() if name in run.arrays])
-    ]
+    figures = [draw(run) for name, draw in shown.items() if name in run.arrays]
+    parts = [html.beside("figures", figures)]
     if open_set := run.analysis.open_set:
         parts.append(_thresholds(run, open_set))
     if "fpir" not in run.arrays:
@@ -413,12 +411,7 @@ def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
         fpir = share(row.fpir, 2), html.between(row.fpir_low, row.fpir_high, 2, percent=True)
         fnir = share(row.fnir, 1), html.between(row.fnir_low, row.fnir_high, 1, percent=True)
         rows.append((share(row.rate, 1), html.number(row.threshold), *fpir, *fnir))
-    counts = (
-        open_set.num_known,
-        open_set.num_people,
-        open_set.num_strange,
-        open_set.num_identities,
-    )
+    counts = open_set.num_known, open_set.num_people, open_set.num_strange, open_set.num_identities
     words = (
         "{} clips of {} known people and {} distractors, each compared with {} identities. The "
         "best score of a distractor depends on the number of identities, so a gallery of this run "
