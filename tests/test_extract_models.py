@@ -40,7 +40,7 @@ def assert_faces(faces, scores, boxes, points):
 
 
 def test_centerface_decoder_follows_its_paper():
-    """Sec. 3: a centre is 4 (cell + offset + 1/2), a side is 4 exp(scale), points count in sides."""
+    """Sec. 3: a centre is 4 (cell + offset + 1/2), a side is 4 exp(scale), points are in sides."""
     shape = (7, 11)
     heat = rng(1).uniform(size=shape).astype(np.float32)
     scale, offset = (rng(seed).normal(size=(2, *shape)).astype(np.float32) for seed in (2, 3))
