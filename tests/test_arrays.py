@@ -169,6 +169,7 @@ def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
         sources.load(splits, labels, cache_dir=cache)
+
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
         sources.load(splits, table, cache_dir=cache)
@@ -196,10 +197,12 @@ def test_long_clips_in_memory_keep_their_best_frames(cache):
         name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}
         for name, length in (("long", 700), ("short", 3))
     }
+
     data = sources.load({"val": clips}, cache_dir=cache)
     options = {"split": "val", "modalities": ("face",), "rows": 2}
     of_records = rows_of(eval_batches(data, **options))
     of_memory = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
+
     assert_equal(rows_of(eval_batches(of_memory, **options)), of_records)
     assert of_records[0]["face"].mask.sum() == 512  # of 700 frames
 
@@ -346,6 +349,7 @@ def test_files_of_clips_may_lie_next_to_labels_but_not_next_to_other_clips(tmp_p
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
     (tmp_path / "labels.csv").write_text("clip,identity\nall,1\n")
     assert load().names == ("all",)
+
     (tmp_path / "val").mkdir()
     for other in ("val/d.npz", "b.NPZ", "c.npy", "d.parquet"):
         (tmp_path / other).touch()
@@ -362,6 +366,7 @@ def test_clips_in_memory_that_do_not_fit_the_run_are_refused():
         ({"a": good, "b": good, "c": {"face": np.zeros((2, 23))}}, "23 wide, but 24 wide in other"),
         ({"a": good, "a.mp4": good}, "clip a comes twice"),
     ]
+
     for clips, words in cases:
         load = functools.partial(memory.MemoryClips.from_dict, clips, {"face": 24, "head": 8}, ())
         seen.refused(load, words)
@@ -371,6 +376,8 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     path = tmp_path / "train.parquet"
     good = {"clip": ["a", "a"], "modality": ["f", "f"], "features": [[1.0, 2.0], [3.0, 4.0]]}
+
+    # Columns that replace columns of the good table or are added to it, and words of the error.
     for change, words in (
         ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "width 1 in row 2, but width 2 in ro")),
         ({"features": [1.0, 2.0]}, ("column features is of type double",)),
@@ -382,8 +389,10 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     ):
         parquet.write_table(pyarrow.table(good | change), path)
         refused(tmp_path, str(path), *words)
+
     parquet.write_table(pyarrow.table({"clip": ["a"], "face": [[[1.0, 2.0]]]}), path)
     refused(tmp_path, str(path), "no column modality", "a row for each frame")
+
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(tmp_path, str(path), "vidjax[parquet]")
 
@@ -443,6 +452,7 @@ def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 10 * clip.nbytes)
     for number in range(11):  # a third of the memory has room for ten
         np.savez(tmp_path / f"{number:02}.npz", face=clip)
+
     faces_refused(tmp_path, "clip 10", "fewer clips at once")
     (tmp_path / "10.npz").unlink()
     assert len(load_faces(tmp_path).names) == 10

@@ -73,16 +73,19 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
         "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n",
         cwd=tmp_path, VIDJAX_CACHE=str(tmp_path), JAX_PLATFORMS="cuda",
     )  # fmt: skip
+
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     commands.prepare(tmp_path)
+
     for case in [*commands.FIELDS[2::16], *commands.FILES, *commands.WORKS]:
         outcome = commands.run(tmp_path, case._replace(seconds=60))
         faults = commands.faults(case, outcome._replace(seconds=0))
         assert not faults, (case.words, faults, outcome)
+
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["knn_seed=1"]
     assert not (tmp_path / "new").exists()
 
@@ -179,6 +182,7 @@ def main():
     warnings.warn('for programmers')
     return 0
 messages.run_main(main)"""
+
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "vidjax: warning: two of three\n")
 

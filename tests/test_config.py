@@ -178,10 +178,12 @@ def test_values_outside_the_range_of_a_field_are_refused():
 
 def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
         with pytest.raises(ValueError, match="'mma'"):
             config_io.load_file(name)
+
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "knn.py", tmp_path / "configs" / "mma.py")
     assert config_io.load_file("mma").model.name == "knn"  # from the working directory
@@ -224,6 +226,7 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
         "--config.optim.decay=steps", "--config.ensemble.min_quality=(0.0,)",
         "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
     ]  # fmt: skip
+
     assert main(words) == 0, capsys.readouterr().err
     assert main(words) == 0  # the run is finished
     assert main(["--mode=evaluate", run]) == 0

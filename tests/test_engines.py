@@ -199,6 +199,7 @@ def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
     for name, text in (texts | ({"proc/self/cgroup": groups} if groups else {})).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine.memory_bytes(tmp_path) == (most or physical)
     assert machine.free_bytes(tmp_path) == (free or 0)

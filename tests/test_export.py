@@ -74,9 +74,11 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
         if chosen == "numpy" and name != "plda":
             assert f"--format=numpy {formats.NUMPY_SCOPE}" in export(made(name), chosen, code=2)
             continue
+
         assert export(made(name), chosen, chosen)["difference"] <= function.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
+
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -88,6 +90,7 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
     assert facts["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("Loop") == 1  # a loop over the frames of long clips
+
     session = onnxruntime.InferenceSession(path)
     run = predict.restore(nearest_run, num_devices=1)
     for lengths in ((23, 5, 9), (700, 3)):  # a run uses the best 512 of 700 frames
@@ -163,6 +166,7 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
 def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     run, empty, new = nearest_run, tmp_path / "empty", tmp_path / "new"
     empty.mkdir()
+
     for words, remedy in {
         f"export {run} --to={new} --format=onx": "'onnx'",
         f"export {run} --to={new}": "export needs --format",
@@ -328,9 +332,13 @@ def test_onnx_operations_equal_jax_operations():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
     session = onnxruntime.InferenceSession(graph)
+
     for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
         expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
+
+
+def test_error_of_an_unsupported_onnx_operation_names_the_operation():
     with pytest.raises(ValueError, match="does not support an operation of this model: 'lgamma'"):
         as_onnx("lgamma")
 

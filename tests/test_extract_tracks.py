@@ -61,6 +61,7 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         rng = np.random.default_rng(seed)
         speed = rng.uniform(15, 25) * fps / 5 + 10
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
+
         ended, owners = follow(people, 6, fps=fps, seed=seed)
         assert sorted(owners) == [[0], [1]], (seed, owners)
         assert all(len(track.times) >= 5 * fps for track in ended)
@@ -290,6 +291,7 @@ def test_reduced_crops_are_means_over_areas():
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     random = np.random.default_rng(2).integers(0, 256, board.shape)
     rgb = np.stack([board, random, np.full_like(board, 80)], -1).astype(np.uint8)
+
     for scale in (0.3, 0.07):
         crop = align.warp_faces(rgb, turn(0.4, scale)[None], 200)[0]
         inside = crop[crop[..., 2] == 80].astype(float)  # without the black border
@@ -463,9 +465,11 @@ def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
 def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
     rng = np.random.default_rng(3)
     film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
+
     detector = shots.ShotDetector()
     for n, small in enumerate([*film, *[film[-1]] * 450]):
         detector.update(n / RATE, small)
+
     assert detector.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
     assert len(detector._changes) <= 15 and len(detector._dissolve._kept) < 30
 

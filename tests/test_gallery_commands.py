@@ -162,6 +162,7 @@ def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
     for person in ("Ada", "Grace"):
         write_clips(photos / person, person)
         (photos / person / f"{person} 0.npz").rename(photos / person / "0.npz")
+
     assert "people      14" in tell("enrol", folder, f"--input={photos}")
     listed = tell("list", folder, "--clips", "--json")["clips"]
     assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"]
@@ -179,9 +180,11 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
 
 def test_enrol_refuses_subfolders_of_splits_and_clips_without_a_person(tell, folder, tmp_path):
     words = ("enrol", folder, f"--input={tmp_path / 'photos'}")
+
     for split in ("train", "val"):
         write_clips(tmp_path / "photos" / split, "Ada")
     assert "splits of a dataset, not names of people" in tell(*words, code=2)
+
     write_clips(tmp_path / "photos", "Eve")
     error = tell(*words, code=2)
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
@@ -191,6 +194,7 @@ def test_enrol_refuses_subfolders_of_splits_and_clips_without_a_person(tell, fol
 def test_rank_writes_a_submission(tell, folder, tmp_path, made, data):
     ranked, out = made.rank(data, split="val"), tmp_path / "ranking.txt"
     words = ("rank", folder, "--split=val", f"--out={out}")
+
     for least, flags in ((0, ()), (0.2, ("--threshold=0.2",))):
         tell(*words, *flags)
         assert made_runs.lists(out) == {
@@ -306,9 +310,11 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
 def test_check_mode_detects_a_damaged_gallery(folder, command):
     words = ("--mode=check", f"--workdir={folder}")
     assert "gallery: 12 people with" in command(*words).out
+
     content = bytearray((folder / "gallery.sqlite").read_bytes())
     content[-100] ^= 1  # any bit
     (folder / "gallery.sqlite").write_bytes(content)
+
     damaged = command(*words)
     assert damaged.code == 2 and "FAULT" in damaged.out
 
@@ -525,9 +531,11 @@ def test_many_tables_need_a_folder_for_the_results_and_one_without_other_files(a
     for flags in ([], ["--out=answers.csv"]):
         assert "--out=FOLDER" in ask(*words, *flags, code=2)
     assert "name another folder" in ask(*words, f"--out={day}", code=2)
+
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz' .*because the folder also contains tables"):
         bulk.list_tables(day)
+
     for split in ("train", "val"):  # a dataset of two splits is no folder of tables
         (day / f"{split}.parquet").touch()
     assert bulk.list_tables(day) == []

@@ -256,6 +256,7 @@ def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
         gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
         (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
         odds.append(np.expm1(-best.score))  # (1 - p) / p
+
     assert odds[1] == pytest.approx(3 * odds[0])
 
 
@@ -326,6 +327,7 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
+
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
@@ -345,6 +347,7 @@ def test_pipes_and_tables_with_missing_enormous_or_contradicting_names_are_refus
     for content in (b"one cell\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"):
         path.write_bytes(content)
         assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
+
     path.unlink()
     os.mkfifo(path)
     refused(lambda: answers_lib.read_groups(path), "unknown.tsv")
@@ -411,6 +414,7 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
             shown = np.concatenate([known[made.rng.integers(0, people, 150)], strangers])
             photos, clips = made.photos(known, count, shared), unit(shown + made.noise(300))
             probabilities.append(np.exp(log_probabilities(photos, clips)[:, 0]).mean())
+
         assert abs(np.mean(probabilities) - 0.5) < most
 
 
@@ -445,6 +449,7 @@ def test_real_people_are_identified_and_strangers_are_grouped():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
         pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
+
     films, photos = decision.load(folder)
     for count, right in ((1, 0.88), (3, 0.9)):
         measured = decision.measure(films, photos, known=8, count=count, draws=2)

@@ -179,9 +179,11 @@ def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path):
     gallery = make(tmp_path / "g", FITTED)
     for name, person, refitted in (("stranger 0", None, False), ("clip 71", "person 7", True)):
         before = gallery.backend.numbers()
+
         with gallery.change() as draft:
             draft.remove(clip=name)
             draft.add({name: make_clip(9999, person)})
+
         assert np.array_equal(gallery.backend.numbers(), before) != refitted
         assert answers(Gallery(gallery.folder)) == answers(gallery)
 
@@ -246,7 +248,9 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
         people.add({f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(clips)})
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
+
         people.remove(clip=gone)
+
         content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
         assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
 
@@ -363,6 +367,7 @@ def test_readers_see_the_old_state_or_the_new_one(gallery):
 
 def test_a_change_is_refused_during_another_change(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
+
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
         message = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
@@ -384,6 +389,7 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
         place = tmp_path / f"full {turn}"
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
     assert failed
+
     for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
@@ -438,6 +444,7 @@ def test_a_read_only_gallery_answers(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
     path.chmod(0o400)
     gallery.folder.chmod(0o500)
+
     try:
         assert answers(Gallery(gallery.folder)) == wanted
         assert os.listdir(gallery.folder) == [path.name]

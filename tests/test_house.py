@@ -83,6 +83,7 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
     modules = [name for name in MODULES if name.startswith(f"{package}.")]
     if package == "vidjax":
         modules = [name for name in modules if ".data." not in name]
+
     python(
         "import importlib, sys\n"
         f"for name in {sorted(WITHOUT.get(package, TENSORFLOW))}: sys.modules[name] = None\n"

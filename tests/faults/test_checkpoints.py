@@ -218,8 +218,10 @@ def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, dat
     for name in ("identities.json", "members.npz", "metrics.json", "ranking.txt"):
         (finished / name).unlink()
     flip(largest(finished, 15), random.Random(5))
+
     with pytest.warns(UserWarning, match="checkpoint 15 is not used"):
         run(config, finished, data)
+
     assert_same_run(finished, whole, RUN_FILES)
     assert (finished / "checkpoints" / "15.damaged" / "manifest.json").exists()
     assert (finished / "members.npz").read_bytes() == (whole / "members.npz").read_bytes()
@@ -323,13 +325,17 @@ def test_full_disk_stops_training_and_loses_no_checkpoint(config, data, stopped,
     parts, failed = small_disk / "parts", []
     step = stopped / "checkpoints" / str(max(checkpoint.manifests(stopped)))
     one_save = sum(map(len, contents(step).values()))
+
     for share in np.random.default_rng(0).uniform(0, 0.9, 20) if campaign else (0.0, 0.5):
         shutil.copytree(stopped, parts)
         before = contents(parts / "checkpoints")
+
         with filled(small_disk, int(share * one_save)):
             error = failing_run(config, parts, data)
+
         assert str(parts) in error and "No space left" in error, error
         assert_nothing_lost(parts, before)
         failed.append(error.split("'")[1].removeprefix(str(parts)))
         shutil.rmtree(parts)
+
     assert len(set(failed)) > 1, failed

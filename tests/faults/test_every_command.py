@@ -104,6 +104,7 @@ def test_fault_table_has_a_row_for_every_command_and_module():
         for path in PACKAGE.rglob("*.py")
         if re.search(r"^if __name__ == ", path.read_text(), re.M)
     }
+
     names = {*program.COMMANDS} - {"gallery"} | {f"gallery {name}" for name in OF_GALLERIES}
     assert {*ROWS} == names | modules
 
@@ -244,6 +245,7 @@ def test_rank_refuses_to_replace_a_ranking_file_of_the_user(world, tmp_path):
         at = tmp_path / before
         at.mkdir()
         (at / "ranking.parquet").write_text("notes")
+
         assert call(ROWS[name].words, at=at, **world) == 2
         assert contents(at) == {"ranking.parquet": b"notes"}
 

@@ -239,9 +239,11 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
     for text in hostile_films():
         (place / "videos" / "x.json").write_text(text, errors="surrogatepass")
         assert len(refused(lambda: features_folder.read_films(place))) < 1000
+
     (place / "videos" / "x.json").unlink()
     (place / "videos" / "x.json").symlink_to("/etc/passwd")
     refused(lambda: features_folder.read_films(place), "link")
+
     for text in ("", "[]", '{"format": 1, "models": {"face_embedder": "x"}}', "[" * 100_000):
         (place / "extract.json").write_text(text)
         refused(lambda: features_folder.read_extraction(place))
@@ -288,6 +290,7 @@ def test_extract_reads_60_photos_once_with_few_open_files(drawn):
     place = drawn.folder / "in"
     for number in range(60):
         write_photo(place / f"{number}.png", ("Ada", 20 + number % 60, 20))
+
     with file_limit(50, resource.RLIMIT_NOFILE):
         assert drawn.extract(place)[0]["clips"] == 60
         began = time.process_time()

@@ -151,6 +151,7 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
     for name in (*RESULTS, "config.json"):
         path, content = stranger / name, (stranger / name).read_bytes()
         mutations.put(path, "sparse", path)
+
         complaint(stranger, *READ)
         with pytest.raises(ValueError, match="too large"):
             files.read_bytes(path, files.ARCHIVE_BYTES)
@@ -296,6 +297,7 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
     saved = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     (state / "new").mkdir()
+
     for kind in ("pipe", "zero", "link"):
         mutations.put(state / "new" / ".zarray", kind, tmp_path)
         with pytest.raises(checkpoint.DamagedError, match=r"\.zarray"):
@@ -332,6 +334,7 @@ def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, vi
     else:
         listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
         files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
+
     with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match=kind):
         checkpoint.verify(folder)
 
@@ -391,6 +394,7 @@ def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(tmp_path, 
     del values["sha256"]
     change(values)
     files.write_manifest(path, values)
+
     refused(lambda: reload(cache, converted), "to convert again")
 
 
@@ -434,6 +438,7 @@ def test_relative_paths_in_a_saved_configuration_become_absolute(tmp_path, monke
     monkeypatch.chdir(tmp_path / "here")
     words = ("--config.data.dir=features", "--config.data.weights=weights.txt")
     RunFolder(tmp_path).write_config(config_io.override(config_lib.default(), words))
+
     monkeypatch.chdir(tmp_path)
     data = config_io.load_workdir(tmp_path).data
     assert (data.dir, data.weights) == (f"{tmp_path}/here/features", f"{tmp_path}/here/weights.txt")

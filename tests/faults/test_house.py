@@ -85,6 +85,7 @@ def test_core_works_without_optional_packages(without, tmp_path):
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
         "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))"
     )
+
     done = run(env=env, cwd=tmp_path, command=(sys.executable, "-c", code))
     assert done.returncode == 0, done.stdout + done.stderr
 
