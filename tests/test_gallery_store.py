@@ -395,16 +395,22 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
+# A process that ends in the middle of writing a change.
+UNFINISHED_CHANGE = """
+import os, sqlite3, sys
+gallery = sqlite3.connect(sys.argv[1])
+gallery.execute("PRAGMA cache_size=1")
+gallery.execute("BEGIN")
+for n in range(400):
+    gallery.execute("INSERT INTO clip VALUES (NULL, ?, ?)", (str(n), os.urandom(3000)))
+os._exit(1)
+"""
+
+
 def cut_off(folder):
-    """Starts a change in a process that ends in the middle of writing; its journal stays."""
-    code = (
-        "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
-        "c.execute('PRAGMA cache_size=1')\nc.execute('BEGIN')\n"
-        "for n in range(400):\n"
-        "    c.execute('INSERT INTO clip VALUES (NULL, ?, ?)', (str(n), os.urandom(3000)))\n"
-        "os._exit(1)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, folder / store_lib.GALLERY_FILE], check=False)
+    """Leaves half of a change in a gallery, and its journal."""
+    words = ["-c", UNFINISHED_CHANGE, folder / store_lib.GALLERY_FILE]
+    subprocess.run([sys.executable, *words], check=False)
     assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 

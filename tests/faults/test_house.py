@@ -25,13 +25,17 @@ def run(*words, env=None, cwd=ROOT, command=(sys.executable, "-m", "vidjax.main"
     return subprocess.run([*command, *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
+RUN_EACH = """
+import json, sys
+from vidjax.cli.program import main
+for words in json.loads(sys.argv[1]):
+    sys.stderr.write(f"exit {main(words)}\\n")
+"""
+
+
 def complaints(*commands, env):
     """Runs commands in one process; returns the error of each command, and what they print."""
-    code = (
-        "import json, sys\nfrom vidjax.cli.program import main\n"
-        "for words in json.loads(sys.argv[1]):\n    sys.stderr.write(f'exit {main(words)}\\n')\n"
-    )
-    done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", code))
+    done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", RUN_EACH))
     *errors, end = done.stderr.split("exit 2\n")
     assert len(errors) == len(commands) and not end, done.stderr
     assert all(len(error.splitlines()) <= 3 and "Traceback" not in error for error in errors)
