@@ -343,6 +343,7 @@ def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack
     pack(path, "other", b"another")
     fails(words, source["file"], "package")
 
+    # A package that is cut, and a package with 50 zeros.
     pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
     whole = path.read_bytes()
     for place in (0, 50_000):

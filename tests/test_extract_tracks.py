@@ -301,7 +301,7 @@ def test_reduced_crops_are_means_over_areas():
 
 def test_size_frontality_and_sharpness_are_from_0_to_1():
     profile = TEMPLATE.copy()
-    profile[2, 0] += 40
+    profile[2, 0] += 40  # moves the nose beyond the right eye
     faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
 
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 2 * 5.65 / 80])

@@ -27,6 +27,7 @@ def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.atomic_file(tmp_path / "x.txt") as file:
         file.write(b"half")
         raise KeyboardInterrupt
+
     assert os.listdir(tmp_path) == []
 
 

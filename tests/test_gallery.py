@@ -204,11 +204,18 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
             assert (answer.identity is not None) == people.rule(**rule).names(answer.score)
 
 
-def test_probability_threshold_excludes_an_fpir(tmp_path):
+def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path):
     people = make(tmp_path / "g")
+    parts = parts_of(people, known_and_new_clips(50))
+
     for least in (1e-6, 0.3, 1.0):
-        for answer in identify(people, parts_of(people, known_and_new_clips(50)), threshold=least):
+        for answer in identify(people, parts, threshold=least):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
+
+
+def test_invalid_threshold_or_a_threshold_with_an_fpir_is_refused(tmp_path):
+    people = make(tmp_path / "g")
+
     refused(lambda: people.rule(threshold=float("nan")), "a number above 0 and at most 1")
     refused(lambda: people.rule(threshold=0.5, fpir=0.01), "give one of them")
 

@@ -404,7 +404,7 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_ru
 @pytest.mark.slow
 def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, day, tmp_path):
     """Two more tables have 90 equal clips, whose scores tie. Each list has at most 100 clips."""
-    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]
+    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]  # .mp4 does not count
     for turn in range(2):
         clips = dict.fromkeys(twins[turn::2], CLIPS["clip 0-0"])
         write_parquet(day / f"part-{4 + turn}.parquet", clips)
@@ -526,18 +526,24 @@ def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folde
     assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
 
 
-def test_many_tables_need_a_folder_for_the_results_and_one_without_other_files(ask, folder, day):
+def test_results_of_many_tables_need_another_folder(ask, folder, day):
     words = ("gallery", "identify", folder, f"--input={day}")
+
     for flags in ([], ["--out=answers.csv"]):
         assert "--out=FOLDER" in ask(*words, *flags, code=2)
     assert "name another folder" in ask(*words, f"--out={day}", code=2)
 
+
+def test_folder_of_tables_with_other_files_of_clips_is_refused(day):
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz' .*because the folder also contains tables"):
         bulk.list_tables(day)
 
-    for split in ("train", "val"):  # a dataset of two splits is no folder of tables
+
+def test_dataset_of_two_splits_is_no_folder_of_tables(day):
+    for split in ("train", "val"):
         (day / f"{split}.parquet").touch()
+
     assert bulk.list_tables(day) == []
 
 

@@ -292,7 +292,7 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
 def test_clips_that_a_user_grouped_stay_together(gallery):
     ada, eve = draw(np.random.default_rng(6), 2, 6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # pairs
+    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # groups of two
     names = {"a": "unknown 1", "e": "unknown 2"}
 
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}

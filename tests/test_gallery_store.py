@@ -416,8 +416,10 @@ def cut_off(folder):
 
 def test_journal_of_a_killed_change_is_rolled_back(gallery):
     before = answers(gallery)
+
     cut_off(gallery.folder)
     assert answers(Gallery(gallery.folder)) == before
+
     cut_off(gallery.folder)
     gallery.add(NEW)
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}

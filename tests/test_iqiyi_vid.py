@@ -75,7 +75,8 @@ def test_converted_files_are_not_read_again(converted, source, monkeypatch, say)
         assert again.splits[split].clips == facts.clips
         assert again.splits[split].shards == facts.shards
         np.testing.assert_array_equal(again.splits[split].order, facts.order)
-    # The command is as quick.
+
+    # The command does not read the files again, either.
     out = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
     assert "train: 40 clips, 7 identities, 0 distractors" in out
     assert "val: 21 clips, 9 identities, 6 distractors" in out

@@ -257,5 +257,6 @@ def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (run / name).unlink()
     os.link(tmp_path / "id_rsa", run / name)
+
     assert call("export {run} --to={run}2 --format=safetensors", run=run) in (2, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}

@@ -25,7 +25,7 @@ from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
 # Phase of a run -> pattern of the files that it writes first, seconds until a kill at most.
-MOMENTS = {
+PHASES = {
     "conversion": ("cache/iqiyi_vid/*.partial", 1.0),
     "compile": ("run/events.out.tfevents.*", 3.0),
     "step": ("run/timing.jsonl", 0.05),
@@ -57,7 +57,7 @@ class Run:
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
     def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
-        self.before = {moment: self.signs(moment) for moment in MOMENTS}
+        self.before = {phase: self.signs(phase) for phase in PHASES}
         places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         env = {**os.environ, **places, **QUICK, **env}
         command = [*program, *(words or self.words)]
@@ -70,28 +70,28 @@ class Run:
     def finish(self, *words, **options):
         assert self.start(*words, **options).wait(600) == 0, self.output()
 
-    def signs(self, moment):
+    def signs(self, phase):
         """Returns the files that show that a phase has begun, and their times."""
         times = set()
-        for path in self.folder.glob(MOMENTS[moment][0]):
+        for path in self.folder.glob(PHASES[phase][0]):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
                 times.add((path.name, path.stat().st_ctime_ns))
         return times
 
-    def wait_for(self, moment, process):
+    def wait_for(self, phase, process):
         end = time.monotonic() + 300
-        while process.poll() is None and not self.signs(moment) - self.before[moment]:
+        while process.poll() is None and not self.signs(phase) - self.before[phase]:
             assert time.monotonic() < end, self.output()
             time.sleep(0.002)
 
-    def kill(self, moment, rng):
+    def kill(self, phase, rng):
         """Kills the command a short time after a phase has begun.
 
         Returns False if the command had ended before.
         """
         process = self.start()
-        self.wait_for(moment, process)
-        time.sleep(rng.uniform(0, MOMENTS[moment][1]))
+        self.wait_for(phase, process)
+        time.sleep(rng.uniform(0, PHASES[phase][1]))
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL), self.output()
         return process.returncode != 0
@@ -136,7 +136,7 @@ def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, c
     rng, (run, wanted) = random.Random(fault_seed), disturbed(case)
     assert any("opt_state" in name for name in wanted)
 
-    died = [run.kill(moment, rng) for moment in (20 * [*MOMENTS] if campaign else ["save"])]
+    died = [run.kill(phase, rng) for phase in (20 * [*PHASES] if campaign else ["save"])]
     run.finish()
 
     assert any(died) and run.outcome() == wanted, died
@@ -200,11 +200,11 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     """A signal before the first step or a second signal stops it at once."""
     run, wanted = disturbed("quality_fusion")
 
-    def end(moment, limit, *signals, **env):
+    def end(phase, limit, *signals, **env):
         """Sends signals to a new command, which must end after `limit` seconds of CPU time."""
         process = run.start(**env)
-        run.wait_for(moment, process)
-        time.sleep(0.5 if moment == "compile" else 0)
+        run.wait_for(phase, process)
+        time.sleep(0.5 if phase == "compile" else 0)
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         # User and system time, of the process and of its children.
         used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
