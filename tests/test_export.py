@@ -224,7 +224,7 @@ def make_gallery_of_cards(folder):
 @pytest.mark.parametrize(("name", "make"), [
     ("numpy", made_galleries.make), ("numpy", make_gallery_of_cards),
     ("safetensors", made_galleries.make),
-])  # fmt: skip
+], ids=["numpy", "numpy of cards", "safetensors"])  # fmt: skip
 def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make, tmp_path, export):
     gallery = make(tmp_path / "people")
 

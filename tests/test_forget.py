@@ -70,11 +70,6 @@ def make_who(folder, person, named):
     (folder / "names.tsv").write_text(f"video\tidentity\nx.mp4\t{named}\n")
 
 
-def relative(listed, folder):
-    """Returns path in a folder -> kind of the places that forget has listed."""
-    return {str(Path(path).relative_to(folder)): kind for path, (kind, _) in listed.items()}
-
-
 @pytest.fixture
 def world(tmp_path):
     """A folder with places of GONE, whose clip is `ada 1`, and with places of other people."""
@@ -107,7 +102,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, run, 
     records = world / "cache" / "arrays"
 
     listed = places(f"--identity={GONE}", world)
-    assert relative(listed, world) == {
+    assert {str(Path(path).relative_to(world)): kind for path, (kind, _) in listed.items()} == {
         "g": "gallery", "cache/arrays/with": "records", "photos": "who", "named": "who",
         **dict.fromkeys(("runs/identity", "runs/clip", "runs/analysis"), "run"),
     }  # fmt: skip

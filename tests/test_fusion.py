@@ -77,19 +77,19 @@ def test_weights_that_are_all_0_count_as_equal():
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
-@first_by_day("spec", [
-    {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
-    {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
-    {"name": "mean", "weighting": "graded"},
-    {"name": "sample", "num_frames": 4},
-    {"name": "windows", "min_quality": 20.0},
+@first_by_day("name, options", [
+    ("random", {"num_draws": 2, "replacement": False, "weighting": "mixup"}),
+    ("random", {"num_draws": 3, "sampling": "quality", "weighting": "quality"}),
+    ("mean", {"weighting": "graded"}),
+    ("sample", {"num_frames": 4}),
+    ("windows", {"min_quality": 20.0}),
 ])  # fmt: skip
-def test_padding_and_bad_quality_do_not_change_fused_features(spec):
+def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
 
-    short = fuse(rng=jax.random.key(5), frames=frames, **spec)
-    long = fuse(rng=jax.random.key(5), frames=pad(frames, 7), **spec)
+    short = fuse(name, jax.random.key(5), frames, **options)
+    long = fuse(name, jax.random.key(5), pad(frames, 7), **options)
 
     np.testing.assert_array_equal(short.mask.sum(axis=1), long.mask.sum(axis=1))
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
@@ -229,7 +229,9 @@ def filter_oracle(frames, clip, min_quality, min_detection, top_share):
     return np.isin(np.arange(len(real)), best) if kept.any() else real
 
 
-@pytest.mark.parametrize("limits", [(None, 0.8, 0.7), (30.0, 0.7, 0.5), (-np.inf, None, 0.1)])
+@pytest.mark.parametrize(
+    "limits", [(None, 0.8, 0.7), (30.0, 0.7, 0.5), (-np.inf, None, 0.1)], ids=str
+)
 def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties

@@ -128,7 +128,7 @@ def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
+@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
 def test_margins_accept_one_scale_per_branch(margin_fn):
     """A model may learn a scale for each of its G branches. Then labels are [B, G]."""
     values, labels = cosines(count=9)
