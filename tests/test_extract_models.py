@@ -72,7 +72,7 @@ def test_yunet_decoder_follows_opencv(stride):
     centre, size = stride * (cell + boxes[kept, :2]), stride * np.exp(boxes[kept, 2:].astype(float))
     points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
 
-    # The net has outputs for each stride; those of the other strides are empty here.
+    # The net has outputs for each stride. The outputs of the other strides are empty here.
     parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
     sides = {side: cells if side == stride else 0 for side in nets.STRIDES}
     outputs = {f"{kind}_{s}": x[None, :n] for kind, x in parts.items() for s, n in sides.items()}

@@ -178,7 +178,7 @@ def test_overlap_is_intersection_over_union():
 
 
 def test_main_figure_follows_the_definition_of_the_paper():
-    """Section 3.2: alone or three times larger than others in more than 30 % of the frames."""
+    """Section 3.2: in over 30 % of the frames, it is the only figure or three times larger."""
 
     def count_seen(frames, fps=5):
         """Returns the number of frames of each main figure; frames are sides of boxes."""

@@ -299,8 +299,8 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32 and counts.max() > 11  # not in turn
 
-    alone = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
-    np.testing.assert_array_equal(alone.features[0], fixed.features[3])
+    one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
+    np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
 
 
 def test_samples_are_different_frames_in_time_order():

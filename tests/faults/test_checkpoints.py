@@ -228,7 +228,7 @@ def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, dat
 
 
 def test_resuming_with_another_configuration_is_refused_with_the_difference(say, words, parts):
-    """This holds even if config.json is missing, because the checkpoint contains its digest."""
+    """The run is refused even without config.json: the checkpoint contains the digest."""
     before = contents(parts / "checkpoints")
 
     for word, difference in [
