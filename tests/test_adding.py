@@ -1,6 +1,6 @@
-"""Adding a loss, a model, a dataset and so on: one function and one line in one table each.
+"""A new loss, model, dataset and so on needs one function, and one line in one table.
 
-The test does what a user would do, in a copy of the tree, and then runs the command there.
+The test adds them to a copy of the repository, and runs the command there.
 """
 
 import json
@@ -64,7 +64,7 @@ def confident(clips, labels):
     return float(np.mean(clips.best[clips.pool] > np.log(0.5)))
 """
 CONFIDENT = '"confident": Metric("confident clips", "above 0.5", confident, log=True)'
-# file, its further imports, table, function, line of the table
+# File, more imports of the file, table, new function, new line of the table.
 ADDITIONS = (
     ("core/losses.py", "", "CLASSIFICATION", COSFACE, '"cosface": cosface'),
     ("models/identifier.py", MODEL_IMPORTS, "MODELS", MODEL, '"centroid": Centroid'),
@@ -96,19 +96,22 @@ def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path)
     for file, imports, table, function, line in ADDITIONS:
         path = tmp_path / "vidjax" / file
         source = re.sub(r"(?m)^(?=import |from )", imports, path.read_text(), count=1)
-        # A function above the table, and a line at its beginning.
+        # The function comes before the table, and the line comes first in the table.
         pattern = rf"(?m)^((?:#.*\n)*{table}: .*\{{\n)"
         source, count = re.subn(pattern, rf"{function.lstrip()}\n\n\1    {line},\n", source)
         assert count == 1, f"{file} has no table {table}"
         path.write_text(source)
     (tmp_path / "configs" / "probe.py").write_text(EXPERIMENT)
+
     words = ("-m", "vidjax.main", "--config=configs/probe.py", "--workdir=run")
     copied = {"PYTHONPATH": str(tmp_path), "VIDJAX_CACHE": str(tmp_path / "cache")}
     done = execute(words, tmp_path, **QUICK, **copied)
+
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 <= results["confident"] <= 1 and results["map"] > 0.5
     assert all(math.isfinite(x) for x in results.values() if isinstance(x, float))
+    # The added metric is printed, logged and reported.
     assert "confident" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert not any(line.get("bad_steps") for line in lines)

@@ -18,7 +18,7 @@ KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 
 @pytest.fixture(scope="module")
 def clips():
-    """Returns split -> clip -> modality -> features: 4 people, 6 clips each to train, 3 to test."""
+    """Returns split -> clip -> modality -> features: of 4 people, 6 train and 3 val clips each."""
     rng = np.random.default_rng(0)
     people = rng.standard_normal((4, 16))
 
@@ -44,19 +44,23 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config(KNN, *words)
     folder = tmp_path / "runs" / "memory"
+
     results = vidjax.train(config, folder, made, num_devices=1)
     assert results.map == pytest.approx(1.0)
     assert results.to_dict() == json.loads(results.paths.metrics.read_text())
     assert "map=1.0, map_kind='val'" in repr(results)
+    # A second call returns the results of the finished run.
     assert vidjax.train(config, folder, made, num_devices=1).map == results.map
+
     tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
     assert tested.map_kind == "in_sample" and tested.paths.ranking == folder / "ranking_train.txt"
     assert tested.paths.ranking.exists()
     with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
         tested.average_precisions()
+
     run: Any = vidjax.restore(folder, num_devices=1)  # arguments of wrong types are meant
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
-    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]
+    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # val_2 shows 2
     for call, message in (
         (lambda: run.rank(str(folder)), "clips must be a dict .* not str"),
         (lambda: run.identify(new, "2"), "identify: k must be a number"),
@@ -84,39 +88,60 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
     )
 
 
-def test_errors_of_wrong_arguments_describe_the_expected_argument(
-    clips, labels, made, official_dir, cache_dir, tmp_path
+def refused(message, function, *arguments, **options):
+    """Asserts that a function raises a short error, which names no flag of the command."""
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        function(*arguments, **options)
+    assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
+
+
+def test_load_config_describes_the_expected_arguments():
+    load: Any = vidjax.load_config  # arguments of wrong types are meant
+
+    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load, "mma", {"seed": 1})
+    refused(r"did you mean '--config\.seed=1'", load, "mma", "config.seed=1")
+    refused("load_config: spec must be a name .* not None", load, None)
+
+
+def test_load_data_describes_the_expected_arguments(
+    clips, labels, official_dir, cache_dir, tmp_path
 ):
-    public: Any = vidjax  # arguments of wrong types are meant
+    load: Any = vidjax.load_data
+    config, new = vidjax.load_config(KNN), tmp_path / "new"
+
+    refused("load_data: source must be a folder, .* not list", load, [clips])
+    refused(r"set config\.data\.cache_dir", load, config, cache_dir=new)
+    refused(r"set config\.data\.quality", load, config, quality="norm")
+    refused("leave `quality` out", load, official_dir, quality="norm")
+    refused(r"train_gt\.txt", load, official_dir, labels, cache_dir=cache_dir)
+    refused(r"config\.data\.dir", load, config, labels)
+    refused(f"'{new}' does not exist", load, new)
+    refused("labels must be a dict", load, clips, [1], cache_dir=cache_dir)
+
+
+def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
+    train: Any = vidjax.train
+    restore: Any = vidjax.restore
     config, misspelt, new = vidjax.load_config(KNN), vidjax.load_config(KNN), tmp_path / "new"
     misspelt.optim.learn_rate = 1
-    for call, message in (
-        (lambda: public.load_config("mma", {"seed": 1}), r"\{'seed': 1\}.*--config\.FIELD=VALUE"),
-        (lambda: public.load_config("mma", "config.seed=1"), r"did you mean '--config\.seed=1'"),
-        (lambda: public.load_config(None), "load_config: spec must be a name .* not None"),
-        (lambda: public.load_data([clips]), "load_data: source must be a folder, .* not list"),
-        (lambda: public.load_data(config, cache_dir=new), r"set config\.data\.cache_dir"),
-        (lambda: public.load_data(config, quality="norm"), r"set config\.data\.quality"),
-        (lambda: public.load_data(official_dir, quality="norm"), "leave `quality` out"),
-        (lambda: public.load_data(official_dir, labels, cache_dir=cache_dir), r"train_gt\.txt"),
-        (lambda: public.load_data(config, labels), r"config\.data\.dir"),
-        (lambda: public.load_data(new), f"'{new}' does not exist"),
-        (lambda: public.train(str(new), config, made), "train: config must be a configuration"),
-        (lambda: public.train(config, made, new), "train: workdir must be the path of a folder"),
-        (
-            lambda: public.train(config, new, str(new)),
-            "data must be the result of vidjax.load_data",
-        ),
-        (lambda: public.train(misspelt, new, made), r"learn_rate .*optim\.learning_rate"),
-        (lambda: public.restore(config), "restore: workdir must be the path"),
-        (lambda: public.load_data(clips, [1], cache_dir=cache_dir), "labels must be a dict"),
-        (lambda: public.restore(new), f"no run in '{new}'"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message) as caught:
-            call()
-        assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
+
+    refused("train: config must be a configuration", train, str(new), config, made)
+    refused("train: workdir must be the path of a folder", train, config, made, new)
+    refused("data must be the result of vidjax.load_data", train, config, new, str(new))
+    refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
+    refused("restore: workdir must be the path", restore, config)
+    refused(f"no run in '{new}'", restore, new)
     assert not new.exists()
+
+
+def test_training_in_a_folder_that_is_in_use_is_refused(made, tmp_path):
+    config = vidjax.load_config(KNN, "--config.data.name=arrays")
+
     with files.lock(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
-        vidjax.train(vidjax.load_config(KNN, "--config.data.name=arrays"), tmp_path, made)
+        vidjax.train(config, tmp_path, made)
+
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_data_print_their_splits_modalities_and_identities(made):
     assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"

@@ -1,4 +1,4 @@
-"""Features of one's own: the records that official files would become, or why not."""
+"""A user's own features become the records of official files, or an error."""
 
 import functools
 import pickle
@@ -34,7 +34,7 @@ def make_splits():
 
 
 def digests(records):
-    """Returns (split, end of the file's name) -> sha256 of every shard."""
+    """Returns (split, end of the file name) -> sha256 of every shard."""
     return {
         (split, shard.path.name.split("-", 1)[1]): shard.sha256
         for split, facts in records.splits.items()
@@ -49,11 +49,11 @@ def cache(tmp_path):
 
 @pytest.fixture
 def refused(cache):
-    """Asserts that clips are refused in at most three lines that contain some words."""
+    """Returns a function that asserts that features are refused, with some words and no records."""
 
-    def check(source, *words, labels=None, **options):
-        options = {"cache_dir": cache, **options}
-        return seen.refused(lambda: sources.load(source, labels, **options), *words)
+    def check(source, *words, labels=None):
+        seen.refused(lambda: sources.load(source, labels, cache_dir=cache), *words)
+        assert not list(cache.rglob("*.partial"))
 
     return check
 
@@ -86,8 +86,10 @@ def test_arrays_and_official_files_convert_to_the_same_records(
         split = wanted.split(name)
         pairs = zip(split.clips, split.labels, strict=True)
         labels |= {clip: wanted.identities[label - 1] for clip, label in pairs if label}
+
     source = arrays.FeatureDict(official_arrays, labels)
     assert digests(convert(source, cache)) == digests(records)
+
     data = sources.load(official_arrays, labels, cache_dir=cache)
     assert (data.identities, data.modalities) == (wanted.identities, wanted.modalities)
     assert data.report["data"]["digest"] == wanted.report["data"]["digest"]
@@ -109,7 +111,7 @@ def write_npz_of_each_split(folder, splits):
 
 
 def write_parquet_of_each_split(folder, splits):
-    """Removes from `splits` what a table lacks: clips without frames, and boxes."""
+    """Writes tables, and removes clips without frames and boxes from `splits`: tables lack them."""
     pytest.importorskip("pyarrow")
     folder.mkdir()
     for split, clips in splits.items():
@@ -122,13 +124,17 @@ def write_parquet_of_each_split(folder, splits):
 
 
 @pytest.mark.parametrize("write", [
-    clip_files.write_npz, write_npz_of_each_split, write_parquet_of_each_split
+    pytest.param(clip_files.write_npz, id="a file per clip"),
+    pytest.param(write_npz_of_each_split, id="an npz file per split"),
+    pytest.param(write_parquet_of_each_split, id="a table per split"),
 ])  # fmt: skip
 def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cache, write):
     splits, folder = make_splits(), tmp_path / "own"
     write(folder, splits)
+
     source = arrays.FeatureFolder(folder)
     records = convert(source, cache)
+
     assert source.read_labels(records.clips) == {}
     assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
     assert {1, 2, 3} <= {*records.splits["train"].lengths["face"].tolist()}
@@ -141,6 +147,7 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
     table = clip_files.write_labels(tmp_path / "any.csv", listed)
     text = tmp_path / "any_gt.txt"
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in listed.items()))
+
     pairs = (splits, LABELS), (splits, table), (folder, text)
     datasets = [sources.load(source, labels, cache_dir=cache) for source, labels in pairs]
     table.rename(folder / "labels.csv")
@@ -149,7 +156,11 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
-    data = sources.load(splits, {"train_01": 3}, cache_dir=cache)
+
+
+def test_split_without_a_labelled_clip_counts_as_unlabelled(cache):
+    data = sources.load(make_splits(), {"train_01": 3}, cache_dir=cache)
+
     assert data.split("train").labelled and not data.split("val").labelled
 
 
@@ -158,6 +169,7 @@ def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
         sources.load(splits, labels, cache_dir=cache)
+
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
         sources.load(splits, table, cache_dir=cache)
@@ -167,8 +179,10 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
     features = [[1.0, 2.0], [3.0, 4.0]]
     late = {"features": features, "number": [7, 5], "quality": [10, 20]}
     clips = {"late.mp4": {"face": late}, "plain": {"face": features}}
+
     data = sources.load({"val": clips}, cache_dir=cache)
     (batch,) = eval_batches(data, split="val", modalities=("face",), rows=2)
+
     face = batch.frames["face"]
     assert face.number[:, :2].tolist() == [[5, 7], [0, 1]]
     assert face.quality[0, :2].tolist() == [20, 10]
@@ -177,17 +191,20 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
 
 
 def test_long_clips_in_memory_keep_their_best_frames(cache):
+    """They keep the same frames as clips in records."""
     rng = np.random.default_rng(0)
     clips = {
         name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}
         for name, length in (("long", 700), ("short", 3))
     }
+
     data = sources.load({"val": clips}, cache_dir=cache)
     options = {"split": "val", "modalities": ("face",), "rows": 2}
     of_records = rows_of(eval_batches(data, **options))
     of_memory = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
+
     assert_equal(rows_of(eval_batches(of_memory, **options)), of_records)
-    assert of_records[0]["face"].mask.sum() == 512
+    assert of_records[0]["face"].mask.sum() == 512  # of 700 frames
 
 
 def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, cache):
@@ -195,19 +212,21 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, c
     folder = clip_files.write_npz(tmp_path / "own", splits)
     frames = splits["val"]["val_03"]["face"]
 
-    def folders():
+    def convert_both():
+        """Returns the folders of the records of the arrays and of the files."""
         sources = (arrays.FeatureDict(splits), arrays.FeatureFolder(folder))
         return [convert(source, cache).folder for source in sources]
 
-    first = folders()
-    assert folders() == first
+    first = convert_both()
+    assert convert_both() == first
+
     frames["quality"][0] += 1
     np.savez(folder / "val" / "val_03.npz", face=frames["features"], face_quality=frames["quality"])
-    assert not {*first} & {*folders()}
+    assert not {*first} & {*convert_both()}
 
 
-def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
-    two, one = {"features": np.zeros((2, DIM), np.float32)}, {"f": [1.0]}
+def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
+    two = {"features": np.zeros((2, DIM), np.float32)}  # a correct clip of two frames
     for value, words in (
         (np.zeros((2, DIM + 1)), "features are 7 wide, but 6 wide in other clips: "),
         ([[1.0, 2.0], [3.0]], "rows have different lengths"),
@@ -223,7 +242,14 @@ def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
         splits = make_splits()
         splits["val"] = {"odd": {"face": value}} | splits["val"]
         refused(splits, "val: clip odd, face", words)
-    transposed = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
+
+
+# Clips that look as if their axes were exchanged: all have 64 frames of 3 numbers.
+TRANSPOSED = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
+
+
+def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
+    one = {"f": [1.0]}  # a correct clip of one frame
     for source, *words in (
         ({"clip": one}, "'clip' is not the name of a split", "{'train': {clip:"),
         ({"train": {"a": np.zeros((1, 2))}}, "train: clip a is of type ndarray"),
@@ -233,14 +259,16 @@ def test_error_names_the_split_and_clip_of_bad_features(cache, refused):
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
         ({"train": {"a": one}, "val": {"a": one}}, "in two splits", "a (train and val)"),
         ({"train": {"a": one}, "val": {"b": {"f": [1.0, 2.0]}}}, "features have width 1 in train"),
-        ({"train": transposed | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
+        ({"train": TRANSPOSED | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
         ({"train": {}}, "no clip has a frame"),
         ({"train": {"a": one}, "val": {}}, "split 'val' has no clips"),
     ):
         refused(source, *words)
-    assert not list(cache.rglob("*.partial"))
+
+
+def test_clips_of_equal_length_with_few_numbers_give_a_warning(cache):
     with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
-        sources.load({"train": transposed}, cache_dir=cache)
+        sources.load({"train": TRANSPOSED}, cache_dir=cache)
 
 
 def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
@@ -257,21 +285,27 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         (b"clip,identity\n\xff,1\n", "UTF-8"),
         (tmp_path / "none.csv", "none.csv", "does not exist"),
     ):
-        if isinstance(given, bytes):
+        if isinstance(given, bytes):  # the content of a table
             (tmp_path / "labels.csv").write_bytes(given)
             words, given = [*words, "labels.csv"], tmp_path / "labels.csv"
         refused(make_splits(), *words, labels=given)
 
 
-def test_folder_with_missing_wrong_or_ambiguous_files_is_refused(tmp_path, refused):
+def test_folder_without_features_is_refused(tmp_path, refused):
     folder = tmp_path / "own"
-    train, path = folder / "train", folder / "train" / "one.npz"
+
     refused(folder, "does not exist")
     folder.mkdir()
     refused(folder, "contains no features", "SPLIT/CLIP.npz")
-    train.mkdir()
+    (folder / "train").mkdir()
     refused(folder, "train' contains no CLIP.npz")
-    np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))
+
+
+def test_folder_with_wrong_or_ambiguous_files_is_refused(tmp_path, refused):
+    folder, train = tmp_path / "own", tmp_path / "own" / "train"
+    path = train / "one.npz"
+    train.mkdir(parents=True)
+    np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))  # one frame, two qualities
     refused(folder, str(path), "clip one, face: quality")
     np.savez(path, face=np.ones((1, 2)))
     for more, *words in (
@@ -281,11 +315,16 @@ def test_folder_with_missing_wrong_or_ambiguous_files_is_refused(tmp_path, refus
         more.touch()
         refused(folder, *words)
         more.unlink()
+
     clip_files.write_truth(folder, "train", {"one": "1"})
     clip_files.write_labels(folder / "labels.csv", {"one": 1})
     refused(folder, "labels.csv and train_gt.txt: remove one")
+
+
+def test_split_of_several_tables_is_refused(tmp_path, refused):
     for part in ("train-00000", "train-00001"):
         (tmp_path / f"{part}-of-00002.parquet").touch()
+
     refused(tmp_path, "train-00000", "a split is one table", "join the tables")
     (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
     refused(tmp_path, "train-00001", "would be ignored", "train.parquet")
@@ -294,6 +333,7 @@ def test_folder_with_missing_wrong_or_ambiguous_files_is_refused(tmp_path, refus
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
+
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
         more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=face, **more)
@@ -302,9 +342,14 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     seen.refused(load, "clip a comes twice")
     np.savez(path, clips=face)  # a modality that is called `clips`
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
-    np.savez(path, face=face)
+
+
+def test_files_of_clips_may_lie_next_to_labels_but_not_next_to_other_clips(tmp_path):
+    np.savez(tmp_path / "all.npz", face=np.ones((3, 2), np.float32))
+    load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
     (tmp_path / "labels.csv").write_text("clip,identity\nall,1\n")
     assert load().names == ("all",)
+
     (tmp_path / "val").mkdir()
     for other in ("val/d.npz", "b.NPZ", "c.npy", "d.parquet"):
         (tmp_path / other).touch()
@@ -321,17 +366,18 @@ def test_clips_in_memory_that_do_not_fit_the_run_are_refused():
         ({"a": good, "b": good, "c": {"face": np.zeros((2, 23))}}, "23 wide, but 24 wide in other"),
         ({"a": good, "a.mp4": good}, "clip a comes twice"),
     ]
+
     for clips, words in cases:
         load = functools.partial(memory.MemoryClips.from_dict, clips, {"face": 24, "head": 8}, ())
         seen.refused(load, words)
 
 
 def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     path = tmp_path / "train.parquet"
     good = {"clip": ["a", "a"], "modality": ["f", "f"], "features": [[1.0, 2.0], [3.0, 4.0]]}
+
+    # Columns that replace columns of the good table or are added to it, and words of the error.
     for change, words in (
         ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "width 1 in row 2, but width 2 in ro")),
         ({"features": [1.0, 2.0]}, ("column features is of type double",)),
@@ -343,14 +389,16 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     ):
         parquet.write_table(pyarrow.table(good | change), path)
         refused(tmp_path, str(path), *words)
+
     parquet.write_table(pyarrow.table({"clip": ["a"], "face": [[[1.0, 2.0]]]}), path)
     refused(tmp_path, str(path), "no column modality", "a row for each frame")
+
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(tmp_path, str(path), "vidjax[parquet]")
 
 
 def load_faces(path):
-    """Reads clips for a run, or raises an error if that takes long."""
+    """Reads clips as a run reads them; raises an error if the reading takes long."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
         return memory.load_clips(path, {"face": 4}, ())
 
@@ -363,14 +411,19 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     folder, real = tmp_path / "clips", tmp_path / "real.npz"
     folder.mkdir()
     path = folder / "x.npz"
+
     for kind, name in {"pipe": "pipe", "zero": "device", "folder": "folder"}.items():
         mutations.put(path, kind, tmp_path)
         faces_refused(folder, f"is a {name}")
         path.rmdir() if kind == "folder" else path.unlink()
+
     np.savez(real, face=np.ones((1, 4), np.float32))
     path.symlink_to(real)  # users may make a folder of links to their clips
-    (folder / "._x.npz").write_text("macOS writes such a file beside each file")
+    (folder / "._x.npz").write_text("macOS writes such a file next to each file")
     assert load_faces(folder).names == ("x",)
+
+
+def test_labels_are_not_read_from_a_pipe(tmp_path):
     for name in ("labels.csv", "val_gt.txt"):
         mutations.put(tmp_path / name, "pipe", tmp_path)
         load = functools.partial(labels.load_label_table, tmp_path / name, {"val": ["x"]})
@@ -379,10 +432,11 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (b"no archive", "): write it again"), (b"", "): write it again"),
-    ({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)"),
-    ({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')"),
-    ({"face": np.array([{}], object)}, "contains Python objects"),
+    pytest.param(b"no archive", "): write it again", id="text"),
+    pytest.param(b"", "): write it again", id="empty"),
+    pytest.param({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)", id="no name"),
+    pytest.param({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')", id="int32"),
+    pytest.param({"face": np.array([{}], object)}, "contains Python objects", id="objects"),
 ])  # fmt: skip
 def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, content, words):
     path = tmp_path / "a.npz"
@@ -396,41 +450,58 @@ def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, conten
 def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch):
     clip = np.ones((100, 4), np.float32)
     monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 10 * clip.nbytes)
-    for number in range(11):  # ten clips may fill a third of the memory
+    for number in range(11):  # a third of the memory has room for ten
         np.savez(tmp_path / f"{number:02}.npz", face=clip)
+
     faces_refused(tmp_path, "clip 10", "fewer clips at once")
     (tmp_path / "10.npz").unlink()
     assert len(load_faces(tmp_path).names) == 10
 
 
-def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+# The columns of a correct table of faces.
+TABLE = {"clip": ["a"], "modality": ["face"], "features": [[1.0, 2.0, 3.0, 4.0]]}
 
+
+def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_path):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     path = tmp_path / "clips.parquet"
-    good = {"clip": ["a"], "modality": ["face"], "features": [[1.0, 2.0, 3.0, 4.0]]}
-    parquet.write_table(pyarrow.table(good), path)
+    parquet.write_table(pyarrow.table(TABLE), path)
     assert load_faces(path).names == ("a",)
     content = path.read_bytes()
+
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
         faces_refused(
             path, "clips.parquet' is not a parquet table, or is damaged", "write it again"
         )
-    columns = [pyarrow.array(column) for column in (*good.values(), ["b"])]
-    parquet.write_table(pyarrow.Table.from_arrays(columns, [*good, "clip"]), path)
+
+    columns = [pyarrow.array(column) for column in (*TABLE.values(), ["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, [*TABLE, "clip"]), path)
     faces_refused(path, "clips.parquet: two columns are named clip: delete one")
+
+
+def test_parquet_table_with_4000_equal_names_of_1_mb_is_read_in_little_memory(tmp_path):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    path = tmp_path / "clips.parquet"
     long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
     many = {**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000}
     parquet.write_table(pyarrow.table(many), path)  # 4 GB, if each name were a separate text
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
     faces_refused(path, "the run reads face")
+
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+def test_parquet_table_that_unpacks_beyond_a_third_of_the_memory_is_refused(tmp_path, monkeypatch):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    path = tmp_path / "clips.parquet"
     monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))
     features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
-    parquet.write_table(pyarrow.table({**good, "features": features}), path)
+    parquet.write_table(pyarrow.table({**TABLE, "features": features}), path)
     assert path.stat().st_size < 64 << 10
+
     faces_refused(path, "clips.parquet: its columns take 4,", "a third of the memory")
 
 
@@ -439,11 +510,13 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     face[1, 2] = np.nan
     np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
+
     with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
         memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 2 of 4 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 4 frames have a quality that is not finite" in qualities
+
     official = tmp_path / "official"
     official.mkdir()
     clip = clip_files.random_clip(np.random.default_rng(0), 3, 4)._replace(features=face)

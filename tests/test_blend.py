@@ -1,4 +1,4 @@
-"""Blended runs: equal to a loop over clip names, refused where they differ."""
+"""Blends of runs: scores against a loop over clip names, and runs that cannot be blended."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def load(cache_dir):
 
 @pytest.fixture(scope="module")
 def train(load, tmp_path_factory):
-    """(experiment, folder of data, overrides) -> the folder of a trained run."""
+    """Returns a function: experiment, folder of data, overrides -> the folder of a trained run."""
 
     def train(spec, data_dir, *overrides):
         config = shrunk(*SHORT, f"--config.data.dir={data_dir}", *overrides, spec=spec)
@@ -53,7 +53,7 @@ def train(load, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(train, folders):
-    """Two runs with folds, of other systems on other modalities in other folders."""
+    """Two runs with folds. Their systems, modalities and folders of data differ."""
     return (
         train("configs/quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS),
         train("configs/knn.py:iqiyi_vid,head", folders["others"], FOLDS),
@@ -62,7 +62,7 @@ def runs(train, folders):
 
 @pytest.fixture
 def blended(tmp_path, load):
-    """Blends runs, with overrides, into the folder of the test; returns the metrics."""
+    """Returns a function that blends runs into the folder of the test and returns metrics."""
 
     def blended(runs, *overrides, load=load):
         config = config_lib.default()
@@ -74,7 +74,7 @@ def blended(tmp_path, load):
 
 
 def probabilities(folder, load, split):
-    """Returns clip -> probabilities [C] float64 by a single run."""
+    """Returns clip -> probabilities [C] float64 of a single run."""
     words = [f"--config.eval.split={split}"]
     config = config_io.override(config_io.load_workdir(folder), words)
     if config.eval.scores == "logits":
@@ -106,6 +106,7 @@ def test_blend_is_the_weighted_mean_of_probabilities():
         return np.asarray(scoring.blend([jnp.asarray(scores[n]) for n in numbers], weights))
 
     logs = joined((0, 1, 2), (0.5, 2.0, 1.0))
+
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
     np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
     # A NaN of a run stays NaN, unless the run has weight 0.
@@ -119,26 +120,30 @@ def test_blend_scores_each_run_with_its_own_eval_fields(
 ):
     words = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
     own = train("configs/knn.py:iqiyi_vid", folders["faces"], *words)
-    results = blended((runs[0], own))
     assert (probabilities(own, load, "val").popitem()[1] > 0).sum() <= 3
+
+    results = blended((runs[0], own))
+
     check_ranking(tmp_path / "ranking.txt", (runs[0], own), load, (1.0, 1.0))
-    alone = json.loads((own / "metrics.json").read_text())
-    assert results["runs"][1]["map"] == pytest.approx(alone["map"], abs=1e-12)
+    of_run = json.loads((own / "metrics.json").read_text())
+    assert results["runs"][1]["map"] == pytest.approx(of_run["map"], abs=1e-12)
     words = ("--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.temperature=3")
     assert command(*words).refused("--config.join.weights")
 
 
 @pytest.mark.slow
-def test_blend_refuses_runs_with_different_identities_or_clips(
-    runs, train, load, folders, tmp_path, blended
-):
+def test_blend_refuses_runs_with_different_identities(runs, train, tmp_path, blended):
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     others = train("configs/knn.py:iqiyi_vid", fewer)
     with pytest.raises(ValueError, match="different lists of identities"):
         blended((runs[0], others))
-    # The folder of one run gains a clip after training.
+
+
+@pytest.mark.slow
+def test_blend_refuses_runs_with_different_clips(runs, load, folders, tmp_path, blended):
+    """The folder of one run gains a clip after training."""
     moved = shutil.copytree(folders["others"], tmp_path / "moved")
     rng = np.random.default_rng(0)
     for name in ("head", "audio"):
@@ -154,37 +159,54 @@ def test_blend_refuses_runs_with_different_identities_or_clips(
         blended(runs, "--config.eval.split=test", load=load_moved)
 
 
+OTHER_DATA = "ignore:.*the data have other modalities"
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*the data have other modalities")
+@pytest.mark.filterwarnings(OTHER_DATA)
 def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_path, command):
-    """If config.data.dir is set, it replaces the folder of every run; scores do not change."""
-    out = tmp_path / "both"
-    words = ("--mode=evaluate", f"--workdir={out}")
+    words = ("--mode=evaluate", f"--workdir={tmp_path}")
     given = f"--runs={runs[0]},{runs[1]}", "--config.join.weights=(1,3)"
+
     done = command(*words, *given)
     assert done.code == 0, done.err
-    same_data = f"--config.data.dir={official_dir}"
-    assert command(words[0], f"--workdir={tmp_path / 'one'}", *given, same_data).code == 0
-    ranking = (out / "ranking.txt").read_bytes()
-    assert (tmp_path / "one" / "ranking.txt").read_bytes() == ranking
-    results = json.loads((out / "metrics.json").read_text())
+    results = json.loads((tmp_path / "metrics.json").read_text())
     assert f"{results['map']:.4f} on val" in done.out and results["map_kind"] == "val"
-    check_ranking(out / "ranking.txt", runs, load, (1.0, 3.0))
+    check_ranking(tmp_path / "ranking.txt", runs, load, (1.0, 3.0))
     truth = official_dir / "val_gt.txt"
-    oracle = map_oracle.mean_average_precision(truth, out / "ranking.txt")
+    oracle = map_oracle.mean_average_precision(truth, tmp_path / "ranking.txt")
     assert results["map"] == pytest.approx(float(oracle))
-    check_numbers(out, (out / "report.html").read_text())
+    check_numbers(tmp_path, (tmp_path / "report.html").read_text())
     for facts, folder, weight in zip(results["runs"], runs, (1, 3), strict=True):
-        alone = json.loads((folder / "metrics.json").read_text())["map"]
+        of_run = json.loads((folder / "metrics.json").read_text())["map"]
         assert (facts["name"], facts["weight"]) == (str(folder), weight)
-        assert facts["map"] == pytest.approx(alone, abs=1e-12)
+        assert facts["map"] == pytest.approx(of_run, abs=1e-12)
+
+    # The same folder evaluates another split with the same runs and weights.
     assert command(*words, "--config.eval.split=test").code == 0
-    check_ranking(out / "ranking_test.txt", runs, load, (1.0, 3.0), "test")
-    assert "map" not in json.loads((out / "metrics_test.json").read_text())
-    assert json.loads((out / "metrics.json").read_text()) == results
-    assert config_io.load_workdir(out).eval.split == "val"
-    new = tmp_path / "new"
-    for workdir, blended, weights, remedy in [
+    check_ranking(tmp_path / "ranking_test.txt", runs, load, (1.0, 3.0), "test")
+    assert "map" not in json.loads((tmp_path / "metrics_test.json").read_text())
+    assert json.loads((tmp_path / "metrics.json").read_text()) == results
+    assert config_io.load_workdir(tmp_path).eval.split == "val"
+
+    # If config.data.dir is set, it replaces the folder of every run; scores do not change.
+    same_data = f"--config.data.dir={official_dir}"
+    assert command(words[0], f"--workdir={tmp_path / 'same'}", *given, same_data).code == 0
+    ranking = (tmp_path / "ranking.txt").read_bytes()
+    assert (tmp_path / "same" / "ranking.txt").read_bytes() == ranking
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OTHER_DATA)
+def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, command):
+    def blend_by_command(folder, runs, weights):
+        given = f"--runs={','.join(map(str, runs))}", f"--config.join.weights=({weights})"
+        return command("--mode=evaluate", f"--workdir={folder}", *given)
+
+    out, new = tmp_path / "out", tmp_path / "new"
+    assert blend_by_command(out, runs, "1,3").code == 0
+
+    for folder, blended, weights, remedy in [
         (runs[0], runs, "1,3", "use another folder"),
         (out, runs[::-1], "1,3", "use another folder"),
         (new, runs[:1], "1,3", "name two runs"),
@@ -192,5 +214,4 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
         (new, (runs[0], "nowhere"), "1,3", "no run in"),
         *((new, runs, bad, "give 2 numbers") for bad in ("1,", "1,-1", "0,0")),
     ]:
-        given = f"--runs={','.join(map(str, blended))}", f"--config.join.weights=({weights})"
-        assert command(words[0], f"--workdir={workdir}", *given).refused(remedy)
+        assert blend_by_command(folder, blended, weights).refused(remedy)

@@ -1,4 +1,4 @@
-"""`vidjax check`: its answers for good and damaged data, runs and galleries."""
+"""`vidjax check`: output for good and damaged data, runs and galleries."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from vidjax.training import api
 
 @pytest.fixture
 def folder(nearest_run, official_dir, cache_dir, tmp_path):
-    """Copies of a run, of its records and of the ground truth, to damage."""
+    """A folder with copies of a run and of its records, which a test may damage."""
     records = prepare(official_dir, cache_dir).folder
     shutil.copytree(records, tmp_path / "cache" / records.parent.name / records.name)
     shutil.copytree(nearest_run, tmp_path / "run")
@@ -40,7 +40,7 @@ def check_run(folder, check):
 
 
 def damage(folder, pattern):
-    """Changes a byte of the largest file that a pattern names."""
+    """Changes a byte of the largest file that matches a pattern."""
     path = max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[100 if path.suffix == ".npz" else len(content) // 2] ^= 1  # in an array
@@ -49,6 +49,7 @@ def damage(folder, pattern):
 
 def test_check_of_a_good_run_reports_all_good(folder, check_run):
     code, lines = check_run()
+
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")
     for words in ("jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"):
@@ -68,7 +69,9 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
 def test_check_reports_every_damaged_file(folder, check_run, pattern, code, words):
     (step,) = (folder / "run" / "checkpoints").iterdir()
     damage(folder, pattern)
+
     exit_code, lines = check_run()
+
     assert exit_code == code and lines[-1].startswith("FAULT: ")
     assert words.format(step.name) in "\n".join(lines)
 
@@ -77,8 +80,10 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
+
     words = f"--config.data.dir={folder}/official", "--config.eval.split=train"
     code, lines = check_run(*words)
+
     assert code == 2 and "train has other labels" in lines[-2]
 
 
@@ -88,6 +93,7 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     spec = f"{Path(__file__).parents[1]}/configs/mma.py:iqiyi_vid,face,head,audio"
     words = (f"--config={spec}", f"--config.data.cache_dir={cache_dir}")
     official = f"--config.data.dir={official_dir}"
+
     assert check(*words, official)[1][-1] == "all good"
     for message, *given in (
         ("config.data.dir",),
@@ -99,10 +105,15 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
         assert code == 2 and message in lines[-2], lines
 
 
-def test_check_of_a_blend_names_its_runs_and_check_needs_no_folder(tmp_path, command, check):
+def test_check_of_a_blend_names_its_runs(tmp_path, command):
     config = api.load_config("knn")
     config.join.runs = ("a", "b")
     RunFolder(tmp_path).write_config(config)
+
     assert command("check", f"--workdir={tmp_path}").refused("check each of them: a, b")
+
+
+def test_check_without_a_folder_checks_the_machine(check):
     code, lines = check()
+
     assert (code, lines[-1]) == (0, "all good") and len(lines) == 2

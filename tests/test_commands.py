@@ -1,4 +1,4 @@
-"""Commands as people type them: exit codes, remedies, messages, and names of folders."""
+"""Commands as users type them: exit codes, remedies, messages, and names of run folders."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def run_case(case, command):
-    """Runs a case of `tests/campaigns/commands.py`, which must go as listed; returns its output."""
+    """Runs a case of `tests/campaigns/commands.py` with the listed outcome; returns the output."""
     began = time.process_time()
     code, out, err = command(*case.words.split())
     outcome = commands.Outcome(code, (time.process_time() - began) / slowness(), out, err)
@@ -58,7 +58,9 @@ def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command)
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = seen.contents(places, but={"cache", "__pycache__"})
+
     run_case(case._replace(seconds=60), command)
+
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
@@ -71,16 +73,19 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
         "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n",
         cwd=tmp_path, VIDJAX_CACHE=str(tmp_path), JAX_PLATFORMS="cuda",
     )  # fmt: skip
+
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     commands.prepare(tmp_path)
+
     for case in [*commands.FIELDS[2::16], *commands.FILES, *commands.WORKS]:
         outcome = commands.run(tmp_path, case._replace(seconds=60))
         faults = commands.faults(case, outcome._replace(seconds=0))
         assert not faults, (case.words, faults, outcome)
+
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["knn_seed=1"]
     assert not (tmp_path / "new").exists()
 
@@ -101,6 +106,7 @@ def test_run_folder_is_named_after_its_overrides():
     assert suffix("optim.learning_rate=1e-2") == suffix("optim.learning_rate=0.01")
     assert suffix("modalities=face,head") == "_modalities=face+head"
     assert suffix("seed=1", "data.dir=/x", without=("data.dir",)) == "_seed=1"
+
     odd = ["../../up", "a b;'\"$(c)", "long" * 99, "long" * 98, "ü"]
     names = {suffix(f"eval.split={name}") for name in odd}
     assert len(names) == len(odd) and max(map(len, names)) <= config_io.MAX_SUFFIX_LENGTH
@@ -109,11 +115,13 @@ def test_run_folder_is_named_after_its_overrides():
 
 def test_printed_configuration_lists_the_origin_of_each_value(command):
     words = ["--mode=config", f"--config={ROOT}/configs/mma.py:face", "--config.seed=3"]
+
     lines = [line.split(maxsplit=3) for line in command(*words).out.splitlines()]
-    rows = {field: columns for field, *columns in lines}
+    rows = {field: columns for field, *columns in lines}  # field -> value, default, origin
     assert rows["seed"] == ["3", "0", "command line"]
     assert rows["batch_size"] == ["128", "128", "default"]
     assert rows["num_epochs"][:2] == ["30.0", "1.0"] and "mma.py:face" in rows["num_epochs"][2]
+
     done = command(*words, "--json", "--config.checkpoint_every_seconds=inf")
     fields = json.loads(done.out)["fields"]
     assert fields["seed"] == {"value": 3, "default": 0, "from": "command line"}
@@ -135,6 +143,7 @@ def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, co
         raise error
 
     assert messages.run_to_exit_code(command, ["--json"]) == code
+
     captured = capsys.readouterr()
     assert ("Traceback" in captured.err) == (code == 1)
     assert code == 1 or 1 <= len(captured.err.splitlines()) <= 3
@@ -142,6 +151,7 @@ def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, co
         for remedy in ("--config.batch_size", "--config.eval.block_size", "--config.data.mode"):
             assert remedy in captured.err
     assert json.loads(captured.out)["error"].strip()
+
     messages.run_to_exit_code(command, ["--debug"])
     assert "Traceback" in capsys.readouterr().err
 
@@ -149,17 +159,20 @@ def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, co
 def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, tmp_path):
     escaped = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     hostile = escaped.encode().decode("unicode_escape")
+
     messages.print_text(f"{hostile}\n\tAda علي")
     messages.print_problem(hostile)
     messages.run_to_exit_code(lambda: {}[hostile], [])
+
     out, err = capsys.readouterr()
     assert out == f"{escaped}\n\tAda علي\n" and err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(err)
+
     messages.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
 
-def test_vidjax_warnings_of_all_threads_are_printed_but_not_library_warnings():
+def test_warnings_of_vidjax_are_printed_from_all_threads_but_other_warnings_are_not():
     code = """
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -169,6 +182,7 @@ def main():
     warnings.warn('for programmers')
     return 0
 messages.run_main(main)"""
+
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "vidjax: warning: two of three\n")
 

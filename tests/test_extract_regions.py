@@ -1,4 +1,4 @@
-"""Names of faces from the XMP of photos: each spelling, each kind of file, and hostile ones."""
+"""Face tags in the XMP of photos: each photo program and file format, and hostile tags."""
 
 import io
 import time
@@ -30,7 +30,7 @@ STORED = {
 
 @pytest.fixture
 def tags_of(tmp_path):
-    """Returns a function: bytes of a photo and of sidecars -> its tags, and what is wrong."""
+    """Returns a function: bytes of a photo and of sidecars -> tags, and a problem."""
 
     def read(content, name="a.jpg", **sidecars):
         (tmp_path / name).write_bytes(content)
@@ -86,25 +86,34 @@ def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
     assert tags_of(photo(kind, xmp.packet(""))).tags == []
 
 
-def test_face_tags_are_read_from_both_ends_of_photos_and_sidecars(tags_of, tmp_path):
+def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
     rest = b"\0" * (9 << 20)
     assert boxes(tags_of(MWG + rest)) == boxes(tags_of(rest + MWG)) == TAGS
     first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))
     assert boxes(tags_of(first + photo("jpeg", MWG))) == TAGS
+
+
+def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
+    """The sidecars of a.jpg are a.xmp and a.jpg.xmp, which comes first."""
     eve, none = xmp.packet(xmp.elements([EVE])), xmp.packet("")
     own = photo("jpeg", MWG)
-    assert boxes(tags_of(own, xmp=none)) == TAGS, "a sidecar without tags"
+
+    assert boxes(tags_of(own, xmp=none)) == TAGS  # a sidecar without tags
     assert boxes(tags_of(own, xmp=eve)) == [EVE]
     assert boxes(tags_of(own, jpg_xmp=MWG)) == TAGS
     assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
+
     parsed = tags_of(own, jpg_xmp=b"<rdf:RDF RegionList")
     assert boxes(parsed) == [EVE] and "the face tags in a.jpg.xmp cannot be" in parsed.problem
-    for name in ("a.jpg.xmp", "a.xmp"):
-        (tmp_path / name).unlink()
+
+
+def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, tmp_path):
+    own = photo("jpeg", MWG)
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
+
     parsed = tags_of(own)
     assert boxes(parsed) == TAGS and "is a link" in parsed.problem
-    assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS, "the name of a sidecar is too long"
+    assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS
 
 
 def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
@@ -121,12 +130,13 @@ def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
         xmp.attributes([EVE], unit=' stArea:unit="pixel"'),
     ):  # fmt: skip
         assert tags_of(xmp.packet(body)).tags == []
+
     parsed = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *box), ("A\u200eda", *box)])))
     assert [tag.name for tag in parsed.tags] == ["Zo\u00eb"]
     assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in parsed.problem
 
 
-# Name -> content, what is wrong with it, and the most tags that it has.
+# Name -> (function that returns the content, problem, number of tags that are read).
 HOSTILE = {
     "entities": (lambda: BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined", 0),
     "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "does not end within", 0),
@@ -138,18 +148,21 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("content", "problem", "most"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, most):
+@pytest.mark.parametrize(("content", "problem", "count"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, count):
     hostile, begin = content(), time.process_time()
+
     parsed = tags_of(hostile)
+
     assert time.process_time() - begin < 5 * slowness()
-    assert len(parsed.tags) == most and problem in parsed.problem
+    assert len(parsed.tags) == count and problem in parsed.problem
     assert "\n" not in parsed.problem and bool(parsed.problem) == bool(problem)
 
 
 @pytest.mark.parametrize("tagged", ["stored", "shown"])
 @pytest.mark.parametrize("shape_is_known", [True, False])
 def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
+    """Programs tag the stored or the displayed picture. FACES refer to the displayed picture."""
     for orientation, stored in STORED.items():
         tags, shape = [], (0, 0)
         for number, (left, top, right, bottom) in enumerate(FACES):
@@ -160,6 +173,7 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
             box = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
             tags.append(regions.Tag(str(number), box))
             shape = width, height
+
         made = regions.Tags(tags, shape if shape_is_known else None)
         assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
         assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
@@ -167,12 +181,15 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
 
 
 def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
-    # One face lies where the tag would be in a picture that is turned otherwise.
+    # If the tag refers to the stored picture of 300 x 400 pixels, it is at the place of the face.
     face = np.array([[280, 30, 360, 90]])
     for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
         assert regions.match_faces(tags, face, (400, 300), 6).tolist() == matches, shape
-    # A face has one tag, the most alike first.
+
+
+def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
+
     assert regions.match_faces(tags, FACES, (400, 300), 1).tolist() == [1, -1, 0, -1]

@@ -1,4 +1,4 @@
-"""search: who is found although most frames are searched only where people are near in time."""
+"""Search of faces: most frames are searched only where earlier or later frames show people."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests.helpers import drawn_people, made_nets
 from vidjax.apps.video import cards, nets
 from vidjax.apps.video.search import FilmSearch
 
-ROOM = 64  # the sides of the squares of a picture in which people move
+ROOM = 64  # a picture is divided into squares with this side, and a person moves in a square
 
 
 class CountingDetector(nets.Detector):
@@ -23,7 +23,11 @@ class CountingDetector(nets.Detector):
 
 
 def draw_shot(rng, frames, slow):
-    """Returns pictures of people, each visible for five frames or more; in all if not `slow`."""
+    """Returns pictures of people.
+
+    If `slow`, people move slowly and are visible for five frames or more. If not, each person is
+    in all pictures, at random places.
+    """
     faces = [[] for _ in range(frames)]  # of each picture
     for room in rng.choice(12, rng.integers(1, 7), replace=False):
         begin = rng.integers(0, max(1, frames - 4)) if slow else 0
@@ -38,7 +42,7 @@ def draw_shot(rng, frames, slow):
 
 @pytest.mark.parametrize(("slow", "step_s"), [(True, 0.2), (False, 0.2), (False, 1.0)])
 def test_people_who_are_visible_for_a_second_are_found_in_all_frames(tmp_path, slow, step_s):
-    """They move slowly, or jump as in a fast pan, or each picture is another slide."""
+    """People move slowly, jump as in a fast pan, or are in slides that last a second."""
     made_nets.write(tmp_path, "find", "face_detector")
     detector = CountingDetector(cards.load(tmp_path)["face_detector"])
     rng, wanted, searched = np.random.default_rng(0), [], []
@@ -48,7 +52,9 @@ def test_people_who_are_visible_for_a_second_are_found_in_all_frames(tmp_path, s
             searched += search.add(len(wanted), len(wanted) * step_s, rgb)
             wanted.append(sorted(detector(rgb).boxes.tolist()))
         searched += search.end_shot()
+
     assert [x.number for x in searched] == [*range(len(wanted))]
     assert [sorted(x.detections["face"].boxes.tolist()) for x in searched] == wanted
     assert sum(map(len, wanted)) > len(wanted)
-    assert not slow or detector.whole < 1.6 * len(wanted)  # the test searches each as a whole
+    # The test itself searches each whole picture once. Only a few more are searched as a whole.
+    assert not slow or detector.whole < 1.6 * len(wanted)

@@ -1,4 +1,4 @@
-"""Tracks of heads, crops of faces, shots by what the camera does, and lists of cuts."""
+"""Tracks of heads, crops of faces, detection of shots, and cut lists."""
 
 import functools
 import os
@@ -18,10 +18,10 @@ from vidjax.apps.video.cards import BackEnd
 from vidjax.apps.video.features_folder import FileStamp, Film
 from vidjax.utils.errors import UserError
 
-# Faces of 234 tracks of real films.
+# Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 BOX = np.array([[10, 10, 60, 70]])
-# What the card of dlib's net says of pairs of vectors.
+# The distribution of cosines in the card of dlib's net.
 DLIB = BackEnd(**{**cards.PUBLISHED["dlib"]["back_end"], "centre": [0.0] * 128})
 TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
 RATE = 25
@@ -34,13 +34,17 @@ def walk(start, speed):
 
 
 def follow(people, seconds, *, fps=5, noise=1.0, unseen=lambda person, time_s: False, seed=0):
-    """Returns the tracks, and for each track the numbers of the people in it."""
+    """Tracks people, given as functions of time.
+
+    Returns the tracks, and for each track the numbers of the people in it.
+    """
     rng, tracker, owners = np.random.default_rng(seed), tracks.Tracker(), defaultdict(set)
     for time_s in np.arange(0, seconds, 1 / fps):
         visible = [n for n in rng.permutation(len(people)) if not unseen(n, time_s)]
         boxes = np.array([people[n](time_s) for n in visible]).reshape(-1, 4)
         boxes += rng.normal(0, noise, boxes.shape)
-        kept: list[int] = []  # like a detector, keeps one of two boxes that overlap by half
+        # Like a detector, keeps only one of two boxes that overlap by half.
+        kept: list[int] = []
         for n in range(len(boxes)):
             if not kept or tracks.measure_overlaps(boxes[[n]], boxes[kept]).max() < 0.5:
                 kept.append(n)
@@ -57,6 +61,7 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         rng = np.random.default_rng(seed)
         speed = rng.uniform(15, 25) * fps / 5 + 10
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
+
         ended, owners = follow(people, 6, fps=fps, seed=seed)
         assert sorted(owners) == [[0], [1]], (seed, owners)
         assert all(len(track.times) >= 5 * fps for track in ended)
@@ -85,14 +90,17 @@ def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
     assert sorted(owners) == [[n] for n in range(3)]
     assert [len(track.times) for track in ended] == [15] * 3
+
     speed = np.random.default_rng(0).uniform(-3, 3, 24)
     people = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
     _, owners = follow(people, 8, noise=2)
     assert sorted(owners) == [[n] for n in range(24)]
 
 
-def test_cut_ends_every_track_and_a_split_divides_its_sightings():
+def test_cut_ends_every_track():
+    """One box for 4 s, with a cut at 1.9 s: just before the frame of 2 s, which starts a shot."""
     tracker = tracks.Tracker()
+
     for n in range(20):
         if n == 10:
             tracker.cut(1.9)
@@ -100,22 +108,28 @@ def test_cut_ends_every_track_and_a_split_divides_its_sightings():
             assert tracker.take_ended() == []
         assert tracker.update(n / 5, BOX).tolist() == [n // 10]
     tracker.cut(3.9)
+
     (last,) = tracker.take_ended()
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
     assert last.times[0] == 1.9, "where the shot begins"
     assert last.ends == [*last.times[1:], 3.9]
+
+
+def test_split_of_a_track_divides_its_sightings():
     track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
+
     parts = track.split([0.6, 1.2])
+
     assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
     assert [part.ends for part in parts] == [[0.4, 0.6], [1.2], [2.0]]
     assert {(part.number, part.shot) for part in parts} == {(3, 7)}
 
 
 def test_tracks_change_in_the_middle_of_a_dissolve():
-    """The dissolve lasts from 1 to 2 s; for some frames, both people are detected.
+    """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
 
-    There is a frame every 0.2 s. Before the frame of 2 s, the trackers are told that the middle of
-    the dissolve was at 1.5 s. So this frame is the first of the new shot, and stands for its start.
+    There is a frame every 0.2 s. Before the frame of 2 s, the trackers learn that the middle of the
+    dissolve was at 1.5 s. So the new shot begins at 1.5 s, and its first frame is the frame of 2 s.
     """
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])
@@ -125,6 +139,7 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
             main.cut(1.5)
         tracker.update(n / 5, BOX if n < 6 else other if n > 8 else np.concatenate([BOX, other]))
         main.update(n / 5, BOX)
+
     for each in (tracker, main):
         each.cut(3.9)
         first, last = each.take_ended()
@@ -134,13 +149,16 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
 
 
 def test_single_detection_is_a_track_if_its_picture_lasts_long():
+    # Seconds until the next picture -> begin and end of each track.
     for held_s, wanted in ((0.2, []), (0.5, [([1.0], [1.5])]), (4.0, [([1.0], [5.0])])):
         tracker = tracks.Tracker()
         tracker.update(1.0, BOX)
         assert tracker.update(1.0 + held_s, np.zeros((0, 4))).shape == (0,)
         tracker.cut(6.0)
         assert [(track.times, track.ends) for track in tracker.take_ended()] == wanted
-    # A track of slow frames may lack one of them.
+
+
+def test_track_continues_if_one_slow_frame_lacks_the_detection():
     for rate in (0.1, 24_000 / 24_024, 5.0):
         tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(rate))
         assert [tracker.update(n / rate, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
@@ -153,16 +171,17 @@ def test_overlap_is_intersection_over_union():
     for place in np.ndindex(2, 9):
         left, top, right, bottom = boxes[place]
         pixels[place][top:bottom, left:right] = True
+
     both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
     either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
-    overlaps = tracks.measure_overlaps(*boxes.astype(float))
-    np.testing.assert_allclose(overlaps, both / either)
+    np.testing.assert_allclose(tracks.measure_overlaps(*boxes.astype(float)), both / either)
 
 
 def test_main_figure_follows_the_definition_of_the_paper():
-    """Section 3.2: alone or three times larger than others in more than 30 % of the frames."""
+    """Section 3.2: in over 30 % of the frames, it is the only figure or three times larger."""
 
-    def seen(frames, fps=5):
+    def count_seen(frames, fps=5):
+        """Returns the number of frames of each main figure; frames are sides of boxes."""
         shots = tracks.MainFigures()
         for number, sides in enumerate(frames):
             boxes = np.array([[0, 0, side, 1] for side in sides], np.float32).reshape(-1, 4)
@@ -170,11 +189,11 @@ def test_main_figure_follows_the_definition_of_the_paper():
         shots.cut(len(frames) / fps)
         return [len(track.times) for track in shots.take_ended()]
 
-    assert seen([[3, 1]] * 10) == [10] and seen([[2.9, 1]] * 10) == []
-    assert seen([[1]] * 4 + [[]] * 6) == [4] and seen([[1]] * 3 + [[]] * 7) == []
+    assert count_seen([[3, 1]] * 10) == [10] and count_seen([[2.9, 1]] * 10) == []
+    assert count_seen([[1]] * 4 + [[]] * 6) == [4] and count_seen([[1]] * 3 + [[]] * 7) == []
     # A shot has 5 to 150 frames.
-    assert seen([[1]] * 5) == [5] and seen([[1]] * 4) == []
-    assert seen([[1]] * 150) == [150] and seen([[1]] * 151) == []
+    assert count_seen([[1]] * 5) == [5] and count_seen([[1]] * 4) == []
+    assert count_seen([[1]] * 150) == [150] and count_seen([[1]] * 151) == []
 
 
 def faces(order, alike=0.98, seed=0):
@@ -193,7 +212,7 @@ def test_track_is_split_where_another_person_appears():
     for order, places in (
         ([0] * 10 + [1] * 10 + [0] * 10, [10, 20]),
         ([0] * 20 + [1] * 5, [20]),
-        ([0] * 20 + [1] * 2, []),  # of a dissolve
+        ([0] * 20 + [1] * 2, []),  # two faces are a dissolve
         ([0] * 40, []),
         ([0], []),
     ):
@@ -201,25 +220,30 @@ def test_track_is_split_where_another_person_appears():
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
             assert tracks.find_changes(vectors, times, False, DLIB) == places
             assert tracks.find_changes(vectors, times, False, None) == []
-    # Pictures far apart may each show somebody else.
+
+
+def test_track_of_slow_pictures_is_split_at_every_other_person():
+    """Pictures 4 s apart may each show another person."""
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
         assert tracks.find_changes(vectors, times, True, DLIB) == places
 
 
-@pytest.mark.skipif(not TRACKS.exists(), reason="no tracks beside VIDJAX_REAL_DATA")
+@pytest.mark.skipif(not TRACKS.exists(), reason="no tracks next to VIDJAX_REAL_DATA")
 def test_real_tracks_are_split_only_if_they_show_two_people():
-    """In 13 tracks, over a fifth of the faces show another person; fewer faces are a dissolve."""
+    """In 13 tracks, over a fifth of the faces show a second person. Fewer faces are a dissolve."""
     with np.load(TRACKS) as file:
         arrays = dict(file)
-    split = {True: [], False: []}
+
+    split = {True: [], False: []}  # shows two people -> whether each track is split
     for low, high in zip(arrays["track_begin"][:-1], arrays["track_begin"][1:], strict=True):
         person = arrays["person"][low:high]
         count = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
         places = tracks.find_changes(vectors, times, False, DLIB)
         split[bool(count < 0.8 * len(person))].append(bool(places))
+
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
 
@@ -230,7 +254,7 @@ def turn(angle, scale, x=0, y=0):
 
 
 def test_similarity_transform_is_the_least_squares_solution():
-    """Solves for (a, b, x0, y0) in u = a x - b y + x0, v = b x + a y + y0."""
+    """The oracle solves u = a x - b y + x0, v = b x + a y + y0 for (a, b, x0, y0)."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         place = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))
@@ -239,7 +263,9 @@ def test_similarity_transform_is_the_least_squares_solution():
         a, b, x0, y0 = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
         transform = align.fit_similarity(points[None], TEMPLATE)[0]
         np.testing.assert_allclose(transform, [[a, -b, x0], [b, a, y0]], rtol=1e-9, atol=1e-9)
+
     assert align.fit_similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
+    # Five equal points are moved to the mean of the template.
     transform = align.fit_similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
     np.testing.assert_allclose(transform @ (7, 7, 1), TEMPLATE.mean(0))
 
@@ -248,11 +274,13 @@ def test_similarity_transform_is_the_least_squares_solution():
 def test_warp_is_bilinear_interpolation(place):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
     matrix, (v, u) = turn(*place), np.indices((24, 24))
+
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     x, y, _ = np.moveaxis(np.stack([u, v, np.ones_like(u)], -1) @ inverse.T, -1, 0)
     options: Any = {"order": 1, "mode": "grid-constant"}  # bilinear; black outside of the picture
     channels = np.moveaxis(rgb.astype(float), -1, 0)
     expected = [ndimage.map_coordinates(channel, (y, x), **options) for channel in channels]
+
     crop = align.warp_faces(rgb, matrix[None], 24)[0]
     assert crop.dtype == np.uint8 and np.abs(crop - np.stack(expected, -1)).max() <= 0.51
     outside = np.stack([turn(0, 1, 500), turn(0, 0.1, -300), turn(0, 0)])
@@ -263,22 +291,25 @@ def test_reduced_crops_are_means_over_areas():
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     random = np.random.default_rng(2).integers(0, 256, board.shape)
     rgb = np.stack([board, random, np.full_like(board, 80)], -1).astype(np.uint8)
+
     for scale in (0.3, 0.07):
         crop = align.warp_faces(rgb, turn(0.4, scale)[None], 200)[0]
-        inside = crop[crop[..., 2] == 80].astype(float)
+        inside = crop[crop[..., 2] == 80].astype(float)  # without the black border
         assert len(inside) > 100 and inside[:, 1].std() < 30
         np.testing.assert_allclose(inside[:, 0], 127.5, atol=15)
 
 
 def test_size_frontality_and_sharpness_are_from_0_to_1():
     profile = TEMPLATE.copy()
-    profile[2, 0] += 40
+    profile[2, 0] += 40  # moves the nose beyond the right eye
     faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
+
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 2 * 5.65 / 80])
     front, small, turned, side = align.measure_frontality(faces)
     assert 0.9 < front == pytest.approx(turned) == pytest.approx(small) and side == 0
     none = np.zeros((1, 5, 2))
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1
+
     board = np.indices((32, 32)).sum(0)[None, ..., None] // 8 % 2 * np.uint8(255)
     sharp, flat = (align.measure_sharpness(crop.repeat(3, -1))[0] for crop in (board, 0 * board))
     assert 0.9 < sharp < 1 and flat == 0
@@ -292,13 +323,17 @@ def test_sharpness_separates_detail_from_film_grain():
     grain = rng.normal(0, 15, sharp.shape)
     made = np.array([sharp, sharp + grain, soft, soft + grain, 0.2 * sharp, 128 + grain])
     crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
+
     sharp, grained, soft, soft_grained, dark, noise = align.measure_sharpness(crops)
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
     assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp
 
 
 def test_dark_glasses_are_detected_and_shadows_are_not():
-    """Draws bare eyes, lit from one side and in the dark, then dark glasses and one dark lens."""
+    """The first three pictures show bare eyes, lit evenly, lit from one side, and in the dark.
+
+    The other pictures show dark glasses, one dark lens, and nothing.
+    """
     y, x = np.mgrid[:150, :150]
     bare = np.full((150, 150), 150.0)
     for eye in TEMPLATE[:2]:
@@ -308,6 +343,7 @@ def test_dark_glasses_are_detected_and_shadows_are_not():
     lit = bare * np.where(x < 75, 0.3, 1.0)
     lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
     glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
+
     pictures = [bare, lit, 0.2 * bare, glasses, np.where(lens, 30.0, bare), 0 * bare]
     crops = np.array(pictures).astype(np.uint8)[..., None].repeat(3, -1)
     assert align.has_dark_eyes(crops, TEMPLATE).tolist() == [False] * 3 + [True, False, False]
@@ -383,9 +419,12 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     rng = np.random.default_rng(0)
     first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
     out, back = fade(first[-1:], steps), fade(second[:1], steps)[::-1]
+
     (cut_frame,) = find_cuts(filmed(rng, first, out, back, second))
+
     assert abs(cut_frame - 40 - steps) <= 3 + steps / 3
-    # A fade out at the end and black frames are no shots.
+
+    # A fade out at the end and black frames are not shots.
     black = np.zeros((30, 36, 64, 3))
     assert find_cuts(filmed(rng, first, fade(first[-1:], 20), black)) == []
     assert find_cuts(filmed(rng, black, first)) == [30]
@@ -397,14 +436,16 @@ def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     first, second = (shot(rng, "still", 1, bright) for bright in (0.8, 0.6))
     mixed = fade(first, steps) + second - fade(second, steps)
     film = filmed(rng, first.repeat(40, 0), mixed, second.repeat(60, 0))
+
     (reported,) = [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
+
     assert 40 < reported <= 40 + steps + 15
     assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
 
 
 @pytest.mark.nightly
 def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
-    """Pictures a second apart differ, and the pictures between are nearly their mixtures."""
+    """Pictures a second apart differ, and pictures between them are nearly mixtures of both."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
         fine = rng.uniform(60, 190, (36, 100, 1)).repeat(3, 2)
@@ -424,9 +465,11 @@ def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
 def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
     rng = np.random.default_rng(3)
     film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
+
     detector = shots.ShotDetector()
     for n, small in enumerate([*film, *[film[-1]] * 450]):
         detector.update(n / RATE, small)
+
     assert detector.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
     assert len(detector._changes) <= 15 and len(detector._dissolve._kept) < 30
 
@@ -447,14 +490,19 @@ def read_times(path):
 
 
 def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
-    """Margins end with the film, close appearances join, photos and unknown people are left out."""
+    """A margin has 1 s. Margins end with the film, and appearances with overlapping margins join.
+
+    Photos and unknown people are left out.
+    """
     film_a, film_b, photo = film("a.mp4", 25), film("b.mov", 24.99, 4000.0), film("c.jpg", None, 0)
     appearances = [
         seen(film_a, 0.4, 3), seen(film_a, 4.9, 6), seen(film_a, 5.2, 5.5), seen(film_a, 98, 100),
         seen(film_a, 20, 30, "unknown 1", None), seen(film_a, 50, 51, "Bob"),
         seen(film_b, 3600.01, 3601), seen(photo, 0, 0),
     ]  # fmt: skip
+
     cuts.write(tmp_path, appearances, [film_a, film_b, photo], 1.0)
+
     assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
     assert read_times(tmp_path / "Ada.edl") == [
         "00:00:00:00 00:00:07:00 00:00:00:00 00:00:07:00",
@@ -484,7 +532,10 @@ def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
     films = [film("a.mp4", 29.97), film("b.mp4", 25, 9000.0)]
     appearances = [seen(films[0], 1, 2)]
     appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(1000)]
+
     cuts.write(tmp_path, appearances, films, 1.0)
+
+    # A cut list has at most 999 events.
     for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
         assert len(read_times(tmp_path / f"Ada {name}.edl")) == count
 
@@ -494,7 +545,9 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
     source = film("a.mp4", 25)
     (tmp_path / "cuts").mkdir()
+
     cuts.write(tmp_path / "cuts", [seen(source, 1, 2, name) for name in names], [source], 1.0)
+
     files = [path.name for path in (tmp_path / "cuts").iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)

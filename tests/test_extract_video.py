@@ -1,4 +1,4 @@
-"""decode: times, turned pictures, damaged and hostile files. Films are made by the tests."""
+"""Decoding of films and photos: times, rotation, sound, damaged and hostile files."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def corner():
 
 
 def red_corners(rgb):
-    """Returns the numbers of the red corners; corner 0 is top left, corner 1 top right."""
+    """Returns the numbers of the red corners, clockwise from 0 at the top left."""
     corners = rgb[[10, 10, -10, -10], [10, -10, -10, 10]].astype(int)
     return np.flatnonzero(corners[:, 0] - corners[:, 1] > 80).tolist()
 
@@ -54,7 +54,9 @@ def film(tmp_path):
 @first_by_day("ending, codec", CODECS.items(), 2)
 def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, codec):
     films.write(tmp_path / f"a.{ending}", [corner()] * 30, codec)
+
     frames, video = read(tmp_path / f"a.{ending}")
+
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(30) / 25, atol=0.002)
     assert [n for n, frame in enumerate(frames) if frame.rgb is not None] == [0, 5, 10, 15, 20, 25]
     for frame in frames:
@@ -68,6 +70,7 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
 def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
     path = tmp_path / "a.mp4"
     films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
+
     (first, *_), _ = read(path)
     assert first.rgb is not None and first.rgb.shape == (120, width, 3)
     assert red_corners(first.rgb) == [0]
@@ -95,10 +98,12 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
     exif[0x112] = orientation
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
+
+    # Transpose for 5 to 8. Then flip vertically for 3, 4, 7 and 8, and horizontally for 2, 3, 6, 7.
     wanted = picture if orientation < 5 else picture.swapaxes(0, 1)
-    # What EXIF describes: the first row is seen at the bottom, the first column at the right.
     wanted = wanted[:: -1 if orientation in (3, 4, 7, 8) else 1]
     wanted = wanted[:, :: -1 if orientation in (2, 3, 6, 7) else 1]
+
     rgb = films.read_photo(path)
     assert rgb.shape == wanted.shape and np.abs(rgb.astype(int) - wanted).mean() < 6
 
@@ -118,6 +123,7 @@ def test_damaged_or_large_heic_photo_is_refused(tmp_path):
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
+
     refused(tmp_path / "photo.heic", "damaged photo")
     Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
     refused(tmp_path / "large.heic", "pixels, more than", most_pixels=1000)
@@ -126,7 +132,9 @@ def test_damaged_or_large_heic_photo_is_refused(tmp_path):
 def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
     stamps = [0, 10, 20, 30, 500, 510, 1000, 1900, 1910, 2000]
     films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
+
     frames, video = read(tmp_path / "uneven.mkv", fps=2)
+
     np.testing.assert_allclose([frame.time_s * 1000 for frame in frames], stamps, atol=1e-3)
     sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
     assert sampled == [0, 500, 1000, 1900, 2000] and video.counts.repaired == 0
@@ -137,6 +145,7 @@ def test_times_count_from_the_first_frame_to_the_end_of_the_last_frame(tmp_path)
     films.write(tmp_path / "late.ts", [films.scene(0)] * 10, stamps=stamps)
     frames, _ = read(tmp_path / "late.ts")
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
+
     films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
     _, video = read(tmp_path / "slides.mp4")
     assert video.counts.seconds == pytest.approx(19 / 25 + 6, abs=0.05)
@@ -153,6 +162,7 @@ def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
 
 
 def test_bad_time_stamps_are_repaired():
+    # Time stamps of frames, repaired times, number of repairs.
     for stamps, times, repaired in (
         ([0.0, 0.1, 0.5], [0.0, 0.1, 0.5], 0),
         ([None, None, None], [0.0, 0.1, 0.2], 3),
@@ -165,17 +175,23 @@ def test_bad_time_stamps_are_repaired():
         assert clock.repaired == repaired
 
 
-def test_truncated_or_damaged_films_are_read_as_far_as_possible(film):
+def test_truncated_film_is_read_as_far_as_possible(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
+
     frames, video = read(film)
     assert 0 < len(frames) < 30 and video.counts.damaged
-    assert video.info.seconds == pytest.approx(2.4, abs=0.05)
+    assert video.info.seconds == pytest.approx(2.4, abs=0.05)  # of 60 frames at 25 per second
+
+
+def test_undamaged_frames_of_a_damaged_film_are_read(film):
     films.write(film, [films.scene(n) for n in range(60)])
     content, rng = bytearray(film.read_bytes()), np.random.default_rng(0)
     for place in rng.integers(2000, len(content) - 2000, 15):
         content[place] ^= 1 << rng.integers(8)
     film.write_bytes(content)
+
     frames, video = read(film)
+
     lost = video.counts.corrupt + video.counts.refused
     assert len(frames) == video.counts.frames > 20
     assert lost > 0 and len(frames) + lost == pytest.approx(60, abs=10)
@@ -183,8 +199,9 @@ def test_truncated_or_damaged_films_are_read_as_far_as_possible(film):
 
 @pytest.mark.parametrize("name", films.NO_FILMS)
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
-    film.rename(tmp_path / "secret.mkv")  # which no list may open
+    film.rename(tmp_path / "secret.mkv")  # some of the files refer to it
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
+
     error = seen.refused(lambda: read(tmp_path / name), name)
     assert "MP4" in error or "an empty file" in error
 
@@ -192,9 +209,12 @@ def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
 def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
+
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
         with pytest.raises(FileNotFoundError):
             read(Path(name))
+
+    # The pattern %d.png would match 1.png, whose corner is red.
     (tmp_path / "%d.png").write_bytes(films.photo(films.scene(0), "png"))
     assert red_corners(films.read_photo(Path("%d.png"))) == []
 
@@ -205,12 +225,14 @@ def test_sound_follows_its_time_stamps(tmp_path):
     samples = np.sin(np.arange(rate) / rate * 2 * np.pi * 440) * 0.5
     samples[rate // 2 :] = 0
     films.write(path, [films.scene(0)] * 50, sound=samples, rate=rate, start_s=0.85)
+
     heard = np.zeros(32_000, np.float32)
     with decode.open_video(path) as video:
         assert video.info.sound
         for time_s, block in video.sound():
             start = round(time_s * 16_000)
             heard[start : start + len(block)] = block
+
     times = np.arange(32_000) / 16_000
     np.testing.assert_allclose(times[np.abs(heard) > 0.2][[0, -1]], [0.85, 1.35], atol=0.003)
     within = (times > 0.87) & (times < 1.25)
@@ -222,6 +244,7 @@ def test_sound_of_a_second_film_in_a_file_is_left_out(tmp_path):
     samples = np.sin(np.arange(48_000) / 5) * 0.5
     films.write(tmp_path / "a.ts", [films.scene(0)] * 75, sound=samples)
     (tmp_path / "two.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+
     for name, damaged in (("a.ts", False), ("two.ts", True)):
         with decode.open_video(tmp_path / name) as video:
             ends = [time_s + len(block) / 16_000 for time_s, block in video.sound()]
@@ -234,15 +257,18 @@ def test_film_without_sound_yields_no_sound(film):
         assert not video.info.sound and list(video.sound()) == []
 
 
-def test_file_with_pictures_beyond_the_limit_is_refused(tmp_path, film, monkeypatch):
+def test_file_with_pictures_beyond_the_limit_is_refused(film, monkeypatch):
     refused(film, "smaller", 160 * 120 - 1)
     monkeypatch.setattr(decode, "MOST_PIXELS", 160 * 120)
     with decode.open_video(film) as video:
         assert video.info.width == 160
-    # A small file whose header states a huge picture.
+
+
+def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
     (tmp_path / "huge.bmp").write_bytes(data)
+
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
@@ -250,14 +276,16 @@ def test_file_with_pictures_beyond_the_limit_is_refused(tmp_path, film, monkeypa
 def test_pictures_that_grow_beyond_the_limit_are_left_out(
     tmp_path, monkeypatch, most_pixels, refused
 ):
-    # Two MPEG streams of different sizes, one after the other, are one film.
+    """Two MPEG streams of different sizes, one after the other, are one film."""
     small, large = [films.scene(0, 120, 160)] * 10, [films.scene(0, 480, 640)] * 10
     films.write(tmp_path / "small.ts", small)
     films.write(tmp_path / "large.ts", large)
     path = tmp_path / "grows.ts"
     path.write_bytes(b"".join((tmp_path / f"{x}.ts").read_bytes() for x in ("small", "large")))
     monkeypatch.setattr(decode, "MOST_PIXELS", most_pixels)
+
     frames, video = read(path, fps=25)
+
     widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
     assert widths == {160} if refused else {160, 640}
     assert video.counts.refused == refused

@@ -1,4 +1,4 @@
-"""Files and checkpoints whole or not at all, and as large as they are read back; logs; signals."""
+"""Files, folders, logs and checkpoints are written completely or not at all."""
 
 import concurrent.futures
 import os
@@ -19,7 +19,7 @@ from vidjax.runs.results import Logs
 from vidjax.utils import files, tables
 
 
-def test_failed_write_leaves_no_file_and_keeps_a_folder_that_was_made_meanwhile(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(OSError):
         files.write_text(tmp_path / "absent" / "x.txt", "text")
     with pytest.raises(TypeError, match="no JSON form"):
@@ -27,10 +27,15 @@ def test_failed_write_leaves_no_file_and_keeps_a_folder_that_was_made_meanwhile(
     with pytest.raises(KeyboardInterrupt), files.atomic_file(tmp_path / "x.txt") as file:
         file.write(b"half")
         raise KeyboardInterrupt
+
     assert os.listdir(tmp_path) == []
+
+
+def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path):
     with pytest.raises(ValueError, match="has made"), files.atomic_folder(tmp_path / "x"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "thesis.txt").write_text("mine")
+
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
@@ -43,6 +48,7 @@ def test_reading_refuses_links_out_of_a_folder(tmp_path):
     (tmp_path / "run" / "within").symlink_to(inner)
     (tmp_path / "run" / "out").symlink_to(outer)
     (tmp_path / "link").symlink_to(tmp_path / "run")
+
     for run in (tmp_path / "run", tmp_path / "link"):
         for path in ("inner/x", "within/x"):
             assert files.read_bytes(run / path, 9, below=run) == b"1"
@@ -70,9 +76,11 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
 def test_log_of_20_megabytes_is_truncated_and_read_in_part(tmp_path, monkeypatch):
     log, pad = tmp_path / "metrics.jsonl", "x" * 100_000
     lines = [f'{{"step": {step}, "train_loss": 1.0, "pad": "{pad}"}}\n' for step in range(200)]
-    log.write_text("".join(lines))  # 20 MB
+    log.write_text("".join(lines))
+
     results.truncate_log(log, 198)
     assert log.stat().st_size == sum(map(len, lines[:-1]))
+
     monkeypatch.setattr(results, "MAX_LOG_LINES", 50)
     steps = [line["step"] for line in results.read_lines(log)]
     assert steps == [*range(0, 199, 4)]  # every fourth line, so that at most 50 are read
@@ -86,6 +94,7 @@ def test_values_too_large_to_read_back_are_refused_before_training(tmp_path, mon
     results.check_identities(names)
     files.write_json(path, names)
     assert results.load_identities(path) == names
+
     monkeypatch.setattr(ensemble, "MAX_TRAINING_CLIPS", 2)
     monkeypatch.setattr(results, "MAX_IDENTITIES_BYTES", 1000)
     for limit, write, read in (
@@ -98,6 +107,7 @@ def test_values_too_large_to_read_back_are_refused_before_training(tmp_path, mon
 
 @pytest.mark.slow
 def test_tensorboard_shows_the_last_value_of_steps_that_a_run_repeats(tmp_path):
+    """A run is killed after step 3, and resumes from the checkpoint of step 2."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = Logs(tmp_path, step=0)
@@ -105,11 +115,13 @@ def test_tensorboard_shows_the_last_value_of_steps_that_a_run_repeats(tmp_path):
         logs.metrics(step, {"train_loss": 1.0 / step})
     logs.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "x')  # what a kill may leave
+        file.write('{"step": 4, "x')  # the kill has cut a line
+
     logs = Logs(tmp_path, step=2)
     logs.metrics(3, {"train_loss": 9.0})
     logs.timing(3, {"clips_per_second": 5.0})
     logs.close()
+
     lines = results.read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[-1]["train_loss"] == 9.0 and "clips_per_second" not in lines[-1]
@@ -121,13 +133,15 @@ def test_progress_writes_only_a_few_lines_to_a_file(capsys, monkeypatch):
     clock = iter(range(0, 600, 3))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     progress = terminal.Progress(1000, initial=200, unit="clip", label="train")
+
     for step in range(8):
         progress.advance(100, f"loss {8 - step}")
         if step == 3:
             progress.keep_text("MAP 0.5000")
     progress.close()
+
     lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 4  # not one a step
+    assert 2 <= len(lines) <= 4  # for 8 steps
     assert lines[-1].startswith("train: 1,000 of 1,000 clips, ")
     assert lines[-1].endswith(" clips/s, loss 1, MAP 0.5000")
     assert lines[0].endswith(" left") and "MAP" not in lines[0]
@@ -152,6 +166,7 @@ def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
     """A step that is saved again keeps its arrays and gains facts."""
     checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
     checkpoint.save(tmp_path, 5, {**items, "params": {"a": jnp.zeros((4, 2))}}, {"map": 0.5})
+
     restored, manifest = restore_latest(tmp_path, items)
     assert (manifest["step"], manifest["seconds"], manifest["map"]) == (5, 1.5, 0.5)
     assert_equal(flat(items), flat(restored))
@@ -176,6 +191,7 @@ def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, 
         return listed
 
     monkeypatch.setattr(checkpoint, "manifests", read_and_drop)
+
     with pytest.warns(match="checkpoint 3 is not used"):
         latest = checkpoint.find(tmp_path)
     assert latest and latest.manifest["step"] == 2
@@ -184,28 +200,42 @@ def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, 
 def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
         checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
+
     assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
-    for step in (1, 2, 3, 4):  # the one before is the last evaluated
+
+
+def test_latest_and_last_evaluated_checkpoints_are_kept(tmp_path, items):
+    for step in (1, 2, 3, 4):
         facts = {"evaluated": True, "map": 0.5} if step < 3 else {}
-        checkpoint.save(tmp_path / "other", step, items, facts)
-    assert list(checkpoint.manifests(tmp_path / "other")) == [2, 4]
+        checkpoint.save(tmp_path, step, items, facts)
+
+    assert list(checkpoint.manifests(tmp_path)) == [2, 4]
 
 
-def test_interrupted_save_or_deletion_leaves_no_checkpoint(tmp_path, items):
+def test_interrupted_save_leaves_no_checkpoint(tmp_path, items):
     folder = tmp_path / "checkpoints"
     checkpoint.save(tmp_path, 1, items, {})
     half = folder / ".partial" / "3" / "state"
     half.mkdir(parents=True)
     (half / "half").write_bytes(b"x")
+
     assert restore_latest(tmp_path, items)[1]["step"] == 1
     checkpoint.save(tmp_path, 2, items, {})
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+
+
+def test_interrupted_deletion_leaves_no_checkpoint(tmp_path, items):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, items, {})
     (folder / ".partial").mkdir()
     (folder / "1").rename(folder / ".partial" / "1")
     arrays = filter(Path.is_file, (folder / ".partial" / "1" / "state").rglob("*"))
     max(arrays, key=lambda path: path.stat().st_size).unlink()  # half is deleted
     (folder / "2" / ".manifest.json.77.partial").write_text("{")  # a kill while facts were added
+
     for step in (3, 4):
         checkpoint.save(tmp_path, step, items, {})
+
     assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]

@@ -1,4 +1,4 @@
-"""Fusion: which frames stay or are drawn, how they are averaged; padding changes nothing."""
+"""Fusion: which frames are kept or drawn, and how they are averaged."""
 
 import itertools
 import math
@@ -27,54 +27,70 @@ def draw(seed, weights, **options):
 
 @pytest.mark.slow
 def test_number_of_fused_frames_follows_probs():
-    probs = (0.25, 0, 0.65, 0, 0.10)
+    probs = (0.25, 0, 0.65, 0, 0.10)  # of fusing 1, 2, 3, 4 and 5 frames
+
     shares = draw(2, np.ones(300), num_draws=4_000, probs=probs)
-    # The frames drawn from 300 are hardly ever all the same.
+
+    # If n different frames are averaged, the smallest share is 1 / n. Frames that are drawn from
+    # 300 frames are nearly always different.
     smallest = np.where(shares > 0, shares, 1).min(axis=1)
     counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:]
     np.testing.assert_allclose(counts / 4_000, probs, atol=0.03)
 
 
 @pytest.mark.slow
-def test_drawn_frames_are_weighted_by_quality_or_by_a_flat_dirichlet():
+def test_drawn_frames_are_weighted_by_quality():
     weights = np.asarray([1.0, 2.0, 4.0])
     options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
-    expected = draw(3, weights, **options) * weights  # the draws are the same
+    expected = draw(3, weights, **options) * weights  # the same key draws the same frames
     expected /= expected.sum(axis=1, keepdims=True)
+
     frames = one_hot_frames(weights)
     weighted = fuse("random", jax.random.key(3), frames, weighting="quality", **options)
+
     np.testing.assert_allclose(weighted.features[0], expected, rtol=1e-6)
     np.testing.assert_allclose(weighted.quality[0], expected @ weights, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
+    """With parameters 1 and three frames, mean 1/3, variance 1/18, median 1 - 1/sqrt(2)."""
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
+
     shares = draw(8, np.ones(3), weighting="mixup", **options)
-    # Dirichlet with parameters 1 over three frames: mean 1/3, variance 1/18, median 1 - 1/sqrt(2).
+
     np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
     np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
 
 
 def test_weights_that_are_all_0_count_as_equal():
-    """Otherwise they would give 0 / 0."""
+    """Otherwise they would give 0 / 0. Negative qualities count as 0."""
     draw(4, [-1, -1, 5], num_draws=200, weighting="quality")  # asserts that shares sum to 1
+
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1
+
     weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
+
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
-@first_by_day("spec", [
-    {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
-    {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
-    {"name": "mean", "weighting": "graded"},
-    {"name": "sample", "num_frames": 4},
-    {"name": "windows", "min_quality": 20.0},
+@first_by_day("name, options", [
+    ("random", {"num_draws": 2, "replacement": False, "weighting": "mixup"}),
+    ("random", {"num_draws": 3, "sampling": "quality", "weighting": "quality"}),
+    ("mean", {"weighting": "graded"}),
+    ("sample", {"num_frames": 4}),
+    ("windows", {"min_quality": 20.0}),
 ])  # fmt: skip
-def test_padding_and_bad_quality_do_not_change_fused_features(spec):
+def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
-    short = fuse(rng=jax.random.key(5), frames=frames, **spec)
-    long = fuse(rng=jax.random.key(5), frames=pad(frames, 7), **spec)
+
+    short = fuse(name, jax.random.key(5), frames, **options)
+    long = fuse(name, jax.random.key(5), pad(frames, 7), **options)
+
     np.testing.assert_array_equal(short.mask.sum(axis=1), long.mask.sum(axis=1))
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
     for left, right in zip(short[:4], long[:4], strict=True):
@@ -84,24 +100,33 @@ def test_padding_and_bad_quality_do_not_change_fused_features(spec):
 
 
 @pytest.mark.slow
-def test_draws_without_replacement_follow_the_remaining_qualities():
-    options: dict[str, Any] = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
-    for length in (3, 8):  # no frame is drawn again before all others
-        counts = 5 * draw(6, np.ones(length), **options)
-        np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
-        assert np.ptp(np.rint(counts), axis=1).max() <= 1
-        np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
+@pytest.mark.parametrize("length", [3, 8])
+def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(length):
+    options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
+
+    counts = 5 * draw(6, np.ones(length), **options)  # 5 frames are averaged
+
+    np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
+    assert np.ptp(np.rint(counts), axis=1).max() <= 1
+    np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
+
+
+@pytest.mark.slow
+def test_second_draw_without_replacement_follows_the_remaining_qualities():
     weights = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
-    options |= {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1)}
+    options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
+
     drawn = draw(7, weights, sampling="quality", **options) > 0
+
     np.testing.assert_array_equal(drawn.sum(axis=1), 2)
     p = weights / weights.sum()
+    # P(i is drawn) = P(i is first) + sum over j of P(j is first) P(i | j is gone).
     expected = [x + sum(np.delete(p, i) * x / (1 - np.delete(p, i))) for i, x in enumerate(p)]
     np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=0.015)
 
 
 def windows_oracle(frames, clip, max_frames):
-    """The fixed windows of one clip, loop by loop: the originals, then the merged."""
+    """Computes the fixed windows of one clip in a loop: its frames, then the merged frames."""
     real = frames.features[clip, frames.mask[clip]]
     # The library orders frames by this hash of their rank.
     ring = sorted(range(len(real)), key=lambda rank: rank * 2654435769 % 2**32)
@@ -116,6 +141,7 @@ def windows_oracle(frames, clip, max_frames):
 def test_fixed_windows_match_a_loop():
     frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype="float32")
     frames.mask[0, 4] = frames.mask[4, 0] = False  # filters leave holes
+
     union = fuse("windows", None, frames, max_frames=4)
     for clip in (0, 1, 2, 4):
         real = np.asarray(union.mask[clip])
@@ -139,10 +165,13 @@ def test_random_windows_average_their_frame_and_one_to_four_others():
     frames = one_hot_frames(np.ones(length), padding=2)
     draw = jax.vmap(lambda rng: fusion.merged_windows(rng, frames))
     union = jax.jit(draw)(jax.random.split(jax.random.key(9), 500))
+
+    # First the frames themselves with their padding, then the averages of frames.
     np.testing.assert_array_equal(union.features[:, 0, :length], [np.eye(length)] * 500)
     merged = np.asarray(union.features[:, 0, length + 2 : -2], np.float32) > 0  # (500, 12, 12)
     assert merged[:, range(length), range(length)].all()
     counts = merged.sum(axis=2)
+    # 2, 3, 4 and 5 frames are equally frequent in 500 x 12 averages: 2.5 others of 11 on average.
     np.testing.assert_allclose(np.bincount(counts.ravel(), minlength=6)[2:] / 6000, 0.25, atol=0.02)
     others = merged.mean(axis=0)[~np.eye(length, dtype=bool)]
     np.testing.assert_allclose(others, 2.5 / 11, atol=0.08)
@@ -153,6 +182,8 @@ def test_crops_are_weighted_means_of_their_frames():
     frames = make_frames([7, 12, 2, 1, 0], max_frames=13)
     frames.mask[1, 3] = False  # 11 real frames are left
     crops = fuse("crops", None, frames)
+
+    # Number of frames -> begin and end of each crop. In a short clip, all crops are the whole clip.
     bounds = {7: [(0, 7), (2, 7), (0, 5), (1, 6)], 11: [(0, 11), (3, 11), (0, 8), (1, 10)]}
     for clip in range(4):
         times = np.flatnonzero(frames.mask[clip])
@@ -181,8 +212,11 @@ def test_invalid_fusion_specs_are_refused(spec, message):
     frames = make_frames([2], max_frames=2)
     with pytest.raises(ValueError, match=message):
         fusion.make_fusion(spec)(jax.random.key(0), frames)
-    with pytest.raises(ValueError, match="choose sample, top"):  # which draws nothing
-        fusion.random_fusion(None, frames, num_draws=1)
+
+
+def test_random_fusion_without_a_key_suggests_fusions_that_draw_nothing():
+    with pytest.raises(ValueError, match="choose sample, top"):
+        fusion.random_fusion(None, make_frames([2], max_frames=2), num_draws=1)
 
 
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):
@@ -195,27 +229,36 @@ def filter_oracle(frames, clip, min_quality, min_detection, top_share):
     return np.isin(np.arange(len(real)), best) if kept.any() else real
 
 
-@pytest.mark.parametrize("limits", [(None, 0.8, 0.7), (30.0, 0.7, 0.5), (-np.inf, None, 0.1)])
+@pytest.mark.parametrize(
+    "limits", [(None, 0.8, 0.7), (30.0, 0.7, 0.5), (-np.inf, None, 0.1)], ids=str
+)
 def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2
     frames.mask[5, 3:9] = False
     options = dict(zip(("min_quality", "min_detection", "top_share"), limits, strict=True))
+
     kept = fuse("all", None, frames, **options)
+
     expected = [filter_oracle(frames, clip, *limits) for clip in range(6)]
     np.testing.assert_array_equal(kept.mask, expected)
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
 
 
-def test_top_share_is_rounded_up_and_quality_that_is_not_finite_is_the_lowest():
+def test_number_of_frames_in_a_top_share_is_rounded_up():
     lengths = np.arange(1, 200)
     frames = make_frames(lengths, max_frames=199, dim=1)
     for share in (0.07, 4e-5, 0.57, 0.999):
         kept = fusion.filter_frames(frames, top_share=share).mask.sum(axis=1)
+        # The factor compensates rounding errors: 0.07 * 100 is slightly more than 7.
         np.testing.assert_array_equal(kept, np.ceil(share * lengths * (1 - 1e-12)))
+
+
+def test_filters_treat_a_quality_that_is_not_finite_as_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     numbers = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
+
     for field in ("quality", "detection"):
         given: Any = frames._replace(**{field: numbers})
         for least, kept in ((-np.inf, frames.mask), (20.0, [[0, 1, 0, 1], [1, 1, 0, 0]])):
@@ -229,10 +272,12 @@ TOP = make_frames([3, 1, 0, 3, 40], max_frames=40)
 
 def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
     turns = fuse("top", None, TOP)
+
     best = np.sort(np.argsort(-TOP.quality[4], kind="stable")[:32])
     np.testing.assert_array_equal(turns.number[4], TOP.number[4, best])
     np.testing.assert_array_equal(turns.features[4], TOP.features[4, best])
     assert turns.features.dtype == np.float16
+    # The three frames of clip 0 fill 32 places, the best frames first.
     counts = np.bincount(np.asarray(turns.number[0]) // 10)
     from_best = np.argsort(-TOP.quality[0, :3])
     assert counts[from_best].tolist() == [11, 11, 10]
@@ -243,15 +288,19 @@ def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
 def test_randomly_repeated_top_frames_include_every_frame_once():
     draw = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
     drawn = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(8), 200)))
+
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
     assert counts.min() >= 1 and counts.std() > 1
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
-    # Without a key, random repeats do not depend on the other clips.
+
+
+def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     fixed = fuse("top", None, TOP, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32 and counts.max() > 11  # not in turn
-    alone = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
-    np.testing.assert_array_equal(alone.features[0], fixed.features[3])
+
+    one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
+    np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
 
 
 def test_samples_are_different_frames_in_time_order():
@@ -259,14 +308,16 @@ def test_samples_are_different_frames_in_time_order():
     frames.mask[0, [0, 7]] = False  # 10 are left
     draw = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, num_frames=5))
     drawn = jax.jit(draw)(jax.random.split(jax.random.key(1), 600))
+
     number = np.asarray(drawn.number) // 10  # (600, 4, 5)
     assert np.all(np.diff(number[:, 0]) > 0) and np.all(np.diff(number[:, 2]) >= 0)
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
-    np.testing.assert_allclose(share, 0.5 * frames.mask[0], atol=0.08)
+    np.testing.assert_allclose(share, 0.5 * frames.mask[0], atol=0.08)  # 5 of 10 frames
     ones = number[:, 2].sum(axis=1)
-    assert (ones.min(), ones.max()) == (1, 4)  # both frames are always there
+    assert (ones.min(), ones.max()) == (1, 4)  # the samples always contain both frames of clip 2
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
+
     even = fuse("sample", None, frames, num_frames=5)  # without a key: evenly spaced
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
@@ -278,7 +329,9 @@ def test_frames_are_drawn_in_proportion_to_quality():
     expected = np.array([[0.25, 0, 0.75, 0], [0, 0.5, 0, 0.5], [0.25] * 4, [0.25, 0.75, 0, 0]])
     frames = jax.tree.map(lambda *clip: np.concatenate(clip), *map(one_hot_frames, weights))
     options = {"num_draws": 20_000, "max_frames": 1, "sampling": "quality"}
+
     fused = fuse("random", jax.random.key(1), frames, **options)
+
     drawn = np.asarray(fused.features)
     np.testing.assert_array_equal(drawn.max(axis=2), 1)
     np.testing.assert_array_equal(np.argmax(drawn, axis=2), fused.number)
@@ -287,53 +340,73 @@ def test_frames_are_drawn_in_proportion_to_quality():
     assert np.all(frequency[expected == 0] == 0)
 
 
+# Seven clips to join with each other, up to 6 frames. Clips 0, 1 and 3 are short and chosen. Clip 2
+# is too long, clips 4 and 6 are not chosen, and clip 5 has no frame.
+JOINED = {
+    "face": make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9),
+    "audio": make_frames([1, 0, 7, 2, 1, 0, 1], max_frames=7, seed=4),
+}
+JOINED["face"].mask[2, 1] = False  # 8 real frames are left
+JOINED["face"].features[..., 0] = np.arange(7)[:, None]  # the number of the clip
+CHOSEN = np.array([True, True, True, True, False, True, False])
+
+
+@jax.jit
+def join_clips(rng, clips):
+    """Joins every modality. The number of faces decides which clips are short."""
+    length = clips["face"].mask.sum(axis=1)
+    short = (length > 0) & (length < 6)
+    return {
+        name: augment.concat_clips(rng, frames, CHOSEN, short, max_frames=6)
+        for name, frames in clips.items()
+    }
+
+
+def real(frames, clip, field="features"):
+    """Returns a field of the real frames of one clip."""
+    return np.asarray(getattr(frames, field)[clip])[np.asarray(frames.mask[clip])]
+
+
 @pytest.mark.slow
-def test_short_clips_are_joined_and_cut_to_the_maximum_length():
-    """Clips 0, 1 and 3 are chosen and short, clip 2 is long; clips 4 and 6 are not chosen."""
-    chosen = np.array([True, True, True, True, False, True, False])
-    face = make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9)
-    face.mask[2, 1] = False  # 8 real frames are left
-    clips = {"face": face, "audio": make_frames([1, 0, 7, 2, 1, 0, 1], max_frames=7, seed=4)}
-    face.features[..., 0] = np.arange(7)[:, None]  # the number of the clip
+def test_padding_does_not_change_joined_clips():
+    padded = {name: pad(frames, 4) for name, frames in JOINED.items()}
 
-    @jax.jit
-    def join(rng, clips):
-        """Joins every modality; the face decides which clips are short."""
-        length = clips["face"].mask.sum(axis=1)
-        short = (length > 0) & (length < 6)
-        return {
-            name: augment.concat_clips(rng, frames, chosen, short, max_frames=6)
-            for name, frames in clips.items()
-        }
+    short, long = (join_clips(jax.random.key(0), clips)["face"] for clips in (JOINED, padded))
 
-    def real(frames, clip, field="features"):
-        """Returns a field of the real frames of one clip."""
-        return np.asarray(getattr(frames, field)[clip])[np.asarray(frames.mask[clip])]
-
-    plain, padded = (
-        join(jax.random.key(0), given)["face"]
-        for given in (clips, {name: pad(frames, 4) for name, frames in clips.items()})
-    )
     for clip in range(7):
-        np.testing.assert_array_equal(real(plain, clip), real(padded, clip))
-    partners, starts = [], set()
+        np.testing.assert_array_equal(real(short, clip), real(long, clip))
+
+
+@pytest.mark.slow
+def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
+    pairs = []
     for seed in range(60):
-        union = join(jax.random.key(seed), clips)
-        for clip in (4, 5, 6):  # not chosen, or without a frame
-            np.testing.assert_array_equal(real(union["face"], clip), real(face, clip))
+        union = join_clips(jax.random.key(seed), JOINED)
         for clip in (0, 1, 3):
-            partner = int(real(union["face"], clip)[-1, 0])  # the same in both modalities
-            for name, frames in clips.items():
+            partner = int(real(union["face"], clip)[-1, 0])
+            pairs.append((clip, partner))
+            for name, frames in JOINED.items():
+                # A clip whose partner is the clip itself stays as it is.
                 parts = [real(frames, each) for each in dict.fromkeys((clip, partner))]
                 np.testing.assert_array_equal(real(union[name], clip), np.concatenate(parts))
-            partners.append((clip, partner))
             assert np.all(np.diff(real(union["face"], clip, "number")) > 0)
+
+    assert set(pairs) == set(itertools.product((0, 1, 3), repeat=2))
+    unchanged = [partner == clip for clip, partner in pairs]
+    np.testing.assert_allclose(np.mean(unchanged), 0.5, atol=0.13)
+
+
+@pytest.mark.slow
+def test_long_clips_are_cut_and_clips_that_are_not_chosen_stay_as_they_are():
+    face, starts = JOINED["face"], set()
+    for seed in range(60):
+        union = join_clips(jax.random.key(seed), JOINED)
+        for clip in (4, 5, 6):
+            np.testing.assert_array_equal(real(union["face"], clip), real(face, clip))
         first = real(union["face"], 2, "number")[0]
         start = real(face, 2, "number").tolist().index(first)
         np.testing.assert_array_equal(real(union["face"], 2), real(face, 2)[start : start + 6])
         assert len(real(union["audio"], 2)) == 6
         starts.add(start)
-    assert starts == {0, 1, 2}
-    assert set(partners) == set(itertools.product((0, 1, 3), repeat=2))
-    alone = [other == clip for clip, other in partners]
-    np.testing.assert_allclose(np.mean(alone), 0.5, atol=0.13)
+
+    assert starts == {0, 1, 2}  # 6 of 8 frames

@@ -1,4 +1,4 @@
-"""The gallery's answers: probabilities from the equations, thresholds, and the search."""
+"""Answers of a gallery: probabilities from the equations, thresholds, and the search."""
 
 import itertools
 import json
@@ -56,12 +56,12 @@ def oracle(people, clip):
         logits[name] = 0.0
         enrolled = [x.vector for x in people.clips.values() if x.identity == name]
         for number, part in enumerate(front.parts):  # face, audio
-            query, *others = (np.split(x, ends)[number] for x in (clip.vector, *enrolled))
+            query, *known = (np.split(x, ends)[number] for x in (clip.vector, *enrolled))
             if not query.any():
                 continue  # the clip lacks the modality
-            others = [unit(x - part.centre) for x in others if x.any()]
-            if others:
-                log_ratio = ratio(part.space, others, unit(query - part.centre))
+            known = [unit(x - part.centre) for x in known if x.any()]
+            if known:
+                log_ratio = ratio(part.space, known, unit(query - part.centre))
                 logits[name] += front.settings.scale * log_ratio
             else:
                 logits[name] += front.settings.unenrolled
@@ -72,46 +72,56 @@ def oracle(people, clip):
 def test_probabilities_match_the_float64_equations(tmp_path, lacks):
     people = make(tmp_path / "g")
     clip = make_clip(777, "person 3", lacks=lacks)
+
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
+
     log_probabilities = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
     assert log_probabilities == pytest.approx(oracle(people, clip), abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_log_softmax_is_exact():
-    """The oracle is log p = -log(1 + sum of the others) in 80 bits, exact for p near 1."""
+    """The oracle is log p = -log(1 + sum of the odds of others) in 80 bits, exact for p near 1."""
     rng = np.random.default_rng(0)
     for spread, size in ((1, 1), (1, 50), (30, 3), (300, 2), (300, 50)):
         logits = rng.normal(0, spread, size)
         wide, best = logits.astype(np.longdouble), int(np.argmax(logits))
         others = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = (wide - wide[best] - np.log1p(others)).astype(float)
+
         logs = backend_lib.log_softmax(logits)
         np.testing.assert_allclose(logs, wanted, rtol=1e-10, atol=1e-300)
 
 
 def test_true_false_positive_rate_lies_within_the_reported_interval():
-    """Scores of strangers are uniform, so a threshold t names a share 1 - t of new strangers."""
+    """Scores of strangers are uniform, so the true rate of a threshold t is 1 - t."""
     rng, inside, rates = np.random.default_rng(0), [], []
     for _ in range(2000):
         threshold = answers_lib.threshold(rng.random(99), 0.01, 1)
         low, high = threshold.interval
         rates.append(1 - threshold.score)
         inside.append(low <= rates[-1] <= high)
-        assert threshold.num_alarms == 0  # only the next stranger, one of 100, may be named
+        # 1 % of the 99 strangers and the next stranger is one stranger: the next.
+        assert threshold.num_alarms == 0
+
     assert abs(np.mean(inside) - 0.95) < 0.011  # neither too narrow nor too wide
     assert 0.6 * 0.01 < np.mean(rates) < 1.05 * 0.01
 
 
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
-    threshold = people.threshold(0.29)  # 2 of 7 may pass: one stranger and the next one
+
+    threshold = people.threshold(0.29)  # 2 of 7 may pass: one stranger and the next stranger
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
+
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers", "has 6")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
     for fpir in (0, 1, float("nan")):
         refused(lambda fpir=fpir: people.threshold(fpir), "give a number above 0 and below 1")
+
+
+def test_fpir_with_a_rounding_error_counts_as_the_exact_fpir():
     # 1 - 0.9 is a little less than 0.1, but counts as 0.1: none of 9 strangers passes.
     assert answers_lib.threshold(np.arange(-9.0, 0), 1 - 0.9, 1).num_alarms == 0
 
@@ -129,11 +139,12 @@ def named(gallery, **options):
 
 @pytest.mark.slow
 def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
-    """The strangers are so far away that an FPIR threshold would accept every clip."""
+    """The strangers are so far from all people that an FPIR threshold would name every clip."""
     rng = np.random.default_rng(0)
     people = make(tmp_path / "g")
     by_new, rule = named(people)
     assert rule.by == "new" and rule.default and "99 clips of strangers instead of 6" in rule.about
+
     on_one_axis = [
         unit(rng.normal(size=(200, width)) * [5, *[1e-3] * (width - 1)])
         for width in made_galleries.WIDTHS.values()
@@ -141,6 +152,7 @@ def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
     vectors = np.hstack(on_one_axis).astype(np.float32)
     people.remove(clip=people.strangers)
     people.add({f"far {n}": StoredClip(None, vector) for n, vector in enumerate(vectors)})
+
     for fpir in (0.01, 0.5, 0.99):
         by_fpir, rule = named(people, fpir=fpir)
         assert rule.by == "fpir" and not rule.default
@@ -152,19 +164,23 @@ def test_fpir_rule_never_names_more_clips_than_the_new_person_rule(tmp_path):
 def test_default_rule_with_enough_strangers_is_an_fpir_of_1_percent(tmp_path):
     strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
     gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
+
     identities, rule = named(gallery)
+
     assert rule.default and rule.by == "fpir" and rule.threshold == gallery.threshold(0.01)
     assert identities == named(gallery, fpir=0.01)[0]
+    # The true FPIR of other strangers is about 1 %.
     others = [make_clip(70_000 + n, None) for n in range(1000)]
     answers = identify(gallery, parts_of(gallery, others))
     assert np.mean([answer.identity is not None for answer in answers]) < 0.03
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
-    """The clip that sets a threshold lies just below it, also after rounding."""
+    """The stranger whose score sets the threshold is not named, also after rounding."""
     clips = make_clips(strangers=100)
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     strangers = vectors_of(people, {name: clips[name] for name in people.strangers})
+
     for fpir in (0.01, 0.2, 0.5):
         answers = people.identify(strangers, 1, fpir=fpir)
         named = {name for name, answer in answers.items() if answer.identity}
@@ -174,9 +190,12 @@ def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path)
 
 
 def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
+    """Another process removes 10 of 12 people."""
     people = make(tmp_path / "g", make_clips(strangers=100), settings=NOBODY_IS_NEW)
     before = people.rule(fpir=0.25)
+
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
+
     assert people.rule(fpir=0.25).score != before.score
     parts = parts_of(people, known_and_new_clips(50))
     rules: list[dict[str, Any]] = [{"fpir": 0.25}, {}, {"threshold": 0.5}]
@@ -185,18 +204,25 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
             assert (answer.identity is not None) == people.rule(**rule).names(answer.score)
 
 
-def test_probability_threshold_excludes_an_fpir(tmp_path):
+def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path):
     people = make(tmp_path / "g")
+    parts = parts_of(people, known_and_new_clips(50))
+
     for least in (1e-6, 0.3, 1.0):
-        for answer in identify(people, parts_of(people, known_and_new_clips(50)), threshold=least):
+        for answer in identify(people, parts, threshold=least):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
+
+
+def test_invalid_threshold_or_a_threshold_with_an_fpir_is_refused(tmp_path):
+    people = make(tmp_path / "g")
+
     refused(lambda: people.rule(threshold=float("nan")), "a number above 0 and at most 1")
     refused(lambda: people.rule(threshold=0.5, fpir=0.01), "give one of them")
 
 
 @first_by_day("num_people", [5, 1, 20])
 def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, capsys, num_people):
-    """The vectors are as similar as dlib's, and a warning reports too few clips for a fit."""
+    """The vectors are as similar as dlib's. A warning reports too few clips for a fit."""
     best, right, named_strangers = [], [], []
     truth = [str(person) for person in range(num_people) for _ in range(10)]
     for seed in range(1 if num_people == 5 else 2):
@@ -204,6 +230,7 @@ def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, caps
         photos = made.photos(made.people(num_people), 1 + 10).astype(np.float32)
         strangers = made.photos(made.people(300), 1)[:, 0].astype(np.float32)
         enrolled = {f"{n}": StoredClip(f"{n}", photos[n, 0]) for n in range(num_people)}
+
         front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
         assert "have two clips or more, too few" in capsys.readouterr().err
         gallery = Gallery.of_clips(tmp_path / f"{seed}", made_galleries.RUN, front, enrolled)
@@ -211,6 +238,7 @@ def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, caps
         best += [answer.best[0][0] == name for answer, name in answers]
         right += [answer.identity == name for answer, name in answers]
         named_strangers += [x.identity is not None for x in identify(gallery, [strangers])]
+
     assert np.mean(best) >= 0.95 and np.mean(right) >= 0.9 and np.mean(named_strangers) <= 0.02
 
 
@@ -218,12 +246,15 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     people = make(tmp_path / "g")
     of_ada = {f"film.s00{shot}.t00": make_clip(900 + shot, "Ada") for shot in range(3)}
     of_bob = {"film.s003.t00": make_clip(903, "Bob"), "photo": make_clip(904, "Bob")}
+
     people.enrol(vectors_of(people, of_ada | of_bob))
+
     assert "all clips of Ada are from one film and look alike" in capsys.readouterr().err
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
     films_and_photos = people.index.counts[:, columns].max(axis=0)
     assert people.identities["Ada"] == 3 and films_and_photos.tolist() == [1, 2]
-    # Ada's coefficients are those of a single clip with the mean vector.
+
+    # Ada has the coefficients of a person with one clip, whose vector is the mean.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
     mean_clip = StoredClip("Ada", mean.astype(np.float32))
     expected = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
@@ -232,13 +263,19 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
         np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
 
 
-def test_gallery_acts_as_a_collection_and_answers_convert_to_json(tmp_path):
+def test_gallery_acts_as_a_collection_of_people(tmp_path):
     people, nobody = make(tmp_path / "g"), make(tmp_path / "none", {})
+
     people.remove(identity="person 3")
     assert len(people) == 11 and list(people) == list(people.identities)
     assert "person 2" in people and "person 3" not in people
     assert len(nobody) == 0 and nobody  # an empty gallery is true
+
+
+def test_answers_convert_to_json(tmp_path):
+    people = make(tmp_path / "g")
     (answer,) = identify(people, parts_of(people, [make_clip(700, "person 5")]), 2)
+
     content = json.loads(json.dumps(answer.to_dict()))
     assert (content["identity"], content["score"]) == (answer.identity, answer.score)
     assert [entry["identity"] for entry in content["best"]] == [name for name, _ in answer.best]
@@ -248,8 +285,8 @@ def test_gallery_acts_as_a_collection_and_answers_convert_to_json(tmp_path):
 def make_index(rng, widths, *, scale, spread, cards=False):
     """Returns an index of PEOPLE in three blocks, and a function that draws clips of people.
 
-    A fifth of the clips lacks each part. `spread` is the noise of a clip; `cards` gives distances
-    of a card of a model, in place of a fitted space.
+    A fifth of the clips lacks each part. `spread` is the noise of a clip. If `cards`, the back end
+    compares distances, as for nets with cards. If not, it has a fitted space.
     """
     centres = {name: rng.normal(size=(PEOPLE, width)) for name, width in widths.items()}
 
@@ -270,6 +307,7 @@ def make_index(rng, widths, *, scale, spread, cards=False):
         distances = distance.from_cosines((1 - 0.4 * spread, 0.1), (0.1, 0.15))
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, settings)
+
     owner = np.repeat(np.arange(PEOPLE), rng.integers(1, 4, PEOPLE))  # 1 to 3 clips of each
     vectors, blocks = np.concatenate(draw(owner), axis=1), []
     for rows in np.split(np.arange(PEOPLE), [300, 301]):  # 300, 1 and 399 people
@@ -296,34 +334,39 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
     index, draw = make_index(rng, widths, scale=scale, spread=spread, cards=cards)
     known, strange = (draw(rng.integers(0, PEOPLE, 15), strange=s) for s in (False, True))
     parts = [np.concatenate(pair) for pair in zip(known, strange, strict=True)]  # of 30 clips
+
     everybody, order = backend_lib.join(index.blocks), rng.permutation(PEOPLE)
     blocks = [everybody.take(rows) for rows in np.array_split(order, [1, 50, 500])]
     shuffled = backend_lib.Index(index.backend, blocks)
+
     for k in (1, 5, 600):
         answers = list(index.nearest(parts, k))
         assert_near(answers, shuffled.nearest(parts, k))
-        for size in (1, 7):
+        for size in (1, 7):  # of a batch of clips
             batches = [[x[at : at + size] for x in parts] for at in range(0, 30, size)]
             assert_near(answers, [answer for x in batches for answer in index.nearest(x, k)])
 
 
 @first_by_day("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
-    """The oracle computes the logits of all people; the search computes those of a few."""
+    """The oracle computes the logits of all people. The search computes the logits of a few."""
     rng, widths = np.random.default_rng(1), {"face": 40, "audio": 8}
     index, draw = make_index(rng, widths, scale=scale, spread=0.5)
     settings = index.backend.settings._replace(stranger=stranger)
     index = backend_lib.Index(backend_lib.Backend(index.backend.parts, settings), index.blocks)
     parts = draw(np.arange(PEOPLE - 40, PEOPLE))
+
     asked = index._prepare(index.backend.units(parts), [np.ones(len(x)) for x in parts])
     found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
     for row, (answer, logs) in enumerate(found):
         if asked.missing[:, row].all():  # a clip without any part shows nobody
             assert answer == (0.0, [], ()) and (logs[1:] == -np.inf).all()
             continue
+
         logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)
         *of_people, new = special.log_softmax([*logits, stranger + np.log(PEOPLE)])
         np.testing.assert_allclose(logs, [new, *of_people], rtol=1e-6, atol=1e-4)
+
         best = np.argsort(-np.array(of_people), kind="stable")[:5]
         assert [name for name, _ in answer.best] == [index.names[n] for n in best]
         of_best = [log for _, log in answer.best]
@@ -341,6 +384,7 @@ def test_equally_probable_people_are_sorted_by_name(monkeypatch):
     both = backend_lib.Index(index.backend, [*index.blocks, triplets])
     (answer,) = both.nearest([face, audio], 3)
     assert [name for name, _ in answer.best] == ["a", "b", "c"]
+
     # A face says nothing about people of whom only the voice is known.
     everybody = backend_lib.join(index.blocks)
     voices = everybody.take(np.flatnonzero(everybody.num_clips[0] == 0)[::-1])

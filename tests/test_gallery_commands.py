@@ -1,4 +1,4 @@
-"""`vidjax gallery`: what a user types and sees, and mistakes; commands on folders of tables."""
+"""`vidjax gallery`: output, files, errors, and commands on folders of tables."""
 
 import csv
 import functools
@@ -53,7 +53,7 @@ def ask(say):
 
 
 def write_clips(folder, *people, seed=0):
-    """Writes a folder of `.npz` files, two clips of each of some people; returns the folder."""
+    """Writes a folder of `.npz` files, two clips for each person; returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for person in people:
@@ -65,22 +65,25 @@ def write_clips(folder, *people, seed=0):
 
 
 def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_path):
-    """At the end, the gallery is as it was before: 12 people."""
+    """At the end, the gallery contains the same 12 people as before."""
     before = made_galleries.contents(folder)
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     output = tell(*ada, "--identity=Ada")
     assert "enrolled    2 clips, 0 enrolled before" in output and "people      13" in output
     output = tell(*ada, "--identity=Ada")
     assert "enrolled    0 clips, 2 enrolled before" in output and "version     2" in output
+
     output = tell("rename", folder, "--identity=Ada", "--to=Eve")
     assert "renamed     Ada is Eve, with 2 clips" in output
     output = tell("relabel", folder, "--clip=Ada 1", "--identity=Grace")
     assert "Ada 1 showed Eve; it shows Grace, who is new" in output and "people      14" in output
+
     merge = ("rename", folder, "--identity=Grace", "--to=Eve")
     output = tell(*merge, code=2)
     assert "two people would become one" in output and "--merge" in output
     tell(*merge, "--merge")
     assert tell("list", folder, "--clips", "--json")["clips"]["Eve"] == ["Ada 0", "Ada 1"]
+
     output = tell("relabel", folder, "--clip=Ada 1", "--strangers")
     assert "Ada 1 showed Eve; it shows a stranger" in output
     tell("relabel", folder, "--clip=Ada 1", "--identity=Eve")
@@ -94,24 +97,39 @@ def test_enrolling_a_known_clip_with_other_frames_or_person_is_refused(tell, fol
     tell(*words, "--identity=Ada")
     error = tell(*words, "--identity=Eve", code=2)
     assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in error
-    assert "remove" not in error  # it would delete Ada, to enrol another person
+    assert "remove" not in error  # as a remedy, it would delete Ada
+
     write_clips(tmp_path / "ada", "Ada", seed=2)  # the same names, other frames
     error = tell(*words, "--identity=Ada", code=2)
     assert "clip 'Ada 0' is already enrolled with another vector" in error
 
 
 @pytest.mark.slow
-def test_identify_prints_a_table_and_writes_files(tell, folder, tmp_path, made, data):
+def test_identify_prints_the_answer_for_each_clip(tell, folder, made, data):
     answers = made.identify(data, k=3, fpir=0.1, split="val")
     words = ("identify", folder, "--split=val", "--fpir=0.1")
+
     table, _, _ = tell(*words).partition("\nidentify\n")
+    content = tell(*words, "--k=3", "--json")
+
     printed = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:]}
     assert printed == {clip: answer.identity or "unknown" for clip, answer in answers.items()}
+    by_json = {row["clip"]: row["identity"] for row in content["answers"]}
+    assert by_json == {clip: answer.identity for clip, answer in answers.items()}
+    assert content["named"] == sum(answer.identity is not None for answer in answers.values())
+    assert content["rule"]["by"] == "fpir"
 
-    tell(*words, "--k=3", f"--out={tmp_path / 'a.csv'}")
+
+@pytest.mark.slow
+def test_identify_writes_equal_answers_in_each_file_format(tell, folder, tmp_path, made, data):
+    answers = made.identify(data, k=3, fpir=0.1, split="val")
+    words = ("identify", folder, "--split=val", "--fpir=0.1", "--k=3")
+
+    tell(*words, f"--out={tmp_path / 'a.csv'}")
     assert "exists and is not overwritten" in tell(*words, f"--out={tmp_path / 'a.csv'}", code=2)
     answers_lib.write(tmp_path / "a.jsonl", answers)
     answers_lib.write(tmp_path / "a.parquet", answers)
+
     csv_rows = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
     json_rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     parquet_rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
@@ -126,9 +144,7 @@ def test_identify_prints_a_table_and_writes_files(tell, folder, tmp_path, made, 
             second = answer.best[1]
             assert (in_csv["best_2"], float(in_csv["probability_2"])) == second
             assert (in_parquet["best_2"], in_parquet["probability_2"]) == second
-    content = tell(*words, "--k=3", "--json")
-    assert content["answers"] == json_rows and content["rule"]["by"] == "fpir"
-    assert content["named"] == sum(answer.identity is not None for answer in answers.values())
+    assert tell(*words, "--json")["answers"] == json_rows
 
 
 def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_run, tmp_path):
@@ -146,6 +162,7 @@ def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
     for person in ("Ada", "Grace"):
         write_clips(photos / person, person)
         (photos / person / f"{person} 0.npz").rename(photos / person / "0.npz")
+
     assert "people      14" in tell("enrol", folder, f"--input={photos}")
     listed = tell("list", folder, "--clips", "--json")["clips"]
     assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"]
@@ -163,9 +180,11 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
 
 def test_enrol_refuses_subfolders_of_splits_and_clips_without_a_person(tell, folder, tmp_path):
     words = ("enrol", folder, f"--input={tmp_path / 'photos'}")
+
     for split in ("train", "val"):
         write_clips(tmp_path / "photos" / split, "Ada")
     assert "splits of a dataset, not names of people" in tell(*words, code=2)
+
     write_clips(tmp_path / "photos", "Eve")
     error = tell(*words, code=2)
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
@@ -175,6 +194,7 @@ def test_enrol_refuses_subfolders_of_splits_and_clips_without_a_person(tell, fol
 def test_rank_writes_a_submission(tell, folder, tmp_path, made, data):
     ranked, out = made.rank(data, split="val"), tmp_path / "ranking.txt"
     words = ("rank", folder, "--split=val", f"--out={out}")
+
     for least, flags in ((0, ()), (0.2, ("--threshold=0.2",))):
         tell(*words, *flags)
         assert made_runs.lists(out) == {
@@ -191,26 +211,30 @@ def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, 
     labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
     clip_files.write_labels(dataset / "labels.csv", labels)
     words = ("--config.data.name=arrays", f"--config.data.dir={dataset}", "--split=train")
+
     assert "people      14" in tell("enrol", folder, *words)  # 12 of the run, Ada and Grace
     named = {line.split()[0] for line in tell("identify", folder, *words).splitlines()}
     assert named >= {"Ada", "Grace", "nobody"}
+
     before = len(Gallery(folder).strangers)
-    output = tell("enrol", folder, *words, "--strangers")  # the two clips of nobody
+    output = tell("enrol", folder, *words, "--strangers")  # the two clips without a label
     assert f"strangers   {before + 2}" in output
 
 
 @pytest.mark.slow
 def test_created_gallery_accepts_a_moved_run(tell, nearest_run, tmp_path, made, command):
     from_run = f"--run={nearest_run}"
+
     output = tell("create", tmp_path / "g", from_run)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
     assert "people      12" in output and "version     1" in output
     content = tell("create", tmp_path / "e", from_run, "--empty", "--strangers=train", "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
+
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
     done = command("gallery", "identify", tmp_path / "g", "--split=val", f"--run={moved}")
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
-    assert "--threshold=P" in done.out  # by which rule, as nothing was chosen
+    assert "--threshold=P" in done.out  # how to choose another rule than the default
 
 
 def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, folder, made):
@@ -222,6 +246,7 @@ def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, fo
     assert "at least 999 clips of strangers" in output and "enrol more strangers" in output
 
 
+# Words after `vidjax gallery`, where G stands for the gallery -> part of the error.
 MISTAKES = {
     "": "gallery needs COMMAND",
     "idenify G": "did you mean vidjax gallery identify",
@@ -265,9 +290,11 @@ def test_names_in_csv_files_are_guarded_against_formulas(tmp_path):
 def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
     people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
     enrolled = {name: clip for name, clip in people.clips.items() if clip.identity}
+
     words = ("export", people.folder, f"--out={table}")
     assert f"clips       {len(enrolled)}" in tell(*words)
     assert stat.S_IMODE(table.stat().st_mode) == 0o600
+
     rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
     assert rows.keys() == enrolled.keys()
     for name, clip in enrolled.items():
@@ -276,15 +303,18 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
         for part, (own,) in zip(people.backend.widths, z, strict=True):
             wanted = 0 * own if np.isnan(own[0]) else own / np.linalg.norm(own)
             np.testing.assert_allclose(rows[name][part], np.nan_to_num(wanted), atol=1e-6)
+
     assert "exists and is not overwritten" in tell(*words, code=2)
 
 
 def test_check_mode_detects_a_damaged_gallery(folder, command):
     words = ("--mode=check", f"--workdir={folder}")
     assert "gallery: 12 people with" in command(*words).out
+
     content = bytearray((folder / "gallery.sqlite").read_bytes())
     content[-100] ^= 1  # any bit
     (folder / "gallery.sqlite").write_bytes(content)
+
     damaged = command(*words)
     assert damaged.code == 2 and "FAULT" in damaged.out
 
@@ -294,7 +324,7 @@ RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.r
 
 
 def clips_of(number, count=6):
-    """Returns the clips of a table: 1 to 3 faces each."""
+    """Returns clips for a table, with 1 to 3 faces each."""
     faces = np.random.default_rng(number).normal(size=(count, 3, WIDTH)).astype(np.float32)
     return {f"clip {number}-{i}": {"face": face[: 1 + i % 3]} for i, face in enumerate(faces)}
 
@@ -305,7 +335,7 @@ CLIPS = {name: clip for clips in TABLES for name, clip in clips.items()}
 
 @pytest.fixture
 def day(tmp_path):
-    """A folder of 4 tables, of which one is empty; and files that are no data."""
+    """A folder of four tables, one of them empty, and of files that are not data."""
     folder = tmp_path / "day"
     folder.mkdir()
     for number, clips in enumerate(TABLES):
@@ -316,7 +346,7 @@ def day(tmp_path):
 
 
 def tables_in(folder):
-    """Returns name -> bytes of the tables of a folder."""
+    """Returns file name -> bytes of the tables of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("**/*.parquet"))}
 
 
@@ -340,7 +370,9 @@ def lists_of(path):
 def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made, day, tmp_path):
     out = tmp_path / "out"
     words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}", "--k=3")
+
     assert ask(*words)["tables"] == 4
+
     wanted, rows = made.identify(CLIPS, k=3), rows_of(out)
     assert [row["clip"] for row in rows] == list(wanted)
     for row in rows:
@@ -349,6 +381,7 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
         assert row["score"] == pytest.approx(answer.score, abs=1e-6)
         assert (row["best_1"], row["best_3"]) == (answer.best[0][0], answer.best[2][0])
         assert row["probability_1"] == pytest.approx(answer.best[0][1], abs=1e-6)
+    # A second call finds the results of all tables.
     before = tables_in(out)
     assert ask(*words)["skipped"] == 4 and tables_in(out) == before
 
@@ -356,10 +389,12 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
 @pytest.mark.slow
 def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_run, day, tmp_path):
     words = ("embed", f"--workdir={nearest_run}", f"--input={day}")
+
     ask(*words, f"--out={tmp_path / 'vectors'}")
     rows, wanted = rows_of(tmp_path / "vectors"), vidjax.restore(nearest_run).embed(CLIPS)
     assert [row["clip"] for row in rows] == list(CLIPS)
     assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
+
     one_table = (*words[:2], f"--input={day}/part-3.parquet")
     done = ask(*one_table, f"--out={tmp_path / 'one.parquet'}")
     assert done["num_clips"] == len(TABLES[3]) and done["width"] == wanted.shape[1]
@@ -368,17 +403,19 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_ru
 
 @pytest.mark.slow
 def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, day, tmp_path):
-    """90 equal clips in two more tables tie, and each list has at most 100 clips."""
-    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]
+    """Two more tables have 90 equal clips, whose scores tie. Each list has at most 100 clips."""
+    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]  # .mp4 does not count
     for turn in range(2):
         clips = dict.fromkeys(twins[turn::2], CLIPS["clip 0-0"])
         write_parquet(day / f"part-{4 + turn}.parquet", clips)
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(tables), tmp_path / "all.parquet")
+
     words = ("rank", f"--workdir={nearest_run}")
     done = ask(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
     one_table = tmp_path / "all_ranked.parquet"
     ask(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one_table}")
+
     lists, expected = lists_of(done["results"]), lists_of(one_table)
     assert list(lists) == list(expected) == list(vidjax.restore(nearest_run).identities)
     for name, wanted in expected.items():
@@ -397,18 +434,21 @@ def test_gallery_ranks_many_tables_like_clips_in_memory(ask, folder, made, day, 
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
-    """Names may differ by `.mp4`. The clip need not be among the 100 listed clips."""
+    """Here one name ends in `.mp4`, and 100 equal clips are listed before the clip."""
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path / 'r'}")
+
     error = ask(*words, code=2)
     assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
     assert not (tmp_path / "r" / "ranking.parquet").exists()
+
     (day / "part-5.parquet").unlink()
     done = ask(*words)
     assert done["skipped"] == 5 and Path(done["results"]).exists()
-    # A ranking that a later call cannot complete is deleted: it is of other tables.
+
+    # If a later call cannot complete a ranking, the old ranking of fewer tables is deleted.
     (day / "part-6.parquet").write_bytes(b"PAR1 no table")
     ask(*words, code=2)
     assert not Path(done["results"]).exists()
@@ -418,12 +458,13 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, 
 @pytest.mark.optimized  # with the same compiler options as the commands below
 def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
     """Two calls process the same folder at once; one is killed after its first table."""
-    for number in range(4, 16):  # the folder `day` has 4 tables already
+    for number in range(4, 16):  # the folder `day` already has 4 tables
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
     words = ["gallery", "identify", str(folder), f"--input={day}"]
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vidjax", *words, f"--out={out}", "--quiet"]
     quietly = {"stdout": subprocess.DEVNULL}
+
     with limits.running(command, **quietly) as killed, limits.running(command, **quietly) as other:
         until = time.monotonic() + 100
         while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
@@ -432,6 +473,7 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
         assert killed.wait(60) == -signal.SIGKILL
         _, errors = other.communicate(timeout=200)
         assert other.returncode == 0, errors
+
     assert ask(*words, f"--out={out}")["skipped"] == 16
     ask(*words, f"--out={tmp_path / 'whole'}")
     assert tables_in(out) == tables_in(tmp_path / "whole") and len(tables_in(out)) == 16
@@ -450,8 +492,10 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
     else:
         (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
     before = tables_in(out)
+
     error = ask(*words, code=2)
     assert "part-1.parquet'" in error and "--out=FOLDER" in error and tables_in(out) == before
+
     if change == "clips":
         (out / "part-1.parquet").unlink()
         assert ask(*words)["skipped"] == 2
@@ -476,27 +520,37 @@ def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folde
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
     out = tmp_path / "out"
+
     error = ask("gallery", "identify", folder, f"--input={day}", f"--out={out}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
     assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
 
 
-def test_many_tables_need_a_folder_for_the_results_and_one_without_other_files(ask, folder, day):
+def test_results_of_many_tables_need_another_folder(ask, folder, day):
     words = ("gallery", "identify", folder, f"--input={day}")
+
     for flags in ([], ["--out=answers.csv"]):
         assert "--out=FOLDER" in ask(*words, *flags, code=2)
     assert "name another folder" in ask(*words, f"--out={day}", code=2)
+
+
+def test_folder_of_tables_with_other_files_of_clips_is_refused(day):
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz' .*because the folder also contains tables"):
         bulk.list_tables(day)
-    for split in ("train", "val"):  # a dataset of two splits is no folder of tables
+
+
+def test_dataset_of_two_splits_is_no_folder_of_tables(day):
+    for split in ("train", "val"):
         (day / f"{split}.parquet").touch()
+
     assert bulk.list_tables(day) == []
 
 
 # ---- Ray Data
 
 
+# A worker kills itself once, at its second table. A kill from outside may come after the work.
 KILLED = """
 import os, signal
 from pathlib import Path
@@ -512,7 +566,8 @@ class Rank(bulk.Rank):
             os.kill(os.getpid(), signal.SIGKILL)
         self.done += 1
         return super().__call__(batch)
-"""  # Kills one worker, once, at its second table. A kill from outside may come after the work.
+"""
+# Recipe -> the folder of its results, and the command that computes the same.
 RAY_COMMANDS = {
     "rank": ("ranked", ("rank", "--workdir=runs/own")),
     "embed": ("vectors", ("embed", "--workdir=runs/own")),
@@ -520,44 +575,54 @@ RAY_COMMANDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.optimized  # as the workers compile
-@first_by_day("names", [["rank"], [*RAY_COMMANDS]])
-def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
-    """Runs the recipes of the page. The single worker that ranks is killed once and restarted."""
-    pytest.importorskip("ray")
-    (day / "part-2.parquet").unlink()
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "own").symlink_to(nearest_run)
-    folder.rename(tmp_path / "people")
-    monkeypatch.chdir(tmp_path)
+def write_recipes(names):
+    """Writes recipes.py with the recipes of the page, for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
-    assert set(RECIPES) == {*RAY_COMMANDS}
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
     for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
         assert old in recipes
         recipes = recipes.replace(old, new)
     Path("recipes.py").write_text(recipes)
     Path("killed.py").write_text(KILLED)
+
+
+def sorted_columns(folder, keys):
+    """Returns the columns of the tables of a folder, with the rows sorted by some columns."""
+    tables = [parquet.read_table(path) for path in sorted(Path(folder).glob("*.parquet"))]
+    order = [(key, "ascending") for key in keys]
+    return pyarrow.concat_tables(tables).sort_by(order).to_pydict()
+
+
+@pytest.mark.slow
+@pytest.mark.optimized  # as the workers compile
+@first_by_day("names", [["rank"], [*RAY_COMMANDS]])
+def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
+    """The recipes of the page also end if the worker that ranks is killed."""
+    pytest.importorskip("ray")
+    assert set(RECIPES) == {*RAY_COMMANDS}
+    (day / "part-2.parquet").unlink()  # the empty table
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "own").symlink_to(nearest_run)
+    folder.rename(tmp_path / "people")
+    monkeypatch.chdir(tmp_path)
+    write_recipes(names)
     env = {
         **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "KILLED": str(tmp_path / "worker_killed"),
     }  # fmt: skip
+
     with subprocess.Popen([sys.executable, "recipes.py"], env=env) as process:
         try:
             assert process.wait(800) == 0
         finally:
             process.terminate()
+
     assert Path("worker_killed").exists()
     for results, words in (RAY_COMMANDS[name] for name in names):
         ask(*words, f"--input={day}", f"--out=own_{results}")
         keys = ["identity", "rank"] if results == "ranked" else ["clip"]
-        table, expected = (
-            pyarrow.concat_tables(map(parquet.read_table, sorted(Path(path).glob("*.parquet"))))
-            .sort_by([(key, "ascending") for key in keys]).to_pydict()
-            for path in (results, f"own_{results}")
-        )  # fmt: skip
+        table, expected = (sorted_columns(path, keys) for path in (results, f"own_{results}"))
         for column, values in expected.items():
             if column in ("vector", "score", "probability_1"):
                 assert np.array(table[column]) == pytest.approx(np.array(values), abs=1e-6)

@@ -1,4 +1,4 @@
-"""A gallery answers as the run that makes its vectors."""
+"""A gallery of a run gives the same answers as the run."""
 
 import shutil
 
@@ -15,13 +15,8 @@ pytestmark = pytest.mark.slow  # trains
 
 @pytest.fixture(scope="module")
 def trained_plda(trained, official_dir):
-    """Trains PLDA on the official files, with one setting that is given."""
-    words = (
-        "num_epochs=2",
-        "modalities=face,audio",
-        "model.within=0.5",
-        f"data.dir={official_dir}",
-    )
+    """Returns a function that trains PLDA on the official files, with one fixed setting."""
+    words = ("num_epochs=2", "modalities=face,audio", "model.within=0.5")
     given = [f"--config.{word}" for word in (*words, f"data.dir={official_dir}")]
     spec = "configs/plda.py:iqiyi_vid,face,audio"
     return lambda *more: predict.restore(trained(spec, *given, *more), num_devices=1)
@@ -56,9 +51,10 @@ def test_gallery_ranks_like_its_run(made, run, data):
 
 
 def test_gallery_has_the_settings_and_clips_of_its_run(made, run, data):
-    """Training clips without a usable frame are not enrolled, but few are like that."""
-    settings = dict(run.manifest["settings"]) | {"within": 0.5}  # as given in `trained_plda`
+    """At most 3 training clips have no usable frame and are not enrolled."""
+    settings = dict(run.manifest["settings"]) | {"within": 0.5}  # of `trained_plda`
     assert made.backend.settings._asdict() == settings
+
     labels, val = data.split("train").labels, data.split("val")
     assert {*made.identities} == {*data.identities}
     assert 0 <= np.sum(labels > 0) - sum(made.identities.values()) <= 3
@@ -79,8 +75,8 @@ def test_a_vector_does_not_depend_on_other_clips_of_the_batch(made, run):
     clips = random_clips(run)
     every = made.embed(clips)
     for n, name in enumerate(every.names):
-        alone = made.embed({name: clips[name]})
-        for modality, x in alone.parts.items():
+        single = made.embed({name: clips[name]})
+        for modality, x in single.parts.items():
             np.testing.assert_array_equal(x, every.parts[modality][n : n + 1])
 
 
@@ -90,6 +86,7 @@ def test_clips_without_a_usable_frame_are_not_enrolled_and_stay_unknown(made, ru
     clips = {"dead": {"face": np.zeros((0, width), np.float16)}, "gone": {}}
     with pytest.raises(ValueError, match="none of the clips, such as 'dead'"):
         gallery.enrol(clips, "nobody")
+
     alive = {"alive": {"face": np.ones((1, width), np.float16)}}
     assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})
     for fpir in (None, 0.5):
@@ -100,10 +97,12 @@ def test_clips_without_a_usable_frame_are_not_enrolled_and_stay_unknown(made, ru
 def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data):
     gallery, clips = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True), random_clips(run)
     assert gallery.identities == {} and len(gallery.strangers) > 3
+
     for action in (gallery.identify, gallery.rank):
         with pytest.raises(ValueError, match="nobody is enrolled"):
             action(clips)
-    people = {name: f"the one of {name}" for name in clips}
+
+    people = {name: f"person of {name}" for name in clips}
     gallery.enrol(clips, people)
     answers = gallery.identify(clips)
     assert {name: answer.identity for name, answer in answers.items()} == people
@@ -120,8 +119,10 @@ def test_gallery_of_a_run_with_folds_uses_vectors_of_the_first_member(tmp_path, 
 def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_path, data):
     gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
     assert list(gallery.backend.widths) == ["embedding"] and not gallery.origin.centred
-    own = map_of(gallery.run.rank(data, split="val"), data)
-    assert map_of(gallery.rank(data, split="val"), data) > own - 0.05
+
+    of_run = map_of(gallery.run.rank(data, split="val"), data)
+    assert map_of(gallery.rank(data, split="val"), data) > of_run - 0.05
+
     answers = gallery.identify(data, split="val").values()
     assert all(answer.best or not answer.probability for answer in answers)
 
@@ -131,8 +132,10 @@ def test_one_photo_of_one_person_is_enough_for_a_gallery(tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 1, 64)).astype(np.float32)
     clips = {"same": {"face": x[0] + 0.1 * x[1]}, "other": {"face": x[2]}}
     splits = {"train": {"photo": {"face": x[0]}}, "val": clips}
-    alone = vidjax.load_data(splits, {"photo": "Ada"}, cache_dir=tmp_path / "cache")
-    vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", alone)
-    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", alone)
+    data = vidjax.load_data(splits, {"photo": "Ada"}, cache_dir=tmp_path / "cache")
+
+    vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", data)
+    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
+
     identities = {clip: answer.identity for clip, answer in gallery.identify(clips).items()}
     assert identities == {"same": "Ada", "other": None}

@@ -1,4 +1,4 @@
-"""Galleries that cards of models make, without a run: friends, strangers, groups, times."""
+"""Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
 import os
 from pathlib import Path
@@ -51,6 +51,7 @@ def test_mean_vectors_weight_frames_by_quality(monkeypatch):
         "a": {"face": {"features": x[:2], "quality": 0 * quality[:2]}},
     }
     loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, ())
+
     for frames in (1, 2, 5):
         monkeypatch.setattr("vidjax.data.memory.MAX_BLOCK_FRAMES", frames)  # read at one time
         vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
@@ -69,7 +70,7 @@ def models(tmp_path):
 
 @pytest.mark.parametrize(("photos", "least_right"), [(1, 0.85), (3, 0.93)])
 def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
-    """A clip gets the name of the most probable friend, if the probability is above 0.5."""
+    """A clip gets the name of the most probable friend if the probability is above 0.5."""
     truth, right, wrong, strange = np.repeat(np.arange(5), 6), [], [], []  # 6 clips of each
     for seed in range(30):
         rng = np.random.default_rng(seed)
@@ -80,6 +81,7 @@ def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
         right.append(named[:30] == truth)
         wrong.append((named[:30] >= 0) & (named[:30] != truth))
         strange.append(named[30:] >= 0)
+
     assert np.mean(right) >= least_right
     assert np.mean(wrong) <= 0.01 and np.mean(strange) <= 0.02
 
@@ -94,6 +96,32 @@ def faces(name, vectors):
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}
 
 
+ABSENT = (
+    "jax", "tensorflow", "tensorflow_datasets", "flax", "optax", "orbax", "pyarrow", "scipy",
+    "ml_collections", "absl", "sklearn", "matplotlib",
+)  # fmt: skip
+USE_GALLERY = """
+import sys
+sys.modules |= dict.fromkeys(sys.argv[1:])  # an import of these packages fails
+
+import numpy as np
+from vidjax import Gallery
+from vidjax.apps.serve import app
+from vidjax.cli.program import main
+
+clips = {n: dict(np.load(f"in/{n}.npz")) for n in "012"}
+gallery = Gallery("g")
+assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]
+assert gallery.identify(clips, fpir=0.25) and gallery.threshold(0.25).score < 0
+assert gallery.enrol({"new": clips["0"]}, "0").enrolled == 1
+assert gallery.relabel("new", "1") == "0" and gallery.remove(clip="new") == 1
+for words in (
+    "list g", "identify g --input=in --threshold=0.5", "enrol g --input=in/0.npz --identity=Ada",
+):
+    assert main(["gallery", *words.split()]) == 0, words
+"""
+
+
 def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models, python):
     """The model files may be deleted after enrolment."""
     assert not gallery.identities and gallery.origin.cards.keys() == {"face"}
@@ -104,26 +132,15 @@ def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models
         np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])
     gallery.enrol(faces("s", draw(np.random.default_rng(2), 4, 1)[:, 0]), strangers=True)
     (models / "embed.onnx").unlink()
+
+    python(USE_GALLERY, *ABSENT, cwd=tmp_path)
+
+    assert Gallery(gallery.folder).identities["Ada"] == 1
+
+
+def test_gallery_of_models_has_no_run(gallery):
     with pytest.raises(ValueError, match="not from a trained run"):
         _ = gallery.run
-    absent = "jax tensorflow tensorflow_datasets flax optax orbax pyarrow scipy ml_collections absl"
-    absent += " sklearn matplotlib"
-    code = (
-        f"import sys\nfor name in '{absent}'.split(): sys.modules[name] = None\n"
-        "import numpy as np\nfrom vidjax import Gallery\nfrom vidjax.apps.serve import app\n"
-        "from vidjax.cli.program import main\n"
-        "clips = {n: dict(np.load(f'in/{n}.npz')) for n in '012'}\n"
-        "gallery = Gallery('g')\n"
-        "assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]\n"
-        "assert gallery.identify(clips, fpir=0.25) and gallery.threshold(0.25).score < 0\n"
-        "assert gallery.enrol({'new': clips['0']}, '0').enrolled == 1\n"
-        "assert gallery.relabel('new', '1') == '0' and gallery.remove(clip='new') == 1\n"
-        "for words in ('list g', 'identify g --input=in --threshold=0.5',\n"
-        "              'enrol g --input=in/0.npz --identity=Ada'):\n"
-        "    assert main(['gallery', *words.split()]) == 0, words\n"
-    )
-    python(code, cwd=tmp_path)
-    assert Gallery(gallery.folder).identities["Ada"] == 1
 
 
 def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
@@ -132,10 +149,13 @@ def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
     gallery.enrol({"bob 1": {"face": bob[:1]}}, "Bob")
     asked = {"query": {"face": ada[1:2]}}
     before = gallery.identify(asked)["query"]
+
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     assert gallery.widen(models) == ("audio",)
+
     after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
+    # Only a known clip with the same face gets its voice.
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
     clips["bob 1"] = {"face": ada[:1]}  # another face than the enrolled one
     assert gallery.complete(gallery.embed(clips)) == {"ada 1"}
@@ -143,7 +163,7 @@ def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
 
 
 def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
-    """Clips are named p0_0 to p5_4: person, clip. Person p0 is Ada, who is enrolled."""
+    """The names of clips are pPERSON_CLIP, p0_0 to p5_4. Person p0 is Ada, who is enrolled."""
     people = draw(np.random.default_rng(2), 6, 5)
     folder, groups = tmp_path / "features", tmp_path / "groups.tsv"
     folder.mkdir()
@@ -151,6 +171,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
         np.savez(folder / f"p{person}_{clip}.npz", face=people[person, clip][None])
     gallery.enrol({"photo": {"face": people[0, :2]}}, "Ada")
     words = (gallery.folder, f"--input={folder}")
+
     say("gallery", "group", *words, f"--out={groups}")
     rows = [line.split("\t") for line in groups.read_text().splitlines()[1:]]
     grouped = {(clip.partition("_")[0], name) for clip, name in rows}  # (person, group)
@@ -158,6 +179,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     assert len(grouped) == len(names)  # no group has two people
     assert {person for person, _ in grouped} >= {f"p{n}" for n in range(1, 6)}
     assert ("p0", "unknown 1") not in grouped
+
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
     say("gallery", "enrol", *words, f"--labels={groups}")
     assert Gallery(gallery.folder).identities.keys() == {"Ada", "Bob"}
@@ -181,7 +203,9 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
     answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
     answers["nobody"] = answer(None)
+
     found = appearances.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
+
     assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
         ("Ada", 0, 6, 0.8, ("ada_1", "ada_2")),
         ("unknown 1", 1, 2, None, ("nobody",)),
@@ -204,6 +228,7 @@ def test_simultaneous_tracks_never_get_the_same_name():
     films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
     pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
+
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
     settled = appearances.settle_answers(answers, films)
@@ -211,10 +236,11 @@ def test_simultaneous_tracks_never_get_the_same_name():
 
 
 def test_a_name_needs_a_probability_above_one_half(gallery):
-    """If two people are equally probable, neither is named, however few strangers come."""
+    """If two people are equally probable, neither of them is named."""
     (twin,) = draw(np.random.default_rng(3), 1, 2)
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
+
     asked = {"q": {"face": twin[1:]}}
     best = gallery.identify(asked)["q"]
     assert best.identity is None and 0.4 < best.probability < 0.5
@@ -223,12 +249,13 @@ def test_a_name_needs_a_probability_above_one_half(gallery):
 
 
 def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, models):
-    """A voice says nothing about Ada, who has only a photo: she is as probable as a new person."""
+    """Ada has only a photo. So a voice neither confirms nor excludes that a clip shows Ada."""
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     gallery = Gallery.of_models(tmp_path / "g", models)
     (x,) = draw(np.random.default_rng(6), 1, 2)
     gallery.enrol({"photo": {"face": x[:1]}}, "Ada")
     clips = {"voice": {"audio": VOICE}, "face": {"face": x[1:]}}
+
     assert gallery.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
@@ -242,6 +269,7 @@ def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
         gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
         (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
         odds.append(np.expm1(-best.score))  # (1 - p) / p
+
     assert odds[1] == pytest.approx(3 * odds[0])
 
 
@@ -249,12 +277,14 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
     ada, eve = draw(np.random.default_rng(5), 2, 8)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
     vectors = gallery.embed(faces("a", ada[1:]) | faces("e", eve[1:]))  # a0 to a6, e0 to e6
+
     groups = gallery.group(vectors)
     assert len(groups) == 14 and len({*groups.values()}) == 2
     answers = gallery.identify(vectors, groups=groups)
     assert [answers[clip].identity for clip in groups] == ["Ada"] * 7 + [None] * 7
     assert len({answers[f"a{n}"].probability for n in range(7)}) == 1
-    # The group is called e0, like a clip. The clip e0 has no group, so it does not vote in it.
+
+    # A group is called e0, like a clip. The clip e0 is in no group and does not vote.
     answers = gallery.identify(vectors, groups={f"a{n}": "e0" for n in range(7)})
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
 
@@ -262,18 +292,23 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
 def test_clips_that_a_user_grouped_stay_together(gallery):
     ada, eve = draw(np.random.default_rng(6), 2, 6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # pairs
+    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # groups of two
     names = {"a": "unknown 1", "e": "unknown 2"}
+
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}
+
+    # The user has put clips of two people into one group.
     begin["e0"] = begin["a0"]
     groups = gallery.group(vectors, begin=begin)
     assert groups["e0"] == groups["a0"] == groups["a1"]
-    groups = gallery.group(vectors, [("a2", "a4")], begin=begin)  # seen at the same time
+
+    # a2 and a4 are visible at the same time, so they show two people.
+    groups = gallery.group(vectors, [("a2", "a4")], begin=begin)
     assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
 
 def test_subtitles_list_all_visible_people_and_do_not_overlap():
-    """Many players show one subtitle at a time. Letters of their markup are replaced."""
+    """Many players show only one subtitle at a time. Markup in names is escaped."""
     found = [appearance("Eve", 0, 9.5), appearance("Bob {x}", 3.25, 4)]
     found += [appearance("<i>Ada", 4, 9.5), appearance("nobody sees me", 5, 5)]
     assert appearances.to_subtitles(found, ".srt") == (
@@ -282,11 +317,13 @@ def test_subtitles_list_all_visible_people_and_do_not_overlap():
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aAda\nEve\n\n"
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
+
     unknown = appearance("unknown 1", 0, 9)._replace(probability=None)
     vtt = appearances.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
+
     two_films = [appearance("Ada", 0, 1), appearance("Ada", 0, 1, video="b.mp4")]
     refused(lambda: appearances.to_subtitles(two_films, ".srt"), "--out=names.tsv")
 
@@ -303,6 +340,7 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
+
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
@@ -322,17 +360,20 @@ def test_pipes_and_tables_with_missing_enormous_or_contradicting_names_are_refus
     for content in (b"one cell\n", b"a\t" + b"b" * 200_000, b"a\tb\na\tc\n"):
         path.write_bytes(content)
         assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
+
     path.unlink()
     os.mkfifo(path)
     refused(lambda: answers_lib.read_groups(path), "unknown.tsv")
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
-    """A card gives squared distances of one person, and of two, as gamma distributions."""
+    """A card describes squared distances in pairs of one and of two people by gamma densities."""
     rng, (within, between, same, different) = np.random.default_rng(0), DLIB
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
+
     logs = log_probabilities(photo[None, None], clips)
+
     square = np.sum((clips - photo) ** 2, axis=1)
     same_person = stats.gamma.logpdf(square, same, scale=2 * within / same)
     other_person = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
@@ -348,12 +389,13 @@ def test_photos_that_are_alike_count_less():
 
 @pytest.mark.parametrize("people", [1, 7])
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
-    """Shapes D / 2 give Gaussian distances. The joint densities integrate the mean out."""
+    """With gamma shapes D / 2, vectors are Gaussian. The oracle integrates the mean out."""
     rng, width, wide = np.random.default_rng(people), 6, 1e6
     card = distance.Distances(0.3, 0.9, width / 2, width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
     photos, clip = rng.normal(size=(len(owner), width)), rng.normal(size=width)
+
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
     known = distance.population(card, [means], [counts.astype(float)], [counts])
     share, variance = distance.posterior(card, known, counts.astype(float))
@@ -365,18 +407,18 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     ratios = distance.person_log_density(card, square, variance + card.within) - new
 
     def density(of):
-        """The log density of all photos and the clip, where the clip shows the person `of`."""
+        """Returns the log density of all photos and the clip if the clip shows the person `of`."""
         who, both = np.append(owner, of), np.vstack([photos, clip])
         own = card.between * (who[:, None] == who) + card.within * np.eye(len(who))
         return sum(stats.multivariate_normal.logpdf(x, cov=wide + own / width) for x in both.T)
 
-    wanted = [density(n) - density(people) for n in range(people)]
+    wanted = [density(n) - density(people) for n in range(people)]  # `people` is a new person
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
 
 
 @first_by_day("people, count", [(50, 3), (5, 1), (500, 10)])
 def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, count):
-    """Half of the clips show strangers. Photos of a person may share the noise of one day."""
+    """Half of the clips show strangers. Photos of a person may share noise, as if of one day."""
     for shared, most in ((0.0, 0.05), (0.5, 0.1)):
         probabilities = []
         for seed in range(2):
@@ -385,11 +427,15 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
             shown = np.concatenate([known[made.rng.integers(0, people, 150)], strangers])
             photos, clips = made.photos(known, count, shared), unit(shown + made.noise(300))
             probabilities.append(np.exp(log_probabilities(photos, clips)[:, 0]).mean())
+
         assert abs(np.mean(probabilities) - 0.5) < most
 
 
 def measure_groups(num_people, clips_of_each):
-    """Groups clips of people. Returns the number of groups, and the share of their main people."""
+    """Groups clips of people.
+
+    Returns the number of groups, and the share of clips that show the main person of their group.
+    """
     made = Population(0)
     clips = made.photos(made.people(num_people), clips_of_each).reshape(-1, WIDTH)
     truth = np.repeat(np.arange(num_people), clips_of_each)
@@ -402,9 +448,11 @@ def measure_groups(num_people, clips_of_each):
 def test_grouping_makes_one_group_per_person(monkeypatch):
     count, purity = measure_groups(10, 10)
     assert count <= 11 and purity > 0.99
+
     count, _ = measure_groups(60, 1)  # nobody appears twice
     assert count >= 56
-    # More clips than are compared at once are grouped film by film.
+
+    # If there are more clips than are compared at once, each film is grouped first.
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(8, 15)
     assert count <= 9 and purity > 0.99
@@ -413,7 +461,8 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
 def test_real_people_are_identified_and_strangers_are_grouped():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
-        pytest.skip("no folder tracks beside VIDJAX_REAL_DATA")
+        pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
+
     films, photos = decision.load(folder)
     for count, right in ((1, 0.88), (3, 0.9)):
         measured = decision.measure(films, photos, known=8, count=count, draws=2)

@@ -1,4 +1,4 @@
-"""The folder of a gallery: the same answers however people came, the old state or the new one."""
+"""The folder of a gallery: changes, removal without a trace, damage, and processes that stop."""
 
 import contextlib
 import hashlib
@@ -50,7 +50,7 @@ def gallery(template, tmp_path):
 
 
 def check_same(gallery, wanted):
-    """Asserts that two galleries have equal rows and answers, and the first also if reopened."""
+    """Asserts that a gallery, and the same folder opened again, equals another gallery."""
     assert contents(gallery.folder) == contents(wanted.folder)
     for opened in (gallery, Gallery(gallery.folder)):
         assert answers(opened) == answers(wanted)
@@ -58,19 +58,21 @@ def check_same(gallery, wanted):
 
 
 def holds(gallery, content):
-    """Returns whether some bytes are in a file of a gallery."""
+    """Returns whether a file of a gallery contains some bytes."""
     return any(content in path.read_bytes() for path in gallery.folder.rglob("*"))
 
 
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_factory, data):
+    """One to four times, random clips are added or removed; in between, the gallery is reopened."""
     folder, names = tmp_path_factory.mktemp("swaps"), sorted(CLIPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
         patch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
         there, version = data.draw(st.sets(st.sampled_from(names))), 1
         people = make(folder / "g", {name: CLIPS[name] for name in there})
+
         for _ in range(data.draw(st.integers(1, 4))):
             batch = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=12))
             if data.draw(st.booleans()):
@@ -83,13 +85,15 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
                 there -= batch
             if data.draw(st.integers(0, 3)) == 0:
                 people = Gallery(folder / "g")
+
         assert people.version == version
         check_same(people, make(folder / "once", {name: CLIPS[name] for name in there}))
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
 def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, together):
     three, seven, one, five = (group(CLIPS)[f"person {n}"] for n in (3, 7, 1, 5))
+
     with gallery.change() if together else contextlib.nullcontext(gallery) as people:
         assert people.rename("person 3", "Ada") == len(three)
         assert people.relabel(seven[0], "Grace") == "person 7"
@@ -98,7 +102,9 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
         assert people.relabel("clip 90", None) == "person 9"
         people.add(NEW)
         people.remove(clip=five[0])
+
     assert gallery.version == (2 if together else 8)
+    # Clip -> its new person.
     names = dict.fromkeys([*three, "stranger 1"], "Ada") | dict.fromkeys(one, "person 2")
     names |= {seven[0]: "Grace", "clip 90": None}
     wanted = {n: x._replace(identity=names.get(n, x.identity)) for n, x in (CLIPS | NEW).items()}
@@ -107,18 +113,15 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
 
 
 def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
-    before, good = contents(gallery.folder), make_clip(1, "x")
+    before = contents(gallery.folder)
 
-    def enrol(name="bad", **fields):
-        return lambda: gallery.add({"fine": good, name: good._replace(**fields)})
-
-    def half():
+    def rename_then_fail():
         with gallery.change() as draft:
             draft.rename("person 3", "Ada")
             draft.remove(identity="person 3")
 
     for change, *words in (
-        (half, "no identity 'person 3'"),
+        (rename_then_fail, "no identity 'person 3'"),
         (lambda: gallery.rename("person 3", "person 4"), "would become one", "--merge"),
         (lambda: gallery.rename("person 3", "person 3"), "choose another name"),
         (lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'"),
@@ -128,40 +131,59 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
         (lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?"),
         (lambda: gallery.remove(identity=[""]), "no identity"),
         (lambda: gallery.remove(clip=["clip 30", "clop 31"]), "did you mean 'clip 31'?"),
-        (enrol(vector=good.vector[:5]), "'bad'", "shape (13,)"),
-        (enrol(vector=good.vector.astype(np.float64)), "'bad'", "float64"),
-        (enrol(vector=good.vector * np.nan), "'bad'", "not finite"),
-        (enrol(vector=good.vector * 0), "'bad'", "no usable frame"),
-        (enrol("a\nb"), "control"),
-        (enrol(identity=" "), "empty"),
-        (enrol("x" * 1001), "longer than 1,000 letters"),
     ):
         refused(change, *words)
     assert contents(gallery.folder) == before and gallery.version == 1
+
+
+def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
+    before, good = contents(gallery.folder), make_clip(1, "x")
+    vector = good.vector
+
+    for name, fields, *words in (
+        ("bad", {"vector": vector[:5]}, "'bad'", "shape (13,)"),
+        ("bad", {"vector": vector.astype(np.float64)}, "'bad'", "float64"),
+        ("bad", {"vector": vector * np.nan}, "'bad'", "not finite"),
+        ("bad", {"vector": vector * 0}, "'bad'", "no usable frame"),
+        ("a\nb", {}, "control"),
+        ("bad", {"identity": " "}, "empty"),
+        ("x" * 1001, {}, "longer than 1,000 letters"),
+    ):
+        clips = {"fine": good, name: good._replace(**fields)}
+        refused(lambda clips=clips: gallery.add(clips), *words)
+    assert contents(gallery.folder) == before and gallery.version == 1
+
+
+def test_names_may_have_1000_letters(gallery):
     longest = "\N{GRINNING FACE}" * 1000
-    gallery.add({longest: good._replace(identity=longest)})
+
+    gallery.add({longest: make_clip(1, longest)})
+
     assert Gallery(gallery.folder).clips[longest].identity == longest
 
 
 def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
-    """This is so even if the clip was relabelled."""
+    """The clip was relabelled twice, but the back end was fitted to it as a clip of person 3."""
     gallery = make(tmp_path / "g", FITTED)
     gallery.relabel("clip 30", None)
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
     gallery.add({"clip 30": CLIPS["clip 30"]._replace(identity="Ada")})
+
     before = gallery.backend.numbers()
     gallery.remove(identity="Ada")
     assert not np.array_equal(gallery.backend.numbers(), before)
 
 
 def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path):
-    """The back end was fitted to clips of people, and not to those of strangers."""
+    """The back end was fitted only to clips of people: a stranger's removal does not change it."""
     gallery = make(tmp_path / "g", FITTED)
     for name, person, refitted in (("stranger 0", None, False), ("clip 71", "person 7", True)):
         before = gallery.backend.numbers()
+
         with gallery.change() as draft:
             draft.remove(clip=name)
             draft.add({name: make_clip(9999, person)})
+
         assert np.array_equal(gallery.backend.numbers(), before) != refitted
         assert answers(Gallery(gallery.folder)) == answers(gallery)
 
@@ -169,17 +191,20 @@ def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path):
 def test_replaced_names_leave_no_byte_on_disk(gallery):
     gallery.rename("person 7", "Ada")
     assert holds(gallery, b"Ada") and not holds(gallery, b"person 7")
+
     with gallery.change() as draft:
         draft.rename("Ada", "Eve")
         draft.remove(clip="clip 51")
         draft.remove(identity="person 4")
-        draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # the only one of 4
+        draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # a clip of person 4
+
     assert not any(holds(gallery, name) for name in (b"Ada", b"clip 51", b"person 4"))
     assert gallery.clips["clip 40"].identity == "Zoe"
 
 
 def test_a_named_and_removed_stranger_leaves_no_byte_on_disk(gallery):
     clip = CLIPS["stranger 3"]
+
     assert gallery.add({"stranger 3": clip._replace(identity="known now")}) == 1
     assert gallery.add({"stranger 3": clip}) == 0  # the clip keeps its person
     gallery.remove(identity=["known now"])
@@ -192,7 +217,7 @@ def test_nobody_else_may_read_a_gallery(gallery):
 
 
 def pieces(vectors):
-    """Returns the bytes of each four numbers of some vectors; zeros could be anybody's."""
+    """Returns the bytes of each four numbers of some vectors, except zeros."""
     runs = [x[at : at + 4] for x in vectors for at in range(0, len(x) - 3, 4)]
     return [run.tobytes() for run in runs if run.all()]
 
@@ -201,11 +226,13 @@ def pieces(vectors):
 def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery, by):
     clips = group(CLIPS)["person 7"]
     vectors = [CLIPS[name].vector for name in clips]
-    for block in gallery.index.blocks:  # and what is computed from them
+    for block in gallery.index.blocks:  # coefficients are computed from the vectors
         vectors += [x[block.names.index("person 7")] for x in block.linear]
     assert all(holds(gallery, x) for x in pieces(vectors))
+
     for name in ["person 7"] if by == "identity" else clips:
         gallery.remove(**{by: [name]})
+
     texts = [name.encode() for name in (*clips, "person 7")]
     assert not any(holds(gallery, x) for x in (*pieces(vectors), *texts))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
@@ -213,7 +240,7 @@ def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery, by):
 
 @pytest.mark.slow
 def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, monkeypatch):
-    """SQLite copies rows from page to page, more often if pages are small."""
+    """SQLite copies rows from page to page. It does so more often if pages are small."""
     monkeypatch.setattr(store_lib, "PAGE_BYTES", 512)
     people, rng = make(tmp_path / "g", {}), random.Random(0)
     for turn in range(12):
@@ -221,7 +248,9 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
         people.add({f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(clips)})
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
+
         people.remove(clip=gone)
+
         content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
         assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
 
@@ -232,10 +261,10 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
     ids=["net or knn", "plda", "made empty"],
 )  # fmt: skip
 def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
-    """The attacker knows the centre or mean of all clips, and the clips of all other people.
+    """The attacker knows the mean of all clips, and the clips of all people except p0.
 
-    So sum - others is the vector of p0, until p0 is removed. A gallery that was made empty is
-    fitted to other clips than those it enrols later, and its sums never contain p0.
+    The sum of all clips minus the known clips is the vector of p0, until p0 is removed. If the
+    gallery was created empty, its back end was fitted to other clips and never contains p0.
     """
     rng, clips = np.random.default_rng(0), {}
     for person in range(12):
@@ -243,6 +272,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         for turn in range(2 if person else 1):  # p0 has one clip
             x = unit(centre + 0.5 * rng.standard_normal(16)).astype(np.float32)
             clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=not empty)
+
     removed, *others = (clip.vector for clip in clips.values())
     background = dict([*clips.items()][1:]) if empty else clips
     front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
@@ -260,13 +290,16 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         return float(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
 
     assert abs(attack()) < 0.9 if empty else attack() > 0.9999999
+
     people.remove(identity=["p0"])
     assert abs(attack()) < 0.9
 
 
 def test_removing_the_last_person_empties_the_back_end(tmp_path):
     people = make(tmp_path / "g", {name: clip for name, clip in FITTED.items() if clip.fitted})
+
     people.remove(identity=list(people.identities))
+
     for part in people.backend.parts:
         assert part.space is not None
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
@@ -278,9 +311,9 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
 def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
     """A thread reads the gallery, then `person 2` is removed, and then the thread finishes.
 
-    Otherwise the next change, a renaming, would write `person 2` back to the disk.
+    If the thread restored its old state, a later renaming would write `person 2` to the disk.
     """
-    Gallery(gallery.folder).rename("person 1", "Bob")  # so the thread has to read
+    Gallery(gallery.folder).rename("person 1", "Bob")  # gives the thread something to read
     read, refresh = gallery._store.read, gallery.refresh
     has_read, go_on = threading.Event(), threading.Event()
 
@@ -303,12 +336,14 @@ def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
     gallery.remove(identity="person 2")
     monkeypatch.setattr(gallery, "refresh", refresh_and_let_the_thread_finish)
     gallery.rename("person 3", "Cid")
+
     again = Gallery(gallery.folder)
     assert "person 2" not in again and {"Bob", "Cid"} <= {*again}
 
 
 @pytest.mark.slow
 def test_readers_see_the_old_state_or_the_new_one(gallery):
+    """A thread adds and removes a clip again and again while the gallery is read."""
     stop, open_one = threading.Event(), Gallery(gallery.folder)
 
     def change():
@@ -332,6 +367,7 @@ def test_readers_see_the_old_state_or_the_new_one(gallery):
 
 def test_a_change_is_refused_during_another_change(gallery, monkeypatch):
     monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
+
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
         message = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
@@ -353,35 +389,44 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
         place = tmp_path / f"full {turn}"
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
     assert failed
+
     for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
+# A process that ends in the middle of writing a change.
+UNFINISHED_CHANGE = """
+import os, sqlite3, sys
+gallery = sqlite3.connect(sys.argv[1])
+gallery.execute("PRAGMA cache_size=1")
+gallery.execute("BEGIN")
+for n in range(400):
+    gallery.execute("INSERT INTO clip VALUES (NULL, ?, ?)", (str(n), os.urandom(3000)))
+os._exit(1)
+"""
+
+
 def cut_off(folder):
-    """Leaves a change that a process has begun to write, with its journal."""
-    code = (
-        "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
-        "c.execute('PRAGMA cache_size=1')\nc.execute('BEGIN')\n"
-        "for n in range(400):\n"
-        "    c.execute('INSERT INTO clip VALUES (NULL, ?, ?)', (str(n), os.urandom(3000)))\n"
-        "os._exit(1)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, folder / store_lib.GALLERY_FILE], check=False)
+    """Leaves half of a change in a gallery, and its journal."""
+    words = ["-c", UNFINISHED_CHANGE, folder / store_lib.GALLERY_FILE]
+    subprocess.run([sys.executable, *words], check=False)
     assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 
 def test_journal_of_a_killed_change_is_rolled_back(gallery):
     before = answers(gallery)
+
     cut_off(gallery.folder)
     assert answers(Gallery(gallery.folder)) == before
+
     cut_off(gallery.folder)
     gallery.add(NEW)
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}
 
 
 def test_journal_that_names_another_file_is_refused(gallery, tmp_path):
-    """SQLite deletes the named file after it has applied the journal."""
+    """SQLite would delete the named file after it has applied the journal."""
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("mine")
     cut_off(gallery.folder)
@@ -391,10 +436,13 @@ def test_journal_that_names_another_file_is_refused(gallery, tmp_path):
         journal.write(b"\0\0\0\0" + name)
         journal.write(len(name).to_bytes(4, "big") + checksum.to_bytes(4, "big"))
         journal.write(store_lib.SUPER_JOURNAL)
+
+    # SQLite deletes the file when it opens a copy of the gallery.
     copy = shutil.copytree(gallery.folder, tmp_path / "copy") / store_lib.GALLERY_FILE
     with contextlib.closing(sqlite3.connect(copy)) as connection:
         connection.execute("SELECT * FROM gallery").fetchall()
-    assert not thesis.exists()  # what SQLite does by itself
+    assert not thesis.exists()
+
     thesis.write_text("mine")
     refused(lambda: Gallery(gallery.folder), "path of another file")
     assert thesis.read_text() == "mine"
@@ -404,6 +452,7 @@ def test_a_read_only_gallery_answers(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
     path.chmod(0o400)
     gallery.folder.chmod(0o500)
+
     try:
         assert answers(Gallery(gallery.folder)) == wanted
         assert os.listdir(gallery.folder) == [path.name]
@@ -442,13 +491,14 @@ def test_gallery_of_another_format_or_with_wide_vectors_is_refused(gallery, tmp_
     assert not (tmp_path / "wide").exists()
 
 
-DAMAGES = {  # to the file of a gallery, or to files next to it that SQLite would read
+# Damages to the file of a gallery, or files next to it that SQLite would read.
+DAMAGES = {
     "cut": lambda path: os.truncate(path, path.stat().st_size // 3),
     "link": lambda path: path.symlink_to(path.rename(path.parent.parent / "elsewhere")),
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "gone": lambda path: path.unlink(),
-    "of write-ahead": lambda path: path.write_bytes(  # bytes 18 and 19: how SQLite writes
+    "of write-ahead": lambda path: path.write_bytes(  # bytes 18 and 19 are the mode of writing
         path.read_bytes()[:18] + b"\2\2" + path.read_bytes()[20:]
     ),
     "pipe as journal": lambda path: os.mkfifo(f"{path}-journal"),
@@ -470,6 +520,7 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
     content, errors_seen, rng = path.read_bytes(), 0, random.Random(0)
     used = [at for at in range(len(content)) if content[at]]
+
     for at in rng.choices(used, k=60):
         flipped = bytearray(content)
         flipped[at] ^= 1 << rng.randrange(8)
@@ -479,15 +530,19 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
         except ValueError as error:
             errors_seen += 1
             assert str(gallery.folder) in str(error)
-    assert errors_seen > 40
+
+    assert errors_seen > 40  # of 60
 
 
 def forged(folder, *sql, facts=None, digest=False):
-    """Changes the file of a gallery, like an attacker who knows its format."""
+    """Changes the file of a gallery, like an attacker who knows its format.
+
+    `digest` replaces the stored digest by the digest of the changed rows; `facts` are new values.
+    """
     with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
         for line in sql:
             connection.execute(line)
-        if digest:  # of the rows as they are now
+        if digest:
             tables = ("backend", "person", "clip")
             rows = [x for name in tables for x in connection.execute(f"SELECT * FROM {name}")]  # noqa: S608
             facts = {"rows": f"{sum(map(store_lib._digest, rows)) % 2**256:064x}"}
@@ -500,7 +555,8 @@ def forged(folder, *sql, facts=None, digest=False):
 
 
 END = "UPDATE {} SET numbers = CAST(substr(numbers, 1, length(numbers) - {}) || x'{}' AS BLOB)"
-FORGED = (  # with a digest of other rows
+# Changes of rows that do not match their digest.
+FORGED = (
     "CREATE TRIGGER mine AFTER INSERT ON clip BEGIN DELETE FROM clip; END",
     "DROP TABLE person",
     "UPDATE clip SET numbers = zeroblob(length(numbers))",
@@ -512,7 +568,8 @@ FORGED = (  # with a digest of other rows
     "INSERT INTO gallery SELECT * FROM gallery",
     "UPDATE clip SET words = zeroblob(900000)",
 )
-ILL_FORMED = (  # with the digest of these rows
+# Wrong rows with a correct digest.
+ILL_FORMED = (
     END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # NaN
     END.format("clip", 4, "02000000"),  # of the field `fitted`
     END.format("person", 76, "ff" * 76),
@@ -549,8 +606,9 @@ def test_forged_tables_and_facts_are_refused(gallery):
         else:
             forged(gallery.folder, facts=sql)
         refused(lambda: Gallery(folder), folder)
+
     path.write_bytes(content)
-    forged(gallery.folder, facts={}, digest=True)
+    forged(gallery.folder, facts={}, digest=True)  # changes nothing
     assert answers(Gallery(folder)) == answers(gallery)
 
 
@@ -563,7 +621,8 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
     size, num_pages, path = 4096, 16, gallery.folder / store_lib.GALLERY_FILE
     path.unlink()
-    with contextlib.closing(sqlite3.connect(path)) as connection:  # a schema of one row
+    # SQLite writes a schema of one row, which becomes the last page.
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA writable_schema=ON")
         connection.execute("INSERT INTO sqlite_master VALUES ('index', 'x', 'x', 2, NULL)")
         connection.commit()
@@ -571,6 +630,7 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
     file_header = leaf[:16] + size.to_bytes(2, "big") + leaf[18:28]
     file_header += num_pages.to_bytes(4, "big") + leaf[32:100]
     cells, pages = range(size - 300 * 6, size, 6), []  # places of 300 cells of 6 bytes
+
     for number in range(1, num_pages):
         page, start = bytearray(size), 100 if number == 1 else 0
         page[:start] = file_header[:start]
@@ -582,15 +642,18 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
         pages.append(bytes(page))
     last = leaf[100:110] + leaf[10:]  # the leaf without the header of the file
     path.write_bytes(b"".join([*pages, last]))
+
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
 def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
-    """The file has a gallery as bytes, vectors that were asked about, and the answers."""
+    """The file contains a gallery of an earlier version, vectors, and the answers for them."""
     with np.load(Path(__file__).parent / "helpers" / "frozen_gallery.npz") as file:
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
+
     people = Gallery(tmp_path)
+
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
     found = made_galleries.identify(people, parts, len(people.identities))

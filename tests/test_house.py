@@ -22,7 +22,7 @@ MODULES = {
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}
-# Libraries that a folder may not import, neither itself nor by what it imports.
+# Folder -> libraries that neither the folder nor a module that it imports may import.
 WITHOUT = {
     "vidjax.data.untrusted": {*JAX, *TENSORFLOW, "ml_collections", "sklearn"},
     "vidjax.apps.video": {*JAX, *TENSORFLOW, "torch"},
@@ -46,7 +46,7 @@ def nodes_of(path):
 def imports(path):
     """Returns the modules that a file imports, in functions too, except for type checkers."""
     modules, ignored = set(), set()
-    for node in nodes_of(path):  # an `if` comes before what it contains
+    for node in nodes_of(path):  # `ast.walk` yields an `if` before its body
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             ignored |= {*node.body}
         elif isinstance(node, ast.Import) and node not in ignored:
@@ -63,6 +63,7 @@ def test_folders_import_only_lower_folders_without_cycles():
         if not rest:
             assert folder in ("main", "__main__"), module
             continue
+
         names = imports(path)
         if not module.startswith("vidjax.data.records."):
             assert not {name.split(".")[0] for name in names} & TENSORFLOW, module
@@ -72,8 +73,9 @@ def test_folders_import_only_lower_folders_without_cycles():
                 assert FOLDERS.index(below) <= FOLDERS.index(folder), f"{module} imports {name}"
                 # Models get plain arguments. Only `system` reads a configuration.
                 assert below != "runs" or folder != "models" or rest == ["system"], module
+
     graph = {module: imports(path) & {*MODULES} - {module} for module, path in MODULES.items()}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which shows a circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 @first_by_day("package", [*WITHOUT, "vidjax"])
@@ -81,6 +83,7 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
     modules = [name for name in MODULES if name.startswith(f"{package}.")]
     if package == "vidjax":
         modules = [name for name in modules if ".data." not in name]
+
     python(
         "import importlib, sys\n"
         f"for name in {sorted(WITHOUT.get(package, TENSORFLOW))}: sys.modules[name] = None\n"
@@ -89,7 +92,7 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
 
 
 def test_every_package_is_installed():
-    """pyproject.toml names the packages one by one; one that it forgets is missing in the wheel."""
+    """If pyproject.toml does not name a package, the wheel lacks it."""
     folders = (path.parent.relative_to(ROOT) for path in (ROOT / "vidjax").rglob("__init__.py"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {*project["packages"]} == {*(".".join(x.parts) for x in folders), "vidjax.configs"}
@@ -97,7 +100,7 @@ def test_every_package_is_installed():
 
 
 def unsafe(nodes):
-    """Returns the lines that turn data into code."""
+    """Returns the numbers of lines that may execute data as code."""
     lines = []
     for node in nodes:
         if isinstance(node, ast.Name) and node.id in ("__import__", "compile", "eval", "exec"):
@@ -112,7 +115,7 @@ def unsafe(nodes):
 
 
 def test_no_module_executes_data_as_code():
-    """No module contains a path of its author's machine."""
+    """Modules also contain no path of a developer's machine."""
     for path in (*MODULES.values(), *(ROOT / "configs").glob("*.py")):
         assert not unsafe(nodes_of(path)), path
         assert not re.search(r"/work/|/root/|/tmp/", path.read_text()), path
@@ -122,7 +125,7 @@ def test_no_module_executes_data_as_code():
 
 
 def test_fault_tests_use_no_mocks():
-    """monkeypatch.chdir and setenv are allowed. Programs in strings are checked, too."""
+    """They may change the working directory and the environment."""
     mocks = re.compile(r"mock|\.(set|del)(attr|item)\(|^(?!.*def ).*\(monkeypatch[,)]", re.M)
     for path in (ROOT / "tests" / "faults").glob("test_*.py"):
         assert not mocks.search(path.read_text()), path
@@ -139,7 +142,7 @@ def read_prose(path):
             if is_sentence or token.type == tokenize.COMMENT:
                 yield token.string
         return
-    # Rows of CONTRIBUTING show the habit; rows of benchmarks are written by scripts.
+    # Rows of CONTRIBUTING quote these words. Scripts write the rows of benchmarks.
     skips_rows = path.match(".github/*") or path.match("benchmarks/*")
     for line in text.splitlines():
         if not (skips_rows and line.startswith("| ")):

@@ -1,4 +1,4 @@
-"""Conversion: what the records hold, when the work counts as done, and how damage shows."""
+"""Conversion of official files: records, the cache, labels, and readers of records."""
 
 import concurrent.futures
 import os
@@ -48,25 +48,35 @@ def small(tmp_path):
     return folder
 
 
-def test_records_are_shuffled_and_not_converted_again(converted, source, monkeypatch, say):
+def test_conversion_keeps_modalities_and_leaves_no_temporary_file(converted):
     assert {name: m.dim for name, m in converted.modalities.items()} == RAGGED
     assert "body" not in converted.splits["val"].lengths
-    assert not list(converted.folder.glob("**/*.bin")), "staging is left"
+    assert not list(converted.folder.glob("**/*.bin"))
+
+
+def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
     for facts in converted.splits.values():
         assert list(facts.clips) == sorted(facts.clips, key=lambda name: name.encode())
         assert sorted(facts.order) == list(range(len(facts.clips)))
     assert converted.splits["val"].order.tolist() == list(range(21))
     steps = np.diff(converted.splits["train"].order)
-    assert np.abs(steps).mean() > 40 / 5  # a random permutation steps N / 3 on average
+    assert np.abs(steps).mean() > 40 / 5  # in a random permutation, the mean step is N / 3
+
+
+def test_converted_files_are_not_read_again(converted, source, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
     cache = converted.folder.parent.parent
+
     again = prepare(source, cache)
+
     assert again.folder == converted.folder and again.report == converted.report
     for split, facts in converted.splits.items():
         assert again.splits[split].clips == facts.clips
         assert again.splits[split].shards == facts.shards
         np.testing.assert_array_equal(again.splits[split].order, facts.order)
+
+    # The command does not read the files again, either.
     out = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
     assert "train: 40 clips, 7 identities, 0 distractors" in out
     assert "val: 21 clips, 9 identities, 6 distractors" in out
@@ -80,15 +90,18 @@ def test_cache_folder_depends_on_the_content_of_the_files(small, tmp_path):
     write_pickle(small, "face", "train", {"s1": clip})
     os.utime(path, ns=(1, 1))
     first = prepare(small, cache).folder
+
     shutil.copytree(small, tmp_path / "other")
     assert prepare(tmp_path / "other", cache).folder == first  # the same content
-    # Another box: a file of the same name, size and time, as `cp -p` leaves it.
+
+    # A number of a box changes, but not the name, size and time of the file.
     before, number = path.read_bytes(), struct.pack(">d", float(clip.box[0, 0]))
     path.write_bytes(before.replace(number, struct.pack(">d", 1.5)))
     assert path.read_bytes() != before
     os.utime(path, ns=(1, 1))
     second = prepare(small, cache).folder
     assert second != first
+
     write_truth(small, "train", {"s1": "3"})  # a label is no reason to convert
     assert prepare(small, cache).folder == second
 
@@ -99,8 +112,9 @@ def label(records, folder):
 
 
 def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, converted):
-    """Train has identities 1 to 7, and val has 2 to 10 in 15 of its 21 clips: see `source`."""
+    """Train has identities 1 to 7. Val has identities 2 to 10, and 6 of 21 clips without one."""
     identities, labels, report = label(converted, source)
+
     assert identities == tuple(str(i) for i in range(1, 11))
     val, facts = labels["val"], report["splits"]["val"]
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
@@ -121,15 +135,17 @@ def test_split_without_ground_truth_has_no_labels(converted, tmp_path):
 
 
 def test_identities_only_in_the_test_split_get_no_class(converted, tmp_path):
-    def test_for_val(of):
-        return {"train": of["train"], "test": of["val"]}
+    def rename_val(splits):
+        return {"train": splits["train"], "test": splits["val"]}
 
-    report = converted.report | {"splits": test_for_val(converted.report["splits"])}
-    records = converted._replace(splits=test_for_val(converted.splits), report=report)
+    report = converted.report | {"splits": rename_val(converted.report["splits"])}
+    records = converted._replace(splits=rename_val(converted.splits), report=report)
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
+
     with pytest.warns(UserWarning, match="1 clips of test show identities that are not in"):
         identities, labels, report = label(records, tmp_path)
+
     assert identities == ("4", "6")
     assert labels["test"].labels.tolist() == [2, *[0] * 20]
     assert report["splits"]["test"]["unlisted_identities"] == 1
@@ -138,6 +154,7 @@ def test_identities_only_in_the_test_split_get_no_class(converted, tmp_path):
 def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(small, "face", "val", {"v": clip})
+
     converted = prepare(small, tmp_path / "cache")
     assert converted.modalities["face"].dtype == "float32"
     ((_, frames),) = Dataset(converted, {}).packed("val", ("face",))
@@ -164,7 +181,7 @@ MODALITIES = {
 
 @pytest.fixture(scope="module")
 def clips():
-    """Modality -> clip -> frames, 0 to 300 of them; all but faces lack some clips, and scores."""
+    """Returns modality -> clip -> 0 to 300 frames. Only faces have all clips, and scores."""
     rng, clips_of = np.random.default_rng(0), {}
     for number, (name, kind) in enumerate(MODALITIES.items()):
         lengths = rng.permutation([0, 1, 2, 300, *rng.integers(0, 40, 16)]).tolist()
@@ -192,30 +209,35 @@ def records(clips, tmp_path_factory):
 def test_tfds_and_our_reader_return_the_clips_that_were_written(clips, records):
     from vidjax.data.records.codec import tfds
 
+    # TFDS reads the clips in the order of the records.
     facts, in_order = records.splits["train"], tfds.ReadConfig(interleave_cycle_length=1)
     builder = tfds.builder_from_directory(facts.shards[0].path.parent)
     examples = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=in_order)))
     assert facts.clips == tuple(sorted(clips["face"]))
     assert [e["clip_index"] for e in examples] == facts.order.tolist()
     assert [e["clip"].decode() for e in examples] == [facts.clips[i] for i in facts.order]
-    reader, places = Reader(records, ["train"]), np.random.default_rng(0).permutation(len(examples))
-    messages = reader.read(places)
-    assert reader.clip_index.tolist() == facts.order.tolist()
+    assert all(set(e) == {"clip", "clip_index", "frames"} for e in examples)  # no label
+
     for name, modality in MODALITIES.items():
         nothing = random_clip(np.random.default_rng(0), 0, *modality)
-        for field, arrays in reader.frames(name, places, messages).items():
-            for place, array in zip(places, arrays, strict=True):
-                wanted = examples[place]["frames"][name][field]
-                assert array.dtype == wanted.dtype
-                np.testing.assert_array_equal(array, wanted)
         for example in examples:
-            assert set(example) == {"clip", "clip_index", "frames"}  # no label
             clip = clips[name].get(example["clip"].decode(), nothing)
             assert len(clip.features) == facts.lengths[name][example["clip_index"]]
             for field in STORED:
                 packed = example["frames"][name][field]
                 assert packed.dtype == getattr(clip, field).dtype
                 np.testing.assert_array_equal(packed, getattr(clip, field))
+
+    # Our reader returns the same arrays, here in a random order.
+    reader, places = Reader(records, ["train"]), np.random.default_rng(0).permutation(len(examples))
+    assert reader.clip_index.tolist() == facts.order.tolist()
+    messages = reader.read(places)
+    for name in MODALITIES:
+        for field, arrays in reader.frames(name, places, messages).items():
+            for place, array in zip(places, arrays, strict=True):
+                wanted = examples[place]["frames"][name][field]
+                assert array.dtype == wanted.dtype
+                np.testing.assert_array_equal(array, wanted)
 
 
 def test_records_whose_sizes_do_not_match_the_lengths_are_refused(records):
@@ -228,7 +250,7 @@ def test_records_whose_sizes_do_not_match_the_lengths_are_refused(records):
 
 @pytest.mark.nightly
 def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, python):
-    """It converts, trains and reports. If records are in the cache, TFDS is not imported."""
+    """The first run converts the files with TFDS. The second run reads records without TFDS."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     code = (
         "import sys\nfrom vidjax.cli.program import main\nunread, *words = sys.argv[1:]\n"

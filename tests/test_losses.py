@@ -22,6 +22,7 @@ LOSSES = {
 
 
 def oracle(name, logits, labels, gamma, class_mask):
+    """Returns a loss [B] from its equation, in float64."""
     z = np.where(class_mask, np.asarray(logits, np.float64), -np.inf)
     label = np.arange(z.shape[1]) == labels[:, None]
     if name == "binary":
@@ -50,10 +51,12 @@ def test_losses_match_their_equations_in_float64(name, gamma):
     logits, labels = example()
     options = {"gamma": gamma} if gamma else {}
     loss = jax.jit(functools.partial(LOSSES[name], **options))
-    for first in (0, 1):  # without the first column, whatever it holds
+
+    for first in (0, 1):  # 1: the first column is masked, and has a huge logit
         class_mask = np.arange(logits.shape[1]) >= first
         expected = oracle(name, logits, labels, gamma, class_mask)
         given = np.where(class_mask, logits, np.float32(1e4))
+
         np.testing.assert_allclose(loss(given, labels, class_mask=class_mask), expected, rtol=1e-5)
         with jax.enable_x64(True):
             exact = loss(given.astype(np.float64), labels, class_mask=class_mask)
@@ -74,15 +77,17 @@ def test_losses_have_finite_gradients_at_extreme_logits(name):
     logits = np.tile(rows, (3, 1)).astype(np.float32)
     labels = np.repeat(np.arange(3, dtype=np.int32), 5)
     is_focal = name in ("binary", "multiclass")
+
     for options in [{"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 2.0}] if is_focal else [{}]:
         loss = functools.partial(LOSSES[name], labels=labels, **options)
         value, gradient = jax.jit(jax.value_and_grad(lambda x, f=loss: f(x).sum()))(logits)
         assert np.isfinite(value) and np.isfinite(gradient).all()
-        if name != "smoothed":  # the step goes towards the label, or nowhere
+        if name != "smoothed":  # a step never decreases the logit of the label
             assert np.all(np.asarray(gradient)[np.arange(15), labels] <= 0)
 
 
 def cosines(count=400, columns=6, seed=2):
+    """Returns cosines, also 1 and -1, and labels."""
     rng = np.random.default_rng(seed)
     values = rng.uniform(-1, 1, (count, columns))
     values[:2] = [[1] * columns, [-1] * columns]
@@ -91,11 +96,12 @@ def cosines(count=400, columns=6, seed=2):
 
 @first_by_day("margin", [0.5, 1.5])
 def test_angular_margin_matches_the_equation(margin):
-    """ArcFace is computed in float64 from the angle."""
+    """The oracle computes ArcFace from the angle, in float64."""
     cosine, labels = cosines()
     angle = np.arccos(cosine) + margin
     harder = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
     expected = 30 * np.where(np.arange(6) == labels[:, None], harder, cosine)
+
     margin_fn = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=30.0))
     with jax.enable_x64(True):
         np.testing.assert_allclose(margin_fn(30 * cosine, labels), expected, atol=1e-9)
@@ -122,18 +128,20 @@ def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
+@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
 def test_margins_accept_one_scale_per_branch(margin_fn):
-    """A model may learn a scale for each of its G branches. Labels are [B, G]."""
+    """A model may learn a scale for each of its G branches. Then labels are [B, G]."""
     values, labels = cosines(count=9)
     scales = np.array([20.0, 3.0], np.float32)
     branches = (values[:, None] * scales[:, None]).astype(np.float32)
     both = np.stack([labels, labels], axis=1)
     margin_fn = jax.jit(functools.partial(margin_fn, margin=0.3))
+
     harder = margin_fn(branches, both, scale=scales)
+
     for branch, scale in enumerate(scales):
-        alone = margin_fn(branches[:, branch], labels, scale=float(scale))
-        np.testing.assert_allclose(harder[:, branch], alone, rtol=1e-5, atol=1e-5)
+        expected = margin_fn(branches[:, branch], labels, scale=float(scale))
+        np.testing.assert_allclose(harder[:, branch], expected, rtol=1e-5, atol=1e-5)
     assert margin_fn(branches.astype(np.float16), both, scale=scales).dtype == np.float32
 
 
@@ -147,9 +155,11 @@ def test_loss_schedule_mixes_two_losses_and_compiles_once():
     logits, labels = example()
     schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))  # (epoch, focal share)
     loss: Any = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
+
     every_class = np.full(9, True)
     focal = oracle("binary", logits, labels, 2.0, every_class)
     softmax = oracle("softmax", logits, labels, 0.0, every_class)
+    # 10 steps are an epoch. Between two epochs of the schedule, the share is interpolated.
     for step, weight in [(0, 0.75), (239, 0.75), (241, 1), (550, 0.75), (9999, 0.5)]:
         expected = weight * focal + (1 - weight) * softmax
         np.testing.assert_allclose(loss(logits, labels, np.int32(step)), expected, rtol=1e-5)
@@ -172,7 +182,7 @@ def test_impossible_loss_specifications_are_refused(spec, message):
 
 
 def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
-    """The function adds a margin itself. The scale is fixed (30), or learned by the model (20)."""
+    """The function adds the margin. The scale is fixed (30), or the model learns it (20)."""
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
         label = np.arange(6) == labels[:, None]
@@ -180,11 +190,13 @@ def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
         return losses.softmax_cross_entropy(harder, labels, class_mask)
 
     monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
+
     values, labels = cosines(count=9)
     logits = (30 * values).astype(np.float32)
     # A quarter of the loss is the focal loss, with the margin of the configuration.
     spec = {"classification": "with_margin", "margin": 0.3, "schedule": ((0, 0.25),)}
     loss = jax.jit(make_loss(spec, logit_scale=30.0))
+
     for scale, learned in ((30.0, None), (20.0, np.full(1, 20, np.float32))):
         plain = with_margin(logits, labels, logit_scale=scale, margin=0.3)
         harder = losses.angular_margin(logits, labels, margin=0.3, scale=scale)
@@ -193,6 +205,8 @@ def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
 
 
 def test_loss_functions_get_the_options_of_their_signature(monkeypatch):
+    """One function takes all options. The other function takes only logits and labels."""
+
     def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):
         assert (logit_scale, gamma, label_smoothing, beta) == (4.0, 3.0, 0.1, 7)
         return logits[..., class_mask].sum(axis=-1)

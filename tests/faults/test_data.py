@@ -1,4 +1,4 @@
-"""Official files with something wrong in them, from file to batch: counted, or one error."""
+"""Official files with wrong content: what is wrong is counted, or it is one error."""
 
 import functools
 import json
@@ -50,7 +50,7 @@ def features_of(data, split, modality="face"):
 
 
 def assert_adds_up(report):
-    """Asserts loaded + skipped == seen, of frames, of clips and of labels."""
+    """Asserts that loaded + skipped == seen for frames, clips and labels."""
     for facts in report["splits"].values():
         for counts in facts["modalities"].values():
             for kind in ("frames", "clips"):
@@ -67,7 +67,7 @@ def assert_adds_up(report):
 
 @pytest.fixture
 def refused(say, cache_dir):
-    """Converts a folder by the command, which refuses it in three lines with all the words."""
+    """Returns a function that converts a folder; the command must refuse it with some words."""
 
     def convert(folder, *words):
         error = say(folder, code=2, program=iqiyi_vid.main)
@@ -78,7 +78,8 @@ def refused(say, cache_dir):
     return convert
 
 
-def spoilt(folder):
+def write_non_finite(folder):
+    """Writes train clips with values that are not finite in 3 of 39 frames; returns the path."""
     clips = clips_of("train", 20)
     clips["train005"].features[1, 2] = np.nan
     clips["train008"].features[0, 0] = -np.inf
@@ -87,9 +88,11 @@ def spoilt(folder):
 
 
 def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
-    spoilt(official)
+    write_non_finite(official)
+
     with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames are left out"):
         data = load(official)
+
     loaded = features_of(data, "train")
     assert all(np.isfinite(features).all() for features in loaded.values())
     clean = clips_of("train", 20)
@@ -104,10 +107,11 @@ def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
 
 
 def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_path):
-    path, cache = spoilt(official), tmp_path / "cache"
+    path, cache = write_non_finite(official), tmp_path / "cache"
     with pytest.warns(UserWarning, match="left out"):
         load(official, cache_dir=cache)
-    # The converted records lack the frames, but the option still has to raise the error.
+
+    # The records in the cache lack these frames, but the option still raises the error.
     strict = functools.partial(load, official, cache_dir=cache, non_finite="error")
     refused_by(strict, f"{path}: clip train005, face: the feature of frame 1 is not finite")
 
@@ -118,6 +122,7 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
     content[b"val005"][2][-1] = np.zeros(7, np.float16)
     path.write_bytes(pickle.dumps(content, 2))
     refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
+
     write_pickle(official, "face", "val", clips_of("val", 10, dim=6))
     refused(official, "width 4 in", "face_train.pickle", "width 6 in", str(path))
 
@@ -128,6 +133,7 @@ def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refuse
     again = {name + b".mp4": frames for name, frames in content.items()}
     path.write_bytes(pickle.dumps(content | again, 2))
     refused(official, f"{path}: clips are repeated: ", " and 15 more")
+
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 
@@ -135,7 +141,7 @@ def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refuse
 def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, refused):
     path = official / "train_gt.txt"
     text = path.read_text()
-    path.write_text(text + "stranger.mp4 2\n")  # 5 % of the clips
+    path.write_text(text + "stranger.mp4 2\n")  # 1 of 19 clips, more than 5 %
     refused(official, "1 of 19 clips have no features, for example stranger\n", "1%")
     path.write_text(text.replace(".mp4", ".avi.mp4"))
     refused(official, "none of its 18 clips has features", "belong to train000")
@@ -146,8 +152,10 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     write_pickle(tmp_path, "face", "val", clips)
     labels = {name: "1" for i, name in enumerate(clips) if i % 3}
     write_truth(tmp_path, "val", labels | {"stranger": "1"})
+
     with pytest.warns(UserWarning, match="1 of 101 clips have no features, .* stranger"):
         data = load(tmp_path)
+
     split = data.split("val")
     np.testing.assert_array_equal(split.labels, [int(name in labels) for name in split.clips])
     assert split.positives.tolist() == [101]  # 100 labelled clips, and the stranger
@@ -156,7 +164,11 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     assert_adds_up(data.report)
 
 
-def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
+def write_silent_clips(folder):
+    """Writes official files in which a few val clips have no usable frame; returns their names.
+
+    The face is missing or NaN, head and audio are missing. No face has a good quality.
+    """
     rng, silent = np.random.default_rng(0), [f"val{i:02d}" for i in range(0, 30, 5)]
     for split, count in (("train", 32), ("val", 30)):
         clips: dict[str, Any] = {"face": {}, "head": {}, "audio": {}}
@@ -170,8 +182,13 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
             else:
                 clips["head"][name], clips["audio"][name] = random_clip(rng, 2, 3), face
         for modality, arrays in clips.items():
-            write_pickle(tmp_path, modality, split, arrays)
-        write_truth(tmp_path, split, {x: str(1 + i % 4) for i, x in enumerate(clips["face"])})
+            write_pickle(folder, modality, split, arrays)
+        write_truth(folder, split, {x: str(1 + i % 4) for i, x in enumerate(clips["face"])})
+    return silent
+
+
+def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
+    silent = write_silent_clips(tmp_path)
     with warnings.catch_warnings(action="ignore"):
         data = load(tmp_path)
     facts = data.report["splits"]["val"]
@@ -181,23 +198,28 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
 
     words = (small_runs.MODALITIES, "--config.num_epochs=2", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid,mlp1")
-    assert np.isfinite(small_runs.run(config, tmp_path / "run", data)["map"])
+    results = small_runs.run(config, tmp_path / "run", data)
+
+    assert np.isfinite(results["map"])
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert all(np.isfinite(v) for v in json.loads(line).values() if isinstance(v, float))
     for row in (tmp_path / "run" / "ranking.txt").read_text().splitlines():
         ranked = [name.removesuffix(".mp4") for name in row.split()[1:]]
         assert sorted(ranked) == sorted(data.split("val").clips)
-        assert ranked[-len(silent) :] == silent  # after all other clips, by name
+        assert ranked[-len(silent) :] == silent  # equal scores are sorted by name
 
 
 def test_requested_modality_without_a_feature_file_is_refused(official, refused):
     write_pickle(official, "head", "train", clips_of("train", 12))
     with pytest.warns(UserWarning, match="val: the split has no features of head"):
         data = load(official)
+
+    # In train, the first 12 of 20 clips have a head.
     (batch,) = eval_batches(data, split="train", modalities=("face", "head"), rows=20)
     has = batch.frames["head"].mask.any(axis=1)
     np.testing.assert_array_equal(has, batch.clip_index < 12)
     assert not batch.frames["head"].features[~has].any()
+
     with pytest.raises(ValueError, match=r"'val' has no features of 'head'\n.*config.modalities"):
         next(eval_batches(data, split="val", modalities=("face", "head"), rows=8))
     with pytest.raises(ValueError, match="the data have no modality 'heda': did you mean 'head'"):
@@ -206,6 +228,7 @@ def test_requested_modality_without_a_feature_file_is_refused(official, refused)
 
 
 def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
+    """Training chooses 16 frames; records, and so evaluation, have the best 512 frames."""
     clips = clips_of("train", 20)
     clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
     write_pickle(official, "face", "train", clips)
@@ -217,6 +240,7 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
         return np.asarray(batch.frames["face"].features[batch.clip_index.tolist().index(3)])
 
     np.testing.assert_array_equal(choose("window", 0), choose("window", 0))
+
     best = np.argsort(-clips["train003"].quality, kind="stable")
     evaluated = features_of(data, "train")["train003"]
     for features in (choose("quality", 0), choose("quality", 1), evaluated):
@@ -233,6 +257,7 @@ def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
     folder.mkdir(parents=True)
     content = {name.encode(): np.full(DIM, i, np.float32) for i, name in enumerate(NAMES)}
     (folder / "audio_val.pickle").write_bytes(python2.dumps(content))
+
     data = load(folder)
     assert data.split("val").clips == tuple(sorted(NAMES, key=str.encode))
     for name, features in features_of(data, "val", "audio").items():
@@ -254,6 +279,7 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
     config = small_runs.shrunk("--config.modalities=face")
     train = functools.partial(small_runs.run, config, tmp_path / "run", load(official))
     refused_by(train, "correct train_gt.txt")
+
     for split in ("train", "val"):
         write_pickle(official, "face", split, {})
     refused(official, "no clip has a frame")
@@ -266,8 +292,10 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
 
 
 def test_declared_identities_without_clips_keep_their_columns(official):
-    declared = tuple(str(i) for i in range(1, 9))  # 4 of them are in the ground truth
+    declared = tuple(str(i) for i in range(1, 9))  # the ground truth has 1 to 4
+
     data = load(official).with_identities(declared)
+
     split = data.split("train")
     assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
     assert {*split.labels.tolist()} == {0, 1, 2, 3, 4}

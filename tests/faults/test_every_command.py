@@ -1,8 +1,8 @@
-"""Every command that deletes or copies, in folders of strangers and next to a user's files.
+"""Every command that deletes or copies keeps the files of other people and of the user.
 
-A command works in a folder that an earlier call has made. One entry of the folder is moved into a
-folder of the victim, and a link, a pipe or a device takes its place. Or the user's own files lie in
-each folder. Whatever the command then says, the victim's folder and the user's files stay.
+A command works in a folder that an earlier call has made. One entry of the folder is moved into the
+folder of a victim, and a link, a pipe or a device takes its place. Or files of the user lie in the
+folder. The command may fail, but the victim's folder and the user's files must not change.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from vidjax.data import arrays, iqiyi_vid, synthetic  # noqa: E402
 
 PACKAGE = Path(program.__file__).parents[1]
 SECONDS = 20
-WIDTH = 24  # of the run's features
+WIDTH = 24  # of the features of the run
 
 
 class Row(NamedTuple):
-    """How a command is called in `{at}`, a copy of the folder that `made` makes, anew each time.
+    """How a command is called in `{at}`, a new copy of a folder.
 
-    Without `words`, the command neither deletes nor copies, and `made` says why.
+    If `words` are empty, the command neither deletes nor copies, and `made` is the reason.
     """
 
-    made: str
+    made: str  # the folder that is copied
     words: str = ""
-    depth: int = 3  # to which entries are replaced; a slow command has less
+    depth: int = 3  # entries up to this depth are replaced; less for slow commands
 
 
 READS = Row("it writes no file, or only a new one")
@@ -85,7 +85,7 @@ ROWS = {
     **{f"vidjax.{name}": CHILD for name in
        ("data.clip_files", "data.untrusted.sandbox", "apps.video.film")},
 }  # fmt: skip
-# Made once, where a test needs it, by the commands themselves.
+# Folder -> the command that makes it, once, when a test needs it.
 MADE = {
     "features": ROWS["extract"].words, "who": f"{ROWS['who'].words} --thumbnails",
     "gallery": ROWS["gallery create"].words, "ranked": ROWS["rank"].words,
@@ -104,12 +104,13 @@ def test_fault_table_has_a_row_for_every_command_and_module():
         for path in PACKAGE.rglob("*.py")
         if re.search(r"^if __name__ == ", path.read_text(), re.M)
     }
+
     names = {*program.COMMANDS} - {"gallery"} | {f"gallery {name}" for name in OF_GALLERIES}
     assert {*ROWS} == names | modules
 
 
 def call(text, **places):
-    """Runs a command in this process, within seconds; returns its exit code."""
+    """Runs a command in this process, in at most 20 s of CPU time; returns its exit code."""
     words, began = shlex.split(text.format(**places)), time.process_time()
     execute = PROGRAMS.get(words[0], program.main)
     words = words[words[0] in PROGRAMS :]
@@ -121,7 +122,7 @@ def call(text, **places):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, nearest_run, official_dir):
-    """A folder of what the commands work in, and their words."""
+    """Returns the places in the words of commands; `world` is a folder with their inputs."""
     folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
     words = {"world": folder, "official": official_dir, "package": folder / "none.whl"}
     if nets := os.environ.get("VIDJAX_MODEL_FILES"):
@@ -129,12 +130,14 @@ def world(tmp_path_factory, nearest_run, official_dir):
     shutil.copytree(nearest_run, folder / "run")
     assert call("evaluate --workdir={world}/run", **words) == 0
     shutil.copytree(folder / "run", folder / "run2")
-    for number in (2, 3):  # checkpoints, the first of which goes when there are more
+    for number in (2, 3):  # adds checkpoints: a command that adds more deletes the first
         assert call(f"{TRAIN} --config.num_epochs={number}", at=folder / "run", **words) == 0
+
     drawn_people.write_models(folder / "models")
     drawn_people.write_party(folder / "film.mkv")
     for name in ("Ada", "Bob"):
         drawn_people.write_photo(folder / "friends" / name / "1.png", (name, 40, 40))
+
     for name in ("tables", "ada", "synthetic"):
         (folder / name).mkdir()
     face = {"face": rng.normal(size=(2, WIDTH)).astype(np.float32)}
@@ -149,7 +152,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
 
 
 def ready(world, name):
-    """Returns a folder that a command needs; the first call makes it."""
+    """Returns a folder that a command needs. The first call makes the folder."""
     folder = world["world"] / name
     if name in MADE and not folder.exists():
         if "{world}/gallery" in MADE[name]:
@@ -161,7 +164,7 @@ def ready(world, name):
 
 
 def entries(folder, depth):
-    """Yields what lies in a folder, to a depth; of files of one kind in a folder, the first."""
+    """Yields folders, and the first file of each kind in each folder, up to a depth."""
     known = set()
     for path in sorted(folder.rglob("*")):
         if len(path.relative_to(folder).parts) > depth:
@@ -172,7 +175,7 @@ def entries(folder, depth):
             yield path
 
 
-# The commands that write into folders of the user's, or delete there, come first.
+# These commands write into folders of the user or delete files there. They come first.
 BOLD = ("train", "who", "extract", "forget")
 WRITERS = (*BOLD, *(name for name, row in ROWS.items() if row.words and name not in BOLD))
 KEPT = ("thesis.txt", "wedding.jpg", "a.b.npz", "thumbnails2019/x.png", "old.partial/keep")
@@ -207,8 +210,10 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             else:
                 mutations.put(place, kind, victim)
             before = made_runs.snapshot(victim)
+
             new = tmp_path / f"new{number}{kind}"
             call(row.words, at=at, new=new, **world)
+
             assert made_runs.snapshot(victim) == before, (place, kind)
             assert not [path for path in new.rglob("*") if path.is_symlink()]
             shutil.rmtree(victim)
@@ -222,11 +227,15 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
     at = shutil.copytree(ready(world, row.made), tmp_path / "at")
     for folder in [at, *filter(Path.is_dir, entries(at, row.depth))]:
         add_user_files(folder)
-    before = Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
+
+    def count_user_files():
+        """Counts by file name: a damaged checkpoint, with all its files, gets another name."""
+        return Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
+
+    before = count_user_files()
     with contextlib.suppress(SystemExit):
         call(row.words, at=at, new=tmp_path / "new", **world)
-    # A damaged checkpoint gets another name, with all that lies in it.
-    assert before == Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
+    assert count_user_files() == before
 
 
 @pytest.mark.slow
@@ -236,6 +245,7 @@ def test_rank_refuses_to_replace_a_ranking_file_of_the_user(world, tmp_path):
         at = tmp_path / before
         at.mkdir()
         (at / "ranking.parquet").write_text("notes")
+
         assert call(ROWS[name].words, at=at, **world) == 2
         assert contents(at) == {"ranking.parquet": b"notes"}
 
@@ -247,5 +257,6 @@ def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (run / name).unlink()
     os.link(tmp_path / "id_rsa", run / name)
+
     assert call("export {run} --to={run}2 --format=safetensors", run=run) in (2, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}

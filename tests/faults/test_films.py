@@ -41,6 +41,7 @@ def start_extract(*words):
 
 
 def ends_soon(pid):
+    """Returns whether a process ends within 5 seconds, or is a zombie."""
     until = time.monotonic() + 5
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         while "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
@@ -50,39 +51,42 @@ def ends_soon(pid):
     return True
 
 
+def holds_clips(out):
+    """Returns whether a folder contains clips. Unlike glob, os.walk ignores deleted folders."""
+    return any(name.endswith(".npz") for _, _, names in os.walk(out) for name in names)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
     rng = random.Random(fault_seed)
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
     inputs = [drawn.film(), drawn.folder / "photo.png", f"--models={drawn.models}", "--workers=2"]
-    like, out = drawn.folder / "like", drawn.out
-
-    def holds_clips(out):  # unlike glob, it bears that a folder in it goes
-        return any(name.endswith(".npz") for _, _, names in os.walk(out) for name in names)
+    whole, out = drawn.folder / "whole", drawn.out
 
     def finish(out):
         with start_extract(*inputs, f"--out={out}") as process:
             _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
 
-    finish(like)
+    finish(whole)
     for number in range(50 if campaign else 2):
-        with start_extract(*inputs, f"--out={out}") as process:
-            if number % 2 == 0:  # while clips are written and moved
+        with start_extract(*inputs, f"--out={out}") as process:  # is killed at the end of `with`
+            if number % 2 == 0:  # kills it while clips are written and moved
                 while process.poll() is None and not holds_clips(out):
                     time.sleep(0.002)
                 time.sleep(rng.random() * 0.05)
             else:
                 time.sleep(rng.random() * 3)
-            started = children_of(process.pid)
-        for path in (out / "videos").glob("[!.]*.json"):  # finished films are complete
+            children = children_of(process.pid)
+
+        for path in (out / "videos").glob("[!.]*.json"):  # films that the command has finished
             clips = f"{path.stem}.npz"
-            film = features_folder.read_film(like / "videos" / path.name)
+            film = features_folder.read_film(whole / "videos" / path.name)
             assert features_folder.read_film(path) == film
-            assert (out / clips).read_bytes() == (like / clips).read_bytes()
-        assert all(ends_soon(child) for child in started), "a child goes on without its parent"
+            assert (out / clips).read_bytes() == (whole / clips).read_bytes()
+        assert all(ends_soon(child) for child in children), "a child goes on without its parent"
     finish(out)
-    assert contents(out) == contents(like)
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -92,7 +96,7 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
         while not (children := children_of(process.pid)) and process.poll() is None:
             time.sleep(0.005)
         for child in children:
-            os.kill(child, signal.SIGSTOP)  # it holds the folder until it is killed
+            os.kill(child, signal.SIGSTOP)  # so that the folder stays in use
         try:
             _, stderr = drawn.extract(film, code=2)
         finally:
@@ -101,6 +105,7 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
         assert f"in use by process {process.pid} on {socket.gethostname()}" in stderr
         assert len(stderr.splitlines()) <= 3
         _, stderr = process.communicate(timeout=60)
+
     assert process.returncode == 1 and "that reads it was killed" in stderr
     assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
     assert drawn.extract(film)[0]["clips"] == 4
@@ -110,32 +115,40 @@ def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     photo, out = drawn.folder / "photo.png", drawn.out
     write_photo(photo, ("Ada", 20, 20))
     inputs = [photo, drawn.film(), photo]
-    with file_limit(1500):  # extract.json fits
+
+    with file_limit(1500):  # room for extract.json, but not for the clips of the film
         _, stderr = drawn.extract(*inputs, flags=["--workers=1"], code=2)
+
     assert "File too large" in stderr
     assert not [*out.glob("party*.npz"), *out.glob(".extract-*"), *out.rglob("*.partial")]
     drawn.extract(*inputs)
     assert {path.name for path in out.glob("*.npz")} == {"party.npz", "photo.npz"}
 
 
-def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
-    where, film = drawn.folder / "in", drawn.film()
-    where.mkdir()
-    server = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
+def write_bad_files(folder, address):
+    """Writes files that are no films, or that refer to an address or to another file."""
+    folder.mkdir()
     bmp = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     bmp[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
-    (where / "huge.bmp").write_bytes(bmp)
-    (where / "http.m3u8").write_bytes(films.PLAYLIST.format(address).encode())
-    (where / "list.mp4").write_bytes(films.NO_FILMS["list.mp4"])
-    (where / "device.mp4").symlink_to("/dev/zero")
-    os.mkfifo(where / "pipe.mp4")
-    films.write(where / "voice.m4a", [], sound=np.zeros(8000))
+    (folder / "huge.bmp").write_bytes(bmp)
+    (folder / "http.m3u8").write_bytes(films.PLAYLIST.format(address).encode())
+    (folder / "list.mp4").write_bytes(films.NO_FILMS["list.mp4"])
+    (folder / "device.mp4").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.mp4")
+    films.write(folder / "voice.m4a", [], sound=np.zeros(8000))
+
+
+def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
+    """The good files are a film and half of a film."""
+    where, whole = drawn.folder / "in", drawn.film().read_bytes()
+    server = socket.create_server(("127.0.0.1", 0))
+    write_bad_files(where, f"http://127.0.0.1:{server.getsockname()[1]}/x.ts")
     failing = sorted(path.name for path in where.iterdir())
-    whole = film.read_bytes()
     (where / "secret.mkv").write_bytes(whole)
     (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+
     content, stderr = drawn.extract(*sorted(where.iterdir()), flags=["--workers=4"], code=1)
+
     assert content["files"] == 2
     assert sorted(map(os.path.basename, content["failed"])) == failing
     assert all(f"/{name}'" in stderr for name in failing)
@@ -144,7 +157,7 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     assert read["cut.mkv"].damaged and not read["secret.mkv"].damaged
     assert len(read["secret.mkv"].tracks) == 4
     server.settimeout(0)
-    with server, pytest.raises(BlockingIOError):
+    with server, pytest.raises(BlockingIOError):  # nobody has connected to the address
         server.accept()
 
 
@@ -162,7 +175,9 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     for number, name in enumerate(ODD_NAMES):
         (place / os.fsdecode(name)).write_bytes(content + bytes([number]))
     film = drawn.film().rename(place / "a.mkv")
+
     _, stderr = drawn.who(place, people=False, flags=["--workers=4"])
+
     assert "\x1b" not in stderr and "\u202e" not in stderr
     films_read = features_folder.read_films(features)
     assert len(films_read) == len(ODD_NAMES) + 1
@@ -170,17 +185,20 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     assert len({*clips}) == len(clips) == len(read_arrays(features))
     assert all("/" not in clip and clip.isprintable() for clip in clips)
     assert len(drawn.rows()) >= len(ODD_NAMES)
+    # In another order, the files keep their names, so nothing is extracted again.
     paths = [film, *reversed(sorted(place.iterdir()))]
     again = pipeline.extract(paths, features, drawn.models)
-    assert all(outcome.kept for outcome in again), "another order of the files"
+    assert all(outcome.kept for outcome in again)
 
 
 def test_names_of_people_are_escaped_in_every_output_or_refused(drawn, read_here):
-    for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # no file can hold them
+    for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # are refused
         write_photo(drawn.friends / name / "1.png", ("Ada", 40, 40))
         _, stderr = drawn.who(drawn.film(), code=2)
         assert len(stderr.splitlines()) <= 3 and not drawn.out.exists()
         shutil.rmtree(drawn.friends)
+
+    # Name of a person -> name of the colour of the face.
     people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
     for name, colour in people.items():
         write_photo(drawn.friends / name / "1.png", (colour, 40, 40))
@@ -188,10 +206,11 @@ def test_names_of_people_are_escaped_in_every_output_or_refused(drawn, read_here
     page, table = (drawn.out / f"names.{kind}" for kind in ("html", "tsv"))
     assert page.read_text().count("<script") == 1 and "\t'=cmd()\t" in table.read_text()
     text = (drawn.out / "subtitles" / "party.vtt").read_text()
-    assert all(line.count("-->") == (":" in line) for line in text.splitlines())
+    assert all(line.count("-->") == (":" in line) for line in text.splitlines())  # only in times
     assert "<" not in text and "--&gt;" in text and "&amp;" in text
 
 
+# The content of a correct JSON file of a film.
 FILM = {
     "format": 3, "video": "x.mp4", "sha256": "0" * 64, "photo": False, "seconds": 5.0,
     "source": {"address": "/x.mp4", "size": 1, "mtime_ns": 0, "inode": 1},
@@ -201,6 +220,7 @@ FILM = {
 
 
 def hostile_films():
+    """Yields contents of JSON files of films, each with one wrong value."""
     track = FILM["tracks"][0]
     for clip in ("../../x", "a\nb", "\ud800", "x" * 5000, 5):
         yield json.dumps({**FILM, "tracks": [{**track, "clip": clip}]})
@@ -219,16 +239,18 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
     for text in hostile_films():
         (place / "videos" / "x.json").write_text(text, errors="surrogatepass")
         assert len(refused(lambda: features_folder.read_films(place))) < 1000
+
     (place / "videos" / "x.json").unlink()
     (place / "videos" / "x.json").symlink_to("/etc/passwd")
     refused(lambda: features_folder.read_films(place), "link")
+
     for text in ("", "[]", '{"format": 1, "models": {"face_embedder": "x"}}', "[" * 100_000):
         (place / "extract.json").write_text(text)
         refused(lambda: features_folder.read_extraction(place))
 
 
 def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_here):
-    """A file with a clip name that leads outside is written again; a link is refused."""
+    """If a clip name in a JSON file leads outside, the file is written again. A link is refused."""
     film, out, mine = drawn.film(), drawn.out, drawn.folder / "mine"
     mine.mkdir()
     (mine / "x.npz").write_bytes(b"mine")
@@ -237,10 +259,12 @@ def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_he
     film_path = out / "videos" / "party.json"
     content = json.loads(film_path.read_text())
     content["tracks"][0]["clip"] = "../mine/x"
+
     for damage in (json.dumps(content), "[" * 1000):
         film_path.write_text(damage)
         drawn.extract(film)
         assert contents(out) == undamaged
+
     shutil.rmtree(out / "videos")
     (out / "videos").symlink_to(mine)
     assert "is a link" in drawn.extract(film, code=2)[1]
@@ -255,16 +279,18 @@ def test_extract_refuses_or_survives_absurd_settings(drawn):
         _, stderr = drawn.extract(place, flags=[wrong], code=2)
         assert len(stderr.splitlines()) <= 3 and len(stderr) < 1000, wrong[:20]
     assert not drawn.out.exists()
+
     flags = ["--fps=1000", "--workers=9999"]
     content, _ = drawn.extract(film, place / ".." / "in" / "film.mkv", place, flags=flags)
-    assert content["files"] == 2  # each once
-    assert content["clips"] == 1, "a film without a face has no clip"
+    assert content["files"] == 2  # a film that is named three times, and a photo
+    assert content["clips"] == 1  # of the photo; the film shows no face
 
 
 def test_extract_reads_60_photos_once_with_few_open_files(drawn):
     place = drawn.folder / "in"
     for number in range(60):
         write_photo(place / f"{number}.png", ("Ada", 20 + number % 60, 20))
+
     with file_limit(50, resource.RLIMIT_NOFILE):
         assert drawn.extract(place)[0]["clips"] == 60
         began = time.process_time()
@@ -278,6 +304,7 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     (mine / "subtitles").mkdir(parents=True)
     (mine / "subtitles" / "own.vtt").write_text("mine")
     before = contents(drawn.folder)
+
     for out in (mine, drawn.folder, drawn.friends, drawn.friends / "out"):
         drawn.out = out
         _, stderr = drawn.who(film, code=2)
@@ -286,6 +313,7 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     assert contents(drawn.folder) == before
 
 
+# A program that is killed in the middle of creating a gallery.
 HALF = """
 import os, sqlite3, sys
 gallery = sqlite3.connect(sys.argv[1])
@@ -300,7 +328,7 @@ os._exit(1)
 
 @pytest.mark.parametrize("left", ["probe", "half"])
 def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_here, left):
-    """The kill left a probe file, or half a gallery and its journal."""
+    """The kill left a file that tests whether the folder is writable, or half a gallery."""
     path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
     if left == "probe":
@@ -308,24 +336,27 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
     else:
         subprocess.run([sys.executable, "-c", HALF, path], check=False)
         assert path.stat().st_size and path.with_name(store.JOURNAL_FILE).stat().st_size
+
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
 
 
 def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
-    """The call was killed after it wrote the features and before their JSON file."""
+    """The killed call has written the features of the photo, but not their JSON file."""
     film, features = drawn.film(), drawn.out / "people" / "Ada"
     for number in (1, 2):
         write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 40, 30))
     drawn.who(film, flags=["--thumbnails"])
     (features / "videos" / "2.json").unlink()
     (drawn.friends / "Ada" / "2.png").unlink()
+
     drawn.who(film, flags=["--thumbnails"])
+
     assert [path.stem for path in features.glob("*.npz")] == ["1"]
     assert [path.name for path in (features / "thumbnails").iterdir()] == ["1"]
 
 
 def write_originals(place):
-    """Returns the bytes of a file of each kind: drawn people, and pictures of patches."""
+    """Writes films of drawn people; returns file name -> bytes of the films and of photos."""
     faces = [("Ada", 20, 30), ("Bob", 80, 50)]
     for path, codec in ((place / "a.mkv", "libx264"), (place / "a.avi", "mpeg4")):
         write_film(path, (1, 20, faces), (1, 60, faces[:1]), codec=codec)
@@ -338,7 +369,7 @@ def write_originals(place):
 
 
 def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, campaign):
-    """They are read in this process, without the limits of a child."""
+    """The files are read in this process, without the limits of a child."""
     models = drawn_people.write_voices(drawn_people.write_models(tmp_path / "models"))
     nets = film_lib.load_nets(cards.load(models), 640)
     settings = features_folder.ExtractionSettings()
@@ -348,12 +379,13 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
             rng, began = random.Random(f"{fault_seed} {name} {number}"), time.process_time()
             path.write_bytes(content)
             rng.choice((flip, cut, insert, repeat))(path, rng)
+
             stamp = features_folder.FileStamp.of(path)
             try:
                 found = film_lib.extract(path, tmp_path, "x", nets, settings, stamp, "0" * 64)
                 lost = found.corrupt or found.refused or found.lost_sound
                 became["damaged" if found.damaged or lost else "whole"] += 1
-            except (UserError, MemoryError) as error:  # of a size that a mutation made
+            except (UserError, MemoryError) as error:  # a mutation can make a size enormous
                 assert len(str(error).splitlines()) <= 3, (name, number)
                 became["refused"] += 1
             assert time.process_time() - began < 10, (name, number)
@@ -365,14 +397,16 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
     shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
     minute, peaks = drawn.folder / "minute.mp4", []
     write_film(minute, *shots, codec="libx264")
+
     for minutes in (2, 30):
         out = drawn.folder / f"out{minutes}"
         path = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
         peaks.append(extract.peak(path, out, drawn.models))
         (film,) = features_folder.read_films(out)
         assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
-        assert len(film.tracks) >= 25 * minutes
-    assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks
+        assert len(film.tracks) >= 25 * minutes  # of 30 a minute
+
+    assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks  # 1 GB and 30 MB
 
 
 def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
@@ -381,6 +415,7 @@ def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
         write_photo(friends / name / f"{number}.png", (name, 30 + number, 40))
 
     def call_who(**options):
+        """Returns photo -> identity in the gallery, and the messages."""
         _, stderr = drawn.who(film, **options)
         clips = Gallery(drawn.out / "gallery").clips.items()
         return {name.removeprefix("people/"): clip.identity for name, clip in clips}, stderr
@@ -388,17 +423,22 @@ def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
     assert call_who()[0] == {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob"}
     drawn.gallery("rename", "--identity=Ada", "--to=Ada L")
     drawn.gallery("relabel", "--clip=people/Ada/1", "--identity=Bob")
-    # A tag with a name of another folder adds no photo there; a person with a photo stays.
+
+    # A deleted photo is replaced by a new photo: Ada stays, under her new name.
     (friends / "Ada" / "2.png").unlink()
     write_photo(friends / "Ada" / "4.png", ("Ada", 52, 40))
     for people in (True, False):
         photos, stderr = call_who(people=people)
         assert photos == {"Ada/1": "Bob", "Ada/4": "Ada L", "Bob/1": "Bob"}
         assert "forgotten" not in stderr
+
+    # Without photos, Ada is removed.
     shutil.rmtree(friends / "Ada")
     photos, stderr = call_who()
     assert photos == {"Bob/1": "Bob"}
     assert "Ada L no longer has photos" in stderr and "Bob no longer" not in stderr
-    write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))  # who is called Bob from now on
+
+    # Bob's photo is replaced by a photo of Eve, who gets the name Bob.
+    write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))
     call_who()
     assert drawn.names()["party.s001.t00"] == "Bob"

@@ -1,4 +1,4 @@
-"""Run folders of strangers: links, pipes, bombs and paths in them end in an error and no harm."""
+"""Run folders of strangers: links, pipes, enormous files and paths in them are errors."""
 
 import functools
 import json
@@ -26,9 +26,9 @@ from vidjax.runs import config as config_lib
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import errors, files
 
-IMPORTED = (codec, check_command, run_commands)  # so that a test measures only the reading
+IMPORTED = (codec, check_command, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
-# The files that a mode reads of a folder without checkpoints.
+# Mode -> the files that it reads in a folder without checkpoints.
 READ = {
     "check": ("config.json",),
     "report": (*RESULTS, "config.json"),
@@ -40,7 +40,7 @@ DEEP = b"[" * 200_000 + b"]" * 200_000
 
 @pytest.fixture
 def stranger(tmp_path):
-    """A folder that looks like the one of a finished run."""
+    """A folder that looks like the folder of a finished run."""
     folder = made_runs.write(tmp_path / "theirs", {"anna": 0.5, "ben": 0.7})
     for name, text in {
         "metrics.jsonl": '{"step": 1, "epoch": 1.0}\n', "ranking.txt": "anna a.mp4\nben b.mp4\n",
@@ -66,12 +66,15 @@ def words_of(mode, folder):
 
 @pytest.fixture
 def complaint(command):
-    """Runs modes on a stranger's folder, in bounded time; returns exit codes and output."""
+    """Returns a function that runs modes on a folder; it returns exit codes and output.
+
+    Each mode must end in bounded time, with at most three lines of errors.
+    """
 
     def run(folder, *modes):
         results = []
         for mode in modes:
-            began = time.process_time()  # the machine may be busy; the alarm ends what hangs
+            began = time.process_time()  # the alarm ends a mode that waits
             with mutations.alarm(), warnings.catch_warnings(action="ignore"):
                 done = command(*words_of(mode, folder))
             assert time.process_time() - began < 10 * limits.slowness()
@@ -83,22 +86,25 @@ def complaint(command):
 
 
 def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
-    """A snapshot by `cp -al`, or a stranger, gives a file a second name."""
+    """A hard link gives a file a second name: `cp -al` or a stranger may have made it."""
     lock, empty = tmp_path / ".lock", tmp_path / "empty"
     lock.write_text("my notes")
     with pytest.raises(ValueError, match=r"move the file elsewhere"), files.lock(tmp_path):
         pass
     assert lock.read_text() == "my notes"
+
     lock.unlink()
     empty.touch()
     os.link(empty, lock)
     with files.lock(tmp_path):
         assert not empty.read_text()
+
     for name in ("timing.jsonl", "metrics.json"):
         (tmp_path / name).symlink_to(victim)
     refused(lambda: files.open_log(tmp_path / "timing.jsonl"), "copy")
     files.write_text(files.make_folder(tmp_path) / "metrics.json", "{}")
     assert (tmp_path / "metrics.json").read_text() == "{}"
+
     os.link(victim, tmp_path / "metrics.jsonl")
     with files.open_log(tmp_path / "metrics.jsonl") as log:
         files.append(log, b"more\n")
@@ -118,6 +124,7 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
         path = stranger / name
         kept = path.rename(stranger / "kept")
         content = kept.read_bytes()
+
         for kind in ("pipe", "link", "zero", "folder"):
             mutations.put(path, kind, kept)
             ((code, output),) = complaint(stranger, mode)
@@ -125,6 +132,7 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
             if kind != "folder":
                 assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in output, output
                 assert kind == "pipe" or "by a copy of its target" in output
+
         assert kept.read_bytes() == content
         path.rmdir()
         kept.rename(path)
@@ -143,6 +151,7 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
     for name in (*RESULTS, "config.json"):
         path, content = stranger / name, (stranger / name).read_bytes()
         mutations.put(path, "sparse", path)
+
         complaint(stranger, *READ)
         with pytest.raises(ValueError, match="too large"):
             files.read_bytes(path, files.ARCHIVE_BYTES)
@@ -152,10 +161,12 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
 @pytest.mark.slow
 def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
     np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))
+
     tracemalloc.start()
     ((code, output),) = complaint(stranger, "report")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+
     assert code == 2 and "analysis.npz" in output and peak < 64 * files.MB
 
 
@@ -168,21 +179,23 @@ def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complain
 
 
 def keys_of(value, path=()):
-    """Yields the path of everything in JSON; of a list, what the first item holds."""
+    """Yields the path of every value in JSON; of a list, only the first item."""
     items = value.items() if isinstance(value, dict) else enumerate(value[:1])
     for key, item in items:
         yield (*path, key)
         yield from keys_of(item if isinstance(item, (dict, list)) else {}, (*path, key))
 
 
-# Keys at which a format takes values of any type, or of several.
+# Keys whose values may have any type, or one of several types.
 FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
 
 
 @pytest.mark.parametrize("kind", [schemas.Metrics, schemas.Analysis, schemas.Manifest])
 def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
+    """Each value is replaced by values of each type, and put back."""
     value = made_runs.example(kind, {})
     schemas.parse(tmp_path, value, kind, "REMEDY")
+
     refused, numbers = 0, {int: float}
     for path in keys_of(value):
         holder = functools.reduce(operator.getitem, path[:-1], value)
@@ -191,6 +204,7 @@ def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
             holder[path[-1]] = new
             try:
                 schemas.parse(tmp_path, value, kind, "REMEDY")
+                # Accepted values have the same type as the old value, or are None.
                 kinds = {numbers.get(type(x), type(x)) for x in (old, new) if x is not None}
                 assert FREE & {*path} or len(kinds) < 2, (path, new)
             except errors.UserError as error:
@@ -198,6 +212,7 @@ def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
                 assert remedy == "REMEDY" and any(str(key) in first for key in path), first
                 refused += 1
         holder[path[-1]] = old
+
     assert refused > 100
 
 
@@ -207,7 +222,7 @@ WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []
 @pytest.mark.parametrize(("values", "arrays"), [
     ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
     ({}, {"attention": np.zeros((20_000, 2), np.float32)}), ({}, {"ap": np.array([0.5])}),
-])  # fmt: skip
+], ids=["number of an identity", "clips of attention", "one of two identities"])  # fmt: skip
 def test_analysis_with_wrong_types_or_sizes_is_one_error(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
     ((code, output),) = complaint(stranger, "report")
@@ -218,10 +233,12 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     outside, place = tmp_path / "outside", tmp_path / "run" / "checkpoints"
     (outside / "keep").mkdir(parents=True)
     place.mkdir(parents=True)
+
     for step in range(1, 3):
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
+
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
     with pytest.raises(checkpoint.CheckpointError, match="replace the link by a copy"):
@@ -245,14 +262,17 @@ def load(folder):
         return checkpoint.load(latest, ITEMS, everywhere), latest.manifest
 
 
-@pytest.mark.parametrize("link", quick_first(["state/sub", ""]))
+@pytest.mark.parametrize(
+    "link", quick_first([pytest.param("state/sub", id="folder"), pytest.param("", id="checkpoint")])
+)
 def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
-    """An older step lists files of another folder, reached through a link."""
+    """The manifest of an older step lists files of a folder outside, to which a link leads."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
         (outside / name).write_text("mine")
     save(folder, 0, 1)
+
     theirs = folder / "checkpoints" / "0"
     manifest = checkpoint.read_manifest(theirs)
     manifest["files"] = dict.fromkeys(("thesis.tex", "photo.jpg", "sub/photo.jpg"), "0" * 64)
@@ -264,7 +284,9 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
     (theirs / link).symlink_to(outside, target_is_directory=True)
     before = contents(outside)
     shutil.copytree(theirs, folder / "checkpoints" / ".partial" / "0", symlinks=True)
-    save(folder, 2, 3, 4)
+
+    save(folder, 2, 3, 4)  # deletes steps 0 to 2
+
     assert load(folder)[1]["step"] == 4
     assert contents(outside) == before
 
@@ -275,6 +297,7 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
     saved = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     (state / "new").mkdir()
+
     for kind in ("pipe", "zero", "link"):
         mutations.put(state / "new" / ".zarray", kind, tmp_path)
         with pytest.raises(checkpoint.DamagedError, match=r"\.zarray"):
@@ -289,16 +312,18 @@ def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
     link = tmp_path / "run" / "checkpoints" / "1"
     before = (real / "manifest.json").read_bytes()
     link.symlink_to(real, target_is_directory=True)
+
     with pytest.raises(checkpoint.DamagedError, match="is a link"):
         checkpoint.verify(link)
     assert load(tmp_path / "run")[1]["step"] == 0
+
     checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
     assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
 def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
-    """The sparse file has 500 GB; the missing file is listed outside the checkpoint."""
+    """The sparse file has 500 GB. The manifest lists a missing file outside the checkpoint."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
     path = folder / "state" / max(manifest["files"])
@@ -309,13 +334,14 @@ def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, vi
     else:
         listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
         files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
+
     with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match=kind):
         checkpoint.verify(folder)
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Own clips, and a cache that holds their records."""
+    """A cache with the records of clips, the clips, and their labels."""
     folder, face = tmp_path_factory.mktemp("shared"), np.arange(8, dtype="f4").reshape(2, 4)
     made = {x: {f"{x}_{i}": {"face": face} for i in range(3)} for x in ("train", "val")}
     labels = dict.fromkeys([*made["train"], *made["val"]], "p")
@@ -337,6 +363,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, con
     (path,) = cache.rglob(name)
     kept = path.read_bytes()
     (tmp_path / "kept").write_bytes(kept)
+
     for kind in ("pipe", "zero", "link", "folder", "sparse"):
         mutations.put(path, kind, tmp_path / "kept")
         refused(lambda: reload(cache, converted), "delete")
@@ -344,7 +371,8 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, con
     for text in ("{}", "[[["):
         path.write_text(text * 1000)
         refused(lambda: reload(cache, converted), "delete")
-    if name == "manifest.json":
+
+    if name == "manifest.json":  # a link in place of the folder of all records
         path.write_bytes(kept)
         theirs = path.parents[1].rename(tmp_path / "mine")
         path.parents[1].symlink_to(theirs, target_is_directory=True)
@@ -358,7 +386,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, con
     lambda m: m["splits"]["train"]["shards"][0].update(path="../../../../secret.tfrecord"),
     lambda m: m["splits"]["train"].update(shards=5),
     lambda m: m.update(files={}),
-])  # fmt: skip
+], ids=["width", "path outside", "shards", "files"])  # fmt: skip
 def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(tmp_path, converted, change):
     cache = shutil.copytree(converted[0], tmp_path / "cache")
     (path,) = cache.rglob("manifest.json")
@@ -366,18 +394,21 @@ def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(tmp_path, 
     del values["sha256"]
     change(values)
     files.write_manifest(path, values)
+
     refused(lambda: reload(cache, converted), "to convert again")
 
 
 def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
-    """A stranger's compiled programs would run in this process."""
+    """Otherwise, a stranger's compiled programs would run in this process."""
     theirs, cache = tmp_path / "theirs", f"--config.data.cache_dir={tmp_path}/theirs/cache"
     config = config_io.override(config_lib.default(), [cache])
     theirs.mkdir()
     (theirs / "config.json").write_text(config_io.to_json(config))
+
     for more, wanted in (([], None), ([cache], f"{tmp_path}/theirs/cache")):
         args = program.parse(["--mode=evaluate", f"--workdir={theirs}", *more])
         assert run_commands.read_evaluate_settings(args)[0].data.cache_dir == wanted
+
     RunFolder(theirs).write_config(config)
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 
@@ -385,12 +416,14 @@ def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
 def test_compiled_programs_are_cached_only_if_others_cannot_write_there(tmp_path, request):
     cache, before = tmp_path / "cache", jax.config.values["jax_compilation_cache_dir"]
     request.addfinalizer(lambda: jax.config.update("jax_compilation_cache_dir", before))
-    jax.config.update("jax_compilation_cache_dir", None)  # as in a command that starts
+    jax.config.update("jax_compilation_cache_dir", None)  # as at the start of a command
     (cache / "programs").mkdir(parents=True)
+
     cache.chmod(0o777)  # others may add a program
     with pytest.warns(UserWarning, match=f"chmod go-w {cache}"):
         devices.cache_programs(cache)
     assert jax.config.values["jax_compilation_cache_dir"] is None
+
     cache.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(cache, 12345, 12345)
@@ -405,6 +438,7 @@ def test_relative_paths_in_a_saved_configuration_become_absolute(tmp_path, monke
     monkeypatch.chdir(tmp_path / "here")
     words = ("--config.data.dir=features", "--config.data.weights=weights.txt")
     RunFolder(tmp_path).write_config(config_io.override(config_lib.default(), words))
+
     monkeypatch.chdir(tmp_path)
     data = config_io.load_workdir(tmp_path).data
     assert (data.dir, data.weights) == (f"{tmp_path}/here/features", f"{tmp_path}/here/weights.txt")

@@ -1,4 +1,4 @@
-"""Faults of the surroundings: words, packages and folders; one in use, logs cut by a kill."""
+"""Faults of the environment: missing packages, unusable folders, logs that a kill has cut."""
 
 import contextlib
 import importlib.metadata
@@ -25,13 +25,17 @@ def run(*words, env=None, cwd=ROOT, command=(sys.executable, "-m", "vidjax.main"
     return subprocess.run([*command, *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
+RUN_EACH = """
+import json, sys
+from vidjax.cli.program import main
+for words in json.loads(sys.argv[1]):
+    sys.stderr.write(f"exit {main(words)}\\n")
+"""
+
+
 def complaints(*commands, env):
-    """Returns the error text of each of some commands, all in one process, and what they print."""
-    code = (
-        "import json, sys\nfrom vidjax.cli.program import main\n"
-        "for words in json.loads(sys.argv[1]):\n    sys.stderr.write(f'exit {main(words)}\\n')\n"
-    )
-    done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", code))
+    """Runs commands in one process; returns the error of each command, and what they print."""
+    done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", RUN_EACH))
     *errors, end = done.stderr.split("exit 2\n")
     assert len(errors) == len(commands) and not end, done.stderr
     assert all(len(error.splitlines()) <= 3 and "Traceback" not in error for error in errors)
@@ -55,7 +59,7 @@ def without(tmp_path):
 
 @pytest.mark.slow
 def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mounted):
-    """The error also comes before the slow imports."""
+    """The error also comes before slow imports."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
     # Not even the administrator can write into /proc.
@@ -63,11 +67,13 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
     places = [tmp_path / "file/below", closed / "w", tmp_path / ("x" * 300)]
     if read_only := mounted("ro"):
         places.append(read_only)
-    # A run imports these packages later. Converted data and compiled steps would be in the cache.
+
+    # A run imports these packages later. It would write records and programs into the cache.
     env = without("tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
     commands = (["--config=configs/knn.py", f"--workdir={place}"] for place in places)
     errors, _ = complaints(*commands, env=env)
+
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
     assert (tmp_path / "file").read_text() == "mine"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -83,6 +89,7 @@ def test_core_works_without_optional_packages(without, tmp_path):
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
         "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))"
     )
+
     done = run(env=env, cwd=tmp_path, command=(sys.executable, "-c", code))
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -91,9 +98,11 @@ def test_core_works_without_optional_packages(without, tmp_path):
 def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_dir):
     env = without("tensorflow_datasets")
     data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
-    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # records need none
+    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # without records: they need no TFDS
     both = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
+
     (error, error_of_check), printed = complaints(*both, env=env)
+
     assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
     assert "pip install 'vidjax[train]'" in printed and not error_of_check
 
@@ -107,6 +116,7 @@ def test_error_for_a_gpu_without_its_extra_names_the_extra():
     assert "needs 'vidjax[cuda13]'" in done.stdout and "'vidjax[cuda12]'" in done.stdout
 
 
+# A process that uses a folder for a minute.
 HOLD = """
 import pathlib, sys, time
 from vidjax.utils import files
@@ -125,8 +135,10 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")
-    assert str(child.pid) in lock.read_text()  # the lock of a dead process is stale
-    for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
+
+    # The locks of this child, and of processes with shorter and longer names, are stale.
+    assert str(child.pid) in lock.read_text()
+    for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):
         lock.write_text(dead)
         with files.lock(tmp_path):
             assert lock.read_text().rstrip() == f"process {os.getpid()} {here}"
@@ -145,15 +157,17 @@ def line_of(step, **values):
 
 
 def test_log_cut_at_any_byte_is_repaired(tmp_path):
-    """The log keeps exactly the whole lines up to the step."""
+    """The repaired log has exactly the complete lines up to the step."""
     path = tmp_path / "metrics.jsonl"
     lines = [line_of(5), line_of(9), line_of(9, split="val"), line_of(10)]
     for cut in range(len("".join(lines)) + 1):
         path.write_text("".join(lines)[:cut])
+
         truncate_log(path, 9)
-        # A line is whole even without its newline.
-        whole = [n for n in range(1, 4) if len("".join(lines[:n])) - 1 <= cut]
-        assert path.read_text() == "".join(lines[: len(whole)]), cut
+
+        # A line is complete even without its newline. The line of step 10 is always removed.
+        complete = [n for n in range(1, 4) if len("".join(lines[:n])) - 1 <= cut]
+        assert path.read_text() == "".join(lines[: len(complete)]), cut
 
 
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
@@ -166,11 +180,11 @@ def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
 def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
-    """The error names the file; with room again, no step is missing or repeated."""
+    """The error names the file. When there is room again, no step is missing or repeated."""
 
     def write(first, last):
         with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
-            for step in range(first, last):  # longer than its event: the log is full first
+            for step in range(first, last):  # the log grows faster than the file of TensorBoard
                 getattr(logs, name.removesuffix(".jsonl"))(step, {"text": "x" * 100})
 
     def steps():
@@ -178,8 +192,10 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
 
     with file_limit(1000), pytest.raises(OSError, match=f"cannot write '.*{name}': File too large"):
         write(1, 100)
+
     count = len(steps())
     assert steps() == [*range(1, count + 1)] and 4 < count < 12
     assert (tmp_path / name).read_text()[-1] == "\n"
+
     write(count, 20)
     assert steps() == [*range(1, 20)]

@@ -1,7 +1,7 @@
-"""The command is killed, gets a signal or runs in odd surroundings, and ends with the same bytes.
+"""Commands that are killed, get a signal or run in an odd environment end with the same bytes.
 
-A signal is sent some time after the folder shows that a moment began. Limits of time are of the
-CPU's: other tests may run beside.
+A signal is sent a short time after the folder shows that a phase of the run has begun. Limits of
+time are CPU time, because other tests may run at the same time.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from tests.helpers.small_runs import QUICK, ROOT, STREAMED, flat, saved
 from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
-# What a moment writes, and how long after that the kill may come, in seconds.
-MOMENTS = {
+# Phase of a run -> pattern of the files that it writes first, seconds until a kill at most.
+PHASES = {
     "conversion": ("cache/iqiyi_vid/*.partial", 1.0),
     "compile": ("run/events.out.tfevents.*", 3.0),
     "step": ("run/timing.jsonl", 0.05),
@@ -44,7 +44,7 @@ CASES = {
 
 
 class Run:
-    """The folder of a run and of its cache, and the command that makes it."""
+    """A folder with a run and its cache, and the command that trains the run."""
 
     def __init__(self, folder, official, case):
         self.folder, self.workdir = folder, folder / "run"
@@ -57,7 +57,7 @@ class Run:
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
     def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
-        self.before = {moment: self.signs(moment) for moment in MOMENTS}
+        self.before = {phase: self.signs(phase) for phase in PHASES}
         places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         env = {**os.environ, **places, **QUICK, **env}
         command = [*program, *(words or self.words)]
@@ -70,31 +70,34 @@ class Run:
     def finish(self, *words, **options):
         assert self.start(*words, **options).wait(600) == 0, self.output()
 
-    def signs(self, moment):
-        """Returns the files that show that a moment began, and their times."""
+    def signs(self, phase):
+        """Returns the files that show that a phase has begun, and their times."""
         times = set()
-        for path in self.folder.glob(MOMENTS[moment][0]):
+        for path in self.folder.glob(PHASES[phase][0]):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
                 times.add((path.name, path.stat().st_ctime_ns))
         return times
 
-    def wait_for(self, moment, process):
+    def wait_for(self, phase, process):
         end = time.monotonic() + 300
-        while process.poll() is None and not self.signs(moment) - self.before[moment]:
+        while process.poll() is None and not self.signs(phase) - self.before[phase]:
             assert time.monotonic() < end, self.output()
             time.sleep(0.002)
 
-    def kill(self, moment, rng):
-        """Kills the command some time after a moment began; returns False if it had ended."""
+    def kill(self, phase, rng):
+        """Kills the command a short time after a phase has begun.
+
+        Returns False if the command had ended before.
+        """
         process = self.start()
-        self.wait_for(moment, process)
-        time.sleep(rng.uniform(0, MOMENTS[moment][1]))
+        self.wait_for(phase, process)
+        time.sleep(rng.uniform(0, PHASES[phase][1]))
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL), self.output()
         return process.returncode != 0
 
     def outcome(self):
-        """Returns what kills may not change: files, results, and all arrays of checkpoints."""
+        """Returns everything that a kill must not change: files, and arrays of checkpoints."""
         names = ("config.json", "identities.json", "members.npz")
         contents = {x.name: x.read_bytes() for x in map(self.workdir.joinpath, names) if x.exists()}
         for step in checkpoint.manifests(self.workdir):
@@ -105,7 +108,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def faces(official_dir, tmp_path_factory):
-    """The official files of faces: the runs use no others."""
+    """A folder of the official files of faces. The runs use no other modality."""
     folder = tmp_path_factory.mktemp("faces")
     for path in (*official_dir.glob("face_*"), *official_dir.glob("*.txt")):
         shutil.copy(path, folder)
@@ -114,43 +117,46 @@ def faces(official_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(faces, tmp_path_factory):
-    """Returns a new run of a case, and the outcome of a run without a break."""
-    folder, likes = tmp_path_factory.mktemp("kills"), {}
+    """Returns a function: case -> a new run, and the outcome of a run that nothing disturbed."""
+    folder, outcomes = tmp_path_factory.mktemp("kills"), {}
 
-    def lay_out(case):
-        if case not in likes:
+    def make(case):
+        if case not in outcomes:
             whole = Run(folder / case, faces, case)
             whole.finish()
-            likes[case] = whole.outcome()
+            outcomes[case] = whole.outcome()
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        return Run(folder / "killed", faces, case), likes[case]
+        return Run(folder / "killed", faces, case), outcomes[case]
 
-    return lay_out
+    return make
 
 
 @pytest.mark.parametrize("case", quick_first(CASES, mark=pytest.mark.nightly))
 def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, case):
-    rng, (run, like) = random.Random(fault_seed), disturbed(case)
-    assert any("opt_state" in name for name in like)
-    died = [run.kill(moment, rng) for moment in (20 * [*MOMENTS] if campaign else ["save"])]
+    rng, (run, wanted) = random.Random(fault_seed), disturbed(case)
+    assert any("opt_state" in name for name in wanted)
+
+    died = [run.kill(phase, rng) for phase in (20 * [*PHASES] if campaign else ["save"])]
     run.finish()
-    assert any(died) and run.outcome() == like, died
+
+    assert any(died) and run.outcome() == wanted, died
 
 
-# Modules of the standard library and of others, which a stranger's folder may hold, too.
+# A folder with files of these names must not hide the modules of these names.
 SHADOWS = ("json", "numpy", "typing", "argparse", "jax", "tensorflow", "yaml", "vidjax_config")
 ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMNS": "20"}
 
 
 def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, faces, tmp_path):
-    """A run trains and ranks a split on one core, offline, with programs of its own."""
-    like, here, home = disturbed("quality_fusion")[1], tmp_path / "here", tmp_path / "home"
+    """The process has one core, no network and an empty cache, and files that hide modules."""
+    wanted, here, home = disturbed("quality_fusion")[1], tmp_path / "here", tmp_path / "home"
     for folder in (here, home, tmp_path / "tmp", tmp_path / "data"):
         folder.mkdir()
-    for path in sorted(faces.iterdir(), reverse=True):  # another order of a listing
+    for path in sorted(faces.iterdir(), reverse=True):  # so that listings have another order
         shutil.copy(path, tmp_path / "data")
     for name in SHADOWS:
         (here / f"{name}.py").write_text(f"open({str(home / name)!r}, 'w')\n")
+
     program = (sys.executable, "-W", "error", "-m", "vidjax")
     if shutil.which("taskset"):
         program = ("taskset", "-c", "0", *program)
@@ -160,26 +166,30 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, face
     odd = Run(tmp_path / "odd", tmp_path / "data", "quality_fusion")
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
     odd.finish(program=program, cwd=here, **ODD, **places)
+
     assert not [*home.rglob("*")] and {path.stem for path in here.iterdir()} == {*SHADOWS}
-    # The configuration names the folder of the data.
-    assert odd.outcome() | {"config.json": like["config.json"]} == like
+    # config.json differs, because it contains the folder of the data.
+    assert odd.outcome() | {"config.json": wanted["config.json"]} == wanted
 
 
 @pytest.mark.nightly
 def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, campaign):
-    (run, like), rng = disturbed("quality_fusion"), random.Random(fault_seed)
+    (run, trained), rng = disturbed("quality_fusion"), random.Random(fault_seed)
     words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
     run.finish()
     began = time.monotonic()
     run.finish(*words)
     seconds, evaluated = time.monotonic() - began, run.outcome()
-    assert like.items() <= evaluated.items() and "ranking_test.txt" in {*evaluated} - {*like}
+    assert trained.items() <= evaluated.items()
+    assert "ranking_test.txt" in {*evaluated} - {*trained}
+
     for _ in range(50 if campaign else 1):
         process = run.start(*words)
         time.sleep(rng.uniform(0.3, 1.0) * seconds)
         process.kill()
         process.wait()
         assert run.outcome() == evaluated
+
     (run.workdir / "ranking_test.txt").unlink()
     run.finish(*words)
     assert run.outcome() == evaluated
@@ -187,13 +197,14 @@ def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, c
 
 @pytest.mark.nightly
 def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
-    """At once before the first step or at a second signal; otherwise after a checkpoint."""
-    run, like = disturbed("quality_fusion")
+    """A signal before the first step or a second signal stops it at once."""
+    run, wanted = disturbed("quality_fusion")
 
-    def end(moment, limit, *signals, **env):
+    def end(phase, limit, *signals, **env):
+        """Sends signals to a new command, which must end after `limit` seconds of CPU time."""
         process = run.start(**env)
-        run.wait_for(moment, process)
-        time.sleep(0.5 if moment == "compile" else 0)
+        run.wait_for(phase, process)
+        time.sleep(0.5 if phase == "compile" else 0)
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         # User and system time, of the process and of its children.
         used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
@@ -208,10 +219,12 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     end("compile", 2, signal.SIGINT, JAX_COMPILATION_CACHE_DIR=empty)
     assert run.output().splitlines()[-1] == "vidjax: stopped"
     assert not checkpoint.manifests(run.workdir)
+
     end("step", 10, signal.SIGTERM)
     logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert f"stopped at step {logged}\nto resume, run the same command" in run.output()
     assert max(checkpoint.manifests(run.workdir)) == logged
+
     end("step", 2, signal.SIGINT, signal.SIGTERM)
     run.finish()
-    assert run.outcome() == like
+    assert run.outcome() == wanted

@@ -1,4 +1,4 @@
-"""Batches of a dataset in one call: the plan is made on the way."""
+"""Batches of a dataset in one call, which also makes the plan."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -39,7 +39,7 @@ def train_batches(
 
 
 def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
-    """Returns clip -> its frames by modality, read; each clip comes once, and padding is empty."""
+    """Returns clip -> modality -> frames. Asserts that clips come once and padding is empty."""
     found: dict[int, Any] = {}
     for batch in batches:
         frames = {k: Frames(fusion.read(x.features), *x[1:]) for k, x in batch.frames.items()}
@@ -55,12 +55,12 @@ def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
 
 
 def assert_equal(left: Any, right: Any) -> None:
-    """Asserts that two trees hold the same arrays, of the same dtypes."""
+    """Asserts that two trees contain the same arrays with the same dtypes."""
     jax.tree.map(partial(np.testing.assert_array_equal, strict=True), left, right)
 
 
 def real_frames(data: ClipSource, split: str, modality="face") -> Iterator[tuple[int, Frames]]:
-    """Yields the number of every clip of a split, and its real frames [T, ...]."""
+    """Yields the number and the real frames [T, ...] of each clip of a split."""
     blocks = eval_batches(data, split=split, modalities=(modality,), rows=7)
     for clip, frames in rows_of(blocks).items():
         one = frames[modality]

@@ -1,4 +1,4 @@
-"""Cases of a test, of which the quick tests run the first."""
+"""Cases of a test. The quick tests run only the first cases."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,9 +9,9 @@ CASE = type(pytest.param())
 
 
 def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.slow) -> list[Any]:
-    """Returns the values of a parametrisation; those after the first `count` get a mark.
+    """Returns the rows of a parametrisation. Rows after the first `count` get a mark.
 
-    A tuple holds the values of several arguments.
+    A tuple contains the values of several arguments.
     """
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
     rows = [row if isinstance(row, CASE) else pytest.param(*row) for row in values]
@@ -20,5 +20,5 @@ def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.sl
 
 
 def first_by_day(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:
-    """Parametrises a test; cases after the first `count` run at night only."""
+    """Parametrises a test. Cases after the first `count` run only at night."""
     return pytest.mark.parametrize(names, quick_first(cases, count, pytest.mark.nightly))

@@ -1,4 +1,4 @@
-"""Feature files with any content: official pickles, `.npz` files and Parquet tables."""
+"""Feature files with chosen content: official pickles, `.npz` files and Parquet tables."""
 
 import csv
 import pickle
@@ -12,7 +12,7 @@ from vidjax.data.clip_files import read_npz
 
 
 class Clip(NamedTuple):
-    """The frames of one clip in one modality; what a modality does not have is not written."""
+    """The frames of one clip in one modality. Fields that a modality lacks are not written."""
 
     features: np.ndarray  # [T, D]
     quality: np.ndarray  # [T]
@@ -49,7 +49,7 @@ def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str,
 
 
 def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
-    """Writes `{split}_gt.txt`: a clip a line for train, an identity a line for the others."""
+    """Writes `{split}_gt.txt`, with a line per clip for train, else with a line per identity."""
     if split == "train":
         lines = [f"{name}.mp4 {identity}" for name, identity in labels.items()]
     else:
@@ -61,7 +61,7 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
 
 
 def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Returns clip -> its arrays that are not empty, of all `.npz` files of a folder."""
+    """Returns clip -> name -> array of all `.npz` files of a folder, without empty arrays."""
     return {
         clip.name: {
             part if field == "features" else f"{part}_{field}": array
@@ -74,7 +74,7 @@ def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
-    """Writes `SPLIT/CLIP.npz`; a modality has features, or a dict with them and other fields."""
+    """Writes `SPLIT/CLIP.npz`. A modality is an array of features, or a dict of fields."""
     for split, clips in splits.items():
         (folder / split).mkdir(parents=True)
         for clip, modalities in clips.items():
@@ -97,10 +97,10 @@ def write_parquet(
     path: Path, clips: Mapping[str, Mapping[str, Any]], *, fields: Collection[str] = (),
     width: int = -1, **options: Any,
 ) -> Path:  # fmt: skip
-    """Writes a table with a row a frame, the rows of all clips mixed; returns its path.
+    """Writes a table with a row per frame, in which clips alternate; returns its path.
 
-    `clips` are clip -> modality -> features, or a dict with them and other fields, of which some
-    `fields` are written. Lists of features have a `width`, -1 for any length.
+    `clips` are clip -> modality -> features, or a dict of fields. In addition to features, `fields`
+    are written. Lists of features have a `width`; -1 allows any length.
     """
     import pyarrow
     from pyarrow import parquet
@@ -127,14 +127,14 @@ RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 
 def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
-    """Returns modality -> clip -> frames; a few clips have up to 700, some nothing, some ties."""
+    """Returns modality -> clip -> frames: 0 to 700 frames, some of equal quality."""
     rng = np.random.default_rng(count)
     clips: dict[str, dict[str, Clip]] = {name: {} for name in RAGGED}
     for number in range(count):
         name = f"{split}_{number:03d}"
         length = {1: 700, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
         clips["face"][name] = random_clip(rng, length, RAGGED["face"])
-        if number in (1, 2):  # of two frames of one quality, the earlier one is better
+        if number in (1, 2):  # frames of equal quality; the earlier frame counts as better
             quality = clips["face"][name].quality
             quality[:] = np.round(quality / 20)
         if number % 3:
@@ -145,7 +145,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
 
 
 def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
-    """Writes splits of `ragged_clips` with ground truth; `lacks` are (modality, split)."""
+    """Writes splits of `ragged_clips` with ground truth, without (modality, split) in `lacks`."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)
         for modality, some in clips.items():
@@ -162,9 +162,9 @@ CLIPS = {"train": 96, "val": 60, "test": 40}
 def write_learnable(
     directory: Path, *, num_identities: int = 12, num_clips: Mapping[str, int] = CLIPS
 ) -> None:
-    """Writes some splits that a few steps of training learn; test has no ground truth.
+    """Writes splits that a net learns in a few steps. Test has no ground truth.
 
-    A third of the val and test clips are distractors; every modality is missing here and there.
+    A third of the val and test clips are distractors. Each modality lacks a tenth of the clips.
     """
     rng = np.random.default_rng(0)
     centres = {name: rng.normal(size=(num_identities + 1, dim)) for name, dim in WIDTHS.items()}

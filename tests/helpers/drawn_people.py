@@ -1,4 +1,4 @@
-"""Films and photos of drawn people, and nets that tell these by the colours of their faces."""
+"""Films and photos of drawn people, and nets that identify them by the colours of their faces."""
 
 import json
 
@@ -9,13 +9,13 @@ from vidjax.apps.video import cards, features_folder, film
 from vidjax.cli import program
 
 SIDE = made_nets.FACE
-# A net that tells people apart by the colour of their faces.
+# A net that distinguishes people by the colours of their faces.
 EMBED = {"content": made_nets.embedder(weights=made_nets.colours()), "input": {"mean": [170.0] * 3}}
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
 
 
 def picture(faces, brightness=20, size=(96, 128)):
-    """Returns a dark, striped picture with a square of a colour for each (name, left, top)."""
+    """Returns a dark, striped picture with a coloured square for each face (name, left, top)."""
     drawn = np.full((*size, 3), 20, np.uint8)
     drawn[:: 5 + brightness % 7] = brightness
     for name, left, top in faces:
@@ -24,7 +24,7 @@ def picture(faces, brightness=20, size=(96, 128)):
 
 
 def tags(*faces, size=(96, 128)):
-    """Returns XMP with a tag (name, left, top) of the place of each drawn face."""
+    """Returns XMP with a face tag for each drawn face (name, left, top)."""
     places = [(name, left + SIDE / 2, top + SIDE / 2, SIDE, SIDE) for name, left, top in faces]
     scale = np.array((size[1], size[0]) * 2)
     parts = [(name, *(np.array(place) / scale).tolist()) for name, *place in places]
@@ -32,7 +32,7 @@ def tags(*faces, size=(96, 128)):
 
 
 def write_photo(path, *faces, size=(96, 128), dim=False, tagged=()):
-    """Writes a photo, which may be tagged; the faces of a `dim` one hardly differ from around."""
+    """Writes a photo, maybe with face tags. In a `dim` photo, faces hardly differ from the rest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rgb = picture(faces, size=size)
     if dim:
@@ -53,12 +53,12 @@ def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):
 
 
 def tone(hertz, seconds):
-    """Returns a tone of 16 kHz, which the drawn people's nets take for speech."""
+    """Returns a tone, sampled at 16 kHz, which the nets of `write_voices` take for speech."""
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * 16_000)) / 16_000)
 
 
 def write_models(folder):
-    """Writes nets that find the drawn faces and tell them apart; returns the folder."""
+    """Writes nets that find and identify drawn faces; returns the folder."""
     folder.mkdir()
     made_nets.write(folder, "find", "face_detector")
     made_nets.write(folder, "embed", back_end=made_nets.back_end(different=(-0.4, 0.2)), **EMBED)
@@ -66,7 +66,7 @@ def write_models(folder):
 
 
 def write_voices(folder):
-    """Adds nets that take loud sound for speech and tell tones apart; returns the folder."""
+    """Adds nets that take loud sound for speech and distinguish tones; returns the folder."""
     made_nets.write(folder, "speech", "voice_activity", made_nets.loudness())
     tones = made_nets.back_end(same=(0.95, 0.02), different=(-0.1, 0.3))
     made_nets.write(folder, "voice", "voice_embedder", back_end=tones)
@@ -93,7 +93,7 @@ def extract(path, out, models, **settings):
 class Drawn:
     """Drawn films and photos in a folder, and commands that run on them in this process.
 
-    `models` are their nets, `friends` the photos of people, `out` the results of `vidjax who`.
+    `models` is the folder of nets, `friends` of photos, and `out` of the results of `vidjax who`.
     """
 
     def __init__(self, folder, capsys):
@@ -109,7 +109,7 @@ class Drawn:
             write_photo(self.friends / name / "1.png", (name, 40, 40))
 
     def run(self, *words):
-        """Runs a command; returns its exit code, result and complaints of at most three lines."""
+        """Runs a command; returns the exit code, the result of --json, and the messages."""
         self._capsys.readouterr()
         code = program.main([*map(str, words), "--json"])
         said = self._capsys.readouterr()

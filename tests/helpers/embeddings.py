@@ -1,4 +1,4 @@
-"""Made-up vectors of photos: as similar as dlib's, or exactly of the two-covariance model."""
+"""Made-up vectors of photos: as similar as dlib's, or drawn from the two-covariance model."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from vidjax.models import distance
 
-# Cosines of dlib's vectors of faces: mean and deviation of pairs of one person, and of two.
+# Mean and standard deviation of cosines of dlib's vectors, in pairs of one and of two people.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH = 128
 DLIB = distance.from_cosines(SAME, DIFFERENT)
@@ -18,7 +18,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Population:
-    """Vectors with equal variances of people, and of clips, in some directions, a third shared."""
+    """Random people and photos. People, photos or both have variance in some directions."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -39,15 +39,15 @@ class Population:
         return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
 
     def photos(self, people, count, shared=0.0):
-        """[N, count, D]: photos of people, of one day that they share a part of the noise of."""
+        """Returns photos [N, count, D]. Photos of a person share a part of their noise."""
         day = self.noise(len(people), 1, share=shared)
         return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
 
 def exact(rng: Any, people: int, clips: int, width: int, within: float) -> np.ndarray:
-    """Returns vectors of length 1 of people of the two-covariance model, [people, clips, width].
+    """Draws unit vectors [people, clips, width] from the two-covariance model.
 
-    `within` is the share of the variance that is not the person's.
+    `within` is the share of the variance of clips in the total variance.
     """
     between = np.geomspace(1, 0.1, width)  # variances of people and of clips in each number
     noise = np.geomspace(1, 0.3, width)[::-1]

@@ -1,4 +1,4 @@
-"""Made films: pictures of noise, heads and what they do, written by PyAV as files of every kind."""
+"""Films and photos of given pictures and sound, written by PyAV in many formats."""
 
 import struct
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from vidjax.apps.video import decode
 RATE = 16_000
 FORMATS = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}  # of pixels; others are yuv420p
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
-# Name -> content of what is no film or photo; some lead to other files.
+# Name -> content of files that are neither films nor photos. Some refer to other files.
 NO_FILMS = {
     "empty.mp4": b"", "noise.mp4": np.random.default_rng(0).bytes(5000), "zeros.mp4": b"\0" * 5000,
     "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
@@ -39,11 +39,11 @@ def write(
     stamps: Sequence[int] | None = None, rotation: int = 0, aspect: float = 1.0, held_ms: int = 0,
     sound: np.ndarray | None = None, rate: int = RATE, start_s: float = 0.0, broken: float = 0.0,
 ) -> None:  # fmt: skip
-    """Writes pictures uint8 [H, W, 3] as a film; without any it has sound only.
+    """Writes pictures uint8 [H, W, 3] as a film. Without pictures, the film has only sound.
 
-    `stamps` are times in milliseconds, `aspect` is the width of a pixel by its height. The last
-    picture lasts `held_ms`, if above 0. `sound` are samples [n] from `start_s` on; a part of its
-    packets, from the first one on, is `broken`.
+    `stamps` are times in milliseconds. `aspect` is the width of a pixel divided by its height. If
+    `held_ms` is above 0, the last picture lasts as long. `sound` are samples [n], which begin at
+    `start_s`. A share `broken` of the packets of sound, from the first packet on, is damaged.
     """
     pictures = iter(frames)
     first, stream = next(pictures, None), None
@@ -77,7 +77,7 @@ def write(
 
 
 def double(path: Path, made: Path, *, cover: bool) -> None:
-    """Writes a film that has the pictures of a film in two streams, and in MP4 also a `cover`."""
+    """Writes a film with the pictures of another film in two streams, and maybe a cover picture."""
     with av.open(str(path)) as one, av.open(str(path)) as other, av.open(str(made), "w") as both:
         sources = (one, other)
         streams = [both.add_stream_from_template(source.streams.video[0]) for source in sources]
@@ -122,7 +122,7 @@ def _sound(
 
 
 def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
-    """Returns a picture as the bytes of a photo; JPEG gets the orientation as EXIF."""
+    """Returns a picture as the bytes of a photo. Only JPEG gets the orientation, as EXIF."""
     context = av.VideoCodecContext.create(codec, "w")
     assert isinstance(context, av.VideoCodecContext)
     context.height, context.width = picture.shape[:2]

@@ -1,4 +1,4 @@
-"""Processes that end, and commands on a small machine: few open files, little memory."""
+"""Processes that always end, and commands with few open files or little memory."""
 
 import contextlib
 import functools
@@ -18,9 +18,9 @@ GB = 1 << 30
 
 
 class Ended(NamedTuple):
-    """A command that has ended; SIGKILL ends it where memory was short.
+    """A command that has ended. If it used too much memory, it was ended by SIGKILL.
 
-    The peak is the bytes that it and its children held at once, without pages of files.
+    `peak` is the most memory of the command and its children in bytes, without pages of files.
     """
 
     returncode: int
@@ -33,7 +33,7 @@ class Ended(NamedTuple):
 def slowness() -> float:
     """Returns the time of a fixed sum on this machine, in units of 0.1 s, at least 1.
 
-    Limits of processor time are multiples of it, so that they bound the work on any machine.
+    Tests multiply their limits of CPU time by it, so that the limits fit slow machines.
     """
     began = time.process_time()
     sum(i * i for i in range(1_500_000))
@@ -42,9 +42,9 @@ def slowness() -> float:
 
 @contextlib.contextmanager
 def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Runs a program while the context is open; at its end it is killed, if it still runs.
+    """Runs a program, and kills it at the end of the context if it is still running.
 
-    Its output is text, in pipes; `options` go to `subprocess.Popen`.
+    The output of the program is text, in pipes. `options` go to `subprocess.Popen`.
     """
     chosen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     with subprocess.Popen([str(word) for word in words], **chosen) as process:
@@ -60,8 +60,8 @@ def run(
 ) -> Ended:  # fmt: skip
     """Runs a command in the root of the repository, as under `ulimit -n` and a memory cgroup.
 
-    `memory` is the bytes that all its processes may hold together: it is read fifty times a second,
-    and all of them are killed beyond it.
+    All processes of the command together may use `memory` bytes. Their memory is measured fifty
+    times a second. If they use more, they are killed.
     """
     command = [*map(str, words)]
     if files:
@@ -86,7 +86,7 @@ def run(
 
 @contextlib.contextmanager
 def file_limit(size: int, kind: int = resource.RLIMIT_FSIZE) -> Iterator[None]:
-    """No file of this process may grow beyond so many bytes; `kind` is another limit."""
+    """Limits the size of files that this process writes, in bytes, or another `kind` of limit."""
     before = resource.getrlimit(kind)
     resource.setrlimit(kind, (size, before[1]))
     try:
@@ -97,7 +97,7 @@ def file_limit(size: int, kind: int = resource.RLIMIT_FSIZE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filled(folder: Path, left: int) -> Iterator[None]:
-    """A small file system is full but for so many bytes."""
+    """Fills a small file system, except for `left` bytes."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
@@ -110,7 +110,7 @@ def filled(folder: Path, left: int) -> Iterator[None]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Returns the processes that one started, in whichever of its threads."""
+    """Returns the child processes of a process, of all its threads."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
         return [int(word) for text in tasks for word in text.split()]
@@ -118,7 +118,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def _watch(child: Any, limit: int | None, peak: list[int], done: threading.Event) -> None:
-    """Keeps the most memory of a session of processes, and kills it where that is too much."""
+    """Measures the peak memory of a session of processes. If it is too large, kills them."""
     while not done.wait(0.02):
         peak[0] = max(peak[0], _held(child.pid))
         if limit and peak[0] > limit:
@@ -128,7 +128,7 @@ def _watch(child: Any, limit: int | None, peak: list[int], done: threading.Event
 
 
 def _held(session: int) -> int:
-    """Returns the bytes that the processes of a session hold and no file could give back."""
+    """Returns the memory of the processes of a session in bytes, without pages of files."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended

@@ -1,4 +1,4 @@
-"""Frames of made-up clips, and padding full of garbage."""
+"""Frames of made-up clips, and padding with random values."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
 
 
 def pad(frames, count):
-    """Adds frames of garbage that are not real."""
+    """Adds padding with random values."""
     clips, dim = len(frames.mask), frames.features.shape[-1]
     garbage = make_frames([count] * clips, max_frames=count, dim=dim, seed=9)
     garbage = garbage._replace(mask=np.zeros_like(garbage.mask))
@@ -28,7 +28,7 @@ def pad(frames, count):
 
 
 def one_hot_frames(quality, detection=1.0, *, padding=3, dim=None, dtype="float16"):
-    """One clip whose frame t is the t-th unit vector: a fused frame shows what was drawn."""
+    """Returns one clip whose frame t is the t-th unit vector, so a fused frame shows the shares."""
     length = len(quality)
     total = length + padding
     real = np.arange(total) < length

@@ -1,4 +1,4 @@
-"""Galleries of made-up vectors: two parts."""
+"""Galleries of made-up vectors with two parts, face and audio."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ RUN = VectorOrigin("somewhere", "0" * 64, centred=False)
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
-    """Returns a clip near others of the person, which lacks a part."""
+    """Returns a clip near other clips of the person. It may lack a part."""
     rng = np.random.default_rng(number)
     centre = np.random.default_rng(abs(hash_of(person or str(number))))
     parts = []
@@ -30,12 +30,12 @@ def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip
 
 
 def hash_of(text: str) -> int:
-    """Returns a number that depends only on the text; Python's hash changes."""
+    """Returns a number that depends only on the text; `hash` differs between processes."""
     return int.from_bytes(text.encode())
 
 
 def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
-    """Returns clips of people, 1 to 4 each, of whom some lack a part; and strangers."""
+    """Returns 1 to 4 clips of each person, some without a part, and clips of strangers."""
     clips = {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
     for person in range(num_people):
         for turn in range(1 + person % 4):
@@ -46,7 +46,7 @@ def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip
 
 
 def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
-    """Returns a front that is fitted to other people."""
+    """Returns a back end that is fitted to other people."""
     rng, labels, vectors = np.random.default_rng(99), np.repeat(np.arange(1, 31), 3), {}
     for name, width in WIDTHS.items():
         x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))
@@ -55,13 +55,13 @@ def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
 
 
 def make(folder, clips=None, *, settings: Settings = SETTINGS) -> Gallery:
-    """Makes a gallery, by default of `make_clips`."""
+    """Makes a gallery of clips, by default of `make_clips()`."""
     clips = make_clips() if clips is None else clips
     return Gallery.of_clips(folder, RUN, make_front(settings), clips)
 
 
 class Answers(dict[tuple[int, str], float]):
-    """Number of a clip and name of a person -> logarithm; equal ones differ by 1e-6 at most."""
+    """(Number of a clip, name of a person) -> log-probability; equal up to 1e-6."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Answers) or self.keys() != other.keys():
@@ -73,7 +73,7 @@ class Answers(dict[tuple[int, str], float]):
 
 
 def answers(people: Gallery, count: int = 6) -> Answers:
-    """Returns all identities with their scores, of clips that some people and strangers show."""
+    """Returns the log-probabilities of all people for new clips of some of them."""
     shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(count)]
     parts = people.backend.split(np.stack([clip.vector for clip in shown]))
     people.refresh()
@@ -82,7 +82,7 @@ def answers(people: Gallery, count: int = 6) -> Answers:
 
 
 def contents(folder) -> dict[str, Any]:
-    """Returns what the file holds, but not its version and the coefficients of people."""
+    """Returns the content of the file, without its version and the coefficients of people."""
     state = store.Store(folder).read()
     clips = {n: (x.identity, x.vector.tobytes(), x.fitted) for n, x in state.clips.items()}
     numbers, settings = state.index.backend.numbers().tobytes(), state.index.backend.settings
@@ -91,7 +91,7 @@ def contents(folder) -> dict[str, Any]:
 
 
 def identify(gallery: Gallery, parts: Sequence[np.ndarray], k: int = 1, **rule) -> list[Answer]:
-    """Returns who clips show, given as vectors, M arrays [Q, D]."""
+    """Returns the answers for clips, which are given as vectors: M arrays [Q, D]."""
     names = tuple(map(str, range(len(parts[0]))))
     vectors = dict(zip(gallery.backend.widths, parts, strict=True))
     found = Vectors(names, vectors, (None,) * len(names))

@@ -1,4 +1,4 @@
-"""Small nets in ONNX and their cards, for tests of what runs nets."""
+"""Small ONNX nets and their cards, for tests of the code that runs nets."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def colours():
 
 
 def embedder(layout="NCHW", weights=None):
-    """Returns the net x -> x W, with W for the order of numbers in the net's layout."""
+    """Returns the net x -> x W. The rows of W are in the order of the layout."""
     weights, shape = embedder_weights() if weights is None else weights, [SIDE, SIDE, 3]
     if layout == "NCHW":
         weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
@@ -45,9 +45,9 @@ def embedder(layout="NCHW", weights=None):
 
 
 def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
-    """Returns a net with outputs like CenterFace's: its faces are bright squares of FACE pixels.
+    """Returns a net with the outputs of CenterFace that finds bright squares of FACE pixels.
 
-    `channels` are the weights of red, green and blue in a square's score.
+    `channels` are the weights of red, green and blue in the score of a square.
     """
     weights = np.array(channels, np.float32) / FACE**2
     kernel = np.tile(weights[None, :, None, None], (1, 1, FACE, FACE))
@@ -83,7 +83,7 @@ def voice_embedder():
 
 
 def voice_activity():
-    """Returns a net like Silero's that adds the mean of its samples to its state and answers it."""
+    """Returns a net like Silero's whose output is its state plus the mean of the samples."""
     nodes = [
         helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=1),
         helper.make_node("Add", ["state", "mean"], ["stateN"]),
@@ -94,7 +94,7 @@ def voice_activity():
 
 
 def loudness():
-    """Returns a net like Silero's that answers five times the mean size of its samples."""
+    """Returns a net like Silero's whose output is five times the mean absolute sample."""
     nodes = [
         helper.make_node("Abs", ["x"], ["size"]),
         helper.make_node("ReduceMean", ["size"], ["mean"], axes=[1], keepdims=1),
@@ -118,13 +118,13 @@ def model(nodes, weights, shape, outputs, more=None):
 
 
 def back_end(same=(0.95, 0.05), different=(0.1, 0.2), width=WIDTH):
-    """Returns what a card says of pairs of vectors."""
+    """Returns the back end of a card: the distribution of cosines in pairs of vectors."""
     pairs = {"same": [*same], "different": [*different], "pairs": [10, 10]}
     return {"centre": [0.0] * width, "data": "made", **pairs}
 
 
 def write(folder, name="face", role="face_embedder", content=None, **fields):
-    """Writes a net and its card, with `fields` in place of the card's; returns the card's path."""
+    """Writes a net and its card, in which `fields` replace fields; returns the path of the card."""
     make, decoder, input_ = embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}
     if role == "voice_embedder":
         make, input_ = voice_embedder, {"layout": "mels"}

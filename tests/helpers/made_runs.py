@@ -1,4 +1,4 @@
-"""Folders that look like evaluated runs, with any score that a test wants."""
+"""Folders that look like evaluated runs, with scores that a test chooses."""
 
 import itertools
 import json
@@ -23,9 +23,9 @@ def write(
 ) -> Path:  # fmt: skip
     """Writes configuration, identities, results and analysis of a run; returns its folder.
 
-    `averages` are identity -> average precision, of `positives` clips each. The `suffix` is
-    `_SPLIT` for a split that training did not watch; `results` and `arrays` are more values of
-    `metrics.json` and of `analysis.npz`.
+    `averages` are identity -> average precision. Each identity has `positives` clips. The `suffix`
+    is `_SPLIT` if training did not evaluate the split. `results` and `arrays` are additional values
+    of `metrics.json` and `analysis.npz`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
@@ -46,7 +46,7 @@ def write(
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
-    """Returns path -> content and time of change of a folder and all that lies in it."""
+    """Returns path -> content and time of change, of a folder and everything in it."""
     return {
         path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
         for path in (folder, *folder.rglob("*"))
@@ -54,7 +54,7 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def lists(path: Path) -> dict[str, list[str]]:
-    """Returns identity -> its clips, best first, of a ranking without faults."""
+    """Returns identity -> clips, best first, of a ranking, which must have no faults."""
     found = ranking.read_submission(path)
     assert not found.faults
     return {unescape(name): list(map(unescape, clips)) for name, clips in found.ranking.items()}
@@ -68,9 +68,9 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def example(kind: Any, texts: Mapping[str, str], key="", counter: Any = None) -> Any:
-    """Returns JSON of a type of `vidjax.runs.schemas`, with another value at every key.
+    """Returns JSON of a type of `vidjax.runs.schemas`. Each key has a different value.
 
-    `texts` are key -> text, with {} for a number.
+    `texts` are key -> text, in which {} becomes a number.
     """
     counter = counter or itertools.count()
     kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)

@@ -1,4 +1,4 @@
-"""Configurations that note which of their fields are read."""
+"""Configurations that record which of their fields are read."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 def record(config: Any, reads: set[str], prefix: str = "") -> Any:
     """Changes a ConfigDict so that it adds to `reads` the dotted names of fields that are read.
 
-    Conversion to JSON, comparison and overrides are no reads.
+    Conversion to JSON, comparison and overrides do not count.
     """
     for key, value in config._fields.items():
         if isinstance(value, ConfigDict):
@@ -47,7 +47,7 @@ class _Recorded(ConfigDict):
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """Returns the values of a configuration, nested; taking them is no read."""
+    """Returns the nested values of a configuration without a record."""
     values = {}
     for key, value in config._fields.items():
         if isinstance(value, FieldReference):
@@ -58,7 +58,7 @@ def _values(config: Any) -> dict[str, Any]:
 
 
 class _RecordedDict(dict[str, Any]):
-    """A dict whose items are noted when they are looked up or spread; `items()` is no read."""
+    """A dict that records items that are looked up or unpacked by **, but not `items()`."""
 
     noted: tuple[set[str], str]
 

@@ -7,7 +7,7 @@ import pytest
 
 
 def refused(action: Callable[[], object], *words: str) -> str:
-    """Asserts that an action fails in one to three lines that hold some words; returns them."""
+    """Asserts that an action raises an error of 1 to 3 lines with some words; returns the error."""
     with pytest.raises((ValueError, OSError)) as caught:
         action()
     message = str(caught.value)
@@ -18,7 +18,7 @@ def refused(action: Callable[[], object], *words: str) -> str:
 
 
 def contents(folder: Path, but: Collection[str] = ()) -> dict[str, bytes]:
-    """Returns path -> bytes of all files but locks, which name processes, and some folders."""
+    """Returns path -> bytes of all files of a folder, except locks and names in `but`."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     left_out = {".lock", *but}
     return {str(x): (folder / x).read_bytes() for x in paths if not left_out & {*x.parts}}

@@ -35,7 +35,7 @@ SMALL = {
 
 
 def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
-    """Returns a shipped configuration for a run of seconds, with overrides on top."""
+    """Returns a shipped configuration, changed so that a run takes seconds, with overrides."""
     name, _, words = spec.partition(":")
     config = config_io.load_file(f"{ROOT / name}:{words}")
     stem = Path(name).stem
@@ -65,7 +65,7 @@ def run(config, folder, data, num_devices=1):
 
 
 def nearest(folder, data, official_dir):
-    """Makes a run of nearest neighbours of official files, which learns nothing; returns it."""
+    """Makes a run of nearest neighbours, which learns nothing; returns its folder."""
     spec = f"{ROOT}/configs/knn.py:iqiyi_vid,face"
     words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
     run(config_io.override(config_io.load_file(spec), words), folder, data)
@@ -93,7 +93,7 @@ def weights(workdir, step=None):
 
 
 def flat(tree):
-    """Returns path -> array of a tree; keys of random numbers as they are stored."""
+    """Returns path -> array of a tree. Random keys become arrays of numbers."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -103,7 +103,7 @@ def flat(tree):
 
 
 def assert_equal_weights(left, right):
-    """Asserts that two folders hold the same weights, bit for bit."""
+    """Asserts that two runs have the same weights, bit for bit."""
     left, right = weights(left), weights(right)
     assert left.keys() == right.keys()
     for name, value in left.items():
@@ -114,14 +114,14 @@ RUN_FILES = ("metrics.jsonl", "ranking.txt", "config.json", "identities.json")
 
 
 def assert_same_run(left, right, names=RUN_FILES[:2]):
-    """Asserts that two folders hold the same weights and the same files of some names."""
+    """Asserts that two runs have the same weights, and the same content in some files."""
     for name in names:
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
     assert_equal_weights(left, right)
 
 
 class Spoilt:
-    """A dataset with one value for the training features of hidden clips: [n] bool by split."""
+    """A dataset whose hidden training clips have one value. `hidden` is split -> [n] bool."""
 
     def __init__(self, data, hidden, value=7.0):
         self._data, self._hidden, self._value = data, hidden, value
@@ -149,7 +149,7 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset that sends this process a signal while its n-th batch is fetched, of STREAMED."""
+    """A dataset that sends a signal to this process when its n-th batch is fetched (STREAMED)."""
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -165,7 +165,7 @@ class Interrupting:
 
 
 def interrupt_dispatch(monkeypatch, number, signum):
-    """Sends this process a signal after the n-th dispatch of steps on resident clips."""
+    """Sends a signal to this process after the n-th dispatch of steps (resident data)."""
     run, dispatches = feed.ResidentFeed.advance, itertools.count()
 
     def interrupted(self, *args):
@@ -178,14 +178,14 @@ def interrupt_dispatch(monkeypatch, number, signum):
 
 
 def restored(folder, data, config=None, mesh=None):
-    """Returns the model of a run in a folder, as an evaluation makes it."""
+    """Returns the model of a run, as an evaluation loads it."""
     config = config or config_io.load_workdir(folder)
     found = restore.find_run(config, RunFolder(folder))
     return restore.make_model(config, found, data, mesh or devices.make_mesh(1))
 
 
 def scores(models, split="val", mesh=None, block_size=16):
-    """Returns the scores [N, C] of every clip of a split by some models together."""
+    """Returns the scores [N, C] of all clips of a split by models, which are members of a run."""
     mesh = mesh or devices.make_mesh(1)
     top = scoring.score(models, split, mesh, block_size=block_size, each_member=False).top
     num_clips = len(models[0].data.split(split).clips)
