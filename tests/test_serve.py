@@ -1,7 +1,7 @@
 """The server of a gallery: answers, refused requests, limits, and the end of the process.
 
-Clips come in JSON or npz (`POST /identify`), or as tensors from a Triton client (KServe's protocol).
-Both get the answers of `Gallery.identify`.
+Clips come in JSON or npz (`POST /identify`), or as tensors from a Triton client. All of them get
+the answers of `Gallery.identify`.
 """
 
 import asyncio
