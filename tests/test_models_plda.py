@@ -383,7 +383,7 @@ def test_degenerate_data_give_finite_log_ratios():
 
 
 def test_pair_log_ratios_equal_ratios_of_joint_densities():
-    """Three groups of clips. A ratio compares one person in two groups with two people."""
+    """The ratio of two groups of clips is p(they show one person) / p(they show two people)."""
     rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
     ratio, noise = np.array([0.5, 2.0, 0.1]), np.eye(3)
     groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]

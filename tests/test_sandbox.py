@@ -1,4 +1,4 @@
-"""sandbox: what the child takes of the official layouts, what it refuses, and what it may cost."""
+"""The sandbox reads official pickles: layouts, exact values, refused values, errors, memory."""
 
 import gc
 import io
@@ -33,7 +33,10 @@ def face(number: Any = b"7", box: Any = BOX, det: Any = 0.5, quality: Any = 80.0
 
 
 def convert(folder, value, modality="face"):
-    """Returns the summary of a pickle of this value, with its flat files as arrays."""
+    """Unpickles a value; returns the summary, and the columns of the frames as arrays.
+
+    `value` is bytes of a pickle, or an object that Python 2 pickles.
+    """
     path = folder / "x.pickle"
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
@@ -98,7 +101,7 @@ WRITERS = [(python2.dumps, n) for n in range(3)] + [(pickle.dumps, n) for n in r
 
 @pytest.mark.parametrize("code", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"])
 def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
-    """The arrays are contiguous, Fortran-ordered, strided or read-only, by every protocol."""
+    """The arrays are contiguous, Fortran-ordered, or strided and read-only, in every protocol."""
     numbers = np.random.default_rng(0).integers(-128, 128, (4, 10)).astype(code)
     if code[1] == "f":
         numbers = (numbers / 7).astype(code)
@@ -106,6 +109,7 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
     strided.flags.writeable = False
     faces = {b"%d" % i: [face(feat=row) for row in x] for i, x in enumerate((numbers, strided))}
     voices = {b"0": numbers, b"1": fortran, b"2": strided, b"3": list(numbers)}
+
     for clips, modality in ((faces, "face"), (voices, "audio")):
         for dumps, protocol in WRITERS:
             read = convert(tmp_path, dumps(clips, protocol), modality)
@@ -118,7 +122,10 @@ NUM_CLIPS = 40
 
 @pytest.fixture
 def clips_with_nan():
-    """Rows [N, 3], every fifth with NaN; clips of 0 to 8 faces with these rows; their lengths."""
+    """Feature rows [N, 3], clips of 0 to 8 faces with these rows, and the lengths of the clips.
+
+    Every fifth row has a NaN. The number, quality and box of row i contain i.
+    """
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, NUM_CLIPS).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
@@ -132,7 +139,7 @@ def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
     rows, clips, lengths = clips_with_nan
     read, kept = convert(tmp_path, clips), np.isfinite(rows).all(axis=1)
     np.testing.assert_array_equal(read["features"], rows[kept])
-    for column in (read["number"], -read["quality"], read["box"][:, 3]):  # the place of a frame
+    for column in (read["number"], -read["quality"], read["box"][:, 3]):
         np.testing.assert_array_equal(column, np.flatnonzero(kept))
     owner = np.repeat(np.arange(NUM_CLIPS), lengths)
     assert read["lengths"] == np.bincount(owner[kept], minlength=NUM_CLIPS).tolist()
@@ -140,29 +147,33 @@ def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
 
 
 def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
-    """A pickle is read in pieces, unless an entry refers to an entry of an earlier piece."""
+    """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
     _, clips, _ = clips_with_nan
     whole = convert(tmp_path, clips)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)
-    shared = {**clips, b"39": clips[b"20"]}
-    assert convert(tmp_path, shared)["lengths"][39] == whole["lengths"][20]
-    monkeypatch.delattr(sandbox, "load")  # which reads a pickle at once
+    with_reference = {**clips, b"39": clips[b"20"]}
+    assert convert(tmp_path, with_reference)["lengths"][39] == whole["lengths"][20]
+
+    # Without `load`, pickles can be read only in pieces.
+    monkeypatch.delattr(sandbox, "load")
     np.testing.assert_equal(convert(tmp_path, clips), whole)
     for protocol in range(2, 6):
         file = io.BytesIO()
         python2.PYTHONS(file, protocol).dump(clips)
         np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
     with pytest.raises(NameError):
-        convert(tmp_path, shared)
+        convert(tmp_path, with_reference)
 
 
 def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
     rows, clips, _ = clips_with_nan
     voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
     of_faces, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
+
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
     monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
+
     np.testing.assert_equal(convert(tmp_path, clips), of_faces)
     np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)
 
