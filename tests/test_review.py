@@ -21,7 +21,7 @@ SITE = f"http://127.0.0.1:{PORT}"
 
 
 class Reviewed:
-    """Results of two films that show Ada, who is enrolled, Bob and Eve; and a client of the page."""
+    """Results of two films of Ada (enrolled), Bob and Eve (unknown), and a client of the page."""
 
     def __init__(self, drawn):
         self.drawn, self.names = drawn, drawn.names
@@ -59,7 +59,7 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     before, bob = reviewed.before, reviewed.before["party.s002.t01"]
     assert bob.startswith("unknown ") and before["party.s000.t00"] == "Ada"
 
-    # Bob gets the name Zoë. The two bytes of the ë become one letter.
+    # Bob gets the name Zoë. The letter e and its combining dots become one letter.
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
     named = {clip: "Zo\u00eb" if name == bob else name for clip, name in before.items()}
     assert f"Saved: {bob} is Zo" in text and "Undo" in text
