@@ -1,4 +1,4 @@
-"""Batches of training and evaluation: which clips they contain, in which order, with which frames."""
+"""Batches of training and evaluation: their clips, the order, and the frames of each clip."""
 
 import itertools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Results belong to their data: a run meets its own data, or says in what they differ."""
+"""A run accepts only the data that it was trained on; errors say how other data differ."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ CONFIG = ("--config=knn:face", "--config.eval.report=False", "--config.batch_siz
 
 
 def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
-    """Writes features and labels, of which those of train may be shifted; returns their flags."""
+    """Writes features and labels; `shift` changes the labels of train. Returns flags of data."""
     rng, clips, labels = np.random.default_rng(seed), {"train": {}, "val": {}}, {}
     for split, i in itertools.product(clips, range(num_clips)):
         face = {"features": rng.normal(size=(2, 4)).astype(np.float32), "quality": np.ones(2)}
@@ -34,7 +34,7 @@ def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run, the flags of its data, and a file of weights that it was trained with."""
+    """A folder with data, a file of weights of clips, and a finished run that used both."""
     folder = tmp_path_factory.mktemp("own")
     weights = folder / "weights.txt"
     weights.write_text("train0.mp4 0\n")
@@ -50,6 +50,7 @@ def own(trained, tmp_path):
 
 @pytest.fixture
 def again(own, say):
+    """Repeats the training command with other flags of data."""
     weights = f"--config.data.weights={own}/weights.txt"
     return lambda words, code=0: say(*CONFIG, *words, weights, f"--workdir={own}/run", code=code)
 
@@ -65,12 +66,15 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     evaluate(report, "--config.eval.block_size=3")
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
+
     out = evaluate(report, "--config.eval.temperature=4")
+
     assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
     assert [(run / name).read_bytes() for name in names] == before
     assert 'href="report_val.html"' in (run / "report.html").read_text()
     assert "eval.temperature=4.0" in (run / "report_val.html").read_text()
-    # An analysis is of the last evaluation.
+
+    # An evaluation without a report deletes the analysis of the evaluation before.
     evaluate()
     assert not (run / "analysis.npz").exists() and not (run / "report.html").exists()
     refused(lambda: vidjax.evaluate(run).average_precisions(), "config.eval.report=True")
@@ -87,10 +91,11 @@ def test_run_refuses_to_train_or_evaluate_on_other_data(
     words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
     before, error = path.read_bytes(), again(words, code=2)
     assert message in error and "--workdir=" in error
-    if "shift" not in change:  # the evaluated split is val
+    if "shift" not in change:  # which leaves the evaluated split, val, unchanged
         assert "vidjax rank" in evaluate(words[1], code=2)
     assert path.read_bytes() == before
-    path.unlink()  # as if it was stopped
+
+    path.unlink()  # as in a stopped run
     assert message in again(words, code=2)
 
 
@@ -100,13 +105,15 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, ag
     shutil.move(own / "data", own / "moved")
     assert "finished before" in again(words)
     evaluate(words[1])
-    # A command completes what was killed between results and pages.
+
+    # A run that was killed before its report is completed.
     results = json.loads((path / "metrics.json").read_text())
     (path / "metrics.json").write_text(json.dumps(results | {"finished": False}))
     assert "finished before" not in again(words)
     completed = json.loads((path / "metrics.json").read_text())
     assert completed["finished"] and completed["map"] == results["map"]
-    # Weights of clips are data by their content, not by their path.
+
+    # Other content of the file of weights is other data.
     (own / "weights.txt").write_text("train1.mp4 0\n")
     assert "config.data.weights" in again(words, code=2)
 

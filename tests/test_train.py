@@ -53,7 +53,7 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     quick_first(zip(SIGNALS, (MLP, COSINE, MMA), strict=True), mark=pytest.mark.nightly),
 )
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
-    """The run keeps its mode, streaming. An evaluation between two parts does not finish the run."""
+    """The run keeps streaming. An evaluation between two parts does not finish the run."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
