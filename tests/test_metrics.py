@@ -27,34 +27,35 @@ HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
 
 open_set: Any = measures.open_set
 # Each line of a file has an identity and its clips. Only the first 100 clips of a line count.
-BY_HAND = [  # ground truth, submission, score as a fraction
-    ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
-    ("1 a.mp4", "1 x.mp4 y.mp4", (0, 1)),
-    ("1 a.mp4 b.mp4", "1 a.mp4 x.mp4 b.mp4", (5, 6)),  # 1/1 and 2/3 of 2
-    ("1 a.mp4 b.mp4", "1 a.mp4", (1, 2)),  # half the positives are not returned
-    (f"1 {MANY}", f"1 {HUNDRED}", (2, 3)),  # 150 positives, 100 hits
-    ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),  # an identity is missing
-    ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),  # an identity without a clip
-    ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),  # an identity that is not in the ground truth
-    ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),  # a hit repeated
-    ("1 a.mp4 b.mp4", "1 a b", (0, 1)),  # the suffix is in one file only
-    ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),  # truth with a clip per line
-    ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),  # BOM, CRLF, trailing blank
-    ("1 a.mp4", f"1 {HUNDRED} a.mp4", (0, 1)),  # the 101st clip is the hit
-    ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),  # the last of two lines counts
-    ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),  # odd blanks
-    ("1 a.mp4", "", (0, 1)),
-]
-
-REFUSED = [  # ground truth, what the error names
-    ("1 a.mp4\n\n2 b.mp4", "line 2"),
-    ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),  # an identity twice
-    ("1 a.mp4 b.mp4\n2", "line 2"),  # an identity without a positive
-    ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),  # a clip of two identities
-    ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),  # a clip with two labels
-    ("a.mp4 1\nb.mp4 1 2", "line 2"),
-    ("", "gt"),
-]
+# Name of a case -> ground truth, submission, score as a fraction.
+BY_HAND = {
+    "hit at place 100": ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
+    "hit at place 101": ("1 a.mp4", f"1 {HUNDRED} a.mp4", (0, 1)),
+    "no hit": ("1 a.mp4", "1 x.mp4 y.mp4", (0, 1)),
+    "1/1 and 2/3 of 2": ("1 a.mp4 b.mp4", "1 a.mp4 x.mp4 b.mp4", (5, 6)),
+    "one of two positives missing": ("1 a.mp4 b.mp4", "1 a.mp4", (1, 2)),
+    "150 positives, 100 hits": (f"1 {MANY}", f"1 {HUNDRED}", (2, 3)),
+    "missing identity": ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),
+    "identity without a clip": ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),
+    "unknown identity": ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),
+    "repeated hit": ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),
+    "suffix in one file only": ("1 a.mp4 b.mp4", "1 a b", (0, 1)),
+    "truth by clip": ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),
+    "BOM, CRLF, blanks": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
+    "the last line of an identity": ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),
+    "odd blanks": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
+    "empty submission": ("1 a.mp4", "", (0, 1)),
+}
+# Name of a case -> ground truth, words of the error.
+REFUSED = {
+    "empty line": ("1 a.mp4\n\n2 b.mp4", "line 2"),
+    "repeated identity": ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),
+    "identity without a positive": ("1 a.mp4 b.mp4\n2", "line 2"),
+    "clip of two identities": ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),
+    "clip with two labels": ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),
+    "three words": ("a.mp4 1\nb.mp4 1 2", "line 2"),
+    "empty": ("", "gt"),
+}
 SPEC = "configs/mma.py:iqiyi_vid"
 
 
@@ -70,19 +71,21 @@ def write(folder, truth, submission):
     return folder / "gt.txt", folder / "ranking.txt"
 
 
-@pytest.mark.parametrize(("ground_truth", "submission", "score"), BY_HAND)
-def test_map_of_files_matches_hand_computed_values(tmp_path, ground_truth, submission, score):
+@pytest.mark.parametrize("case", BY_HAND)
+def test_map_of_files_matches_hand_computed_values(tmp_path, case):
+    ground_truth, submission, score = BY_HAND[case]
     paths = write(tmp_path, ground_truth, submission)
     assert map_oracle.mean_average_precision(*paths) == Fraction(*score)
     assert score_files(*paths) == pytest.approx(float(Fraction(*score)), rel=0, abs=1e-15)
 
 
-@pytest.mark.parametrize(("ground_truth", "line"), REFUSED)
-def test_ground_truth_without_a_score_is_refused(tmp_path, ground_truth, line):
+@pytest.mark.parametrize("case", REFUSED)
+def test_ground_truth_without_a_score_is_refused(tmp_path, case):
+    ground_truth, words = REFUSED[case]
     paths = write(tmp_path, ground_truth, "1 a.mp4")
     with pytest.raises(map_oracle.Refused):
         map_oracle.mean_average_precision(*paths)
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(ValueError, match=words):
         score_files(*paths)
 
 

@@ -111,15 +111,18 @@ def weights(folder, text, clips: Any = "abcde"):
     return loaded.tolist()
 
 
-# Changes of a file by editors: line ends, a byte order mark, tabs, empty lines, a missing suffix.
-EDITORS: tuple[Callable[[str], str], ...] = (
-    lambda text: text, lambda text: text.replace("\n", "\r"),
-    lambda text: "\ufeff" + text.replace("\n", "\r\n"), lambda text: text.replace(" ", "  \t "),
-    lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"), lambda text: text.replace(".mp4", "", 1),
-)  # fmt: skip
+# Changes of a file by editors.
+EDITORS: dict[str, Callable[[str], str]] = {
+    "none": lambda text: text,
+    "CR": lambda text: text.replace("\n", "\r"),
+    "byte order mark and CRLF": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    "blanks and tabs": lambda text: text.replace(" ", "  \t "),
+    "empty lines": lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"),
+    "a missing suffix": lambda text: text.replace(".mp4", "", 1),
+}
 
 
-@pytest.mark.parametrize("edit", EDITORS)
+@pytest.mark.parametrize("edit", EDITORS.values(), ids=EDITORS)
 def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
     # A line has a clip and its identity, or an identity and its clips.
     wanted = {"V_70": "9", "V_8": "10", "V_900": "9"}

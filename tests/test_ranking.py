@@ -72,23 +72,24 @@ def test_score_of_0_without_any_match_prints_a_hint(tmp_path, command):
         assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
-# (submission, score against "1 a.mp4", words of the warning)
-FAULTS = [
-    ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
-    (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
-    (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
-    ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
-    ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"), ("\n1 a.mp4\n", "1", "line 1"),
-    ("1\ta.mp4\n", "1", "line 1: fields"), ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
-    ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
-    ("", "0", "the file is empty"),
-]  # fmt: skip
+# Fault of a submission -> submission, score against "1 a.mp4", words of the warning.
+FAULTS = {
+    "repeated clip": ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
+    "102 clips, hit first": (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
+    "102 clips, hit last": (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
+    "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
+    "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
+    "empty line": ("\n1 a.mp4\n", "1", "line 1"),
+    "tab": ("1\ta.mp4\n", "1", "line 1: fields"),
+    "no-break space": ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
+    "not UTF-8": ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
+    "empty file": ("", "0", "the file is empty"),
+}
 
 
-@pytest.mark.parametrize(("submission", "score", "place"), FAULTS)
-def test_ranking_faults_warn_and_are_errors_with_strict(
-    tmp_path, command, submission, score, place
-):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
+    submission, score, place = FAULTS[fault]
     paths = write(tmp_path, "1 a.mp4\n", submission)
 
     code, out, err = command("score", *paths)
