@@ -88,15 +88,10 @@ def test_dropout_of_modalities_never_drops_the_last_one():
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 
 
-def apply(module, params, x, **kwargs) -> Any:
-    return module.apply(params, x, **kwargs)
-
-
 def drop_out(rate, shape, *, deterministic=False):
     """Returns an array of ones after dropout."""
-    drop = functools.partial(apply, Dropout(rate), {}, deterministic=deterministic)
-    rngs = {"dropout": jax.random.key(0)}
-    return np.asarray(jax.jit(lambda x: drop(x, rngs=rngs))(jnp.ones(shape)))
+    options: Any = {"deterministic": deterministic, "rngs": {"dropout": jax.random.key(0)}}
+    return np.asarray(jax.jit(lambda x: Dropout(rate).apply({}, x, **options))(jnp.ones(shape)))
 
 
 # Dropout draws 8 or 16 random bits for each number.
@@ -174,7 +169,7 @@ def test_linear_layer_equals_flax_dense_in_parameters_and_values():
         outputs, expected = (jax.jit(layer.apply)(params, given) for layer in (ours, flax))
         np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
 
-    y = apply(Linear(50, use_bias=False), {"params": {"kernel": kernel}}, x)
+    y: Any = Linear(50, use_bias=False).apply({"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(y, wide(x) @ wide(kernel), rtol=1e-5, atol=1e-5)
 
 
@@ -258,12 +253,15 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
 
 
 def test_mlp_matches_its_equations():
+    # (width, activation, has BatchNorm, dropout rate) of each layer; layer 1 has no BatchNorm.
     layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
     mask = np.array([True, True, False, True, True])
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((5, 3))
         model = MLP(layers, FLOAT64)
-        variables, expected = randomised(model, x, mask), x
+        variables = randomised(model, x, mask)
+
+        expected = x
         for i, (_, activation, batch_norm, _) in enumerate(layers):
             layer = variables["params"][f"layer_{i}"]
             expected = layer_oracle(layer, expected, mask, activation, batch_norm)

@@ -48,10 +48,11 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
 
     out = tiny.eval_output(model, tiny.init_identifier(model, frames, clips), frames, clips)
 
-    assert out.logits.shape == (8, 2, 5)
+    assert out.logits.shape == (8, 2, 5)  # clips, branches, classes
     has_face, has_head = (clips.mask & part.mask.any(axis=1) for part in (face, head))
     norms = np.linalg.norm(face.features.astype(float), axis=2)
     measures = norms if measure == "norm" else face.quality
+
     wanted = []  # weights of the two branches
     for b in range(8):
         if has_head[b] and not has_face[b]:
@@ -60,7 +61,7 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
             wanted.append((0.2, 0.8))
         else:
             wanted.append((1, 0))
-    assert set(wanted) == {(1, 0), (0, 0.95), (0.2, 0.8)}
+    assert set(wanted) == {(1, 0), (0, 0.95), (0.2, 0.8)}, "all cases occur"
     np.testing.assert_array_equal(out.train_weight, np.stack([has_face, has_head], axis=1))
     np.testing.assert_allclose(out.eval_weight, wanted, rtol=1e-6)
 

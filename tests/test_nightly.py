@@ -42,6 +42,8 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     (train, labels), (val, more) = (clips_of(KNOWN, seed) for seed in (1, 2))
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
+
+    # Each day has photos of Ada Lovelace and of a person called 12, and clips of three people.
     for turn, day in enumerate(DAYS):
         ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})

@@ -507,7 +507,8 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
     spec = config_of(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
     article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"
-    ones = [1.0, 1.0, 1.0]
+    ones = [1.0, 1.0, 1.0]  # detection scores
+
     for fusion_spec, quality, detection, wanted in (
         (train, [1, 2, 3], ones, np.array([1, 4, 9]) / 14),
         (train, [-5, 2, 4], ones, [0, 0.2, 0.8]),

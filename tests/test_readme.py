@@ -96,6 +96,7 @@ def test_every_link_of_the_pages_has_a_target():
         text = prose(page)
         targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
         assert targets or page == "vidjax/runs/README.md", page
+
         for target in targets:
             if target.startswith(blob):  # a notebook has a link to itself
                 assert target.removeprefix(blob) == page
@@ -165,6 +166,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
     ours = [words for words in commands() if words[0].startswith("vidjax.")]
     compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)
+
     for module, *words in ours:
         text = " ".join(words)
         # These are tested above, in test_convert.py (downloads) and in test_serve.py (signals).
@@ -172,6 +174,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             continue
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
             continue
+
+        # Training becomes short, with smaller nets.
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
             _, workdir = run_commands.read_train_settings(program.parse(words))
             words.append(f"--workdir={workdir}")  # the following flags would change the default
@@ -187,6 +191,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             words += FEW if "ensemble" in text else FEW[:1] if "trainval" in text else ()
         elif words[0] == "evaluate":
             words.append(NO_REPORT)
+
         for table in [Path(word[9:]) for word in words if word.startswith("--labels=")]:
             # As if a user wrote a name into the table.
             table.write_text(table.read_text().replace("unknown 1", "Eve"))

@@ -187,6 +187,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     epoch = next(train_batches(data, splits=("train",), modalities=("face",), **options))
     steps = epoch.clip_index.reshape(12, 8).tolist()  # the order in both modes
     has_face = data.split("train").lengths["face"] > 0
+    # A clip with a face in each of the steps 6, 7 and 8.
     sixth, seventh, eighth = (next(c for c in step if has_face[c]) for step in steps[5:8])
 
     def with_nan(*clips):

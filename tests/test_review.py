@@ -204,6 +204,8 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
+
+    # JavaScript: the label of the element that has the focus, and whether the page has a text.
     focus = "document.activeElement.ariaLabel || document.activeElement.textContent"
     contains = "document.body.innerText.includes('{}')".format
     try:
@@ -212,6 +214,8 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
             tab.wait("document.querySelectorAll('.person').length == 2")
             tab.press("Tab")
             assert tab.ask(focus) == "To the content"
+
+            # The user names unknown 1 "ada" and confirms that this is Ada.
             for _ in range(20):
                 if tab.ask(focus) == "Who is unknown 1?":
                     break
@@ -222,6 +226,8 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
             tab.press("Enter")
             tab.wait(contains("Saved: unknown 1 is Ada."))
             assert tab.ask(focus) == "Who is unknown 2?"
+
+            # The user undoes this, and joins unknown 1 with unknown 2.
             tab.press("shift Tab", "Enter")
             tab.wait(contains("Undone: unknown 1 is Ada."))
             assert tab.ask(focus) == "Who is unknown 1?"
@@ -231,6 +237,7 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
         server.should_exit = True
         thread.join()
         listener.close()
+
     reviewed.review.save()
     joined = {c: name.replace("unknown 2", "unknown 1") for c, name in reviewed.before.items()}
     assert reviewed.names() == joined == reviewed.again()

@@ -60,11 +60,13 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
         "scene": (7, feature()),
     }[modality]  # fmt: skip
     value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
+
     for name in (modality, "my-own_modality2"):
         read = convert(tmp_path, value, name)
         assert read["names"] == ["none", "one", "two"] and read["lengths"] == [0, 1, 2]
         assert read["seen"] == 3 and read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
+
         assert read["features"].tolist() == [[1, 2, 3]] * 3 and read["number"].tolist() == [7] * 3
         assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
         assert read["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
@@ -255,6 +257,7 @@ def load(data):
 
 
 def refusal(data):
+    """Returns the error of a pickle."""
     with pytest.raises(UserError) as caught:
         load(data)
     assert "\n" not in str(caught.value)
@@ -265,24 +268,31 @@ def refusal(data):
 def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
     assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
-    big_endian = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]  # its arguments
-    assert load(hostile.SCALAR + big_endian + b"R.") == 0.1
+
+    arguments = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
+    assert load(hostile.SCALAR + arguments + b"R.") == 0.1
 
 
 def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
-    before = {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
-    attacks = hostile.attacks(Path("/nowhere/mark")).values()
+    def attributes():
+        return {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
+
+    before, attacks = attributes(), hostile.attacks(Path("/nowhere/mark")).values()
     for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
         assert refusal(data)
-        assert {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()} == before
+        assert attributes() == before
     assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
 
 
 def test_second_dtype_state_does_not_change_arrays_already_loaded():
+    """After an array, its dtype comes again with the state of the other byte order."""
     array = np.array([1.5, 2.5], "<f2")
-    data = python2.dumps([array], 2)[:-1]
-    rebuild = b"j\x01\x00\x00\x00" + python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1] + b"b"
-    first, _ = load(data + rebuild + b"a.")
+    list_of_array = python2.dumps([array], 2)[:-1]
+    get_dtype, build, append = b"j\x01\x00\x00\x00", b"b", b"a"  # opcodes
+    other_order = python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1]
+
+    first, _ = load(list_of_array + get_dtype + other_order + build + append + b".")
+
     assert first.code == "<f2" and first.data == array.tobytes()
 
 

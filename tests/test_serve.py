@@ -484,6 +484,7 @@ def test_ambiguous_or_unsupported_headers_are_refused(inside):
     upgrade = "Connection: Upgrade\r\nUpgrade: h2c\r\n"
     body = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     end = "Connection: close\r\n\r\n"
+
     for content, status, words in (
         (f"GET /v2 HTTP/1.1\r\n{host}{host}{end}", 400, b"single header Host"),
         (f"GET /v2 HTTP/1.1\r\n{end}", 400, b"single header Host"),
@@ -536,9 +537,9 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
         assert answer in talk(inside.port, content.encode()).split(b"\r\n")[0], content[:200]
 
     # A body of 90 chunks of 64 KiB gets the answer 413, or is cut off while it is sent.
-    with pytest.raises((ConnectionError, AssertionError)):
-        reply = talk(inside.port, (chunked + 90 * f"10000\r\n{' ' * 65536}\r\n").encode())
-        assert b" 413 " not in reply
+    too_long = chunked + 90 * f"10000\r\n{' ' * 65536}\r\n"
+    with contextlib.suppress(ConnectionError):
+        assert b" 413 " in talk(inside.port, too_long.encode())
 
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
@@ -670,6 +671,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
     queries = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
     body = json.dumps({"clips": servers.as_json(queries), "k": 1000}).encode()
     limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)
+
     with Inside(people, limits=limits) as server:
         lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
         lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

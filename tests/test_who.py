@@ -185,7 +185,8 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
         assert message in drawn.who(film, flags=[flag], code=2)[1]
 
 
-def test_numbered_photos_beside_each_other_get_a_warning(drawn):
+def test_numbered_photos_in_one_folder_get_a_warning(drawn):
+    """Each photo that is not in the folder of a person is another person, named Ada_1 and Ada_2."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
     assert "each photo in" in drawn.who(write_group(drawn))[1]
@@ -664,6 +665,7 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     drawn.befriend("Ada", "Bob")
     drawn.who(group)
 
+    # The folder of one person, and a folder of other people: neither contains Ada and Bob.
     for folder, hint in (("Ada", f"--people={drawn.friends}"), ("strangers", "an empty folder")):
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]

@@ -121,18 +121,22 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
     """A shard is damaged after it was opened, with or without a new size and time."""
     shard = shards_of(copied)[5]
     whole = shard.path.read_bytes()
-    places, flipped = boundaries(whole), [bytearray(whole) for _ in range(3)]
+    places = boundaries(whole)
+    # In record 18, a bit flips in the content, the length, or the checksum of the length.
+    flipped = [bytearray(whole) for _ in range(3)]
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):
-        damaged[places[17] + at] ^= 16  # in the content, length, or checksum of the length
+        damaged[places[17] + at] ^= 16
     cases = (
         (whole[: places[8]], "has 8 records"), (whole + whole[: places[1]], "has 31 records"),
         *((damaged, "record 18 of 30 is damaged\n") for damaged in flipped),
         (whole[: places[8] + 5], "record 9 of 30 is damaged\n"), (b"", "has 0 records"),
     )  # fmt: skip
+
     for number, (content, wanted) in enumerate(cases):
         shard.path.write_bytes(content)
         (problem,) = verify(copied)
         messages = [problem, refused(lambda: manifest_lib.load_records(copied.folder))]
+        # All readers read one case, and one reader reads each of the others.
         for opened in (copied, as_if_unchanged(copied)):
             data = labelled(opened, source)
             for read in READERS if number == 1 else READERS[number % 3 :][:1]:

@@ -112,12 +112,13 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     (tmp_path / "clips" / "c.npz").write_bytes(bomb)
     (tmp_path / "records" / "manifest.json").write_text("{}")
     (tmp_path / "records" / "index.npz").write_bytes(bomb)
+
     with bounds():
         refused(lambda: files.npz_bytes(bomb, SMALL))
         refused(lambda: clip_files.read_npz_bytes(bomb, "c", SMALL))
         refused(lambda: memory.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
         matches = forget.forget(["Ada"], [], [tmp_path / "records"]).found
-    assert [match.kind for match in matches] == ["unread"]
+    assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
 
 @pytest.mark.parametrize(
