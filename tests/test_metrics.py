@@ -345,10 +345,13 @@ def test_best_list_of_a_clip_contains_its_highest_score():
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
+    """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""
     labels = np.arange(1, 61)
     right = labels <= 60 * share
     clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
+
     intervals = measures.compute_clip_intervals(clips, labels)
+
     expected = significance.map_interval(right.astype(float))
     assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)

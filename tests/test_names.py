@@ -25,10 +25,12 @@ ZWSP = "\u200b"
 
 
 def test_names_with_invisible_letters_are_refused(tmp_path):
+    for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
+        refused(lambda x=name: names.clean_identity(x), "identity '", "leave it out")
+
+    # All functions that accept names of people refuse the last of these names.
     gallery = make(tmp_path / "g")
     vectors = Vectors(("x",), {"face": np.ones((1, 8), np.float32)}, (None,))
-    for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "Ada\u200d", "A \u200cda"):
-        refused(lambda x=name: names.clean_identity(x), "identity '", "leave it out")
     refused(lambda: gallery.rename("person 1", name), "invisible letter")
     refused(lambda: gallery.add({"x": make_clip(1, name)}), "invisible letter")
     refused(lambda: gallery.enrol(vectors, name), "invisible letter")

@@ -37,6 +37,7 @@ def slow_dbscan(vectors: np.ndarray, eps: float, min_samples: int) -> list[int]:
 @pytest.mark.parametrize("min_samples", [2, 4])
 def test_dbscan_clusters_match_the_definition(min_samples: int) -> None:
     rng = np.random.default_rng(0)
+    # 8 groups of 4 similar vectors of different lengths, in random order.
     vectors = rng.normal(size=(8, 16))[rng.permutation(np.repeat(np.arange(8), 4))]
     vectors = (vectors + 0.4 * rng.normal(size=(32, 16))) * rng.lognormal(size=(32, 1))
     vectors[[3, 11]] = 0  # zero vectors are in no cluster

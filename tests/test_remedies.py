@@ -116,11 +116,13 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
         config = vidjax.load_config("knn:iqiyi_vid,face", *words, f"--config.seed={seed}")
         vidjax.train(config, tmp_path / "run", data, num_devices=1)
 
+    # After a run that was stopped before its first checkpoint, another seed is accepted.
     train(7)
     for name in ("checkpoints", "metrics.json"):
         (tmp_path / "run" / name).rename(tmp_path / name)
     train(0)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
     refused(lambda: train(8), "--workdir=FOLDER")
 
 

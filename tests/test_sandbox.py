@@ -139,7 +139,10 @@ def clips_with_nan():
 
 def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
     rows, clips, lengths = clips_with_nan
-    read, kept = convert(tmp_path, clips), np.isfinite(rows).all(axis=1)
+
+    read = convert(tmp_path, clips)
+
+    kept = np.isfinite(rows).all(axis=1)
     np.testing.assert_array_equal(read["features"], rows[kept])
     for column in (read["number"], -read["quality"], read["box"][:, 3]):
         np.testing.assert_array_equal(column, np.flatnonzero(kept))

@@ -508,7 +508,7 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path):
     path.chmod(0o600)
     with Inside(people, token=limits_lib.read_token(path)) as server:
         for sent, status in (
-            ("Bearer " + "a" * 40, 200), ("bearer  " + "a" * 40, 200),  # the scheme has no case
+            ("Bearer " + "a" * 40, 200), ("bearer  " + "a" * 40, 200),  # upper or lower case
             ("Bearer " + "b" * 40, 401), ("ä", 401), (None, 401),
         ):  # fmt: skip
             headers = {"Host": "people.example"} | ({"Authorization": sent} if sent else {})

