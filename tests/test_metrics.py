@@ -65,7 +65,7 @@ def score_files(truth, submission):
 
 
 def write(folder, truth, submission):
-    """Returns the paths of both files."""
+    """Writes a ground truth and a submission; returns their paths."""
     (folder / "gt.txt").write_bytes(truth.encode())
     (folder / "ranking.txt").write_bytes(submission.encode())
     return folder / "gt.txt", folder / "ranking.txt"

@@ -37,7 +37,10 @@ WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
 
 
 def netvlad_oracle(params, features, mask, reduce, norms):
-    """Section 5.2 of the iQIYI-VID paper; BatchNorm uses the statistics of the real frames."""
+    """Returns pooled frames [B, K, D] by section 5.2 of the iQIYI-VID paper.
+
+    BatchNorm uses the statistics of the real frames.
+    """
     z = features @ params["assignment"]["kernel"] + params["assignment"].get("bias", 0)
     if "batch" in norms:
         z = (z - z[mask].mean(axis=0)) / np.sqrt(z[mask].var(axis=0) + 1e-5)
@@ -209,7 +212,10 @@ ACTIVATIONS = {
 
 
 def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
-    """A linear layer, an activation, BatchNorm by the real rows; or BatchNorm before activation."""
+    """Returns rows after a linear layer, an activation, and BatchNorm by the real rows.
+
+    With `norm_first`, BatchNorm comes before the activation.
+    """
 
     def norm(x):
         real = x[np.asarray(mask)]
@@ -304,20 +310,20 @@ def linear(params, name, x):
 
 
 def frames_oracle(params, clip):
-    """Attention between the n real frames of one clip [n, D]."""
+    """Returns one clip [n, D] after attention between its n real frames."""
     theta, phi, g = (linear(params, name, clip) for name in ("theta", "phi", "g"))
     affinity = softmax(theta @ phi.T / np.sqrt(phi.shape[1]))
     return clip + linear(params, "out", affinity @ g)
 
 
 def channels_oracle(params, clip):
-    """The published form: maps from the T frames of one clip [T, D] to T/2 channels [T/2, D]."""
-    theta, phi, g = (linear(params, name, clip.T).T for name in ("theta", "phi", "g"))
+    """Returns one clip [T, D] after the published attention between T/2 maps of its T frames."""
+    theta, phi, g = (linear(params, name, clip.T).T for name in ("theta", "phi", "g"))  # [T/2, D]
     return clip + linear(params, "out", (softmax(theta @ phi.T) @ g).T).T
 
 
 def danet_oracle(params, clip):
-    """The channel attention of DANet's code; the channels are the frames of one clip [n, D]."""
+    """Returns one clip [n, D] after the channel attention of DANet's code: frames are channels."""
     energy = clip @ clip.T
     affinity = softmax(energy.max(axis=1, keepdims=True) - energy)
     return clip + params["gamma"] * affinity @ clip

@@ -85,7 +85,7 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The files of a made-up run that has every section, and a value at every key."""
+    """A made-up run with all sections of the report and all values in its files."""
     rng, identities, name = np.random.default_rng(0), 12, "identity {}"
     ap = np.clip(rng.beta(4, 1, identities), 0, 1)
     ap[rng.random(identities) < 0.3] = 1.0

@@ -482,7 +482,7 @@ def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
 def pictures_of(path):
     """Returns text of a picture on a page -> people whose faces the pictures with this text show.
 
-    The colour in the middle of a picture tells whose face the picture shows.
+    The colour in the middle of a picture is the colour of a person.
     """
     shown_faces, page = {}, path.read_text()
     for source, alt in re.findall(r'<img [^>]*src="([^"]+)" alt="([^"]*)"', page):

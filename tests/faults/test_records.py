@@ -61,7 +61,7 @@ def converted(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stale(tmp_path_factory):
-    """Another conversion: clips of the same names and lengths, other features."""
+    """Another conversion: clips with the same names and lengths, but other features."""
     other = write_source(tmp_path_factory.mktemp("other") / "official", 1)
     return prepare(other, tmp_path_factory.mktemp("cache"))
 
@@ -356,7 +356,7 @@ def write_own(folder, counts, widths):
 
 @pytest.mark.slow
 def test_conversion_with_eight_workers_needs_few_open_files(tmp_path):
-    """The writers read 320 files, more than may be open."""
+    """The writers read 320 files, and only 128 files may be open at the same time."""
     widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
     write_own(tmp_path / "data", {"train": 40, "val": 10}, widths)
 
