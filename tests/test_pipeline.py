@@ -137,10 +137,13 @@ def test_count_cropped_counts_clips_and_lost_frames(dataset):
 def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset, split, rows):
     batches = [*eval_batches(dataset, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
+
     clips = rows_of(batches)
     for index, modality in itertools.product(clips, ("face", "audio")):
         clip = source_clip(dataset, split, modality, index)
-        assert_best_frames(clips[index][modality], clip, 512)  # the longest bucket
+        assert_best_frames(clips[index][modality], clip, 512)
+
+    # A clip is padded to the next of the lengths 32, 128 and 512.
     lengths = dataset.split(split).lengths["face"]
     wanted = {i: next(b for b in (32, 128, 512) if b >= min(n, 512)) for i, n in enumerate(lengths)}
     assert {index: len(frames["face"].mask) for index, frames in clips.items()} == wanted

@@ -488,7 +488,7 @@ def test_noise_classes_have_the_training_settings_of_their_code():
 def test_weight_of_mirror_classes_rises_every_20_epochs():
     """noise_weight = [0.1, ..., 0.6], each for a tenth of 200 epochs."""
     config, system = official(NOISE)
-    mirror = jnp.array([10_034 + 3691 + 1])
+    mirror = jnp.array([10_034 + 3691 + 1])  # the first class after "other", people and clusters
     epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)
     steps = jnp.float32(CLIPS / config.batch_size) * jnp.array(epochs)
     weights = [float(system.column_weight(mirror, step)[0]) for step in steps]

@@ -19,6 +19,7 @@ def test_write_ranking_round_trips_and_refuses_repeated_names(tmp_path):
     path = tmp_path / "ranking.txt"
     clips = ["b", "a.mp4", "../up", "日本語", "x" * 300]
     ranking.write_ranking(path, ["195", "7"], clips, top_of([4, 0, 1], [2, 3]))
+
     text = f"195 {'x' * 300}.mp4 b.mp4 a.mp4\n7 ../up.mp4 日本語.mp4\n"
     assert path.read_text(encoding="utf-8") == text
     lists = {"195": ["x" * 300 + ".mp4", "b.mp4", "a.mp4"], "7": ["../up.mp4", "日本語.mp4"]}

@@ -121,13 +121,13 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, ag
 @pytest.mark.slow
 def test_run_folder_moved_during_training_is_an_error(tmp_path, monkeypatch):
     config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
-    data, run = vidjax.load_data(config), feed.ResidentFeed.advance
+    data, advance = vidjax.load_data(config), feed.ResidentFeed.advance
 
-    def moved(self, *args):
+    def move_and_advance(self, *args):
         shutil.move(tmp_path / "run", tmp_path / "moved")
-        return run(self, *args)
+        return advance(self, *args)
 
-    monkeypatch.setattr(feed.ResidentFeed, "advance", moved)
+    monkeypatch.setattr(feed.ResidentFeed, "advance", move_and_advance)
     refused(lambda: vidjax.train(config, tmp_path / "run", data), "moved during training")
     assert not (tmp_path / "run").exists()
 

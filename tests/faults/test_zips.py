@@ -226,11 +226,12 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, ve
 
 
 def test_page_that_claims_gigabytes_is_refused(tmp_path):
+    """The number of gigabytes has 5 bytes instead of 3, so the bytes after it move by 2."""
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
+    # The size of a page with 7001 features of 4 bytes, and a header.
     size = next(size for size in range(28_000, 28_400) if varint(2 * size) in content)
     at = content.index(varint(2 * size))
-    # The number of gigabytes is longer than the size that it replaces.
     path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
     refuse_table(path, "damaged")
 
