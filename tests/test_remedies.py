@@ -47,6 +47,7 @@ COMMANDS = [
 
 @pytest.mark.slow
 def test_suggested_command_of_an_error_runs(place, nearest_run, data, say):
+    # A real run and its gallery replace the made-up ones.
     for name in ("g", "run"):
         shutil.rmtree(place / name)
     (place / "run").symlink_to(nearest_run)
@@ -127,6 +128,7 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
 
 
 def test_folds_are_not_suggested_if_most_people_have_one_clip(tmp_path):
+    """60 people have 60 or 120 clips."""
     for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
         counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
         (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))

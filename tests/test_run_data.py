@@ -139,8 +139,9 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     shutil.move(other / "val", other / "test")
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
-    # A stranger may have written the folder in config.json. Without a flag, the folder is refused
-    # if none of its splits is the run's, as in `other`; in own / "data", `val` is.
+
+    # A stranger may have written the data folder in config.json. Without a flag, a folder is used
+    # only if it contains data of the run, such as `val` in own / "data". `other` is refused.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())
