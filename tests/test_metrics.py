@@ -314,6 +314,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     scored = measures.ScoredSplit(top, labels, ["c"] * 40, np.ones(40, bool), positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
 
+    # Of an identity, the clips that are not chosen are deleted from the list.
     averages = []
     for identity in range(1, 5):
         wanted = set(np.flatnonzero(chosen & (labels == identity)))

@@ -42,7 +42,7 @@ def test_warmup_and_cosine_decay_match_their_formula():
 def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch):
     options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
-    # Exact arithmetic: the rate falls every `width` steps.
+    # The rate falls every `width` steps, in exact arithmetic.
     width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
     expected = np.array([0.01 * 0.7 ** (step // width) for step in range(60)])
     for warmup in (0.0, 0.5):

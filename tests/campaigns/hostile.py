@@ -89,7 +89,7 @@ class Attack(NamedTuple):
     """A pickle, and words that its error must contain."""
 
     data: bytes
-    told: str
+    error_words: str
 
 
 def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -140,15 +140,15 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
 def attacks(mark: Path) -> dict[str, Attack]:
     """Returns name -> pickle that would create the file `mark`, or do other harm."""
     path = text(str(mark))
-    routes = {words: Attack(data, told) for words, told, data in _routes(mark)}
-    for words, told, data in (
+    routes = {words: Attack(data, error_words) for words, error_words, data in _routes(mark)}
+    for words, error_words, data in (
         ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
         ("PERSID", "outside the file", b"Pthing\n."),
         ("BINPERSID", "outside the file", b"NQ."),
         ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
         ("strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
     ):
-        routes[words] = Attack(data, told)
+        routes[words] = Attack(data, error_words)
     calls: dict[str, list[bytes]] = {
         "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
         "io open": [path, text("w")],

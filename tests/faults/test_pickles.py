@@ -84,7 +84,7 @@ def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
 
     check_refused(ends, strict=False)
     for name, attack in hostile.attacks(mark).items():
-        assert attack.told in ends[f"code {name}"][0], name
+        assert attack.error_words in ends[f"code {name}"][0], name
 
 
 @pytest.mark.slow
