@@ -57,7 +57,7 @@ def test_a_view_lacks_one_chunk_of_the_features(view):
     ({"only": (1,)}, "choose from 0 to 0"),
     ({"folds": 3, "only": (1, 1)}, "name each member once"),
     ({"views": 3}, "no modality has 16 or more features"),
-])  # fmt: skip
+], ids=str)  # fmt: skip
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)

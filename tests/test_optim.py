@@ -74,7 +74,7 @@ def test_short_runs_have_positive_learning_rates(decay, total):
     (0.0, [0.0, 0.0], [3.0, 4.0], [-0.06, -0.08]),
     # The decay 0.5 * 2 is not clipped: -0.1 * ((3, 4) / 5 + (1, 1)).
     (0.5, [[2.0, 2.0]], [[3.0, 4.0]], [[-0.16, -0.18]]),
-])  # fmt: skip
+], ids=["clipped gradient", "weight decay"])  # fmt: skip
 def test_sgd_step_matches_hand_computed_updates(weight_decay, weights, gradient, wanted):
     spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0}
     tx = make_optimizer({**spec, "clip_norm": 1.0, "weight_decay": weight_decay}, total_steps=10)

@@ -152,7 +152,7 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
 @pytest.mark.parametrize(("counts", "wanted"), [
     ({32: 6, 128: 5, 512: 4}, {512: 15}), ({32: 600, 128: 1}, {128: 601}),
     ({32: 700, 128: 1, 512: 1}, {32: 700, 512: 2}),
-])  # fmt: skip
+], ids=["all into 512", "32 into 128", "128 into 512"])  # fmt: skip
 def test_small_length_buckets_are_merged_into_longer_buckets(counts, wanted):
     """`counts` and `wanted` are length -> number of clips."""
     lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])

@@ -73,7 +73,7 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     (DEEPMEF, (0, 0.9, 1, 1.9, 2, 10, 50, 99),
      0.05 + 0.05 * np.cos(np.pi * np.array([0, 0, 1, 1, 2, 10, 50, 99]) / 100)),
     (NOISE, (0, 10, 20, 100, 199), [1e-3] * 5),
-])  # fmt: skip
+], ids=["residual_dense", "quality_fusion", "deepmef", "noise_classes"])  # fmt: skip
 def test_learning_rates_equal_the_published_rates(spec, epochs, published):
     config, system = official(spec)
     steps = np.ceil(np.asarray(epochs) * CLIPS / config.batch_size).astype(np.int32)

@@ -84,7 +84,7 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
 @pytest.mark.parametrize(("change", "message"), [
     ({"shift": 1}, "train has other labels"), ({"seed": 1}, "other features"),
     ({"num_clips": CLIPS - 1}, "train has other clips (5, before 6)"),
-])  # fmt: skip
+], ids=["labels", "features", "clips"])  # fmt: skip
 def test_run_refuses_to_train_or_evaluate_on_other_data(
     own, tmp_path, evaluate, again, change, message
 ):

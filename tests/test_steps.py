@@ -182,7 +182,7 @@ def test_mixup_equals_a_numpy_reference():
 @pytest.mark.parametrize(("poor_clips", "bound", "weight_after"), [
     ("keep", 40, [2, 1, 1, 1, 0]), ("drop", 40, [2, 0, 0, 1, 0]),
     ("drop", np.finfo(np.float32).min, [2, 1, 1, 1, 0]),
-])  # fmt: skip
+], ids=["keep", "drop", "drop without a bound"])  # fmt: skip
 def test_clips_without_good_frames_are_kept_or_dropped_as_configured(
     poor_clips, bound, weight_after
 ):

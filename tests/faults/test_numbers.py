@@ -55,7 +55,7 @@ def make_config(*words):
     (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
     (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
     (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),
-])  # fmt: skip
+], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
 def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
         data = sources.load(make_clips(value), LABELS, cache_dir=tmp_path)
