@@ -277,6 +277,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
 
     with Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips)) as server:
         for line in block.splitlines():
+            # The flags of curl become the parts of a request.
             curl = shlex.split(line, comments=True)
             given = dict(itertools.pairwise(curl))  # flag -> its value
             (path,) = (x.removeprefix("localhost:8080") for x in curl if x.startswith("localhost"))
