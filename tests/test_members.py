@@ -1,4 +1,7 @@
-"""The axis E: who trains on what, members against separate runs, honest scores."""
+"""Ensembles: the clips that members train on, members equal separate runs, means of scores.
+
+Axes: E members, N or B clips, K identities.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +32,11 @@ def make_members(**options):
 
 def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     assert make_members() == (ensemble.Member(),)
-    everyone = make_members(folds=2, seeds=2)
-    assert [(member.fold, member.number) for member in everyone] == [(0, 0), (0, 1), (1, 2), (1, 3)]
-    assert make_members(folds=2, seeds=2, only=(3, 1)) == (everyone[3], everyone[1])
+
+    members = make_members(folds=2, seeds=2)
+    assert [(member.fold, member.number) for member in members] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert make_members(folds=2, seeds=2, only=(3, 1)) == (members[3], members[1])
+
     views = make_members(views=2, min_quality=(-1e9, 20))
     pairs = {(member.view, member.min_quality) for member in views}
     assert pairs == {(0, -1e9), (0, 20), (1, -1e9), (1, 20)}
@@ -52,7 +57,7 @@ def test_a_view_lacks_one_chunk_of_the_features(view):
     ({"only": (1,)}, "choose from 0 to 0"),
     ({"folds": 3, "only": (1, 1)}, "name each member once"),
     ({"views": 3}, "no modality has 16 or more features"),
-])  # fmt: skip
+], ids=str)  # fmt: skip
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)
@@ -65,25 +70,29 @@ def test_folds_split_every_identity_evenly():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 9, 40)))
     folds = ensemble.assign_folds(labels, 5, seed=3)
-    for rows in [np.arange(len(labels)), *(np.flatnonzero(labels == c) for c in range(40))]:
+    all_clips, of_identities = labels >= 0, [labels == identity for identity in range(40)]
+    for rows in (all_clips, *of_identities):
         counts = np.bincount(folds[rows], minlength=5)
         assert counts.max() - counts.min() <= 1
     assert (folds != ensemble.assign_folds(labels, 5, seed=4)).any()
 
 
 def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
+    """Members score the clips that they were not trained on. Both were trained on clip c."""
     trained = np.array([[True, False, True], [False, True, True]])
     members = make_members(folds=2, min_quality=(20.0,))
     training_sets = ensemble.TrainingSets(members, ("a", "ünï-§", "c"), trained)
     scoring, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample
     np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])
+
     ensemble.save(tmp_path, training_sets)
-    again = ensemble.load(tmp_path)
-    assert again[:2] == training_sets[:2]
-    np.testing.assert_array_equal(again.trained, trained)
-    assert ensemble.digest(again) == ensemble.digest(training_sets)
-    assert ensemble.digest(again._replace(trained=~trained)) != ensemble.digest(again)
+    loaded = ensemble.load(tmp_path)
+    assert loaded[:2] == training_sets[:2]
+    np.testing.assert_array_equal(loaded.trained, trained)
+    assert ensemble.digest(loaded) == ensemble.digest(training_sets)
+    assert ensemble.digest(loaded._replace(trained=~trained)) != ensemble.digest(loaded)
+
     path = tmp_path / ensemble.FILE
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"cannot read .*members\.npz"):
@@ -100,12 +109,13 @@ def add_up(members, weights, *, logs):
 
 @pytest.mark.parametrize("logs", [True, False])
 def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
-    """A mean is taken over the members that score a clip. Without such a member it is -inf."""
+    """The mean of a clip is over the members that score it. Without such a member, it is -inf."""
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(4, 6, 5)) * 30 - 40  # [members, clips, identities]
-    has_score = rng.random((4, 6)) < 0.6  # [members, clips]
-    has_score[:, 0], has_score[:, 1] = False, True
+    scores = rng.normal(size=(4, 6, 5)) * 30 - 40  # [E, B, K]
     scores = np.minimum(scores, 0) if logs else scores
+    has_score = rng.random((4, 6)) < 0.6  # [E, B]
+    has_score[:, 0], has_score[:, 1] = False, True
+
     means = np.asarray(eval_step.mean_scores(add_up(scores, has_score, logs=logs)))
     assert (means[0] == -np.inf).all()
     for clip in range(1, 6):
@@ -115,11 +125,13 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
 
 
 def test_means_and_sums_of_log_probabilities_keep_their_precision():
-    lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
-    total = add_up(-lacks[..., None], np.ones((2, 2)), logs=True)  # log(1 - x) is -x
+    # Probabilities near 1 of two members for two clips: log p is -(1 - p).
+    complements = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p
+    total = add_up(-complements[..., None], np.ones((2, 2)), logs=True)
     means = eval_step.mean_scores(total)[:, 0]
-    np.testing.assert_allclose(means, -lacks.mean(axis=0), rtol=1e-5)
-    # The weights of the two branches add up to more or less than 1.
+    np.testing.assert_allclose(means, -complements.mean(axis=0), rtol=1e-5)
+
+    # Weighted sums of two equal scores. The weights add up to 2 or 0.75.
     p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
     for weight in (1.0, 0.375):
         total = add_up(np.log([p[:, None]] * 2), np.full((2, 6), weight), logs=True)
@@ -128,12 +140,13 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
 
 
 def train(folder, data, *words):
-    """Trains three members that leave out a fold of train and val each; returns the metrics."""
+    """Trains three members on train and val; each leaves out a fold. Returns the metrics."""
     return run(shrunk(SPLITS, *FOLDS, *words, spec=MLP), folder, data)
 
 
 @pytest.fixture(scope="module")
-def everyone(data, tmp_path_factory):
+def ensemble_run(data, tmp_path_factory):
+    """The folder and the metrics of a run of three members."""
     folder = tmp_path_factory.mktemp("members") / "all"
     return folder, train(folder, data)
 
@@ -144,53 +157,60 @@ def member_of(folder, number):
 
 
 @pytest.mark.slow
-def test_a_member_equals_a_separate_run_bit_for_bit(data, everyone, tmp_path):
-    folder, together = everyone
-    only = train(tmp_path, data, "--config.ensemble.only=1")
+def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path):
+    folder, of_all = ensemble_run
+    of_one = train(tmp_path, data, "--config.ensemble.only=1")
+
     assert_equal(member_of(tmp_path, 0), member_of(folder, 1))
-    assert only["map_kind"] == together["map_kind"] == "out_of_fold"
-    assert only["num_clips"] < together["num_clips"] == len(data.split("val").clips)
-    assert together["members"][1]["map"] == only["map"]
+    assert of_all["members"][1]["map"] == of_one["map"]
+
+    # One member scores only the fold that it leaves out; three members score all clips.
+    assert of_one["map_kind"] == of_all["map_kind"] == "out_of_fold"
+    assert of_one["num_clips"] < of_all["num_clips"] == len(data.split("val").clips)
     num_names = (tmp_path / "ranking.txt").read_text().count(".mp4")
-    assert num_names == 12 * only["num_clips"]  # every clip for each of 12 identities
+    assert num_names == 12 * of_one["num_clips"]  # every clip for each of 12 identities
 
 
 def test_evaluation_blocks_group_clips_by_scoring_members():
-    """Folds cost one pass over the clips. Small sets share blocks, and no clip is lost."""
-    rng, lengths = np.random.default_rng(0), (32, 128, 512)
-    bucket = rng.integers(-1, 3, 1000)
+    """Folds cost one pass over the clips. Small groups share blocks, and no clip is lost."""
+    rng, lengths, block_size = np.random.default_rng(0), (32, 128, 512), 16
+    bucket = rng.integers(-1, 3, 1000)  # the length of each clip; -1: not scored
     plan = EvalPlan("val", ("face",), bucket, {"face": lengths})
-    folds = rng.integers(0, 5, 1000) == np.arange(5)[:, None]  # [E, N]
+    folds = rng.integers(0, 5, 1000) == np.arange(5)[:, None]  # [E, N]: who scores a clip
     rare = np.zeros((5, 1000), bool)
-    rare[:3, :4] = True  # a set of four clips
+    rare[:3, :4] = True  # members 0 to 2 also score clips 0 to 3
 
-    def work(use):
-        """Returns the number of scored clips, with padding, of all members."""
-        grouped = scoring.split_by_members(plan, use, 16)
-        blocks = [*split_blocks(grouped.bucket, 16)]
+    def count_rows(use):
+        """Returns the number of rows, padding included, that all members score."""
+        grouped = scoring.split_by_members(plan, use, block_size)
+        blocks = [*split_blocks(grouped.bucket, block_size)]
         clips = np.concatenate([clips for _, clips in blocks])
         assert sorted(clips) == np.flatnonzero(bucket >= 0).tolist()
         for number, clips in blocks:
             assert (bucket[clips] == bucket[clips[0]]).all()
             assert grouped.padded_lengths["face"][number] == lengths[bucket[clips[0]]]
-        return sum(16 * use[:, clips].any(axis=1).sum() for _, clips in blocks)
+        return sum(block_size * use[:, clips].any(axis=1).sum() for _, clips in blocks)
 
     num_clips = np.sum(bucket >= 0)
-    assert num_clips <= work(folds) <= num_clips + 3 * 5 * 16  # a block more per length and fold
-    assert work(folds | rare) <= num_clips + 6 * 5 * 16
+    most_padding = 3 * 5 * block_size  # an incomplete block for each length and fold
+    assert num_clips <= count_rows(folds) <= num_clips + most_padding
+    assert count_rows(folds | rare) <= num_clips + 2 * most_padding
 
 
 @pytest.mark.slow
-def test_vmap_over_members_agrees_with_separate_steps(data, everyone, tmp_path):
+def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
     train(tmp_path, data, "--config.ensemble.mapping=vmap")
-    left, right = weights(everyone[0]), weights(tmp_path)
+    left, right = weights(ensemble_run[0]), weights(tmp_path)
     for name in [name for name in left if "params" in name]:
         np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
-def test_members_do_not_depend_on_the_clips_they_leave_out(data, everyone, tmp_path, monkeypatch):
-    plain, _ = everyone
+def test_members_do_not_depend_on_the_clips_they_leave_out(
+    data, ensemble_run, tmp_path, monkeypatch
+):
+    """The features and labels of the clips that member 1 leaves out are spoilt."""
+    plain, _ = ensemble_run
     left_out = ~ensemble.load(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}  # the clips of each split
 
@@ -202,36 +222,38 @@ def test_members_do_not_depend_on_the_clips_they_leave_out(data, everyone, tmp_p
             fields = {**vars(split), "labels": labels.astype(np.int32), "positives": many}
             return split.__class__(**fields)
 
-    # Folds of the labels as they were: they must not move with the labels that are spoilt.
+    # The folds depend on the labels, so the folds of the original labels are used.
     labels = np.concatenate([data.split(name).labels for name in rows])
     folds = ensemble.assign_folds(labels, 3, config_lib.default().seed)
     monkeypatch.setattr(ensemble, "assign_folds", lambda *args: folds)
     train(tmp_path, Relabelled(data, {name: left_out[at] for name, at in rows.items()}))
+
     assert_equal(member_of(plain, 1), member_of(tmp_path, 1))
     with pytest.raises(AssertionError):  # other members were trained on these clips
         assert_equal(member_of(plain, 0), member_of(tmp_path, 0))
 
 
 def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
-    """A draw of n clips lacks each with probability (1 - 1/n)^n."""
-    labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two and three clips each
+    """A draw of n from n clips lacks a clip with probability (1 - 1/n)^n, near exp(-1)."""
+    labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two or three clips each
     draw = ensemble.draw_bootstrap
-    own = np.stack([draw(labels, number, 0) for number in range(400)])
-    every = np.stack([draw(labels, number, 0, "all") for number in range(400)])
-    assert (every.sum(axis=1) == len(labels)).all()
-    for number in (1, 2, 3):  # clips of an identity
-        identities = [labels == identity for identity in range(number - 1, 60, 3)]
-        assert all((own[:, clips].sum(axis=1) == number).all() for clips in identities)
-        left_out = np.mean([own[:, clips] == 0 for clips in identities])
-        assert left_out == pytest.approx((1 - 1 / number) ** number, abs=0.02)
-        lost = np.mean([every[:, clips].sum(axis=1) == 0 for clips in identities])
-        assert lost == pytest.approx(np.exp(-number), abs=0.02)
+    of_identities = np.stack([draw(labels, number, 0) for number in range(400)])
+    of_all = np.stack([draw(labels, number, 0, "all") for number in range(400)])
+
+    assert (of_all.sum(axis=1) == len(labels)).all()
+    for n in (1, 2, 3):  # clips of an identity
+        identities = [labels == identity for identity in range(n - 1, 60, 3)]
+        assert all((of_identities[:, clips].sum(axis=1) == n).all() for clips in identities)
+        left_out = np.mean([of_identities[:, clips] == 0 for clips in identities])
+        assert left_out == pytest.approx((1 - 1 / n) ** n, abs=0.02)
+        lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in identities])
+        assert lost == pytest.approx(np.exp(-n), abs=0.02)
+
     uses = ensemble.count_clip_uses(make_members(bootstraps=2), labels, 0, 0, "all")
-    np.testing.assert_array_equal(uses, every[:2])
+    np.testing.assert_array_equal(uses, of_all[:2])
 
 
 def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
-    """All three quality subsets of the residual net leave out the same tenth."""
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):
@@ -239,10 +261,13 @@ def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
         assert plan.task.train_other
         return plan.training_sets.trained
 
-    thrice = trained("residual_dense:iqiyi_vid,trainval,face")
-    assert thrice.shape == (3, len(truth)) and (thrice == thrice[0]).all()
+    # A tenth: the three nets of different quality bounds leave out the same clips.
+    three_nets = trained("residual_dense:iqiyi_vid,trainval,face")
+    assert three_nets.shape == (3, len(truth)) and (three_nets == three_nets[0]).all()
     for rows in (truth >= 0, truth == 0, truth > 0):
-        assert abs((~thrice[0])[rows].sum() - rows.sum() / 10) <= 1.2
+        assert abs((~three_nets[0])[rows].sum() - rows.sum() / 10) <= 1.2
+
+    # Five folds, each with a fifth of the clips of every label.
     left_out = ~trained("quality_fusion:iqiyi_vid,trainval")  # [5, N]
     np.testing.assert_array_equal(left_out.sum(axis=0), 1)
     for label in range(13):

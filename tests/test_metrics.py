@@ -1,4 +1,4 @@
-"""Metrics against oracles, the hand and a library; analyses add up to MAP; open-set intervals."""
+"""Metrics equal oracles and values by hand; analyses agree with metrics; open-set intervals."""
 
 import json
 import math
@@ -26,75 +26,80 @@ MANY = " ".join(f"p{i}.mp4" for i in range(150))
 HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
 
 open_set: Any = measures.open_set
-BY_HAND = [  # ground truth, submission, score as a fraction
-    ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
-    ("1 a.mp4", "1 x.mp4 y.mp4", (0, 1)),
-    ("1 a.mp4 b.mp4", "1 a.mp4 x.mp4 b.mp4", (5, 6)),  # 1/1 and 2/3 of 2
-    ("1 a.mp4 b.mp4", "1 a.mp4", (1, 2)),  # half the positives are not returned
-    (f"1 {MANY}", f"1 {HUNDRED}", (2, 3)),  # 150 positives, 100 hits
-    ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),  # an identity is missing
-    ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),  # an identity without a name
-    ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),  # an identity that is not in the ground truth
-    ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),  # a hit repeated
-    ("1 a.mp4 b.mp4", "1 a b", (0, 1)),  # the suffix is in one file only
-    ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),  # clip by clip
-    ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),  # BOM, CRLF, trailing blank
-    ("1 a.mp4", f"1 {HUNDRED} a.mp4", (0, 1)),  # the 101st name is the hit
-    ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),  # the last of two lines counts
-    ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),  # odd blanks
-    ("1 a.mp4", "", (0, 1)),
-]
-
-REFUSED = [  # ground truth, what the error names
-    ("1 a.mp4\n\n2 b.mp4", "line 2"),
-    ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),  # an identity twice
-    ("1 a.mp4 b.mp4\n2", "line 2"),  # an identity without a positive
-    ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),  # a clip of two identities
-    ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),  # a clip with two labels
-    ("a.mp4 1\nb.mp4 1 2", "line 2"),
-    ("", "gt"),
-]
+# Each line of a file has an identity and its clips. Only the first 100 clips of a line count.
+# Name of a case -> ground truth, submission, score as a fraction.
+BY_HAND = {
+    "hit at place 100": ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
+    "hit at place 101": ("1 a.mp4", f"1 {HUNDRED} a.mp4", (0, 1)),
+    "no hit": ("1 a.mp4", "1 x.mp4 y.mp4", (0, 1)),
+    "1/1 and 2/3 of 2": ("1 a.mp4 b.mp4", "1 a.mp4 x.mp4 b.mp4", (5, 6)),
+    "one of two positives missing": ("1 a.mp4 b.mp4", "1 a.mp4", (1, 2)),
+    "150 positives, 100 hits": (f"1 {MANY}", f"1 {HUNDRED}", (2, 3)),
+    "missing identity": ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),
+    "identity without a clip": ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),
+    "unknown identity": ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),
+    "repeated hit": ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),
+    "suffix in one file only": ("1 a.mp4 b.mp4", "1 a b", (0, 1)),
+    "truth by clip": ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),
+    "BOM, CRLF, blanks": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
+    "the last line of an identity": ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),
+    "odd blanks": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
+    "empty submission": ("1 a.mp4", "", (0, 1)),
+}
+# Name of a case -> ground truth, words of the error.
+REFUSED = {
+    "empty line": ("1 a.mp4\n\n2 b.mp4", "line 2"),
+    "repeated identity": ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),
+    "identity without a positive": ("1 a.mp4 b.mp4\n2", "line 2"),
+    "clip of two identities": ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),
+    "clip with two labels": ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),
+    "three words": ("a.mp4 1\nb.mp4 1 2", "line 2"),
+    "empty": ("", "gt"),
+}
 SPEC = "configs/mma.py:iqiyi_vid"
 
 
 def score_files(truth, submission):
-    found = ranking.read_submission(submission).ranking
-    return ranking.score(ranking.read_ground_truth(truth), found)
+    ranked = ranking.read_submission(submission).ranking
+    return ranking.score(ranking.read_ground_truth(truth), ranked)
 
 
 def write(folder, truth, submission):
-    """Returns the paths of both files."""
+    """Writes a ground truth and a submission; returns their paths."""
     (folder / "gt.txt").write_bytes(truth.encode())
     (folder / "ranking.txt").write_bytes(submission.encode())
     return folder / "gt.txt", folder / "ranking.txt"
 
 
-@pytest.mark.parametrize(("ground_truth", "submission", "score"), BY_HAND)
-def test_map_of_files_matches_hand_computed_values(tmp_path, ground_truth, submission, score):
+@pytest.mark.parametrize("case", BY_HAND)
+def test_map_of_files_matches_hand_computed_values(tmp_path, case):
+    ground_truth, submission, score = BY_HAND[case]
     paths = write(tmp_path, ground_truth, submission)
     assert map_oracle.mean_average_precision(*paths) == Fraction(*score)
     assert score_files(*paths) == pytest.approx(float(Fraction(*score)), rel=0, abs=1e-15)
 
 
-@pytest.mark.parametrize(("ground_truth", "line"), REFUSED)
-def test_ground_truth_without_a_score_is_refused(tmp_path, ground_truth, line):
+@pytest.mark.parametrize("case", REFUSED)
+def test_ground_truth_without_a_score_is_refused(tmp_path, case):
+    ground_truth, words = REFUSED[case]
     paths = write(tmp_path, ground_truth, "1 a.mp4")
     with pytest.raises(map_oracle.Refused):
         map_oracle.mean_average_precision(*paths)
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(ValueError, match=words):
         score_files(*paths)
 
 
 def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
-    """30 identities of 400 clips: one list is short, and one identity has clips in no record."""
+    """30 identities, 400 clips. One list is short, and two clips of an identity have no record."""
     rng = np.random.default_rng(1)
-    labels = rng.integers(0, 29, 400)  # the last identities have none
+    labels = rng.integers(0, 29, 400)  # identities 29 and 30 have no clip
     index = np.stack([rng.permutation(400)[:100] for _ in range(30)]).astype(np.int32)
     index[3, 40:] = topk.NO_CLIP
     positives = np.bincount(labels, minlength=31)[1:]
     positives[5] += 2
     score = metrics.mean_average_precision(index, labels, positives)
 
+    # The same as files.
     names = {c: [f"c{i}.mp4" for i in np.flatnonzero(labels == c)] for c in range(1, 31)}
     names[1 + 5] += ["lost1.mp4", "lost2.mp4"]
     gt = "".join(f"{c} {' '.join(listed)}\n" for c, listed in names.items() if listed)
@@ -102,6 +107,7 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     clips = [f"c{i}" for i in range(400)]
     ranking.write_ranking(path, [str(c) for c in range(1, 31)], clips, top)
+
     assert score_files(gt_path, path) == score
     assert abs(Fraction(score) - map_oracle.mean_average_precision(gt_path, path)) < 1e-12
 
@@ -116,6 +122,7 @@ def test_map_is_0_without_ranked_clips_and_refused_without_identities_or_with_to
 
 
 def tied_scores(rng, count):
+    """Returns scores with many ties, some of -inf and some NaN."""
     scores = rng.integers(-5, 6, count).astype(np.float64) / 4 + rng.choice([0, 1e-9], count)
     scores[rng.random(count) < 0.1] = -np.inf
     scores[rng.random(count) < 0.02] = np.nan
@@ -128,11 +135,14 @@ def test_auroc_is_the_share_of_correctly_ordered_pairs():
         scores = tied_scores(rng, 40)
         positive = rng.random(40) < rng.uniform(0.1, 0.9)
         positive[:2] = True, False
-        ranked = np.where(np.isnan(scores), -np.inf, scores)
+
+        ranked = np.where(np.isnan(scores), -np.inf, scores)  # NaN counts as the worst score
         above, below = ranked[positive][:, None], ranked[~positive]
         expected = np.mean((above > below) + 0.5 * (above == below))
+
         ours = metrics.auroc(scores, positive)
         assert type(ours) is float and ours == pytest.approx(expected, rel=0, abs=1e-15)
+
     assert metrics.auroc([1.0, 2.0], [True, True]) is metrics.auroc([], []) is None
 
 
@@ -143,23 +153,28 @@ def test_identification_errors_match_a_direct_count(dtype):
         scores = tied_scores(rng, 60).astype(dtype)
         known, correct = rng.random((2, 60)) < 0.6
         fpir = float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
+
         errors = metrics.identification_errors(scores, correct, known, fpir=fpir)
-        assert (errors is None) == (1 / (np.sum(~known) + 1) > fpir)
+
+        assert (errors is None) == (1 / (np.sum(~known) + 1) > fpir)  # too few strangers
         if errors is None:
             continue
         assert np.isfinite(errors).all() and all(type(value) is float for value in errors)
         assert dtype(errors.threshold) == errors.threshold
+
+        # The rates are counts of the clips whose scores reach the threshold.
         scores = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
         passed = scores >= dtype(errors.threshold)
         assert errors.fpir == pytest.approx(passed[~known].mean(), rel=0, abs=1e-15)
         missed = 1 - (passed & correct)[known].mean()
         assert errors.fnir == pytest.approx(missed, rel=0, abs=1e-15)
 
+        # The threshold is the lowest that keeps the rate, even if a new stranger also passes. At a
+        # lower threshold, the best of the refused strangers would pass.
         def rate_with_a_new_stranger(threshold, of_strangers=scores[~known]):
             return (np.sum(of_strangers >= threshold) + 1) / (len(of_strangers) + 1)
 
         assert rate_with_a_new_stranger(dtype(errors.threshold)) <= fpir
-        # A lower threshold would let the best of the refused strangers pass.
         refused = scores[~known & (scores > -np.inf) & ~passed]
         if len(refused):
             assert rate_with_a_new_stranger(refused.max()) > fpir
@@ -172,14 +187,18 @@ def test_identification_errors_match_hand_computed_values():
     correct = np.array([True, False, True, True, False, False, False, False])
 
     def errors(fpir, known=known):
+        """Returns (threshold, FPIR, FNIR)."""
         return metrics.identification_errors(scores, correct, known, fpir=fpir)
 
-    assert errors(0.19) is None
+    assert errors(0.19) is None  # 4 strangers and a new stranger: the lowest rate is 1 of 5
     assert errors(0.2) == (np.nextafter(3.5, 4), 0, 0.75)  # only the first clip is identified
-    assert errors(0.4) == (np.nextafter(2, 3), 0.25, 0.75)  # a tie is above as well: not passed
+    assert errors(0.4) == (np.nextafter(2, 3), 0.25, 0.75)  # the person with score 2 fails, too
     assert errors(1) == (np.finfo(np.float64).min, 0.75, 0.25)  # -inf is never identified
-    # 29 of 100 are .29 of them, though .29 * 100 is less than 29.
+
+    # With a new stranger, 29 of 100 pass. In floating point, 0.29 * 100 is less than 29.
     assert metrics.count_allowed(99, 0.29) == 28
+
+    # Without strangers, or without known people.
     assert errors(0.1, known=np.ones(8, bool)) is errors(0.1, known=np.zeros(8, bool)) is None
     for wrong in (-0.1, np.nan):
         with pytest.raises(ValueError, match=r"fpir must be from 0 to 1"):
@@ -197,12 +216,12 @@ def workdir(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def analysed(workdir):
-    """The values and arrays of the analysis, and the results, of a run."""
+    """Values and arrays of `analysis.npz`, and the results in `metrics.json`."""
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     return facts, arrays, json.loads((workdir / "metrics.json").read_text())
 
 
-# Clips of the official files: of train, of val that show a person, of val that do not.
+# Numbers of clips: in train, in val with a known person, in val with a distractor.
 TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 
 
@@ -210,14 +229,18 @@ TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     facts, arrays, _ = analysed
     assert arrays["positives"].sum() == KNOWN and arrays["train_clips"].sum() == TRAINED
+
+    # Histograms of scores and calibration count the clips that have frames.
     lengths = data.split("val").lengths
-    seen = np.any([lengths[name] > 0 for name in ("face", "head", "audio")], axis=0).sum()
-    assert arrays["score_known"].sum() + arrays["score_strange"].sum() == seen
-    assert arrays["calibration"][:, 0].sum() == seen
+    with_frames = np.any([lengths[name] > 0 for name in ("face", "head", "audio")], axis=0).sum()
+    assert arrays["score_known"].sum() + arrays["score_strange"].sum() == with_frames
+    assert arrays["calibration"][:, 0].sum() == with_frames
+
     assert len(facts["strata"]) == 4
     for table in facts["strata"]:
         assert sum(row["clips"] for row in table["rows"]) == KNOWN, table["by"]
         assert all(0 <= row["map"] <= 1 for row in table["rows"])
+
     for kind, clips in facts["wrong_clips"].items():
         assert all((clip["shows"] < 0) == (kind == "distractors") for clip in clips)
         assert all(clip["shows"] != clip["identity"] for clip in clips)
@@ -230,13 +253,14 @@ def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
     assert math.fsum(of_known) / (len(of_known) + facts["num_others"]) == results["map"]
     worst = [row["ap"] for row in facts["worst"]]
     assert worst == sorted(arrays["ap"])[: len(worst)]
+
     assert facts["open_set"]["num_known"] == KNOWN
     assert facts["open_set"]["num_strange"] == results["num_distractors"] == DISTRACTORS
     too_few, row = facts["open_set"]["rates"]
     assert too_few == {"rate": 0.01, "fewest": 99}
     assert row["fnir"] == results["fnir_at_fpir_0.1"]
     assert row["threshold"] == results["threshold_at_fpir_0.1"]
-    # One of 20 may pass: with a new stranger 2 of 21, which is less than 0.1; 3 of 21 is more.
+    # 1 of 20 strangers passes. With a new stranger, 2 of 21 is below 0.1, and 3 of 21 is above.
     assert row["fpir"] == 1 / DISTRACTORS
 
 
@@ -258,11 +282,14 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
     (folder / "ranking.txt").unlink()
     monkeypatch.setattr(module, "open_set" if module is measures else "render", fail)
     config = config_io.load_workdir(folder)
+
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
         results = small_runs.evaluate(config, folder, data, num_devices=1, report=True)
+
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
-    assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
+    # If the analysis fails, the analysis of the earlier results is deleted.
+    assert (folder / "analysis.npz").exists() == (module is run_page)
 
 
 def test_quality_of_a_clip_is_the_mean_over_its_frames(nearest_run, data):
@@ -286,38 +313,48 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     scored = measures.ScoredSplit(top, labels, ["c"] * 40, np.ones(40, bool), positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
+
+    # Of an identity, the clips that are not chosen are deleted from the list.
     averages = []
     for identity in range(1, 5):
         wanted = set(np.flatnonzero(chosen & (labels == identity)))
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
-    precisions, clips = scored.averages_among(chosen)
+
+    precisions, num_clips = scored.averages_among(chosen)
     np.testing.assert_allclose(precisions, averages)
-    assert clips == chosen.sum()
+    assert num_clips == chosen.sum()
+
     of_all, _ = scored.averages_among(labels > 0)
     wanted = metrics.mean_average_precision(index, labels, positives)
     assert of_all.mean() == pytest.approx(wanted)
 
 
 def test_best_list_of_a_clip_contains_its_highest_score():
+    # The lists of two identities. They contain clips 2, 0 and 2, 1, 0.
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
     top, everyone = topk.TopK(scores, index), np.ones(4, bool)
     scored = measures.ScoredSplit(top, np.zeros(4, int), list("abcd"), everyone, np.zeros(2, int))
+
     best, highest = scored.best_lists
+
     np.testing.assert_array_equal(highest, np.array([0.5, 0.7, 0.9, -np.inf], np.float32))
-    assert best.tolist() == [0, 1, 0, -1]  # clip 2 scores alike in both: the first identity
+    assert best.tolist() == [0, 1, 0, -1]  # clip 2 has equal scores in both: the first list wins
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
+    """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""
     labels = np.arange(1, 61)
     right = labels <= 60 * share
     clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
+
     intervals = measures.compute_clip_intervals(clips, labels)
+
     expected = significance.map_interval(right.astype(float))
-    assert intervals.keys() == {"top1"}  # no distractor
+    assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
 
 
@@ -326,7 +363,10 @@ def clip_scores(best, right):
 
 
 def normal(rng, num_strange=150, num_known=200):
-    """Clips whose scores are normal: strangers around 0, people of one clip each around 2."""
+    """Returns scores and labels of clips of strangers, and of people with one clip each.
+
+    The scores are normal: around 0 for strangers, and around 2 for people.
+    """
     labels = np.r_[np.zeros(num_strange, int), np.arange(1, num_known + 1)]
     best = rng.normal(size=len(labels)) + 2 * (labels > 0)
     return clip_scores(best, labels > 0), labels
@@ -337,7 +377,9 @@ def test_open_set_summary_equals_identification_errors():
     labels = rng.integers(0, 9, 500) * (rng.random(500) < 0.6)
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
     clips = clips._replace(pool=rng.random(500) < 0.9)
+
     result, pool = open_set(clips, labels, 8), clips.pool
+
     assert result["num_known"] == np.sum(labels[pool] > 0)
     assert (result["num_people"], result["num_identities"]) == (8, 8)
     in_pool = (clips.best[pool], clips.right[pool], labels[pool] > 0)
@@ -349,37 +391,45 @@ def test_open_set_summary_equals_identification_errors():
 
 
 def test_rates_have_no_threshold_if_strangers_are_too_few():
+    """FPIRs of 1 % and 10 % need at least 99 and 9 strangers."""
     for num_strange, reported in ((8, []), (9, [9]), (98, [9]), (99, [99, 9])):
         clips, labels = normal(np.random.default_rng(0), num_strange)
         rows = open_set(clips, labels, 200)["rates"]
         assert [row["fewest"] for row in rows] == [99, 9]
         assert [row["fewest"] for row in rows if "threshold" in row] == reported
-    for everybody in (np.maximum(labels, 1), np.zeros_like(labels)):  # known, or strange
-        assert open_set(clips, everybody, 200) is None
+
+    all_known, all_strange = np.maximum(labels, 1), np.zeros_like(labels)
+    for labels in (all_known, all_strange):
+        assert open_set(clips, labels, 200) is None
 
 
 @pytest.mark.nightly
 def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch):
-    """At an FPIR of 10 %, the true threshold is the .9 quantile and misses 24 % of the people."""
+    """At an FPIR of 10 %, the true threshold is the 0.9 quantile. It misses 24 % of the people."""
     monkeypatch.setattr(measures, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
-    truth, covered = stats.norm.cdf(stats.norm.ppf(0.9) - 2), []
+    true_fnir, covered = stats.norm.cdf(stats.norm.ppf(0.9) - 2), []
+
     for _ in range(400):
         clips, labels = normal(rng)
         row = open_set(clips, labels, 200)["rates"][1]  # an FPIR of 10 %
-        passing = stats.norm.sf(row["threshold"])  # of strangers that come later
-        pairs = (("fnir", truth), ("fpir", passing))
-        covered.append([row[f"{x}_low"] <= rate <= row[f"{x}_high"] for x, rate in pairs])
+        true_fpir = stats.norm.sf(row["threshold"])  # of strangers that come later
+        rates = (("fnir", true_fnir), ("fpir", true_fpir))
+        covered.append([row[f"{x}_low"] <= rate <= row[f"{x}_high"] for x, rate in rates])
+
     assert (np.mean(covered, axis=0) > 0.92).all() and (np.mean(covered, axis=0) < 0.98).all()
 
 
 def test_intervals_treat_clips_of_one_person_as_dependent():
+    """Three copies of each clip of a person add no information: the intervals stay equal."""
     clips, labels = normal(np.random.default_rng(1))
     single = open_set(clips, labels, 200)["rates"][1]
+
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
     copies = clip_scores(clips.best[again], clips.right[again])
     copied = open_set(copies, labels[again], 200)["rates"][1]
+
     for end in ("fnir_low", "fnir_high"):
         assert single[end] == copied[end]
 
@@ -387,8 +437,10 @@ def test_intervals_treat_clips_of_one_person_as_dependent():
 def test_calibration_stays_finite_for_certain_but_wrong_clips():
     rng = np.random.default_rng(2)
     log_p = special.log_expit(2.5 * rng.normal(size=3000))
-    log_p[:5], log_p[5:8] = 0.0, -np.inf  # certain, and without a score
+    log_p[:5], log_p[5:8] = 0.0, -np.inf  # 5 certain clips, and 3 without a score
+
     measured: Any = measures.measure_calibration(clip_scores(log_p, rng.random(3000) < 0.4))
     bins, error = measured
+
     assert np.isfinite(bins).all() and bins[:, 0].sum() == 3000 - 3
     assert 0 < error < 1

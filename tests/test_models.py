@@ -1,4 +1,8 @@
-"""Nets and their layers against float64 loops from their equations; what dropout may do."""
+"""Nets and layers equal float64 oracles that are written from the equations; dropout.
+
+An oracle computes in NumPy, often clip by clip. `made.randomised` replaces all parameters by random
+values, because parameters that start at 0 or 1 hide mistakes. Axes: B clips, T frames, D features.
+"""
 
 import functools
 from typing import Any
@@ -33,7 +37,10 @@ WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
 
 
 def netvlad_oracle(params, features, mask, reduce, norms):
-    """Section 5.2 of the paper, BatchNorm by the statistics of the real frames."""
+    """Returns pooled frames [B, K, D] by section 5.2 of the iQIYI-VID paper.
+
+    BatchNorm uses the statistics of the real frames.
+    """
     z = features @ params["assignment"]["kernel"] + params["assignment"].get("bias", 0)
     if "batch" in norms:
         z = (z - z[mask].mean(axis=0)) / np.sqrt(z[mask].var(axis=0) + 1e-5)
@@ -56,9 +63,10 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
     """Arandjelovic et al. use L2 norms. The iQIYI-VID paper uses BatchNorm."""
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
-        model = NetVLAD(3, reduce=reduce, norms=norms, dtype=jnp.dtype("float64"))
+        model = NetVLAD(3, reduce=reduce, norms=norms, dtype=FLOAT64)
         variables = made.init(model, frames.features, frames.mask, train=False)
         params = made.randomised(variables["params"])
+        assert ("bias" in params["assignment"]) == ("norm" not in params) == ("batch" not in norms)
 
         @jax.jit
         def forward(params):
@@ -66,11 +74,10 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
             given = (frames.features, frames.mask)
             return model.apply({**variables, "params": params}, *given, **options)[0]
 
-        assert ("bias" in params["assignment"]) == ("norm" not in params) == ("batch" not in norms)
         pooled = forward(params)
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce, norms)
         np.testing.assert_allclose(pooled, expected, atol=1e-6)
-        np.testing.assert_array_equal(pooled[2], 0)
+        np.testing.assert_array_equal(pooled[2], 0)  # clip 2 has no frames
 
 
 def test_dropout_of_modalities_never_drops_the_last_one():
@@ -78,23 +85,20 @@ def test_dropout_of_modalities_never_drops_the_last_one():
     kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), 0.999))
     assert not np.any(kept & ~present)
     np.testing.assert_array_equal(kept.any(axis=1), present.any(axis=1))
+
+    # With probability 0.3 ** 3 = 0.027 all three would be dropped. Then one of them stays.
     kept = np.asarray(drop_modalities(jax.random.key(2), jnp.ones((20_000, 3), bool), 0.3))
-    # With probability 0.3 ** 3 = 0.027 all three would go. Then one of them stays.
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
-
-
-def apply(module, params, x, **kwargs) -> Any:
-    return module.apply(params, x, **kwargs)
 
 
 def drop_out(rate, shape, *, deterministic=False):
     """Returns an array of ones after dropout."""
-    drop = functools.partial(apply, Dropout(rate), {}, deterministic=deterministic)
-    rngs = {"dropout": jax.random.key(0)}
-    return np.asarray(jax.jit(lambda x: drop(x, rngs=rngs))(jnp.ones(shape)))
+    options: Any = {"deterministic": deterministic, "rngs": {"dropout": jax.random.key(0)}}
+    return np.asarray(jax.jit(lambda x: Dropout(rate).apply({}, x, **options))(jnp.ones(shape)))
 
 
-@pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])  # 8 or 16 random bits a number
+# Dropout draws 8 or 16 random bits for each number.
+@pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])
 def test_dropout_keeps_the_mean(rate, width):
     y = drop_out(rate, (40_000 // width, width))
     kept = y != 0
@@ -111,18 +115,24 @@ def test_dropout_is_independent_and_absent_at_rate_0_and_in_evaluation():
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
     vectors = np.random.default_rng(0).standard_normal((14, 6)).astype(np.float32)
+    # 10 clips of one frame are learned, and 4 clips are queries. Clip 7 has no face, row 9 is
+    # padding, so no clip of class 3 is known.
     frames = make_frames([1] * 10, max_frames=1)._replace(features=vectors[:10, None])
     frames.mask[7] = False
-    labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)  # 3: only rows 7 and padded 9
+    labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)
     clips = ClipInfo(np.arange(10, dtype=np.int32)[::-1], np.arange(10) < 9, labels)
     spec = {"name": "knn", "logit_scale": 16.0}
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
+    nobody_known = 16 * -2  # instead of a cosine
+
     blank = made.init_identifier(model, {"face": frames}, clips)
     assert "params" not in blank
-    # No clip is known: the cosine is -2.
-    np.testing.assert_array_equal(made.eval_logits(model, blank, {"face": frames}, clips), 16 * -2)
+    scores = made.eval_logits(model, blank, {"face": frames}, clips)
+    np.testing.assert_array_equal(scores, nobody_known)
+
     logits, memory = made.train_logits(model, blank, {"face": frames}, clips)
     np.testing.assert_array_equal(logits, np.zeros((10, 5)))
+
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=vectors[10:, None])
     four = jax.tree.map(lambda x: x[:4], clips)
     scores = made.eval_logits(model, memory, {"face": queries}, four)
@@ -131,17 +141,18 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
         cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, x[:10] @ query)
         best = [cosines[labels == column].max() for column in range(5)]
         np.testing.assert_allclose(row, 16 * np.array(best), atol=1e-5)
-    np.testing.assert_array_equal(scores[3], 16 * -2)
+    np.testing.assert_array_equal(scores[3], nobody_known)  # a query without a frame
 
 
 def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((3, 4, 5))
         x[1, 2] = 0
-        model = SigmoidGate(dtype=jnp.dtype("float64"))
+        model = SigmoidGate(dtype=FLOAT64)
         params = made.init(model, x)["params"]
         forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
-        np.testing.assert_array_equal(forward(params, x), x / 2)
+        np.testing.assert_array_equal(forward(params, x), x / 2)  # a new gate: sigmoid(0)
+
         params = made.randomised(params)
         scores = (x * params["kernel"]).sum(axis=-1) + params["bias"]
         wanted = x / (1 + np.exp(-scores))[..., None]
@@ -160,7 +171,8 @@ def test_linear_layer_equals_flax_dense_in_parameters_and_values():
     for given in (x, x.reshape(8, 5, 30), x[0]):
         outputs, expected = (jax.jit(layer.apply)(params, given) for layer in (ours, flax))
         np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
-    y = apply(Linear(50, use_bias=False), {"params": {"kernel": kernel}}, x)
+
+    y: Any = Linear(50, use_bias=False).apply({"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(y, wide(x) @ wide(kernel), rtol=1e-5, atol=1e-5)
 
 
@@ -178,9 +190,12 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
     gradients = gradient(x, kernel)
     assert {value.dtype, *(g.dtype for g in gradients)} == {jnp.dtype("float32")}
+
+    # With vmap, too. The gradient by the kernel does not depend on the kernel.
     together = jax.vmap(gradient, in_axes=(None, 0))(x, jnp.stack([kernel, 2 * kernel]))[1]
     np.testing.assert_allclose(together, [gradients[1]] * 2, rtol=1e-5, atol=1e-4)
-    # Products of rounded numbers are exact; what is left is the rounding of sums in float32.
+
+    # Products of rounded numbers are exact, so only sums in float32 are rounded.
     x, kernel, weight = (wide(a.astype(dtype)) for a in OPERANDS)
     expected = (x @ kernel, weight @ kernel.T, x.T @ weight)
     for ours, oracle in zip((value, *gradients), expected, strict=True):
@@ -197,7 +212,10 @@ ACTIVATIONS = {
 
 
 def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
-    """Product, activation, BatchNorm by the real rows (or BatchNorm, activation), in float64."""
+    """Returns rows after a linear layer, an activation, and BatchNorm by the real rows.
+
+    With `norm_first`, BatchNorm comes before the activation.
+    """
 
     def norm(x):
         real = x[np.asarray(mask)]
@@ -221,10 +239,9 @@ def train(model, variables, x, mask):
 
 
 def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
-    """The first clip and the first class are zero vectors; the second clip is enormous."""
-    x = np.array([[0] * 5, [1e18] * 5], np.float32)
+    x = np.array([[0] * 5, [1e18] * 5], np.float32)  # a clip of zeros, and an enormous clip
     kernel = np.random.default_rng(5).standard_normal((5, 3)).astype(np.float32)
-    kernel[:, 0] = 0
+    kernel[:, 0] = 0  # of the first class
     model = CosineClassifier(num_classes=3, scale=64.0)
 
     @jax.jit
@@ -234,6 +251,7 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
         return jnp.sum((1 + logits) ** 2), logits
 
     (by_kernel, by_x), logits = gradient(kernel, x)
+
     for of_zeros in (logits[0], logits[:, 0], by_x[0], by_kernel[:, 0]):
         np.testing.assert_array_equal(of_zeros, 0)
     assert 0 < np.abs(logits[1, 1:]).max() <= 64.001  # a cosine is at most 1
@@ -241,12 +259,15 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
 
 
 def test_mlp_matches_its_equations():
+    # (width, activation, has BatchNorm, dropout rate) of each layer; layer 1 has no BatchNorm.
     layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
     mask = np.array([True, True, False, True, True])
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((5, 3))
         model = MLP(layers, FLOAT64)
-        variables, expected = randomised(model, x, mask), x
+        variables = randomised(model, x, mask)
+
+        expected = x
         for i, (_, activation, batch_norm, _) in enumerate(layers):
             layer = variables["params"][f"layer_{i}"]
             expected = layer_oracle(layer, expected, mask, activation, batch_norm)
@@ -256,7 +277,7 @@ def test_mlp_matches_its_equations():
 @pytest.mark.slow
 @first_by_day("shortcut", ["concat", "add", "none"])
 def test_residual_dense_net_matches_its_equations(shortcut):
-    """Layers are multiplied by a sigmoid gate. Shortcuts add or concatenate earlier layers."""
+    """A sigmoid gate multiplies each layer. Shortcuts add or concatenate earlier layers."""
     mask = np.arange(8) != 2
     with jax.enable_x64(True):
         x = np.random.default_rng(1).standard_normal((8, 3))
@@ -265,18 +286,18 @@ def test_residual_dense_net_matches_its_equations(shortcut):
         params = variables["params"]
 
         def layer(i, rows):
-            branch = params[f"gate_{i - 1}"]
-            y = layer_oracle(params[f"layer_{i - 1}"], rows, mask, "swish", True)
-            return y / (1 + np.exp(-(y @ branch["kernel"] + branch["bias"])))
+            gate = params[f"gate_{i}"]
+            y = layer_oracle(params[f"layer_{i}"], rows, mask, "swish", True)
+            return y / (1 + np.exp(-(y @ gate["kernel"] + gate["bias"])))
 
-        h1 = layer(1, x)
+        h0 = layer(0, x)
         if shortcut == "concat":
-            h2 = layer(2, np.hstack([x, h1]))
-            h3 = layer(3, np.hstack([x, h1, h2]))
+            h1 = layer(1, np.hstack([x, h0]))
+            h2 = layer(2, np.hstack([x, h0, h1]))
         else:
+            h1 = layer(1, h0) + h0 * (shortcut == "add")
             h2 = layer(2, h1) + h1 * (shortcut == "add")
-            h3 = layer(3, h2) + h2 * (shortcut == "add")
-        np.testing.assert_allclose(train(model, variables, x, mask), layer(4, h3), atol=1e-6)
+        np.testing.assert_allclose(train(model, variables, x, mask), layer(3, h2), atol=1e-6)
 
 
 def softmax(values):
@@ -289,20 +310,20 @@ def linear(params, name, x):
 
 
 def frames_oracle(params, clip):
-    """Affinity between the real frames of one clip [n, D]."""
+    """Returns one clip [n, D] after attention between its n real frames."""
     theta, phi, g = (linear(params, name, clip) for name in ("theta", "phi", "g"))
     affinity = softmax(theta @ phi.T / np.sqrt(phi.shape[1]))
     return clip + linear(params, "out", affinity @ g)
 
 
 def channels_oracle(params, clip):
-    """The published form: 1x1 maps over the frames of one clip [T, D], feature by feature."""
+    """Returns one clip [T, D] after the published attention between T/2 maps of its T frames."""
     theta, phi, g = (linear(params, name, clip.T).T for name in ("theta", "phi", "g"))  # [T/2, D]
     return clip + linear(params, "out", (softmax(theta @ phi.T) @ g).T).T
 
 
 def danet_oracle(params, clip):
-    """The channel attention of DANet's code, with the frames of one clip [n, D] for channels."""
+    """Returns one clip [n, D] after the channel attention of DANet's code: frames are channels."""
     energy = clip @ clip.T
     affinity = softmax(energy.max(axis=1, keepdims=True) - energy)
     return clip + params["gamma"] * affinity @ clip
@@ -317,7 +338,7 @@ ORACLES = {
 
 
 def weights_oracle(params, clip, scores, aggregation):
-    """Weights of the frames of one clip [n, D], whose scores are quality x detection [n]."""
+    """Returns the weights [n] of the frames of one clip [n, D]; a score is quality x detection."""
     if aggregation == "attention":
         return softmax(clip @ params["aggregation"]["query"])
     weights = scores if aggregation == "quality" else np.ones(len(clip))
@@ -325,7 +346,10 @@ def weights_oracle(params, clip, scores, aggregation):
 
 
 def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
-    """The whole system, a modality at a time; BatchNorm by the clips that have it."""
+    """Returns the logits [B, C] of the whole system.
+
+    BatchNorm uses the clips that have the modality.
+    """
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
     for name, (features, quality, detection, _, mask) in frames.items():
@@ -337,8 +361,8 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
                 x = features[b, mask[b]]
                 if rms_norm:
                     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
-                beside = np.stack([quality[b] / 100, detection[b]], axis=1)[mask[b]]
-                clip = ORACLES[form](params.get("channel_attention"), np.hstack([x, beside]))
+                two_more = np.stack([quality[b] / 100, detection[b]], axis=1)[mask[b]]
+                clip = ORACLES[form](params.get("channel_attention"), np.hstack([x, two_more]))
                 scores = (quality[b] * detection[b])[mask[b]]
                 part[b] = weights_oracle(params, clip, scores, aggregation) @ clip
         else:
@@ -370,7 +394,7 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, a
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
         if form == "channels":
-            # Whole clips, as after drawing: padded frames would count in the maps over frames.
+            # All clips have 4 frames, as in training: padded frames would count in these maps.
             lengths = 4 * frames["face"].mask.any(axis=1)
             frames["face"] = make_frames(lengths, max_frames=4, dtype="float64")
         options = {"channel_attention": form, "num_frames": 4, "rms_norm": rms_norm}
@@ -378,6 +402,7 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, a
         model = made.make_model(SMALL, dtype="float64", **options)
         variables = made.init_identifier(model, frames, clips)
         params = made.randomised(variables["params"])
+
         wanted = deepmef_oracle(params, frames, clips.mask, form, rms_norm, published, aggregation)
         logits, _ = made.train_logits(model, {**variables, "params": params}, frames, clips)
         np.testing.assert_allclose(logits, wanted, atol=1e-6)
@@ -397,17 +422,19 @@ def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
         out = model.apply({"params": params}, features, frames.mask)
         return jnp.mean((out - jnp.cos(jnp.arange(out.size).reshape(out.shape))) ** 2)
 
+    # After one step, every kernel has a gradient.
     params = jax.tree.map(np.subtract, params, gradient(params, frames.features))
     second = jax.tree_util.tree_leaves_with_path(gradient(params, frames.features))
     moved = {jax.tree_util.keystr(path): np.abs(leaf).max() > 1e-5 for path, leaf in second}
     assert all(moves for path, moves in moved.items() if "bias" not in path), moved
+
     for scale in (0, 1e4):
         for leaf in jax.tree.leaves(gradient(made.randomised(params), scale * frames.features)):
             assert np.isfinite(leaf).all()
 
 
 def cosine_oracle(params, stats, frames, clips, *, feature_scale):
-    """Z and the logits, a modality at a time; BatchNorm by the batch if there are no statistics."""
+    """Returns the embedding and the logits. If `stats` is None, BatchNorm uses the batch."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     z = np.zeros((len(clips.mask), len(frames), COSINE["embed_dim"]))
     for m, (name, part) in enumerate(frames.items()):
@@ -434,6 +461,7 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         variables = made.init_identifier(model, frames, clips)
         np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
         assert variables["params"]["scale"] == 9
+
         params = made.randomised(variables["params"])
         stats = jax.tree.map(np.abs, made.randomised(variables["batch_stats"]))
         variables = {"params": params, "batch_stats": stats}
@@ -441,6 +469,7 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
             output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
         else:
             output = made.eval_output(model, variables, frames, clips)
+
         stats = None if train else stats
         z, logits = cosine_oracle(params, stats, frames, clips, feature_scale=feature_scale)
         assert output.embedding.dtype == np.float64
@@ -450,22 +479,24 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
 
 
 def test_margin_loss_and_its_gradient_use_the_learned_scale():
-    """The oracle is the loss of s (cosine - m at the label) and its derivative by s, in float64."""
+    """The oracle is the cross-entropy of scale x (cosine - margin at the label).
+
+    The gradient by the scale equals a difference quotient of the oracle.
+    """
     rng, labels = np.random.default_rng(2), np.array([1, 3, 0, 2])
+    cosines = rng.uniform(-1, 1, (4, 1, 5))
     spec = config_lib.default().loss.to_dict() | {"margin": 0.15, "margin_type": "cosine"}
     objective = losses.make_objective(spec, None, 10, logit_scale=16.0)
-    cosines = rng.uniform(-1, 1, (4, 1, 5))
-    shifted = cosines[:, 0] - 0.15 * (labels[:, None] == np.arange(5))
-
-    def by_hand(scale):
-        z = scale * shifted
-        return np.sum(np.log(np.exp(z).sum(axis=1)) - z[np.arange(4), labels])
 
     @jax.jit
     @jax.value_and_grad
     def loss(scale):
         output: Any = losses.ModelOutput(scale * cosines, cosines, logit_scale=scale[None])
         return jnp.sum(objective(output, labels, np.ones(4, bool), jnp.int32(0)))
+
+    def by_hand(scale):
+        z = scale * (cosines[:, 0] - 0.15 * (labels[:, None] == np.arange(5)))
+        return np.sum(np.log(np.exp(z).sum(axis=1)) - z[np.arange(4), labels])
 
     with jax.enable_x64(True):
         value, gradient = loss(jnp.asarray(12.0))
@@ -482,18 +513,19 @@ def test_fallback_keeps_the_learned_logit_scale_of_each_model():
     model: Any = made.make_model(spec)
     variables = made.init_identifier(model, frames, clips)
     variables["params"]["other"]["scale"] = np.float32(21)
+
     output = made.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(output.logit_scale, [16, 21])
 
 
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
-    """Equations 1-3 for one clip: X [D, M], W_F and W_G [D~, D]; W_G is W_F in the paper.
+    """Returns X after attention, and the weights Y [M, M]: equations 1 to 3 for one clip.
 
-    A vector that does not exist takes no part in the sum over i. With `fill`, its own column j is
-    computed like any other.
+    X [D, M] has M vectors; W_F and W_G are [D~, D]. In the paper, W_G is W_F. A missing vector has
+    the weight 0. With `fill`, attention replaces a missing vector by a mean of the other vectors.
     """
     z = np.where(np.asarray(exists)[:, None], scale * (w_f @ x).T @ (w_g @ x), -np.inf)
-    y = np.exp(z - np.maximum(z.max(axis=0), -1e9))  # a common factor, against overflow
+    y = np.exp(z - np.maximum(z.max(axis=0), -1e9))  # against overflow; the factor cancels
     y = y / np.maximum(y.sum(axis=0), 1e-300) * (np.asarray(exists) | fill)
     return x + gamma * x @ y, y
 
@@ -504,7 +536,7 @@ def test_attention_matches_equations_1_to_3_with_both_masks(form):
         rng = np.random.default_rng(0)
         exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
         x = rng.standard_normal((3, 5, 8)) * exists[..., None]
-        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "dtype": jnp.dtype("float64")}
+        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "dtype": FLOAT64}
         fields["train_gamma"] = True
         models = [MultimodalAttention(**fields, fill_missing=fill) for fill in (False, True)]
 
@@ -517,18 +549,22 @@ def test_attention_matches_equations_1_to_3_with_both_masks(form):
         assert set(params) == {"gamma", "w_f", *(["w_g"] if form == "two" else [])}
         w_f = np.asarray(params["w_f"]["kernel"]).T
         w_g = np.asarray(params["w_g"]["kernel"]).T if form == "two" else w_f
+
         for fill, (out, y) in zip((False, True), outputs, strict=True):
             for b in range(3):
                 expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
                 np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
                 np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
+        # Vector 1 of clip 1 is missing. It stays 0, or becomes the mean of the vectors that exist.
         assert not np.asarray(outputs[0][0])[1, 1].any()
-        # A missing vector has no correlations: it becomes the mean of those that exist.
         np.testing.assert_allclose(outputs[1][0][1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
 
 
 def video_level(params, name, frames, clip, *, netvlad, unit):
-    """Section 5.2: NetVLAD with BatchNorm (at its initial statistics) and no L2 norm, or a mean."""
+    """Returns one vector of the frames of a clip: NetVLAD of section 5.2, or a mean.
+
+    NetVLAD has BatchNorm (with the initial statistics) and no L2 norm.
+    """
     features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
     if name == "face":  # the 32 frames of highest quality; a shorter clip repeats random frames
         order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
@@ -546,7 +582,7 @@ def video_level(params, name, frames, clip, *, netvlad, unit):
 
 
 def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=False, unit=False):
-    """Figure 3 from the frames of one clip to its logits."""
+    """Returns the logits of one clip by figure 3 of the paper."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     columns, exists = [], []
     for name, part in frames.items():
@@ -574,11 +610,12 @@ def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=Fals
 def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
     """The cases are the paper's net and the simplest nets of its table 3."""
     config = config_io.load_file(f"mma:published,{words}").to_dict()
-    assert config["data"]["crop"] == "quality"  # else the best of a window
+    assert config["data"]["crop"] == "quality"  # the best frames of the clip, not of a window
     sizes = {name: WIDTHS[name] for name in config["modalities"]}
     spec = {**config["model"], "embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
     model = identifier.make_identifier(spec, modalities=sizes, num_classes=7, num_clips=4)
-    # Clips of up to 40 faces; the second has no audio, the third no face.
+
+    # Three clips of up to 40 faces. The second has no audio, and the third no face.
     lengths = {"face": [40, 3, 0], "head": [9, 2, 4], "body": [3, 1, 1], "audio": [1, 0, 1]}
     frames = {
         name: make_frames(lengths[name], max_frames=max(lengths[name]), dim=dim, seed=dim)
@@ -591,6 +628,7 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
         fuse = {name: fusion.make_fusion(specs[name] or {"name": "all"}) for name in sizes}
         return {name: fuse[name](None, value) for name, value in frames.items()}
 
+    # Random parameters, and the initial statistics of BatchNorm.
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), fused(), clips, train=False))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])

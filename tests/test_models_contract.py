@@ -1,4 +1,8 @@
-"""What every model promises: padding, absence, dropout, options, outputs; and the fallback."""
+"""Properties of every model: padding, missing clips, dropout, options, outputs; the fallback model.
+
+The fallback has two branches. `main` needs a face. `other` answers if the face is missing or poor.
+`tiny.make_batch` returns 6 clips and 2 padded rows of at most 4 frames.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -41,22 +45,25 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
     clips = clips._replace(measure=fusion.mean_measure(face, measure))
     bare = {"name": "dense", "layers": ()}
     model = tiny.make_model(FALLBACK, main=bare, other=bare, measure=measure, threshold=threshold)
+
     out = tiny.eval_output(model, tiny.init_identifier(model, frames, clips), frames, clips)
-    assert out.logits.shape == (8, 2, 5)
+
+    assert out.logits.shape == (8, 2, 5)  # clips, branches, classes
     has_face, has_head = (clips.mask & part.mask.any(axis=1) for part in (face, head))
     norms = np.linalg.norm(face.features.astype(float), axis=2)
     measures = norms if measure == "norm" else face.quality
-    evaluate = []
+
+    wanted = []  # weights of the two branches
     for b in range(8):
         if has_head[b] and not has_face[b]:
-            evaluate.append((0, 0.95))
+            wanted.append((0, 0.95))
         elif has_head[b] and measures[b, face.mask[b]].mean() < threshold:
-            evaluate.append((0.2, 0.8))
+            wanted.append((0.2, 0.8))
         else:
-            evaluate.append((1, 0))
-    assert set(evaluate) == {(1, 0), (0, 0.95), (0.2, 0.8)}
+            wanted.append((1, 0))
+    assert set(wanted) == {(1, 0), (0, 0.95), (0.2, 0.8)}, "all cases occur"
     np.testing.assert_array_equal(out.train_weight, np.stack([has_face, has_head], axis=1))
-    np.testing.assert_allclose(out.eval_weight, evaluate, rtol=1e-6)
+    np.testing.assert_allclose(out.eval_weight, wanted, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -66,16 +73,17 @@ def test_each_branch_equals_a_separate_model_on_its_clips():
     variables = tiny.init_identifier(model, frames, clips)
     out, new = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
     evaluated = tiny.eval_output(model, variables, frames, clips)
+
     sizes: Any = {"modalities": {"head": tiny.DIMS["head"]}, "num_classes": 5, "num_clips": 6}
     other = identifier.make_identifier(OTHER, **sizes)
-    alone = (("main", tiny.make_model(MAIN), "face"), ("other", other, "head"))
-    for branch, (name, part, modality) in enumerate(alone):
+    separate = (("main", tiny.make_model(MAIN), "face"), ("other", other, "head"))
+    for branch, (name, net, modality) in enumerate(separate):
         own = {collection: tree[name] for collection, tree in variables.items()}
         seen = clips.mask & frames[modality].mask.any(axis=1)
-        logits, part_new = tiny.train_logits(part, own, frames, clips._replace(mask=seen), seed=5)
+        logits, net_new = tiny.train_logits(net, own, frames, clips._replace(mask=seen), seed=5)
         assert_close(out.logits[:, branch][seen], logits[seen])
-        jax.tree.map(assert_close, part_new["batch_stats"], new["batch_stats"][name])
-        assert_close(evaluated.logits[:, branch], tiny.eval_logits(part, own, frames, clips))
+        jax.tree.map(assert_close, net_new["batch_stats"], new["batch_stats"][name])
+        assert_close(evaluated.logits[:, branch], tiny.eval_logits(net, own, frames, clips))
 
 
 def test_main_model_may_use_only_some_modalities():
@@ -91,7 +99,7 @@ def threshold(config, data):
 
 
 def test_fallback_threshold_is_a_quantile_of_the_training_clips_if_it_is_fitted(data):
-    """The measure uses all features, although each member of `views` sees only a part."""
+    """The norm uses all features of a face, although a member of `views` sees only a part."""
     words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
     both = "--config.data.train_splits=train,val"
     norms = []
@@ -104,6 +112,8 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_if_it_is_fitted(
                 norms.append(np.linalg.norm(np.float64(frames.features), axis=-1).mean())
         wanted = np.sort(norms)[int(0.2 * len(norms))]  # of train, then of train and val
         assert threshold(config, data) == pytest.approx(wanted, rel=1e-6)
+
+    # Without a share, nothing is fitted.
     absolute, share = "--config.model.threshold=2.5", "--config.model.threshold_share=0"
     for config in (shrunk(), shrunk(absolute, share, spec=DEEPMEF_RUN)):
         assert threshold(config, data) is None
@@ -124,7 +134,7 @@ MODELS = {
 }
 NETS = [pytest.param(name, marks=MARKS.get(name, (pytest.mark.nightly,))) for name in MODELS]
 LEARNED = [net for net in NETS if net.values != ("knn",)]
-PADDED = [net for net in NETS if net.values != QUICK[:1]]
+PADDED = [net for net in NETS if net.values != QUICK[:1]]  # by day without "dense, cosine"
 PADDED.append(pytest.param(QUICK[0], marks=pytest.mark.nightly))
 
 
@@ -147,7 +157,7 @@ def made(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def learned(model, variables, frames, clips, seed=5):
-    """Returns the output [B] of a step of training, what evaluation reads then, and a gradient."""
+    """Returns the output of a training step, the variables after the step, and a gradient."""
 
     def loss(params):
         given = {**variables, "params": params}
@@ -160,7 +170,7 @@ def learned(model, variables, frames, clips, seed=5):
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluated(model, variables, frames, clips):
-    """Returns the output of evaluation, and the inputs [B, D] of the model's classifiers."""
+    """Returns the output of evaluation, and the input [B, D] of each classifier of the model."""
     inputs = []
 
     def note(call, args, kwargs, context):
@@ -183,15 +193,19 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     net = made(name)
     output, after, _ = learned(*net)
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
-    turned = {key: jax.tree.map(lambda v: v[:, ::-1], value) for key, value in net.frames.items()}
+
+    # The same clips with reversed frames, with garbage in padded rows, and with more padding.
     rows = net.clips.mask
-    garbage = {}  # in the padded rows
+    reverse, garbage, longer = {}, {}, {}
     for key, value in net.frames.items():
+        reverse[key] = jax.tree.map(lambda x: x[:, ::-1], value)
         features = np.where(rows[:, None, None], value.features, 99)
         quality = np.where(rows[:, None], value.quality, np.nan)
         garbage[key] = value._replace(features=features, quality=quality)
-    longer = {key: pad(value, 3) for key, value in net.frames.items()}
-    results = [learned(*net._replace(frames=frames))[:2] for frames in (turned, garbage)]
+        longer[key] = pad(value, 3)
+
+    # Training gives the same logits and statistics.
+    results = [learned(*net._replace(frames=frames))[:2] for frames in (reverse, garbage)]
     results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
     scale = net.model.logit_scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
@@ -199,13 +213,20 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
         np.testing.assert_allclose(other.logits[rows], output.logits[rows], atol=atol)
         for part in new.keys() - {"params"}:
             jax.tree.map(assert_close, new[part], after[part])
+
+    # So does evaluation, also of padded rows, except for knn, which scores the garbage.
     before, _ = evaluated(net.model, after, net.frames, net.clips)
     other, _ = evaluated(net.model, after, garbage, net.clips)
-    real = slice(6 if name == "knn" else 8)  # neighbours answer padded rows too
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[real], b[real]), other, before)
-    copies = jax.tree.map(lambda x: x[np.zeros(8, int)], (net.frames, net.clips))
-    alone = evaluated(net.model, after, *copies)[0].logits  # a single clip
-    np.testing.assert_allclose(alone, before.logits[np.zeros(8, int)], atol=1e-5 * scale)
+    compared = slice(6 if name == "knn" else 8)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[compared], b[compared]), other, before
+    )
+
+    # The other clips of a batch do not matter: all rows may be clip 0.
+    first = np.zeros(8, int)
+    copies = jax.tree.map(lambda x: x[first], (net.frames, net.clips))
+    logits = evaluated(net.model, after, *copies)[0].logits
+    np.testing.assert_allclose(logits, before.logits[first], atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -218,10 +239,12 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
         output, after, gradient = learned(*net._replace(frames=frames))
         for leaf in jax.tree.leaves((gradient, output.logits, after)):
             assert np.isfinite(leaf).all()
-    for part, leaves in gradient.items():  # of clips without frames
+
+    # The last gradient is of clips without frames.
+    for part, leaves in gradient.items():
         if part.startswith(tuple(f"{key}_" for key in tiny.DIMS)):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
-    if name in ("cosine", "deepmef"):  # no bias prefers a class
+    if name in ("cosine", "deepmef"):  # they have no bias
         np.testing.assert_array_equal(output.logits, 0)
 
 
@@ -231,9 +254,10 @@ def test_bfloat16_outputs_are_close_to_float32_with_float32_parameters(name):
     half = net._replace(model=tiny.make_model(MODELS[name][0], dtype="bfloat16"))
     fresh = jax.eval_shape(lambda: tiny.init_identifier(half.model, net.frames, net.clips))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
+
     output, _ = evaluated(*net)
-    other, given = evaluated(*half)
-    assert_embedded(other, given)
+    other, inputs = evaluated(*half)
+    assert_embedded(other, inputs)
     scale = net.model.logit_scale
     assert 0 < np.abs(other.logits - output.logits).max() < (0.03 if scale == 1 else 0.02 * scale)
 
@@ -252,10 +276,14 @@ DROPOUT = {
 def test_dropout_is_used_only_in_training(name):
     plain, variables, frames, clips = made(name)
     model = tiny.make_model({**MODELS[name][0], **DROPOUT[name]})
+
+    # In training, the outputs differ from the outputs without dropout, and with another seed.
     without, _, _ = learned(plain, variables, frames, clips)
     first, other = (learned(model, variables, frames, clips, seed)[0] for seed in (5, 6))
     for output in (without, other):
         assert not np.array_equal(first.logits, output.logits)
+
+    # In evaluation, the outputs are equal.
     outputs = [evaluated(net, variables, frames, clips)[0].logits for net in (plain, model)]
     np.testing.assert_array_equal(*outputs)
 
@@ -301,6 +329,7 @@ def test_missing_or_wide_modalities_and_impossible_tasks_are_refused():
     for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features have width 9")):
         with pytest.raises(ValueError, match=message):
             tiny.init_identifier(model, wrong, clips)
+
     sizes: Any = {"num_classes": 5, "num_clips": 6}
     with pytest.raises(ValueError, match="model 'mma' needs"):
         identifier.make_identifier({"name": "mma"}, modalities={}, **sizes)
@@ -308,14 +337,19 @@ def test_missing_or_wide_modalities_and_impossible_tasks_are_refused():
         identifier.make_identifier({"name": "knn"}, modalities={"head": 5}, **sizes)
 
 
-def assert_embedded(output, given):
+def assert_embedded(output, inputs):
+    """Asserts that the embedding is the input of the classifier.
+
+    A fallback has two classifiers. Its embedding has a unit vector of each branch, or zeros if the
+    branch has the weight 0 for a clip.
+    """
     assert output.embedding.dtype == output.logits.dtype == np.float32
     assert np.isfinite(output.embedding).all()
-    if len(given) > 1:  # a fallback: unit vectors, 0 for a model that has no say on a clip
-        unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in given]
-        judges = np.asarray(output.eval_weight) > 0
-        given = [np.concatenate([x * judges[:, i, None] for i, x in enumerate(unit)], axis=1)]
-    (vector,) = given
+    if len(inputs) > 1:
+        unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in inputs]
+        counts = np.asarray(output.eval_weight) > 0
+        inputs = [np.concatenate([x * counts[:, i, None] for i, x in enumerate(unit)], axis=1)]
+    (vector,) = inputs
     np.testing.assert_allclose(output.embedding, vector.astype(jnp.float32), rtol=1e-6, atol=1e-7)
 
 
@@ -323,12 +357,14 @@ def assert_embedded(output, given):
 def test_embedding_is_the_classifier_input_and_attention_sums_to_one(name):
     model, variables, frames, clips = made(name)
     _, width, num_vectors = MODELS[name]
-    output, given = evaluated(model, variables, frames, clips)
+    output, inputs = evaluated(model, variables, frames, clips)
+
     assert output.embedding.shape == (len(clips.mask), width)
     if name == "knn":  # it has no classifier
         real = frames["face"]._replace(mask=frames["face"].mask & clips.mask[:, None])
-        given = [fusion.mean_frame(real).features[:, 0]]
-    assert_embedded(output, given)
+        inputs = [fusion.mean_frame(real).features[:, 0]]
+    assert_embedded(output, inputs)
+
     assert len(model.vector_names) == num_vectors
     assert (output.attention is not None) == (name == "mma")
     if name == "mma":

@@ -1,4 +1,9 @@
-"""PLDA: densities of normal vectors, what training adds up, what is missing, and its settings."""
+"""PLDA: sums of training, log-likelihood ratios, missing modalities, and fitted settings.
+
+PLDA models a vector as person + noise, both normal. `within` and `between` are shares by which the
+covariances of noise and people are shrunk to a multiple of the identity matrix. Label 0 is a
+stranger, and column 0 of the logits is a new person.
+"""
 
 import functools
 import itertools
@@ -66,7 +71,7 @@ def apply(model, state, frames, clips, *, train):
 
 
 def train(model, frames, labels, batches):
-    """Returns the collections after batches of rows; -1 is a padded row."""
+    """Returns the variables after training on batches of rows; -1 is a padded row."""
     blank = ClipInfo(np.zeros(1, np.int32), np.ones(1, bool), np.zeros(1, np.int32))
     state = init_identifier(model, take(frames, np.zeros(1, int)), blank)
     for rows in batches:
@@ -77,7 +82,7 @@ def train(model, frames, labels, batches):
 
 
 def oracle(frames, labels, name, used):
-    """Returns centre and sums of a modality in float64, one clip after another."""
+    """Returns the centre and the sums of a modality, computed in float64 clip by clip."""
     part = frames[name]
     means = {
         clip: unit(part.features[clip][part.mask[clip]].astype(np.float64).mean(axis=0))
@@ -91,14 +96,15 @@ def oracle(frames, labels, name, used):
 
 
 def test_plda_training_counts_every_clip_once():
-    """A batch may span two passes, contain a clip twice or end with repeated clips.
+    """Two batches of 30 rows contain two passes over 23 clips, and 14 repeated clips.
 
-    Clips of another fold are padded rows and add nothing.
+    Clips of another fold are padded rows.
     """
     frames, labels = make_clips()
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]
     stream = [*TWICE, *range(-len(TWICE) % 30)]
     stream = np.where(np.isin(stream, used), stream, -1)
+
     state = train(make_model(), frames, labels, np.split(stream, 2))["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
@@ -109,7 +115,7 @@ def test_plda_training_counts_every_clip_once():
 
 
 def solved(model, *states):
-    """Returns the collections that evaluation reads, of each member."""
+    """Returns the variables for the evaluation of each member."""
     together = jax.tree.map(lambda *x: jnp.stack(x), *states)
     collections = model.finalise_state({}, together)
     return [ensemble.take(collections, number) for number in range(len(states))]
@@ -123,19 +129,22 @@ def test_plda_logits_match_the_equations():
         model = make_model()
         (state,) = solved(model, train(model, frames, labels, [TWICE]))
         output = apply(model, state, frames, EVERY, train=False)
+
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
+            # The two covariances of the modality, with the shrinkage of SETTINGS.
             centre, sums = oracle(frames, labels, name, range(NUM_CLIPS))
             covariances = two_covariance.covariances(sums)
             space = two_covariance.make_space(covariances, within=0.8, between=0.5)
             enrolled = two_covariance.enrol(space, sums.count, sums.total)
+            # The logit adds 0.1 x ratio, or -2 if the identity has no clip of the modality.
             features, mask = np.asarray(frames[name].features), frames[name].mask
             has_frames = np.flatnonzero(mask.any(axis=1))
             means = [unit(features[clip][mask[clip]].mean(axis=0)) for clip in has_frames]
             x = jnp.stack([unit(mean - centre) for mean in means])
             ratios = np.asarray(log_ratios(space, enrolled, x))
             wanted[has_frames] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
-        wanted[:, 0] = 0.5 + np.log(4)  # a new person, next to 4 identities
+        wanted[:, 0] = 0.5 + np.log(4)  # a new person: `stranger` + log of 4 identities
     np.testing.assert_allclose(output.logits[:, 0], wanted, atol=1e-9)
 
 
@@ -146,25 +155,28 @@ def test_plda_members_with_different_clips_are_solved_separately():
     model = make_model()
     half = [clip if clip % 2 else -1 for clip in TWICE]
     states = [train(model, frames, labels, [rows]) for rows in (TWICE, half)]
-    for state, together in zip(states, solved(model, *states), strict=True):
-        (alone,) = solved(model, state)
-        outputs = [apply(model, x, frames, EVERY, train=False).logits for x in (alone, together)]
-        np.testing.assert_array_equal(*outputs)
+
+    for state, of_two in zip(states, solved(model, *states), strict=True):
+        (of_one,) = solved(model, state)
+        logits = [apply(model, x, frames, EVERY, train=False).logits for x in (of_one, of_two)]
+        np.testing.assert_array_equal(*logits)
 
 
 def test_missing_modalities_favour_nobody():
-    """Identities with equal face scores stay equal if a clip lacks the other modality.
+    """If a clip has only a face, people with equal face scores get equal logits.
 
     A logit is the sum of `scale` (0.1) x ratio over the modalities of the clip, or `unenrolled`
-    (-2) where the identity has none. Column 0 is a new person: `stranger` (0.5) + log 4.
+    (-2) for a modality that the identity lacks.
     """
     face, audio = [-20.0] * NUM_CLASSES, [0, -70.0, -3.0, 40.0, 0.0]
     ratios = np.array([[face], [audio]], np.float32)
     known = np.array([[False, True, True, True, True], [False, True, True, True, False]])
     new = 0.5 + np.log(4)
-    logits = combine(ratios, known, np.array([[True], [False]]), SETTINGS)
+
+    only_face, both = np.array([[True], [False]]), np.array([[True], [True]])
+    logits = combine(ratios, known, only_face, SETTINGS)
     np.testing.assert_allclose(logits[0], [new, -2, -2, -2, -2], rtol=1e-6)
-    logits = combine(ratios, known, np.array([[True], [True]]), SETTINGS)
+    logits = combine(ratios, known, both, SETTINGS)
     np.testing.assert_allclose(logits[0], [new, -2 - 7, -2 - 0.3, -2 + 4, -2 - 2], rtol=1e-6)
 
 
@@ -172,31 +184,40 @@ def test_identities_without_clips_get_zero_and_change_no_other_probability():
     ratios = np.random.default_rng(0).normal(size=(2, 6, NUM_CLASSES)).astype(np.float32)
     known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
     present, enrolled = np.ones((2, 6), bool), [0, 1, 3]
-    every = special.softmax(combine(ratios, known, present, SETTINGS), axis=-1)
-    few = combine(ratios[..., enrolled], known[:, enrolled], present, SETTINGS)
-    np.testing.assert_allclose(every[:, enrolled], special.softmax(few, axis=-1), rtol=1e-6)
-    assert not np.any(every[:, [2, 4]])
+
+    all_columns = special.softmax(combine(ratios, known, present, SETTINGS), axis=-1)
+    logits = combine(ratios[..., enrolled], known[:, enrolled], present, SETTINGS)
+
+    np.testing.assert_allclose(
+        all_columns[:, enrolled], special.softmax(logits, axis=-1), rtol=1e-6
+    )
+    assert not np.any(all_columns[:, [2, 4]])
 
 
 @pytest.mark.slow
 def test_fitted_settings_favour_no_modality():
-    """Half of the people are enrolled without a voice. They are named as often as the others."""
+    """Half of the people are enrolled without a voice. They are named as often as the others.
+
+    Every second of 12 clips of 60 people is enrolled; the other clips are identified.
+    """
     rng = np.random.default_rng(1)
-    labels = np.repeat(np.arange(1, 61), 12)  # 60 people with 12 clips each
+    labels = np.repeat(np.arange(1, 61), 12)
     enrolled, voiceless = np.arange(len(labels)) % 2 == 0, labels > 30
     vectors = {}
     for name in ("face", "audio"):
         centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
         vectors[name] = unit(centres[labels] + 0.5 * noise).astype(np.float32)
     vectors["audio"][enrolled & voiceless] = 0
+
     known = {name: x[enrolled] for name, x in vectors.items()}
     backend = backend_lib.fit(known, labels[enrolled], centred=False)
     names, rows = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
     index = backend_lib.Index(backend, [backend.enrol(names, rows, labels[enrolled] - 1)])
     answers = index.nearest([x[~enrolled] for x in vectors.values()], 1)
     named = np.array([int(answer.best[0][0]) for answer in answers])
-    right, voiceless = named == labels[~enrolled], voiceless[~enrolled]
-    assert right[~voiceless].mean() > 0.9 and right[voiceless].mean() > 0.8
+
+    right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
+    assert right[has_voice].mean() > 0.9 and right[~has_voice].mean() > 0.8
     assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show voiceless people
 
 
@@ -220,10 +241,12 @@ def test_plda_probabilities_are_calibrated(num_people):
 
 @pytest.mark.slow
 def test_people_enrolled_later_with_one_clip_keep_probabilities_calibrated():
-    """Half of the clips show strangers, so the mean probability of a new person is .5."""
+    """Half of the clips show strangers, so the mean probability of a new person is 0.5."""
     rng = np.random.default_rng(0)
     x = exact(rng, 300, 4, 64, 0.5).reshape(-1, 64)
     fitted = backend_lib.fit({"face": x}, np.repeat(np.arange(1, 301), 4), centred=False)
+
+    # Of each of 300 other people, one clip is enrolled and another is identified.
     vectors = exact(rng, 300, 2, 64, 0.5).astype(np.float32)
     strangers = exact(rng, 300, 1, 64, 0.5).astype(np.float32)
     people = fitted.enrol([str(n) for n in range(300)], vectors[:, 0], np.arange(300))
@@ -237,6 +260,8 @@ def test_settings_are_fitted_on_whole_identities_if_clips_are_enough():
     drawn = plda_fit.draw_identities(labels, 0)
     assert 0.95 * plda_fit.MAX_FITTED_CLIPS < drawn.sum() <= plda_fit.MAX_FITTED_CLIPS
     assert not {*labels[drawn]} & {0, *labels[~drawn]}
+
+    # With one clip for each of three people, the settings are the defaults.
     vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
     settings = plda_fit.fit_settings(vectors, labels, {}, 0)
     assert settings == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
@@ -272,12 +297,14 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     clips = plan.make_training_clips(config, data, labels, used)
     free = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
     settings: Any = plda_fit.fit_member_settings(free, clips)
-    assert len(set(settings["scale"])) == 3 and "within" not in settings  # which is given
+    assert len(set(settings["scale"])) == 3 and "within" not in settings  # `within` is given
+
+    # Labels of the clips that member 1 leaves out change the settings of member 0, not of member 1.
     other = clips._replace(labels=np.where(used[1], labels, 0))
-    again: Any = plda_fit.fit_member_settings(free, other)
+    changed: Any = plda_fit.fit_member_settings(free, other)
     for field in ("scale", "stranger"):
-        assert settings[field][1] == again[field][1]
-        assert settings[field][0] != again[field][0]
+        assert settings[field][1] == changed[field][1]
+        assert settings[field][0] != changed[field][0]
 
 
 NUM_COLUMNS, WIDTH = 7, 5
@@ -293,7 +320,7 @@ def draw_vectors():
 
 
 def joint_log_density(vectors, mean, within, between):
-    """Returns log p of all clips of one identity: each pair shares the same y."""
+    """Returns log p of all clips of one identity. Any two clips have the covariance `between`."""
     n = len(vectors)
     covariance = np.kron(np.eye(n), within) + np.kron(np.ones((n, n)), between)
     return stats.multivariate_normal.logpdf(np.concatenate(vectors), np.tile(mean, n), covariance)
@@ -305,6 +332,7 @@ def shrink(covariance, share):
 
 @pytest.mark.parametrize(("within", "between"), [(0.8, 0.5), (0.0, 0.0)])
 def test_log_ratios_equal_ratios_of_joint_densities(within, between):
+    """The ratio is p(own clips and the new clip) / (p(own clips) p(the new clip))."""
     vectors, labels, sums = draw_vectors()
     fit = two_covariance.covariances(sums)
     space = two_covariance.make_space(fit, within=within, between=between)
@@ -314,6 +342,7 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     new = np.random.default_rng(1).normal(size=(4, WIDTH))
     with jax.enable_x64(True):
         ratios = np.asarray(plda_fit.log_ratios(space, enrolled, jnp.asarray(new)))
+
     for clip, label in itertools.product(range(len(new)), range(1, NUM_COLUMNS)):
         own = list(vectors[labels == label])
         wanted = joint_log_density([*own, new[clip]], *normal)
@@ -326,14 +355,16 @@ def test_covariances_equal_their_definitions():
     """The prior counts as 10 clips and as 10 people."""
     vectors, labels, sums = draw_vectors()
     fit = two_covariance.covariances(sums)
-    people, clips = len(np.unique(labels)), len(vectors)
-    typical = np.mean(vectors**2) * np.eye(WIDTH) / 2
+    num_people, num_clips = len(np.unique(labels)), len(vectors)
+    prior = np.mean(vectors**2) * np.eye(WIDTH) / 2
+
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
-    within = (gaps.T @ gaps + 10 * typical) / (clips - people + 10)
+    within = (gaps.T @ gaps + 10 * prior) / (num_clips - num_people + 10)
     np.testing.assert_allclose(fit.axes * fit.within @ fit.axes.T, within, atol=1e-10)
-    np.testing.assert_allclose(fit.mean, people / (people + 0.5) * vectors.mean(axis=0))
-    spread = (vectors - fit.mean).T @ (vectors - fit.mean) / clips
-    between = ((people - 1) * (spread - within) + 10 * typical) / (people - 1 + 10)
+    np.testing.assert_allclose(fit.mean, num_people / (num_people + 0.5) * vectors.mean(axis=0))
+
+    spread = (vectors - fit.mean).T @ (vectors - fit.mean) / num_clips
+    between = ((num_people - 1) * (spread - within) + 10 * prior) / (num_people - 1 + 10)
     values, axes = np.linalg.eigh(between)
     between = axes * np.maximum(values, two_covariance.SMALLEST_VARIANCE) @ axes.T
     np.testing.assert_allclose(fit.axes @ fit.between @ fit.axes.T, between, atol=1e-10)
@@ -341,8 +372,9 @@ def test_covariances_equal_their_definitions():
 
 def test_degenerate_data_give_finite_log_ratios():
     vectors = np.random.default_rng(2).normal(size=(6, WIDTH))
-    vectors[:, -1] = 0  # no variance at all along one axis
-    for labels in (np.arange(1, 7), np.ones(6, int)):  # one clip each, and one identity
+    vectors[:, -1] = 0  # no variance along one axis
+    one_clip_each, one_identity = np.arange(1, 7), np.ones(6, int)
+    for labels in (one_clip_each, one_identity):
         sums = two_covariance.make_sums(vectors, labels, NUM_COLUMNS)
         space = two_covariance.make_space(two_covariance.covariances(sums), within=0.0, between=0.0)
         enrolled = two_covariance.enrol(space, sums.count, sums.total)
@@ -351,6 +383,7 @@ def test_degenerate_data_give_finite_log_ratios():
 
 
 def test_pair_log_ratios_equal_ratios_of_joint_densities():
+    """The ratio of two groups of clips is p(they show one person) / p(they show two people)."""
     rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
     ratio, noise = np.array([0.5, 2.0, 0.1]), np.eye(3)
     groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]
@@ -360,6 +393,7 @@ def test_pair_log_ratios_equal_ratios_of_joint_densities():
 
     space = two_covariance.Space(np.zeros(3), np.eye(3), ratio)
     mean = np.stack([clips.mean(axis=0) for clips in groups])
+
     for row, own in enumerate(groups):
         wanted = [density(own, other) - density(own) - density(other) for other in groups]
         ratios = two_covariance.pair_log_ratios(space, 1 / counts, mean, row)

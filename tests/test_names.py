@@ -1,4 +1,7 @@
-"""A person has one name, in whatever Unicode form it comes; similar names are reported."""
+"""A name is the same in all Unicode forms, has no invisible letters, and may not look like another.
+
+NFC writes ë as one letter; NFD writes e and a mark. Both become NFC.
+"""
 
 import shlex
 import unicodedata
@@ -22,16 +25,20 @@ ZWSP = "\u200b"
 
 
 def test_names_with_invisible_letters_are_refused(tmp_path):
+    for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
+        refused(lambda x=name: names.clean_identity(x), "identity '", "leave it out")
+
+    # All functions that accept names of people refuse the last of these names.
     gallery = make(tmp_path / "g")
     vectors = Vectors(("x",), {"face": np.ones((1, 8), np.float32)}, (None,))
-    for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "Ada\u200d", "A \u200cda"):
-        refused(lambda x=name: names.clean_identity(x), "identity '", "leave it out")
     refused(lambda: gallery.rename("person 1", name), "invisible letter")
     refused(lambda: gallery.add({"x": make_clip(1, name)}), "invisible letter")
     refused(lambda: gallery.enrol(vectors, name), "invisible letter")
     refused(lambda: labels.load_label_table({"x": name}, {"train": ["x"]}), "labels: clip x")
+
+    # Invisible joiners between letters of some scripts, or between emojis, belong to a name.
     joined = "\u0646\u06cc\u200c\u0645\u0627 \u0915\u094d\u200d\u0937 \U0001f469\u200d\U0001f467"
-    for name in (NFC, *joined.split()):  # joiners between letters belong to a name
+    for name in (NFC, *joined.split()):
         assert names.clean_identity(name) == name
 
 
@@ -40,6 +47,7 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
         (tmp_path / name).write_text(lines)
         return tmp_path / name
 
+    # Labels and groups.
     clips, nfd, nfc = {"train": ["x", "y"]}, names.escape(NFD), names.escape(NFC)
     table = write("labels.csv", f"clip,identity\nx,{NFD}\ny,{NFC}\n")
     groups = write("unknown.tsv", f"clip\tidentity\nx\t{NFD}\ny\t{NFC}\n")
@@ -53,11 +61,15 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
     refused(lambda: labels.load_ground_truth(inverted), "already in line 1")
     write("unknown.tsv", f"clip\tidentity\nx\tAda{ZWSP}\n")
     refused(lambda: answers_lib.read_groups(groups), "unknown.tsv: line 2: identity")
+
+    # Folders of photos.
     face = {"face": np.ones((1, 4), np.float32)}
     clip_files.write_npz(tmp_path / "photos", {NFD: {"1": face}})
     clip_files.write_npz(tmp_path / "photos", {NFC: {"2": face}})
     loaded, identity = memory.load_people(tmp_path / "photos", {"face": 4})
     assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
+
+    # Rankings.
     positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))
     loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), identities=positives)
     assert not loaded.faults and ranking.score(positives, loaded.ranking) == 1
@@ -68,7 +80,8 @@ def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say):
     gallery.add({"x": make_clip(1, NFD)})
     gallery.add({"y": make_clip(2, NFC)})
     assert gallery.identities[NFC] == 2 and NFD in gallery and NFC in gallery
-    gallery.rename("person 1", NFD, merge=True)
+
+    gallery.rename("person 1", NFD, merge=True)  # 2 clips
     gallery.relabel("stranger 1", NFD)
     refused(lambda: gallery.relabel("x", NFD), "already")
     refused(lambda: gallery.rename(NFC, NFD), "already has this name")
@@ -88,8 +101,10 @@ def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
 def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other, tmp_path):
     gallery = make(tmp_path / "a gallery", {"x": make_clip(1, name)})
     parts = {"face": np.ones((1, 8), np.float32), "audio": np.zeros((1, 5), np.float32)}
+
     with pytest.warns(UserWarning, match="looks like") as caught:
         done = gallery.enrol(Vectors(("y",), parts, (None,)), other)
+
     new, message = names.clean_identity(other), str(caught[0].message)
     assert done.similar == {new: name} and name in message and new in message
     words = shlex.split(message.partition("the same: ")[2])

@@ -1,4 +1,4 @@
-"""The page of who appears when: times without a mouse, the order, and addresses."""
+"""The page that shows who appears when: times, probabilities, order, links, and escaped names."""
 
 import base64
 import hashlib
@@ -18,6 +18,8 @@ FILM = Film(
 
 
 def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
+    """Returns the page of a film, or of a photo, with these appearances of people."""
+
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
@@ -27,6 +29,7 @@ def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
+    """Returns an appearance of a person from `begin` to `end` seconds."""
     return Appearance("a.mp4", begin, end, name, probability, (clip,))
 
 
@@ -40,11 +43,13 @@ def test_page_shows_times_probabilities_and_links_as_text():
     assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
     assert "Bob This person is in no film." in text_of(html)
+
     html = render([seen(0, 0, probability=0.9)], photo=True)
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 
 
 def test_doubtful_names_are_listed_first_with_other_candidates():
+    """Bob's name is certain. Ada's name and the unknown people with a likely name are doubtful."""
     appearances = [
         seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
         seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),
@@ -54,7 +59,9 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
         "c": (("Ada", 0.45), ("Bob", 0.1)), "d": (("Ada", 0.02),),
     }  # fmt: skip
     answers = {clip: Answer(None, names[0][1], 0.0, names) for clip, names in best.items()}
+
     words = text_of(render(appearances, answers))
+
     doubtful = words[words.index("other likely people") : words.index("a.mp4 Length 1:40")]
     assert doubtful == (
         "other likely people unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "

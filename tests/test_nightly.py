@@ -1,4 +1,4 @@
-"""The pages NIGHTLY.md and RECIPES.md of galleries: their commands and their program run."""
+"""The commands of vidjax/apps/gallery/NIGHTLY.md and the program of RECIPES.md run."""
 
 import json
 import os
@@ -21,14 +21,14 @@ ROOT = Path(__file__).parent.parent
 NIGHTLY, RECIPES = (ROOT / "vidjax/apps/gallery" / f"{x}.md" for x in ("NIGHTLY", "RECIPES"))
 BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.read_text(), re.S))
 DAYS = ("2026-01-01", "2026-01-02")
-KNOWN = [str(number) for number in range(12)]  # people of the training
+KNOWN = [str(number) for number in range(12)]  # people of the training data
 PEOPLE = (*KNOWN, "Ada Lovelace", "Eve")
 WIDTH = 16
 CENTRES = dict(zip(PEOPLE, np.random.default_rng(0).normal(size=(14, WIDTH)), strict=True))
 
 
 def clips_of(names, seed):
-    """Returns clip -> modality -> features, and clip -> person, of three clips of each person."""
+    """Makes three clips of each person; returns clip -> features, and clip -> person."""
     draw = np.random.default_rng(seed)
     people = {f"{seed}_{place}_{n}": name for place, name in enumerate(names) for n in range(3)}
     noise = 0.9 * draw.normal(size=(len(people), 3, WIDTH))
@@ -42,6 +42,8 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     (train, labels), (val, more) = (clips_of(KNOWN, seed) for seed in (1, 2))
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
+
+    # Each day has photos of Ada Lovelace and of a person called 12, and clips of three people.
     for turn, day in enumerate(DAYS):
         ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})
@@ -57,9 +59,11 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
 
-    # The first gallery is trained and created like the galleries of later months.
+    # The first gallery is trained and created by the commands of a new month.
     month = "\n".join(BLOCKS["month"].splitlines()[:2])
     run(month.replace("people-$day", "people").replace("$day", "first"), DAYS[0])
+
+    # On the first day, Eve is unknown, and a user names her.
     for day in DAYS:
         run("day", day)
         groups = answers_lib.read_groups(tmp_path / "unknown" / f"{day}.tsv", unknown=True)
@@ -68,10 +72,12 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         named = [line.split("\t")[1] for line in answers[1:]]
         assert named[3:6] == ["Ada Lovelace"] * 3  # after three clips of "3"
         assert named[6:] == [""] * 3 if day == DAYS[0] else ["Eve"] * 3
-        if day == DAYS[0]:  # a user names her
+        if day == DAYS[0]:
             path = tmp_path / "unknown" / f"{day}.tsv"
             path.write_text(path.read_text().replace("unknown 1", "Eve"))
             run("named", day)
+
+    # `forget` lists the files that a user must delete.
     run("forget", DAYS[1], code=1)
     left = json.loads((tmp_path / "left.json").read_text())
     assert left["left"] and {place["kind"] for place in left["places"]} == {"file"}
@@ -79,15 +85,17 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     for place in left["places"]:
         path = Path(place["path"])
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     for name in ('vidjax forget --identity="Ada Lovelace" .', "month", "prune"):
         run(name, DAYS[1])
-    assert "Eve" not in Gallery(tmp_path / f"people-{DAYS[1]}")  # nobody took a photo of her
+    assert "Eve" not in Gallery(tmp_path / f"people-{DAYS[1]}")  # she has no photo
     assert "12" in Gallery(tmp_path / f"people-{DAYS[1]}")
 
 
 @pytest.mark.slow
 def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
+    # A gallery of two people is exported.
     back_end = made_nets.back_end((0.958, 0.0146), (0.2, 0.2), WIDTH)
     (tmp_path / "models").mkdir()
     made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=back_end)
@@ -97,6 +105,7 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
         gallery.enrol({name: {"face": face}}, name)
     assert main(["gallery", "export", str(gallery.folder), f"--out={tmp_path}/people.parquet"]) == 0
 
+    # The program of the page reads the export.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QDRANT", ":memory:")
     (program,) = re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
@@ -104,6 +113,7 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     exec(compile(program, str(RECIPES), "exec"), names)  # noqa: S102
     client = names["client"]
     assert client.count("people").count == 2
+
     near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)
     for name, x in zip(("Ada", "Grace"), near, strict=True):
         assert gallery.identify({"x": {"face": x}})["x"].identity == name

@@ -1,4 +1,4 @@
-"""The notebooks of colab/: calls of vidjax and no logic, run from top to bottom, with outputs.
+"""The notebooks of colab/ run from top to bottom, and their outputs are stored.
 
 `python -m tests.test_notebooks quickstart` writes the outputs of a notebook again.
 """
@@ -23,7 +23,7 @@ from tests.helpers.small_runs import QUICK
 
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
-# What a hosted image brings, at versions above our lower bounds.
+# Packages that are installed on a hosted machine, in versions above our lower bounds.
 HOSTED = {"jax": "0.99.0", "jaxlib": "0.99.0", "numpy": "2.2.6", "tensorflow": "2.20.0"}
 
 notebooks = pytest.mark.parametrize("name", PATHS)
@@ -48,24 +48,23 @@ def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     code = [cell for cell in read(name).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
-    places = {str(Path.home()), "/home/", "/root/", "/tmp/", "/usr/", "/opt/", "/var/", "/work/"}
-    places |= {"site-packages", "Users/", "Traceback", "Warning"}
+    forbidden = {str(Path.home()), "/home/", "/root/", "/tmp/", "/usr/", "/opt/", "/var/", "/work/"}
+    forbidden |= {"site-packages", "Users/", "Traceback", "Warning"}
     for cell in code:
         assert not [o for o in cell.outputs if o.output_type == "error"]
         assert "execution" not in cell.metadata
         for text in output_texts(cell):
-            assert not [place for place in places if place in text], f"{cell.id}: {text[:500]}"
+            assert not [word for word in forbidden if word in text], f"{cell.id}: {text[:500]}"
     assert PATHS[name].stat().st_size < 1 << 20
 
 
 def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch, capsys):
-    """No second TensorFlow is installed. jax is upgraded together with its accelerator."""
-
     def commands_of_setup(*names, **versions):
-        """Returns the commands of the cell if distributions of these names are installed."""
+        """Returns the commands of the cell if packages of these names are installed."""
         commands, installed = [], [types.SimpleNamespace(name=name) for name in names]
         (cell,) = [cell for cell in read("quickstart").cells if cell.id == "setup"]
-        python = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)  # no IPython
+        # Without the lines of IPython.
+        python = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
         with monkeypatch.context() as patch:
             patch.chdir(ROOT)
             patch.setattr(sys, "path", list(sys.path))
@@ -76,6 +75,8 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
         return commands
 
     assert commands_of_setup("pip", "vidjax", "tensorflow") == []
+
+    # Installed packages keep their versions, and no second TensorFlow is installed.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["rank"], *extras["train"]]
@@ -90,6 +91,8 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
         )
         assert asked == wanted | kept
     assert not capsys.readouterr().out
+
+    # If jax is too old, it is upgraded together with its plugin for CUDA.
     ((_, *words),) = commands_of_setup("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")
     assert [word for word in words if "==" in word] == [f"numpy=={HOSTED['numpy']}"]
     assert "jax[cuda12]" in words and any(word.startswith("jax>=") for word in words)
@@ -112,9 +115,9 @@ finally:
 
 
 def run(notebook, folder, cache_dir, **more_env):
-    """Returns a notebook with the outputs of a run from top to bottom, in an empty folder.
+    """Runs a notebook from top to bottom in an empty folder; returns it with its outputs.
 
-    An error in a cell is in its outputs. If no kernel ran, raises RuntimeError.
+    Outputs contain the errors of cells. If no kernel starts, RuntimeError is raised.
     """
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -124,7 +127,7 @@ def run(notebook, folder, cache_dir, **more_env):
     shutil.copytree(ROOT / "configs", where / "configs")
     nbformat.write(notebook, given)
     env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    # No kernel of the user's own.
+    # The kernels of the user are not used.
     env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"} | more_env
     command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
@@ -139,7 +142,7 @@ def run(notebook, folder, cache_dir, **more_env):
     [pytest.param(name, marks=[pytest.mark.nightly] * (name != "quickstart")) for name in PATHS],
 )
 def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_path):
-    """The quickstart trains a smaller net on fewer clips than in the notebook."""
+    """The quickstart trains a smaller net on fewer clips. Outputs must have the stored types."""
     small = ["num_epochs=1", "batch_size=32", "modalities=face,audio", "model.embed_dim=16"]
     small += ["data.name=iqiyi_vid", f"data.dir={official_dir}"]
     words = ["--config=configs/mma.py", "--workdir=runs/mma", *(f"--config.{x}" for x in small)]
@@ -148,7 +151,9 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         cell.source = cell.source.replace('main(["--config=configs/mma.py"])', f"main({words})")
         cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
     assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")
+
     executed = run(shorter, tmp_path, cache_dir, **QUICK)
+
     for cell, before in zip(executed.cells, read(name).cells, strict=True):
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]

@@ -1,4 +1,4 @@
-"""Schedules against their formula, optimisers against one hand-made step."""
+"""Learning rate schedules equal their formulas, and optimiser steps equal steps by hand."""
 
 import math
 from fractions import Fraction
@@ -32,23 +32,23 @@ def make_optimizer(spec, *, total_steps) -> Any:
 def test_warmup_and_cosine_decay_match_their_formula():
     for scale, start in ((0.0, 0.01), (0.3, 0.03)):
         spec: Any = {**SPEC, "final_scale": 0.01, "warmup_scale": scale}
-        found = rates(51, total_steps=50, **spec)
+        computed = rates(51, total_steps=50, **spec)
         cosine = 0.5 * (1 + np.cos(np.pi * np.arange(41) / 40))
         wanted = [*np.linspace(start, 0.1, 10, endpoint=False), *(0.1 * (0.01 + 0.99 * cosine))]
-        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        np.testing.assert_allclose(computed, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0)])
 def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch):
     options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
-    # Exact arithmetic: the epoch of a step is the step over the steps of an epoch.
+    # The rate falls every `width` steps, in exact arithmetic.
     width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
     expected = np.array([0.01 * 0.7 ** (step // width) for step in range(60)])
     for warmup in (0.0, 0.5):
         factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
-        found = rates(60, learning_rate=0.01, warmup=warmup, **options)
-        np.testing.assert_allclose(found, expected * factors, rtol=1e-5)
+        computed = rates(60, learning_rate=0.01, warmup=warmup, **options)
+        np.testing.assert_allclose(computed, expected * factors, rtol=1e-5)
 
 
 def test_piecewise_decay_jumps_and_interpolates_between_points():
@@ -57,16 +57,16 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
     epochs = (np.arange(60) + 0.5) / 10
     factors = np.interp(epochs, [2, 4], [1.0, 0.2])
     factors[epochs < 2] = 0.5
-    found = rates(60, total_steps=60, steps_per_epoch=10, **spec)
-    np.testing.assert_allclose(found, 0.1 * factors, rtol=1e-5)
+    computed = rates(60, total_steps=60, steps_per_epoch=10, **spec)
+    np.testing.assert_allclose(computed, 0.1 * factors, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_short_runs_have_positive_learning_rates(decay, total):
     spec: Any = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
-    found = rates(total, total_steps=total, steps_per_epoch=0.5, **spec)
-    assert ((found > 0) & (found <= np.float32(0.1))).all(), found
+    computed = rates(total, total_steps=total, steps_per_epoch=0.5, **spec)
+    assert ((computed > 0) & (computed <= np.float32(0.1))).all(), computed
 
 
 @pytest.mark.parametrize(("weight_decay", "weights", "gradient", "wanted"), [
@@ -74,7 +74,7 @@ def test_short_runs_have_positive_learning_rates(decay, total):
     (0.0, [0.0, 0.0], [3.0, 4.0], [-0.06, -0.08]),
     # The decay 0.5 * 2 is not clipped: -0.1 * ((3, 4) / 5 + (1, 1)).
     (0.5, [[2.0, 2.0]], [[3.0, 4.0]], [[-0.16, -0.18]]),
-])  # fmt: skip
+], ids=["clipped gradient", "weight decay"])  # fmt: skip
 def test_sgd_step_matches_hand_computed_updates(weight_decay, weights, gradient, wanted):
     spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0}
     tx = make_optimizer({**spec, "clip_norm": 1.0, "weight_decay": weight_decay}, total_steps=10)
@@ -84,7 +84,7 @@ def test_sgd_step_matches_hand_computed_updates(weight_decay, weights, gradient,
 
 
 def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
-    """If all gradients are 0, matrices shrink by exp(-total_decay), and nothing else changes."""
+    """With gradients of 0, matrices shrink by exp(-total_decay), and biases do not change."""
     spec = {**SPEC, "name": "adam", "learning_rate": 1e-3, "total_decay": 0.7}
     tx = make_optimizer(spec, total_steps=300)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
@@ -115,11 +115,12 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
     )
     params = {"kernel": np.full((2, 3), 2, "f4")}
     grads = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
-    state, other = restarted.init(params), plain.init(params)
+    state, plain_state = restarted.init(params), plain.init(params)
+
     for step, grad in enumerate(grads):
-        other = plain.init(params) if step == 3 else other
+        plain_state = plain.init(params) if step == 3 else plain_state
         updates, state = restarted.update({"kernel": grad}, state, params)
-        wanted, other = plain.update({"kernel": grad}, other, params)
+        wanted, plain_state = plain.update({"kernel": grad}, plain_state, params)
         np.testing.assert_allclose(updates["kernel"], wanted["kernel"], rtol=1e-6)
 
 
@@ -131,6 +132,9 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
 def test_impossible_optimiser_specifications_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer({**SPEC, **spec}, total_steps=1)
+
+
+def test_points_of_a_schedule_must_be_finite_pairs_in_order():
     wrong: Any = ((), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),))
     for points in wrong:
         with pytest.raises(ValueError, match=r"^mirrors.* must be .* in order"):

@@ -1,4 +1,4 @@
-"""pickles: official files in, flat arrays and labels out; every mistake named with its place."""
+"""Official pickles, ground truth and weights of clips are read; errors name the file and line."""
 
 import os
 import pickle
@@ -27,11 +27,13 @@ def clips(rng, lengths, width=8):
 
 
 def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
+    """The child process does not import modules, such as numpy.py, from the current folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('wrong module')")
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
     value[b"c2"][1][4][5] = np.nan
     kept = [entry for entries in value.values() for entry in entries if np.isfinite(entry[4]).all()]
+
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
         (tmp_path / f"face_train_{name}.pickle").write_bytes(data)
         faces = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
@@ -43,6 +45,7 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
             array, expected = faces.frames[column], np.array([x[place] for x in kept])
             np.testing.assert_array_equal(array, expected.astype(array.dtype))
         assert faces.features.dtype == np.float16 and isinstance(faces.features.base, np.memmap)
+
     with pytest.raises(ValueError, match="clip c2, face: the feature of frame 1 is not finite"):
         sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
     assert not list((tmp_path / "x").iterdir())
@@ -79,6 +82,7 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
+
     stems = {key: path.stem for key, path in find_pickles(tmp_path).items()}
     assert stems == {
         ("body_val", "val"): "body_val_val", ("face", "train"): "face_train_v2",
@@ -86,6 +90,7 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     }  # fmt: skip
     assert list(stems) == sorted(stems)
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
+
     (tmp_path / "fa ce_train.pickle").touch()
     refused(lambda: find_pickles(tmp_path), "may have only letters, digits")
     refused(lambda: find_pickles(tmp_path / "gone"), "does not exist")
@@ -93,36 +98,41 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
 
 
 def truth(folder, text, name="gt.txt", **options):
-    """Returns clip -> identity of a file of ground truth with this text."""
+    """Returns clip -> identity, read from a file of ground truth with this text."""
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
     return labels_lib.load_ground_truth(folder / name, **options)
 
 
 def weights(folder, text, clips: Any = "abcde"):
-    """Returns the weights of clips in a file with this text."""
+    """Returns the weights of clips, read from a file with this text."""
     (folder / "weights.txt").write_text(text)
     loaded = labels_lib.load_clip_weights(folder / "weights.txt", clips)
     assert loaded.dtype == np.float32 and loaded.shape == (len(clips),)
     return loaded.tolist()
 
 
-# What editors leave in the ground truth, and in the weights of clips.
-EDITORS: tuple[Callable[[str], str], ...] = (
-    lambda text: text, lambda text: text.replace("\n", "\r"),
-    lambda text: "\ufeff" + text.replace("\n", "\r\n"), lambda text: text.replace(" ", "  \t "),
-    lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"), lambda text: text.replace(".mp4", "", 1),
-)  # fmt: skip
+# Changes of a file by editors.
+EDITORS: dict[str, Callable[[str], str]] = {
+    "none": lambda text: text,
+    "CR": lambda text: text.replace("\n", "\r"),
+    "byte order mark and CRLF": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    "blanks and tabs": lambda text: text.replace(" ", "  \t "),
+    "empty lines": lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"),
+    "a missing suffix": lambda text: text.replace(".mp4", "", 1),
+}
 
 
-@pytest.mark.parametrize("edit", EDITORS)
+@pytest.mark.parametrize("edit", EDITORS.values(), ids=EDITORS)
 def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
-    wanted = {f"V_{clip}": str(identity) for clip, identity in {70: 9, 8: 10, 900: 9}.items()}
-    direct = "".join(f"{clip}.mp4 {identity}\n" for clip, identity in wanted.items())
-    inverted = "9 V_70.mp4 V_900.mp4\n10 V_8.mp4\n"
-    assert list(truth(tmp_path, edit(direct)).items()) == [*wanted.items()]  # in its order
-    assert truth(tmp_path, edit(inverted)) == wanted
-    for text, name in ((direct, "train_gt.txt"), (inverted, "val_gt.txt")):
+    # A line has a clip and its identity, or an identity and its clips.
+    wanted = {"V_70": "9", "V_8": "10", "V_900": "9"}
+    by_clip = "V_70.mp4 9\nV_8.mp4 10\nV_900.mp4 9\n"
+    by_identity = "9 V_70.mp4 V_900.mp4\n10 V_8.mp4\n"
+    assert list(truth(tmp_path, edit(by_clip)).items()) == [*wanted.items()]  # in its order
+    assert truth(tmp_path, edit(by_identity)) == wanted
+    for text, name in ((by_clip, "train_gt.txt"), (by_identity, "val_gt.txt")):
         assert truth(tmp_path, edit(text).replace(".mp4", ""), name) == wanted
+
     text = "a.mp4 0.5\nb.mp4 2\nd.mp4 0.25\ne.mp4 0\n"
     expected = [0.5, 2, 1, 0.25, 0]  # c has no line
     assert weights(tmp_path, edit(text)) == expected
@@ -130,6 +140,7 @@ def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
 
 
 def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
+    """The suffix .mp4, or else the name of the official file, shows which column has the clips."""
     both = "a b\nc d\n"
     assert truth(tmp_path, both, "test_gt.txt") == {"b": "a", "d": "c"}
     assert truth(tmp_path, "1 2\n3 4\n", "train_gt.txt") == {"1": "2", "3": "4"}
@@ -177,8 +188,8 @@ def test_errors_in_label_and_weight_files_name_the_line(read, name, text, expect
 def test_identities_sort_as_numbers_if_all_are_numbers():
     assert labels_lib.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
     assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
-    digits = "7" * 5000
-    assert labels_lib.sort_identities(["9", digits, "10"]) == ("10", digits, "9")
+    too_long = "7" * 5000  # int() converts at most 4,300 digits
+    assert labels_lib.sort_identities(["9", too_long, "10"]) == ("10", too_long, "9")
     with pytest.raises(ValueError, match="identity 7 is written in 2 ways, 007, 7: use only one"):
         labels_lib.sort_identities(["7", "1", "007"])
 

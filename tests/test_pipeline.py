@@ -1,4 +1,4 @@
-"""Batches: every clip as often as promised, in a fixed order, with exactly its own frames."""
+"""Batches of training and evaluation: their clips, the order, and the frames of each clip."""
 
 import itertools
 from typing import Any
@@ -24,7 +24,7 @@ streams = pytest.mark.slow  # imports TensorFlow, which takes most of the time
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """The CLIPS, read from official files; val has no body file."""
+    """The clips of CLIPS, read from official files; val has no file of bodies."""
     folder = write_ragged(tmp_path_factory.mktemp("source"), COUNTS, lacks=[("body", "val")])
     with pytest.warns(UserWarning, match="val: the split has no features of body"):
         return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
@@ -35,7 +35,7 @@ def take(dataset, count, **options):
 
 
 def source_clip(dataset, split, modality, index):
-    """Returns the frames that were written for a clip, as a batch shows them."""
+    """Returns the frames that a batch must contain of a clip of CLIPS."""
     empty = random_clip(np.random.default_rng(0), 0, RAGGED[modality])
     clip = CLIPS[split][modality].get(dataset.split(split).clips[index], empty)
     if modality == "face":
@@ -46,7 +46,7 @@ def source_clip(dataset, split, modality, index):
 
 
 def real_fields(frames):
-    """Returns the real frames of one clip by field; what is padding must be zero and come last."""
+    """Returns field -> values of the real frames of one clip; asserts that the other rows are 0."""
     length = int(frames.mask.sum())
     assert not any(values[length:].any() for values in frames)
     return {field: getattr(frames, field)[:length] for field in FIELDS}
@@ -103,6 +103,7 @@ def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
 
 @streams
 def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
+    """A window is MAX_FRAMES neighbouring frames. Windows of a clip of 10 frames start anywhere."""
     starts = set()
     for batch in take(dataset, 40):
         assert batch.frames["face"].features.shape == (8, MAX_FRAMES, 6)
@@ -113,13 +114,14 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
             fields = real_fields(Frames(*(values[row] for values in batch.frames[modality])))
             length, total = len(fields["features"]), len(clip.features)
             assert length == min(total, MAX_FRAMES)
+            # The places at which all fields agree with the clip.
             places = range(total - length + 1)
             for field, values in fields.items():
                 frames = getattr(clip, field)
                 places = [n for n in places if np.array_equal(values, frames[n : n + length])]
             assert places
             starts |= {*places} if modality == "face" and total == 10 else set()
-    assert starts == {0, 1, 2, 3}  # every place of a window of 7 frames out of 10
+    assert starts == {0, 1, 2, 3}  # of windows of 7 of 10 frames
 
 
 def test_count_cropped_counts_clips_and_lost_frames(dataset):
@@ -135,10 +137,13 @@ def test_count_cropped_counts_clips_and_lost_frames(dataset):
 def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset, split, rows):
     batches = [*eval_batches(dataset, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
+
     clips = rows_of(batches)
     for index, modality in itertools.product(clips, ("face", "audio")):
         clip = source_clip(dataset, split, modality, index)
-        assert_best_frames(clips[index][modality], clip, 512)  # the longest bucket
+        assert_best_frames(clips[index][modality], clip, 512)
+
+    # A clip is padded to the next of the lengths 32, 128 and 512.
     lengths = dataset.split(split).lengths["face"]
     wanted = {i: next(b for b in (32, 128, 512) if b >= min(n, 512)) for i, n in enumerate(lengths)}
     assert {index: len(frames["face"].mask) for index, frames in clips.items()} == wanted
@@ -147,18 +152,22 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
 @pytest.mark.parametrize(("counts", "wanted"), [
     ({32: 6, 128: 5, 512: 4}, {512: 15}), ({32: 600, 128: 1}, {128: 601}),
     ({32: 700, 128: 1, 512: 1}, {32: 700, 512: 2}),
-])  # fmt: skip
+], ids=["all into 512", "32 into 128", "128 into 512"])  # fmt: skip
 def test_small_length_buckets_are_merged_into_longer_buckets(counts, wanted):
+    """`counts` and `wanted` are length -> number of clips."""
     lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])
     names, none = tuple(map(str, range(len(lengths)))), np.zeros(0, np.int32)
     split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
+
     whole = clips_lib.make_eval_plan(split, ("face",), join=True)
-    only = np.arange(len(lengths)) % 2 == 0
-    part = clips_lib.make_eval_plan(split, ("face",), join=True, only=only)
-    assert (part.bucket == np.where(only, whole.bucket, -1)).all()
     padded = np.array(whole.padded_lengths["face"])[whole.bucket]
     assert (padded >= lengths).all()
     assert dict(zip(*np.unique(padded, return_counts=True), strict=True)) == wanted
+
+    # If only some clips are evaluated, the buckets stay.
+    only = np.arange(len(lengths)) % 2 == 0
+    part = clips_lib.make_eval_plan(split, ("face",), join=True, only=only)
+    assert (part.bucket == np.where(only, whole.bucket, -1)).all()
 
 
 def test_batch_streams_refuse_invalid_arguments(dataset):
@@ -174,6 +183,7 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
     ):
         with pytest.raises(ValueError, match=message):
             train_batches(dataset, **{**TRAIN, **changed})
+
     test: Any = {"split": "test", "modalities": ("face",)}
     refused(lambda: eval_batches(dataset, **test, rows=4), "no split 'test'")
     refused(lambda: next(dataset.packed(**test)), "no split 'test'")

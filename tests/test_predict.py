@@ -1,4 +1,4 @@
-"""A run from Python gives the numbers of the command, to the bit, of clips that lie in memory."""
+"""`predict.restore`: a run scores clips in memory exactly as `vidjax evaluate` does."""
 
 import functools
 import resource
@@ -55,6 +55,7 @@ WIDTH = 24  # of the faces
 
 
 def faces(count):
+    """Returns clips of 1 to 5 random faces."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(count)]
     return {f"clip_{i}": {"face": array} for i, array in enumerate(arrays)}
@@ -65,6 +66,7 @@ def first(clips, count):
 
 
 def ranked(run, clips):
+    """Returns the lines of `ranking.txt` for these clips."""
     lists = run.rank(clips).items()
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
@@ -73,13 +75,16 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypa
     folder = train("knn")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     refused(lambda: predict.restore(tmp_path), "no run in")
+
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
     refused(lambda: predict.restore(tmp_path), "is a blend of other runs")
+
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
+
     monkeypatch.chdir(folder.parent)
     best = predict.restore(folder.name, step="best", num_devices=1)
     assert best.workdir == folder and best.step == best.manifest["step"]
@@ -88,38 +93,45 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypa
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
 def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
-    wanted = small_runs.scores([small_runs.restored(folder, data)])
     assert run.step == max(checkpoint.manifests(folder))
+
+    # The dataset.
+    wanted = small_runs.scores([small_runs.restored(folder, data)])
+    lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
     assert scores.dtype == np.float32
     np.testing.assert_array_equal(scores, wanted.astype(np.float32))
-    order = [data.split("val").clips.index(clip) for clip in clips["val"]]
-    lines = (folder / "ranking.txt").read_text().splitlines()
     assert ranked(run, data) == lines
-    in_memory = scores[order]
-    if name != "ensemble":  # its members score only clips that they were not trained on
-        np.testing.assert_array_equal(run.scores(clips["val"]), in_memory)
+
+    # The same clips in memory, in another order. Members of an ensemble score only dataset clips
+    # that they were not trained on, but all clips in memory.
+    order = [data.split("val").clips.index(clip) for clip in clips["val"]]
+    if name != "ensemble":
+        np.testing.assert_array_equal(run.scores(clips["val"]), scores[order])
         assert ranked(run, clips["val"]) == lines
     if name == "knn":
-        many = predict.restore(folder, num_devices=4)
-        np.testing.assert_array_equal(many.scores(clips["val"]), in_memory)
+        four_devices = predict.restore(folder, num_devices=4)
+        np.testing.assert_array_equal(four_devices.scores(clips["val"]), scores[order])
 
+    # Embeddings have the length 1, or 0 for a clip without frames.
     vectors = run.embed(clips["val"])
-    seen = np.isfinite(in_memory).any(axis=1)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), seen, atol=1e-5)
+    has_frames = np.isfinite(scores[order]).any(axis=1)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), has_frames, atol=1e-5)
     np.testing.assert_array_equal(run.embed(data), vectors[np.argsort(order)])
     dims = {"mma": (3 + 1 + 1) * 16, "cosine": 3 * 16, "knn": 24, "ensemble": 3 * 2 * 8}
     assert vectors.shape[1] == dims.get(name, vectors.shape[1])
 
 
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
-    """Other clips with the names of training clips are scored by all members."""
+    """All members score other clips that only have the names of training clips."""
     run = restored("ensemble")
 
     def as_data(**splits):
         return sources.load(splits, cache_dir=tmp_path)
 
     np.testing.assert_array_equal(run.scores(as_data(**clips), split="val"), run.scores(data))
+
+    # Each name gets the frames of the next clip.
     names, values = zip(*sorted(clips["val"].items()), strict=True)
     others = dict(zip(names, values[1:] + values[:1], strict=True))
     wanted = run.scores({f"new {name}": clip for name, clip in others.items()})
@@ -135,9 +147,9 @@ import sys
 for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
 import numpy as np
 from vidjax.evaluation import predict
-folder, given, found = sys.argv[1:]
+folder, given, scored = sys.argv[1:]
 run, clips = predict.restore(folder), {name: {"face": x} for name, x in np.load(given).items()}
-np.savez(found, scores=run.scores(clips), vectors=run.embed(clips))
+np.savez(scored, scores=run.scores(clips), vectors=run.embed(clips))
 """
 
 
@@ -146,9 +158,11 @@ def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
     clips = faces(9)
     arrays: Any = {name: clip["face"] for name, clip in clips.items()}
     np.savez(tmp_path / "clips.npz", **arrays)
-    python(RANK, train("knn"), tmp_path / "clips.npz", tmp_path / "found.npz")
+
+    python(RANK, train("knn"), tmp_path / "clips.npz", tmp_path / "scored.npz")
+
     run = predict.restore(train("knn"), num_devices=1)
-    with np.load(tmp_path / "found.npz") as answers:
+    with np.load(tmp_path / "scored.npz") as answers:
         np.testing.assert_array_equal(answers["scores"], run.scores(clips))
         np.testing.assert_allclose(answers["vectors"], run.embed(clips), atol=1e-6)
 
@@ -162,16 +176,20 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
     words = "\nfor a probability p, give threshold=math.log"
     refused(lambda: run.identify(five, threshold=0.5), words)
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
+
+    # The threshold of a run that was trained without the clips of val is used.
     val = run._replace(results={**run.results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
 
 
 def test_threshold_needs_at_least_99_distractors(restored, new):
-    """98 distractors are too few for a threshold that 1 % of strangers pass."""
+    """The threshold lets 1 % of strangers pass."""
     run = restored("knn")
-    three = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
+    with_face = {name: clip for name, clip in new.items() if clip["face"]["number"]}
+    three = first(with_face, 3)
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
+
     assert few.threshold is None and many.threshold == -1.0
     words = "98 clips of strangers are too few", "\ngive a threshold"
     refused(lambda: few.identify(three), *words)
@@ -192,12 +210,12 @@ def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
     few = [dict([item]) for item in first(clips["val"], 6).items()]
     run = run._replace(results={**run.results, "num_distractors": 0})
     for function in (run.scores, run.rank, run.identify):
-        before = [function(clip) for clip in few]
+        first_answers = [function(clip) for clip in few]
         caplog.clear()
         with jax.log_compiles():
-            again = [function(clip) for clip in few]
+            answers = [function(clip) for clip in few]
         assert not [line for line in caplog.messages if "ompiling" in line], function
-        np.testing.assert_equal(again, before)
+        np.testing.assert_equal(answers, first_answers)
 
 
 @pytest.mark.parametrize(("features", "message"), [

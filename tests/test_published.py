@@ -45,7 +45,7 @@ def config_of(spec: str) -> Any:
 
 @functools.cache
 def official(spec: str) -> tuple[Any, System]:
-    """Returns a configuration, and its system at full size."""
+    """Returns a configuration, and its system with the sizes of the official data."""
     config = config_of(spec)
     widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
     clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
@@ -64,7 +64,7 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     return {name(path): x.shape[1:] for path, x in leaves}
 
 
-# Of an epoch between whole numbers, the first step after it.
+# The rate of an epoch such as 8.9 is the rate of the first step after it.
 @pytest.mark.parametrize(("spec", "epochs", "published"), [
     (RESIDUAL_DENSE, range(8), 0.01 * 0.7 ** np.arange(8)),  # line 34 of the article
     (QUALITY_FUSION, (0, 8.9, 9, 58.9, 59, 109, 159, 199),  # training.py:314-331
@@ -73,7 +73,7 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     (DEEPMEF, (0, 0.9, 1, 1.9, 2, 10, 50, 99),
      0.05 + 0.05 * np.cos(np.pi * np.array([0, 0, 1, 1, 2, 10, 50, 99]) / 100)),
     (NOISE, (0, 10, 20, 100, 199), [1e-3] * 5),
-])  # fmt: skip
+], ids=["residual_dense", "quality_fusion", "deepmef", "noise_classes"])  # fmt: skip
 def test_learning_rates_equal_the_published_rates(spec, epochs, published):
     config, system = official(spec)
     steps = np.ceil(np.asarray(epochs) * CLIPS / config.batch_size).astype(np.int32)
@@ -82,13 +82,14 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
 
 
 def one_clip(quality, detection=0.9):
+    """Returns a clip whose frames have these qualities and the same detection score."""
     frames = make_frames([len(quality)], max_frames=len(quality), dtype="float32")
     quality = np.array([quality], np.float32)
     return frames._replace(quality=quality, detection=np.full_like(quality, detection))
 
 
 def trained_on(system, frames, min_quality=-1000.0):
-    """Returns the fused training frames of clips and the weights of their losses."""
+    """Returns the face frames of a training step, and the weights of the losses of the clips."""
     ones = jnp.ones(len(frames.mask))
     clips = MemberClips({"face": frames}, ones, ones, jnp.float32(min_quality), ())
     for transform in system.clip_transforms:
@@ -117,6 +118,8 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     config, system = official(f"{RESIDUAL_DENSE},face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.fold for member in members] == [0, 0, 0] and config.ensemble.folds == 10  # L22
+
+    # A clip has the weight of its frames and of as many merged frames.
     frames = one_clip([-5.0, 19.9, 20.0, 20.1, 40.0, 40.1])
     counts = [trained_on(system, frames, member.min_quality)[1][0] / 2 for member in members]
     assert counts == [6, 3, 1]  # L32: all, > 20, > 40
@@ -127,14 +130,18 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
 def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
     _, system = official(f"{RESIDUAL_DENSE},face")
     frames = make_frames([9, 1, 4], max_frames=9, dtype="float32", dim=512)
+
     union, weight = trained_on(system, frames)
+
     np.testing.assert_array_equal(weight, [18, 2, 8])  # L32: long clips have more frames
     np.testing.assert_array_equal(union.mask.sum(axis=1), weight)
     np.testing.assert_array_equal(union.features[:, :9], frames.features)  # L32: "combined with"
+
+    # A merged frame is a weighted mean of 2 to 5 frames. Least squares finds their weights.
     clip = np.asarray(frames.features[0])
-    used = np.linalg.lstsq(clip.T, np.asarray(union.features[0, 9:]).T, rcond=None)[0].T
-    assert set(np.count_nonzero(used > 1e-3, axis=1)) <= {2, 3, 4, 5}  # L32: 1 to 4 others
-    np.testing.assert_allclose(used.sum(axis=1), 1, rtol=1e-4)
+    shares = np.linalg.lstsq(clip.T, np.asarray(union.features[0, 9:]).T, rcond=None)[0].T
+    assert set(np.count_nonzero(shares > 1e-3, axis=1)) <= {2, 3, 4, 5}  # L32: 1 to 4 others
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
 
 
 @pytest.mark.nightly
@@ -142,8 +149,8 @@ def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
     _, system = official(f"{RESIDUAL_DENSE},face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
     np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # L36: 70 % of 20, of 2
-    quality = np.asarray(fused.quality)
-    assert quality[0][fused.mask[0]].min() >= quality[0][~fused.mask[0]].max()
+    quality, kept = np.asarray(fused.quality)[0], np.asarray(fused.mask)[0]
+    assert quality[kept].min() >= quality[~kept].max()
 
 
 def test_residual_dense_has_the_layer_sizes_of_the_article():
@@ -171,16 +178,18 @@ def test_quality_fusion_trains_five_folds_that_score_by_sigmoids():
 
 def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
     config, _ = official(QUALITY_FUSION)
-    logits = np.array([[2.0, -1.0, 0.5]])
-    softmax = np.log(np.exp(logits).sum()) + 1
-    right = np.array([0, 1, 0]) + np.array([1, -1, 1]) / (1 + np.exp(logits[0]))
+    logits, label = np.array([[2.0, -1.0, 0.5]]), 1
+    softmax = np.log(np.exp(logits).sum()) - logits[0, label]
+    # Sigmoids: probabilities that class 1 is right, and that classes 0 and 2 are not.
+    right = special.expit(np.array([-1, 1, -1]) * logits[0])
     focal = np.sum((1 - right) ** 2 * -np.log(right))  # training.py:267-282, gamma 2
+
     epoch_steps = CLIPS / config.batch_size
     objective = losses.make_objective(config.loss.to_dict(), None, epoch_steps, logit_scale=1.0)
     output = ModelOutput(jnp.asarray(logits, jnp.float32)[:, None], jnp.zeros((1, 4)))
     for epoch, share in ((0, 0.75), (23.9, 0.75), (24.1, 1), (98.9, 1), (99.1, 0.98), (199, 0.98)):
         step = jnp.int32(round(epoch * epoch_steps))
-        loss = objective(output, jnp.array([1]), jnp.ones(1, bool), step)
+        loss = objective(output, jnp.array([label]), jnp.ones(1, bool), step)
         wanted = share * focal + (1 - share) * softmax  # :295, 308, 327-333
         np.testing.assert_allclose(loss, [wanted], rtol=1e-4, err_msg=str(epoch))
 
@@ -240,11 +249,11 @@ def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
 
 
 def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
-    """A clip with fewer faces repeats random faces (L142)."""
+    """L142. The fusion `top` is tested in test_fusion.py."""
     config = config_of("mma:published,iqiyi_vid")
-    assert config.data.crop == "quality"  # the best of the clip, not of a window
-    top, face = {"name": "top", "num_frames": 32}, config.fusion.face.to_dict()  # see test_fusion
-    assert face == {"train": top, "evaluate": top | {"repeats": "random"}}
+    assert config.data.crop == "quality"  # the best faces of the clip, not of a window
+    top = {"name": "top", "num_frames": 32}
+    assert config.fusion.face.to_dict() == {"train": top, "evaluate": top | {"repeats": "random"}}
 
 
 def test_mma_trains_three_nets_on_different_parts_of_the_clips():
@@ -280,24 +289,27 @@ def test_deepmef_weight_decay_applies_to_every_parameter():
     """Two steps equal SGD(momentum=0.9, weight_decay=1e-5), computed by hand."""
     spec = config_of(DEEPMEF).optim.to_dict()
     tx, _ = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
-    now = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -5.0), "slope": jnp.float32(7)}
-    grads = jax.tree.map(lambda x: 0.25 * jnp.ones_like(x), now)
-    state, momentum, wanted = tx.init(now), dict.fromkeys(now, 0), dict(now)
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -5.0), "slope": jnp.float32(7)}
+    grads = jax.tree.map(lambda x: 0.25 * jnp.ones_like(x), params)
+    state, momentum, wanted = tx.init(params), dict.fromkeys(params, 0), dict(params)
+
     for _ in range(2):
-        updates, state = tx.update(grads, state, now)
-        now = jax.tree.map(jnp.add, now, updates)
-        for name in now:
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for name in params:
             momentum[name] = 0.9 * momentum[name] + 0.25 + 1e-5 * wanted[name]
             wanted[name] = wanted[name] - 0.1 * momentum[name]
-            np.testing.assert_allclose(now[name], wanted[name], rtol=1e-6)
+            np.testing.assert_allclose(params[name], wanted[name], rtol=1e-6)
 
 
 @pytest.mark.nightly
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
-    """scripts/main.sh: get_mask_index of 16 chunks, or 32 chunks if a net sees only the scene."""
+    """scripts/main.sh, get_mask_index: view v hides chunk v of 16, or of 32 for only the scene."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
+
+    # Features count from 0, so that the features of a view show which chunk is hidden.
     ones, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
     frames = {
         name: Frames(jnp.arange(width)[None, None] * 1.0, ones, ones, ones.astype(int), ones == 1)
@@ -308,8 +320,10 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
         for name, width in widths.items():
             hidden = np.s_[width // 16 * view : width // 16 * (view + 1)]
             assert {*seen[name].features[0, 0].tolist()} == {*np.delete(range(width), hidden)}
-    alone = ensemble.make_members(config_of("deepmef:scene,published,views").ensemble.to_dict())
-    assert [member.view for member in alone] == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
+
+    only_scene = config_of("deepmef:scene,published,views").ensemble.to_dict()
+    views = [member.view for member in ensemble.make_members(only_scene)]
+    assert views == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
 
 
 def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
@@ -318,9 +332,10 @@ def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
     norms = {"theta": 20, "phi": 20, "out": 40}
     wanted = {f"{x}_norm/{part}": (n,) for x, n in norms.items() for part in ("scale", "bias")}
     wanted |= {f"{name}/kernel": (40, 20) for name in ("theta", "phi", "g")}
-    wanted |= {"out/kernel": (20, 40)}  # no bias anywhere
+    wanted |= {"out/kernel": (20, 40)}  # no layer has a bias
     attention = "main/channel_attention/"
     assert {x.removeprefix(attention): n for x, n in sizes.items() if attention in x} == wanted
+
     wanted = {
         "main/aggregation/query": (482,),
         "main/scene_0/dense/kernel": (1920, 480), "main/scene_1/dense/kernel": (480, 120),
@@ -333,7 +348,7 @@ def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
 
 
 def test_residual_block_starts_with_kaiming_normal_weights():
-    """nn.init.kaiming_normal_; a truncated normal would end at 2.3 deviations."""
+    """nn.init.kaiming_normal_. A truncated normal would end at 2.3 standard deviations."""
     params = init(ResidualBlock(1024), jnp.ones((2, 512)), jnp.ones(2, bool), train=False)
     for name, inputs in (("hidden", 512), ("back", 1024)):
         weights = np.asarray(params["params"][name]["dense"]["kernel"]) / np.sqrt(2 / inputs)
@@ -341,22 +356,24 @@ def test_residual_block_starts_with_kaiming_normal_weights():
         assert np.abs(weights).max() > 4
 
 
-def test_deepmef_channel_attention_equals_that_of_the_code():
-    """Maps of 4 frames without bias; BatchNorm after theta, phi and out; softmax over channels."""
+def test_deepmef_channel_attention_equals_the_attention_of_its_code():
+    """Maps over 4 frames have no bias. BatchNorm follows theta, phi and out."""
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
     layer: Any = ChannelAttention("channels", 4, norm=True)
     variables = init(layer, frames.features, frames.mask)
-    for name in ("theta", "phi", "out"):  # hence theta and phi never change
+    for name in ("theta", "phi", "out"):  # all start at 0, so theta and phi never change
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
+
     params = randomised(variables["params"])
     apply = jax.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
     out, new = apply({**variables, "params": params}, frames.features, frames.mask)
-    real = np.array([0, 1, 3])
+
+    real = np.array([0, 1, 3])  # the clips with frames
     rows = np.swapaxes(frames.features[real], 1, 2).astype(np.float64)  # [B, D, T]
 
     def mapped(name, x):
         y, norm = x @ np.asarray(params[name]["kernel"], np.float64), params[f"{name}_norm"]
-        unit = (y - y.mean((0, 1))) / np.sqrt(y.var((0, 1)) + 1e-5)  # of each of the T channels
+        unit = (y - y.mean((0, 1))) / np.sqrt(y.var((0, 1)) + 1e-5)  # BatchNorm per channel
         return unit * norm["scale"] + norm["bias"]
 
     theta, phi, g = mapped("theta", rows), mapped("phi", rows), rows @ params["g"]["kernel"]
@@ -365,7 +382,8 @@ def test_deepmef_channel_attention_equals_that_of_the_code():
     wanted = frames.features[real] + np.swapaxes(added, 1, 2)
     np.testing.assert_allclose(out[real], wanted, atol=1e-4)
     np.testing.assert_array_equal(out[2], 0)
-    means = new["batch_stats"]["theta_norm"]["mean"]  # with torch's momentum, 0.1
+
+    means = new["batch_stats"]["theta_norm"]["mean"]  # moves by 0.1 to the mean, as in torch
     wanted = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
     np.testing.assert_allclose(means, wanted, atol=1e-5)
 
@@ -377,38 +395,45 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     assert spec == config_of(DEEPMEF).fusion.face.evaluate.to_dict()
     sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
     draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
+
     # [400 draws, 5 clips, 40 frames]: frame t of `make_frames` has the number 10 * t.
-    number = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10
-    # 50 frames: 40 different ones are drawn, each with the same probability, 40 / 50.
-    assert all(len(set(row)) == 40 for row in number[:, 0].tolist())
-    shares = np.bincount(number[:, 0].ravel(), minlength=50) / 400
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10
+
+    # 50 frames: 40 different frames are drawn, each with the same probability, 40 / 50.
+    assert all(len(set(row)) == 40 for row in drawn[:, 0].tolist())
+    shares = np.bincount(drawn[:, 0].ravel(), minlength=50) / 400
     np.testing.assert_allclose(shares, 0.8, atol=0.08)
-    # 40 frames: all are drawn.
-    np.testing.assert_array_equal(np.sort(number[:, 1]), [np.arange(40)] * 400)
-    assert 17 < np.argmax(number[:, 1] == 7, axis=1).mean() < 22  # the order is random, too
+
+    # 40 frames: all are drawn, in random order.
+    np.testing.assert_array_equal(np.sort(drawn[:, 1]), [np.arange(40)] * 400)
+    assert 17 < np.argmax(drawn[:, 1] == 7, axis=1).mean() < 22
+
     # 5 frames: each is drawn 8 times on average, and its count is binomial.
-    counts = np.stack([np.sum(number[:, 2] == t, axis=1) for t in range(5)])
+    counts = np.stack([np.sum(drawn[:, 2] == t, axis=1) for t in range(5)])
     np.testing.assert_allclose(counts.mean(axis=1), 8, atol=0.4)
     np.testing.assert_allclose(counts.var(axis=1), 40 * 0.2 * 0.8, rtol=0.25)
-    # Evaluation, without a key, makes one such draw.
-    test = sample(None, frames)
-    fixed = np.asarray(test.number) // 10
+
+    # Evaluation, without a key, always makes the same draw. Clips of equal length use the same
+    # frames.
+    evaluated = sample(None, frames)
+    fixed = np.asarray(evaluated.number) // 10
     assert len(set(fixed[0].tolist())) == 40 and (np.diff(fixed[0]) < 0).any()
-    np.testing.assert_array_equal(fixed[2], fixed[3])  # clips of equal length use the same frames
+    np.testing.assert_array_equal(fixed[2], fixed[3])
     assert len(set(np.bincount(fixed[2], minlength=5).tolist())) > 1
+
     # Padding does not change the draw.
-    np.testing.assert_array_equal(sample(None, pad(frames, 7)).features, test.features)
+    np.testing.assert_array_equal(sample(None, pad(frames, 7)).features, evaluated.features)
 
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean.
 
-    The batch of a net contains only the clips that the net learns from.
+    The batch of a branch contains only the clips that the branch learns from.
     """
-    cosines = np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2, 5))
+    cosines = np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2, 5))  # [clips, branches, classes]
     labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
-    mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # [B, G]
-    sees[2, 0] = 0
+    mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # row 5 is padding
+    sees[2, 0] = 0  # branch 0 does not learn from clip 2
     spec = config_of(DEEPMEF).loss.to_dict()
     objective = losses.make_objective(spec, None, 14.125, logit_scale=30.0)
 
@@ -422,9 +447,9 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
         for branch in range(2):
             rows = np.flatnonzero(mask & (sees[:, branch] > 0))
             cosine, at_label = cosines[rows, branch], (np.arange(len(rows)), labels[rows])
-            angle = np.arccos(cosine[at_label])
-            late = np.cos(angle) - 0.5 * np.sin(0.5)
-            cosine[at_label] = np.where(angle < np.pi - 0.5, np.cos(angle + 0.5), late)
+            angle = np.arccos(cosine[at_label])  # ArcFace adds 0.5 to the angle at the label
+            beyond_pi = np.cos(angle) - 0.5 * np.sin(0.5)
+            cosine[at_label] = np.where(angle < np.pi - 0.5, np.cos(angle + 0.5), beyond_pi)
             mean = np.mean(np.log(np.exp(30 * cosine).sum(axis=1)) - 30 * cosine[at_label])
             loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
@@ -436,6 +461,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     np.testing.assert_allclose(value, by_hand(cosines), rtol=1e-6)
     expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
     np.testing.assert_allclose(slope[3, 1, 4], expected, rtol=1e-4)
+
     # A loss of NaN stays NaN, even if the clip does not count.
     nothing = jnp.zeros((1, 1))
     loss = losses.batch_focal(jnp.full((1, 3), jnp.nan), jnp.ones(1, int), counted=nothing)
@@ -462,7 +488,7 @@ def test_noise_classes_have_the_training_settings_of_their_code():
 def test_weight_of_mirror_classes_rises_every_20_epochs():
     """noise_weight = [0.1, ..., 0.6], each for a tenth of 200 epochs."""
     config, system = official(NOISE)
-    mirror = jnp.array([10_034 + 3691 + 1])
+    mirror = jnp.array([10_034 + 3691 + 1])  # the first class after "other", people and clusters
     epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)
     steps = jnp.float32(CLIPS / config.batch_size) * jnp.array(epochs)
     weights = [float(system.column_weight(mirror, step)[0]) for step in steps]
@@ -481,7 +507,8 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
     spec = config_of(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
     article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"
-    ones = [1.0, 1.0, 1.0]
+    ones = [1.0, 1.0, 1.0]  # detection scores
+
     for fusion_spec, quality, detection, wanted in (
         (train, [1, 2, 3], ones, np.array([1, 4, 9]) / 14),
         (train, [-5, 2, 4], ones, [0, 0.2, 0.8]),
@@ -498,6 +525,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
 def test_noise_classes_crop_short_clips_as_the_code_does():
     """load_data in ..._predict_v2.py."""
     spec = config_of(NOISE).fusion.face.evaluate.to_dict()
+    # The frames of the 4 crops of clips with 1, 3 and 7 frames.
     for wanted in ("0 0 0 0", "012 12 01 1", "0123456 23456 01234 12345"):
         count = len(wanted.split()[0])
         crops = shares_of_frames(spec, [50.0] * count, [1.0] * count)
@@ -505,13 +533,14 @@ def test_noise_classes_crop_short_clips_as_the_code_does():
 
 
 def test_long_noise_clips_are_cut_to_pieces_of_random_length():
-    """random_split: a start from 0 to n - 1, then an end from start + 1 to n."""
+    """random_split draws a start from 0 to n - 1, then an end from start + 1 to n."""
     frames = make_frames([60, 60, 3], max_frames=60)
     options = {"chosen": np.array([True, False, False]), "short": np.array([False, False, True])}
     cut = functools.partial(augment.concat_clips, frames=frames, pieces="random", **options)
     draw = jax.jit(jax.vmap(lambda key: cut(key).mask))
     masks = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000
+
+    assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000  # clip 1 is not chosen
     first, last = masks[:, 0].argmax(axis=1), 119 - masks[:, 0, ::-1].argmax(axis=1)
     np.testing.assert_array_equal(masks[:, 0].sum(axis=1), last - first + 1)  # without gaps
     assert (first.min(), first.max(), last.max()) == (0, 59, 59)

@@ -1,4 +1,4 @@
-"""The quality of own features: given, or the length of the vector, and the same wherever read."""
+"""The quality of a user's features is given, or the length of a vector; all readers agree."""
 
 import importlib.util
 import itertools
@@ -18,12 +18,13 @@ GIVEN = [9.0, 7.0, 8.0]
 
 
 def norm(frames):
+    """Returns the length of each vector in float64."""
     return np.sqrt((frames.astype(float) ** 2).sum(axis=1))
 
 
 @pytest.fixture
 def clips():
-    """Two clips of three faces; the first clip has a voice, and the second has qualities."""
+    """Two clips of three faces. The first clip has a voice, and the second clip has qualities."""
     rng = np.random.default_rng(0)
     bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
     voice = rng.normal(size=DIM).astype(np.float32)
@@ -41,6 +42,7 @@ def test_all_readers_compute_the_same_quality(clips, quality, tmp_path):
     a, b = (norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"]))
     wanted = {0: a, 1: GIVEN if quality == "given" else b}
     widths = {"face": DIM, "voice": DIM}
+
     folder = write_npz(tmp_path / "own", {"val": clips})
     own = vidjax.load_data({"val": clips}, cache_dir=tmp_path / "cache", quality=quality)
     for reader in (
@@ -53,6 +55,7 @@ def test_all_readers_compute_the_same_quality(clips, quality, tmp_path):
         for clip, expected in wanted.items():
             np.testing.assert_allclose(by_clip[clip], expected, rtol=1e-6)
     np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
+
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
         table = write_parquet(tmp_path / "table.parquet", faces)
@@ -69,9 +72,11 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
         face = rng.normal(size=(1 + i % 5, DIM))
         rated = {"features": face, "quality": rng.random(len(face))}
         splits[split][f"{split}{i}"], labels[f"{split}{i}"] = {"face": rated}, f"p{i % 4}"
+
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py"), tmp_path / "run", data)
+
     run = vidjax.restore(tmp_path / "run", num_devices=1)
     wanted = run.scores(data, split="val")
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
@@ -91,6 +96,7 @@ def test_quality_setting_changes_the_fingerprint_and_is_validated(clips, tmp_pat
 
 
 def test_unit_length_features_without_quality_warn_once(tmp_path):
+    """The lengths of unit vectors are no quality, which matters for clips of several frames."""
     rng = np.random.default_rng(0)
 
     def load(name, *faces):

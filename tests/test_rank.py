@@ -1,4 +1,4 @@
-"""New clips by command: the ranking of `predict`, in files of three formats, under odd names."""
+"""`vidjax rank` writes the ranking of `vidjax.restore` in every format, with any names of clips."""
 
 import csv
 import functools
@@ -18,7 +18,7 @@ from vidjax.data.memory import load_clips
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import tables
 
-# What breaks programs: blanks, quotes, HTML, formulas, forms of unicode.
+# Parts of names that break programs: blanks, quotes, HTML, formulas, forms of Unicode.
 FRAGMENTS = (
     *(" ", "  ", "\u00a0", "\u3000", "\ufb01", "\u0661", "é", "名前", "🎬"),
     *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "${HOME}", "**b**"),
@@ -34,7 +34,7 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 def make_clips(split, seed):
-    """Returns clip -> features of the people of NAMES, one clip for each."""
+    """Returns one clip of each person of NAMES: clip -> features."""
     rng = np.random.default_rng(seed)
     people = np.random.default_rng(0).normal(size=(len(NAMES), DIM))
     return {
@@ -44,7 +44,7 @@ def make_clips(split, seed):
 
 
 def rows_of(ranked):
-    """Returns (identity, rank, clip, score) of identity -> its (clip, score), best first."""
+    """Returns the rows (identity, rank, clip, score) of identity -> [(clip, score), ...]."""
     return [
         (identity, place, clip, score)
         for identity, clips in ranked.items()
@@ -65,7 +65,7 @@ def read(path):
     with path.open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file, "excel-tab" if path.suffix == ".tsv" else "excel")
     assert head == ["identity", "rank", "clip", "score"]
-    # No name is a formula of a spreadsheet; the letter that guards against one is dropped.
+    # An apostrophe before a name hides formulas from spreadsheets.
     assert not any(row[n].startswith(("=", "+", "-", "@")) for row in rows for n in (0, 2))
     return [(a.removeprefix("'"), int(n), b.removeprefix("'"), float(s)) for a, n, b, s in rows]
 
@@ -93,9 +93,12 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
     }
     path = tmp_path / f"out{suffix}"
     tables.write_ranking(path, ranked)
+
     rows = read(path)
     assert [row[:3] for row in rows] == [row[:3] for row in rows_of(ranked)]
     assert [np.float32(row[3]) for row in rows] == scores * len(NAMES)
+
+    # A file that exists is not replaced.
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         refused(write, "name another file, or delete it")
@@ -154,14 +157,17 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command, 
     clips, out = make_clips("new", 5), tmp_path / f"out{suffix}"
     table = clip_files.write_parquet(tmp_path / "new.parquet", clips)
     before = made_runs.snapshot(run_dir)
+
     words = ("rank", f"--workdir={run_dir}", f"--input={table}")
     done = command(*words, f"--out={out}", "--json")
+
     facts = json.loads(done.out)
     assert facts["num_clips"] == len(clips) and facts["seconds"] > 0 < facts["clips_per_second"]
     assert f"rank: {len(clips)} of {len(clips)} clips" in done.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
     assert made_runs.snapshot(run_dir) == before
+
     assert command(*words, f"--out={out}").refused("name another file, or delete it")
     other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
     assert command(*words, *other).refused("--config.eval.split")
@@ -173,13 +179,16 @@ def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     limit = metrics["threshold_at_fpir_0.01"]
     assert run.threshold == limit is not None
     known, new = make_clips("val", 1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
+
     matches = run.identify(known | new)
+
     for (clip, answers), row in zip(matches.items(), run.scores(known | new), strict=True):
         best = int(np.argmax(row))
         assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
     named = [[name for name, _ in matches[clip]] for clip in known]
-    missed = np.mean([found != [person] for found, person in zip(named, NAMES, strict=True)])
+    missed = np.mean([given != [person] for given, person in zip(named, NAMES, strict=True)])
     assert missed == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
+
     three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]
     assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
     refused(lambda: run.identify(new, k=0), "k=0: give 1 or more")

@@ -1,4 +1,4 @@
-"""The submission file in both directions, and its scorer."""
+"""Files of rankings ("submissions") are written, read and scored."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from vidjax.evaluation import ranking, topk
 
 
 def top_of(*rows):
-    """Returns lists of clips that score nothing, as silent ones do: all of them are written."""
+    """Returns lists of clips whose scores are -inf, which are written nevertheless."""
     index = np.full((len(rows), 100), topk.NO_CLIP, np.int32)
     for row, places in zip(index, rows, strict=True):
         row[: len(places)] = places
@@ -19,10 +19,12 @@ def test_write_ranking_round_trips_and_refuses_repeated_names(tmp_path):
     path = tmp_path / "ranking.txt"
     clips = ["b", "a.mp4", "../up", "日本語", "x" * 300]
     ranking.write_ranking(path, ["195", "7"], clips, top_of([4, 0, 1], [2, 3]))
+
     text = f"195 {'x' * 300}.mp4 b.mp4 a.mp4\n7 ../up.mp4 日本語.mp4\n"
     assert path.read_text(encoding="utf-8") == text
     lists = {"195": ["x" * 300 + ".mp4", "b.mp4", "a.mp4"], "7": ["../up.mp4", "日本語.mp4"]}
     assert made_runs.lists(path) == lists
+
     for identities, names, rows, message in (
         (["1"], ["a", "a.mp4"], [[0]], r"clip 'a\.mp4' is repeated"),
         (["1", "1"], ["a"], [[0], [0]], "identity '1' is repeated"),
@@ -57,6 +59,7 @@ def write(folder, truth, submission):
 
 def test_score_command_prints_the_score_on_the_last_line(tmp_path, command):
     paths = write(tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
+    # The APs of the three identities are (1/1 + 2/3) / 2, 0 and 1. Their mean is 11/18.
     for words in (paths, [*paths, "--strict"]):
         code, out, err = command("score", *words)
         assert (code, err) == (0, "")
@@ -70,27 +73,30 @@ def test_score_of_0_without_any_match_prints_a_hint(tmp_path, command):
         assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
-# (submission, score against "1 a.mp4", what the warning names)
-FAULTS = [
-    ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
-    (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
-    (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
-    ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
-    ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"), ("\n1 a.mp4\n", "1", "line 1"),
-    ("1\ta.mp4\n", "1", "line 1: fields"), ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
-    ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
-    ("", "0", "the file is empty"),
-]  # fmt: skip
+# Fault of a submission -> submission, score against "1 a.mp4", words of the warning.
+FAULTS = {
+    "repeated clip": ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
+    "102 clips, hit first": (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
+    "102 clips, hit last": (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
+    "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
+    "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
+    "empty line": ("\n1 a.mp4\n", "1", "line 1"),
+    "tab": ("1\ta.mp4\n", "1", "line 1: fields"),
+    "no-break space": ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
+    "not UTF-8": ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
+    "empty file": ("", "0", "the file is empty"),
+}
 
 
-@pytest.mark.parametrize(("submission", "score", "place"), FAULTS)
-def test_ranking_faults_warn_and_are_errors_with_strict(
-    tmp_path, command, submission, score, place
-):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
+    submission, score, place = FAULTS[fault]
     paths = write(tmp_path, "1 a.mp4\n", submission)
+
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
     assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and place in warning
+
     error = f"{warning.replace('warning', 'error', 1)}\n"
     assert command("score", *paths, "--strict") == (2, "", error)

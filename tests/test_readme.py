@@ -1,4 +1,4 @@
-"""The READMEs: commands and examples run, links lead somewhere, tables name what exists."""
+"""The commands and examples of the READMEs run, links have targets, and named tests exist."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ MAINS = {
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
-# With settings that other tests fit.
+# PLDA gets these settings, because fitting them takes long and has other tests.
 CLOSED_FORM = (
     "--config.num_epochs=2", NO_REPORT, "--config.model.within=0.8", "--config.model.between=0.75",
     "--config.model.scale=0.06", "--config.model.unenrolled=-1", "--config.model.stranger=2",
@@ -57,7 +57,7 @@ def shell_commands(page):
 
 
 def commands():
-    """Returns module and words of every command of all pages, in their order, each once."""
+    """Returns [module, *words] of all Python commands of the pages, in order, without repeats."""
     every = (words for page in PAGES for words in shell_commands(page))
     every = [["python", "-m", "vidjax.main", *x[1:]] if x[0] == "vidjax" else x for x in every]
     modules = [words[2:] for words in every if words[:2] == ["python", "-m"]]
@@ -66,7 +66,7 @@ def commands():
 
 @pytest.fixture
 def one_device(tmp_path, monkeypatch):
-    """As readers have, in an empty folder."""
+    """Shows only one device, as most readers have, and makes an empty folder the current one."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     monkeypatch.chdir(tmp_path)
@@ -96,8 +96,9 @@ def test_every_link_of_the_pages_has_a_target():
         text = prose(page)
         targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
         assert targets or page == "vidjax/runs/README.md", page
+
         for target in targets:
-            if target.startswith(blob):  # the notebook itself
+            if target.startswith(blob):  # a notebook has a link to itself
                 assert target.removeprefix(blob) == page
             elif target.startswith("https://"):
                 assert urllib.parse.urlsplit(target).netloc in KNOWN_HOSTS, (page, target)
@@ -105,9 +106,9 @@ def test_every_link_of_the_pages_has_a_target():
                 path, _, anchor = target.partition("#")
                 to = (ROOT / page).parent / path if path else ROOT / page
                 assert to.exists(), (page, target)
-                heads = re.findall(r"^#+ (.*)$", prose(to) if anchor else "", re.MULTILINE)
-                names = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in heads]
-                assert names.count(anchor) == bool(anchor), (page, target)
+                headings = re.findall(r"^#+ (.*)$", prose(to) if anchor else "", re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in headings]
+                assert anchors.count(anchor) == bool(anchor), (page, target)
 
 
 @pytest.mark.slow
@@ -118,6 +119,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, tmp_path
     own, known = "--config=configs/mine.py", dict(identifier.MODELS)
 
     def command(*words, code=0):
+        """Runs a command without the models of earlier commands; returns results or the error."""
         monkeypatch.setattr(identifier, "MODELS", dict(known))
         error = say(*words, "--workdir=run", code=code)
         return error if code else json.loads(Path("run/metrics.json").read_text())
@@ -125,9 +127,11 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, tmp_path
     small = ("batch_size=32", "num_epochs=20", "optim.learning_rate=0.01")
     words = [f"--config.{x}" for x in (*small, "eval.report=False", f"data.dir={official_dir}")]
     results = command(f"{own}:iqiyi_vid,face,head,audio", *words)
-    # Of each modality a norm, and a classifier of 13 columns with its bias; and three weights.
+    # The modalities have the widths 24, 16 and 8. Each has a norm (scale and bias), a classifier
+    # of 13 columns with a bias, and a weight.
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
+
     assert "--config=FILE" in command("--mode=evaluate", code=2)
     assert command("--mode=evaluate", own)["map"] == results["map"]
     command("--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=a.tsv")
@@ -139,8 +143,10 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
-    """CI uses tiny data, and trains nearest neighbours instead of all nets but the first."""
+    """Without `every`, the data are tiny, and all nets but the first become nearest neighbours."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
+
+    # The files that the commands read.
     if not every:
         tiny = synthetic.SIZES["small"]._replace(identities=30, mean_frames=4.0)
         monkeypatch.setitem(synthetic.SIZES, "small", tiny)
@@ -157,32 +163,37 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
         drawn_people.write_film(Path(film), *shots)
     for path in ("friends/Ada/1.png", "photos_of_ada/1.png"):
         drawn_people.write_photo(Path(path), ("Ada", 40, 40))
+
     ours = [words for words in commands() if words[0].startswith("vidjax.")]
     compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)
+
     for module, *words in ours:
         text = " ".join(words)
-        # A test above; packages that are downloaded (test_convert); a signal (test_serve).
+        # These are tested above, in test_convert.py (downloads) and in test_serve.py (signals).
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
             continue
+
+        # Training becomes short, with smaller nets.
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
             _, workdir = run_commands.read_train_settings(program.parse(words))
-            words.append(f"--workdir={workdir}")  # what follows would change the default
+            words.append(f"--workdir={workdir}")  # the following flags would change the default
             if not every and Path("runs/mma").exists():
                 words = [re.sub("deepmef.py|mma.py", "knn.py", word) for word in words]
                 words = [word.replace("face,title", "title") for word in words]
                 text = " ".join(words)
             words += CLOSED_FORM if "plda" in text else SHORT
-            if str(workdir) in compared:  # by what a report writes
+            if str(workdir) in compared:  # `compare` reads files of the report
                 words.remove(NO_REPORT)
             small = {"mma.py:iqiyi_vid": SMALL} if every else TINY
             words += [word for spec, more in small.items() if spec in text for word in more]
             words += FEW if "ensemble" in text else FEW[:1] if "trainval" in text else ()
         elif words[0] == "evaluate":
             words.append(NO_REPORT)
+
         for table in [Path(word[9:]) for word in words if word.startswith("--labels=")]:
-            # Somebody writes a name.
+            # As if a user wrote a name into the table.
             table.write_text(table.read_text().replace("unknown 1", "Eve"))
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
     trained = {"mma", "iqiyi", "own", *(("both", "best") if every else ())}
@@ -192,14 +203,17 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 @pytest.mark.slow
 @pytest.mark.parametrize("only", ["nothing", pytest.param("knn", marks=pytest.mark.nightly)])
 def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkeypatch, only):
-    """CI only rebuilds the tables; the nightly run also times one system."""
+    """Tables that are rebuilt from stored results do not change. At night, a system is timed."""
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
+
+    # The commands write into copies.
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
     monkeypatch.setattr(scores, "RESULTS", Path(shutil.copy(scores.RESULTS, tmp_path)))
     monkeypatch.setattr(speed, "PAGE", Path(shutil.copy(speed.PAGE, tmp_path)))
     monkeypatch.chdir(tmp_path)
+
     for module, *words in commands():
         if module == "tests.benchmarks.scores":
             scores.main([*words, f"--only={only}" if "--time" in words else "--collect"])
@@ -207,6 +221,7 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
             speed.main([*words, "--collect"])
         elif module == "tests.campaigns.same_bytes" and only != "nothing":
             assert same_bytes.main([*words, f"--only={only}", f"--cache={cache_dir}"]) in (0, None)
+
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
@@ -239,6 +254,7 @@ def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, on
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
+
     names = runpy.run_path(write("memory.py"))
     assert len(names["ranked"]) == 20 and names["scores"].shape == (1, 20)
     best = max(names["ranked"], key=lambda identity: names["ranked"][identity][0][1])
@@ -248,12 +264,15 @@ def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, on
 @pytest.mark.slow
 def test_readme_query_finds_films_that_show_two_people_together(drawn):
     drawn.befriend("Ada", "Bob")
-    film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"  # no UTF-8
+    # A photo and two films show both. One film is of another year, and its name is not UTF-8.
+    film, strange = drawn.film(), drawn.folder / "party\udcff.mkv"
     drawn_people.write_photo(drawn.folder / "both.png", ("Ada", 16, 40), ("Bob", 80, 40))
     drawn_people.write_film(strange, (2, 50, [("Ada", 10, 60), ("Bob", 90, 20)]))
     for path, year in ((strange, 2023), (film, 2024), (drawn.folder / "both.png", 2024)):
         os.utime(path, (0, datetime(year, 12, 31, 23, 59, tzinfo=UTC).timestamp()))
     drawn.who(*drawn.folder.glob("*.*"))
+
+    # names.jsonl becomes a table of a database.
     rows, database = drawn.rows(), sqlite3.connect(":memory:")
     assert len({row["path"] for row in rows}) == 3
     database.execute(f"CREATE TABLE names ({', '.join(map(json.dumps, rows[0]))})")
@@ -261,6 +280,7 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
     for row in rows:
         cells = [json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()]
         database.execute(f"INSERT INTO names VALUES ({marks})", cells)  # noqa: S608
+
     query = example("query: together", "vidjax/apps/video/README.md")
     seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
     place = drawn.folder.resolve()

@@ -1,4 +1,8 @@
-"""Noise classes end to end: what moves, and that a stop changes nothing."""
+"""Training with noise classes: clusters of distractors, relabelling, interruptions, ensembles.
+
+A distractor starts in the class of its cluster, or in the mirror class of a random identity.
+Relabelling moves distractors between mirror classes.
+"""
 
 import signal
 
@@ -36,7 +40,7 @@ def labels_of(folder):
 
 
 def starting(data, config=None):
-    """Returns the labels [N] before the first step, and their layout."""
+    """Returns the labels [N] before the first step, and the layout of the classes."""
     config = config or shrunk(*WORDS, spec=SPEC)
     return plan.label_distractors(config, data, training_labels(data))
 
@@ -45,25 +49,27 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
     truth, (start, layout) = training_labels(data), starting(data)
     training_sets, unclustered = ensemble.load(whole), layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < (truth == 0).sum()
+
     for number, row in enumerate(labels_of(whole)):
         moved = row != start
         assert moved.any() and layout.is_mirror(row[unclustered]).all()
-        may = (truth == 0) & unclustered & training_sets.trained[number]
-        assert not (moved & ~may).any()
+        may_move = (truth == 0) & unclustered & training_sets.trained[number]
+        assert not (moved & ~may_move).any()
 
 
 def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
+    """Distractors move into clusters, and stay in or return to mirror classes."""
     run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
     (start, layout), end = starting(data), labels_of(tmp_path)
     unclustered = layout.is_mirror(start)
-    moved = end[:, unclustered]
-    assert ((moved > layout.num_identities) & (moved <= layout.mirror_shift)).any()
-    assert layout.is_mirror(moved).any()
+    new = end[:, unclustered]
+    assert ((new > layout.num_identities) & (new <= layout.mirror_shift)).any()  # clusters
+    assert layout.is_mirror(new).any()
     np.testing.assert_array_equal(end[:, ~unclustered], np.tile(start[~unclustered], (len(end), 1)))
 
 
 def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypatch):
-    """The stops are right after a relabelling and within an epoch."""
+    """The run is interrupted directly after a relabelling, and within an epoch."""
     config = shrunk(*WORDS, spec=SPEC)
     for step in (5, 8):
         done = max(checkpoint.manifests(tmp_path), default=0)
@@ -97,22 +103,23 @@ def test_invalid_noise_settings_are_refused_before_training(data, tmp_path):
 
 
 def test_clusters_do_not_depend_on_labels(data):
-    """Neither labels nor the seed change clusters; the seed only draws mirror classes."""
+    """Clusters do not depend on the seed either. The seed only draws mirror classes."""
     config, truth = shrunk(*WORDS, spec=SPEC), training_labels(data)
     start, layout = starting(data, config)
-    other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
-    again, same = plan.label_distractors(config, data, other)
-    assert same == layout
-    np.testing.assert_array_equal(again, np.where(truth > 0, other, start))
+
+    other_truth = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
+    labels, same_layout = plan.label_distractors(config, data, other_truth)
+    assert same_layout == layout
+    np.testing.assert_array_equal(labels, np.where(truth > 0, other_truth, start))
+
     config.seed = 1
-    third, same = starting(data, config)
+    labels, same_layout = starting(data, config)
     clustered = (start > layout.num_identities) & (start <= layout.mirror_shift)
-    assert same == layout and (third != start).any()
-    np.testing.assert_array_equal(third[clustered], start[clustered])
+    assert same_layout == layout and (labels != start).any()
+    np.testing.assert_array_equal(labels[clustered], start[clustered])
 
 
-def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
-    """Class balance counts the clips of each cluster."""
+def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
     (start, layout), labels = starting(data, config), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
@@ -122,9 +129,12 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
             weight = weight if weight.any() else np.ones(len(weight))
             if len(weight):
                 vectors[offset + clip] = weight @ np.float64(frames.features) / weight.sum()
+
     wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
+
+    # With class balance, every class has the same weight, clusters included.
     made = plan.make_plan(config, data)
     _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
     share = made.constants.weight[0] * counts[column]  # 0 for clips of another fold
@@ -133,7 +143,7 @@ def test_clusters_equal_those_of_quality_weighted_mean_faces(data):
 
 def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
     run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
-    alone, everyone = small.weights(tmp_path), small.weights(whole)
-    for name, value in alone.items():
-        np.testing.assert_array_equal(value[0], everyone[name][1], err_msg=name)
+    of_one, of_all = small.weights(tmp_path), small.weights(whole)
+    for name, value in of_one.items():
+        np.testing.assert_array_equal(value[0], of_all[name][1], err_msg=name)
     np.testing.assert_array_equal(labels_of(tmp_path)[0], labels_of(whole)[1])

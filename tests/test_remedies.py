@@ -1,4 +1,4 @@
-"""The remedy of an error works as it is printed; what can be refused at once is refused first."""
+"""The remedy of an error works as it is printed, and mistakes are refused before work begins."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def place(tmp_path, official_dir, monkeypatch):
     return tmp_path
 
 
-# A command, and a pattern of the remedy in its error. "{}" stands for the remedy in the third.
+# A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
 COMMANDS = [
     ("gallery g list", r"comes first: (vidjax .*)", "{}"),
     ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
@@ -47,14 +47,16 @@ COMMANDS = [
 
 @pytest.mark.slow
 def test_suggested_command_of_an_error_runs(place, nearest_run, data, say):
+    # A real run and its gallery replace the made-up ones.
     for name in ("g", "run"):
         shutil.rmtree(place / name)
     (place / "run").symlink_to(nearest_run)
     Gallery.create(place / "g", nearest_run, data)
-    for typed, pattern, then in COMMANDS:
+
+    for typed, pattern, corrected in COMMANDS:
         match = re.search(pattern, say(*shlex.split(typed), code=2))
         assert match, typed
-        words = shlex.split(then.format(match[1]))
+        words = shlex.split(corrected.format(match[1]))
         assert say(*words[words[0] == "vidjax" :]), typed
 
 
@@ -91,13 +93,17 @@ def test_config_of_a_run_describes_the_data_passed_from_python(tmp_path, cache_d
     faces = np.arange(4)[:, None, None] + 0.1 * np.random.default_rng(0).normal(size=(2, 4, 2, 8))
     train, val = ({f"{i}{n}": {"face": x} for n, x in enumerate(faces[i])} for i in range(2))
     labels = {name: f"p{name[1]}" for name in (*train, *val)}
+
+    # The fields of `data` in the configuration describe synthetic data, which are not used.
     data = vidjax.load_data({"train": train, "val": val}, labels, cache_dir=cache_dir)
     words = ("--config.data.size=standard", "--config.data.blur=2", "--config.eval.report=False")
     config = vidjax.load_config("knn:face", *words)
     wanted = vidjax.train(config, tmp_path / "run", data, num_devices=1).map
+
     written = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
     assert (written["name"], written["dir"], written["size"]) == ("arrays", None, "small")
     assert written["blur"] == config_lib.DEFAULTS["data.blur"] and config.data.name == "synthetic"
+
     refused(lambda: vidjax.evaluate(tmp_path / "run"), "vidjax.evaluate(workdir, data)")
     assert vidjax.evaluate(tmp_path / "run", data).map == wanted
 
@@ -111,15 +117,18 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
         config = vidjax.load_config("knn:iqiyi_vid,face", *words, f"--config.seed={seed}")
         vidjax.train(config, tmp_path / "run", data, num_devices=1)
 
+    # After a run that was stopped before its first checkpoint, another seed is accepted.
     train(7)
     for name in ("checkpoints", "metrics.json"):
         (tmp_path / "run" / name).rename(tmp_path / name)
     train(0)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
     refused(lambda: train(8), "--workdir=FOLDER")
 
 
 def test_folds_are_not_suggested_if_most_people_have_one_clip(tmp_path):
+    """60 people have 60 or 120 clips."""
     for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
         counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
         (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))

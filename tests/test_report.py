@@ -1,4 +1,4 @@
-"""The page of a run: whole, safe, accessible, small, and true to the files it is made of."""
+"""The report of a run: its numbers, sections, tags and links; hostile names; missing files."""
 
 import json
 import re
@@ -33,15 +33,19 @@ bdi svg desc defs g path use clippath rect text"""
 
 
 def check_page(text):
-    """Asserts what is true of every page; returns it, taken apart."""
+    """Asserts properties of every report; returns the parsed page."""
     page = Page(text)
     assert page.open == [] and len(text.encode()) < 5e6
+
+    # Sections are in this order. Links lead to the sections, to other reports and to the top.
     sections = [attrs["id"] for attrs in page.all("section")]
-    assert sections == [name for name in SECTIONS if name in sections]  # in this order
+    assert sections == [name for name in SECTIONS if name in sections]
     links = [attrs["href"] for attrs in page.all("a")]
     assert links[: len(sections)] == [f"#{name}" for name in sections] and links.pop() == "#top"
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(sections) :])
+
+    # Nothing is loaded from elsewhere, and no script runs.
     assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
     assert len(page.all("meta")) == 4 and "http" not in text.replace("http-equiv", "")
     for _, attrs, _ in page.tags:
@@ -49,6 +53,8 @@ def check_page(text):
             address = attrs.get(name, "#")
             assert address.startswith(("#", "data:")) or address in links, attrs
         assert not any(name.startswith("on") for name in attrs)
+
+    # Figures have titles and descriptions.
     for attrs in page.all("svg"):
         title, description = attrs["aria-labelledby"].split()
         assert attrs["role"] == "img" and re.search(rf'<title id="{title}">[^<]+</title>', text)
@@ -60,6 +66,7 @@ def check_page(text):
 def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     config = shrunk("--config.num_epochs=1", spec="configs/quality_fusion.py:iqiyi_vid")
     results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
+
     text = (tmp_path / "report.html").read_text()
     assert len(check_page(text).all("figure")) == 6
     summary = section(text, "summary")
@@ -71,13 +78,14 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     assert "top-1: 95 % interval" in text and "AUROC: 95 % interval" in text
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in summary
     check_numbers(tmp_path, text)
+
     run_page.write(RunFolder(tmp_path))
-    assert (tmp_path / "report.html").read_text() == text  # the same files, the same page
+    assert (tmp_path / "report.html").read_text() == text  # the same files give the same page
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The files of a made-up run that has every section, and a value at every key."""
+    """A made-up run with all sections of the report and all values in its files."""
     rng, identities, name = np.random.default_rng(0), 12, "identity {}"
     ap = np.clip(rng.beta(4, 1, identities), 0, 1)
     ap[rng.random(identities) < 0.3] = 1.0
@@ -121,7 +129,7 @@ def page(full):
 
 
 def spoilt(value):
-    """Returns a value with `EVIL` in every text, and in every key but the fields of a format."""
+    """Returns a value with `EVIL` in all its strings and keys, but not in names of fields."""
     if isinstance(value, msgspec.Struct):
         fields = value.__struct_fields__
         return type(value)(**{name: spoilt(getattr(value, name)) for name in fields})
@@ -143,7 +151,7 @@ def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     assert values(before)[-1] == open_set.num_strange
     assert values(after)[:2] == [few.rate, few.fewest]
 
-    # A run that optimises nothing, whose split has no distractor.
+    # A run without learning rates, on a split without distractors.
     other = full._replace(
         analysis=msgspec.structs.replace(full.analysis, open_set=None),
         lines=[{k: v for k, v in line.items() if k != "learning_rate"} for line in full.lines],
@@ -205,7 +213,7 @@ def test_browser_renders_the_report_without_errors_or_requests(full, tmp_path):
     done = browse(tmp_path / "profile", *words)
     assert "CONSOLE" not in done.stderr
     assert "</footer>" in done.stdout
-    # What the browser asks for itself has no origin.
+    # The browser's own requests are "not an origin".
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     origins = {event["initiator"] for event in events if "initiator" in event}
     assert origins <= {"not an origin"}

@@ -1,4 +1,7 @@
-"""Resident clips: what is drawn, what is shown, and that no bit depends on how steps are called."""
+"""Resident clips, which stay in the memory of devices, give the same batches as streamed clips.
+
+Also: uniform shuffles, skipped steps, resumed runs, and the choice between the two modes.
+"""
 
 import itertools
 import os
@@ -34,25 +37,32 @@ NIGHTLY = pytest.mark.nightly
 
 
 def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
-    """A chi-squared test of the places has (N - 1)^2 degrees of freedom."""
+    """Chi-squared tests of the places of clips, and of pairs of neighbours."""
     n, epochs = 12, 3000
     shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
 
-    def order_of(seed, first):
-        epoch = first + np.repeat(np.arange(epochs, dtype=np.int32), n)
+    def orders_of(seed, first_epoch):
+        """Returns the clip at each place of each epoch, [epochs, n]."""
+        epoch = first_epoch + np.repeat(np.arange(epochs, dtype=np.int32), n)
         place = np.tile(np.arange(n, dtype=np.int32), epochs)
         return np.asarray(shuffled(jax.random.key(seed), epoch, place, n)).reshape(epochs, n)
 
-    orders = order_of(0, 0)
+    orders = orders_of(seed=0, first_epoch=0)
     np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
+
+    # Every clip is equally often at every place, with (n - 1)^2 degrees of freedom.
     counts = np.stack([np.bincount(place, minlength=n) for place in orders.T])
     statistic = np.sum((counts - epochs / n) ** 2) * (n - 1) / epochs
     assert stats.chi2.sf(statistic, (n - 1) ** 2) > 1e-3
-    for left, right in itertools.pairwise(orders.T):  # pairs of clips at neighbouring places
-        seen = np.bincount(n * left + right, minlength=n**2).reshape(n, n)[~np.eye(n, dtype=bool)]
-        assert stats.chisquare(seen, np.full(seen.size, epochs / seen.size)).pvalue > 1e-4
-    assert (order_of(1, 0) != orders).any() and len(np.unique(orders, axis=0)) > 2990
-    np.testing.assert_array_equal(orders[20:], order_of(0, 20)[:-20])
+
+    # Every pair of different clips is equally often at two neighbouring places.
+    for left, right in itertools.pairwise(orders.T):
+        pairs = np.bincount(n * left + right, minlength=n**2).reshape(n, n)[~np.eye(n, dtype=bool)]
+        assert stats.chisquare(pairs, np.full(pairs.size, epochs / pairs.size)).pvalue > 1e-4
+
+    # Other epochs and seeds have other orders. The order depends only on the seed and the epoch.
+    assert (orders_of(1, 0) != orders).any() and len(np.unique(orders, axis=0)) > 2990
+    np.testing.assert_array_equal(orders[20:], orders_of(0, 20)[:-20])
 
 
 @pytest.mark.slow
@@ -69,7 +79,7 @@ COUNTS = {"train": 33, "val": 20, "test": 6}
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory):
-    """Clips of 0 to 700 frames; of a few, qualities tie."""
+    """Clips of 0 to 700 frames. In a few clips, frames have equal qualities."""
     folder = write_ragged(tmp_path_factory.mktemp("ragged"), COUNTS)
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
@@ -88,9 +98,10 @@ def clips_of(data, modalities=MODALITIES, devices=1):
 )
 def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devices):
     clips, count = clips_of(ragged, devices=devices)[0], COUNTS[split]
-    only = np.random.default_rng(0).random(count) < 0.4
-    lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
+
+    only = np.random.default_rng(0).random(count) < 0.4  # scores only these clips
+    lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)
     for names, chosen, number in (
         (("face",), {"only": only}, only.sum()), (("face",), {"only": np.zeros_like(only)}, 0),
         (("body", "audio"), {"lengths": lengths}, count),
@@ -101,7 +112,8 @@ def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devi
         assert len(wanted) == number
 
 
-CHOSEN = np.sort(np.random.default_rng(1).permutation(33)[:29]).astype(np.int32)  # of 33 clips
+# 29 of the 33 clips of train.
+CHOSEN = np.sort(np.random.default_rng(1).permutation(33)[:29]).astype(np.int32)
 
 
 @pytest.mark.slow
@@ -131,12 +143,13 @@ def test_resident_training_batches_equal_streaming_batches(
 
 
 FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
-FUSIONS: list[dict[str, Any]] = [  # the others are tested with their defaults
+FUSIONS: list[dict[str, Any]] = [
     {"name": "mean", "weighting": "graded", **FILTERS},
     {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality", **FILTERS},
     {"name": "random", "num_draws": 2, "replacement": False, "weighting": "mixup"},
     {"name": "sample", "num_frames": 5, **FILTERS},
     {"name": "top", "num_frames": 5, **FILTERS},
+    # The other fusions have their defaults.
     *({"name": name} for name in fusion.FUSIONS if name not in ("mean", "random", "sample", "top")),
 ]
 
@@ -145,10 +158,11 @@ FUSIONS: list[dict[str, Any]] = [  # the others are tested with their defaults
 @pytest.mark.optimized
 @pytest.mark.parametrize("spec", quick_first(FUSIONS, mark=NIGHTLY), ids=lambda spec: spec["name"])
 def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
+    """Lazy features are read from the resident clips only for the frames that a fusion chooses."""
     lengths = np.array((9, 0, 3, 1, 5, 16), np.int32)
     frames = random_clip(np.random.default_rng(0), lengths.sum() + 1, 5)
     for field in frames[:4]:
-        field[-1] = 0
+        field[-1] = 0  # the last frame is the empty frame of padding
     starts = np.cumsum(lengths, dtype=np.int32) - lengths
     packed = jax.device_put(Packed(*frames[:4], starts, lengths))
     lazy = resident.gather_frames(packed, np.arange(6), np.arange(6) < 5, 12)
@@ -166,13 +180,14 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=NIGHTLY))
 def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
-    """NaN in a face of a clip spoils its step. An epoch has 12 steps of 8 clips."""
+    """A NaN in a face makes the step of the clip non-finite. An epoch has 12 steps of 8 clips."""
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
     config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
     options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
     epoch = next(train_batches(data, splits=("train",), modalities=("face",), **options))
-    steps = epoch.clip_index.reshape(12, 8).tolist()  # the order of both feeds
+    steps = epoch.clip_index.reshape(12, 8).tolist()  # the order in both modes
     has_face = data.split("train").lengths["face"] > 0
+    # A clip with a face in each of the steps 6, 7 and 8.
     sixth, seventh, eighth = (next(c for c in step if has_face[c]) for step in steps[5:8])
 
     def with_nan(*clips):
@@ -182,6 +197,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     with pytest.warns(UserWarning, match="1 steps up to step 10 were skipped"):
         small.run(config, tmp_path / "one", with_nan(sixth))
     assert all(np.isfinite(value).all() for value in small.weights(tmp_path / "one").values())
+
     three = with_nan(sixth, seventh, eighth)
     words = "not finite at step 8 and", "config.optim.learning_rate"
     refused(lambda: small.run(config, tmp_path / "three", three), *words)
@@ -190,28 +206,33 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 @pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
-    """The run stays resident, even if the memory left would make a new run stream."""
+    """A run stays resident if it is resumed with too little memory for a new resident run."""
     config = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     eval_batches = resident.Resident.eval_batches
 
     def interrupted(self, *args, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # another one only compiles
+        if threading.current_thread() is threading.main_thread():  # another thread only compiles
             os.kill(os.getpid(), signal.SIGINT)
         return eval_batches(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feed, "DISPATCH_SECONDS", 1e9)  # as many steps in a call as may be
+        patch.setattr(feed, "DISPATCH_SECONDS", 1e9)  # the most steps in a call
         small.run(config, whole, data)
+
+    # The first signal comes in training, before the evaluation at step 9.
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         small.interrupt_dispatch(patch, 2, signal.SIGTERM)
         small.run(config, parts, data)
-    assert 2 < max(manifests(parts)) < 9  # before the first evaluation
+    assert 2 < max(manifests(parts)) < 9
+
+    # The second signal comes in this evaluation.
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
         patch.setattr(resident.Resident, "eval_batches", interrupted)
         small.run(config, parts, data)
     assert max(manifests(parts)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
+
     small.run(config, parts, data)
     small.assert_same_run(parts, whole)
     for folder in (whole, parts):
@@ -220,12 +241,13 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged):
-    """Clips keep at most 512 frames; longer clips also keep their best 512 for evaluation."""
+    """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout = clips_of(ragged)
     empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     fields = ("features", "quality", "detection", "number")
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in fields]
     assert sum(taken) == layout.nbytes + empty_frame
+
     # In each of the two splits, two clips have long faces, and one clip has a long body.
     extra = {"face": 2 * 2 * 512, "audio": 0, "body": 2 * 512}
     for name, count in layout.num_frames.items():
@@ -241,7 +263,7 @@ def test_emulated_devices_share_the_memory_of_their_host():
 
 
 def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
-    """Clips may take half of the memory that a step leaves."""
+    """Clips may take half of the free memory that a training step leaves."""
     layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
     for free, taken_by_step, wanted in (
@@ -258,15 +280,15 @@ def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
     layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
-    for frames, num_drawn in ((huge, 100), (layout, 2**31)):
-        assert resident.choose_mode("auto", frames, mesh, num_drawn) == "streaming"
+    for plan, num_drawn in ((huge, 100), (layout, 2**31)):
+        assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"
         with pytest.raises(ValueError, match="too many for an int32"):
-            resident.choose_mode("resident", frames, mesh, num_drawn)
+            resident.choose_mode("resident", plan, mesh, num_drawn)
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):
-    """A piece holds 4 face frames, so a longer clip is cut between two pieces."""
+    """A chunk contains 4 frames of faces, so a longer clip is in several chunks."""
     whole, _ = clips_of(data, ("face", "audio"))
-    monkeypatch.setattr(resident, "CHUNK_BYTES", 4 * 48)  # 48 bytes a frame
+    monkeypatch.setattr(resident, "CHUNK_BYTES", 4 * 48)  # a frame has 48 bytes
     chunked, _ = clips_of(data, ("face", "audio"))
     jax.tree.map(np.testing.assert_array_equal, chunked.train, whole.train)

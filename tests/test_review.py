@@ -1,4 +1,4 @@
-"""vidjax who --review: names are corrected on the page, and the next call agrees."""
+"""`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import re
 import threading
@@ -21,7 +21,7 @@ SITE = f"http://127.0.0.1:{PORT}"
 
 
 class Reviewed:
-    """Results of two films in which Ada is known, Bob and Eve are not; the page in a browser."""
+    """Results of two films of Ada (enrolled), Bob and Eve (unknown), and a client of the page."""
 
     def __init__(self, drawn):
         self.drawn, self.names = drawn, drawn.names
@@ -36,11 +36,12 @@ class Reviewed:
         )  # fmt: skip
 
     def again(self):
-        """Returns clip -> name after another call of the command."""
+        """Returns clip -> name after another call of `vidjax who`."""
         self.drawn.who(*self.films, flags=["--thumbnails"])
         return self.names()
 
     def post(self, action="change", status=200, **fields):
+        """Sends a form of the page; returns the text of the answer."""
         (version, *_) = re.findall('name="version" value="([0-9]+)"', self.client.get("").text)
         answer = self.client.post(action, data={"version": version, **fields})
         assert answer.status_code == status, answer.text
@@ -57,6 +58,8 @@ def reviewed(drawn, monkeypatch):
 def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn):
     before, bob = reviewed.before, reviewed.before["party.s002.t01"]
     assert bob.startswith("unknown ") and before["party.s000.t00"] == "Ada"
+
+    # Bob gets the name Zoë. The letter e and its combining dots become one letter.
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
     named = {clip: "Zo\u00eb" if name == bob else name for clip, name in before.items()}
     assert f"Saved: {bob} is Zo" in text and "Undo" in text
@@ -66,16 +69,18 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     assert "Undone" in reviewed.post("undo") and reviewed.names() == before == reviewed.again()
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
 
+    # A clip is not Ada, is Ada, and is not Ada.
     ada = "clip: party.s000.t00"
     text = reviewed.post(do="deny", of=ada)
     denied = reviewed.names()
-    now = denied["party.s000.t00"]
-    assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {now}." in text
-    assert now.startswith("unknown ") and reviewed.again() == denied
+    unknown = denied["party.s000.t00"]
+    assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {unknown}." in text
+    assert unknown.startswith("unknown ") and reviewed.again() == denied
     reviewed.post(do="name", of=ada, person="Ada")
     assert reviewed.names()["party.s000.t00"] == "Ada" == reviewed.again()["party.s000.t00"]
     reviewed.post(do="deny", of=ada)
-    assert reviewed.names() == denied == reviewed.again(), "also what somebody said before"
+    assert reviewed.names() == denied == reviewed.again(), "a name by the user can be denied, too"
+
     for _ in range(3):
         reviewed.post("undo")
     assert reviewed.names() == before
@@ -84,15 +89,18 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
 
 @pytest.mark.slow
 def test_review_asks_about_similar_names_but_not_about_numbered_names(reviewed):
-    for word in ("ada", "Ad a", "ad\u0430a"):
-        text = reviewed.post(status=422, do="name", of="unknown 1", person=word)
-        assert "there is already Ada" in text and f">{word} is another person<" in text
+    for similar in ("ada", "Ad a", "ad\u0430a"):
+        text = reviewed.post(status=422, do="name", of="unknown 1", person=similar)
+        assert "there is already Ada" in text and f">{similar} is another person<" in text
     assert reviewed.names() == reviewed.before
+
+    # `new` confirms that Ad a is another person.
     assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
     for of, person in {"Ad a": "Guest 1", "unknown 2": "Guest 2"}.items():
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
     names = reviewed.names()
     assert {*names.values()} == {"Ada", "Guest 1", "Guest 2"} and names == reviewed.again()
+
     for _ in range(2):
         reviewed.post("undo")
     assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
@@ -103,7 +111,9 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     place = text.index("autofocus")
     assert text.index("Saved: unknown 2 is Bob.") < text.index("Undo: unknown 2 is Bob") < place
     assert "Who is unknown 1?" in text[place - 200 : place]
-    assert "Saved" not in reviewed.client.get("").text, "it is said once"
+    assert "Saved" not in reviewed.client.get("").text, "the message is shown once"
+
+    # After a change on the page of a person or film, this page is shown.
     text = reviewed.post("undo", view="person=Ada")
     assert "<title>Ada: " in text and "Undone" in text
     assert "<title>Eva: " in reviewed.post(do="name", of="Ada", person="Eva", view="person=Ada")
@@ -127,10 +137,12 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     text = client.get("play/1?t=2.0").text
     assert 'src="../film/1#t=2.0"' in text and "party.mkv, from 0:02" in text
     assert "#t=0.0" in client.get("play/1?t=%22%3E").text
+
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
     part = client.get("film/1", headers={"range": "bytes=10-19"})
     assert part.status_code == 206 and part.content == whole.content[10:20]
+
     reviewed.review.film(1).write_bytes(b"another file")
     for word in ("film", "play"):
         answer = client.get(f"{word}/1")
@@ -143,6 +155,7 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     reviewed.post(do="name", of="unknown 2", person="Unknown  1")
     joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
     assert reviewed.names() == joined == reviewed.again() != before
+
     reviewed.post("undo")
     reviewed.post(do="ignore", of="unknown 2")
     ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
@@ -160,6 +173,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
         (of | {"person": "Bob", "version": "9"}, 409), (of | {"person": "x" * 20_000}, 413),
     ]:  # fmt: skip
         assert "Nothing was changed" in reviewed.post(status=status, **fields) or status == 413
+
     client = reviewed.client
     for path in ("/", "/x/", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", f"/{TOKEN}/film/9", "/\u00e9/"):
         assert client.get(f"{SITE}{path}").status_code == 404
@@ -170,6 +184,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
         {"origin": "http://127.0.0.1:1"},
     ):  # fmt: skip
         assert client.post("change", data=form, headers=headers).status_code == 403
+
     answer = client.get("")
     assert answer.headers["referrer-policy"] == "same-origin"
     assert "form-action 'self'" in answer.text and "Undo" not in answer.text
@@ -189,6 +204,8 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
+
+    # JavaScript: the label of the element that has the focus, and whether the page has a text.
     focus = "document.activeElement.ariaLabel || document.activeElement.textContent"
     contains = "document.body.innerText.includes('{}')".format
     try:
@@ -197,6 +214,8 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
             tab.wait("document.querySelectorAll('.person').length == 2")
             tab.press("Tab")
             assert tab.ask(focus) == "To the content"
+
+            # The user names unknown 1 "ada" and confirms that this is Ada.
             for _ in range(20):
                 if tab.ask(focus) == "Who is unknown 1?":
                     break
@@ -207,6 +226,8 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
             tab.press("Enter")
             tab.wait(contains("Saved: unknown 1 is Ada."))
             assert tab.ask(focus) == "Who is unknown 2?"
+
+            # The user undoes this, and joins unknown 1 with unknown 2.
             tab.press("shift Tab", "Enter")
             tab.wait(contains("Undone: unknown 1 is Ada."))
             assert tab.ask(focus) == "Who is unknown 1?"
@@ -216,6 +237,7 @@ def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
         server.should_exit = True
         thread.join()
         listener.close()
+
     reviewed.review.save()
     joined = {c: name.replace("unknown 2", "unknown 1") for c, name in reviewed.before.items()}
     assert reviewed.names() == joined == reviewed.again()

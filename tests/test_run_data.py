@@ -1,4 +1,4 @@
-"""Results belong to their data: a run meets its own data, or says in what they differ."""
+"""A run accepts only the data that it was trained on; errors say how other data differ."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ CONFIG = ("--config=knn:face", "--config.eval.report=False", "--config.batch_siz
 
 
 def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
-    """Writes features and labels, of which those of train may be shifted; returns their flags."""
+    """Writes features and labels; `shift` changes the labels of train. Returns flags of data."""
     rng, clips, labels = np.random.default_rng(seed), {"train": {}, "val": {}}, {}
     for split, i in itertools.product(clips, range(num_clips)):
         face = {"features": rng.normal(size=(2, 4)).astype(np.float32), "quality": np.ones(2)}
@@ -34,7 +34,7 @@ def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run, the flags of its data, and a file of weights that it was trained with."""
+    """A folder with data, a file of weights of clips, and a finished run that used both."""
     folder = tmp_path_factory.mktemp("own")
     weights = folder / "weights.txt"
     weights.write_text("train0.mp4 0\n")
@@ -50,6 +50,7 @@ def own(trained, tmp_path):
 
 @pytest.fixture
 def again(own, say):
+    """Repeats the training command with other flags of data."""
     weights = f"--config.data.weights={own}/weights.txt"
     return lambda words, code=0: say(*CONFIG, *words, weights, f"--workdir={own}/run", code=code)
 
@@ -65,12 +66,15 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     evaluate(report, "--config.eval.block_size=3")
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
+
     out = evaluate(report, "--config.eval.temperature=4")
+
     assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
     assert [(run / name).read_bytes() for name in names] == before
     assert 'href="report_val.html"' in (run / "report.html").read_text()
     assert "eval.temperature=4.0" in (run / "report_val.html").read_text()
-    # An analysis is of the last evaluation.
+
+    # An evaluation without a report deletes the analysis of the evaluation before.
     evaluate()
     assert not (run / "analysis.npz").exists() and not (run / "report.html").exists()
     refused(lambda: vidjax.evaluate(run).average_precisions(), "config.eval.report=True")
@@ -80,17 +84,18 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
 @pytest.mark.parametrize(("change", "message"), [
     ({"shift": 1}, "train has other labels"), ({"seed": 1}, "other features"),
     ({"num_clips": CLIPS - 1}, "train has other clips (5, before 6)"),
-])  # fmt: skip
+], ids=["labels", "features", "clips"])  # fmt: skip
 def test_run_refuses_to_train_or_evaluate_on_other_data(
     own, tmp_path, evaluate, again, change, message
 ):
     words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
     before, error = path.read_bytes(), again(words, code=2)
     assert message in error and "--workdir=" in error
-    if "shift" not in change:  # the evaluated split is val
+    if "shift" not in change:  # which leaves the evaluated split, val, unchanged
         assert "vidjax rank" in evaluate(words[1], code=2)
     assert path.read_bytes() == before
-    path.unlink()  # as if it was stopped
+
+    path.unlink()  # as in a stopped run
     assert message in again(words, code=2)
 
 
@@ -100,13 +105,15 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, ag
     shutil.move(own / "data", own / "moved")
     assert "finished before" in again(words)
     evaluate(words[1])
-    # A command completes what was killed between results and pages.
+
+    # A run that was killed before its report is completed.
     results = json.loads((path / "metrics.json").read_text())
     (path / "metrics.json").write_text(json.dumps(results | {"finished": False}))
     assert "finished before" not in again(words)
     completed = json.loads((path / "metrics.json").read_text())
     assert completed["finished"] and completed["map"] == results["map"]
-    # Weights of clips are data by their content, not by their path.
+
+    # Other content of the file of weights is other data.
     (own / "weights.txt").write_text("train1.mp4 0\n")
     assert "config.data.weights" in again(words, code=2)
 
@@ -114,13 +121,13 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, ag
 @pytest.mark.slow
 def test_run_folder_moved_during_training_is_an_error(tmp_path, monkeypatch):
     config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
-    data, run = vidjax.load_data(config), feed.ResidentFeed.advance
+    data, advance = vidjax.load_data(config), feed.ResidentFeed.advance
 
-    def moved(self, *args):
+    def move_and_advance(self, *args):
         shutil.move(tmp_path / "run", tmp_path / "moved")
-        return run(self, *args)
+        return advance(self, *args)
 
-    monkeypatch.setattr(feed.ResidentFeed, "advance", moved)
+    monkeypatch.setattr(feed.ResidentFeed, "advance", move_and_advance)
     refused(lambda: vidjax.train(config, tmp_path / "run", data), "moved during training")
     assert not (tmp_path / "run").exists()
 
@@ -132,8 +139,9 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     shutil.move(other / "val", other / "test")
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
-    # A stranger may have written the folder in config.json. Without a flag, the folder is refused
-    # if none of its splits is the run's, as in `other`; in own / "data", `val` is.
+
+    # A stranger may have written the data folder in config.json. Without a flag, a folder is used
+    # only if it contains data of the run, such as `val` in own / "data". `other` is refused.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())

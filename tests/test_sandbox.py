@@ -1,4 +1,4 @@
-"""sandbox: what the child takes of the official layouts, what it refuses, and what it may cost."""
+"""The sandbox reads official pickles: layouts, exact values, refused values, errors, memory."""
 
 import gc
 import io
@@ -33,7 +33,10 @@ def face(number: Any = b"7", box: Any = BOX, det: Any = 0.5, quality: Any = 80.0
 
 
 def convert(folder, value, modality="face"):
-    """Returns the summary of a pickle of this value, with its flat files as arrays."""
+    """Unpickles a value; returns the summary, and the columns of the frames as arrays.
+
+    `value` is bytes of a pickle, or an object that Python 2 pickles.
+    """
     path = folder / "x.pickle"
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
@@ -57,11 +60,13 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
         "scene": (7, feature()),
     }[modality]  # fmt: skip
     value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
+
     for name in (modality, "my-own_modality2"):
         read = convert(tmp_path, value, name)
         assert read["names"] == ["none", "one", "two"] and read["lengths"] == [0, 1, 2]
         assert read["seen"] == 3 and read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
+
         assert read["features"].tolist() == [[1, 2, 3]] * 3 and read["number"].tolist() == [7] * 3
         assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
         assert read["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
@@ -98,7 +103,7 @@ WRITERS = [(python2.dumps, n) for n in range(3)] + [(pickle.dumps, n) for n in r
 
 @pytest.mark.parametrize("code", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"])
 def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
-    """The arrays are contiguous, Fortran-ordered, strided or read-only, by every protocol."""
+    """The arrays are contiguous, Fortran-ordered, or strided and read-only, in every protocol."""
     numbers = np.random.default_rng(0).integers(-128, 128, (4, 10)).astype(code)
     if code[1] == "f":
         numbers = (numbers / 7).astype(code)
@@ -106,6 +111,7 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
     strided.flags.writeable = False
     faces = {b"%d" % i: [face(feat=row) for row in x] for i, x in enumerate((numbers, strided))}
     voices = {b"0": numbers, b"1": fortran, b"2": strided, b"3": list(numbers)}
+
     for clips, modality in ((faces, "face"), (voices, "audio")):
         for dumps, protocol in WRITERS:
             read = convert(tmp_path, dumps(clips, protocol), modality)
@@ -118,7 +124,10 @@ NUM_CLIPS = 40
 
 @pytest.fixture
 def clips_with_nan():
-    """Rows [N, 3], every fifth with NaN; clips of 0 to 8 faces with these rows; their lengths."""
+    """Feature rows [N, 3], clips of 0 to 8 faces with these rows, and the lengths of the clips.
+
+    Every fifth row has a NaN. The number, quality and box of row i contain i.
+    """
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, NUM_CLIPS).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
@@ -130,9 +139,12 @@ def clips_with_nan():
 
 def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
     rows, clips, lengths = clips_with_nan
-    read, kept = convert(tmp_path, clips), np.isfinite(rows).all(axis=1)
+
+    read = convert(tmp_path, clips)
+
+    kept = np.isfinite(rows).all(axis=1)
     np.testing.assert_array_equal(read["features"], rows[kept])
-    for column in (read["number"], -read["quality"], read["box"][:, 3]):  # the place of a frame
+    for column in (read["number"], -read["quality"], read["box"][:, 3]):
         np.testing.assert_array_equal(column, np.flatnonzero(kept))
     owner = np.repeat(np.arange(NUM_CLIPS), lengths)
     assert read["lengths"] == np.bincount(owner[kept], minlength=NUM_CLIPS).tolist()
@@ -140,29 +152,33 @@ def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
 
 
 def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
-    """A pickle is read in pieces, unless an entry refers to an entry of an earlier piece."""
+    """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
     _, clips, _ = clips_with_nan
     whole = convert(tmp_path, clips)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)
-    shared = {**clips, b"39": clips[b"20"]}
-    assert convert(tmp_path, shared)["lengths"][39] == whole["lengths"][20]
-    monkeypatch.delattr(sandbox, "load")  # which reads a pickle at once
+    with_reference = {**clips, b"39": clips[b"20"]}
+    assert convert(tmp_path, with_reference)["lengths"][39] == whole["lengths"][20]
+
+    # Without `load`, pickles can be read only in pieces.
+    monkeypatch.delattr(sandbox, "load")
     np.testing.assert_equal(convert(tmp_path, clips), whole)
     for protocol in range(2, 6):
         file = io.BytesIO()
         python2.PYTHONS(file, protocol).dump(clips)
         np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
     with pytest.raises(NameError):
-        convert(tmp_path, shared)
+        convert(tmp_path, with_reference)
 
 
 def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
     rows, clips, _ = clips_with_nan
     voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
     of_faces, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
+
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
     monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
+
     np.testing.assert_equal(convert(tmp_path, clips), of_faces)
     np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)
 
@@ -244,6 +260,7 @@ def load(data):
 
 
 def refusal(data):
+    """Returns the error of a pickle."""
     with pytest.raises(UserError) as caught:
         load(data)
     assert "\n" not in str(caught.value)
@@ -254,24 +271,31 @@ def refusal(data):
 def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
     assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
-    big_endian = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]  # its arguments
-    assert load(hostile.SCALAR + big_endian + b"R.") == 0.1
+
+    arguments = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
+    assert load(hostile.SCALAR + arguments + b"R.") == 0.1
 
 
 def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
-    before = {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
-    attacks = hostile.attacks(Path("/nowhere/mark")).values()
+    def attributes():
+        return {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
+
+    before, attacks = attributes(), hostile.attacks(Path("/nowhere/mark")).values()
     for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
         assert refusal(data)
-        assert {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()} == before
+        assert attributes() == before
     assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
 
 
 def test_second_dtype_state_does_not_change_arrays_already_loaded():
+    """After an array, its dtype comes again with the state of the other byte order."""
     array = np.array([1.5, 2.5], "<f2")
-    data = python2.dumps([array], 2)[:-1]
-    rebuild = b"j\x01\x00\x00\x00" + python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1] + b"b"
-    first, _ = load(data + rebuild + b"a.")
+    list_of_array = python2.dumps([array], 2)[:-1]
+    get_dtype, build, append = b"j\x01\x00\x00\x00", b"b", b"a"  # opcodes
+    other_order = python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1]
+
+    first, _ = load(list_of_array + get_dtype + other_order + build + append + b".")
+
     assert first.code == "<f2" and first.data == array.tobytes()
 
 

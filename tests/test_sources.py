@@ -1,4 +1,4 @@
-"""sources: datasets by name, and what a new one needs."""
+"""Datasets are loaded by name; synthetic data are written once; addresses are refused."""
 
 import functools
 
@@ -27,11 +27,13 @@ def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "write", write)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
+
     for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
         dataset = load_dataset("synthetic", seed=seed, blur=blur)
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
         assert dataset.report["data"]["name"] == "synthetic" and not dataset.report["data"]["dir"]
     assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
+
     data = {"name": "synthetic", "size": "small", "seed": 6}  # without the other fields
     assert sources.describe(data) == "synthetic, size small, seed 6"
     assert sources.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"

@@ -1,4 +1,7 @@
-"""Steps against hand computation: examples, MixUp, branches and weights."""
+"""Training and evaluation steps equal computations by hand: examples, MixUp, branches, weights.
+
+With `after_fusion="examples"`, every frame is a training example, and the frames of a clip vote.
+"""
 
 import functools
 from typing import Any
@@ -80,7 +83,7 @@ def evaluate(system, state, batch):
 
 
 def linear_logits(state, batch, frame):
-    """The linear model by hand: logits [B, K] of a frame of the face and the voice."""
+    """Returns the logits [B, K] of the linear model for one frame of the faces, and the voice."""
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
     layer, (face, audio) = params["classifier"]["logits"], batch.frames.values()
     parts = ((face, frame), (audio, 0))
@@ -92,7 +95,7 @@ log_softmax = functools.partial(special.log_softmax, axis=-1)
 
 
 def examples_of(batch, clip):
-    """Returns the frames of a clip that are examples; a clip without such frames is an example."""
+    """Returns the frames of a clip that are examples: frames with faces, or else of the voice."""
     frames = np.flatnonzero(batch.frames["face"].mask[clip])
     return frames if len(frames) else np.flatnonzero(batch.frames["audio"].mask[clip])
 
@@ -105,11 +108,12 @@ EXAMPLES: Any = {"after_fusion": "examples"}
     "scores", quick_first(["log_softmax", "log_sigmoid", "logits"], mark=pytest.mark.nightly)
 )
 def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
-    """Frames vote by probabilities, or by logits; a clip without frames scores -inf."""
+    """Frames vote by probabilities or logits. A clip without frames has the score -inf."""
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
     batch = make_batch()
     state = init(system, np.arange(5))
     scored = evaluate(system, state, batch)
+
     logits = np.stack([linear_logits(state, batch, frame) / 1.5 for frame in range(11)])
     probabilities = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": expit(logits)}
     votes = probabilities.get(scores, logits)
@@ -132,7 +136,8 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     system = make(**EXAMPLES, loss__mean_over=mean_over)
     state = init(system, labels)
     _, loss = trainer(system)(state, batch, weight)
-    weight[3] = 0  # the clip has no frames
+
+    weight[3] = 0  # clip 3 has no frames
     total = 0.0
     for clip in np.flatnonzero(weight):
         frames = examples_of(batch, clip)
@@ -151,18 +156,21 @@ def test_frame_examples_need_equal_frame_counts_of_all_modalities():
 
 @pytest.mark.slow
 def test_mixup_equals_a_numpy_reference():
-    """A clip is `share` of itself and the rest of its partner. A clip of weight 0 is no partner."""
+    """A mixed clip is `share` x clip + (1 - share) x partner. A clip of weight 0 is no partner."""
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
-    labels = np.arange(5, dtype=np.int32)  # each clip its own, so that labels name the partners
+    labels = np.arange(5, dtype=np.int32)  # the label of each clip is its number
     clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
+
     clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
+
     (own, share), (partner, rest) = clips.targets
     share, partner = np.asarray(share), np.asarray(partner)
     np.testing.assert_array_equal(own, labels)
     np.testing.assert_array_equal(rest, 1 - share)
     assert sorted(partner) == list(range(5)) and (share >= 0.5).all() and (share < 1).any()
     assert (share[weight[partner] == 0] == 1).all()
+
     for name, before in batch.frames.items():
         mixed, has_partner = clips.frames[name], before.mask[partner] & (share < 1)[:, None]
         np.testing.assert_array_equal(mixed.mask, before.mask | has_partner)
@@ -174,11 +182,11 @@ def test_mixup_equals_a_numpy_reference():
 @pytest.mark.parametrize(("poor_clips", "bound", "weight_after"), [
     ("keep", 40, [2, 1, 1, 1, 0]), ("drop", 40, [2, 0, 0, 1, 0]),
     ("drop", np.finfo(np.float32).min, [2, 1, 1, 1, 0]),
-])  # fmt: skip
+], ids=["keep", "drop", "drop without a bound"])  # fmt: skip
 def test_clips_without_good_frames_are_kept_or_dropped_as_configured(
     poor_clips, bound, weight_after
 ):
-    """Only clip 0 has a good frame, of quality 40. Clip 3 has no face, and clip 4 no weight."""
+    """Only clip 0 has a frame of quality 40. Clip 3 has no face, and clip 4 has weight 0."""
     batch = make_batch((3, 3, 3, 0, 1), (1, 1, 1, 1, 0))
     face = batch.frames["face"]
     quality = np.where(face.mask, 10.0, 0.0).astype(np.float32)
@@ -186,11 +194,13 @@ def test_clips_without_good_frames_are_kept_or_dropped_as_configured(
     frames = {**batch.frames, "face": face._replace(quality=quality)}
     weight = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
     clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(bound), ())
-    left = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
-    np.testing.assert_array_equal(left.weight, weight_after)
-    if bound == 40:
-        counts = np.sum(left.frames["face"].mask, axis=1)
-        np.testing.assert_array_equal(counts, [1, 3, 3, 0, 1])  # without a good one all stay
+
+    after = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
+
+    np.testing.assert_array_equal(after.weight, weight_after)
+    if bound == 40:  # a clip without a good frame keeps all its frames
+        counts = np.sum(after.frames["face"].mask, axis=1)
+        np.testing.assert_array_equal(counts, [1, 3, 3, 0, 1])
 
 
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
@@ -200,6 +210,8 @@ def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
 
 
 class TwoBranches(Identifier):
+    """Two linear layers on the voice, with weights [B, 2] for training and evaluation."""
+
     train_weight: tuple
     eval_weight: tuple
     logit_scale: float = 1.0
@@ -215,10 +227,10 @@ class TwoBranches(Identifier):
 @pytest.mark.slow
 @pytest.mark.parametrize("scores", quick_first(["log_softmax", "logits"], mark=pytest.mark.nightly))
 def test_losses_and_scores_of_branches_are_weighted(scores):
-    learn = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
-    answer = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])
-    of_two: Any = TwoBranches
-    model = of_two(tuple(map(tuple, learn)), tuple(map(tuple, answer)))
+    train_weight = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
+    eval_weight = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])
+    make_two: Any = TwoBranches
+    model = make_two(tuple(map(tuple, train_weight)), tuple(map(tuple, eval_weight)))
     system = make(eval__scores=scores)._replace(model=model)
     batch = make_batch(audio=(1, 1, 1, 1, 1))
     labels, weight = np.array([3, 1, 4, 1, 5]), np.array([1.0, 2.0, 1.0, 0.5, 3.0])
@@ -228,40 +240,42 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     logits = [x @ layer["kernel"] + layer["bias"] for layer in layers]
 
     _, loss = trainer(system)(state, batch, weight)
-    losses = [-log_softmax(branch)[np.arange(5), labels] for branch in logits]
-    wanted = sum(learn[:, i] * branch for i, branch in enumerate(losses)) @ weight / weight.sum()
+    losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
+    wanted = np.sum(train_weight * losses, axis=1) @ weight / weight.sum()
     assert float(loss[0]) == pytest.approx(wanted, rel=1e-5)
 
     parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
-    wanted = sum(answer[:, i, None] * branch for i, branch in enumerate(parts))
+    wanted = sum(eval_weight[:, i, None] * branch for i, branch in enumerate(parts))
     wanted = wanted if scores == "logits" else np.log(wanted)
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_empty_clips_and_padded_rows_do_not_affect_training():
-    """Spoilt features, qualities and labels of these rows change no weight."""
+    """Spoilt features, qualities and labels of clip 2 (empty) and row 3 (padding) do not matter."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
     system = make(NORMED, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
     batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
     batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
-    idle = np.array([False, False, True, True, False])
+    unused = np.array([False, False, True, True, False])
     state = init(system, np.array([3, 1, 4, 1, 5]))
+
+    def spoil(part):
+        features = np.where(unused[:, None, None], 1e4, part.features).astype(np.float32)
+        quality = np.where(unused[:, None], 3, part.quality).astype(np.float32)
+        return part._replace(features=features, quality=quality)
+
+    spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
+    spoilt_labels = jnp.where(unused, 9, state.labels)
+
     train = trainer(system)
-    left, loss = train(state, batch)
+    left, left_loss = train(state, batch)
+    right, right_loss = train(state.replace(labels=spoilt_labels), spoilt)
 
-    def spoil(first):
-        features = np.where(idle[:, None, None], 1e4, first.features).astype(np.float32)
-        quality = np.where(idle[:, None], 3, first.quality).astype(np.float32)
-        return first._replace(features=features, quality=quality)
-
-    other = batch._replace(frames={name: spoil(first) for name, first in batch.frames.items()})
-    labels = jnp.where(idle, 9, state.labels)
-    right, same = train(state.replace(labels=labels), other)
     first, second = ((x.params, x.model_state, x.sums) for x in (left, right))
-    jax.tree.map(np.testing.assert_array_equal, (loss, *first), (same, *second))
-    assert float(left.sums["weight"][0]) == 3
+    jax.tree.map(np.testing.assert_array_equal, (left_loss, *first), (right_loss, *second))
+    assert float(left.sums["weight"][0]) == 3  # clips
     leaves = zip(jax.tree.leaves(left.params), jax.tree.leaves(state.params), strict=True)
-    assert any((a != b).any() for a, b in leaves)
+    assert any((a != b).any() for a, b in leaves), "the step changes parameters"
 
 
 def test_is_argmax_equals_numpy_argmax():
@@ -275,9 +289,9 @@ def test_is_argmax_equals_numpy_argmax():
 
 
 def test_log_softmax_keeps_the_order_of_probabilities_near_one():
-    """Column 0 leads column 1 (of 0) and column 3 (of -1); column 2 is a class without clips.
+    """The logits are `lead`, 0, any number for a class without clips, and -1.
 
-    In float64, log p of column 0 is -log(1 + exp(-lead) (1 + exp(-1))).
+    So log p of column 0 is -log(1 + exp(-lead) (1 + exp(-1))), here in float64.
     """
     leads = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
     leads = np.stack([leads, leads + 0.01])
@@ -285,7 +299,9 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     logits[..., 0], logits[..., 3] = leads, -1
     logits[0, :, 2], logits[1, :, 2] = 99, -99
     has_clips = np.array([True, True, False, True])
+
     logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), has_clips))
+
     others = 1 + np.exp(-1.0)
     np.testing.assert_allclose(logs[..., 0], -np.log1p(others * np.exp(-leads)), rtol=2e-5)
     np.testing.assert_allclose(logs[..., 1], -np.logaddexp(leads, np.log(others)), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The synthetic set, read from the files it writes: layout, statistics, and what options change."""
+"""The files of the synthetic set: layout, statistics, and the effect of each option."""
 
 import functools
 import itertools
@@ -18,6 +18,7 @@ TINY = synthetic.Size(30, 8.0, dict.fromkeys(MODALITIES, 64), synthetic.SIZES["s
 
 
 def file_name(modality, split):
+    """Returns the official name of a pickle."""
     v2 = "_v2" if modality == "face" and split != "test" else ""
     return f"{modality}_{split}{v2}.pickle"
 
@@ -32,7 +33,7 @@ def lines_of(path):
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Returns a function that writes a set with options, each set once; `again` is another one."""
+    """Writes a set with some options; returns its folder. `again` writes the same set again."""
 
     @functools.cache
     def write(seed=3, again=False, **options):
@@ -46,6 +47,7 @@ def make(tmp_path_factory):
 
 
 def changed_files(left, other):
+    """Returns the names of the files that differ between two sets."""
     return {x.name for x in left.iterdir() if x.read_bytes() != (other / x.name).read_bytes()}
 
 
@@ -55,12 +57,16 @@ def test_synthetic_set_has_the_specified_statistics(make):
     pairs = itertools.product(MODALITIES, SPLITS)
     clips: dict[tuple[str, str], Any] = {pair: clips_of(folder, *pair) for pair in pairs}
     labels = {split: load_ground_truth(folder / f"{split}_gt.txt") for split in SPLITS}
+
+    # Every split shows all 30 people, and val and test also show strangers, without labels.
     names = [name for split in SPLITS for name in clips["scene", split]]
     assert len({*names}) == len(names)
     for split, share in {"train": 1, "val": 0.625, "test": 0.625}.items():
         assert {*labels[split].values()} == {*map(str, range(1, 31))}
         assert labels[split].keys() <= clips["scene", split].keys()
         assert len(labels[split]) / len(clips["scene", split]) == pytest.approx(share, abs=0.01)
+
+    # Some clips lack a modality, and some clips have no frame with a face.
     for modality, rate in {"face": 0.0, "head": 0.02, "body": 0.05, "audio": 0.15}.items():
         absent = 1 - sum(len(clips[modality, split]) for split in SPLITS) / len(names)
         assert absent == pytest.approx(rate, abs=0.03 if rate else 0)
@@ -76,12 +82,13 @@ def test_equal_seeds_write_equal_bytes(make):
 
 @pytest.mark.slow
 def test_missing_rate_only_empties_modalities(make):
+    """Some clips have no face, head or voice even at a rate of 0, see `least`."""
     plain, sparse = make(), make(missing_rate=0.3)
     count = len(clips_of(plain, "scene", "val"))
     for modality, least in (("face", 0.02), ("head", 0.02), ("audio", 0.15)):
         whole, rest = (clips_of(x, modality, "val") for x in (plain, sparse))
-        there = sum(len(value) > 0 for value in rest.values())
-        assert 1 - there / count == pytest.approx(1 - (1 - least) * 0.7, abs=0.09)
+        present = sum(len(value) > 0 for value in rest.values())
+        assert present / count == pytest.approx((1 - least) * 0.7, abs=0.09)
         for clip, frames in rest.items():
             assert not len(frames) or pickle.dumps(frames) == pickle.dumps(whole[clip])
     same = {f"scene_{split}.pickle" for split in SPLITS} | {f"{s}_gt.txt" for s in SPLITS}
@@ -91,13 +98,15 @@ def test_missing_rate_only_empties_modalities(make):
 @pytest.mark.slow
 def test_label_noise_and_distractors_change_only_train_files(make):
     plain, noisy, strange = make(), make(label_noise=0.2), make(train_distractors=0.375)
+
     assert changed_files(plain, noisy) == {"train_gt.txt"}
     before, after = (dict(lines_of(x / "train_gt.txt")) for x in (plain, noisy))
     assert before.keys() == after.keys() and set(after.values()) <= set(before.values())
     assert 0.1 < np.mean([before[name] != after[name] for name in before]) < 0.3
+
     names = {f"{name}.mp4" for name in clips_of(strange, "scene", "train")}
-    nobody = names - dict(lines_of(strange / "train_gt.txt")).keys()  # clips without a line
-    assert len(nobody) / len(names) == pytest.approx(0.375, abs=0.01)
+    unlabelled = names - dict(lines_of(strange / "train_gt.txt")).keys()
+    assert len(unlabelled) / len(names) == pytest.approx(0.375, abs=0.01)
     train = {file_name(modality, "train") for modality in MODALITIES}
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
 
@@ -109,13 +118,14 @@ def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     assert changed_files(plain, false) == files
     faces, now = (clips_of(made, "face", "val") for made in (plain, false))
     voices, other = (clips_of(made, "audio", "val") for made in (plain, false))
-    same = []
+
+    same = []  # for each clip, whether the face and the voice are kept
     for name in [name for name, frames in faces.items() if frames and name in voices]:
         pairs = list(zip(faces[name], now[name], strict=True))
         assert all(a[:4] == b[:4] for a, b in pairs)
         kept = np.mean([np.array_equal(a[4], b[4]) for a, b in pairs])
         same.append((kept > 0.2, np.array_equal(voices[name], other[name])))
-    # At even odds; a frame of a passer-by, or a voice of nobody in particular, was false before.
+    # Either is replaced with equal probability. Frames of passers-by were false before.
     assert 0.4 < np.mean(same, axis=0)[0] < 0.62 and all(map(any, same))
 
 

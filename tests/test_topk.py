@@ -1,4 +1,4 @@
-"""The streaming top k against a full sort, over every order of blocks and ties."""
+"""The streaming top k equals a full sort for every order of blocks, ties and special values."""
 
 import functools
 
@@ -15,7 +15,7 @@ C, K = 7, 20
 
 
 def full_sort(scores: np.ndarray, clip_index: np.ndarray, k: int) -> topk.TopK:
-    """The oracle: every score of every clip, sorted by two keys."""
+    """Returns the top k of each column by a sort: highest scores first, ties by clip index."""
     best = np.full((scores.shape[1], k), -np.inf, np.float32)
     index = np.full(best.shape, topk.NO_CLIP, np.int32)
     for c in range(len(best)):
@@ -26,7 +26,7 @@ def full_sort(scores: np.ndarray, clip_index: np.ndarray, k: int) -> topk.TopK:
 
 
 def blocks_of(scores, clip_index, rows, rng):
-    """Blocks of `rows` with padded rows among them, which hold what would win."""
+    """Yields blocks of `rows` with padded rows at random places, whose scores would be the best."""
     taken = 0
     while taken < len(scores):
         real = np.zeros(rows, bool)
@@ -65,6 +65,7 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
         expected = full_sort(scores, clip_index, K)
         order = rng.permutation(num_clips)
         blocks = list(blocks_of(scores[order], clip_index[order], 16, rng))
+
         for chunk, candidates in ((C, 0), (3, 10), (3, 10**6)):
             monkeypatch.setattr(topk, "CHUNK", chunk)
             monkeypatch.setattr(topk, "MAX_CANDIDATES", candidates)
@@ -75,7 +76,7 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["random", "descending", "all equal"])
 def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name):
-    """Groups of 4 rows that no top list needs are skipped, if at most 3 groups are needed."""
+    """If at most 3 of the 15 groups of 4 rows can change a top list, other groups are skipped."""
     monkeypatch.setattr(device_topk, "GROUP", 4)
     monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))
     update = jax.jit(lambda top, block: device_topk.update_top(top, [block]))
@@ -83,20 +84,22 @@ def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name
     scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
     clip_index = rng.permutation(1500).astype(np.int32)
     no_scores, no_clips = (jnp.full((C, K), x) for x in (jnp.float32(-jnp.inf), topk.NO_CLIP))
-    top, used_groups = topk.TopK(no_scores, no_clips), []
-    for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
+
+    top, needed_groups = topk.TopK(no_scores, no_clips), []
+    for block in blocks_of(scores, clip_index, 60, rng):
         best = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
-        used_groups.append(np.max(np.sum(best >= np.min(top.scores, axis=1), axis=0)))
+        needed_groups.append(np.max(np.sum(best >= np.min(top.scores, axis=1), axis=0)))
         top = update(top, block)
-    found = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
-    np.testing.assert_equal(found, full_sort(scores, clip_index, K))
-    assert used_groups[0] > 3  # all rows were used
-    assert name == "all equal" or min(used_groups) <= 1  # rows were skipped
+
+    joined = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
+    np.testing.assert_equal(joined, full_sort(scores, clip_index, K))
+    assert needed_groups[0] > 3  # all rows were used
+    assert name == "all equal" or min(needed_groups) <= 1  # rows were skipped
 
 
 def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
     scores = np.array([[5], [4], [3], [3], [2]], np.float32)
-    clips = np.array([7, 8, 6, 2, 0], np.int32)
+    clips = np.array([7, 8, 6, 2, 0], np.int32)  # clips 6 and 2 have the score 3
     for order in ([0, 1, 2, 3, 4], [3, 4, 0, 1, 2], [2, 1, 4, 0, 3]):
         stream = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in order]
         assert topk.rank(stream, 1, 3).index.tolist() == [[7, 8, 2]]
@@ -104,7 +107,7 @@ def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
             assert rank_on_device(stream, 1, 3, rows).index.tolist() == [[7, 8, 2]]
 
 
-# Of 7 identities, the last chunk of 3 overlaps.
+# With chunks of 3 of the 7 identities, the last chunk overlaps.
 @pytest.mark.parametrize("chunk", quick_first([3, device_topk.CHUNK]))
 def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     monkeypatch.setattr(device_topk, "CHUNK", chunk)
@@ -114,15 +117,19 @@ def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
     clip_index = rng.permutation(256).astype(np.int32)
     blocks = list(blocks_of(scores, clip_index, 32, rng))
+
+    # On the host and on the devices, with blocks on the host or split over devices.
     split = [jax.device_put(block, devices.row_layout(mesh)) for block in blocks]
     host = device_topk.start_top_k(C, K, mesh=mesh)
     for block in split:
         host.add(block)
     tops = [host.finish(), *(rank_on_device(x, C, K, 64, mesh) for x in (blocks, split))]
-    # Each part ranks every third block; joined, they are the top k of all blocks.
+
+    # In three parts, each of every third block, which are joined.
     parts = [topk.rank(blocks[start::3], C, K) for start in range(3)]
     scores_of_parts, clips_of_parts = map(np.stack, zip(*parts, strict=True))
     tops.append(topk.join_tops(topk.TopK(scores_of_parts, clips_of_parts)))
+
     for top in tops:
         np.testing.assert_equal(top, full_sort(scores, clip_index, K))
     device_topk._make_update.cache_clear()
@@ -133,14 +140,15 @@ RANKERS = [topk.rank, functools.partial(rank_on_device, rows=7)]
 
 @pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
 def test_top_k_orders_nan_zeros_and_infinities(rank):
-    """NaN ranks like -inf, and all zeros tie. Ties are in the order of the clips."""
-    tiny = np.float32(1e-40)  # flushed to 0 on some backends and not on others
+    """NaN ranks like -inf. 0, -0 and denormal numbers tie. Ties are in the order of the clips."""
+    tiny = np.float32(1e-40)  # some backends round it to 0
     score_of = {0: np.nan, 6: 0.0, 5: -0.0, 4: tiny, 3: -tiny, 2: -np.inf, 1: -1.0}
     clips = np.array([*score_of], np.int32)
     scores = np.array([*score_of.values()], np.float32)[:, None]
     top = rank([(scores, clips, np.ones(7, bool))], 1, 7)
     assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
+
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, 1, 3).index.tolist() == [[3, 4, 5]]
 
@@ -165,4 +173,4 @@ def test_top_k_keeps_clip_indices_beyond_float32_precision(rank):
 def test_count_ties_counts_tied_pairs_of_neighbouring_places():
     scores = np.array([[3, 3, 3, 1], [2, 1, -np.inf, -np.inf]], np.float32)
     top = topk.TopK(scores, np.arange(8, dtype=np.int32).reshape(2, 4))
-    assert topk.count_ties(top) == 2
+    assert topk.count_ties(top) == 2  # 3 = 3 = 3; -inf is no score

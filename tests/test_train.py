@@ -1,4 +1,4 @@
-"""Training end to end: learning, resuming to the bit, devices, the shipped configurations."""
+"""Training from start to end: learning, resuming, devices, and the shipped configurations."""
 
 import json
 import os
@@ -25,7 +25,7 @@ MLP = "configs/quality_fusion.py:iqiyi_vid"
 MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGINT)
-SPECS = (  # besides those that other tests train
+SPECS = (  # in addition to the configurations that other tests train
     "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
     "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
     "deepmef:face,audio,published", "deepmef:face,head,audio,views",
@@ -36,7 +36,9 @@ SPECS = (  # besides those that other tests train
 def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     words = ("--config.optim.learning_rate=0.01", "--config.model.dropout_rate=0.0")
     config = small.shrunk("--config.num_epochs=15", *words, spec=COSINE)
+
     results = small.run(config, tmp_path, data)
+
     assert results["map"] > 0.8 and results["map_kind"] == "val"
     lines = results_lib.read_lines(tmp_path / "metrics.jsonl")
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
@@ -51,18 +53,21 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     quick_first(zip(SIGNALS, (MLP, COSINE, MMA), strict=True), mark=pytest.mark.nightly),
 )
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
-    """The run keeps streaming, and an evaluation between its parts does not finish it."""
+    """The run keeps streaming. An evaluation between two parts does not finish the run."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
-    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)  # later it would fit
-    for batch in (4, 7):  # mid-epoch: an epoch is three steps
+
+    # The run starts with too little memory to be resident, which is undone after the first part.
+    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
+    for batch in (4, 7):  # within an epoch of three steps
         with pytest.raises(signals.Interrupted) as caught:
             small.run(config, parts, small.Interrupting(data, batch, signum))
         monkeypatch.undo()
         assert caught.value.exit_code == 128 + signum
     small.evaluate(config, parts, data, num_devices=1)
     assert loop.read_finished_metrics(RunFolder(parts), config) is None
+
     small.run(config, parts, data)
     small.assert_same_run(parts, tmp_path / "whole")
 
@@ -114,16 +119,18 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
 
 
 def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path):
-    splits = ("train", "val")  # with distractors: column 0 has 20 clips, others 11 or 12
+    splits = ("train", "val")  # 20 clips of distractors, and 11 or 12 clips of each identity
     clips = [name for split in splits for name in data.split(split).clips]
     labels = np.concatenate([data.split(name).labels for name in splits])
     own = np.ones(len(clips))
     own[::3], own[1::7] = 2.5, 0.0
     path = tmp_path / "weights.txt"
     path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, own, strict=True) if w != 1))
+
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words = (*words, "--config.data.balance=0.5", f"--config.data.weights={path}")
     weight = make_plan(small.shrunk(*words, spec=MLP), data).constants.weight[0]
+
     wanted = own * np.array([np.sum(labels == label) for label in labels]) ** -0.5
     np.testing.assert_allclose(weight / np.sum(weight), wanted / wanted.sum(), rtol=1e-5)
 
@@ -142,7 +149,7 @@ def train_by_command(vidjax_command, workdir, *words):
 def test_all_modalities_beat_one_modality_and_neighbours(
     vidjax_command, tmp_path, cache_dir, seed, ones
 ):
-    """The first command of the README runs with two seeds of data and training."""
+    """The first command of the README, with two seeds of the data and the training."""
     specs = ("configs/mma.py", "configs/knn.py", *(f"configs/mma.py:{name}" for name in ones))
     seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
     whole, *others = (
@@ -156,8 +163,8 @@ def test_all_modalities_beat_one_modality_and_neighbours(
 @pytest.mark.nightly
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
 @pytest.mark.parametrize(("name", "words", "least"), [
-    ("plda", (), 0.93),  # .934 in the benchmarks
-    # Three nets have .909 to .912 in the benchmarks: other processors round differently.
+    ("plda", (), 0.93),  # 0.934 in the benchmarks
+    # 0.909 to 0.912 in the benchmarks, as processors round differently.
     ("mma", ("--config.ensemble.seeds=3",), 0.905),
 ])  # fmt: skip
 def test_map_on_real_clips_reaches_the_benchmark(vidjax_command, tmp_path, name, words, least):

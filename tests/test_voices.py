@@ -1,4 +1,4 @@
-"""Sound in, probabilities of speech and vectors out, against slow float64 oracles."""
+"""Mel spectra, speech detection and voice embeddings equal slow float64 oracles."""
 
 import math
 
@@ -34,6 +34,8 @@ def test_mels_equal_the_band_powers_of_frames_every_10_ms():
     samples = noise(1, 1600)
     mels = voices.make_mels(samples)
     assert mels.shape == (1, 10, 40) and mels.dtype == np.float32
+
+    # A frame is a Hann window of 400 samples (25 ms) around every 160th sample (10 ms).
     i = np.arange(400)
     padded = np.pad(samples[0].astype(float), (200, 400))
     for frame in range(10):
@@ -41,12 +43,13 @@ def test_mels_equal_the_band_powers_of_frames_every_10_ms():
         turns = np.exp(-2j * np.pi * np.outer(np.arange(201), i) / 400)
         power = np.abs(turns @ windowed) ** 2
         np.testing.assert_allclose(mels[0, frame], voices.make_mel_filters() @ power, rtol=1e-5)
+
     mels = voices.make_mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
     np.testing.assert_allclose(mels, LIBROSA, rtol=1e-6, atol=1e-7)
 
 
 def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
-    windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)
+    windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)  # faint, loud, silent
     raised = voices.raise_level(windows)
     level = np.sqrt((raised[0].astype(float) ** 2).mean())
     assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)
@@ -59,10 +62,13 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)
     assert embedder(windows[:0]).shape == (0, made_nets.WIDTH)
+
+    # Four numbers of the output for a test image.
     numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, wanted, rtol=1e-4)
+
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
     embedder = voices.open_voice_embedder(card)
     refused(lambda: embedder(noise(1, voices.WINDOW)), "voice.json", "width")
@@ -74,7 +80,9 @@ def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)
+
     speech = voices.Listener(cards.load(tmp_path)).detect_speech(samples)
+
     padded, steps = np.pad(samples.astype(float), (64, 512)), math.ceil(count / 512)
     means = [padded[place * 512 : place * 512 + 576].sum() / 576 for place in range(steps)]
     np.testing.assert_allclose(speech, np.cumsum(means), rtol=1e-4)

@@ -1,4 +1,9 @@
-"""From films and photos to names, with drawn people and nets that are made here."""
+"""`vidjax who` finds names for the people in films, with drawn people and nets that tests make.
+
+The film of `drawn.film` and `drawn.meet` has three shots of 2 seconds: of Ada, of Eve, and of Bob
+and Ada. `drawn.meet("Ada")` enrols one photo of Ada and runs `vidjax who` on this film. Clip
+party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2.
+"""
 
 import csv
 import itertools
@@ -24,7 +29,7 @@ from vidjax.data.clip_files import write_npz
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
-GROUP = ("Ada", 20, 20), ("Bob", 70, 40)
+GROUP = ("Ada", 20, 20), ("Bob", 70, 40)  # names, and where the faces are: left, top
 
 
 def write_group(drawn):
@@ -34,31 +39,40 @@ def write_group(drawn):
 
 
 def shot(name, left=20):
-    """Returns a shot of two seconds that shows only the face of a person."""
-    return 2, 20, [(name, left, 30)]
+    """Returns a shot of two seconds that shows only one person."""
+    brightness, top = 20, 30
+    return 2, brightness, [(name, left, top)]
 
 
 def test_results_list_who_appears_when_in_every_format(drawn):
     film, out = drawn.meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"]), drawn.out
-    assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}
+    assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}  # one photo each
+    assert os.stat(out).st_mode & 0o077 == 0, "private to the user"
+
+    # names.jsonl: Eve has no photo, so she is unknown.
     rows = drawn.rows()
     appearances = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
     assert appearances == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
     ada, unknown, *_ = rows
     assert unknown["probability"] is None and ada["probability"] > 0.5
+
+    # names.tsv: the second line has the same values for Eve.
     with (out / "names.tsv").open(newline="") as file:
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
     assert cells["box"] == " ".join(map(str, unknown["box"])) and cells["probability"] == ""
     assert 2 <= float(cells["box_at"]) == unknown["box_at"] < 4
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
+
+    # Subtitles show names in the first and the last shot.
     vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
     assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
     assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
+
+    # --padding starts the cut of Bob 0.5 s before second 4: at 3 s and 12 frames, 24 a second.
     assert {path.name for path in (out / "cuts").iterdir()} == {"Ada.edl", "Bob.edl"}
     assert "  C        00:00:03:12 00:00:05:23 00:00" in (out / "cuts" / "Bob.edl").read_text()
     page = (out / "names.html").read_text()
     assert page.count('href="../party.mkv#t=4.0"') == 4, "below two bars, and in two tables"
-    assert os.stat(out).st_mode & 0o077 == 0  # private to the user
 
 
 def test_files_other_than_films_and_photos_are_skipped(drawn):
@@ -70,40 +84,49 @@ def test_files_other_than_films_and_photos_are_skipped(drawn):
     for path in (drawn.friends, drawn.friends / "Ada", films):
         for name in ("Thumbs.db", "party.srt", "party.nfo"):
             (path / name).write_text("no picture")
+
     content, output = drawn.who(films)
+
     assert content["people"] == {"Ada": 1}
     assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
     words = "files in {} that are not films or photos are left out: {}"
     assert output.count(words.format(films, "party-poster.jpg and 2 more")) == 1
     assert output.count(words.format(drawn.friends, "party.nfo and 1 more")) == 1
-    drawn.who(films / "party.nfo", code=1)  # a file that is named is read
+    drawn.who(films / "party.nfo", code=1)  # a file on the command line is read, and this one fails
 
 
 @pytest.mark.slow
 def test_unknown_people_keep_their_numbers_across_calls(drawn):
-    """Other films, a deleted film, and a name that is given and removed renumber nobody."""
+    """Nobody gets another number if films are added or deleted, or a name is given and removed."""
     films, table = drawn.folder / "films", drawn.out / "unknown.tsv"
     films.mkdir()
-    write_film(films / "b.mkv", shot("Bob"), (2, 60, [("Bob", 30, 30)]))
 
     def numbers(place=films):
         drawn.who(place, people=False)
         return {row["clips"][0]: row["identity"] for row in drawn.rows()}
 
+    write_film(films / "b.mkv", shot("Bob"), (2, 60, [("Bob", 30, 30)]))
     first = {"b.s000.t00": "unknown 1"}
     assert numbers() == first
+
+    # People of new films get new numbers, although film a comes before film b.
     write_film(films / "a.mkv", *[(2, place, [("Eve", place, 30)]) for place in (20, 35)])
     write_film(films / "c.mkv", shot("Ada"))
     more = first | {"a.s000.t00": "unknown 2", "c.s000.t00": "unknown 3"}
     assert numbers() == more == numbers(films / "c.mkv") == numbers()
+
+    # The user names unknown 2, and later removes the name.
     table.write_text(table.read_text().replace("unknown 2", "Eve"))
     write_film(films / "d.mkv", shot("Bob", left=25))
     assert numbers() == more | {"a.s000.t00": "Eve", "d.s000.t00": "unknown 1"}
     drawn.gallery("remove", "--identity=Eve")
     assert numbers()["a.s000.t00"] == "unknown 2"
-    # Another film of the same name is another film, and its clips have no number yet.
+
+    # If a film is replaced by another of the same name, its clips get new numbers.
     write_film(films / "c.mkv", shot("Bob", left=40))
     assert numbers()["c.s000.t00"] == "unknown 1"
+
+    # If the features of a film are deleted, its clips leave the file of numbers.
     for path in (drawn.out / "features").rglob("a.*"):
         path.unlink()
     numbers(films / "b.mkv")
@@ -118,9 +141,11 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
     assert [line.split("\t")[:3] for line in table.read_text().splitlines()[1:]] == [
         ["party.s001.t00", "unknown 1", "party.mkv"], ["party.s002.t01", "unknown 2", "party.mkv"],
     ]  # fmt: skip
-    name = "unknown neighbour"  # a name, as it has no number
+
+    name = "unknown neighbour"  # without a number, this is the name of a person
     table.write_text(table.read_text().replace("unknown 2", name) + "gone.s000.t00\tZoe\n")
     content, output = drawn.who(film)
+
     assert content["people"] == {"Ada": 1, name: 1} and content["groups"] == 1
     assert "no longer exist, such as gone.s000.t00" in output
     assert f"{name} is enrolled with 1 clip from unknown.tsv" in output
@@ -132,7 +157,8 @@ def test_damaged_or_contradicting_unknown_table_is_refused_and_kept(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     drawn.who(film, people=False)
     table.write_text(table.read_text().replace("unknown 1", "Ada"))
-    drawn.who(film, people=False)
+    drawn.who(film, people=False)  # enrols clip party.s000.t00 as Ada
+
     for wrong, words in {"party.s000.t00\n": "line 1", "party.s000.t00\tEve\n": "'Ada'"}.items():
         table.write_text(wrong)
         _, output = drawn.who(film, people=False, code=2)
@@ -151,6 +177,7 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
     assert "Ada" in drawn.names().values()
     drawn.who(film, flags=["--threshold=1"])
     assert "Ada" not in drawn.names().values()
+
     for flag, message in {
         "--fpir=0.01": "fpir=0.01 needs at least 99 clips of strangers",
         "--threshold=2": "give a number above 0", "--padding=nan": "give seconds, 0 or more",
@@ -158,7 +185,8 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
         assert message in drawn.who(film, flags=[flag], code=2)[1]
 
 
-def test_numbered_photos_beside_each_other_get_a_warning(drawn):
+def test_numbered_photos_in_one_folder_get_a_warning(drawn):
+    """Each photo that is not in the folder of a person is another person, named Ada_1 and Ada_2."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
     assert "each photo in" in drawn.who(write_group(drawn))[1]
@@ -169,22 +197,26 @@ def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
     (drawn.friends / "Eve").mkdir(parents=True)
     write_photo(people / "none.png")
     write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+
     _, output = drawn.who(group, code=2)
     messages = ("photo shows no face", "photo shows 2 faces", "Eve cannot be recognised")
     assert all(message in output for message in (*messages, "nobody can be recognised")), output
+
     write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
     content, _ = drawn.who(group, code=1)
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
 
 
 def test_each_unreadable_film_is_reported_and_the_advice_printed_once(drawn, command):
-    """A film that is there twice is read once."""
+    """A copy of a film is not read."""
     bad, worse, film = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.film()
     bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
     worse.write_text("no film")
     copy = shutil.copy(film, drawn.folder / "party.mov")
+
     words = (f"--out={drawn.out}", f"--models={drawn.models}")
     done = command("extract", bad, worse, film, copy, *words)
+
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("use MP4, MKV") == 1
     assert f"{copy} is a copy of {film} and is left out" in done.err
@@ -193,30 +225,31 @@ def test_each_unreadable_film_is_reported_and_the_advice_printed_once(drawn, com
 
 @pytest.mark.slow
 def test_photo_that_crashes_the_reader_does_not_affect_other_photos(drawn, monkeypatch):
-    """One process reads the photos of all people."""
+    """The photos of the process that crashed are read again in smaller batches."""
+    film, bad = drawn.film(), drawn.friends / "Bob" / "2.png"
+    drawn.befriend("Ada", "Bob", "Eve")
+    for name in ("Ada", "Bob", "Eve"):
+        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
     read, batches = pipeline.run_limited_each, []
-    bad = drawn.friends / "Bob" / "2.png"
 
-    def spy(module, given, **limits):
+    def crash_on_bad_photo(module, given, **limits):
         batches.append(len(given))
         if any(path == bad for path, _ in given):
             raise UserError(f"{given[0][0]}: its reader ended with SIGSEGV")
         return read(module, given, **limits)
 
-    monkeypatch.setattr(pipeline, "run_limited_each", spy)
-    film = drawn.film()
-    drawn.befriend("Ada", "Bob", "Eve")
-    for name in ("Ada", "Bob", "Eve"):
-        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
+    monkeypatch.setattr(pipeline, "run_limited_each", crash_on_bad_photo)
     content, output = drawn.who(film, flags=["--workers=1"], code=1)
-    assert batches[0] == 6 and content["failed"] == [str(bad)] and output.count("SIGSEGV") == 1
+
+    assert batches[0] == 6, "one process reads the photos of all people"
+    assert content["failed"] == [str(bad)] and output.count("SIGSEGV") == 1
     assert content["people"] == {"Ada": 2, "Bob": 1, "Eve": 2}
     assert not [*drawn.out.rglob(".extract-*")]
 
 
 @pytest.mark.slow
 def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
-    """An enrolled clip has the name of its label, and is forgotten with this person."""
+    """The clip shows Ada. It is labelled as Bob, as a stranger, and as Ada."""
     film, features = drawn.film(), f"--input={drawn.out / 'features'}"
     clip, flag = "party.s000.t00", "--clip=party.s000.t00"
     drawn.befriend("Ada", "Bob")
@@ -235,9 +268,11 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     assert name_of_clip() == (None, [])
     drawn.gallery("relabel", flag, "--identity=Ada")
     assert name_of_clip() == ("Ada", ["told"])
+
     shutil.rmtree(drawn.friends / "Ada")
     drawn.who(film)
-    assert {*Gallery(drawn.out / "gallery").identities} == {"Bob"}, "with the clip that was told"
+    identities = {*Gallery(drawn.out / "gallery").identities}
+    assert identities == {"Bob"}, "Ada is forgotten together with the labelled clip"
 
 
 def interrupt(*args, **options):
@@ -249,10 +284,12 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     film, table = drawn.meet("Ada", "Bob"), drawn.out / "unknown.tsv"
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
+
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, code=130)
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
+
     table.write_text(named)  # as it was before the call
     shutil.rmtree(drawn.friends / "Ada")
     assert drawn.who(film)[0]["people"] == {"Bob": 1, "Eve": 1}
@@ -260,18 +297,20 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
 
 @pytest.mark.slow
 def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
-    """After an interrupted call, the unknown table still lists the clip of the earlier film."""
     film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
     write_film(film, shot("Bob"))
     drawn.who(film, people=False)
     write_film(film, shot("Eve"))
+
+    # The interrupted call does not write the table. The table still lists the clip of Bob.
     with monkeypatch.context() as patch:
-        patch.setattr(who, "decide", interrupt)  # before the table is written again
+        patch.setattr(who, "decide", interrupt)
         drawn.who(film, people=False, code=130)
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     content, output = drawn.who(film, people=False)
     assert content["people"] == {} and "no longer exist" in output
-    # With a new table, the same clip name gets the name of the new person, not of the enrolled one.
+
+    # A name in a new table enrols the person of the new film and replaces the enrolled person.
     for name in ("Eve", "Ada"):
         write_film(film, shot(name))
         drawn.who(film, people=False)
@@ -288,8 +327,10 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
     (films / "link").symlink_to(films / "2019")
     write_photo(drawn.friends / "Ada" / "2020" / "IMG_1.png", ("Ada", 40, 40))
     write_film(drawn.friends / "Ada" / "2020" / "IMG_1.mov", (1, 20, [("Ada", 40, 40)]))
-    for _ in range(2):  # the second time, the results lie in the folder of films
+
+    for _ in range(2):  # in the second call, the folder of films also contains the results
         content, output = drawn.who(films, flags=[f"--out={films / 'names'}"])
+
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
         rows = (films / "names" / "names.tsv").read_text().splitlines()[1:]
         assert [row.split("\t")[0] for row in rows] == ["films/a.mkv", "summer/a.mkv"]
@@ -297,7 +338,6 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
 
 @pytest.mark.slow
 def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch):
-    """A moved film is not read again; `--check` finds films with changed bytes."""
     film, other = drawn.meet("Ada", "Bob"), drawn.folder / "other" / "party.mkv"
     other.parent.mkdir()
     write_film(other, shot("Bob"))
@@ -306,10 +346,13 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
         subtitles = {path.stem for path in (drawn.out / "subtitles").glob("*.srt")}
         return {row["video"] for row in drawn.rows()}, subtitles
 
+    # Films with the same name are listed with their folders.
     drawn.who(other.parent)
     folder = drawn.folder.name
     paths = {f"{folder}/party.mkv", "other/party.mkv"}
     assert films() == (paths, {f"{folder} - party", "other - party"})
+
+    # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
         drawn.who(film)
@@ -317,12 +360,15 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
         assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in drawn.who(moved)[1]
     assert films() == ({"the party.mkv", "party.mkv"}, {"the party", "party"})
 
+    # If a film changes but keeps its size and time, only --check sees the change.
     info, content = other.stat(), bytearray(other.read_bytes())
     content[-1] ^= 1
     other.write_bytes(content)
     os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert "as before" in drawn.who(other)[1]
     assert "replaces another" in drawn.who(other, flags=["--check"])[1]
+
+    # A film that no longer exists stays in the results until --prune.
     moved.unlink()
     assert "1 film cannot be found, such as the party.mkv: --prune" in drawn.who(other)[1]
     assert f"{moved} no longer exists" in drawn.who(other, flags=["--prune"])[1]
@@ -341,25 +387,26 @@ def test_adding_voice_models_keeps_all_names(drawn):
         _, output = drawn.who(film)
         return {row["clips"][0]: (row["identity"], row["evidence"]) for row in drawn.rows()}, output
 
-    # The user says that a photo is not of Ada, and that the unknown person is Bob.
+    # The user says that photo 2 does not show Ada, and that unknown 1 is Bob.
     run_who()
     drawn.gallery("relabel", "--clip=people/Ada/2", "--strangers")
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     before, _ = run_who()
     assert before["film.s001.t00"] == ("Bob", ["told"])
 
-    # With voice models, all files are read again, and what the user said still holds.
+    # With voice models, all files are read again. The names from the user do not change.
     write_voices(drawn.models)
     after, output = run_who()
     assert after == before and output.count("there are new nets (audio): all files are") == 1
     clips = Gallery(drawn.out / "gallery").clips
     assert clips["people/Ada/2"].identity is None and clips["film.s001.t00"].identity == "Bob"
-    assert clips["film.s001.t00"].vector[made_nets.WIDTH :].any()  # its voice has come
-    assert not clips["people/Ada/1"].vector[made_nets.WIDTH :].any()  # a photo has no voice
+    voice = slice(made_nets.WIDTH, None)  # the columns after the face
+    assert clips["film.s001.t00"].vector[voice].any()
+    assert not clips["people/Ada/1"].vector[voice].any()  # a photo has no voice
     again, output = run_who()
     assert again == before and "new nets" not in output and "as before" in output
 
-    # Without them, the gallery does not fit the models any more.
+    # Without voice models, the gallery does not fit the models.
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
     assert "other models of audio" in drawn.who(film, code=2)[1]
@@ -377,9 +424,11 @@ def test_photos_that_seem_to_show_another_person_are_reported(drawn):
         return re.findall(rf"{friends}/(\w+/?\w*)\.png (is (?:also|enrolled).*?):", output)
 
     assert read_warnings() == []
+
     write_photo(friends / "Ada" / "4.png", ("Bob", 42, 40))
     write_photo(friends / "Bob" / "5.png", ("Eve", 42, 40))
     shutil.copy(friends / "Ada" / "1.png", friends / "Eve.png")
+
     assert read_warnings() == [
         ("Ada/1", "is also a photo of Eve"),
         ("Ada/4", "is enrolled as Ada, but looks like Bob"),
@@ -396,51 +445,60 @@ def test_enrol_reports_photos_without_one_good_face(drawn):
     write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
     pipeline.extract([photos], people / "Ada", drawn.models)
     Gallery.of_models(g, drawn.models)
+
     with pytest.warns(UserWarning, match="face") as caught:
         assert drawn.run("gallery", "enrol", g, f"--input={people}")[0] == 0
+
     assert [str(warning.message).partition(":")[0] for warning in caught] == [
         f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
     ]
     assert {*Gallery(g).clips} == {"Ada/one", "Ada/poor"}
+
+    # The second face of a photo is enrolled by the name of its clip.
     words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
-    assert drawn.run("gallery", "enrol", g, *words)[0] == 0  # one of two faces, by its name
+    assert drawn.run("gallery", "enrol", g, *words)[0] == 0
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
 
 
 def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
-    """One face was deleted, and a track names a clip that does not exist."""
     photos, made, g = (drawn.folder / name for name in ("photos", "made", "g"))
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     write_photo(photos / "odd.png", ("Ada", 20, 20))
     pipeline.extract([photos], made, drawn.models)
+    Gallery.of_models(g, drawn.models)
+
     (_, face), *_ = read_arrays(made).items()
-    write_npz(made / "two.npz", {"two.f01": face})
+    write_npz(made / "two.npz", {"two.f01": face})  # without two.f02
     facts = made / "videos" / "odd.json"
     odd = json.loads(facts.read_text())
-    odd["tracks"][0]["clip"] = ".x"
+    odd["tracks"][0]["clip"] = ".x"  # no such clip
     facts.write_text(json.dumps(odd))
-    Gallery.of_models(g, drawn.models)
+
     with pytest.warns(UserWarning, match=r"odd\.png: the photo shows no face"):
         assert drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")[0] == 0
     assert {*Gallery(g).clips} == {"odd", "two.f01"}
 
 
 def pictures_of(path):
-    """Returns words -> whose faces the pictures of a page with these words show, by colours."""
+    """Returns text of a picture on a page -> people whose faces the pictures with this text show.
+
+    The colour in the middle of a picture is the colour of a person.
+    """
     shown_faces, page = {}, path.read_text()
-    for source, words in re.findall(r'<img [^>]*src="([^"]+)" alt="([^"]*)"', page):
+    for source, alt in re.findall(r'<img [^>]*src="([^"]+)" alt="([^"]*)"', page):
         rgb = films.read_photo(path.parent / source)
         middle = rgb[len(rgb) // 3 : -len(rgb) // 3].mean((0, 1))
-        whose = min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
-        shown_faces.setdefault(words, []).append(whose)
+        person = min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
+        shown_faces.setdefault(alt, []).append(person)
     assert page.count("<img") == sum(map(len, shown_faces.values()))
-    return {words: sorted(faces) for words, faces in shown_faces.items()}
+    return {alt: sorted(faces) for alt, faces in shown_faces.items()}
 
 
 @pytest.mark.slow
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
-    """Tags in a photo, a sidecar or another person's folder take precedence over names of files."""
+    """Tags in a photo or in its sidecar file take precedence over the names of files or folders."""
     film, friends = drawn.film(), drawn.friends
+
     # A photo of three people. Only Ada and Bob (GROUP) have tags, so Eve is not enrolled.
     write_photo(friends / "group.png", *GROUP, ("Eve", 40, 70), tagged=GROUP)
     content, output = drawn.who(film, flags=["--thumbnails"])
@@ -449,27 +507,29 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     clips = {*Gallery(drawn.out / "gallery").clips}
     assert clips == {"people/group/group.f01/Ada", "people/group/group.f02/Bob"}
     pictures = pictures_of(drawn.out / "names.html")
-    assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]  # words -> faces beside them
+    assert pictures["Ada"] == ["Ada"] and pictures["Bob"] == ["Bob"]
 
+    # Photo 2 in the folder of Bob shows Eve, and the tag of photo 3 is at a place without a face.
     bob = friends / "Bob"
     write_photo(bob / "1.png", ("Bob", 40, 40))
-    write_photo(bob / "2.png", ("Eve", 30, 30))  # the sidecar counts, not the folder
+    write_photo(bob / "2.png", ("Eve", 30, 30))
     (bob / "2.png.xmp").write_bytes(tags(("Eve", 30, 30)))
-    write_photo(bob / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])  # no face is there
+    write_photo(bob / "3.png", ("Bob", 20, 40), tagged=[("Ada", 90, 60)])
     content, output = drawn.who(film, code=1)
     assert content["people"] == {"Ada": 1, "Bob": 2, "Eve": 1}
     assert content["failed"] == [str(bob / "3.png")]
     assert f"{bob / '3.png'}: there is no face at the tag of Ada" in output
     assert f"the face tags in {bob / '2.png'} name Eve, not Bob" in output
+
     shutil.rmtree(bob)
     content, output = drawn.who(film)
-    assert content["people"] == {"Ada": 1, "Bob": 1}, "of the group photo"
+    assert content["people"] == {"Ada": 1, "Bob": 1}, "the group photo still has both tags"
     assert "Bob no longer has a folder, but is still named by face tags" in output
 
 
 @pytest.mark.slow
 def test_changed_face_tag_moves_the_clip_to_the_new_person(drawn):
-    """The tag is in a sidecar file. Renamed people keep their new names."""
+    """The tag is in a sidecar file and has the earlier name of a renamed person."""
     film, sidecar = drawn.film(), drawn.friends / "Ada" / "1.xmp"
     drawn.befriend("Ada")
     write_photo(drawn.friends / "Ada" / "2.png", *GROUP, tagged=GROUP)
@@ -480,11 +540,13 @@ def test_changed_face_tag_moves_the_clip_to_the_new_person(drawn):
         return {clip.removeprefix("people/Ada/"): stored.identity for clip, stored in clips}, output
 
     assert run_who()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Bob"}
+
     drawn.gallery("rename", "--identity=Bob", "--to=Robert")
     sidecar.write_bytes(tags(("Bob", 40, 40)))
     identities, output = run_who()
     assert "1.png name Bob, not Ada" in output
     assert identities == {"1/Bob": "Robert", "2.f01": "Ada", "2.f02/Bob": "Robert"}
+
     sidecar.unlink()
     assert run_who()[0] == {"1": "Ada", "2.f01": "Ada", "2.f02/Bob": "Robert"}
 
@@ -502,12 +564,14 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
     drawn.who(film)
     where_is_bob = ("forget", "--identity=Bob", drawn.out)
     assert {place["kind"] for place in drawn.run(*where_is_bob)[1]["places"]} == {"gallery", "who"}
+
     if way == "untagged":
         write_photo(photo, ("Ada", 20, 20))
     elif way == "deleted":
         photo.unlink()
     else:
         shutil.rmtree(photo.parent)
+
     assert "Bob no longer has photos and is forgotten" in drawn.who(film)[1]
     assert "Bob" not in Gallery(drawn.out / "gallery").identities
     assert drawn.run(*where_is_bob)[1]["places"] == []
@@ -528,9 +592,11 @@ def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
     photo = drawn.friends / "group.png"
     write_photo(photo, *GROUP, tagged=GROUP)
     film, whole = drawn.meet("Eve"), photo.read_bytes()
+
     photo.write_bytes(b"damaged")
     _, output = drawn.who(film, code=1)
     assert "forgotten" not in output and "Bob cannot be recognised" in output
+
     photo.write_bytes(whole)
     assert drawn.who(film)[0]["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
 
@@ -540,7 +606,8 @@ def test_poor_faces_and_damaged_tags_are_reported_in_every_call(drawn):
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True, tagged=[("Ada", 20, 20)])
     write_photo(people / "bad.png", ("Ada", 20, 20))
     (people / "bad.xmp").write_bytes(b"<rdf:RDF Region")
-    for _ in range(2):  # the next call tells them too
+
+    for _ in range(2):
         content, output = drawn.who(group)
         assert content["people"] == {"Ada": 2} and content["failed"] == []
         assert f"{people / 'poor.png'}: Ada: the face is poor, with quality 0.000" in output
@@ -556,6 +623,8 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
 
     assert not pictures() and "<img" not in page.read_text()
     features = (out / "features" / "party.npz").read_bytes()
+
+    # Thumbnails need another reading of the film, which finds the same features.
     assert "as before" not in drawn.who(film, flags=["--thumbnails"])[1]
     clips = sorted(read_arrays(out / "features"))
     expected = [f"features/thumbnails/party/{clip}.png" for clip in clips]
@@ -563,18 +632,21 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     assert pictures() == expected and (out / "features" / "party.npz").read_bytes() == features
     for path in (page, *out.rglob("thumbnails"), *map(out.joinpath, expected)):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
+
+    # The page shows a face for each appearance, and for each person.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:;"
     assert policy in page.read_text()
     assert pictures_of(page) == {
-        "0:00\u20130:02": ["Ada"], "0:02\u20130:04": ["Eve"] * 2,  # also among the people
+        "0:00\u20130:02": ["Ada"], "0:02\u20130:04": ["Eve"] * 2,  # also in the list of people
         "0:04\u20130:06": ["Ada", "Bob"], "Ada": ["Ada"], "Bob": ["Bob"],
     }  # fmt: skip
 
     shutil.rmtree(drawn.friends / "Ada")
-    shutil.rmtree(out / "features" / "thumbnails" / "party")  # as a call that was cut off leaves it
+    shutil.rmtree(out / "features" / "thumbnails" / "party")  # as after a killed call
     drawn.who(film, flags=["--thumbnails"])
     assert pictures() == [path for path in expected if not path.startswith("people/Ada")]
     assert len(pictures_of(page)) == 4 and "Ada" not in pictures_of(page)
+
     drawn.who(film, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
@@ -592,6 +664,8 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     group = write_group(drawn)
     drawn.befriend("Ada", "Bob")
     drawn.who(group)
+
+    # The folder of one person, and a folder of other people: neither contains Ada and Bob.
     for folder, hint in (("Ada", f"--people={drawn.friends}"), ("strangers", "an empty folder")):
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]
@@ -604,7 +678,9 @@ def test_pages_that_name_a_removed_person_are_deleted_if_the_call_fails(drawn):
     film, out = drawn.meet("Ada", "Bob", flags=["--thumbnails"]), drawn.out
     shutil.rmtree(drawn.friends / "Ada")
     (out / "features" / "extract.json").write_text("damaged")
+
     drawn.who(film, code=2)
+
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*"))
 
@@ -623,6 +699,7 @@ def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monke
         patch.setattr(pipeline, "PROGRESS_SECONDS", 0.01)
         patch.setattr(pipeline.sys.stderr, "isatty", lambda: True)
         done = command("who", film, *words)
+
     assert totals[-1] == film.stat().st_size >= sum(read) > 0
     lines = done.err.splitlines()
     assert lines[-2:] == ["1 of 1: party.mkv ...", "party.mkv: 6.0 s, 3 shots, 4 faces"]
@@ -633,11 +710,14 @@ def test_terminal_shows_progress_and_people_without_a_name(drawn, command, monke
 def test_features_of_other_nets_or_settings_are_refused(drawn):
     arguments, g = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
     pipeline.extract(*arguments)
+
     slower = features_folder.ExtractionSettings(fps=2.0)
     refused(lambda: pipeline.extract(*arguments, slower), "other settings (fps: 5.0, not 2.0")
+
     card = drawn.models / "embed.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))
     refused(lambda: pipeline.extract(*arguments), "with another face_embedder")
+
     Gallery.of_models(g, drawn.models)
     code, _, output = drawn.run("gallery", "enrol", g, f"--input={drawn.out}", "--identity=Ada")
     assert code == 2 and "not from the model of the gallery" in output

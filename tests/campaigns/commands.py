@@ -1,7 +1,7 @@
-"""What people type: mistakes with their remedies, and commands that must work.
+"""Commands as users type them: mistakes with their remedies, and commands that must work.
 
-A mistake must end with exit code 2, in one to three lines that name the remedy; one in the words or
-values within SECONDS of the processor. No command may end with exit code 1 or a traceback.
+A mistake must end with exit code 2 and one to three lines that name the remedy. A mistake in words
+or values must take less than SECONDS of CPU time. No command may end with a traceback.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from tests.helpers import clip_files, made_runs
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 2.0  # for a mistake in words and values
+SECONDS = 2.0  # most CPU time of a mistake in words or values
 TRAIN = "--config=knn --workdir=new"
 OFFICIAL = "--config=mma:iqiyi_vid,face,head,audio --config.data.dir=official --workdir=new"
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
@@ -28,7 +28,7 @@ NO_GPU = {"JAX_PLATFORMS": "cuda"}
 
 
 class Case(NamedTuple):
-    """A command: its words, a part of what it must print, exit code, CPU seconds, environment."""
+    """A command: its words, a part of its output, exit code, most CPU seconds, environment."""
 
     words: str
     remedy: str
@@ -94,7 +94,7 @@ FIELDS = [
     Case(f"{MLP} --config.model.layers=((8,'swosh',False,0.5),)", "swish"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "reduce its sizes"),
 ]  # fmt: skip
-# Configuration files of a user: content, and words of the message.
+# Configuration files of a user: name -> (content, words of the error).
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
 BEGIN += "\ndef get_config(args=''):\n"
 MINE = {
@@ -110,7 +110,7 @@ MINE = {
     "typed.py": (f"{BEGIN}    values = config.default().to_dict() | {{'batch_size': '8'}}\n"
                  "    return ConfigDict(values)\n", "config.batch_size"),
 }  # fmt: skip
-# In folders with made-up runs and data; a compared run is not trained.
+# In the folders of `prepare_places`, which contain made-up runs and data.
 PLACES = [
     Case("--mode=report --workdir=.", "such as a, b"),
     Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
@@ -135,7 +135,7 @@ PLACES = [
     Case(f"{OWN}own", "labels.csv", seconds=60),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
 ]  # fmt: skip
-# In a separate process, where seconds do not count, with the trained run of `prepare`.
+# In a separate process, with the trained run of `prepare`. CPU time is not measured.
 FILES = [
     Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
     Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
@@ -161,7 +161,7 @@ class Outcome(NamedTuple):
 
 
 def prepare_places(folder: Path) -> None:
-    """Writes experiments, good and bad ones, data, and made-up runs."""
+    """Writes configuration files, some of them wrong, data, and made-up runs."""
     values = {"1": 0.5, "2": 0.75}
     made_runs.write(folder / "a", values, "--config.seed=3")
     made_runs.write(folder / "b", values)
@@ -185,7 +185,7 @@ def prepare_places(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Writes the same, and trains a run."""
+    """Calls `prepare_places`, and trains a run."""
     prepare_places(folder)
     trained = run(folder, Case("--config=knn --workdir=run --config.eval.report=false", "", 0))
     assert not trained.code, trained.errors
@@ -203,7 +203,7 @@ def run(folder: Path, case: Case) -> Outcome:
 
 
 def faults(case: Case, outcome: Outcome) -> list[str]:
-    """Returns what is wrong with the outcome of a command, in a few words each."""
+    """Returns a few words for each fault of an outcome."""
     lines = [line for line in outcome.errors.splitlines() if not line.startswith(PROGRESS)]
     if "--json" in case.words.split() and not case.code:
         assert isinstance(json.loads(outcome.output), dict)

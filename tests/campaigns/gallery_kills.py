@@ -1,8 +1,8 @@
-"""Kills changes of a gallery at random moments, and fills the disk; the gallery stays whole.
+"""Changes of a gallery are killed at random moments, or the disk is full. The gallery stays whole.
 
-What is left must be the gallery before the change or after it, row by row, without a byte of a
-removed vector. Where writes fail, as on a full disk, a change fails as a whole, and works when it
-is made again.
+After a kill, the gallery must equal, row by row, the gallery before or after the change. No byte of
+a removed vector may remain. If a write fails, as on a full disk, nothing is changed, and the same
+change succeeds later.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from vidjax.apps.gallery.store import StoredClip
 
 PEOPLE = 100
 BATCH = 40  # people of the largest enrolment or removal
-SPANS = (0.001, 0.004, 0.03)  # seconds from the start of a change: writing takes about as long
+SPANS = (0.001, 0.004, 0.03)  # most seconds from the start of a change to its kill
 CLIPS: dict[str, StoredClip] = {
     f"clip {n}": made_galleries.make_clip(n, f"person {n // 2}") for n in range(2 * PEOPLE)
 }
 
 
 def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields changes without end: what is done, and to whom; every second one reverts the first."""
+    """Yields ("remove", people) and then ("enrol", people) for the same people, without end."""
     rng = random.Random(seed)
     while True:
         people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, BATCH]))
@@ -44,7 +44,7 @@ def change(people: Gallery, what: str, whom: Sequence[str]) -> None:
 
 
 def work(folder: Path, seed: int) -> None:
-    """Makes changes without end, in the process that is killed."""
+    """Makes changes until the process is killed; each change waits for a line."""
     people = Gallery(folder)
     for number, (what, whom) in enumerate(changes(seed)):
         sys.stdout.write(f"{number}\n")
@@ -54,13 +54,14 @@ def work(folder: Path, seed: int) -> None:
 
 
 class Expected:
-    """The states of a gallery before and after each of a sequence of changes."""
+    """The contents of a gallery before the first change, and after each change."""
 
     def __init__(self, folder: Path, seed: int):
         self._changes, self._people = changes(seed), made_galleries.make(folder, CLIPS)
         self.states = [made_galleries.contents(folder)]
 
     def after(self, count: int) -> dict[str, list]:
+        """Returns the contents after `count` changes."""
         while len(self.states) <= count:
             change(self._people, *next(self._changes))
             self.states.append(made_galleries.contents(self._people.folder))
@@ -68,7 +69,7 @@ class Expected:
 
 
 def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
-    """Kills a process that changes a gallery; it must not leave another one."""
+    """Kills a process that changes a gallery; asserts that the gallery is whole."""
     seed = rng.randrange(10**9)
     expected = Expected(place / "expected", seed)
     shutil.copytree(place / "expected", folder)
@@ -82,21 +83,25 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
             process.stdin.write("go\n")
             process.stdin.flush()
         time.sleep(rng.uniform(0, rng.choice(SPANS)))
-    people = Gallery(folder)  # opens, and goes on
-    found = made_galleries.contents(folder)
-    assert found in (expected.after(last), expected.after(last + 1)), f"seed {seed}, change {last}"
-    with contextlib.suppress(ValueError):  # nobody of this name: cleans up all the same
+
+    people = Gallery(folder)
+    contents = made_galleries.contents(folder)
+    states = expected.after(last), expected.after(last + 1)
+    assert contents in states, f"seed {seed}, change {last}"
+
+    # A change of nobody fails, but deletes what the killed change left behind.
+    with contextlib.suppress(ValueError):
         people.remove(identity=["nobody"])
-    assert made_galleries.contents(folder) == found
-    # A change that had not begun to write leaves its journal to the next change.
+    assert made_galleries.contents(folder) == contents
+    # If the killed change had not begun to write, its journal remains until the next change.
     assert all(path.name.startswith(store.GALLERY_FILE) for path in folder.iterdir())
     content = b"".join(path.read_bytes() for path in folder.iterdir())
-    gone = [clip.vector.tobytes() for name, clip in CLIPS.items() if name not in found["clip"]]
-    assert not [vector for vector in gone if vector[:16] in content], f"seed {seed}: bytes are left"
+    removed = [CLIPS[name].vector.tobytes()[:16] for name in CLIPS.keys() - contents["clip"].keys()]
+    assert not [part for part in removed if part in content], f"seed {seed}: bytes are left"
 
 
 def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
-    """Makes changes under a limit of the size of files; returns how many failed."""
+    """Makes changes with a limit on the size of files; returns the number of failed changes."""
     seed = rng.randrange(10**9)
     expected = Expected(place / "expected", seed)
     shutil.copytree(place / "expected", folder)

@@ -1,9 +1,9 @@
-"""Pickles from strangers: code, tricks, greed, damage, and mutations of sound files.
+"""Hostile pickles: code, tricks, greed, damage, and mutations of sound files.
 
-Run as a program it reads a folder of them, and reports on each:
+As a program, this module reads the files of a folder, and reports the result of each file:
 
-    python -m tests.campaigns.hostile unpack FOLDER   through `sandbox.unpack`
-    python -m tests.campaigns.hostile fork FOLDER     each in a fork: quick
+    python -m tests.campaigns.hostile unpack FOLDER   with `sandbox.unpack`
+    python -m tests.campaigns.hostile fork FOLDER     in forks of this process, which is faster
 """
 
 import contextlib
@@ -36,25 +36,26 @@ from vidjax.data.frame_fields import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 
-# Parts of pickles.
+# Parts of pickles. Opcodes have the names of `pickletools`. `words` are "module name".
 
 
-def text(value: str) -> bytes:  # BINUNICODE
+def text(value: str) -> bytes:
+    """Returns BINUNICODE of a string."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def name(words: str) -> bytes:
-    """GLOBAL of "module name"."""
+    """Returns GLOBAL of "module name"."""
     return b"c" + words.replace(" ", "\n").encode() + b"\n"
 
 
 def dotted(words: str) -> bytes:
-    """STACK_GLOBAL of "module name": the only opcode to which dots are attributes."""
+    """Returns STACK_GLOBAL of "module name". Only this opcode reads dots in names as attributes."""
     return b"\x80\x04" + b"".join(map(text, words.split())) + b"\x93"
 
 
 def part(value: Any) -> bytes:
-    """Returns the bytes that Python 2 writes at protocol 1, without the STOP."""
+    """Returns the bytes that Python 2 writes in protocol 1, without STOP."""
     return python2.dumps(value, 1)[:-1]
 
 
@@ -63,6 +64,7 @@ def tuple_of(*parts: bytes) -> bytes:
 
 
 def call(words: str, *parts: bytes) -> bytes:
+    """Returns REDUCE: a call of "module name" with these arguments."""
     return name(words) + tuple_of(*parts) + b"R"
 
 
@@ -73,23 +75,28 @@ EMPTY = RECONSTRUCT + name("numpy ndarray") + b"K\x00\x85U\x01b\x87R"
 
 
 def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
+    """Returns a pickle of an array with this state: (version, shape, dtype, is Fortran, bytes)."""
     return EMPTY.replace(name("numpy ndarray"), name(kind)) + part(state) + b"b."
 
 
 def dtype_pickle(code: bytes, *state: Any) -> bytes:
+    """Returns a pickle of a dtype such as b"f2"."""
     build = part(state) + b"b" if state else b""
     return name("numpy dtype") + part((code, 0, 1)) + b"R" + build + b"."
 
 
 class Attack(NamedTuple):
-    """A pickle, and what the error must name."""
+    """A pickle, and words that its error must contain."""
 
     data: bytes
-    told: str
+    error_words: str
 
 
 def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Yields name, what the error must name, and the pickle, of every route to code."""
+    """Yields (name, words of the error, pickle) for every way to run code.
+
+    Each pickle would run `touch MARK`, or create the file `mark` in another way.
+    """
     command, path, system = text(f"touch {mark}"), text(str(mark)), name("os system")
     run = call("os system", command)
     yield "GLOBAL REDUCE", "os.system", system + command + b"\x85R."
@@ -101,7 +108,7 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "numpy ndarray.tofile", "numpy.ndarray.tofile", to_file
     yield "INST", "os.system", b"(" + command + b"ios\nsystem\n."
     yield "OBJ", "os.system", b"(" + system + command + b"o."
-    # What runs without any REDUCE: iterators, and __setstate__ looked up on the object.
+    # Without REDUCE: iterators, and __setstate__ that the object itself provides.
     lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
     yield "NEWOBJ", "builtins.map", name("builtins bytes") + lazy + b"\x85\x81."
     yield "NEWOBJ_EX", "builtins.map", name("builtins bytes") + lazy + b"\x85}\x92."
@@ -131,17 +138,17 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def attacks(mark: Path) -> dict[str, Attack]:
-    """Returns pickles that would make the file `mark`, or do other harm, by every route."""
+    """Returns name -> pickle that would create the file `mark`, or do other harm."""
     path = text(str(mark))
-    routes = {words: Attack(data, told) for words, told, data in _routes(mark)}
-    for words, told, data in (
+    routes = {words: Attack(data, error_words) for words, error_words, data in _routes(mark)}
+    for words, error_words, data in (
         ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
         ("PERSID", "outside the file", b"Pthing\n."),
         ("BINPERSID", "outside the file", b"NQ."),
         ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
         ("strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
     ):
-        routes[words] = Attack(data, told)
+        routes[words] = Attack(data, error_words)
     calls: dict[str, list[bytes]] = {
         "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
         "io open": [path, text("w")],
@@ -168,6 +175,7 @@ def attacks(mark: Path) -> dict[str, Attack]:
 
 
 def _tricks() -> Iterator[tuple[str, bytes]]:
+    """Yields pickles that misuse the names that a reader of arrays must allow."""
     new = b"}" + text("__new__") + b"Ns"
     for words in ("numpy ndarray", "_codecs encode"):
         yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
@@ -217,20 +225,20 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
 
 TRICKS = dict(_tricks())
 
-# Greed: each of these asks for gigabytes, for ever, or for a deep stack.
+# Greed: each pickle asks for gigabytes, for hours of time, or for a deep stack.
 
 
 FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
 
 def _laughs() -> bytes:
-    """Ten references to ten references to ..., forty levels of it."""
+    """Returns a list of ten references to a list of ten references, and so on for 40 levels."""
     levels = [b"](" + b"h%c" % level * 10 + b"eq%c0" % (level + 1) for level in range(40)]
     return b"]q\x000" + b"".join(levels) + b"h\x28"
 
 
 def _shared(frames: int, clips: int) -> bytes:
-    """Many clips that are all one list, which names one entry over and over."""
+    """Returns a pickle whose clips are all the same list, which repeats one frame."""
     head = b"\x80\x02" + part(FRAME)
     head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
     pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
@@ -238,7 +246,7 @@ def _shared(frames: int, clips: int) -> bytes:
 
 
 def wide(*shape: int) -> bytes:
-    """A sound file whose one array has this shape, and bytes for three numbers or none."""
+    """Returns a pickle of one array of this shape, with bytes for only three numbers or none."""
     count = 0 if 0 in shape else 3
     dims = b"".join(b"\x8a\x10" + n.to_bytes(16, "little") for n in shape)
     state = tuple_of(part(1), tuple_of(dims), part(F2), part(False), part(bytes(2 * count)))
@@ -258,7 +266,7 @@ GREED = {
     "marks": b"(" * 10**6 + b".",
     "laughing lists": b"}U\x01a" + _laughs() + b"s.",
     "digits of a long": b"}L" + b"9" * 10**6 + b"L\nNs.",
-    "colliding names": b"}(" + b"".join(  # whole numbers whose hash is 0, every one
+    "colliding names": b"}(" + b"".join(  # whole numbers that all have the hash 0
         b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(1, 70_001)
     ) + b"u.",
     "copies of one text": b"](%s%se." % (
@@ -271,11 +279,11 @@ GREED = {
     "a list in itself": b"}U\x01a]q\x00h\x00as.",
 }  # fmt: skip
 
-# Damage, and files that are no pickles.
+# Damage, and files that are not pickles.
 
 
 def damage(sound: bytes) -> dict[str, bytes]:
-    """Returns damaged versions of the pickle `sound`, and other files under its name."""
+    """Returns name -> damaged version of the pickle `sound`, or a file of another format."""
     archive, tar, npz = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("archive/data.pkl", sound)
@@ -299,7 +307,10 @@ def damage(sound: bytes) -> dict[str, bytes]:
 
 
 def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> bytes:
-    """Returns a sound pickle after a few changes; `grafts` are pieces of hostile ones."""
+    """Returns one of the sound pickles `seeds` with a few random changes.
+
+    A change flips bits, removes or repeats bytes, or inserts an opcode or one of `grafts`.
+    """
     made = bytearray(chance.choice(seeds))
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         at, length = chance.randrange(len(made)), chance.choice([0, 1, 1, 1, 8])
@@ -311,7 +322,7 @@ def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> by
 
 
 def check(packed: PackedClips, out_dir: Path) -> None:
-    """Raises AssertionError unless the arrays and their files are what `unpack` promises."""
+    """Asserts that the arrays and their files agree with the documentation of `unpack`."""
     names, features, lengths = packed.names, packed.features, packed.lengths
     assert len(set(names)) == len(names) and [clean_name(n) for n in names] == [*names]
     assert lengths.dtype == np.int32 and lengths.shape == (len(names),)
@@ -334,7 +345,7 @@ def check(packed: PackedClips, out_dir: Path) -> None:
 
 
 class _Fork(processes.Children):
-    """Runs the job of `sandbox` in a fork of this process, which has imported what it needs."""
+    """Runs the work of `sandbox` in a fork of this process, without the time to import modules."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -363,19 +374,20 @@ class _Fork(processes.Children):
 
 
 def _used() -> tuple[float, float]:
+    """Returns the CPU seconds, and the largest memory in MB, of all ended children."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 def _adopt_orphans() -> None:
-    """Makes whoever is orphaned a child of this process, so that it is seen in the end."""
+    """Makes orphaned descendants children of this process, so that they are found at the end."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
-    """Yields name, error, CPU seconds, seconds and greatest memory so far in MB of every file.
+    """Yields [name, error, CPU seconds, seconds, largest memory so far in MB] for every file.
 
-    The error is an empty text where the file loads to sound arrays.
+    The error is empty if the file loads to sound arrays.
     """
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
@@ -396,14 +408,14 @@ def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
 
 
 def set_canary(folder: Path) -> None:
-    """Makes the folder that no pickle may change, or makes it again."""
+    """Creates the folder that no pickle may change, with one file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "keep").write_text("keep")
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    """Returns the content of every file in a folder, by path; None for a folder."""
+    """Returns path -> content of a file, or None for a folder, of all that a folder contains."""
     content = {path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
     return {str(path.relative_to(folder)): data for path, data in content.items()}
 

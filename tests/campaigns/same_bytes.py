@@ -1,11 +1,11 @@
-"""Trains every shipped configuration for a short while and writes digests of what comes out.
+"""Trains every shipped configuration for a short time, and writes digests of the results.
 
     python -m tests.campaigns.same_bytes before.json
     ... change the code ...
     python -m tests.campaigns.same_bytes after.json --against=before.json
 
-A change that changes no number changes no digest. The runs use only the command line and Orbax, so
-that the same script runs on any two versions; the second run needs the processor of the first one.
+If a change of the code changes no number, no digest changes. The script uses only the command line
+and Orbax, so it runs on different versions of the code. Both runs need the same processor.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SMOOTHED = (
     "--config.loss.schedule=((0.0,0.3),)",
 )  # fmt: skip
 
-# name -> (configuration, overrides); each trains into a folder of that name.
+# Name of a run and its folder -> (configuration, overrides).
 RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
     "mma": ("mma.py", SHORT),
     "cosine": ("cosine.py", SHORT),
@@ -60,7 +60,7 @@ FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs everything, writes the digests; returns 1 if they differ from `--against`."""
+    """Trains all runs and writes the digests; returns 1 if they differ from `--against`."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.same_bytes")
     parser.add_argument("out", type=Path, help="JSON of the digests, run by run")
     parser.add_argument("--against", type=Path, help="digests of an earlier version")
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             began, at = time.monotonic(), f"--workdir={folder / name}"
             spec, overrides = RUNS.get(name, RUNS["mma"])
             words = (f"--config=configs/{spec}", at, *overrides)
-            if name == "blend":  # val by two runs together, with given weights
+            if name == "blend":  # two runs score val together
                 runs = f"--runs={folder / 'quality_fusion'},{folder / 'deepmef'}"
                 words = ("--mode=evaluate", at, runs, "--config.join.weights=2,1")
             elif name == "resumed":

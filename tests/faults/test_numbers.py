@@ -1,4 +1,4 @@
-"""Odd numbers, and data that would silently be something else: an error that names the remedy."""
+"""Extreme numbers and misspelt names in data are errors or warnings that name the remedy."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def make_config(*words):
     (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
     (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
     (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),
-])  # fmt: skip
+], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
 def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
         data = sources.load(make_clips(value), LABELS, cache_dir=tmp_path)
@@ -67,12 +67,14 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path):
     for split, offset in {"train": np.nan, "val": 0}.items():
         for modalities in clips[split].values():
             modalities["head"] = modalities["face"] + np.float32(offset)
+
     folder, cache = write_npz(tmp_path / "own", clips), tmp_path / "cache"
     write_labels(folder / "labels.csv", LABELS)
     words = ("data.name=arrays", f"data.dir={folder}", f"data.cache_dir={cache}")
     config = make_config(*words, "modalities=face,head")
     with pytest.warns(UserWarning, match="left out"):
         data = sources.load(folder, cache_dir=cache)
+
     message = r"head: all 12 frames of train contain a NaN[^\0]*config\.modalities"
     with pytest.raises(ValueError, match=message):
         plan.make_plan(config, data)
@@ -88,6 +90,7 @@ def test_splits_of_zero_features_or_without_frames_are_reported(tmp_path):
     data = sources.load(clips, LABELS, cache_dir=tmp_path)
     with pytest.warns(UserWarning, match="all features of val are 0"):
         plan.make_plan(make_config(), data)
+
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
     report = {"splits": {"train": {"modalities": nothing}}}
     assert "no clip of train has a frame" in next(find_unusable(report, ["train"], ["face"]))
@@ -111,27 +114,30 @@ def test_norms_and_histograms_of_extreme_features_are_finite():
 
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
+    """Clip d is not evaluated, so its score does not count."""
     ones = np.ones(4, np.int32)
     split = Split("val", ("a", "b", "c", "d"), ones, True, np.array([4]), 0, {"face": ones})
     evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
 
-    def check(*best):
+    def without_nan(*best):
         clips = ClipScores(evaluated, np.array(best, np.float32), right)
         return scoring._without_nan(split, clips)
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
-        scores, counts = check(0.5, np.nan, 0.25, np.nan)
+        scores, counts = without_nan(0.5, np.nan, 0.25, np.nan)
     assert counts == {"num_nan_clips": 1}
     assert scores.best[:3].tolist() == [0.5, -np.inf, 0.25] and not scores.right[1]
-    assert check(0.0, 0.0, 0.0, np.nan)[1] == {}
+
+    assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
     with pytest.raises(ValueError, match=r"3 of 3 clips .*\n.*divide"):
-        check(np.nan, np.nan, np.nan, 0.0)
+        without_nan(np.nan, np.nan, np.nan, 0.0)
 
 
 def test_infinite_values_in_a_configuration_are_refused():
     for word in ("noise.relabel_every_epochs=inf", "optim.learning_rate=inf", "data.balance=inf"):
         assert word.partition("=")[0] in next(config_lib.problems(make_config(word)))
-    assert not list(config_lib.problems(make_config("checkpoint_every_seconds=inf")))
+    never_by_time = make_config("checkpoint_every_seconds=inf")
+    assert not list(config_lib.problems(never_by_time))
     refused(lambda: make_config(f"batch_size=1{400 * '0'}"), "64 bits")
 
 
@@ -142,6 +148,7 @@ def test_total_decay_is_refused_if_the_learning_rates_sum_to_infinity():
 
 
 def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
+    """The data have 6 training clips."""
     data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
 
     def note(size, *words):
@@ -178,6 +185,7 @@ def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remed
 
 
 def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
+    """Unknown splits, such as dev, are left out. A misspelt split or modality is an error."""
     for present in ("face_test.pickle", "test_gt.txt", "face_dev.pickle", "face_testing.pickle"):
         (tmp_path / present).touch()
     assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
@@ -195,6 +203,8 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
         arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
     with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
         arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
+
+    # Numbers of frames of the clips, by split and modality.
     some, none = np.array([1, 2]), np.array([0, 0])
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem
@@ -203,6 +213,7 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
 
 
 def test_pickle_of_300000_empty_clips_is_refused_quickly(tmp_path):
+    # The opcodes of {name: [], ...}: U and the length of a name, then ] for an empty list.
     clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(300_000))
     (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
     began = time.process_time()
@@ -218,7 +229,7 @@ SYSTEMS = {
     "residual_dense": "residual_dense.py:iqiyi_vid,one,face,head",
     "noise_classes": "noise_classes.py:iqiyi_vid", "deepmef": "deepmef.py:iqiyi_vid,face,head",
 }  # fmt: skip
-# Odd features, and whether training refuses them; None where that depends on the system.
+# Changes of features, and whether training refuses them. None: some systems refuse them.
 ODD = {
     "equal": (lambda x: 0 * x + 0.5, False),
     "zero": (np.zeros_like, True),
@@ -237,6 +248,7 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     words = ("--config.num_epochs=2", "--config.batch_size=12", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec=f"configs/{SYSTEMS[system]}")
     for name, (odd, refuses) in ODD.items():
+        # Clips of 3 frames around the centres of five people. The fifth has no labels.
         rng, kind = np.random.default_rng(0), "f8" if name == "some 1e300" else "f4"
         centres = {part: rng.normal(size=(5, dim)) for part, dim in clip_files.WIDTHS.items()}
         splits, labels = {"train": {}, "val": {}}, {}
@@ -246,14 +258,16 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
                     part: odd(x[n % 5] + rng.normal(size=(3, x.shape[1]))).astype(kind)
                     for part, x in centres.items()
                 }
-                if n % 5 < 4:  # the fifth person is a stranger, without labels
+                if n % 5 < 4:
                     labels[f"{split}{n}"] = f"{n % 5 + 1}"
+
         try:
             data = sources.load(splits, labels, cache_dir=tmp_path / "cache")
             results = small_runs.run(config, tmp_path / name, data)
         except (ValueError, CheckpointError) as error:
             assert refuses is not False and 1 <= len(str(error).splitlines()) <= 3, (name, error)
             continue
+
         assert refuses is not True, name
         json.dumps(results, allow_nan=False)
         written = (tmp_path / name / "metrics.jsonl").read_text()

@@ -1,4 +1,8 @@
-"""Records that were damaged, cut, swapped or half written: found, named, never read in silence."""
+"""Records that are damaged, cut, swapped or half written are reported, and never read silently.
+
+Records are the TFRecord files ("shards") into which a conversion writes the clips. Besides shards,
+their folder contains manifest.json, index.npz and data_report.json.
+"""
 
 import contextlib
 import errno
@@ -57,7 +61,7 @@ def converted(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stale(tmp_path_factory):
-    """Another conversion: clips of the same names and lengths, other features."""
+    """Another conversion: clips with the same names and lengths, but other features."""
     other = write_source(tmp_path_factory.mktemp("other") / "official", 1)
     return prepare(other, tmp_path_factory.mktemp("cache"))
 
@@ -72,7 +76,7 @@ def shards_of(records):
 
 
 def boundaries(content):
-    """Returns the offset of each record of a shard, and the size of the shard."""
+    """Returns the offset of each record of a shard, and then the size of the shard."""
     places = [0]
     while places[-1] < len(content):
         length = int.from_bytes(content[places[-1] : places[-1] + 8], "little")
@@ -81,9 +85,9 @@ def boundaries(content):
 
 
 def as_if_unchanged(records):
-    """Returns the records with the sizes and times that their shards have now.
+    """Returns the records with the present sizes and times of the shards.
 
-    What remains to tell of damage are the numbers of records and their checksums.
+    Only the number of records and their checksums then reveal damage.
     """
     shards = tuple(
         shard._replace(size=shard.path.stat().st_size, mtime_ns=shard.path.stat().st_mtime_ns)
@@ -92,7 +96,7 @@ def as_if_unchanged(records):
     return records._replace(splits={"train": records.splits["train"]._replace(shards=shards)})
 
 
-# Each reads every clip; after the first batch of training the next epoch begins.
+# Each function reads every clip. The second batch of training begins the next epoch.
 READERS: tuple[Callable[[Dataset], Any], ...] = (
     lambda data: list(data.packed(split="train", modalities=("face",))),
     lambda data: list(itertools.islice(train_batches(data, **STREAM), 2)),
@@ -114,27 +118,32 @@ def verify(records):
 
 @pytest.mark.slow
 def test_every_reader_reports_the_damaged_file_and_record(copied, source):
-    """The damage comes after the shard is opened, with or without a new size and time."""
+    """A shard is damaged after it was opened, with or without a new size and time."""
     shard = shards_of(copied)[5]
     whole = shard.path.read_bytes()
-    places, flipped = boundaries(whole), [bytearray(whole) for _ in range(3)]
+    places = boundaries(whole)
+    # In record 18, a bit flips in the content, the length, or the checksum of the length.
+    flipped = [bytearray(whole) for _ in range(3)]
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):
-        damaged[places[17] + at] ^= 16  # in content, length, or checksum of the length
+        damaged[places[17] + at] ^= 16
     cases = (
         (whole[: places[8]], "has 8 records"), (whole + whole[: places[1]], "has 31 records"),
         *((damaged, "record 18 of 30 is damaged\n") for damaged in flipped),
         (whole[: places[8] + 5], "record 9 of 30 is damaged\n"), (b"", "has 0 records"),
     )  # fmt: skip
+
     for number, (content, wanted) in enumerate(cases):
         shard.path.write_bytes(content)
         (problem,) = verify(copied)
         messages = [problem, refused(lambda: manifest_lib.load_records(copied.folder))]
+        # All readers read one case, and one reader reads each of the others.
         for opened in (copied, as_if_unchanged(copied)):
             data = labelled(opened, source)
             for read in READERS if number == 1 else READERS[number % 3 :][:1]:
                 messages.append(refused(functools.partial(read, data)))
         for message in messages:
             assert f"{shard.path}' {wanted}" in message or f"{shard.path}: {wanted}" in message
+
     shard.path.unlink()
     data = labelled(copied, source)
     for read in (*READERS, lambda _: manifest_lib.load_records(copied.folder)):
@@ -142,14 +151,15 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
         assert f"{shard.path}' does not exist, but must have 30 records" in error
 
 
-def keep_times(path, content):
-    """Changes a file, but not its time, as a failing disk does."""
+def write_with_old_time(path, content):
+    """Changes the content of a file, but not its time, as a failing disk does."""
     stat = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def flip(rng, content, count):
+    """Returns the content with `count` flipped bits."""
     damaged = bytearray(content)
     for place in rng.choice(len(content), count, replace=False):
         damaged[place] ^= 1 << int(rng.integers(8))
@@ -158,24 +168,25 @@ def flip(rng, content, count):
 
 @pytest.mark.slow
 def test_random_damage_of_shards_is_found_when_they_are_read(copied, stale, source, campaign):
-    """Bits flip, a shard is cut, a block is zeroed, a record is lost, shards are swapped."""
     rng = np.random.default_rng(20)
     path, second = (shard.path for shard in shards_of(copied)[:2])
     whole = path.read_bytes()
     places = boundaries(whole)
+
     for _ in range(100 if campaign else 1):
-        for content in (
-            flip(rng, whole, int(rng.integers(1, 20))),
-            whole[: int(rng.integers(len(whole)))],
-            whole[: places[3]] + bytes(100) + whole[places[3] + 100 :],
-            whole[: places[4]] + whole[places[5] :],
-        ):
-            keep_times(path, content)
+        flipped = flip(rng, whole, int(rng.integers(1, 20)))
+        cut = whole[: int(rng.integers(len(whole)))]
+        with_zeros = whole[: places[3]] + bytes(100) + whole[places[3] + 100 :]
+        without_a_record = whole[: places[4]] + whole[places[5] :]
+        for content in (flipped, cut, with_zeros, without_a_record):
+            write_with_old_time(path, content)
             (problem,) = verify(copied)
             data = labelled(as_if_unchanged(copied), source)
             read = functools.partial(READERS[rng.integers(len(READERS))], data)
             for error in (problem, refused(read)):
                 assert str(path) in error and ("record" in error or "sha256" in error)
+
+    # Another shard, or the same shard of another conversion, takes the place of the shard.
     for other in (second, shards_of(stale)[0].path):
         path.unlink()
         shutil.copy2(other, path)
@@ -192,11 +203,12 @@ def test_random_damage_of_manifest_index_or_report_is_found_at_load(copied, name
     for _ in range(40 if campaign else 1):
         cut = whole[: int(rng.integers(len(whole)))]
         for content in (flip(rng, whole, 1), cut, whole + b"x", b"[" * 100_000):
-            keep_times(path, content)
+            write_with_old_time(path, content)
             error = refused(lambda: manifest_lib.load_records(copied.folder))
             for message in (error, *verify(copied)):
                 assert f"{copied.folder}: the converted data are damaged: " in message
                 assert name in message
+
     path.unlink()
     assert name in refused(lambda: manifest_lib.load_records(copied.folder))
     assert len(verify(copied)) == 1
@@ -207,11 +219,14 @@ def test_conversion_onto_damaged_records_is_one_short_error(source, tmp_path, co
     path = sorted(folder.rglob("*.tfrecord*"))[4]
     content = path.read_bytes()
     path.write_bytes(content[: boundaries(content)[11]])
+
     done = command(source, f"--cache_dir={tmp_path}", program=iqiyi_vid.main)
+
     error = f"'{path}' has 11 records instead of 30\ndelete {folder} to convert again\n"
     assert (done.code, done.out, done.err) == (2, "", f"vidjax: {error}")
+
+    # A conversion does not wait for a lock that nobody holds, or for a lock of another folder.
     shutil.rmtree(folder)
-    # A lock that nobody holds, or one of another conversion, is not waited for.
     folder.with_name(f"{folder.name}.lock").write_text("12345\n")
     with cache_lib.exclusive(tmp_path / "iqiyi_vid" / "another"):
         assert len(prepare(source, tmp_path).splits["train"].clips) == NUM_CLIPS
@@ -223,6 +238,7 @@ def convert_command(source, cache):
 
 
 def names(folder):
+    """Returns the names in a folder, without locks."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 
@@ -238,6 +254,7 @@ def kill_child(process, module):
 
 
 def write_much(folder, *modalities):
+    """Writes 300 clips of 20 frames, whose conversion takes long enough to be killed."""
     folder.mkdir()
     clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 20, 128) for i in range(300)}
     for modality in modalities:
@@ -250,11 +267,13 @@ def write_much(folder, *modalities):
 def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_path):
     source, cache = write_much(tmp_path / "source", "face", "head"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
+
     with limits.running(convert_command(source, cache)) as process:
         assert kill_child(process, "vidjax.data.untrusted.sandbox")
         out, err = process.communicate(timeout=300)
+
     assert process.returncode == 2 and not out
-    lines = err.splitlines()[1:]  # after what is converted
+    lines = err.splitlines()[1:]  # the first line names the data
     assert "was killed, perhaps for lack of memory" in lines[0] and len(lines) <= 3, lines
     assert names(cache / "iqiyi_vid") == set()
     assert iqiyi_vid.main([str(source), f"--cache_dir={cache}", "--workers=2"]) == 0
@@ -269,22 +288,27 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
     seconds = time.monotonic() - began
     words, root, killed = convert_command(source, cache), cache / "iqiyi_vid", []
+
     for _ in range(30 if campaign else 2):
+        # The context kills the conversion when it ends: at first as soon as it writes.
         with limits.running(words) as process:
             while process.poll() is None and not list(root.glob("*.partial")):
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, seconds) if killed else 0)  # the first one hits it at work
+            time.sleep(rng.uniform(0, seconds) if killed else 0)
         killed.append(process.returncode == -signal.SIGKILL)
         left = names(root)
         if killed[-1] and not any((root / name / "manifest.json").exists() for name in left):
             assert len(left) == 1, left
-        again = subprocess.run(words, capture_output=True)  # while orphans may still be at work
+
+        # The next conversion succeeds, even while children of the killed conversion still run.
+        again = subprocess.run(words, capture_output=True)
         assert again.returncode == 0, again.stderr
         records = prepare(source, cache)
         assert record_digests(records.folder) == whole and verify(records) == []
         remains = names(root) - {records.folder.name}
         assert all(name.endswith(".partial") for name in remains) and len(remains) <= 1
         shutil.rmtree(records.folder)
+
     assert any(killed)
     prepare(source, cache)
     assert len(names(root)) == 1
@@ -292,16 +316,18 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
 
 @pytest.mark.slow
 def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, command):
-    """The file limit decides whether staged features, a shard or the index fails."""
+    """The limit decides which file cannot be written: unpickled features, a shard or the index."""
     source, cache = write_much(tmp_path / "source", "face"), tmp_path / "cache"
     records = prepare(source, tmp_path / "whole")
     size = sum(path.stat().st_size for path in records.folder.rglob("*") if path.is_file())
+
     for limit in np.geomspace(1024, 0.1 * size, 40 if campaign else 2).astype(int).tolist():
         with limits.file_limit(limit):
             done = command(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
         assert done.refused(str(cache)), done.err
         assert os.strerror(errno.EFBIG) in done.err or "No space left" in done.err, done.err
         assert names(cache / "iqiyi_vid") == set() and not [*cache.rglob("manifest.json")]
+
     assert command(source, f"--cache_dir={cache}", program=iqiyi_vid.main).code == 0
     assert len(names(cache / "iqiyi_vid")) == 1
 
@@ -330,16 +356,21 @@ def write_own(folder, counts, widths):
 
 @pytest.mark.slow
 def test_conversion_with_eight_workers_needs_few_open_files(tmp_path):
-    """The writers read 320 files, more than may be open."""
+    """The writers read 320 files, and only 128 files may be open at the same time."""
     widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
     write_own(tmp_path / "data", {"train": 40, "val": 10}, widths)
+
     words = [sys.executable, "-m", "vidjax.data.arrays", tmp_path / "data"]
-    ended = limits.run([*words, "--workers=8", f"--cache_dir={tmp_path / 'some'}"], files=128)
+    ended = limits.run([*words, "--workers=8", f"--cache_dir={tmp_path / 'eight'}"], files=128)
+
     assert ended.returncode == 0, ended.stderr
-    reference = convert(arrays.FeatureFolder(tmp_path / "data", workers=1), tmp_path / "one")
-    (manifest,) = tmp_path.glob("some/arrays/*/manifest.json")
-    shards = {path.name: path.read_bytes() for path in reference.folder.rglob("*.tfrecord*")}
-    assert shards == {path.name: path.read_bytes() for path in manifest.parent.rglob("*.tfrecord*")}
+    (manifest,) = tmp_path.glob("eight/arrays/*/manifest.json")
+    by_one = convert(arrays.FeatureFolder(tmp_path / "data", workers=1), tmp_path / "one").folder
+    shards, wanted = (
+        {path.name: path.read_bytes() for path in folder.rglob("*.tfrecord*")}
+        for folder in (manifest.parent, by_one)
+    )
+    assert shards == wanted
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""A server that gets hostile requests, and one that is killed while it changes people."""
+"""A server gets hostile requests, or is killed while it enrols and removes people."""
 
 import contextlib
 import http.client
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 def npz_of(array, method):
-    """Returns an `.npz` with an array, which is packed by a method of zips."""
+    """Returns an `.npz` with an array `face`, compressed by a method of `zipfile`."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", method) as archive, archive.open("face.npy", "w") as file:
         np.lib.format.write_array(file, array)
@@ -36,6 +36,7 @@ def npz_of(array, method):
 
 
 WIDTH = made.WIDTH
+# Each request is small, but its arrays or its answer are large.
 MANY = [{"clip": f"c {n}", "face": [[n + 1] * WIDTH]} for n in range(256)]
 LARGE = {
     "uint8": lambda: npz_of(np.ones((1 << 16, WIDTH), np.uint8), zipfile.ZIP_DEFLATED),
@@ -48,7 +49,7 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", quick_first(LARGE, mark=pytest.mark.nightly))
 def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path, kind):
-    """Earlier, 64 arrays of uint8 took 4 GB, and 64 lists in JSON took 2.5 GB."""
+    """64 clients ask at the same time. An early server took 4 GB for the arrays of uint8."""
     rng, body = np.random.default_rng(0), LARGE[kind]()
     content = {"Content-Type": f"application/{'json' if body[:1] == b'{' else 'x-npz'}"}
     clips = {f"c {n}": StoredClip(f"p {n}", x) for n, x in enumerate(np.eye(WIDTH, dtype="f4"))}
@@ -57,13 +58,17 @@ def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path,
     with servers.served(tmp_path / "g") as server, ThreadPoolExecutor(64) as pool:
 
         def ask(body):
-            with contextlib.suppress(ConnectionError):  # it is refused while it comes
+            with contextlib.suppress(ConnectionError):  # the server hangs up while it is sent
                 return server.ask("POST", "/identify?clip=c", body, content)[0]
             return 429
 
         assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
+
         status = Path(f"/proc/{server.process.pid}/status").read_text()
-        assert int(status.split("VmHWM:")[1].split()[0]) < 1000 << 10
+        peak_kb = int(status.split("VmHWM:")[1].split()[0])
+        assert peak_kb < 1000 << 10
+
+        # The server still answers.
         status, answer = server.ask("POST", "/identify", {"clips": MANY[:1], "threshold": 0.5})
         assert status == 200 and answer["clips"][0]["clip"] == "c 0"
         assert server.end() == 0
@@ -77,7 +82,7 @@ WRONG = (b"NaN", b"-1e999", b"1e39", b'"0"', b"[0", b"{}", b"\xff", b"[" * 50_00
 
 
 def mutated(rng, body):
-    """Returns a request with something wrong: bytes, a number, its length, its head, all."""
+    """Returns a request with wrong bytes, a wrong number, length or head, or only random bytes."""
     kind, at = rng.randrange(5), rng.randrange(len(body))
     if kind == 0:
         body = body[:at] + rng.randbytes(4) + body[at + 4 :]
@@ -94,10 +99,11 @@ def mutated(rng, body):
 
 def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fault_seed, campaign):
     servers.make_gallery(tmp_path / "g")
-    rng, statuses, level = random.Random(fault_seed), Counter(), []
+    rng, statuses, resident_mb = random.Random(fault_seed), Counter(), []
     query = {"clips": servers.as_json({"q": servers.make_frames(7030, "person 3")})}
     with servers.served(tmp_path / "g") as server:
         wanted = server.ask("POST", "/identify", query)[1]["clips"][0]
+
         for number in range(2000 if campaign else 200):
             answer = b""
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=25)
@@ -108,15 +114,17 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
                     answer += part
             statuses[answer[9:12]] += 1  # the HTTP status; empty if the server closed early
             assert answer[9:10] < b"5", (number, answer[:200])
-            if number % 50 == 49:
+
+            if number % 50 == 49:  # an intact request gets the right answer
                 best = server.ask("POST", "/identify", query)[1]["clips"][0]
                 assert best["identity"] == wanted["identity"] == "person 3"
                 assert best["score"] == pytest.approx(wanted["score"], abs=1e-6)
                 status = Path(f"/proc/{server.process.pid}/status").read_text()
-                level.append(int(status.split("VmRSS:")[1].split()[0]) >> 10)
+                resident_mb.append(int(status.split("VmRSS:")[1].split()[0]) >> 10)
         assert server.end() == 0
+
     assert statuses[b"422"] > statuses.total() / 8
-    assert level[-1] <= level[len(level) // 2] + 64
+    assert resident_mb[-1] <= resident_mb[len(resident_mb) // 2] + 64
 
 
 def test_server_conforms_to_its_openapi_description(tmp_path, fault_seed, campaign):
@@ -129,7 +137,7 @@ def test_server_conforms_to_its_openapi_description(tmp_path, fault_seed, campai
             f"http://127.0.0.1:{server.port}/openapi.json", "--phases=coverage,fuzzing",
             f"--max-examples={50 if campaign else 5}", f"--max-time={300 if campaign else 6}",
             f"--seed={fault_seed}", "--generation-database=none", "--no-color",
-            # Fields have to fit each other, such as the quality of frames and the frames.
+            # Valid fields can contradict each other, such as three frames and two qualities.
             "--exclude-checks=positive_data_acceptance",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -140,15 +148,19 @@ def test_server_conforms_to_its_openapi_description(tmp_path, fault_seed, campai
 def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed, campaign):
     servers.make_gallery(tmp_path / "g")
     rng, number = random.Random(fault_seed), 0
-    enrolled: dict[str, bool] = {}  # person -> whether enrolled, by the last answer
+    enrolled: dict[str, bool] = {}  # person -> whether the person is enrolled after the last answer
     unsure: set[str] = set()  # people whose change got no answer
+
     for _ in range(50 if campaign else 2):
         with servers.served(tmp_path / "g") as server:
+            # After a restart, the gallery has all confirmed changes.
             people = server.ask("GET", "/identities")[1]["identities"]
             sure = enrolled.keys() - unsure
             assert {name for name in sure if enrolled[name]} == sure & people.keys()
             enrolled = {name: name in people for name in enrolled}
             unsure.clear()
+
+            # Changes follow each other until the server is killed.
             timer = threading.Timer(rng.uniform(1, 2), server.process.kill)
             timer.start()
             try:
@@ -158,11 +170,12 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
                         change_and_identify(server, rng, enrolled, unsure, number)
             finally:
                 timer.join()
-    assert number > 4
+
+    assert number > 4, "too few changes were made"
 
 
 def change_and_identify(server, rng, enrolled, unsure, number):
-    """Enrols or removes a person; then no removed person may be named."""
+    """Enrols or removes a person. The server must then name all enrolled and no removed people."""
     name = f"made {rng.randrange(30)}"
     unsure.add(name)
     if enrolled.get(name):
@@ -174,9 +187,11 @@ def change_and_identify(server, rng, enrolled, unsure, number):
     assert status == 200, (status, answer)
     enrolled[name] = not enrolled.get(name)
     unsure.discard(name)
-    gone = rng.choice(sorted(enrolled))
-    query = {"clips": servers.as_json({"q": servers.make_frames(number, gone)}), "k": 100}
+
+    person = rng.choice(sorted(enrolled))
+    query = {"clips": servers.as_json({"q": servers.make_frames(number, person)}), "k": 100}
     status, answer = server.ask("POST", "/identify", query)
-    named = {one["identity"] for one in answer["clips"][0]["best"]}
-    assert status == 200 and named >= {one for one, there in enrolled.items() if there}
-    assert not named & {one for one, there in enrolled.items() if not there}
+    named = {best["identity"] for best in answer["clips"][0]["best"]}
+    present = {person for person, is_enrolled in enrolled.items() if is_enrolled}
+    assert status == 200 and named >= present
+    assert not named & (enrolled.keys() - present)

