@@ -70,6 +70,8 @@ def concat_noise(
 
     A distractor is a clip that shows none of the identities: its label is 0 or above
     `num_identities`.
+
+    Source: noise augmentation of the 5th-place system of 2018.
     """
     labels = clips.labels
     is_noise = (clips.weight > 0) & ((labels == 0) | (labels > num_identities))
