@@ -603,11 +603,13 @@ class Index:
 
         def score(place: int) -> None:
             rows = slice(self._ends[place], self._ends[place + 1])
-            # BLAS multiplies few clips faster if the people are the first factor.
-            first, *others = (
-                (people @ x.T).T
-                for x, people in zip(narrow, self.blocks[place].linear, strict=True)
-            )
+            # BLAS multiplies few clips faster if the people are the first factor. OpenBLAS rarely
+            # reports an invalid value although all numbers are finite.
+            with np.errstate(invalid="ignore"):
+                first, *others = (
+                    (people @ x.T).T
+                    for x, people in zip(narrow, self.blocks[place].linear, strict=True)
+                )
             logits[:, rows] = first
             self._add_up([logits[:, rows], *others], rows, owner, queries)
 
