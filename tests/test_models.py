@@ -478,6 +478,17 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
 
 
+def test_cosine_net_of_a_single_modality_learns_no_weight():
+    """A weight below 0 would negate all cosines, and its gradient is only rounding errors."""
+    frames, clips = made.make_batch()
+    face = {"face": made.DIMS["face"]}
+    model = identifier.make_identifier(COSINE, modalities=face, num_classes=5, num_clips=6)
+
+    variables = made.init_identifier(model, {"face": frames["face"]}, clips)
+
+    assert "weights" not in variables["params"]
+
+
 def test_margin_loss_and_its_gradient_use_the_learned_scale():
     """The oracle is the cross-entropy of scale x (cosine - margin at the label).
 

@@ -230,7 +230,7 @@ class ResidualDenseNet(nn.Module):
 class CosineIdentifier(Identifier):
     """Concatenates a weighted unit vector of each modality, and classifies by cosines.
 
-    With the mean frame x_m of modality m and learned weights a_m:
+    With the mean frame x_m of modality m and learned weights a_m (1 for a single modality):
 
         e_m = unit(BatchNorm(Linear(feature_scale x_m))), or 0 for a clip without m
         z = unit([a_1 e_1; a_2 e_2; ...])
@@ -275,7 +275,9 @@ class CosineIdentifier(Identifier):
         kept = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         first = 0.5 ** jnp.arange(len(self.modalities), dtype=param_dtype)
-        weights = self.param("weights", lambda _: first)
+        # The weight of a single modality would change only the sign of z. The gradient would be
+        # rounding errors, which Adam enlarges until the sign changes and all cosines are negated.
+        weights = self.param("weights", lambda _: first) if len(frames) > 1 else first
         share = weights * kept  # [B, M]
         parts = [
             share[:, i, None] * self._embed(name, real, present[:, i], train=train)
