@@ -16,7 +16,7 @@ import jax
 import pytest
 
 import vidjax
-from tests.benchmarks import scores, speed
+from tests.benchmarks import common, rehearsal, scores, speed
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
 from tests.helpers.small_runs import LAYER
@@ -295,3 +295,9 @@ def test_every_test_in_the_fault_table_exists():
         assert tests and len(tests) == cell.count("::"), number
         for name, test in tests:
             assert f"def {test}(" in (ROOT / name).read_text(), (number, test)
+
+
+def test_table_of_the_rehearsal_is_made_of_the_collected_rows():
+    page, rows = rehearsal.PAGE.read_text(), json.loads(rehearsal.COLLECTED.read_text())
+
+    assert common.replace_table(page, "rehearsal", rehearsal.render(rows)) == page

@@ -11,7 +11,8 @@ repeat its step. All steps take more than a day on 2 cores, 25 GB of disk and 8 
 - `--only` names the steps to run.
 - `--scale` is the share of the identities. Below 1, runs have two epochs at most, to test this
   script.
-- `--collect` runs nothing. It writes the rows into the table `rehearsal` of the main README.
+- `--collect` runs nothing. It adds the rows to `rehearsal.json`, and writes the table `rehearsal`
+  of the main README.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from vidjax.data import synthetic
 from vidjax.runs import config_io
 
 PAGE = common.ROOT / "README.md"
+COLLECTED = Path(__file__).with_suffix(".json")  # the rows of the table
 IDENTITIES = 10_034
 CLIPS_AT_ONCE = 1000  # as many as pickle puts into a dict at once
 SECONDS = 0.25  # between two readings of the memory
@@ -258,8 +260,11 @@ def resume(workdir: Path, log: Path, command: Callable[[str], list[str]]) -> dic
 
 
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the table of the README. Wall time is left out if other programs were busy."""
-    lines = []
+    """Returns the table of the README. Wall time is left out if other programs were busy.
+
+    The header names the machine of the first row. Rows of another machine name the machine.
+    """
+    lines, machine = [], next(iter(rows.values()))["machine"]
     for step in (step for step in STEPS if step in rows):
         row = rows[step]
         minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else "busy"
@@ -274,10 +279,12 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
             score = "equal" if row["equal"] else "differs"
         if row.get("resumed"):
             minutes = hours = "interrupted"
+        name = NAMES.get(step, name)
+        if row["machine"] != machine:
+            name += f" ({row['machine']})"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
         times = (f"{used / 60:,.0f}", minutes, hours)
-        lines.append([NAMES.get(step, name), epochs, *times, *sizes, score])
-    machine = next(iter(rows.values()))["machine"]
+        lines.append([name, epochs, *times, *sizes, score])
     header = [machine, "epochs", "CPU minutes", "elapsed minutes", "CPU hours, all epochs"]
     return common.markdown([*header, "memory, GB", "disk, GB", "MAP"], lines)
 
@@ -304,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.scale < 1:
         sys.stdout.write(render(rows))
     elif args.collect:
+        rows = json.loads(COLLECTED.read_text()) | rows
+        COLLECTED.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(common.replace_table(PAGE.read_text(), "rehearsal", render(rows)))
 
 
