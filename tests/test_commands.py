@@ -13,7 +13,7 @@ import pytest
 
 from tests.campaigns import commands
 from tests.helpers import seen
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import slowness
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
-def run_case(case, command):
-    """Runs a case of `tests/campaigns/commands.py` with the listed outcome; returns the output."""
+def check_outcome(case, command):
+    """Runs a case of `tests/campaigns/commands.py`, and checks its outcome; returns the output."""
     began = time.process_time()
     code, out, err = command(*case.words.split())
     outcome = commands.Outcome(code, (time.process_time() - began) / slowness(), out, err)
@@ -42,7 +42,7 @@ def run_case(case, command):
 def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    assert run_case(case, command) == ""
+    assert check_outcome(case, command) == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -59,7 +59,7 @@ def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = seen.contents(places, but={"cache", "__pycache__"})
 
-    run_case(case._replace(seconds=60), command)
+    check_outcome(case._replace(seconds=60), command)
 
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
@@ -90,7 +90,7 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@first_by_day("name", NAMES)
+@nightly_after_first("name", NAMES)
 def test_shipped_configuration_passes_a_dry_run(name):
     plan.dry_run(config_io.load_file(name))
 

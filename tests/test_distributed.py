@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, run, saved, shrunk, weights
 from vidjax.cli import program
 from vidjax.core import devices, distributed
@@ -112,7 +112,7 @@ def assert_close(left, right):
 
 
 @pytest.mark.slow
-@first_by_day("mode", ["resident", "streaming"])
+@nightly_after_first("mode", ["resident", "streaming"])
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
     """If a process is killed, the other process ends with an error.
 
@@ -151,13 +151,13 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
 
 
 @pytest.mark.slow
-@first_by_day("spec, given", [
+@nightly_after_first("spec, given", [
     ("quality_fusion", (*SGD, "--config.data.mode=streaming")),
     ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=resident")),
     ("plda", ()), *((name, SGD) for name in ("cosine", "mma", "deepmef")),
 ])  # fmt: skip
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):
-    """A run that is resumed on 4 devices equals a run on 1 device."""
+    """A run that is resumed on 4 devices equals the same run, resumed on 1 device."""
 
     def train(folder, num_devices, epochs):
         words = (f"--config.num_epochs={epochs}", "--config.log_every_steps=1", *given)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, limited_job
-from tests.helpers.cases import first_by_day, quick_first
+from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.datasets import record_digests
 from vidjax.data import arrays, cache, processes
 from vidjax.data.iqiyi_vid import OfficialFiles
@@ -42,7 +42,7 @@ def make_clips(seed, count):
 SOME = {"train": make_clips(0, 40), "val": make_clips(1, 31)}
 
 
-@first_by_day("kind", ["npz", "pickles", "parquet"])
+@nightly_after_first("kind", ["npz", "pickles", "parquet"])
 def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT
 from tests.helpers import made_galleries, servers, small_runs
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from vidjax.apps.export import formats, function, reader, weights
 from vidjax.apps.export.formats import FORMATS
 from vidjax.apps.gallery.backend import make_card_backend
@@ -66,7 +66,7 @@ def made(trained):
 
 
 @pytest.mark.slow
-@first_by_day("name", SYSTEMS)
+@nightly_after_first("name", SYSTEMS)
 def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_path, export):
     for chosen in FORMATS:
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
@@ -359,7 +359,7 @@ def test_openvino_sorts_as_jax(core):
 
 
 @pytest.mark.slow
-@first_by_day("name", ["knn", "mma"])
+@nightly_after_first("name", ["knn", "mma"])
 def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
 
@@ -372,7 +372,7 @@ def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, exp
 
 
 @pytest.mark.slow
-@first_by_day("name", sorted(FORMATS, key=lambda name: name != "numpy"))
+@nightly_after_first("name", sorted(FORMATS, key=lambda name: name != "numpy"))
 def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, export, monkeypatch):
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")

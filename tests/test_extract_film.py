@@ -7,7 +7,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.batches import assert_equal
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from tests.helpers.seen import contents, refused
@@ -36,7 +36,7 @@ def read_tracks(path, models):
     return rows
 
 
-@first_by_day("fade_s", [1.0, 0.5, 3.0])
+@nightly_after_first("fade_s", [1.0, 0.5, 3.0])
 def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
     """Four slides of 4 s have faces in the same place, so no cut is detected."""
     slides = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]
@@ -54,7 +54,7 @@ def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
     np.testing.assert_allclose((starts, ends), ([0, 4, 8, 12], [4, 8, 12, 16]), atol=0.41)
 
 
-@first_by_day("held_s", [1.0, 0.5, 4.0])
+@nightly_after_first("held_s", [1.0, 0.5, 4.0])
 @pytest.mark.parametrize("alike", [True, False], ids=["one background", "many backgrounds"])
 def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, held_s, alike):
     slides = [picture([(name, 50, 40)]) for name in SLIDES]
@@ -87,7 +87,7 @@ def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     assert number[0] < 20 and number[-1] > 280 and np.diff(number).max() < 25
 
 
-@first_by_day("degrees", [90, 0])
+@nightly_after_first("degrees", [90, 0])
 def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
     """Boxes are fractions of the displayed picture at the time of the face."""
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
@@ -106,7 +106,7 @@ def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
 
 
 @pytest.mark.usefixtures("read_here")
-@first_by_day("ending", [".mp4", ".ts"])
+@nightly_after_first("ending", [".mp4", ".ts"])
 def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, ending):
     """The unused stream is a second camera. A cover picture gives no warning."""
     single, both = tmp_path / f"single{ending}", tmp_path / f"of both{ending}"

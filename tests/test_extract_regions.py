@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import xmp
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import slowness
 from vidjax.apps.video import regions
 
@@ -80,7 +80,7 @@ def photo(kind, packet):
     return file.getvalue()
 
 
-@first_by_day("kind", ["jpeg", "png, packed", "tiff", "webp", "heif"], 2)
+@nightly_after_first("kind", ["jpeg", "png, packed", "tiff", "webp", "heif"], 2)
 def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
     assert boxes(tags_of(photo(kind, MWG))) == TAGS
     assert tags_of(photo(kind, xmp.packet(""))).tags == []

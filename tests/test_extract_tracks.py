@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.cards import BackEnd
@@ -404,7 +404,7 @@ def fade(start, steps):
     return start * np.linspace(1, 0, steps)[:, None, None, None]
 
 
-@first_by_day("dark, bright", [(0.6, 1.0), (0.08, 0.15), (0.1, 1.0)])
+@nightly_after_first("dark, bright", [(0.6, 1.0), (0.08, 0.15), (0.1, 1.0)])
 def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 60, 12)
@@ -414,7 +414,7 @@ def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
     assert find_cuts(filmed(rng, *parts)) == np.cumsum(lengths)[:-1].tolist()
 
 
-@first_by_day("steps", [15, 6, 40])
+@nightly_after_first("steps", [15, 6, 40])
 def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     rng = np.random.default_rng(0)
     first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
@@ -430,14 +430,15 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     assert find_cuts(filmed(rng, black, first)) == [30]
 
 
-@first_by_day("steps", [15, 8, 25])
+@nightly_after_first("steps", [15, 8, 25])
 def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     rng, detector = np.random.default_rng(0), shots.ShotDetector()
     first, second = (shot(rng, "still", 1, bright) for bright in (0.8, 0.6))
-    mixed = fade(first, steps) + second - fade(second, steps)
+    mixed = fade(first, steps) + second - fade(second, steps)  # first fades out, second fades in
     film = filmed(rng, first.repeat(40, 0), mixed, second.repeat(60, 0))
 
-    (reported,) = [n for n, small in enumerate(film) if detector.update(n / RATE, small)][1:]
+    updates = [n for n, small in enumerate(film) if detector.update(n / RATE, small)]
+    (reported,) = updates[1:]  # the first update reports the start of the film
 
     assert 40 < reported <= 40 + steps + 15
     assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)

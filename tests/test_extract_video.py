@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("av", reason="needs the extra [video]")
 
 from tests.helpers import films, seen
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from vidjax.apps.video import decode
 from vidjax.utils.errors import UserError
 
@@ -51,7 +51,7 @@ def film(tmp_path):
     return tmp_path / "film.mkv"
 
 
-@first_by_day("ending, codec", CODECS.items(), 2)
+@nightly_after_first("ending, codec", CODECS.items(), 2)
 def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, codec):
     films.write(tmp_path / f"a.{ending}", [corner()] * 30, codec)
 
@@ -86,7 +86,7 @@ def test_rotated_film_is_decoded_upright(tmp_path, degrees, place):
     assert len(frame.rgb) == (120 if degrees == 180 else 160)
 
 
-@first_by_day("ending, orientation", PHOTOS, 2)
+@nightly_after_first("ending, orientation", PHOTOS, 2)
 def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, ending, orientation):
     """The photos have colour profiles, as cameras and editors write them."""
     pytest.importorskip("pillow_heif").register_heif_opener()

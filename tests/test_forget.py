@@ -21,7 +21,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_galleries, small_runs
-from tests.helpers.cases import first_by_day, quick_first
+from tests.helpers.cases import nightly_after_first, quick_first
 from vidjax.data import cache
 from vidjax.runs import config_io
 from vidjax.utils import files, tables
@@ -186,7 +186,7 @@ WRITERS = {
 }
 
 
-@first_by_day("name", ODD)
+@nightly_after_first("name", ODD)
 @pytest.mark.parametrize("file", quick_first(WRITERS, 5))  # a process that reads parquet is slow
 def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_path, run):
     folder = tmp_path / "it's a folder"

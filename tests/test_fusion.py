@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from vidjax.core import augment, fusion
 
@@ -77,7 +77,7 @@ def test_weights_that_are_all_0_count_as_equal():
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
-@first_by_day("name, options", [
+@nightly_after_first("name, options", [
     ("random", {"num_draws": 2, "replacement": False, "weighting": "mixup"}),
     ("random", {"num_draws": 3, "sampling": "quality", "weighting": "quality"}),
     ("mean", {"weighting": "graded"}),

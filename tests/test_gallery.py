@@ -9,7 +9,7 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import embeddings, made_galleries
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, identify, make, make_clip, make_clips
 from tests.helpers.seen import refused
@@ -220,7 +220,7 @@ def test_invalid_threshold_or_a_threshold_with_an_fpir_is_refused(tmp_path):
     refused(lambda: people.rule(threshold=0.5, fpir=0.01), "give one of them")
 
 
-@first_by_day("num_people", [5, 1, 20])
+@nightly_after_first("num_people", [5, 1, 20])
 def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, capsys, num_people):
     """The vectors are as similar as dlib's. A warning reports too few clips for a fit."""
     best, right, named_strangers = [], [], []
@@ -327,7 +327,9 @@ def assert_near(answers, wanted):
         assert [*itertools.compress(names[0], no_tie)] == [*itertools.compress(names[1], no_tie)]
 
 
-@first_by_day("cards, scale, spread", itertools.product([False, True], [0.3, 1.0], [0.3, 1.5]))
+@nightly_after_first(
+    "cards, scale, spread", itertools.product([False, True], [0.3, 1.0], [0.3, 1.5])
+)
 def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scale, spread):
     rng = np.random.default_rng(int(100 * scale + 10 * spread))
     widths = {"face": 48, "audio": 20}
@@ -347,7 +349,7 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
             assert_near(answers, [answer for x in batches for answer in index.nearest(x, k)])
 
 
-@first_by_day("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
+@nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
     """The oracle computes the logits of all people. The search computes the logits of a few."""
     rng, widths = np.random.default_rng(1), {"face": 40, "audio": 8}

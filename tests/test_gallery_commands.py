@@ -19,7 +19,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, limits, made_galleries, made_runs
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
@@ -178,14 +178,16 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     assert ["dead", "unknown", "no", "usable", "frame"] in [row.split() for row in rows]
 
 
-def test_enrol_refuses_subfolders_of_splits_and_clips_without_a_person(tell, folder, tmp_path):
+def test_enrol_refuses_folders_of_splits_and_clips_outside_a_folder_of_a_person(
+    tell, folder, tmp_path
+):
     words = ("enrol", folder, f"--input={tmp_path / 'photos'}")
 
     for split in ("train", "val"):
         write_clips(tmp_path / "photos" / split, "Ada")
     assert "splits of a dataset, not names of people" in tell(*words, code=2)
 
-    write_clips(tmp_path / "photos", "Eve")
+    write_clips(tmp_path / "photos", "Eve")  # next to the folders
     error = tell(*words, code=2)
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
 
@@ -479,7 +481,7 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
     assert tables_in(out) == tables_in(tmp_path / "whole") and len(tables_in(out)) == 16
 
 
-@first_by_day("change", ["clips", "rule", "damage"])
+@nightly_after_first("change", ["clips", "rule", "damage"])
 def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, tmp_path, change):
     out = tmp_path / "out"
     words = ["gallery", "identify", folder, f"--input={day}", f"--out={out}"]
@@ -595,7 +597,7 @@ def sorted_columns(folder, keys):
 
 @pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
-@first_by_day("names", [["rank"], [*RAY_COMMANDS]])
+@nightly_after_first("names", [["rank"], [*RAY_COMMANDS]])
 def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
     """The recipes of the page also end if the worker that ranks is killed."""
     pytest.importorskip("ray")

@@ -9,7 +9,7 @@ from scipy import stats
 
 from tests.benchmarks import decision
 from tests.helpers import made_nets
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
@@ -416,7 +416,7 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
 
 
-@first_by_day("people, count", [(50, 3), (5, 1), (500, 10)])
+@nightly_after_first("people, count", [(50, 3), (5, 1), (500, 10)])
 def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, count):
     """Half of the clips show strangers. Photos of a person may share noise, as if of one day."""
     for shared, most in ((0.0, 0.05), (0.5, 0.1)):

@@ -9,7 +9,7 @@ import tokenize
 import tomllib
 from pathlib import Path
 
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
@@ -78,7 +78,7 @@ def test_folders_import_only_lower_folders_without_cycles():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
-@first_by_day("package", [*WITHOUT, "vidjax"])
+@nightly_after_first("package", [*WITHOUT, "vidjax"])
 def test_folders_import_without_their_forbidden_libraries(python, package):
     modules = [name for name in MODULES if name.startswith(f"{package}.")]
     if package == "vidjax":

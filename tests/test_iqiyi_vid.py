@@ -153,7 +153,7 @@ def test_identities_only_in_the_test_split_get_no_class(converted, tmp_path):
 
 def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
-    write_pickle(small, "face", "val", {"v": clip})
+    write_pickle(small, "face", "val", {"v": clip})  # the training clips are float16
 
     converted = prepare(small, tmp_path / "cache")
     assert converted.modalities["face"].dtype == "float32"

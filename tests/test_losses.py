@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from vidjax.core import losses
 from vidjax.runs import config as config_lib
 
@@ -43,7 +43,7 @@ def example(batch=7, columns=9, seed=0, dtype="float32"):
     return logits, rng.integers(1, columns, batch).astype(np.int32)
 
 
-@first_by_day("name, gamma", [
+@nightly_after_first("name, gamma", [
     ("softmax", 0.0), ("smoothed", 0.0), ("binary", 2.0), ("multiclass", 2.0),
     ("binary", 0.5), ("multiclass", 0.5),
 ], count=4)  # fmt: skip
@@ -63,7 +63,7 @@ def test_losses_match_their_equations_in_float64(name, gamma):
             np.testing.assert_allclose(exact, expected, rtol=1e-11)
 
 
-@first_by_day("name", ["multiclass", "softmax", "smoothed", "binary"])
+@nightly_after_first("name", ["multiclass", "softmax", "smoothed", "binary"])
 def test_gradients_of_losses_match_finite_differences(name):
     with jax.enable_x64(True):
         logits, labels = example(batch=3, columns=4, dtype="float64")
@@ -94,7 +94,7 @@ def cosines(count=400, columns=6, seed=2):
     return values, rng.integers(0, columns, count).astype(np.int32)
 
 
-@first_by_day("margin", [0.5, 1.5])
+@nightly_after_first("margin", [0.5, 1.5])
 def test_angular_margin_matches_the_equation(margin):
     """The oracle computes ArcFace from the angle, in float64."""
     cosine, labels = cosines()

@@ -12,7 +12,7 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import made_runs, map_oracle, small_runs
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import devices, metrics
 from vidjax.evaluation import ranking, significance, topk
@@ -273,7 +273,7 @@ def test_analysis_leaves_the_run_as_it_is_and_attention_sums_to_one(workdir, ana
 
 
 @pytest.mark.slow
-@first_by_day("module", [run_page, measures])
+@nightly_after_first("module", [run_page, measures])
 def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monkeypatch, module):
     def fail(*_args, **_kwargs):
         raise MemoryError("cannot allocate 9 GB")

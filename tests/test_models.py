@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_models as made
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_frames import make_frames
 from vidjax.core import fusion, losses
@@ -58,7 +58,7 @@ def netvlad_oracle(params, features, mask, reduce, norms):
     return out
 
 
-@first_by_day("reduce, norms", [("sum", ("batch",)), ("mean", ("batch",)), ("sum", ("l2",))])
+@nightly_after_first("reduce, norms", [("sum", ("batch",)), ("mean", ("batch",)), ("sum", ("l2",))])
 def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
     """Arandjelovic et al. use L2 norms. The iQIYI-VID paper uses BatchNorm."""
     with jax.enable_x64(True):
@@ -275,7 +275,7 @@ def test_mlp_matches_its_equations():
 
 
 @pytest.mark.slow
-@first_by_day("shortcut", ["concat", "add", "none"])
+@nightly_after_first("shortcut", ["concat", "add", "none"])
 def test_residual_dense_net_matches_its_equations(shortcut):
     """A sigmoid gate multiplies each layer. Shortcuts add or concatenate earlier layers."""
     mask = np.arange(8) != 2
@@ -384,7 +384,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
     return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)
 
 
-@first_by_day("form, rms_norm, published, aggregation", [
+@nightly_after_first("form, rms_norm, published, aggregation", [
     ("channels", True, True, "attention"),
     ("features", True, False, "attention"),
     ("danet", False, False, "mean"),
@@ -409,7 +409,7 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, a
 
 
 @pytest.mark.slow
-@first_by_day("form", ["features", "danet"])
+@nightly_after_first("form", ["features", "danet"])
 def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
     """If theta and phi both started at 0, as published, neither would ever change."""
     frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
@@ -452,7 +452,7 @@ def cosine_oracle(params, stats, frames, clips, *, feature_scale):
     return z, params["scale"] * z @ (kernel / np.linalg.norm(kernel, axis=0))
 
 
-@first_by_day("train, feature_scale", [(True, 0.3), (False, 0.1)])
+@nightly_after_first("train, feature_scale", [(True, 0.3), (False, 0.1)])
 def test_cosine_net_matches_its_float64_equations(train, feature_scale):
     with jax.enable_x64(True):
         frames, clips = made.make_batch()
@@ -541,7 +541,7 @@ def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
     return x + gamma * x @ y, y
 
 
-@first_by_day("form", ["two", "gram"])
+@nightly_after_first("form", ["two", "gram"])
 def test_attention_matches_equations_1_to_3_with_both_masks(form):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
@@ -613,7 +613,7 @@ def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=Fals
     return vectors @ classifier["kernel"] + classifier["bias"]
 
 
-@first_by_day("words, parts", [
+@nightly_after_first("words, parts", [
     ("published", {"netvlad": True, "attention": True}),
     ("average,concat,unit", {"netvlad": False, "attention": False, "unit": True}),
     ("pooled", {"netvlad": True, "attention": False, "pooled": True}),

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from tests.helpers import made_models as tiny
 from tests.helpers.batches import real_frames
-from tests.helpers.cases import first_by_day
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.small_runs import shrunk
 from vidjax.core import fusion
@@ -272,7 +272,7 @@ DROPOUT = {
 
 
 @pytest.mark.slow
-@first_by_day("name", DROPOUT)
+@nightly_after_first("name", DROPOUT)
 def test_dropout_is_used_only_in_training(name):
     plain, variables, frames, clips = made(name)
     model = tiny.make_model({**MODELS[name][0], **DROPOUT[name]})

@@ -182,6 +182,7 @@ def test_missing_modalities_favour_nobody():
 
 def test_identities_without_clips_get_zero_and_change_no_other_probability():
     ratios = np.random.default_rng(0).normal(size=(2, 6, NUM_CLASSES)).astype(np.float32)
+    # Has a column clips of this modality? Column 0 is "other". Columns 2 and 4 have none.
     known = np.array([[False, True, False, True, False], [False, True, False, False, False]])
     present, enrolled = np.ones((2, 6), bool), [0, 1, 3]
 

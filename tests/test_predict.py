@@ -170,11 +170,12 @@ def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
     run, five = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
-    run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99})
+    enough = {"num_distractors": 99}
+    run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, **enough})
     assert run.threshold is None
     refused(lambda: run.identify(five), "too strict for new clips", "\ngive a threshold")
     words = "\nfor a probability p, give threshold=math.log"
-    refused(lambda: run.identify(five, threshold=0.5), words)
+    refused(lambda: run.identify(five, threshold=0.5), words)  # logarithms are at most 0
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
 
     # The threshold of a run that was trained without the clips of val is used.

@@ -140,8 +140,8 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
 
-    # A stranger may have written the data folder in config.json. Without a flag, a folder is used
-    # only if it contains data of the run, such as `val` in own / "data". `other` is refused.
+    # A stranger may have written config.json. So without --config.data.dir, the data folder that it
+    # names is used only if it has a split of the run: own / "data" has `val`, `other` has none.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())
@@ -151,7 +151,7 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         files.write_manifest(folder / "manifest.json", manifest)
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         error = evaluate(test, code=code)
-    assert "--config.data.dir=" in error
+    assert "--config.data.dir=" in error  # for `other`
 
 
 def test_default_run_folder_contains_the_name_of_the_data():

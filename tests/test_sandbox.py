@@ -272,6 +272,8 @@ def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
     assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
 
+    # Python 2 pickles a scalar as a function, its arguments, and an opcode that calls the function.
+    # The pickle of the arguments ends with STOP.
     arguments = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
     assert load(hostile.SCALAR + arguments + b"R.") == 0.1
 

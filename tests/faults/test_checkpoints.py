@@ -59,7 +59,7 @@ def find_and_load(workdir, prefer):
 
 
 def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
-    """The other step is restored with a warning if it is not damaged; no file is deleted."""
+    """If the preferred step is damaged, the other is restored with a warning. No file changes."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
     for step, score in {3: 0.9, 8: 0.1}.items():
         checkpoint.save(folder.parent, step, make_items(step), {"map": score, "evaluated": True})

@@ -19,6 +19,6 @@ def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.sl
     return rows[:count] + later
 
 
-def first_by_day(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:
+def nightly_after_first(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:
     """Parametrises a test. Cases after the first `count` run only at night."""
     return pytest.mark.parametrize(names, quick_first(cases, count, pytest.mark.nightly))

@@ -487,10 +487,10 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Draws frame numbers [F], counted from 0 in each clip.
+    """Draws the number [F] of the picture that shows each of F faces, from 0 in each clip.
 
-    A number may repeat, because a frame may contain two faces. `clip` [F] has the clip of each
-    frame, and `position` [F] has the position of the frame in its clip.
+    A number may repeat, because a picture may show two faces. `clip` [F] is the clip of each face,
+    and `position` [F] is the position of the face in this clip.
     """
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))

@@ -304,7 +304,7 @@ def _has_other_digest(first: RankedRun, run: RankedRun, name: str) -> bool:
 
 
 def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
-    """Merges the results of runs that differ only in their seeds, by the means of all metrics."""
+    """Merges the results of runs that differ only in their seeds. Each metric becomes its mean."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
     metrics = {key: value for key, value in first.metrics.items() if not _is_number(value)}
     for key in first.metrics.keys() - metrics.keys():

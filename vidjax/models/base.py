@@ -49,9 +49,10 @@ class Identifier(nn.Module):
       is_closed_form: True if training only sums or stores vectors of clips, without a loss and an
         optimiser. Then no option of the configuration may change or repeat clips.
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
-        clip has this column.
+        clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: maps each field that is itself a model to the field that lists its modalities.
+      parts: name of each field that contains a model -> name of the field that lists the
+        modalities of the contained model.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()

@@ -175,7 +175,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds a system. Fusions of modalities that `config["modalities"]` lacks are ignored."""
+    """Builds a system. The fusion of a modality outside `config["modalities"]` is ignored."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])

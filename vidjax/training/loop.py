@@ -286,10 +286,10 @@ class TrainingRun:
         return train_step.convert_from_items(items), manifest
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
-        """Returns the object that reads the training clips, and the source of other clips.
+        """Returns the reader of the training clips, and the source of clips for evaluation.
 
-        `mode` is `streaming` or `resident`. A new run passes None to choose the mode by the free
-        memory. A resumed run keeps its mode, because the compiled steps of both modes round
+        `mode` is `streaming` or `resident`. If it is None, as in a new run, the free memory
+        decides. A resumed run keeps its mode, because the compiled steps of both modes round
         differently, although the batches are equal.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh

@@ -49,10 +49,10 @@ class Groups:
         labels: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
-        """Makes groups of N clips with `coordinates`, M arrays [N, D], see `Backend.whiten`.
+        """Stores the groups of N clips at the start.
 
-        `labels` [N] int are the groups of the clips. The clips of each pair in `apart` show
-        different people.
+        `coordinates` are M arrays [N, D], see `Backend.whiten`. `labels` [N] int is the group of
+        each clip. The two clips of each pair in `apart` show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]

@@ -235,10 +235,11 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns to how many bytes an archive of `size` bytes may unpack. Zip bombs exceed this limit.
+    """Returns the largest accepted size of the unpacked content of an archive of `size` bytes.
 
-    The limit is 100 times the size, and at least 64 MB. Compression makes real features at most 10
-    times smaller. Only arrays of nearly equal values become 1,000 times smaller.
+    The limit is 100 times the size, and at least 64 MB. It stops zip bombs. Compression makes real
+    features at most 10 times smaller. Large arrays of nearly equal values, which become 1,000 times
+    smaller, are refused.
     """
     return max(LARGE_BYTES, 100 * size)
 
