@@ -214,11 +214,8 @@ class Resident:
         """Copies the clips of `layout` to the devices. Raises UserError if a file is damaged."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
-        self._gathered = jax.jit(
-            gather_modalities,
-            static_argnames="sizes",
-            out_shardings=devices.row_layout(mesh),
-            compiler_options=devices.compile_options(),
+        self._gathered = devices.jit(
+            gather_modalities, static_argnames="sizes", out_shardings=devices.row_layout(mesh)
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)

@@ -190,13 +190,15 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
         return select_all()
     best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
     # An equal score can enter, too, if its clip has a lower index.
-    seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
-    counts = seen[:, -1]
+    num_seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
+    counts = num_seen[:, -1]
 
     def select_few(size: int) -> TopK:
         number = jnp.arange(1, size + 1)
         # The n-th group with a candidate is at the position where the running count reaches n.
-        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(seen)
+        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(
+            num_seen
+        )
         groups = jnp.minimum(groups, num_groups - 1)
         chosen = (groups[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(len(groups), -1)
         real = jnp.repeat(number <= counts[:, None], GROUP, axis=1)

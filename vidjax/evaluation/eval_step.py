@@ -212,8 +212,7 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 def make_attention_step(system: System) -> EvalStep:
     """Returns a compiled `attention_step`."""
-    step = functools.partial(attention_step, system)
-    return jax.jit(step, compiler_options=devices.compile_options())
+    return devices.jit(functools.partial(attention_step, system))
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
@@ -229,9 +228,7 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
             check_vma=False,
         )(params, model_state, hidden_chunk, batch)
 
-    return jax.jit(
-        apply, out_shardings=devices.row_layout(mesh), compiler_options=devices.compile_options()
-    )
+    return devices.jit(apply, out_shardings=devices.row_layout(mesh))
 
 
 # Running means of scores over the branches of a model, the examples of a clip, members and runs.

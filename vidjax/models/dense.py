@@ -4,7 +4,6 @@ They are dense networks, a cosine classifier, and nearest neighbours.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -331,15 +330,18 @@ class NeighbourIdentifier(Identifier):
         real, _ = real_frames(frames, self.modalities, clips.mask)
         mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]
         unit, no_class = unit_vectors(mean), self.num_classes
-        memory, count = functools.partial(self.variable, "memory"), self.num_clips
-        vectors = memory("vectors", jnp.zeros, (count, unit.shape[1]), unit.dtype)
-        stored_labels = memory("labels", jnp.full, (count,), no_class, jnp.int32)
+        vectors = self.variable(
+            "memory", "vectors", jnp.zeros, (self.num_clips, unit.shape[1]), unit.dtype
+        )
+        stored_labels = self.variable(
+            "memory", "labels", jnp.full, (self.num_clips,), no_class, jnp.int32
+        )
         has_frames = jnp.any(unit != 0, axis=-1)
         if train:
             if clips.labels is None:
                 raise ValueError("model 'knn' needs ClipInfo.labels in training")
             if not self.is_initializing():
-                rows = jnp.where(clips.mask, clips.index, count)
+                rows = jnp.where(clips.mask, clips.index, self.num_clips)
                 new_labels = jnp.where(has_frames, clips.labels, no_class)
                 vectors.value = vectors.value.at[rows].set(unit, mode="drop")
                 stored_labels.value = stored_labels.value.at[rows].set(new_labels, mode="drop")

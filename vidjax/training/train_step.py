@@ -87,15 +87,11 @@ def make_state(
     A single program would need more memory, because drawing takes three times the memory of the
     parameters, and the optimiser twice the memory.
     """
-    options = devices.compile_options()
-    draw = jax.jit(
-        lambda: init().replace(opt_state=None), out_shardings=layout, compiler_options=options
-    )
-    complete = jax.jit(
+    draw = devices.jit(lambda: init().replace(opt_state=None), out_shardings=layout)
+    complete = devices.jit(
         lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
         out_shardings=layout,
         donate_argnums=0,
-        compiler_options=options,
     )
     return complete(draw())
 
@@ -348,9 +344,4 @@ def make_train_loop(
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    return jax.jit(
-        loop,
-        donate_argnums=0,
-        out_shardings=devices.replicated_layout(mesh),
-        compiler_options=devices.compile_options(),
-    )
+    return devices.jit(loop, donate_argnums=0, out_shardings=devices.replicated_layout(mesh))
