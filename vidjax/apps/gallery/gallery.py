@@ -744,7 +744,7 @@ class Gallery:
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns them. All clips of a group are compared together
             and get the same answer. Only a gallery of models accepts groups.
-          advance: is called with 1 after each clip.
+          advance: is called with the number of clips of each answer.
 
         Raises:
           ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, the features
@@ -762,19 +762,18 @@ class Gallery:
             self.rule(fpir=fpir, threshold=threshold)
         vectors, state = self.embed(clips, split), self._require_people()
         rule, parts = self._rule(state, fpir, threshold), list(vectors.parts.values())
-        owner = None
+        owner = np.arange(len(vectors.names))
         if groups is not None:
             # The bool distinguishes a clip without a group from a group with the name of the clip.
             keys = [(n in groups, groups.get(n, n)) for n in vectors.names]
             place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             owner = np.array([place[key] for key in keys], int)
-        nearest = state.index.nearest(parts, k, owner)
-        by_owner = [rule.answer(match, cards=bool(state.run.cards)) for match in nearest]
-        answers = {}
-        for row, clip in enumerate(vectors.names):
-            answers[clip] = by_owner[row if owner is None else owner[row]]
-            advance(1)
-        return answers
+        nearest = state.index.nearest(parts, k, owner if groups is not None else None)
+        by_owner = list[Answer]()
+        for match, num_clips in zip(nearest, np.bincount(owner).tolist(), strict=True):
+            by_owner.append(rule.answer(match, cards=bool(state.run.cards)))
+            advance(num_clips)
+        return {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
 
     def rank(
         self,
