@@ -23,9 +23,9 @@ of the U rows of `curve`. Arrays without a dtype are float32 or float64. Parts t
 distances have other arrays, see `make_gallery_arrays`.
 """
 
-import functools
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,8 @@ class Format(NamedTuple):
       write: writes the model of a run into a folder that contains the weights. It returns a
         function that computes the outputs with the runtime of the format.
       packages: the packages that the format needs in addition to vidjax.
-      extra: the extra of vidjax that installs the packages.
+      extra: the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the
+        packages.
       outputs: the names of the outputs.
       gallery: writes a gallery into a folder, and returns the largest difference between the scores
         of the file and of the gallery. It is None if the format cannot store galleries.
@@ -106,7 +107,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     path = str(folder / "saved_model")
     shapes: Any = {name: f"({', '.join(map(str, spec.shape))})" for name, spec in inputs.items()}
     converted = jax2tf.convert(
-        functools.partial(function.compute_outputs, run),
+        partial(function.compute_outputs, run),
         polymorphic_shapes=[None, shapes],
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda"),
@@ -162,7 +163,7 @@ def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     weights.read(folder, imported)
     copy = predict.restore(imported)
     shutil.rmtree(imported)
-    compiled = jax.jit(functools.partial(function.compute_outputs, copy))
+    compiled = jax.jit(partial(function.compute_outputs, copy))
     members = function.get_members(copy)
     return lambda arrays: jax.device_get(compiled(members, dict(arrays)))
 
@@ -170,7 +171,7 @@ def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     """Writes the arrays of a PLDA run and `reader.py`, and loads them with numpy."""
     del inputs
-    read = _write_arrays(folder, make_run_arrays(run))
+    read = _write_arrays(folder / "arrays.npz", make_run_arrays(run))
 
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         vectors = compute_unit_means(run, inputs)
@@ -182,33 +183,31 @@ def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def _write_arrays(
-    folder: Path, arrays: Mapping[str, Any]
+    path: Path, arrays: dict[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays and `reader.py`; returns a function that scores vectors with both files."""
-    path = folder / "arrays.npz"
-    np.savez(path, **arrays)
-    shutil.copyfile(reader.__file__, folder / "reader.py")
-    written = files.read_npz(path, path.stat().st_size)
-    return lambda vectors: reader.log_probabilities(written, vectors)
+    """Writes arrays to a .npz or .safetensors file, and `reader.py` next to it.
 
-
-def gallery_numpy(gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores."""
-    return check_gallery(gallery, _write_arrays(folder, make_gallery_arrays(gallery)))
-
-
-def gallery_safetensors(gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery as safetensors, and `reader.py`.
-
-    Returns the largest error of the scores.
+    Returns a function that scores vectors with both files.
     """
     from safetensors.numpy import load_file, save_file
 
-    path = folder / "arrays.safetensors"
-    save_file(make_gallery_arrays(gallery), path)
-    shutil.copyfile(reader.__file__, folder / "reader.py")
-    written = load_file(path)
-    return check_gallery(gallery, lambda x: reader.log_probabilities(written, x))
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+        written = files.read_npz(path, path.stat().st_size)
+    else:
+        save_file(arrays, path)
+        written = load_file(path)
+    shutil.copyfile(reader.__file__, path.with_name("reader.py"))
+    return lambda vectors: reader.log_probabilities(written, vectors)
+
+
+def write_gallery(ending: str, gallery: Gallery, folder: Path) -> float:
+    """Writes the arrays of a gallery to a file with this ending, and `reader.py`.
+
+    Returns the largest error of the scores.
+    """
+    read = _write_arrays(folder / f"arrays{ending}", make_gallery_arrays(gallery))
+    return check_gallery(gallery, read)
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
@@ -301,8 +300,8 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Computes the vectors of B clips for `reader.log_probabilities`, modality -> [B, D].
 
-    The vector is the mean of the fused frames, scaled to unit length. `run` is a PLDA run, and
-    `inputs` are described in `function.input_shapes`.
+    The vector of a clip is the mean of its fused frames, scaled to unit length. `run` is a PLDA
+    run. `function.input_shapes` describes `inputs`.
     """
 
     @jax.jit
@@ -341,6 +340,6 @@ FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
     "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),
     "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx", bounded=True),
-    "safetensors": Format("", safetensors, (), "", gallery=gallery_safetensors),
-    "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_numpy),
+    "safetensors": Format("", safetensors, (), "", gallery=partial(write_gallery, ".safetensors")),
+    "numpy": Format("arrays.npz", numpy, (), "", ("scores",), partial(write_gallery, ".npz")),
 }

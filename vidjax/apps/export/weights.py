@@ -35,7 +35,7 @@ ITEMS = ("params", "model_state")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Exports the checkpoint `step`, `latest` or `best`, of the run in `workdir` to `folder`."""
+    """Exports a checkpoint of the run in `workdir` to `folder`. `step` is `latest` or `best`."""
     from safetensors.numpy import save_file
 
     source = RunFolder(workdir)

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 MAX_QUERY_CLIPS = 64  # clips that are compared together
 MAX_PAIRED_NUMBERS = 1 << 20  # coordinates that are multiplied at once for pairs of clip and person
 MAX_BLOCK_PEOPLE = 4096
-MIN_BLOCK_PEOPLE = 512  # a change joins smaller blocks
+MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
 # a voice is at most 9 if the clip also has a face.
 MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
-PEAK_PEOPLE = 32  # size of groups of people; their best logits bound the k-th highest logit
+PEAK_PEOPLE = 32  # size of groups of people, whose best logits bound the k-th highest logit
 
 
 class Part(NamedTuple):
@@ -66,7 +66,7 @@ class Part(NamedTuple):
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns PLDA coordinates [N, D] of unit vectors. For distances, x is returned."""
+        """Returns the PLDA coordinates [N, D] of unit vectors x. For distances, returns x."""
         if self.space is None:
             return x
         return _product(x - self.space.mean, np.asarray(self.space.transform))
@@ -304,14 +304,8 @@ def from_numbers(
     return Backend(tuple(parts), settings)
 
 
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_cores())
-
-
-@functools.cache
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()
+_threads = functools.cache(lambda: ThreadPoolExecutor(num_cores()))
+_libraries = functools.cache(ThreadpoolController)  # the search for libraries is slow
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:
@@ -509,9 +503,9 @@ class Index:
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
 
-        `parts` are M arrays [Q, D]. The vector of a missing part is 0. Entry 0 belongs to a new
-        person, and entry 1 + r to `names[r]`. The probabilities add up to 1. If a clip lacks all
-        parts, a new person has probability 1.
+        Entry 0 belongs to a person who is not enrolled, and entry 1 + r to `names[r]`. The
+        probabilities add up to 1. If a clip lacks all parts, entry 0 has probability 1. `parts` are
+        M arrays [Q, D]. The vector of a missing part is 0.
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -546,9 +540,12 @@ class Index:
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Compares clips or groups with all people; see `nearest` for the arguments.
 
-        Yields for each clip: the logit of a new person; the logits [N] float32 of all people; the
-        indices [R] of the most probable people, of whom there may be more than k; the logits [R]
-        float64 of these people; and [M] bool, True if the clip has the part.
+        Yields five values for each clip or group:
+          the logit of a person who is not enrolled;
+          the logits [N] float32 of all enrolled people;
+          the indices [R] of the most probable people, of whom there may be more than k;
+          the logits [R] float64 of these people;
+          [M] bool, True for each part that the clip has.
         """
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -668,7 +665,7 @@ class Index:
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
         """Returns the sorted indices of the k highest of N float32 logits.
 
-        Further logits are included if rounding may have moved them below the k highest.
+        The indices of more logits are returned if float32 cannot decide which are the k highest.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are

@@ -229,11 +229,11 @@ class Gallery:
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes an empty gallery without a training run.
+        """Makes a gallery of models: an empty gallery that has no training run.
 
-        The clips of this gallery are features that `vidjax extract` has computed with the given
-        models. They are compared by distances. The card of each model, a JSON file that describes
-        the model, contains the distribution of these distances.
+        Its clips are features that `vidjax extract` has computed with the given models. They are
+        compared by distances. The card of each model, a JSON file that describes the model,
+        contains the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
@@ -459,7 +459,10 @@ class Gallery:
                 return
             state, people = draft.state()
             if draft.refits:
-                state = _refit(state)
+                clips, widths = state.clips.items(), state.index.backend.widths
+                backend = fit_backend(state.clips, widths, centred=state.run.centred)
+                fitted = {n: clip._replace(fitted=clip.identity is not None) for n, clip in clips}
+                state = _state(state.version, state.run, backend, fitted)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
@@ -549,17 +552,10 @@ class Gallery:
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
     ) -> int:
-        """Removes people with all their clips, or single clips.
+        """Removes people with all their clips, or single clips; returns the number of clips.
 
-        If the parameters that compare vectors were fitted to a removed clip, they are fitted again
-        to the remaining clips. Give either `identity` or `clip`.
-
-        Args:
-          identity: the name of a person, or several names.
-          clip: the name of a clip, or several names.
-
-        Returns:
-          The number of removed clips.
+        Give either `identity` or `clip`: a name, or several names. If the parameters that compare
+        vectors were fitted to a removed clip, they are fitted again to the remaining clips.
 
         Raises:
           ValueError: no person or clip has this name.
@@ -652,7 +648,8 @@ class Gallery:
           apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
             the same group stay together. By default, each clip is a group at the beginning.
-          absorb: True to join small groups to larger ones if this is more probable than not.
+          absorb: True to join groups of at most 3 clips to larger groups that show the same person
+            with a probability above 0.6.
         """
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
@@ -793,9 +790,9 @@ class Gallery:
           advance: is called with the number of clips of each finished block.
 
         Returns:
-          Identity -> (clip, logarithm of the probability) of the best 100 clips, best first. Equal
-          clips are in the order of their names. Identities are sorted by number if all of them are
-          whole numbers, or by name.
+          Identity -> list of (clip, logarithm of the probability) of the best 100 clips, best
+          first. Clips with equal scores are in the order of their names. If all identities are
+          whole numbers, they are sorted by number, and otherwise by name.
 
         Raises:
           ValueError: as in `identify`.
@@ -1030,15 +1027,6 @@ def fit_backend(
         for some in ([names[:1] for names in films.values()], films.values())
     )
     return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
-
-
-def _refit(state: State) -> State:
-    """Returns the same content with a back end that is fitted to its clips."""
-    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
-    clips = {
-        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
-    }
-    return _state(state.version, state.run, backend, clips)
 
 
 def _state(

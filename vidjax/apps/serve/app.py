@@ -135,11 +135,6 @@ class Endpoint(NamedTuple):
     body: type[msgspec.Struct] | None = None
     query: type[msgspec.Struct] | None = None
 
-    @property
-    def summary(self) -> str:
-        """The first line of the docstring of `answer`."""
-        return str(self.answer.__doc__).partition("\n")[0]
-
 
 class Application:
     """The state of a server, and the functions that answer its requests."""
@@ -168,16 +163,14 @@ class Application:
         self.ready = self.broken = False
         for name, about, value in (
             ("ready", "1 if all programs are compiled.", lambda: self.ready),
-            ("waiting_clips", "Clips that wait to be scored or enrolled.", lambda: self.waiting),
+            ("waiting_clips", "Clips that wait to be scored or enrolled.", self._count_waiting),
             ("waiting_changes", "Changes that wait.", lambda: self.changes.waiting),
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
             Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
 
-    @property
-    def waiting(self) -> int:
-        """The number of clips that wait to be scored or enrolled."""
+    def _count_waiting(self) -> int:
         return self.embedding + sum(batcher.size for _, batcher in self.served.values())
 
     def list_endpoints(self) -> list[Endpoint]:
@@ -493,14 +486,10 @@ def make_app(
     limits: Limits | None = None,
     token: bytes | None = None,
 ) -> Guard:
-    """Makes the ASGI application that serves a gallery.
+    """Makes the ASGI application that serves a gallery, and if `run` is given, the net of the run.
 
-    Args:
-      gallery: the gallery.
-      run: a run whose net is served, too.
-      limits: the limits of requests, see `Limits`.
-      token: the secret that clients must send. If it is None, the server answers only programs on
-        this machine.
+    `token` is the secret that clients must send. If it is None, the server answers only programs
+    on this machine.
     """
     limits, metrics = limits or Limits(), ServerMetrics()
     bodies = Bodies(limits)
@@ -542,7 +531,7 @@ def describe(
         ]
         errors = {str(status): {"$ref": ERROR_REF} for status in (*COMMON_ERRORS, *point.errors)}
         described: dict[str, object] = {
-            "summary": point.summary,
+            "summary": str(point.answer.__doc__).partition("\n")[0],
             "parameters": parameters,
             "responses": {"200": {"description": "done"}, **errors},
         }

@@ -56,7 +56,7 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """Limits of a server: numbers, sizes in bytes, and times in seconds.
+    """The limits of a server. Names ending in `_bytes` are sizes, and in `_seconds` times.
 
     Attributes:
       body_bytes: size of a binary body, and of the arrays of an `.npz` file as float32.
@@ -65,13 +65,14 @@ class Limits(NamedTuple):
         the frames, and answers that are not sent yet.
       clips: number of clips in a request.
       frames: number of frames in a clip and modality.
-      batch_clips: number of clips that are scored together.
+      batch_clips: number of clips that the server scores together.
       waiting_clips: number of clips that wait to be scored or embedded.
       waiting_changes: number of enrolments and removals that wait.
       connections: number of open connections.
       answer_seconds: time from the end of the body to the answer.
-      change_seconds: additional time for a change, because it may fit parameters again.
-      request_seconds: time to receive a body, and also time to send an answer.
+      change_seconds: additional time for a change of the gallery, because a removal may fit the
+        parameters again.
+      request_seconds: time to receive a body, and the same time again to send the answer.
       idle_seconds: time until an idle connection is closed.
       drain_seconds: time for unfinished requests after a signal.
       end_seconds: time from a signal to the forced end of the process.
@@ -169,7 +170,7 @@ class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
     The ASGI scope of a request has two entries. `vidjax.held` is the number of bytes that the
-    request takes in memory. `vidjax.clock` is its `asyncio.Timeout`.
+    request takes in memory. `vidjax.clock` is the `asyncio.Timeout` of the request.
     """
 
     def __init__(self, limits: Limits):

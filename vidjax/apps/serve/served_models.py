@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
     from vidjax.evaluation.predict import Predictor
 
-TABLE_CLIPS = 512
+TABLE_CLIPS = 512  # see `RunModel.answer_batch`
 Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
 

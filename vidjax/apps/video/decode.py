@@ -202,7 +202,9 @@ class Video:
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy it again, or leave it out")
-        self.counts.damaged |= ends_early(self.counts.seconds, self.info)
+        declared = 0.0 if self.info.photo else self.info.seconds or 0.0
+        missing = declared - self.counts.seconds
+        self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
         """Returns the end of a frame in seconds. A frame lasts at least 1 / rate seconds."""
@@ -355,12 +357,6 @@ def read_orientation(file: io.FileIO | io.BytesIO) -> int:
         return 1
     match = ORIENTATION.search(content, header.start(), header.start() + EXIF_BYTES)
     return (match[1] or match[2])[0] if match else 1
-
-
-def ends_early(seconds: float, info: Info) -> bool:
-    """Returns whether a video whose frames last `seconds` ends long before its declared end."""
-    declared = 0.0 if info.seconds is None or info.photo else info.seconds
-    return declared - seconds > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
 
 def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer":

@@ -54,11 +54,6 @@ class Track:
         self.ends = [min(end_s, time_s) for end_s in self.ends[: len(self.times)]]
         self.end_sighting(time_s)
 
-    @property
-    def pace_s(self) -> float:
-        """The median duration of a sighting in seconds."""
-        return float(np.median(np.subtract(self.ends, self.times)))
-
     def split(self, at: list[float]) -> "list[Track]":
         """Splits the track at the times `at`. Each part must contain at least one sighting."""
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
@@ -105,9 +100,9 @@ class Tracker:
 
     A detection is assigned to the track whose predicted box it overlaps most. If it overlaps no
     predicted box enough, it is compared with the last boxes of the tracks. A track with a single
-    sighting has no prediction yet. Its box is compared after it and the detections are doubled in
-    size. If one person hides another, the remaining detection is dropped, because a lost detection
-    is better than a switched identity.
+    sighting has no prediction yet. So its box and the boxes of the detections are doubled in size
+    before they are compared. If one person hides another, the remaining detection is dropped,
+    because a lost detection is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -131,14 +126,10 @@ class Tracker:
         self._tracks = 0
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections of the next frame; returns the number of each detection's track.
+        """Adds the detections `boxes` [N, 4] of the next frame, which is at `time_s` seconds.
 
-        Args:
-          time_s: the time in seconds. It must be later than in the last call.
-          boxes: [N, 4], the detections.
-
-        Returns:
-          [N] int. If a detection was dropped because two people overlap, it is -1.
+        Returns [N] int, the number of each detection's track. If a detection was dropped because
+        two people overlap, the number is -1.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -369,9 +360,10 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns whether a detection is the only detection where two people are expected: bool [N].
+    """Returns bool [N], True for a detection at a place where fewer people are seen than expected.
 
-    `overlaps` [L, N] is the intersection over union of N detections and L predicted boxes.
+    `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] is the intersection
+    over union of the predicted boxes and N detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

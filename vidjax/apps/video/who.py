@@ -188,7 +188,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns the values of the clips of `films`. `table` is by digest of the film and clip."""
+    """Returns clip -> value for the clips of `films`. `table` is film digest -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -259,7 +259,12 @@ def name_people(
         options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            failed, names = _update_people(gallery, people, photos, out, workers, options)
+            _check_people(gallery, photos, people)
+            outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
+            gallery.refresh()  # another process may have changed the gallery in the meantime
+            failed, names = _enrol_photos(gallery, outcomes_of, people)
+            _forget(gallery, names, {*photos}, out)
+            _warn_of_doubts(gallery, outcomes_of)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(
@@ -285,24 +290,6 @@ def name_people(
         write(out, gallery, decision, padding)
         missed = sorted(names - {photo.person for photo in _list_faces(gallery).values()})
         return WhoResults(gallery.identities, decision, failed, missed)
-
-
-def _update_people(
-    gallery: Gallery,
-    people: Path,
-    photos: Mapping[str, Sequence[Path]],
-    out: Path,
-    workers: int,
-    options: Mapping[str, Any],
-) -> tuple[dict[str, str], set[str]]:
-    """Enrols photos, and forgets people without photos. Returns the result of `_enrol_photos`."""
-    _check_people(gallery, photos, people)
-    outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
-    gallery.refresh()  # another process may have changed the gallery in the meantime
-    failed, names = _enrol_photos(gallery, outcomes_of, people)
-    _forget(gallery, names, {*photos}, out)
-    _warn_of_doubts(gallery, outcomes_of)
-    return failed, names
 
 
 def _read_photos(
@@ -561,11 +548,12 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns the label that new photos of each person in `names` get in the gallery.
+    """Returns the label, the name in the gallery, under which new photos of a person are enrolled.
 
-    The most frequent label of the person's enrolled photos is chosen, because a user may have
-    renamed the person. The name of another person in `names` is chosen only if there is no other
-    label. If there is no label, the name is used.
+    `names` are the names of people in the folder of photos. The result is name -> label. A user may
+    have renamed a person in the gallery. So the most frequent label of the person's enrolled photos
+    is chosen. A label that is another name in `names` is chosen only if there is no other label. If
+    no photo of the person is enrolled, the label is the name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -583,7 +571,7 @@ def _enrol(
 ) -> None:
     """Enrols the clips of a folder of features, and removes clips whose photo no longer exists.
 
-    `usable` contains the person of each clip to enrol. `labels` contains the label of each person.
+    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
     """
     old = {
         clip
@@ -663,11 +651,12 @@ def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Removes people other than `names` from the results, and folders of photos not in `places`.
+    """Removes people whose names are not in `names`, and folders whose names are not in `places`.
 
-    Clips of films that were enrolled for the removed people are also removed. The page and the
-    tables of the earlier call are removed, too. They contain the names of the removed people, and
-    this call may fail before it writes new tables.
+    `out` is the folder of results. Its folders in `people` contain the features of photos. Clips of
+    films that were enrolled for the removed people are also removed. The page and the tables of the
+    earlier call are removed, too. They contain the names of the removed people, and this call may
+    fail before it writes new tables.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
