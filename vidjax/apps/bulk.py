@@ -58,7 +58,10 @@ class TableTask:
         raise NotImplementedError
 
     def made_by(self) -> dict[str, object]:
-        """Returns values for JSON. Tasks with equal values make equal results from equal clips."""
+        """Returns values for JSON that identify the task.
+
+        Tasks with equal values make equal results from equal clips.
+        """
         return {"work": type(self).__name__, "by": self.trained.digest, "options": self.options}
 
     def table(self, path: Path) -> "pyarrow.Table":
@@ -109,7 +112,7 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
     `dataset.groupby("identity").map_groups(best)`.
 
     Raises:
-      ValueError: a clip occurs twice in the lists of an identity.
+      ValueError: a clip occurs twice in the rankings of an identity.
     """
     from pyarrow import compute
 
@@ -175,9 +178,9 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     ranking.
 
     Raises:
-      UserError: the folder `out` contains results of other clips, or of another run, gallery or
-        rule; or a table of `inputs` cannot be read. In the second case, the error is raised after
-        all other tables are processed.
+      UserError: the folder `out` contains results of other clips, or results that were made with
+        another run, gallery or option. If a table of `inputs` cannot be read, the error is raised
+        after all other tables are processed.
     """
     out_folder = Path(out).expanduser()
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
@@ -227,14 +230,21 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns the note to store with results: JSON of the table's size and time, and `made_by`."""
+    """Returns the note that identifies the clips of a table and the task. Results contain it.
+
+    It is JSON with the size and the time of the table, and the values of `TableTask.made_by`.
+    """
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return msgspec.json.encode({"clips": clips, **work.made_by()})
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns True if `results` contains `note`; raises UserError for another note."""
+    """Returns True if the file `results` exists and contains `note`.
+
+    Raises UserError if the file contains another note, because it was made from other clips or by
+    another task.
+    """
     if not files.exists(results):
         return False
     if _read_note(results) != note:
@@ -273,7 +283,7 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings in `folder` one by one, because all of them may not fit in memory."""
+    """Joins the rankings of tables in `folder` one by one, because they may not fit in memory."""
     import pyarrow
     from pyarrow import parquet
 

@@ -116,7 +116,8 @@ class SimilarNames:
     def similar(self, *, closely: bool) -> dict[str, str]:
         """Returns searched name -> a stored name that looks the same.
 
-        If no name looks the same and `closely` is True, it is a name with a similar spelling.
+        If no stored name looks the same, a stored name with a similar spelling is returned, but
+        only if `closely` is True.
         """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
@@ -183,9 +184,9 @@ def _survey(
 ) -> None:
     """Lists the files and folders below `root` that must be searched. Links are not followed.
 
-    Adds path -> kind to `folders` for each gallery, run, converted dataset and result of `vidjax
-    who`. Adds path -> True to `others` for each other file, and path -> False for each other
-    folder. Adds a `Place` to `found` for each folder that cannot be read.
+    Adds path -> kind to `folders` for each gallery, run, converted dataset, and folder of results
+    of `vidjax who`. Adds path -> True to `others` for each other file, and path -> False for each
+    other folder. Adds a `Place` to `found` for each folder that cannot be read.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
@@ -219,8 +220,9 @@ def _search_gallery(
     """Searches a gallery for `clips` and for the clips of `people`.
 
     If `delete` is True, these clips are deleted. Adds the names of all people and clips in the
-    gallery to `known`. Returns a list and the names of the clips that were found. The list contains
-    the gallery if a clip was found, or if the gallery cannot be read.
+    gallery to `known`. Returns a list of places, and the names of the clips that the gallery
+    contains. The list has one entry, the gallery, if there are such clips or if the gallery cannot
+    be read. If not, the list is empty.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -244,10 +246,11 @@ def _search_gallery(
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
-    """Searches a converted dataset for clips.
+    """Searches a converted dataset for clips; returns a list of places.
 
-    If any clip is found and `delete` is True, the dataset is deleted. Returns a list. It
-    contains the folder if a clip was found, or if the dataset cannot be read.
+    The list has one entry, the folder of the dataset, if the dataset contains any of the clips or
+    cannot be read. If not, the list is empty. If `delete` is True, a dataset with any of the clips
+    is deleted.
     """
     path = folder / "index.npz"
     try:

@@ -52,7 +52,7 @@ class Groups:
         """Stores the groups of N clips at the start.
 
         `coordinates` are M arrays [N, D], see `Backend.whiten`. `labels` [N] int is the group of
-        each clip. The two clips of each pair in `apart` show different people.
+        each clip. `apart` are pairs of clips, by their indices, that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
@@ -66,7 +66,10 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of each group's mean divided by the variance of a single clip."""
+        """Returns the variance of the means of groups divided by the variance of a single clip.
+
+        `number` is the index of a part, and `rows` are the indices of the groups.
+        """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
         if distances is None:
@@ -95,11 +98,11 @@ class Groups:
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
-        """Compares a group with every group; returns log-likelihood ratios [G] float64.
+        """Compares the group with index `row` with all groups; returns ratios [G] float64.
 
-        A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        itself, for a group that certainly shows another person, and for a group without a common
-        part.
+        A log-likelihood ratio is log(p(clips | the same person) / p(clips | two people)). It is
+        -inf for the group `row`, for groups that certainly show another person, and for groups that
+        have no part in common with the group `row`.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -233,7 +236,10 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new `labels` [G] of the groups."""
+    """Joins small groups to larger groups; returns the new labels [G] of all groups.
+
+    `labels` [G] is the group to which `_agglomerate` joined each group.
+    """
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

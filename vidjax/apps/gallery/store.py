@@ -9,7 +9,7 @@ For speed, a row of a table contains many people or clips: their names are the l
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
 it. An enrolment adds entries at the end. If several entries have the same name, the last one is
 valid. Any other change deletes all rows and inserts the new content, so that no byte of a removed
-person stays. (`secure_delete` of SQLite overwrites empty pages, but rows that SQLite has moved may
+person remains. (`secure_delete` of SQLite overwrites empty pages, but rows that SQLite has moved may
 leave copies in other pages.)
 
 The file may come from a stranger. It must be a regular file with exactly the tables of SCHEMA, and
@@ -384,8 +384,8 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    If the block raises a UserError, the content of the file is wrong. The error becomes an
-    UnreadableError with the path of the file.
+    If the `with` block raises a UserError, the content of the file is wrong. The error becomes an
+    UnreadableError, whose message contains the path of the file.
     """
     try:
         yield
@@ -583,7 +583,10 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies a row to `numbers`; returns the row's digest. Raises UserError for NaN or inf."""
+    """Copies the numbers of a row into the array `numbers`; returns the digest of the row.
+
+    Raises UserError if a number is NaN or infinite.
+    """
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")

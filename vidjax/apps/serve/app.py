@@ -447,7 +447,7 @@ def _check_clips(
 
     `widths` are modality -> width of its features in the gallery. Returns clip -> modality -> field
     -> frames, with the names of the clips in the request. Raises Refused if two clips have the same
-    name, a clip has none of the modalities, a clip has too many frames, or frames have a wrong
+    name, a clip has no modality of the gallery, a clip has too many frames, or frames have a wrong
     width or are not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
