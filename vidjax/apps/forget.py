@@ -130,17 +130,11 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Finds the places below some folders that contain people, their clips, or other clips.
+    """Finds the galleries, runs and files below the folders `places` that contain people or clips.
 
-    Args:
-      identities: the names of the people.
-      clips: the names of the other clips.
-      places: the folders.
-      delete: True to delete the clips from galleries, and to delete converted datasets that
-        contain any of the clips.
-
-    Raises:
-      UserError: a folder does not exist.
+    `identities` are the names of people, whose clips are also searched. `clips` are the names of
+    other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
+    that contain any of the clips are deleted. Raises UserError if a folder does not exist.
     """
     found: list[Place] = []
     folders: dict[Path, str] = {}

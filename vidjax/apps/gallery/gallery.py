@@ -582,10 +582,8 @@ class Gallery:
     def widen(self, models: str | Path) -> tuple[str, ...]:
         """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
+        `models` is a folder with the models of the gallery, and with models of new modalities.
         Enrolled clips lack the new modalities until `complete` adds them.
-
-        Args:
-          models: a folder with the models of the gallery, and models of new modalities.
 
         Raises:
           ValueError: the gallery was made with a run, or a model of the gallery is missing in the

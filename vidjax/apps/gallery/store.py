@@ -9,8 +9,8 @@ For speed, a row of a table contains many people or clips: their names are the l
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
 it. An enrolment adds entries at the end. If several entries have the same name, the last one is
 valid. Any other change deletes all rows and inserts the new content, so that no byte of a removed
-person remains. (`secure_delete` of SQLite overwrites empty pages, but rows that SQLite has moved may
-leave copies in other pages.)
+person remains. (`secure_delete` of SQLite overwrites empty pages, but rows that SQLite has moved
+may leave copies in other pages.)
 
 The file may come from a stranger. It must be a regular file with exactly the tables of SCHEMA, and
 the lengths of its values are limited. A journal is checked before SQLite uses it, because a journal
@@ -324,7 +324,7 @@ class Store:
 
         Args:
           connection: an open transaction.
-          state: the new state. Its `sha256` is the digest of the state that it was made from.
+          state: the new state. Its `sha256` is the digest of the earlier state that was changed.
           new, people: all clips and all people that differ from the file.
 
         Raises:

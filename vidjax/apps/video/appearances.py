@@ -102,7 +102,7 @@ def find_appearances(
 
 
 def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
-    """Returns the appearances of each video by the name of the video, in the given order."""
+    """Returns name of a video -> its appearances, in the given order."""
     videos: dict[str, list[Appearance]] = {}
     for appearance in appearances:
         videos.setdefault(appearance.video, []).append(appearance)
@@ -110,7 +110,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
 
 
 def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
-    """Returns the video, the start and the end of each clip as texts; photos have empty times."""
+    """Returns clip -> (video, start, end), as texts. In photos, start and end are empty."""
     place_of = {}
     for film in films:
         for track in film.tracks:
@@ -266,7 +266,7 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
 
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
-    """Returns a word without blanks for each text. Different texts get different words."""
+    """Returns text -> word without blanks. Different texts get different words."""
     words = {text: "_".join(text.split()) or "_" for text in texts}
     count = Counter(words.values())
     return {

@@ -113,7 +113,7 @@ class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Written(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The fields of the JSON file that describes a net."""
+    """The fields that the JSON file of a card contains."""
 
     format: Literal[1]
     role: Role
@@ -159,7 +159,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """The description of a net, read from a JSON file. `digest` is the sha256 of this file."""
+    """A card that was read from the JSON file `path`. `digest` is the sha256 of this file."""
 
     path: Path
     digest: str
@@ -182,9 +182,9 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 
 
 def load(folder: Path) -> dict[Role, Card]:
-    """Reads the descriptions of the nets in a folder by role, and checks the sha256 of each net.
+    """Reads the cards in a folder, and checks the sha256 of each net; returns role -> card.
 
-    Raises UserError if the folder or a net is missing, a file is wrong, or two nets have one role.
+    Raises UserError if the folder or a net is missing, a card is wrong, or two nets have one role.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder of nets '{folder}'\nmake it: vidjax convert --help")
@@ -208,7 +208,7 @@ def read(path: Path) -> Card:
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
-    """Returns the description of the net with a role; raises UserError if there is no such net."""
+    """Returns the card of the net with a role. Raises UserError if `folder` has no such net."""
     if role not in cards:
         raise UserError(
             f"'{folder}' contains no net for the role {role}\n{describe_download(role)}"
@@ -234,5 +234,5 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns the nets that compute embeddings, by modality, such as `face`."""
+    """Returns modality, such as `face`, -> card for the nets that compute embeddings."""
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

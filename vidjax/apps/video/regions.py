@@ -142,7 +142,7 @@ def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.El
 
 
 def _collect_values(item: ElementTree.Element) -> dict[str, str]:
-    """Returns the texts of an element's attributes and inner elements by name."""
+    """Returns name -> text for the attributes and inner elements of an element."""
     values: dict[str, str] = {}
     for element in itertools.islice(item.iter(), MOST_VALUES):
         for key, value in (*element.attrib.items(), (element.tag, (element.text or "").strip())):
@@ -175,7 +175,10 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag, or None if the name is empty or the box is not in the picture."""
+    """Returns a tag, or None if the name is empty or the middle of the box is not in the picture.
+
+    The place and the size of the box are fractions of the picture's width and height.
+    """
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
     if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
@@ -186,7 +189,7 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 def match_faces(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
 ) -> np.ndarray:
-    """Returns the index of the face at each tag, int [n], or -1 if there is no face at the tag.
+    """Returns the index of the face at each of n tags, int [n], or -1 if no face is there.
 
     By the standard, the boxes of tags belong to the stored picture, which may lie on its side. Some
     programs use the displayed, upright picture. If `tags.shape` fits only one of the two pictures,

@@ -263,6 +263,7 @@ class Review:
         clips: Mapping[str, StoredClip | None],
         numbers: who.UnknownNumbers | None = None,
     ) -> None:
+        """Applies a change that can be undone, and writes a message for the page."""
         before = self._numbers
         self._steps.append(Step(words, of, self._put(clips), before))
         self._decide(numbers or before)
@@ -350,6 +351,7 @@ class _Pages:
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
     def _apply(self, form: Mapping[str, str], back: bool) -> Response:
+        """Applies the change in a form, or if `back` is True, undoes the last change."""
         review = self._review
         of, name = form.get("of", ""), form.get("person") or form.get("new", "")
         view = dict(urllib.parse.parse_qsl(form.get("view", "")))

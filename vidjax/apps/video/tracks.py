@@ -113,9 +113,8 @@ class Tracker:
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
         """Makes a tracker without tracks.
 
-        Args:
-          gap_s: a track ends after this many seconds without a sighting, or at a cut.
-          held_s: a track with a single sighting is dropped if it lasts at most this many seconds.
+        A track ends after `gap_s` seconds without a sighting, or at a cut. A track with a single
+        sighting is dropped if the sighting lasts `held_s` seconds or less.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -184,7 +183,7 @@ class Tracker:
         self._live = [motion for motion in self._live if not ends(motion)]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns a dict from the index of a detection to its track, and the indices to drop."""
+        """Returns index of a detection -> its track, and the indices of detections to drop."""
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)

@@ -311,7 +311,7 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many films no longer exist, and names a film without thumbnails."""
+    """Prints how many film files no longer exist, and a film whose thumbnails are missing."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -371,7 +371,7 @@ def _enrol_named(gallery: Gallery, out: Path) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes the rows of `unknown.tsv` that give a clip the same person as `named`."""
+    """Removes the rows of `unknown.tsv` that equal an entry of `named`, clip -> person."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
@@ -437,7 +437,8 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    If `people` contains only files, it may be the folder of one person.
+    `names` are the people whose photo is a file in the folder `people`. If `only_files` is True,
+    the folder contains no folders of people. It may then be the folder of one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -509,9 +510,10 @@ def _enrol_photos(
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Returns the people in a photo, and the person of each usable clip. Prints problems.
+    """Returns the names of the people in a photo, and clip -> person for its usable clips.
 
-    If the photo has no face tags, the person is `folder_name`, the name of the folder or file.
+    Prints the problems of the photo. If the photo has no face tags, the person is `folder_name`,
+    the name of the folder or file.
     """
     film = outcome.film
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
@@ -646,7 +648,7 @@ class PhotoFace(NamedTuple):
 
 
 def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    """Returns the enrolled faces of photos by the names of their clips."""
+    """Returns name of a clip -> face for the enrolled faces of photos."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
@@ -701,9 +703,9 @@ def decide(
 ) -> Decision:
     """Names the people in the clips of all films, and numbers unknown people.
 
-    Clips of the same person are grouped, and all clips of a group vote on their name. If a clip is
-    enrolled, it gets the name of its label. A group without a name is an unknown person. It keeps
-    the number of the last call. A new group gets a new number. The numbers are written to
+    Clips of the same person are grouped, and all clips of a group vote on their name. An enrolled
+    clip gets the name under which it is enrolled. A group without a name is an unknown person, who
+    keeps the number of the last call. A new group gets a new number. The numbers are written to
     `unknown.json`.
 
     Args:
@@ -745,11 +747,11 @@ def decide(
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], highest: int
 ) -> dict[str, str]:
-    """Renames groups of clips so that they keep their numbers; returns the new group of each clip.
+    """Renames groups of clips so that they keep their numbers; returns clip -> new group.
 
-    A group keeps the number that most of its clips had in `before`, unless another group has more
-    clips with this number. The other groups get new numbers above `highest`. A larger group, which
-    has a lower number in `groups`, gets a lower new number.
+    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
+    group keeps the number that most of its clips had, unless another group has more clips with this
+    number. The other groups get new numbers above `highest`, in the order of their old numbers.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
