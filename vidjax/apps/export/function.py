@@ -155,8 +155,8 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
     """Computes the mean scores [B, C] of all members, like `ModelScorer`."""
     system, count = run.system, len(run.identities)
     each = [
-        eval_step.eval_step(system, params, state, hidden_chunk, batch)[:, 1 : 1 + count]
-        for params, state, hidden_chunk in members
+        eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
+        for params, state, view in members
     ]
     scores = each[0]
     if len(each) > 1:
@@ -173,8 +173,8 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     """Computes the embeddings [B, D], like `Predictor.embed`."""
     parts = [
-        eval_step.embed_step(run.system, params, state, hidden_chunk, batch)
-        for params, state, hidden_chunk in members
+        eval_step.embed_step(run.system, params, state, view, batch)
+        for params, state, view in members
     ]
     vectors = jnp.concatenate(parts, axis=1)
     norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)

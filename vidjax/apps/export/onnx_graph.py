@@ -394,8 +394,7 @@ def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[i
 
 
 def _dynamic_slice(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    sizes = eqn.params["slice_sizes"]
-    windows = {axis: (x[1 + axis], size) for axis, size in enumerate(sizes)}
+    windows = dict(enumerate(zip(x[1:], eqn.params["slice_sizes"], strict=True)))
     return _slice_windows(graph, x[0], eqn.invars[0].aval.shape, windows)
 
 
@@ -550,12 +549,6 @@ def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     return graph.add_jaxpr(closed, (), x)
 
 
-def _as_column(graph: Graph, flags: str, rank: int, aval: Any) -> str:
-    """Adds axes of size 1 at the end of bools with `rank` axes, as many as `aval` has."""
-    axes = list(range(rank, len(aval.shape)))
-    return graph.node("Unsqueeze", flags, graph.ints(axes)) if axes else flags
-
-
 def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     """Adds an ONNX Loop for a while loop of JAX.
 
@@ -572,10 +565,10 @@ def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     after = inner.add_jaxpr(body.jaxpr, body.consts, [*body_consts, *names])
     if several := len(cond.out_avals[0].shape):  # vmap: some loops go on, others have ended
         (goes_on,) = inner.add_jaxpr(cond.jaxpr, cond.consts, [*cond_consts, *names])
-        after = [
-            inner.select(_as_column(inner, goes_on, several, var.aval), new, old, var.aval)
-            for new, old, var in zip(after, names, carried, strict=True)
-        ]
+        for place, (old, var) in enumerate(zip(names, carried, strict=True)):
+            axes = list(range(several, len(var.aval.shape)))  # so that the bools broadcast
+            flags = inner.node("Unsqueeze", goes_on, inner.ints(axes)) if axes else goes_on
+            after[place] = inner.select(flags, after[place], old, var.aval)
     (again,) = inner.add_jaxpr(cond.jaxpr, cond.consts, [*cond_consts, *after])
     if several:
         start, again = (
@@ -604,10 +597,6 @@ def _one_to_one(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 def _logic(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     name = eqn.primitive.name.capitalize()
     return graph.node(name if eqn.outvars[0].aval.dtype == bool else f"Bitwise{name}", *x)
-
-
-def _is_finite(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    return graph.node("Not", graph.node("Or", graph.node("IsNaN", x[0]), graph.node("IsInf", x[0])))
 
 
 def _reduce(op: str, *, logic: bool = False) -> Rule:
@@ -650,7 +639,9 @@ RULES: dict[str, Rule] = {
         "Pow", x[0], graph.constant(eqn.params["y"], _get_dtype(eqn.outvars[0].aval))
     ),
     "iota": _iota,
-    "is_finite": _is_finite,
+    "is_finite": lambda graph, eqn, x: graph.node(
+        "Not", graph.node("Or", graph.node("IsNaN", x[0]), graph.node("IsInf", x[0]))
+    ),
     "log1p": _log1p,
     "ne": lambda graph, eqn, x: graph.node("Not", graph.node("Equal", *x)),
     "reduce_and": _reduce("ReduceMin", logic=True),

@@ -34,9 +34,9 @@ MIN_NAMED_PROBABILITY = 0.5  # a name is more probable than all other answers to
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
-IGNORED = "ignored"  # the user ignores the clip, or it has no clear face
-PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional further columns
-NUM_TABLE_PEOPLE = 3  # best identities in a line of text
+IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no clear face
+PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional, after GROUP_COLUMNS
+NUM_TABLE_PEOPLE = 3  # best identities that a line of text lists
 SCORE_ROUNDING = 1e-7  # largest relative difference of a stranger's score in another batch of clips
 
 
@@ -82,7 +82,7 @@ class Threshold(NamedTuple):
       score: the threshold of the logarithm of the best identity's probability.
       num_identities: the number of enrolled people, with whom each stranger was compared.
       num_strangers: the number of strangers in the gallery.
-      num_alarms: the number of these strangers that reach the threshold.
+      num_alarms: the number of strangers in the gallery that reach the threshold.
     """
 
     fpir: float

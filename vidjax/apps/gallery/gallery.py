@@ -477,15 +477,13 @@ class Gallery:
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
-        Clips without a usable frame are left out. All other clips are enrolled, or none if any of
-        them is wrong.
+        Clips without a usable frame are left out. If any other clip is wrong, no clip is enrolled.
 
         Args:
           clips, split: see the class.
           identities: the person that all clips show, or clip -> person. The default is the labels
             of the dataset. Clips without a person are left out.
-          strangers: True to leave out the clips with a person instead, and to add the clips
-            without a person as strangers.
+          strangers: True to add only the clips without a person, as strangers.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
@@ -536,8 +534,9 @@ class Gallery:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        Clips that are already enrolled are skipped. If an enrolled clip is a stranger, the new clip
-        may give it a person. If an enrolled clip has a person, it does not become a stranger.
+        Clips that are already enrolled are skipped, with one exception: an enrolled stranger gets
+        the person of the new clip with the same name. An enrolled clip of a person never becomes a
+        stranger.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another

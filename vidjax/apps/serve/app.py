@@ -340,23 +340,21 @@ class Application:
 
     async def remove_identity(self, request: Request) -> Response:
         """Removes a person and all their clips."""
-        name = request.path_params["name"]
-        return await self._remove(request, lambda: self.people.gallery.remove(identity=name))
+        return await self._remove(request, "identity")
 
     async def remove_clip(self, request: Request) -> Response:
         """Removes a clip."""
-        name = request.path_params["name"]
-        return await self._remove(request, lambda: self.people.gallery.remove(clip=name))
+        return await self._remove(request, "clip")
 
-    async def _remove(self, request: Request, change: Callable[[], int]) -> Response:
+    async def _remove(self, request: Request, kind: str) -> Response:
         self._check_ready()
-        count = await self._change(request, change)
+        removed = {kind: request.path_params["name"]}
+        count = await self._change(request, lambda: self.people.gallery.remove(**removed))
         await self.people_batcher.settle()  # waits for answers that may contain the name
         return _encode_json({"removed": count})
 
     async def _change(self, request: Request, change: Callable[[], T]) -> T:
-        limits = self.limits
-        set_clock(request.scope, limits.change_seconds + limits.answer_seconds)
+        set_clock(request.scope, self.limits.change_seconds + self.limits.answer_seconds)
         result = await self.changes.make(change)
         LOG.info("changed: version %d", self.people.gallery.version)
         return result
