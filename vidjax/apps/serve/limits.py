@@ -340,15 +340,11 @@ def to_refusal(error: Exception) -> Refused:
         LOG.error("%s", one_line(text))
         status = HTTPStatus.INSUFFICIENT_STORAGE
         return Refused(status, f"the gallery cannot be written{SEE_LOG}", 10)
-    LOG.error("internal error: %s", _describe_traceback(error))
+    # The message of the error is not logged, because it may contain names of people.
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-4:])
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    LOG.error("internal error: %s at %s", type(error).__name__, places)
     return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
-
-
-def _describe_traceback(error: Exception) -> str:
-    """Describes an exception without its message, which may contain names of people."""
-    frames = traceback.extract_tb(error.__traceback__)[-4:]
-    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
-    return f"{type(error).__name__} at {places}"
 
 
 def _split(address: str) -> SplitResult:

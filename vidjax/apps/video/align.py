@@ -71,21 +71,15 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
         scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
         if not np.isfinite(scale) or scale < 1e-6:
             continue
-        x, y = _map_to_picture(matrix, size)
+        inverse, across = np.linalg.inv(matrix[:, :2]), np.arange(size)
+        u, v = across - matrix[0, 2], (across - matrix[1, 2])[:, None]
+        x, y = (row[0] * u + row[1] * v for row in inverse)  # places of the crop's pixels in `rgb`
         factor = int(1.0 / scale) if scale * MOST_SHRINK < 1.0 else 1
         source, left, top = _cut_region(rgb, x, y, factor)
         if source.size:
             x, y = ((at - start - (factor - 1) / 2) / factor for at, start in ((x, left), (y, top)))
             crop[:] = _interpolate(source, x, y)
     return crops
-
-
-def _map_to_picture(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places x and y in the picture, each [size, size], of the pixels of a crop."""
-    inverse = np.linalg.inv(matrix[:, :2])
-    across = np.arange(size)
-    u, v = across - matrix[0, 2], (across - matrix[1, 2])[:, None]
-    return inverse[0, 0] * u + inverse[0, 1] * v, inverse[1, 0] * u + inverse[1, 1] * v
 
 
 def _cut_region(
