@@ -259,12 +259,7 @@ def name_people(
         options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            _check_people(gallery, photos, people)
-            outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
-            gallery.refresh()  # another process may have changed the gallery in the meantime
-            failed, names = _enrol_photos(gallery, outcomes_of, people)
-            _forget(gallery, names, {*photos}, out)
-            _warn_of_doubts(gallery, outcomes_of)
+            failed, names = _update_people(gallery, people, photos, out, workers, options)
         _enrol_named(gallery, out)
         if people is not None and not gallery.identities:
             raise UserError(
@@ -290,6 +285,24 @@ def name_people(
         write(out, gallery, decision, padding)
         missed = sorted(names - {photo.person for photo in _list_faces(gallery).values()})
         return WhoResults(gallery.identities, decision, failed, missed)
+
+
+def _update_people(
+    gallery: Gallery,
+    people: Path,
+    photos: Mapping[str, Sequence[Path]],
+    out: Path,
+    workers: int,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, str], set[str]]:
+    """Enrols photos, and forgets people without photos. Returns the result of `_enrol_photos`."""
+    _check_people(gallery, photos, people)
+    outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
+    gallery.refresh()  # another process may have changed the gallery in the meantime
+    failed, names = _enrol_photos(gallery, outcomes_of, people)
+    _forget(gallery, names, {*photos}, out)
+    _warn_of_doubts(gallery, outcomes_of)
+    return failed, names
 
 
 def _read_photos(
