@@ -9,7 +9,6 @@ compared: names, times and CPU time. Without `--people`, the most memory of `vid
 measured, for films of 3 and 30 minutes that show moving patches.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -153,19 +152,15 @@ def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--people", type=Path)
-    args = parser.parse_args()
+    args = common.parse(__doc__, folder=Path, people="")
     models = Path(os.environ["VIDJAX_MODELS"])
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.people:
-        figures = measure_people(args.folder, args.people, models)
+        figures = measure_people(args.folder, Path(args.people), models)
     else:
         figures = measure_memory(args.folder, models)
     for one in figures:
-        sys.stdout.write(json.dumps(one) + "\n")
-        sys.stdout.flush()
+        common.say(json.dumps(one))
 
 
 if __name__ == "__main__":

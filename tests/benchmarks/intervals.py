@@ -73,9 +73,10 @@ def measure(name: str, num: int, repetitions: int) -> str:
 def main() -> None:
     args = common.parse(__doc__, repetitions=1000, identities="20,37,100,300,1000")
     numbers = [int(num) for num in args.identities.split(",")]
-    rows = []
-    for name in (*PRECISIONS, *GAPS):
-        rows.append([name, *(measure(name, num, args.repetitions) for num in numbers)])
+    rows = [
+        [name, *(measure(name, num, args.repetitions) for num in numbers)]
+        for name in (*PRECISIONS, *GAPS)
+    ]
     common.write_table(["population", *(f"{num:,}" for num in numbers)], rows)
 
 
