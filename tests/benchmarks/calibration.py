@@ -32,7 +32,7 @@ MOST = 2000  # clips of known people that are identified, and of strangers that 
 
 
 class Found(NamedTuple):
-    """The columns of the table, in another order."""
+    """The figures of a case: see the docstring of this file."""
 
     new: float
     error: float

@@ -13,7 +13,6 @@ their test. `--clips` should be many times `--block_size`: the last block of a l
 # pyright: reportMissingImports=false
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -147,8 +146,8 @@ def time_tests(args: argparse.Namespace) -> None:
 def main() -> None:
     sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
     args = common.parse(__doc__, "--peer", "--published", net="mlp", **sizes)
-    sizes_told = f"{args.clips:,} clips, {args.num_identities:,} identities"
-    sys.stdout.write(f"{common.describe()}, {sizes_told}\n\n")
+    told = f"{args.clips:,} clips, {args.num_identities:,} identities"
+    common.say(f"{common.describe()}, {told}\n")
     (time_tests if args.published else benchmark)(args)
 
 

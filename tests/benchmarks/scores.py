@@ -15,7 +15,6 @@ there into the tables, and time and score into the docstrings of the configurati
 - `--time` measures the commands of the main README instead (minutes, on an idle machine).
 """
 
-import argparse
 import fnmatch
 import functools
 import json
@@ -126,8 +125,7 @@ def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
         workdir = folder / name
         if not is_chosen(row, only) or (workdir / "metrics.json").exists():
             continue
-        sys.stdout.write(f"{name}: {' '.join(words)}\n")
-        sys.stdout.flush()
+        common.say(f"{name}: {' '.join(words)}")
         words = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}", "--quiet"]
         ended = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True)
         if ended.returncode:
@@ -147,7 +145,7 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
                 spec, *overrides = row.split()
                 words = (f"--config=configs/{spec}", *overrides)
                 seconds[row], _ = first_command.run(Path(folder), *words)
-            sys.stdout.write(f"{row}: {seconds[row]:.0f} s\n")
+            common.say(f"{row}: {seconds[row]:.0f} s")
     return seconds
 
 
@@ -298,7 +296,7 @@ def write_pages(found: Mapping[str, Any]) -> None:
                     absent, strangers = rows.get(cells[2].strip("`"), {}), name == "noise_classes"
                     new.append(fill_ladder(cells, found, absent, strangers=strangers))
             table = common.markdown(head, new)
-            sys.stdout.write(f"{table}\n")
+            common.say(table)
             path.write_text(common.replace_table(path.read_text(), name, table))
     for row in HEADERS:
         path = CONFIGS / f"{row.partition('.')[0]}.py"
@@ -310,18 +308,13 @@ def write_pages(found: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--real", help="a folder of official files")
-    parser.add_argument("--only", default="", help="rows, separated by `;`; * stands for any text")
-    parser.add_argument("--collect", action="store_true", help="train nothing")
-    parser.add_argument("--time", action="store_true", help="time the commands of README.md")
-    args = parser.parse_args(argv)
+    flags = ("--collect", "--time")
+    args = common.parse(__doc__, *flags, argv=argv, folder=Path, real="", only="")
     only = [text for text in args.only.split(";") if text]
     if not (args.collect or args.time):
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder.absolute(), args.real, only)
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    old = json.loads(RESULTS.read_text())
     found = collect(args.folder, old)
     if args.time:
         found["seconds"] |= time_systems(only)

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,14 +81,12 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str]]
 def main() -> None:
     sizes = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
     args = common.parse(__doc__, "--streaming", **sizes, batch_size=1024, rounds=1)
-    folder = Path(tempfile.mkdtemp())
-    caches = {"VIDJAX_CACHE": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    env = {**os.environ, **{name: str(folder / cache) for name, cache in caches.items()}}
-    try:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        caches = {"VIDJAX_CACHE": f"{name}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{name}/inductor"}
         write_files(folder, {"train": args.clips, "val": args.val_clips}, args.num_identities)
-        (compare_modes if args.streaming else compare_with_torch)(args, folder, env)
-    finally:
-        shutil.rmtree(folder)
+        compare = compare_modes if args.streaming else compare_with_torch
+        compare(args, folder, os.environ | caches)
 
 
 def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int) -> list[str]:
@@ -142,32 +139,28 @@ def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str,
     for turn in range(args.rounds):
         for name, courses in found.items():
             courses.append(measure(name, 1 + turn, args.epochs))
+
+    def seconds_to(goal: float, course: list[tuple[float, float]]) -> float:
+        return next(seconds for seconds, score in course if score >= goal - NEAR)
+
     finals = {name: [course[-1][1] for course in courses] for name, courses in found.items()}
     lowest = min(map(min, finals.values()))
-    seconds: dict[str, dict[str, list[float]]] = {}
-    for title, goals in {
-        "to its MAP": finals,
-        "to the lowest MAP": {name: [lowest] * args.rounds for name in RUNS},
-    }.items():
-        seconds[title] = {
-            name: [
-                next(at for at, score in course if score >= goal - NEAR)
-                for course, goal in zip(found[name], goals[name], strict=True)
-            ]
-            for name in RUNS
-        }
-    seconds["in all"] = {name: [x[-1][0] for x in courses] for name, courses in found.items()}
-    rows = []
+    titles = ("to its MAP", "to the lowest MAP", "in all")
+    times: dict[str, dict[str, list[float]]] = {title: {} for title in titles}
+    for name, courses in found.items():
+        times["to its MAP"][name] = [seconds_to(course[-1][1], course) for course in courses]
+        times["to the lowest MAP"][name] = [seconds_to(lowest, course) for course in courses]
+        times["in all"][name] = [course[-1][0] for course in courses]
+    rows, ratios = [], []
     for name in RUNS:
-        times = [f"{common.median(column[name]):.0f}" for column in seconds.values()]
-        rows.append([name, *times, f"{common.median(finals[name]):.3f}"])
-    common.write_table(["run", *(f"seconds {title}" for title in seconds), "final MAP"], rows)
-    rows = []
-    for title, column in seconds.items():
-        fastest = min((n for n in column if "PyTorch" in n), key=lambda name: sum(column[name]))
+        cells = [f"{common.median(of_runs[name]):.0f}" for of_runs in times.values()]
+        rows.append([name, *cells, f"{common.median(finals[name]):.3f}"])
+    common.write_table(["run", *(f"seconds {title}" for title in times), "final MAP"], rows)
+    for title, of_runs in times.items():
+        fastest = min((n for n in RUNS if "PyTorch" in n), key=lambda name: sum(of_runs[name]))
         for name in ("vidjax, float32", "vidjax, bfloat16"):
-            rows.append([f"{title}, {fastest} / {name}", common.ratio(column, fastest, name)])
-    common.write_table(["seconds", "ratio"], rows)
+            ratios.append([f"{title}, {fastest} / {name}", common.ratio(of_runs, fastest, name)])
+    common.write_table(["seconds", "ratio"], ratios)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ The figures are printed as JSON.
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +107,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
 def main() -> None:
     common.parse(__doc__)
     found = measure(Path(os.environ["VIDJAX_SPEECH"]), Path(os.environ["VIDJAX_MODELS"]))
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    common.say(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
