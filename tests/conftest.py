@@ -140,10 +140,8 @@ def compile_quickly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not request.node.get_closest_marker("optimized"):
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", False)
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 

@@ -118,8 +118,11 @@ class Drawn:
         return code, json.loads(said.out) if said.out else {}, said.err
 
     def who(self, *films, people=True, flags=(), code=0):
-        given = [f"--people={self.friends}"] if people else []
-        return self._extract("who", films, self.out, [*flags, *given], code)
+        flags = [f"--models={self.models}", f"--out={self.out}", *flags]
+        flags += [f"--people={self.friends}"] if people else []
+        found, content, said = self.run("who", *films, *flags)
+        assert found == code, said
+        return content, said
 
     def meet(self, *names, flags=()):
         """Writes photos of people and the film, and runs `vidjax who`; returns the film's path."""
@@ -129,12 +132,8 @@ class Drawn:
         return film
 
     def extract(self, *paths, out=None, flags=(), code=0):
-        return self._extract("extract", paths, out or self.out, flags, code)
-
-    def _extract(self, command, paths, out, flags, code):
-        """Runs a command that must end with a code; returns its result and messages."""
-        flags = [f"--models={self.models}", f"--out={out}", *flags]
-        found, content, said = self.run(command, *paths, *flags)
+        flags = [f"--models={self.models}", f"--out={out or self.out}", *flags]
+        found, content, said = self.run("extract", *paths, *flags)
         assert found == code, said
         return content, said
 
@@ -144,7 +143,7 @@ class Drawn:
     def names(self):
         return {clip: row["identity"] for row in self.rows() for clip in row["clips"]}
 
-    def gallery(self, command, *words):
-        code, _, said = self.run("gallery", command, self.out / "gallery", *words)
-        assert code == 0, said
+    def gallery(self, command, *words, code=0):
+        found, _, said = self.run("gallery", command, self.out / "gallery", *words)
+        assert found == code, said
         return said
