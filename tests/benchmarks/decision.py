@@ -57,28 +57,28 @@ def split(data: dict[str, np.ndarray]) -> Films:
 def measure(
     films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
 ) -> dict[str, float]:
-    """Returns shares of tracks, and figures of unknown people, over random draws.
+    """Returns means over random draws: shares of tracks, and figures of unknown people.
 
-    `photos` are [P, K, D] vectors of K photos of P people; `known` people are enrolled with `count`
-    photos each, in `draws` random choices. With `votes`, tracks that form a group vote.
+    `photos` are [P, K, D] vectors of K photos of P people. In each of the `draws`, `known` people
+    are enrolled with `count` photos each. With `votes`, the tracks of a group get one answer.
     """
-    found = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
+    model = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
     rng, shares, sure, correct = np.random.default_rng(0), [], [], []
-    groups = grouping.group(found, films.clips, [films.vectors], films.apart, absorb=False)
+    groups = grouping.group(model, films.clips, [films.vectors], films.apart, absorb=False)
     owner = groups if votes else np.arange(len(groups))
     for _ in range(draws):
         people = rng.permutation(len(photos))[:known]
         shown = photos[people][:, rng.permutation(photos.shape[1])[:count]]
         rows = np.repeat(np.arange(known), count)
-        enrolled = found.enrol([*map(str, people)], shown.reshape(len(rows), -1), rows)
-        nearest = [*backend.Index(found, [enrolled]).nearest([films.vectors], 1, owner)]
+        enrolled = model.enrol([*map(str, people)], shown.reshape(len(rows), -1), rows)
+        nearest = [*backend.Index(model, [enrolled]).nearest([films.vectors], 1, owner)]
         best = np.array([int(nearest[group].best[0][0]) for group in owner])
         probability = np.exp([nearest[group].best[0][1] for group in owner])
         there, named = np.isin(films.people, people), probability > 0.5
         right = there & (best == films.people)
         unknown = np.flatnonzero(~named)
         names = [films.clips[row] for row in unknown]
-        labels = grouping.group(found, names, [films.vectors[unknown]], films.apart)
+        labels = grouping.group(model, names, [films.vectors[unknown]], films.apart)
         purest = [
             np.unique(films.people[unknown[labels == n]], return_counts=True)[1].max()
             for n in np.unique(labels)

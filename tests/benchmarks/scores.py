@@ -17,6 +17,7 @@ there into the tables, and time and score into the docstrings of the configurati
 
 import fnmatch
 import functools
+import itertools
 import json
 import math
 import re
@@ -162,15 +163,15 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     read = functools.cache(lambda path: comparison.read(str(path)))
     rows = {row: {x: _scores(_folders(folder, row, x)) for x in DATASETS} for row in read_rows()}
     rungs: dict[str, Any] = {}
-    for header, *lines in read_tables("scores").values():
-        for _, spec, base, _, *cells in lines if "to" in header else []:
-            if base:
-                pair = [x.strip("`") for x in (base, spec)]
-                rungs[pair_name(spec, base)] = {
-                    name: _difference([_folders(folder, row, name) for row in pair], name, read)
-                    for name, cell in zip(DATASETS, cells, strict=False)
-                    if not is_reason(cell)
-                }
+    ladders = [rest for head, *rest in read_tables("scores").values() if "to" in head]
+    for _, spec, base, _, *cells in itertools.chain(*ladders):
+        if base:
+            pair = [x.strip("`") for x in (base, spec)]
+            rungs[pair_name(spec, base)] = {
+                name: _difference([_folders(folder, row, name) for row in pair], name, read)
+                for name, cell in zip(DATASETS, cells, strict=False)
+                if not is_reason(cell)
+            }
     found: dict[str, Any] = {"rows": rows, "rungs": rungs}
     for kind, results in found.items():
         for key, of_datasets in results.items():
@@ -218,10 +219,15 @@ def _difference(
 # Tables.
 
 
+def of_seeds(found: Mapping[str, Any], spec: str, dataset: str, metric: str) -> list[float]:
+    """Returns the values of the seeds of a row, none if it was not run."""
+    values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
+    return [value for value in values if value is not None]
+
+
 def mean(found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map") -> str:
     """Returns the mean of the seeds of a row as text, empty if it was not run."""
-    values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
-    values = [x for x in values if x is not None]
+    values = of_seeds(found, spec, dataset, metric)
     return f"{np.mean(values):.3f}" if values else ""
 
 
@@ -229,8 +235,7 @@ def fill_scores(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
     spec, *old = cells
     new = []
     for dataset, cell in zip(DATASETS, old[::2], strict=True):
-        values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get("map", [])
-        every = " ".join(f"{value:.3f}" for value in values)
+        every = " ".join(f"{value:.3f}" for value in of_seeds(found, spec, dataset, "map"))
         new += [cell if is_reason(cell) else every, mean(found, spec, dataset)]
     return [spec, *new]
 
@@ -238,11 +243,10 @@ def fill_scores(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
 def fill_ladder(
     cells: Sequence[str], found: Mapping[str, Any], absent: Mapping[str, str], *, strangers: bool
 ) -> list[str]:
-    """Returns a comparison with what was measured.
+    """Returns the cells of a comparison, filled with the measured figures.
 
-    `absent` are dataset -> why its base has no run. With `strangers` it also has the share of known
-    clips that are missed where 1 % of the distractors pass. A gain outside of the interval is
-    `yes`, a loss `no`.
+    `absent` are dataset -> why the base has no run. With `strangers`, the cells also have FNIR, the
+    share of known clips that are missed when 1 % of the distractors pass.
     """
     text, spec, base, published, *old, _, why = cells
     gaps = found["rungs"].get(pair_name(spec, base), {})

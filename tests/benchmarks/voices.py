@@ -71,12 +71,6 @@ def cosines(vectors: Vectors) -> dict[str, list[float]]:
 def measure(speech: Path, models: Path) -> dict[str, Any]:
     """Returns the figures of the module's docstring."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def enrolled(name: str, chosen: set[str]) -> Gallery:
-            gallery = Gallery.of_models(f"{folder}/{name}", models)
-            gallery.enrol(vectors.only(chosen))
-            return gallery
-
         vectors = embed(speech, models, Gallery.of_models(f"{folder}/none", models))
         speaker = dict(zip(vectors.names, vectors.labels, strict=True))
         of_each = {
@@ -84,6 +78,12 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
         }
         first = {name for names in of_each.values() for name in names[:ENROLLED]}
         asked = vectors.only({*speaker} - first)
+
+        def enrolled(name: str, chosen: set[str]) -> Gallery:
+            gallery = Gallery.of_models(f"{folder}/{name}", models)
+            gallery.enrol(vectors.only(chosen))
+            return gallery
+
         answers = [*enrolled("all", first).identify(asked, 1).values()]
         strangers = {}
         for one, names in of_each.items():
