@@ -98,20 +98,21 @@ def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int)
 
 
 def compare_modes(args: argparse.Namespace, folder: Path, env: Mapping[str, str]) -> None:
-    found: dict[str, list[dict[str, Any]]] = {"resident": [], "streaming": []}
+    """Prints the rates of training on resident and on streamed clips."""
+    rates: dict[str, list[float]] = {"resident": [], "streaming": []}
+    waits = []  # shares of the time
     for number in range(args.rounds):
-        for mode, results in found.items():
+        for mode, of_mode in rates.items():
             workdir = f"{mode}{number}"
             words = our_words(args, folder, workdir, args.epochs)
             run([*words, f"--config.data.mode={mode}", "--config.eval.every_epochs=0"], env)
-            results.append(json.loads((folder / workdir / "metrics.json").read_text()))
-    rates = {
-        mode: [x["train_clips_per_second"] for x in of_mode] for mode, of_mode in found.items()
-    }
-    rows = [[f"{mode}: clips/s", f"{common.median(rate):,.0f}"] for mode, rate in rates.items()]
+            metrics = json.loads((folder / workdir / "metrics.json").read_text())
+            of_mode.append(metrics["train_clips_per_second"])
+            if mode == "streaming":
+                waits.append(metrics["waited_seconds"] / metrics["train_seconds"])
+    rows = [[f"{mode}: clips/s", f"{common.median(x):,.0f}"] for mode, x in rates.items()]
     rows.append(["streaming / resident", common.ratio(rates, "streaming", "resident")])
-    shares = [one["waited_seconds"] / one["train_seconds"] for one in found["streaming"]]
-    rows.append(["share of the time in which a step waits for clips", f"{max(shares):.3f}"])
+    rows.append(["share of the time in which a step waits for clips", f"{max(waits):.3f}"])
     common.write_table(["training", "measured"], rows)
 
 
