@@ -140,10 +140,8 @@ def compile_quickly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not request.node.get_closest_marker("optimized"):
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", False)
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 
@@ -225,9 +223,13 @@ def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -> Path:
     """A run of nearest neighbours, which learns nothing; nobody changes its folder."""
     from tests.helpers import small_runs
+    from vidjax.runs import config_io
 
+    config = config_io.load_file(f"{ROOT}/configs/knn.py:iqiyi_vid,face")
+    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
     folder = tmp_path_factory.mktemp("runs") / "knn"
-    return small_runs.nearest(folder, official_data, official_dir)
+    small_runs.run(config_io.override(config, words), folder, official_data)
+    return folder
 
 
 class Done(NamedTuple):

@@ -1,7 +1,6 @@
 """Shared parts of the benchmarks: made-up clips and runs, timing in turns, products, tables.
 
-Needs only jax, flax and optax, and fills its arrays on the device: it runs without TensorFlow and
-without a dataset.
+Made-up clips are drawn on the device, so a benchmark needs neither TensorFlow nor a dataset.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,21 +42,36 @@ NETS: dict[str, tuple[str, tuple[str, ...]]] = {
 DIM = 512
 LONGEST = {"face": 59, "head": 59, "body": 29, "audio": 1}  # frames: 1 to these, 30 on average
 PLACES = {"face": 64, "head": 64, "body": 32, "audio": 1}  # to which they are padded
-DRAWN = 1 << 16  # different frames of a modality
+DRAWN = 1 << 16  # different frames of a modality; more frames repeat them
 SECONDS = 0.25  # the least that is timed at once: a step of an accelerator takes milliseconds
 MIB = 1 << 20
+median = statistics.median
 
 
-def parse(doc: str | None, *flags: str, **options: Any) -> argparse.Namespace:
-    """Returns the words of a command: flags, and options of the types of their defaults."""
+def parse(
+    doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
+) -> argparse.Namespace:
+    """Returns the parsed words of a command: flags, and options with their defaults.
+
+    If a type stands in place of a default, the word is required, and has no `--name=`.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, value in options.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, metavar=name[0].upper())
+        if isinstance(value, type):
+            parser.add_argument(name, type=value)
+        else:
+            parser.add_argument(f"--{name}", type=type(value), default=value, metavar="X")
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def say(text: str) -> None:
+    """Prints a line at once, also into a pipe."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def children_seconds() -> float:
@@ -71,28 +86,28 @@ def timed(command: Sequence[str], **options: Any) -> tuple[float, float]:
     return time.perf_counter() - began, children_seconds() - used
 
 
-def make_clips(modalities: Sequence[str], num_clips: int, seed: int = 0) -> dict[str, Packed]:
-    """Returns made-up resident clips, float16 x 512, made on the device."""
+def make_clips(modalities: Sequence[str], num_clips: int) -> dict[str, Packed]:
+    """Returns resident clips of random frames, 512 numbers in float16 each."""
     clips = {}
     for number, name in enumerate(modalities):
-        lengths = np.random.default_rng((seed, number)).integers(1, LONGEST[name] + 1, num_clips)
-        total = int(lengths.sum())
-
-        @jax.jit
-        def fill(key: Array, total: int = total) -> list[Array]:
-            keys = jax.random.split(key, 3)
-            # Numbers between -2 and 2 by their bits: a normal draw of all would take minutes.
-            bits = jax.random.bits(keys[0], (DRAWN, DIM), jnp.uint16)
-            drawn = jax.lax.bitcast_convert_type(bits & jnp.uint16(0xBFFF), jnp.float16)
-            features = drawn[jnp.arange(total + 1) % DRAWN].at[-1].set(0)
-            quality = jax.random.uniform(keys[1], (total + 1,), minval=1, maxval=100)
-            detection = jax.random.uniform(keys[2], (total + 1,), minval=0.5, maxval=1)
-            return [features, quality, detection, jnp.arange(total + 1, dtype=jnp.int32)]
-
-        fields = fill(jax.random.key(number))
+        lengths = np.random.default_rng((0, number)).integers(1, LONGEST[name] + 1, num_clips)
+        fields = _draw_frames(jax.random.key(number), 1 + int(lengths.sum()))
         start = jnp.asarray(np.cumsum(lengths) - lengths, jnp.int32)
         clips[name] = Packed(*fields, start=start, length=jnp.asarray(lengths, jnp.int32))
     return clips
+
+
+@partial(jax.jit, static_argnums=1)
+def _draw_frames(key: Array, count: int) -> list[Array]:
+    """Returns features, qualities, detections and numbers of frames; the last frame is padding."""
+    keys = jax.random.split(key, 3)
+    # Numbers between -2 and 2 by their bits: a normal draw of all would take minutes.
+    bits = jax.random.bits(keys[0], (DRAWN, DIM), jnp.uint16)
+    drawn = jax.lax.bitcast_convert_type(bits & jnp.uint16(0xBFFF), jnp.float16)
+    features = drawn[jnp.arange(count) % DRAWN].at[-1].set(0)
+    quality = jax.random.uniform(keys[1], (count,), minval=1, maxval=100)
+    detection = jax.random.uniform(keys[2], (count,), minval=0.5, maxval=1)
+    return [features, quality, detection, jnp.arange(count, dtype=jnp.int32)]
 
 
 class Run(NamedTuple):
@@ -174,16 +189,17 @@ def flops(product: Any) -> int:
     return 2 * inner * math.prod(product.outvars[0].aval.shape)
 
 
-def make_bare(found: Sequence[Any], rng: Array, times: int) -> Callable[[], Array]:
-    """Returns only the products, with made-up operands, as one compiled program.
+def make_bare(found: Sequence[Any], times: int) -> Callable[[], Array]:
+    """Returns a compiled program that makes only the products, of made-up operands.
 
     The program repeats all of them `times` times in a loop, as training repeats its steps.
     Otherwise it would also measure how the system hands out memory for new results.
     """
-    shapes = [x.aval for product in found for x in product.invars]
-    keys = jax.random.split(rng, len(shapes))
-    arrays = (jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True))
-    operands = [[next(arrays), next(arrays)] for _ in found]  # no product stands for another
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(found)))
+    operands = [  # all differ, so no product stands for another
+        [jax.random.normal(next(keys), x.aval.shape, x.aval.dtype) for x in product.invars]
+        for product in found
+    ]
 
     @jax.jit
     def bare(operands: Any) -> Array:
@@ -233,9 +249,6 @@ def ratio(found: Mapping[str, Sequence[float]], above: str, below: str) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-median = statistics.median
-
-
 def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -274,5 +287,4 @@ def replace_table(text: str, name: str, table: str) -> str:
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    sys.stdout.write(markdown(header, rows) + "\n")
-    sys.stdout.flush()
+    say(markdown(header, rows))

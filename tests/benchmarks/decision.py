@@ -6,14 +6,13 @@ FOLDER holds `tracks.npz`: the vectors of faces of films and of photos, with the
 Some people are enrolled by photos, in many random draws; everybody else is a stranger.
 """
 
-import argparse
 import itertools
-import pathlib
-import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from tests.benchmarks import common
 from tests.benchmarks.calibration import calibration_error
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend, grouping
@@ -23,10 +22,10 @@ from vidjax.apps.video.who import STRANGER_ODDS
 
 
 class Films(NamedTuple):
-    """N tracks of films: unit vectors, people, names of clips, and pairs seen at one time."""
+    """N tracks of films. `apart` are pairs of clips that are seen at the same time."""
 
-    vectors: np.ndarray
-    people: np.ndarray
+    vectors: np.ndarray  # [N, D], of length 1
+    people: np.ndarray  # [N], the truth
     clips: list[str]
     apart: list[tuple[str, str]]
 
@@ -35,7 +34,7 @@ CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 
 
 def split(data: dict[str, np.ndarray]) -> Films:
-    """Returns the tracks of the films, where a track with two people is split by its vectors."""
+    """Returns the tracks of the films. Where its vectors change, a track is split."""
     vectors, people, clips, times = [], [], [], []
     for number, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         at = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
@@ -58,28 +57,28 @@ def split(data: dict[str, np.ndarray]) -> Films:
 def measure(
     films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
 ) -> dict[str, float]:
-    """Returns shares of tracks, and figures of unknown people, over random draws.
+    """Returns means over random draws: shares of tracks, and figures of unknown people.
 
-    `photos` are [P, K, D] vectors of K photos of P people; `known` people are enrolled with `count`
-    photos each, in `draws` random choices. With `votes`, tracks that form a group vote.
+    `photos` are [P, K, D] vectors of K photos of P people. In each of the `draws`, `known` people
+    are enrolled with `count` photos each. With `votes`, the tracks of a group get one answer.
     """
-    found = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
+    model = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
     rng, shares, sure, correct = np.random.default_rng(0), [], [], []
-    groups = grouping.group(found, films.clips, [films.vectors], films.apart, absorb=False)
+    groups = grouping.group(model, films.clips, [films.vectors], films.apart, absorb=False)
     owner = groups if votes else np.arange(len(groups))
     for _ in range(draws):
         people = rng.permutation(len(photos))[:known]
         shown = photos[people][:, rng.permutation(photos.shape[1])[:count]]
         rows = np.repeat(np.arange(known), count)
-        enrolled = found.enrol([*map(str, people)], shown.reshape(len(rows), -1), rows)
-        nearest = [*backend.Index(found, [enrolled]).nearest([films.vectors], 1, owner)]
+        enrolled = model.enrol([*map(str, people)], shown.reshape(len(rows), -1), rows)
+        nearest = [*backend.Index(model, [enrolled]).nearest([films.vectors], 1, owner)]
         best = np.array([int(nearest[group].best[0][0]) for group in owner])
         probability = np.exp([nearest[group].best[0][1] for group in owner])
         there, named = np.isin(films.people, people), probability > 0.5
         right = there & (best == films.people)
         unknown = np.flatnonzero(~named)
         names = [films.clips[row] for row in unknown]
-        labels = grouping.group(found, names, [films.vectors[unknown]], films.apart)
+        labels = grouping.group(model, names, [films.vectors[unknown]], films.apart)
         purest = [
             np.unique(films.people[unknown[labels == n]], return_counts=True)[1].max()
             for n in np.unique(labels)
@@ -98,7 +97,7 @@ def measure(
     return means | {"ECE": calibration_error(np.concatenate(sure), np.concatenate(correct))}
 
 
-def load(folder: pathlib.Path) -> tuple[Films, np.ndarray]:
+def load(folder: Path) -> tuple[Films, np.ndarray]:
     """Returns the tracks, and the unit vectors of photos [P, K, D] float32."""
     with np.load(folder / "tracks.npz") as file:
         data = dict(file)
@@ -107,14 +106,11 @@ def load(folder: pathlib.Path) -> tuple[Films, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tracks", required=True, type=pathlib.Path)
-    films, photos = load(parser.parse_args().tracks)
+    films, photos = load(Path(common.parse(__doc__, tracks="").tracks))
     for known, count, votes in itertools.product((8, len(photos)), (1, 3), (False, True)):
         found = measure(films, photos, known=known, count=count, draws=20, votes=votes)
         cells = " | ".join(f"{name} {value:.3f}" for name, value in found.items())
-        sys.stdout.write(f"{known} people, {count} photos, votes {votes} | {cells}\n")
-        sys.stdout.flush()
+        common.say(f"{known} people, {count} photos, votes {votes} | {cells}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
 """Rate of an evaluation: forward pass over all clips and the exact top 100 of every identity.
 
-    python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
+    python -m tests.benchmarks.evaluation [--clips=60000] [--num_identities=10034]
         [--peer] [--rounds=3] [--published]
 
-The whole is `vidjax.evaluation.scoring.score` of made-up resident clips, with MAP and the open-set
-figures; the forward pass has the same blocks without a ranking. With `--peer` the same net in
-PyTorch (the extra `bench`), eager and by torch.compile, ranks padded blocks in memory. All take
-turns in one process. `--published` times the nets of the two publications that report a time of
-their test. `--clips` should be many times `--block_size`: the last block of a length is filled up.
+The net is the MLP of `configs/quality_fusion.py`, the clips are made up, and on the device:
+
+    whole              `vidjax.evaluation.scoring.score`, with MAP and the open-set figures
+    forward            only the net, on the same blocks of clips
+    top 100            the difference: whole without forward
+    eager, compiled    with `--peer`, the same net and ranking in PyTorch (the extra `bench`), on
+                       padded blocks in memory
+
+All take turns in one process. `--published` instead times the nets of the two publications that
+report a time of their test. `--clips` should be many times `--block_size`, because the last block
+of each length is filled up.
 """
 
 # pyright: reportMissingImports=false
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -71,11 +76,11 @@ class MadeUp:
 
 
 def make_functions(
-    spec: str, overrides: Sequence[str], args: argparse.Namespace
+    spec: str, args: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], Any]], common.Run]:
     """Returns the whole and the forward pass of a net as functions, and its clips."""
     sizes = {"num_identities": args.num_identities, "num_clips": args.clips}
-    run = common.make_run(spec, overrides, batch_size=256, **sizes)
+    run = common.make_run(spec, batch_size=256, **sizes)
     weights, mesh = (run.state.params, run.state.model_state), devices.make_mesh(1)
     data = MadeUp(run, args.num_identities)
     sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
@@ -106,7 +111,7 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
             for name, packed in run.clips.items()
         }
         blocks.append(peer.make_batch(common.for_torch(frames), np.zeros(1024, np.int64)))
-    recipe = peer.make_recipe(args.net, 1 + args.num_identities)
+    recipe = peer.make_recipe("mlp", 1 + args.num_identities)
     eager, compiled = (peer.make_scorer(recipe, compile=compile) for compile in (False, True))
     return {
         "eager": lambda: peer.rank(eager, blocks)[1].cpu(),
@@ -115,11 +120,12 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    functions, run = make_functions(*common.NETS[args.net], args)
+    functions, run = make_functions("quality_fusion.py:iqiyi_vid", args)
     peers = make_peers(args, run) if args.peer else {}
-    counts = {name: PEER_CLIPS if name in peers else args.clips for name in functions | peers}
-    seconds = common.in_turns(functions | peers, args.rounds)
-    seconds = {name: [x / counts[name] for x in values] for name, values in seconds.items()}
+    seconds = {}  # a clip
+    for name, values in common.in_turns(functions | peers, args.rounds).items():
+        count = PEER_CLIPS if name in peers else args.clips
+        seconds[name] = [x / count for x in values]
     pairs = zip(seconds["whole"], seconds["forward"], strict=True)
     seconds["top 100"] = [whole - forward for whole, forward in pairs]
     rows = [[name, f"{1 / common.median(x):,.0f}"] for name, x in seconds.items()]
@@ -131,9 +137,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def time_tests(args: argparse.Namespace) -> None:
     """Writes how long the published nets take for the official test, from a sample of it."""
-    functions = {
-        name: make_functions(spec, (), args)[0]["whole"] for name, (spec, _) in TESTS.items()
-    }
+    functions = {name: make_functions(spec, args)[0]["whole"] for name, (spec, _) in TESTS.items()}
     minutes, rows = {}, []
     for name, seconds in common.in_turns(functions, args.rounds).items():
         nets = TESTS[name][1]
@@ -146,9 +150,9 @@ def time_tests(args: argparse.Namespace) -> None:
 
 def main() -> None:
     sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
-    args = common.parse(__doc__, "--peer", "--published", net="mlp", **sizes)
-    sizes_told = f"{args.clips:,} clips, {args.num_identities:,} identities"
-    sys.stdout.write(f"{common.describe()}, {sizes_told}\n\n")
+    args = common.parse(__doc__, "--peer", "--published", **sizes)
+    told = f"{args.clips:,} clips, {args.num_identities:,} identities"
+    common.say(f"{common.describe()}, {told}\n")
     (time_tests if args.published else benchmark)(args)
 
 

@@ -9,7 +9,6 @@ compared: names, times and CPU time. Without `--people`, the most memory of `vid
 measured, for films of 3 and 30 minutes that show moving patches.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -106,37 +105,34 @@ def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
 
 
 def measure_people(folder: Path, people: Path, models: Path) -> Iterator[dict[str, object]]:
+    photos = [sorted(person.iterdir()) for person in sorted(people.iterdir())]
     for name, size in SIZES.items():
         path = folder / f"{name}.mp4"
-        films.write(path, show_photos(people, *size))
+        films.write(path, show_photos(photos, *size))
         yield {name: measure_speed(path, models)}
-    yield from compare_presets(folder, people, models)
+    yield from compare_presets(folder, photos, models)
 
 
-def list_photos(people: Path) -> list[list[Path]]:
-    """Returns the photos of each person."""
-    return [sorted(one.iterdir()) for one in sorted(people.iterdir())]
-
-
-def show_photos(people: Path, height: int, width: int) -> Iterator[np.ndarray]:
-    """Yields the frames of a film that shows all photos in turn."""
-    photos = list_photos(people)
+def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[np.ndarray]:
+    """Yields the frames of a film that shows all photos in turn. `photos` has a list a person."""
     for turn in range(max(map(len, photos))):
         for own in photos:
             yield from panned(own[turn % len(own)], height, width)
 
 
-def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[str, object]]:
+def compare_presets(
+    place: Path, photos: list[list[Path]], models: Path
+) -> Iterator[dict[str, object]]:
     """Yields the figures of each of PRESETS, and their difference.
 
     Every person is enrolled by the first photo of a folder, and the film shows all photos in turn.
     """
     first = place / "first"
-    for own in list_photos(people):
-        (first / own[0].parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(own[0], first / own[0].parent.name)
+    for photo, *_ in photos:
+        (first / photo.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, first / photo.parent.name)
     path = place / "photos.mp4"
-    films.write(path, show_photos(people, 720, 1280))
+    films.write(path, show_photos(photos, 720, 1280))
     found = []
     for settings in PRESETS.values():
         began, out = common.children_seconds(), place / f"who{settings.size}"
@@ -153,19 +149,15 @@ def compare_presets(place: Path, people: Path, models: Path) -> Iterator[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--people", type=Path)
-    args = parser.parse_args()
+    args = common.parse(__doc__, folder=Path, people="")
     models = Path(os.environ["VIDJAX_MODELS"])
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.people:
-        figures = measure_people(args.folder, args.people, models)
+        figures = measure_people(args.folder, Path(args.people), models)
     else:
         figures = measure_memory(args.folder, models)
     for one in figures:
-        sys.stdout.write(json.dumps(one) + "\n")
-        sys.stdout.flush()
+        common.say(json.dumps(one))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ def main() -> None:
                 times.append(run(Path(folder), "--config=configs/mma.py"))
                 shutil.rmtree(f"{folder}/run")
                 sys.stderr.write(f"{name}: {times[-1][0]:.1f} s\n")
-    rows = []
-    for name, times in found.items():
-        seconds, used = zip(*times, strict=True)
-        rows.append([name, f"{common.median(seconds):.1f}", f"{common.median(used):.1f}"])
+    rows = [
+        [name, *(f"{common.median(column):.1f}" for column in zip(*times, strict=True))]
+        for name, times in found.items()
+    ]
     common.write_table(["the first command", "seconds", "of the processor"], rows)
 
 

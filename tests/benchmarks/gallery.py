@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import common
+from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.gallery import Gallery, Vectors
@@ -55,11 +56,7 @@ STARTS = {
 
 
 def near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _unit(centres + 0.5 * rng.standard_normal(centres.shape, np.float32))
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return unit(centres + 0.5 * rng.standard_normal(centres.shape, np.float32))
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
@@ -141,7 +138,7 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
 
 
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
-    faces = _unit(np.random.default_rng(0).standard_normal((175, 128)))
+    faces = unit(np.random.default_rng(0).standard_normal((175, 128))).astype(np.float32)
     # Cosines of dlib's vectors of faces.
     facts: Any = {"same": (0.958, 0.0146), "different": (0.83, 0.0352), "pairs": (1, 1)}
     card = BackEnd(centre=[0.0] * 128, data="made-up", **facts)

@@ -45,12 +45,15 @@ GAPS: dict[str, Kinds] = {
 
 
 def measure(name: str, num: int, repetitions: int) -> str:
-    """Draws samples of `num` identities of a population, and tells what their intervals do."""
-    rng, gaps = np.random.default_rng(num), name in GAPS
-    shares, kinds = zip(*(GAPS if gaps else PRECISIONS)[name], strict=True)
+    """Returns the figures of a population as text, from samples of `num` identities each."""
+    rng = np.random.default_rng(num)
+    if name in GAPS:
+        population, interval, lowest = GAPS[name], significance.compute_gap_interval, -1
+    else:
+        population, interval, lowest = PRECISIONS[name], significance.map_interval, 0
+    shares, kinds = zip(*population, strict=True)
     means = [kind.mean() if hasattr(kind, "mean") else kind for kind in kinds]
     true = float(np.dot(shares, means))
-    interval = significance.compute_gap_interval if gaps else significance.map_interval
     bounds, t_bounds = [], []
     for _ in range(repetitions):
         counts = rng.multinomial(num, shares / np.sum(shares))
@@ -60,7 +63,7 @@ def measure(name: str, num: int, repetitions: int) -> str:
         ])  # fmt: skip
         bounds.append(interval(values, draws=DRAWS)[:2])
         half = stats.t.ppf(0.975, num - 1) * values.std(ddof=1) / num**0.5
-        t_bounds.append((max(values.mean() - half, -gaps), min(values.mean() + half, 1)))
+        t_bounds.append((max(values.mean() - half, lowest), min(values.mean() + half, 1)))
     (low, high), (t_low, t_high) = np.transpose(bounds), np.transpose(t_bounds)
     held, t_held = (
         np.mean((low <= true + 1e-12) & (true <= high + 1e-12))
@@ -73,9 +76,10 @@ def measure(name: str, num: int, repetitions: int) -> str:
 def main() -> None:
     args = common.parse(__doc__, repetitions=1000, identities="20,37,100,300,1000")
     numbers = [int(num) for num in args.identities.split(",")]
-    rows = []
-    for name in (*PRECISIONS, *GAPS):
-        rows.append([name, *(measure(name, num, args.repetitions) for num in numbers)])
+    rows = [
+        [name, *(measure(name, num, args.repetitions) for num in numbers)]
+        for name in (*PRECISIONS, *GAPS)
+    ]
     common.write_table(["population", *(f"{num:,}" for num in numbers)], rows)
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     seconds = common.in_turns(functions, args.rounds)
     seconds["one"] = [args.members * x for x in seconds["one"]]
     rate = f"{args.members * args.batch_size / common.median(seconds['all']):,.0f}"
-    sys.stdout.write(f"{common.describe()}, {1 + args.num_identities} classes\n\n")
+    common.say(f"{common.describe()}, {1 + args.num_identities} classes\n")
     header = ["batch", "members", "clips/s x members", "cost / single steps"]
     ratio = common.ratio(seconds, "all", "one")
     common.write_table(header, [[args.batch_size, args.members, rate, ratio]])

@@ -432,7 +432,7 @@ def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: in
     examples: Any = [(clip, columns.get(truth.get(name, -1), 0)) for name, clip in clips]
     if train:
         examples = [(clip, column) for clip, column in examples if column]
-    if not train:  # so that blocks have little padding
+    else:  # by length, so that blocks have little padding
         examples.sort(key=lambda example: len(example[0][0]))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)

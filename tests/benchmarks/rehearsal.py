@@ -15,8 +15,6 @@ repeat its step. All steps take more than a day on 2 cores, 25 GB of disk and 8 
   of the main README.
 """
 
-import argparse
-import contextlib
 import functools
 import io
 import json
@@ -27,7 +25,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.benchmarks import common
+from tests.helpers import limits
 from vidjax.data import synthetic
 from vidjax.runs import config_io
 
@@ -147,20 +145,6 @@ def disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def children_bytes() -> int:
-    """Returns the memory of all processes below this process, without the pages of files."""
-    total, waiting = 0, [Path("/proc/self")]
-    while waiting:
-        place = waiting.pop()
-        with contextlib.suppress(OSError):  # it has ended
-            lines = (place / "status").read_text().splitlines()
-            kilobytes = [x.split()[1] for x in lines if x.startswith(("RssAnon", "RssShmem"))]
-            total += 1024 * sum(map(int, kilobytes)) * (place.name != "self")
-            for children in place.glob("task/*/children"):
-                waiting += [Path("/proc", pid) for pid in children.read_text().split()]
-    return total
-
-
 def clocks() -> tuple[float, float, float]:
     """Returns seconds: of the clock, of ended children, and of the working cores of the machine."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
@@ -169,28 +153,21 @@ def clocks() -> tuple[float, float, float]:
 
 
 def measure(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the results of a function and what it took: time, memory, and work of others."""
-    before, peak, ended = clocks(), [0], threading.Event()
+    """Returns the results of a function and what its child processes took: time and memory.
 
-    def watch() -> None:
-        while not ended.wait(SECONDS):
-            peak[0] = max(peak[0], children_bytes())
+    `others` is the share of other processes in the time of the cores.
+    """
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    def memory() -> int:
+        return sum(map(limits.held_by, limits.children_of(os.getpid())))
+
+    before = clocks()
+    with limits.peak_of(memory, every_s=SECONDS) as peak:
         row = function()
-    finally:
-        ended.set()
-        thread.join()
     seconds, used, busy = (b - a for a, b in zip(before, clocks(), strict=True))
     others = max(0.0, busy - used) / (seconds * (os.cpu_count() or 1))
-    return row | {
-        "seconds": seconds,
-        "processor_seconds": used,
-        "others": others,
-        "memory": peak[0],
-    }
+    times = {"seconds": seconds, "processor_seconds": used, "others": others}
+    return row | times | {"memory": peak[0]}
 
 
 def call(words: Sequence[str], log: Path, kill: Callable[[], bool] | None = None) -> None:
@@ -209,11 +186,11 @@ def call(words: Sequence[str], log: Path, kill: Callable[[], bool] | None = None
 
 
 def all_epochs(run: Run) -> int:
+    """Returns the epochs of a run to its end."""
     return int(config_io.load_file(f"{common.CONFIGS / run.spec}").num_epochs)
 
 
-def words(folder: Path, run: Run, workdir: Path, scale: float) -> list[str]:
-    """Returns the command of a run."""
+def command(run: Run, folder: Path, workdir: Path, scale: float) -> list[str]:
     epochs = run.epochs or (0 if scale == 1 else min(2, all_epochs(run)))
     fields = [*run.overrides, f"data.dir={folder / 'files'}", f"data.cache_dir={folder / 'cache'}"]
     fields += [f"num_epochs={epochs}"] if epochs else []
@@ -232,11 +209,11 @@ def do(step: str, folder: Path, scale: float) -> dict[str, Any]:
         call(["vidjax.data.iqiyi_vid", str(folder / "files"), flag], log)
         return {"disk": disk(folder / "cache")}
     if step == "resume":
-        return resume(workdir, log, lambda name: words(folder, KILLED, workdir / name, scale))
+        return resume(workdir, log, lambda name: command(KILLED, folder, workdir / name, scale))
     if (workdir / "metrics.json").exists():
         shutil.rmtree(workdir)  # finished: the step is repeated
     row: dict[str, Any] = {"resumed": workdir.exists()}  # then the time is of the last process
-    call(words(folder, RUNS[step], workdir, scale), log)
+    call(command(RUNS[step], folder, workdir, scale), log)
     metrics = json.loads((workdir / "metrics.json").read_text())
     for name in ("map", "mode", "num_params", "num_members", "train_clips_per_second"):
         row[name] = metrics[name]
@@ -245,18 +222,17 @@ def do(step: str, folder: Path, scale: float) -> dict[str, Any]:
     return row
 
 
-def resume(workdir: Path, log: Path, command: Callable[[str], list[str]]) -> dict[str, Any]:
+def resume(workdir: Path, log: Path, command_in: Callable[[str], list[str]]) -> dict[str, Any]:
     """Runs twice; the second run is killed after its first checkpoint, and resumed."""
     shutil.rmtree(workdir, ignore_errors=True)
-    saved = workdir / "killed" / "checkpoints"
-    call(command("whole"), log)
-    call(command("killed"), log, kill=lambda: any(saved.glob("[0-9]*/manifest.json")))
-    call(command("killed"), log)
-    both = [
-        [(workdir / name / file).read_bytes() for file in ("metrics.jsonl", "ranking.txt")]
-        for name in ("whole", "killed")
-    ]
-    return {"equal": both[0] == both[1], "disk": disk(workdir)}
+    whole, killed = workdir / "whole", workdir / "killed"
+    saved = killed / "checkpoints"
+    call(command_in("whole"), log)
+    call(command_in("killed"), log, kill=lambda: any(saved.glob("[0-9]*/manifest.json")))
+    call(command_in("killed"), log)
+    names = ("metrics.jsonl", "ranking.txt")
+    equal = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in names)
+    return {"equal": equal, "disk": disk(workdir)}
 
 
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -289,13 +265,8 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return common.markdown([*header, "memory, GB", "disk, GB", "MAP"], lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default=",".join(STEPS))
-    parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--collect", action="store_true")
-    args = parser.parse_args(argv)
+def main() -> None:
+    args = common.parse(__doc__, "--collect", folder=Path, only=",".join(STEPS), scale=1.0)
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "rows.json"
@@ -306,10 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows[step] = measure(functools.partial(do, step, folder, args.scale))
         rows[step] |= {"machine": common.describe(), "scale": args.scale}
         results.write_text(json.dumps(rows, indent=1) + "\n")
-        sys.stdout.write(f"{step} {json.dumps(rows[step])}\n")
-        sys.stdout.flush()
+        common.say(f"{step} {json.dumps(rows[step])}")
     if args.scale < 1:
-        sys.stdout.write(render(rows))
+        common.say(render(rows))
     elif args.collect:
         rows = json.loads(COLLECTED.read_text()) | rows
         COLLECTED.write_text(json.dumps(rows, indent=1) + "\n")

@@ -15,9 +15,9 @@ there into the tables, and time and score into the docstrings of the configurati
 - `--time` measures the commands of the main README instead (minutes, on an idle machine).
 """
 
-import argparse
 import fnmatch
 import functools
+import itertools
 import json
 import math
 import re
@@ -126,8 +126,7 @@ def train(folder: Path, real: str | None, only: Sequence[str]) -> None:
         workdir = folder / name
         if not is_chosen(row, only) or (workdir / "metrics.json").exists():
             continue
-        sys.stdout.write(f"{name}: {' '.join(words)}\n")
-        sys.stdout.flush()
+        common.say(f"{name}: {' '.join(words)}")
         words = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}", "--quiet"]
         ended = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True)
         if ended.returncode:
@@ -147,7 +146,7 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
                 spec, *overrides = row.split()
                 words = (f"--config=configs/{spec}", *overrides)
                 seconds[row], _ = first_command.run(Path(folder), *words)
-            sys.stdout.write(f"{row}: {seconds[row]:.0f} s\n")
+            common.say(f"{row}: {seconds[row]:.0f} s")
     return seconds
 
 
@@ -164,15 +163,15 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     read = functools.cache(lambda path: comparison.read(str(path)))
     rows = {row: {x: _scores(_folders(folder, row, x)) for x in DATASETS} for row in read_rows()}
     rungs: dict[str, Any] = {}
-    for header, *lines in read_tables("scores").values():
-        for _, spec, base, _, *cells in lines if "to" in header else []:
-            if base:
-                pair = [x.strip("`") for x in (base, spec)]
-                rungs[pair_name(spec, base)] = {
-                    name: _difference([_folders(folder, row, name) for row in pair], name, read)
-                    for name, cell in zip(DATASETS, cells, strict=False)
-                    if not is_reason(cell)
-                }
+    ladders = [rest for head, *rest in read_tables("scores").values() if "to" in head]
+    for _, spec, base, _, *cells in itertools.chain(*ladders):
+        if base:
+            pair = [x.strip("`") for x in (base, spec)]
+            rungs[pair_name(spec, base)] = {
+                name: _difference([_folders(folder, row, name) for row in pair], name, read)
+                for name, cell in zip(DATASETS, cells, strict=False)
+                if not is_reason(cell)
+            }
     found: dict[str, Any] = {"rows": rows, "rungs": rungs}
     for kind, results in found.items():
         for key, of_datasets in results.items():
@@ -220,10 +219,15 @@ def _difference(
 # Tables.
 
 
+def of_seeds(found: Mapping[str, Any], spec: str, dataset: str, metric: str) -> list[float]:
+    """Returns the values of the seeds of a row, none if it was not run."""
+    values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
+    return [value for value in values if value is not None]
+
+
 def mean(found: Mapping[str, Any], spec: str, dataset: str, metric: str = "map") -> str:
     """Returns the mean of the seeds of a row as text, empty if it was not run."""
-    values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get(metric, [])
-    values = [x for x in values if x is not None]
+    values = of_seeds(found, spec, dataset, metric)
     return f"{np.mean(values):.3f}" if values else ""
 
 
@@ -231,8 +235,7 @@ def fill_scores(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
     spec, *old = cells
     new = []
     for dataset, cell in zip(DATASETS, old[::2], strict=True):
-        values = found["rows"].get(spec.strip("`"), {}).get(dataset, {}).get("map", [])
-        every = " ".join(f"{value:.3f}" for value in values)
+        every = " ".join(f"{value:.3f}" for value in of_seeds(found, spec, dataset, "map"))
         new += [cell if is_reason(cell) else every, mean(found, spec, dataset)]
     return [spec, *new]
 
@@ -240,11 +243,10 @@ def fill_scores(cells: Sequence[str], found: Mapping[str, Any]) -> list[str]:
 def fill_ladder(
     cells: Sequence[str], found: Mapping[str, Any], absent: Mapping[str, str], *, strangers: bool
 ) -> list[str]:
-    """Returns a comparison with what was measured.
+    """Returns the cells of a comparison, filled with the measured figures.
 
-    `absent` are dataset -> why its base has no run. With `strangers` it also has the share of known
-    clips that are missed where 1 % of the distractors pass. A gain outside of the interval is
-    `yes`, a loss `no`.
+    `absent` are dataset -> why the base has no run. With `strangers`, the cells also have FNIR, the
+    share of known clips that are missed when 1 % of the distractors pass.
     """
     text, spec, base, published, *old, _, why = cells
     gaps = found["rungs"].get(pair_name(spec, base), {})
@@ -298,7 +300,7 @@ def write_pages(found: Mapping[str, Any]) -> None:
                     absent, strangers = rows.get(cells[2].strip("`"), {}), name == "noise_classes"
                     new.append(fill_ladder(cells, found, absent, strangers=strangers))
             table = common.markdown(head, new)
-            sys.stdout.write(f"{table}\n")
+            common.say(table)
             path.write_text(common.replace_table(path.read_text(), name, table))
     for row in HEADERS:
         path = CONFIGS / f"{row.partition('.')[0]}.py"
@@ -310,18 +312,13 @@ def write_pages(found: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--real", help="a folder of official files")
-    parser.add_argument("--only", default="", help="rows, separated by `;`; * stands for any text")
-    parser.add_argument("--collect", action="store_true", help="train nothing")
-    parser.add_argument("--time", action="store_true", help="time the commands of README.md")
-    args = parser.parse_args(argv)
+    flags = ("--collect", "--time")
+    args = common.parse(__doc__, *flags, argv=argv, folder=Path, real="", only="")
     only = [text for text in args.only.split(";") if text]
     if not (args.collect or args.time):
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder.absolute(), args.real, only)
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    old = json.loads(RESULTS.read_text())
     found = collect(args.folder, old)
     if args.time:
         found["seconds"] |= time_systems(only)

@@ -161,8 +161,7 @@ def main() -> None:
         own = ["-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
         for name, words in (("serve", own), ("plain", ["-c", PLAIN, str(folder)])):
             found = measure(words, requests, args.clients, args.seconds)
-            sys.stdout.write(json.dumps({"server": name, **found}) + "\n")
-            sys.stdout.flush()
+            common.say(json.dumps({"server": name, **found}))
 
 
 if __name__ == "__main__":

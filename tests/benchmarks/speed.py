@@ -8,7 +8,6 @@ only writes the tables. The measurement needs PyTorch (the extra `bench`), 20 GB
 on 2 cores, and an otherwise idle machine.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -49,23 +48,20 @@ def measure(words: list[str]) -> dict[str, str]:
 
 
 def render(found: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> str:
-    machines = [machine for machine, results in found.items() if name in results]
-    labels = dict.fromkeys(label for machine in machines for label in found[machine][name])
-    rows = [[label, *(found[m][name].get(label, "") for m in machines)] for label in labels]
-    return common.markdown(["", *machines], rows)
+    """Returns the table of a benchmark: a row for each figure, and a column for each machine."""
+    columns = {machine: results[name] for machine, results in found.items() if name in results}
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
+    rows = [[label, *(column.get(label, "") for column in columns.values())] for label in labels]
+    return common.markdown(["", *columns], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default=",".join(BENCHMARKS))
-    parser.add_argument("--collect", action="store_true")
-    args = parser.parse_args(argv)
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    args = common.parse(__doc__, "--collect", argv=argv, only=",".join(BENCHMARKS))
+    found = json.loads(RESULTS.read_text())
     for name in [] if args.collect else args.only.split(","):
         found.setdefault(common.describe(), {})[name] = measure(BENCHMARKS[name])
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-        sys.stdout.write(f"{name}\n{render(found, name)}\n")
-        sys.stdout.flush()
+        common.say(f"{name}\n{render(found, name)}")
     text = PAGE.read_text()
     for name in BENCHMARKS:
         if any(name in results for results in found.values()):

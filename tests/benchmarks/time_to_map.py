@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,14 +81,12 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str]]
 def main() -> None:
     sizes = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
     args = common.parse(__doc__, "--streaming", **sizes, batch_size=1024, rounds=1)
-    folder = Path(tempfile.mkdtemp())
-    caches = {"VIDJAX_CACHE": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    env = {**os.environ, **{name: str(folder / cache) for name, cache in caches.items()}}
-    try:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        caches = {"VIDJAX_CACHE": f"{name}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{name}/inductor"}
         write_files(folder, {"train": args.clips, "val": args.val_clips}, args.num_identities)
-        (compare_modes if args.streaming else compare_with_torch)(args, folder, env)
-    finally:
-        shutil.rmtree(folder)
+        compare = compare_modes if args.streaming else compare_with_torch
+        compare(args, folder, os.environ | caches)
 
 
 def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int) -> list[str]:
@@ -101,20 +98,21 @@ def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int)
 
 
 def compare_modes(args: argparse.Namespace, folder: Path, env: Mapping[str, str]) -> None:
-    found: dict[str, list[dict[str, Any]]] = {"resident": [], "streaming": []}
+    """Prints the rates of training on resident and on streamed clips."""
+    rates: dict[str, list[float]] = {"resident": [], "streaming": []}
+    waits = []  # shares of the time
     for number in range(args.rounds):
-        for mode, results in found.items():
+        for mode, of_mode in rates.items():
             workdir = f"{mode}{number}"
             words = our_words(args, folder, workdir, args.epochs)
             run([*words, f"--config.data.mode={mode}", "--config.eval.every_epochs=0"], env)
-            results.append(json.loads((folder / workdir / "metrics.json").read_text()))
-    rates = {
-        mode: [x["train_clips_per_second"] for x in of_mode] for mode, of_mode in found.items()
-    }
-    rows = [[f"{mode}: clips/s", f"{common.median(rate):,.0f}"] for mode, rate in rates.items()]
+            metrics = json.loads((folder / workdir / "metrics.json").read_text())
+            of_mode.append(metrics["train_clips_per_second"])
+            if mode == "streaming":
+                waits.append(metrics["waited_seconds"] / metrics["train_seconds"])
+    rows = [[f"{mode}: clips/s", f"{common.median(x):,.0f}"] for mode, x in rates.items()]
     rows.append(["streaming / resident", common.ratio(rates, "streaming", "resident")])
-    shares = [one["waited_seconds"] / one["train_seconds"] for one in found["streaming"]]
-    rows.append(["share of the time in which a step waits for clips", f"{max(shares):.3f}"])
+    rows.append(["share of the time in which a step waits for clips", f"{max(waits):.3f}"])
     common.write_table(["training", "measured"], rows)
 
 
@@ -142,32 +140,28 @@ def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str,
     for turn in range(args.rounds):
         for name, courses in found.items():
             courses.append(measure(name, 1 + turn, args.epochs))
+
+    def seconds_to(goal: float, course: list[tuple[float, float]]) -> float:
+        return next(seconds for seconds, score in course if score >= goal - NEAR)
+
     finals = {name: [course[-1][1] for course in courses] for name, courses in found.items()}
     lowest = min(map(min, finals.values()))
-    seconds: dict[str, dict[str, list[float]]] = {}
-    for title, goals in {
-        "to its MAP": finals,
-        "to the lowest MAP": {name: [lowest] * args.rounds for name in RUNS},
-    }.items():
-        seconds[title] = {
-            name: [
-                next(at for at, score in course if score >= goal - NEAR)
-                for course, goal in zip(found[name], goals[name], strict=True)
-            ]
-            for name in RUNS
-        }
-    seconds["in all"] = {name: [x[-1][0] for x in courses] for name, courses in found.items()}
-    rows = []
+    titles = ("to its MAP", "to the lowest MAP", "in all")
+    times: dict[str, dict[str, list[float]]] = {title: {} for title in titles}
+    for name, courses in found.items():
+        times["to its MAP"][name] = [seconds_to(course[-1][1], course) for course in courses]
+        times["to the lowest MAP"][name] = [seconds_to(lowest, course) for course in courses]
+        times["in all"][name] = [course[-1][0] for course in courses]
+    rows, ratios = [], []
     for name in RUNS:
-        times = [f"{common.median(column[name]):.0f}" for column in seconds.values()]
-        rows.append([name, *times, f"{common.median(finals[name]):.3f}"])
-    common.write_table(["run", *(f"seconds {title}" for title in seconds), "final MAP"], rows)
-    rows = []
-    for title, column in seconds.items():
-        fastest = min((n for n in column if "PyTorch" in n), key=lambda name: sum(column[name]))
+        cells = [f"{common.median(of_runs[name]):.0f}" for of_runs in times.values()]
+        rows.append([name, *cells, f"{common.median(finals[name]):.3f}"])
+    common.write_table(["run", *(f"seconds {title}" for title in times), "final MAP"], rows)
+    for title, of_runs in times.items():
+        fastest = min((n for n in RUNS if "PyTorch" in n), key=lambda name: sum(of_runs[name]))
         for name in ("vidjax, float32", "vidjax, bfloat16"):
-            rows.append([f"{title}, {fastest} / {name}", common.ratio(column, fastest, name)])
-    common.write_table(["seconds", "ratio"], rows)
+            ratios.append([f"{title}, {fastest} / {name}", common.ratio(of_runs, fastest, name)])
+    common.write_table(["seconds", "ratio"], ratios)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ turns in one process, because machines drift: the ratios are medians over rounds
 # pyright: reportMissingImports=false
 
 import argparse
-import sys
 from typing import Any
 
 import jax
@@ -68,7 +67,7 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
 
     jax.block_until_ready(train())
     peak = common.peak_bytes()  # before the operands of the bare products are made
-    functions = {"step": train, "bare": common.make_bare(found, jax.random.key(1), STEPS)}
+    functions = {"step": train, "bare": common.make_bare(found, STEPS)}
     functions |= make_peers(name, run, args) if args.peer else {}
     seconds = common.in_turns(functions, args.rounds)
     seconds = {name: [x / STEPS for x in values] for name, values in seconds.items()}
@@ -87,7 +86,7 @@ def main() -> None:
     sizes = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
     args = common.parse(__doc__, "--peer", "--bfloat16", nets=",".join(common.NETS), **sizes)
     classes = 1 + args.num_identities
-    sys.stdout.write(f"{common.describe()}, batch {args.batch_size}, {classes} classes\n\n")
+    common.say(f"{common.describe()}, batch {args.batch_size}, {classes} classes\n")
     rows = [benchmark(name, args) for name in args.nets.split(",")]
     header = ["net", "parameters", "clips/s", "GFLOP/s", "bare products / step", "peak MiB so far"]
     header += ["faster than eager", "than torch.compile"] if args.peer else []

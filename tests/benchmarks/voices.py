@@ -17,7 +17,6 @@ The figures are printed as JSON.
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ import av
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax.apps.gallery.gallery import Gallery
+from tests.helpers.embeddings import unit
+from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.video import cards, voices
 from vidjax.core import metrics
 
@@ -36,6 +36,7 @@ FPIR = 1 / 91  # the lowest rate that the 90 utterances of all other speakers ca
 
 
 def read(path: Path) -> np.ndarray:
+    """Returns the samples of a file of sound, at the rate of the nets."""
     with av.open(str(path)) as container:
         resampler = av.AudioResampler("flt", "mono", voices.RATE)
         frames = [*container.decode(audio=0), None]
@@ -43,40 +44,53 @@ def read(path: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def speaker(name: str) -> str:
-    return name.partition("/")[0]
+def embed(speech: Path, models: Path, gallery: Gallery) -> Vectors:
+    """Returns the vectors of all utterances, SPEAKER/FILE, labelled with their speakers."""
+    hear, clips = voices.Listener(cards.load(models)), {}
+    for path in sorted(speech.glob("*/*.flac")):
+        voice = hear(read(path))
+        if len(voice.begin):  # features as `vidjax extract` makes them
+            features = {"features": voice.vectors, "quality": voice.quality}
+            clips[f"{path.parent.name}/{path.stem}"] = {"audio": features}
+    vectors = gallery.embed(clips)
+    return vectors._replace(labels=tuple(name.partition("/")[0] for name in vectors.names))
+
+
+def cosines(vectors: Vectors) -> dict[str, list[float]]:
+    """Returns mean, deviation and number of the cosines of pairs: of one and of two speakers."""
+    x, speakers = unit(vectors.parts["audio"]), np.array(vectors.labels)
+    pairs = np.triu_indices(len(x), 1)
+    found, same = (x @ x.T)[pairs], (speakers[:, None] == speakers)[pairs]
+    kinds = {"same": found[same], "different": found[~same]}
+    return {
+        kind: [round(float(some.mean()), 4), round(float(some.std()), 4), len(some)]
+        for kind, some in kinds.items()
+    }
 
 
 def measure(speech: Path, models: Path) -> dict[str, Any]:
     """Returns the figures of the module's docstring."""
-
-    def enrolled(name: str, chosen: set[str]) -> Gallery:
-        gallery, some = Gallery.of_models(f"{folder}/{name}", models), vectors.only(chosen)
-        gallery.enrol(some._replace(labels=tuple(map(speaker, some.names))))
-        return gallery
-
-    def shares(right: np.ndarray, named: np.ndarray, alarms: Sequence[Any]) -> dict[str, float]:
-        found = {"right": right & named, "wrong": ~right & named, "strangers": alarms}
-        return {name: round(float(np.mean(share)), 3) for name, share in found.items()}
-
     with tempfile.TemporaryDirectory() as folder:
-        hear, clips = voices.Listener(cards.load(models)), {}
-        for path in sorted(speech.glob("*/*.flac")):
-            voice = hear(read(path))
-            if len(voice.begin):  # features as `vidjax extract` makes them
-                own = {"features": voice.vectors, "quality": voice.quality}
-                clips[f"{path.parent.name}/{path.stem}"] = {"audio": own}
-        vectors = Gallery.of_models(f"{folder}/none", models).embed(clips)
-        people = sorted({*map(speaker, vectors.names)})
-        of_each = {one: [x for x in vectors.names if speaker(x) == one] for one in people}
+        vectors = embed(speech, models, Gallery.of_models(f"{folder}/none", models))
+        speaker = dict(zip(vectors.names, vectors.labels, strict=True))
+        of_each = {
+            one: [x for x in speaker if speaker[x] == one] for one in sorted({*vectors.labels})
+        }
         first = {name for names in of_each.values() for name in names[:ENROLLED]}
-        asked = vectors.only({*vectors.names} - first)
+        asked = vectors.only({*speaker} - first)
+
+        def enrolled(name: str, chosen: set[str]) -> Gallery:
+            gallery = Gallery.of_models(f"{folder}/{name}", models)
+            gallery.enrol(vectors.only(chosen))
+            return gallery
+
         answers = [*enrolled("all", first).identify(asked, 1).values()]
         strangers = {}
         for one, names in of_each.items():
             gallery = enrolled(f"without {one}", first - {*names})
             strangers[one] = [*gallery.identify(vectors.only({*names}), 1).values()]
-    owner, truth = (np.array([*map(speaker, x.names)]) for x in (vectors, asked))
+
+    truth = np.array([speaker[name] for name in asked.names])
     right = np.array([answer.best[0][0] for answer in answers]) == truth
     score = np.array([answer.score for answer in answers])
     reached, alarms = np.zeros(len(truth), bool), []
@@ -85,30 +99,29 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
         threshold = metrics.find_threshold(np.array(others), fpir=FPIR)
         reached[truth == one] = score[truth == one] >= threshold
         alarms += [answer.score >= threshold for answer in own]
-    named, by_card = (
-        [answer.identity is not None for answer in some]
+    named, strangers_named = (
+        np.array([answer.identity is not None for answer in some])
         for some in (answers, itertools.chain(*strangers.values()))
     )
-    x = vectors.parts["audio"] / np.linalg.norm(vectors.parts["audio"], axis=1, keepdims=True)
-    pairs = np.triu_indices(len(x), 1)
-    cosines, same = (x @ x.T)[pairs], (owner[:, None] == owner)[pairs]
+
+    def shares(named: np.ndarray, alarms: Sequence[Any]) -> dict[str, float]:
+        found = {"right": right & named, "wrong": ~right & named, "strangers": alarms}
+        return {name: round(float(np.mean(share)), 3) for name, share in found.items()}
+
     return {
-        "speakers": len(people),
-        "utterances": len(owner),
-        "cosines": {
-            kind: [round(float(some.mean()), 4), round(float(some.std()), 4), len(some)]
-            for kind, some in (("same", cosines[same]), ("different", cosines[~same]))
-        },
+        "speakers": len(of_each),
+        "utterances": len(speaker),
+        "cosines": cosines(vectors),
         "first": [int(right.sum()), len(right)],
-        "by_card": shares(right, np.array(named), by_card),
-        "at_1_percent": shares(right, reached, alarms),
+        "by_card": shares(named, strangers_named),
+        "at_1_percent": shares(reached, alarms),
     }
 
 
 def main() -> None:
     common.parse(__doc__)
     found = measure(Path(os.environ["VIDJAX_SPEECH"]), Path(os.environ["VIDJAX_MODELS"]))
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    common.say(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

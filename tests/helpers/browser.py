@@ -1,8 +1,8 @@
 """Chromium without a window.
 
-The command makes the picture of the main README from the report of its first command:
+The picture of the main README is made from the report of its first command:
 
-    python -m tests.helpers.browser runs/mma/report.html colab/report.png
+    chromium --headless --window-size=1280,1280 --screenshot=colab/report.png runs/mma/report.html
 """
 
 import contextlib
@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,16 +103,3 @@ def open_tab(profile: Path) -> Iterator[Tab]:
         tab = Tab(read, write)
         stack.callback(tab.close)
         yield tab
-
-
-def main(page: str, picture: str) -> None:
-    """Writes the top of a page as PNG."""
-    with tempfile.TemporaryDirectory() as profile:
-        words = (f"--screenshot={Path(picture).absolute()}", "--window-size=1280,1280")
-        browse(Path(profile), *words, "--hide-scrollbars", Path(page).absolute().as_uri())
-    if not Path(picture).is_file():
-        raise SystemExit(f"no picture of '{page}'")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

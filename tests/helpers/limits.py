@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,18 +70,39 @@ def run(
     more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
     more |= {"cwd": ROOT, "env": env, "text": True, "start_new_session": True}
     with subprocess.Popen(command, **more) as child:
-        peak, done = [0], threading.Event()
-        watch = threading.Thread(target=_watch, args=(child, memory, peak, done))
-        watch.start()
-        try:
-            stdout, stderr = child.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(child.pid, signal.SIGKILL)
-            raise
-        finally:
-            done.set()
-            watch.join()
+
+        def measure() -> int:
+            held = held_by(child.pid)
+            if memory and held > memory:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            return held
+
+        with peak_of(measure, every_s=0.02) as peak:
+            try:
+                stdout, stderr = child.communicate(timeout=timeout)
+            except BaseException:
+                os.killpg(child.pid, signal.SIGKILL)
+                raise
     return Ended(child.returncode, stdout, stderr, peak[0])
+
+
+@contextlib.contextmanager
+def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
+    """Calls a function again and again while the context is open; the list has its maximum."""
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            peak[0] = max(peak[0], measure())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -117,23 +138,10 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-def _watch(child: Any, limit: int | None, peak: list[int], done: threading.Event) -> None:
-    """Measures the peak memory of a session of processes. If it is too large, kills them."""
-    while not done.wait(0.02):
-        peak[0] = max(peak[0], _held(child.pid))
-        if limit and peak[0] > limit:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            return
-
-
-def _held(session: int) -> int:
-    """Returns the memory of the processes of a session in bytes, without pages of files."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
-            if os.getsid(int(folder.name)) == session:
-                status = (folder / "status").read_text()
-                held = re.findall(r"Rss(?:Anon|Shmem):\s*(\d+) kB", status)
-                total += sum(map(int, held)) << 10
-    return total
+def held_by(pid: int) -> int:
+    """Returns the memory of a process and all its descendants in bytes, without pages of files."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        status = Path(f"/proc/{pid}/status").read_text()
+        kilobytes = map(int, re.findall(r"Rss(?:Anon|Shmem):\s*(\d+) kB", status))
+        return (sum(kilobytes) << 10) + sum(map(held_by, children_of(pid)))
+    return 0

@@ -61,7 +61,7 @@ def values(text):
 
 def check_numbers(folder, text):
     """Asserts that every value of a report is in a file of the run, or follows from one."""
-    exact, data = file_numbers(folder) | derived(folder), Page(text).data
+    exact, data = {*file_numbers(folder), *derived(folder)}, Page(text).data
     assert len(data) > 5
     assert [pair for pair in data if float(pair[0]) not in exact] == []
     for value, shown in data:
@@ -73,50 +73,43 @@ def check_numbers(folder, text):
 
 
 def file_numbers(folder):
-    """Returns all numbers of the files of a run: of JSON, and of arrays."""
-    found = set()
+    """Yields all numbers in the files of a run: in JSON, and in arrays."""
     for path in folder.glob("*.json"):
-        collect(json.loads(path.read_text()), found)
-    collect(results_lib.read_lines(folder / "metrics.jsonl"), found)
+        yield from numbers_in(json.loads(path.read_text()))
+    yield from numbers_in(results_lib.read_lines(folder / "metrics.jsonl"))
     for path in folder.glob("analysis*.npz"):
-        values, arrays = made_runs.load_analysis(path)
-        collect(values, found)
+        facts, arrays = made_runs.load_analysis(path)
+        yield from numbers_in(facts)
         for array in arrays.values():
-            found |= set(map(float, array.ravel()))
-    return found
+            yield from map(float, array.ravel())
 
 
-def collect(value, found):
-    """Adds to a set the numbers of a JSON value, and the lengths of its lists."""
-    if isinstance(value, dict):
-        for item in value.values():
-            collect(item, found)
-    elif isinstance(value, list):
-        found.add(float(len(value)))
-        for item in value:
-            collect(item, found)
+def numbers_in(value):
+    """Yields the numbers in a JSON value, and the lengths of its lists."""
+    if isinstance(value, list):
+        yield float(len(value))
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        found.add(float(value))
+        yield float(value)
 
 
 def derived(folder):
-    """Returns what a report computes from the files: intervals, shares, differences, defaults."""
-    found = set()
-    collect(json.loads(config_io.to_json(config_lib.default())), found)  # the column of defaults
+    """Yields what a report computes from the files: intervals, shares, differences, defaults."""
+    yield from numbers_in(json.loads(config_io.to_json(config_lib.default())))
+    lines = results_lib.read_lines(folder / "metrics.jsonl")
+    yield float(sum("map" in line for line in lines))
+    yield float(sum(line.get("bad_steps", 0) for line in lines))
     path = RunFolder(folder).paths().analysis
     if not path.exists():
-        return found
-    values, arrays = results_lib.load_analysis(path)
+        return
+    facts, arrays = results_lib.load_analysis(path)
     if "ap" in arrays:
         ap = arrays["ap"][arrays["positives"] > 0]
-        ap = np.concatenate([ap, np.zeros(values.num_others or 0)])
-        found |= set(significance.map_interval(ap))
-        found |= {*np.quantile(ap, [0.1, 0.5]).tolist(), float(np.mean(ap == 1)), float(len(ap))}
+        ap = np.concatenate([ap, np.zeros(facts.num_others or 0)])
+        yield from significance.map_interval(ap)
+        yield from (*np.quantile(ap, [0.1, 0.5]).tolist(), float(np.mean(ap == 1)), float(len(ap)))
     for name in ("score_known", "score_strange"):
-        counts = arrays.get(name, np.zeros(1))
-        if counts.sum():
-            found |= {float(counts.sum()), float(counts.max() / counts.sum())}
-    lines = results_lib.read_lines(folder / "metrics.jsonl")
-    found.add(float(sum("map" in line for line in lines)))
-    found.add(float(sum(line.get("bad_steps", 0) for line in lines)))
-    return found
+        if (counts := arrays.get(name, np.zeros(1))).sum():
+            yield from (float(counts.sum()), float(counts.max() / counts.sum()))

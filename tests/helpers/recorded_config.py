@@ -1,8 +1,9 @@
 """Configurations that record which of their fields are read."""
 
+import copy
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict, FieldReference
 
 
 def record(config: Any, reads: set[str], prefix: str = "") -> Any:
@@ -30,31 +31,22 @@ class _Recorded(ConfigDict):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Returns a copy whose reads are added to the same names."""
-        del memo
-        return record(ConfigDict(_values(self)), *self.noted)
+        fields = copy.deepcopy(self._fields, memo)
+        copied = ConfigDict()
+        object.__setattr__(copied, "_fields", fields)
+        return record(copied, *self.noted)
 
     def get_type(self, key: str) -> type:
         field = self._fields[key]
         return field.get_type() if isinstance(field, FieldReference) else type(field)
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        copy = _RecordedDict()
-        copy.noted = self.noted
+        plain = _RecordedDict()
+        plain.noted = self.noted
         for key, value in self._fields.items():
             value = value.get() if isinstance(value, FieldReference) else value
-            copy[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-        return copy
-
-
-def _values(config: Any) -> dict[str, Any]:
-    """Returns the nested values of a configuration without a record."""
-    values = {}
-    for key, value in config._fields.items():
-        if isinstance(value, FieldReference):
-            unset = value.get() is None
-            value = config_dict.placeholder(value.get_type()) if unset else value.get()
-        values[key] = _values(value) if isinstance(value, ConfigDict) else value
-    return values
+            plain[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+        return plain
 
 
 class _RecordedDict(dict[str, Any]):

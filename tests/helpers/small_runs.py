@@ -64,14 +64,6 @@ def run(config, folder, data, num_devices=1):
     return loop.train(config, folder, data, num_devices=num_devices)
 
 
-def nearest(folder, data, official_dir):
-    """Makes a run of nearest neighbours, which learns nothing; returns its folder."""
-    spec = f"{ROOT}/configs/knn.py:iqiyi_vid,face"
-    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
-    run(config_io.override(config_io.load_file(spec), words), folder, data)
-    return folder
-
-
 def saved(workdir, step=None):
     """Returns the trees of a checkpoint, by default the latest."""
     step = step or max(checkpoint.manifests(workdir))
