@@ -102,23 +102,6 @@ def test_invalid_noise_settings_are_refused_before_training(data, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_clusters_do_not_depend_on_labels(data):
-    """Clusters do not depend on the seed either. The seed only draws mirror classes."""
-    config, truth = shrunk(*WORDS, spec=SPEC), training_labels(data)
-    start, layout = starting(data, config)
-
-    other_truth = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
-    labels, same_layout = plan.label_distractors(config, data, other_truth)
-    assert same_layout == layout
-    np.testing.assert_array_equal(labels, np.where(truth > 0, other_truth, start))
-
-    config.seed = 1
-    labels, same_layout = starting(data, config)
-    clustered = (start > layout.num_identities) & (start <= layout.mirror_shift)
-    assert same_layout == layout and (labels != start).any()
-    np.testing.assert_array_equal(labels[clustered], start[clustered])
-
-
 def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
     (start, layout), labels = starting(data, config), training_labels(data)

@@ -16,7 +16,6 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.data import sources
 from vidjax.evaluation import predict
 from vidjax.runs import config as config_lib
-from vidjax.runs import results as results_lib
 
 
 @pytest.fixture
@@ -125,14 +124,6 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
 
     refused(lambda: train(8), "--workdir=FOLDER")
-
-
-def test_folds_are_not_suggested_if_most_people_have_one_clip(tmp_path):
-    """60 people have 60 or 120 clips."""
-    for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
-        counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
-        (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
-        assert words in results_lib.explain_unmeasured(config_lib.default().to_dict(), tmp_path)
 
 
 def test_config_file_error_names_the_missing_field_and_line(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_runs
-from tests.helpers.browser import CHROMIUM, browse
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import shrunk
@@ -202,18 +201,3 @@ def test_report_explains_missing_results_and_refuses_damaged_files(tmp_path):
     assert "and there is no MAP" in summary()
     (tmp_path / "metrics.json").write_text("[]")
     refused(summary, "metrics.json' is damaged")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_browser_renders_the_report_without_errors_or_requests(full, tmp_path):
-    path = run_page.write(RunFolder(full.folder))
-    log = tmp_path / "net.json"
-    words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())
-    done = browse(tmp_path / "profile", *words)
-    assert "CONSOLE" not in done.stderr
-    assert "</footer>" in done.stdout
-    # The browser's own requests are "not an origin".
-    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    origins = {event["initiator"] for event in events if "initiator" in event}
-    assert origins <= {"not an origin"}

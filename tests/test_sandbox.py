@@ -4,21 +4,17 @@ import gc
 import io
 import pickle
 import struct
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.campaigns import hostile
 from tests.helpers import python2
 from vidjax.data import packing
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted import pieces, sandbox, unpickle
-from vidjax.data.untrusted.names import clean_name
 from vidjax.utils.errors import UserError
 
 BOX = [1.0, 2.0, 30.5, 40.25]
@@ -137,20 +133,6 @@ def clips_with_nan():
     return rows, clips, lengths
 
 
-def test_frames_with_nan_are_left_out_of_every_column(tmp_path, clips_with_nan):
-    rows, clips, lengths = clips_with_nan
-
-    read = convert(tmp_path, clips)
-
-    kept = np.isfinite(rows).all(axis=1)
-    np.testing.assert_array_equal(read["features"], rows[kept])
-    for column in (read["number"], -read["quality"], read["box"][:, 3]):
-        np.testing.assert_array_equal(column, np.flatnonzero(kept))
-    owner = np.repeat(np.arange(NUM_CLIPS), lengths)
-    assert read["lengths"] == np.bincount(owner[kept], minlength=NUM_CLIPS).tolist()
-    assert read["seen"] == len(rows) == kept.sum() + read["skipped"]["non_finite"]
-
-
 def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
     """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
     _, clips, _ = clips_with_nan
@@ -235,24 +217,6 @@ def test_layout_errors_name_the_clip_and_the_field(value, modality, expected, tm
         convert(tmp_path, value, modality)
     message = str(caught.value)
     assert expected in message and "\n" not in message and len(message) < 400
-
-
-LETTERS = st.sampled_from(["a", ".mp4", ".", " ", "\n", "\x1b", "\u2028", "\ud800", "é", "人"])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(LETTERS, max_size=6).map("".join), st.sampled_from([0, 1, 10**5]))
-def test_clean_name_is_idempotent_and_removes_the_suffix(name, times):
-    try:
-        clean = clean_name(name + ".mp4" * times)
-    except ValueError:
-        kinds = {unicodedata.category(letter) for letter in name}
-        assert kinds & {"Cc", "Zl", "Zp", "Cs"} or not name.replace(".mp4", "").strip()
-        return
-    assert clean_name(clean) == clean and not clean.endswith(".mp4")
-    assert len(clean.splitlines()) == 1
-    if ".mp4" not in name:
-        assert clean == name
 
 
 def load(data):
