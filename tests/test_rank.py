@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -114,17 +113,6 @@ def test_rankings_are_written_on_file_systems_without_hard_links(tmp_path, monke
     tables.write_ranking(path, {"Ada": [("a", 1.0)]})
     refused(lambda: tables.write_ranking(path, {}), "name another file, or delete it")
     assert read(path) == [("Ada", 1, "a", 1.0)] and list(tmp_path.iterdir()) == [path]
-
-
-def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "link.tsv").symlink_to(tmp_path / "nowhere")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for name, *remedies in (
-        ("out.xls", ".csv, .tsv, .jsonl or .parquet"), ("link.tsv", "name another file"),
-        ("no/out.tsv", "make it first"),
-        ("out.parquet", "pip install 'vidjax[parquet]'", "-e '.[parquet]'", "or end the name in"),
-    ):  # fmt: skip
-        refused(functools.partial(tables.check_new, tmp_path / name), *remedies)
 
 
 def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
-from tests.helpers.seen import refused
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import ensemble
 from vidjax.runs import checkpoint, signals
@@ -89,17 +88,6 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     for name, clips in {"whole": data, "spoilt": small.Spoilt(data, hidden)}.items():
         run(config, tmp_path / name, clips)
     small.assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
-
-
-def test_invalid_noise_settings_are_refused_before_training(data, tmp_path):
-    def train(*words):
-        words = (f"--config.{word}" for word in words)
-        return lambda: run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
-
-    refused(train("data.train_splits=train"), "choose --config=configs/noise_classes.py:other")
-    refused(train("noise.modality=fac"), "config.noise.modality='fac' is not a modality")
-    refused(train("noise.join=True", "data.max_frames=40"), "needs clips of up to 50 frames")
-    assert not (tmp_path / "config.json").exists()
 
 
 def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):

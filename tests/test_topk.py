@@ -154,14 +154,6 @@ def test_top_k_orders_nan_zeros_and_infinities(rank):
 
 
 @pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
-def test_top_k_of_no_clips_is_empty_and_of_bfloat16_exact(rank):
-    assert (rank([], 3, 5).index == topk.NO_CLIP).all()
-    scores = jnp.arange(7, dtype=jnp.bfloat16)[:, None]
-    block = (scores, np.arange(7, dtype=np.int32), np.ones(7, bool))
-    assert rank([block], 1, 3).index.tolist() == [[6, 5, 4]]
-
-
-@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
 def test_top_k_keeps_clip_indices_beyond_float32_precision(rank):
     clips = np.array([2**24 + 1, 2**24, 2**30 + 1, 2**30, 2**31 - 2**25 - 1], np.int32)
     blocks = [(np.zeros((1, 3), np.float32), clip[None], np.ones(1, bool)) for clip in clips]
