@@ -1,6 +1,5 @@
 """The remedy of an error works as it is printed, and mistakes are refused before work begins."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -13,8 +12,6 @@ import vidjax
 from tests.helpers import clip_files, made_galleries, made_runs, servers
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.data import sources
-from vidjax.evaluation import predict
 from vidjax.runs import config as config_lib
 
 
@@ -57,26 +54,6 @@ def test_suggested_command_of_an_error_runs(place, nearest_run, data, say):
         assert match, typed
         words = shlex.split(corrected.format(match[1]))
         assert say(*words[words[0] == "vidjax" :]), typed
-
-
-@pytest.mark.parametrize(("typed", "words"), [
-    ("gallery create g --run=run", "contains a gallery"),
-    ("gallery create 'my own' --run=run", "not empty"),
-    ("gallery enrol g --input=official --identity=' Ada'", "trailing blanks"),
-    ("gallery enrol g --split=tets", "choose from train, val, test"),
-    ("gallery identify g --split=tets", "choose from train, val, test"),
-    ("gallery enrol g --input='my own' --identity=Ada", "several splits"),
-    ("train --config=knn --config.data.mode=streaming", "vidjax[tensorflow]"),
-    ("train --config=knn --config.dtype=float64", "JAX_ENABLE_X64=1"),
-])  # fmt: skip
-def test_wrong_flags_are_refused_before_work_begins(typed, words, place, say, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no TensorFlow
-    work = ((predict, "restore"), (sources, "load"), (Gallery, "embed"), (Gallery, "run"))
-    for where, name in work:
-        monkeypatch.setattr(where, name, lambda *_, **__: pytest.fail("work began"))
-    before = made_galleries.contents(place / "g")
-    assert words in say(*shlex.split(typed), code=2)
-    assert made_galleries.contents(place / "g") == before
 
 
 def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(place):

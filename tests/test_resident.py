@@ -4,9 +4,6 @@ Also: uniform shuffles, skipped steps, resumed runs, and the choice between the 
 """
 
 import itertools
-import os
-import signal
-import threading
 from typing import Any
 
 import jax
@@ -26,9 +23,7 @@ from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import longest, make_batch_plan
-from vidjax.runs import signals
 from vidjax.runs.checkpoint import manifests
-from vidjax.training import feed
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MODALITIES = ("face", "audio", "body")
@@ -195,54 +190,13 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
-    """A run stays resident if it is resumed with too little memory for a new resident run."""
-    config = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    eval_batches = resident.Resident.eval_batches
-
-    def interrupted(self, *args, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # another thread only compiles
-            os.kill(os.getpid(), signal.SIGINT)
-        return eval_batches(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(feed, "DISPATCH_SECONDS", 1e9)  # the most steps in a call
-        small.run(config, whole, data)
-
-    # The first signal comes in training, before the evaluation at step 9.
-    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-        small.interrupt_dispatch(patch, 2, signal.SIGTERM)
-        small.run(config, parts, data)
-    assert 2 < max(manifests(parts)) < 9
-
-    # The second signal comes in this evaluation.
-    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
-    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
-        patch.setattr(resident.Resident, "eval_batches", interrupted)
-        small.run(config, parts, data)
-    assert max(manifests(parts)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
-
-    small.run(config, parts, data)
-    small.assert_same_run(parts, whole)
-    for folder in (whole, parts):
-        assert {manifest["mode"] for manifest in manifests(folder).values()} == {"resident"}
-
-
-@pytest.mark.slow
-def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged):
+def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout = clips_of(ragged)
     empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     fields = ("features", "quality", "detection", "number")
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in fields]
     assert sum(taken) == layout.nbytes + empty_frame
-
-    # In each of the two splits, two clips have long faces, and one clip has a long body.
-    extra = {"face": 2 * 2 * 512, "audio": 0, "body": 2 * 512}
-    for name, count in layout.num_frames.items():
-        lengths = [ragged.split(split).lengths[name].sum() for split in ("train", "val")]
-        assert count == sum(lengths) + extra[name]
 
 
 def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):

@@ -165,16 +165,6 @@ def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_w
     np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)
 
 
-def test_frame_fields_accept_any_kind_of_number(tmp_path):
-    numbers = [b"0012", "12", 12, np.int64(12)]
-    boxes = [BOX, tuple(BOX), np.array(BOX), np.array(BOX, ">f4")]
-    scores = [1, 1.0, np.float32(1), np.float64(1)]
-    value = {b"a": [face(n, b, s, s) for n, b, s in zip(numbers, boxes, scores, strict=True)]}
-    read = convert(tmp_path, value)
-    assert read["number"].tolist() == [12] * 4 and read["box"].tolist() == [BOX] * 4
-    assert read["detection"].tolist() == read["quality"].tolist() == [1] * 4
-
-
 def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
     """The scores are stored as float32, where -1e300 is infinite."""
     wrong = face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0])

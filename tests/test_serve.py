@@ -607,32 +607,6 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
         go.set()
 
 
-@pytest.mark.slow
-def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 2)
-    # 256 answers with 60 names of 900 letters take 14 MB, and the server may hold 20 MiB.
-    clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
-    people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
-    queries = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
-    body = json.dumps({"clips": servers.as_json(queries), "k": 1000}).encode()
-    limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)
-
-    with Inside(people, limits=limits) as server:
-        lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
-        lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as unread:
-            unread.sendall(lines.encode() + body)
-            assert unread.recv(8) == b"HTTP/1.1"  # the rest of the answer stays unread
-            assert server.ask("POST", "/identify", body)[0] == 429
-            time.sleep(3)
-            assert server.ask("POST", "/identify", body)[0] == 200
-            # The connection is closed.
-            end = time.monotonic() + 30
-            while server.server.server_state.connections and sys.platform == "linux":
-                assert time.monotonic() < end
-                time.sleep(0.1)
-
-
 KILLED_CHANGE = """\
 import os, signal, sys, pathlib
 from vidjax.apps.gallery.store import Store

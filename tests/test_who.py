@@ -259,15 +259,14 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     assert identities == {"Bob"}, "Ada is forgotten together with the labelled clip"
 
 
-def interrupt(*args, **options):
-    raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, monkeypatch):
     film, table = drawn.meet("Ada", "Bob"), drawn.out / "unknown.tsv"
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
@@ -277,22 +276,6 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     table.write_text(named)  # as it was before the call
     shutil.rmtree(drawn.friends / "Ada")
     assert drawn.who(film)[0]["people"] == {"Bob": 1, "Eve": 1}
-
-
-@pytest.mark.slow
-def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
-    film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
-    write_film(film, shot("Bob"))
-    drawn.who(film, people=False)
-    write_film(film, shot("Eve"))
-
-    # The interrupted call does not write the table. The table still lists the clip of Bob.
-    with monkeypatch.context() as patch:
-        patch.setattr(who, "decide", interrupt)
-        drawn.who(film, people=False, code=130)
-    table.write_text(table.read_text().replace("unknown 1", "Bob"))
-    content, output = drawn.who(film, people=False)
-    assert content["people"] == {} and "no longer exist" in output
 
 
 @pytest.mark.slow
