@@ -1,6 +1,6 @@
 """Resident clips, which stay in the memory of devices, give the same batches as streamed clips.
 
-Also: uniform shuffles, skipped steps, resumed runs, and the choice between the two modes.
+Also: uniform shuffles, skipped steps, and the choice between the two modes.
 """
 
 import itertools
@@ -110,7 +110,8 @@ def test_resident_training_batches_equal_streaming_batches(
     ragged, crop, splits, modalities, first, epoch_clips
 ):
     """The steps cover three epochs of chosen clips or of all clips."""
-    options: Any = {"batch_size": 12, "max_frames": 7, "seed": 3}
+    batch_size = 12
+    options: Any = {"batch_size": batch_size, "max_frames": 7, "seed": 3}
     options |= {"crop": crop, "epoch_clips": epoch_clips}
     plan = make_batch_plan([ragged.split(name) for name in splits], modalities, **options)
     layout = resident.make_resident_plan(ragged, plan, "val")
@@ -123,7 +124,7 @@ def test_resident_training_batches_equal_streaming_batches(
         return batch._replace(frames=frames)
 
     stream = ragged.train_batches(plan, step=first)
-    for step in range(first, first + 3 * plan.num_places // 12):
+    for step in range(first, first + 3 * plan.num_places // batch_size):
         jax.tree.map(np.testing.assert_array_equal, next(stream), draw(np.int32(step)))
 
 

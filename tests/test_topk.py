@@ -136,10 +136,9 @@ def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     device_topk._make_update.cache_clear()
 
 
-RANKERS = [topk.rank, functools.partial(rank_on_device, rows=7)]
-
-
-@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
+@pytest.mark.parametrize(
+    "rank", [topk.rank, functools.partial(rank_on_device, rows=7)], ids=["host", "device"]
+)
 def test_top_k_orders_nan_zeros_and_infinities(rank):
     """NaN ranks like -inf. 0, -0 and denormal numbers tie. Ties are in the order of the clips."""
     tiny = np.float32(1e-40)  # some backends round it to 0
