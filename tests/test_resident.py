@@ -13,7 +13,7 @@ from scipy import stats
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
@@ -27,7 +27,6 @@ from vidjax.runs.checkpoint import manifests
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MODALITIES = ("face", "audio", "body")
-NIGHTLY = pytest.mark.nightly
 
 
 def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
@@ -78,9 +77,7 @@ def clips_of(data, modalities=MODALITIES, devices=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("split", "devices"), quick_first([("val", 8), ("train", 1)], mark=NIGHTLY)
-)
+@nightly_after_first("split, devices", [("val", 8), ("train", 1)])
 def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devices):
     clips, count = clips_of(ragged, devices=devices)[0], COUNTS[split]
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
@@ -102,10 +99,10 @@ CHOSEN = np.sort(np.random.default_rng(1).permutation(33)[:29]).astype(np.int32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("crop", "splits", "modalities", "first", "epoch_clips"), quick_first([
+@nightly_after_first("crop, splits, modalities, first, epoch_clips", [
     ("quality", ("val", "train"), ("body", "face"), 3, CHOSEN),
     ("window", ("train",), MODALITIES, 0, None),
-], mark=NIGHTLY))  # fmt: skip
+])  # fmt: skip
 def test_resident_training_batches_equal_streaming_batches(
     ragged, crop, splits, modalities, first, epoch_clips
 ):
@@ -142,7 +139,9 @@ FUSIONS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", quick_first(FUSIONS, mark=NIGHTLY), ids=lambda spec: spec["name"])
+@pytest.mark.parametrize(
+    "spec", quick_first(FUSIONS, mark=pytest.mark.nightly), ids=lambda spec: spec["name"]
+)
 def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
     """Lazy features are read from the resident clips only for the frames that a fusion chooses."""
     lengths = np.array((9, 0, 3, 1, 5, 16), np.int32)
@@ -164,7 +163,7 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=NIGHTLY))
+@nightly_after_first("mode", ["resident", "streaming"])
 def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
     """A NaN in a face makes the step of the clip non-finite. An epoch has 12 steps of 8 clips."""
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")

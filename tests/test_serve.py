@@ -14,8 +14,6 @@ import re
 import shlex
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -590,38 +588,21 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
 
 def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
     """The time of `answer_seconds` starts when the body has arrived."""
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(*_):
-        begun.set()
-        go.wait(20)
-
-    monkeypatch.setattr(app_lib.files, "npz_bytes", slow)
+    go = threading.Event()
+    monkeypatch.setattr(app_lib.files, "npz_bytes", lambda *_: go.wait(20))
     limits = SMALL._replace(answer_seconds=0.3, request_seconds=20)
     with Inside(people, limits=limits) as server, ThreadPoolExecutor(2) as pool:
         sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
         began = time.monotonic()
         answers = [*pool.map(lambda _: server.ask(*sent), range(2))]  # the second waits for parsing
         assert answers == [(503, {"error": "the answer took too long: try again"})] * 2
-        assert begun.is_set() and time.monotonic() - began < 5
+        assert time.monotonic() - began < 5
         go.set()
 
 
-KILLED_CHANGE = """\
-import os, signal, sys, pathlib
-from vidjax.apps.gallery.store import Store
-with Store(pathlib.Path(sys.argv[1])).open(write=True) as connection:
-    connection.execute("DELETE FROM clip")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 @pytest.mark.slow
-def test_serve_command_rolls_back_a_killed_change_and_exits_with_0(folder, say):
-    assert subprocess.run([sys.executable, "-c", KILLED_CHANGE, folder]).returncode < 0
-    assert b"person 3" in (folder / "gallery.sqlite-journal").read_bytes()
+def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, say):
     with servers.served(folder) as server:
-        assert os.listdir(folder) == ["gallery.sqlite"]
         assert len(server.ask("GET", "/identities")[1]["identities"]) == 12
         assert server.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
         assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200

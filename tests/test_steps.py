@@ -14,7 +14,7 @@ import pytest
 from scipy import special
 from scipy.special import expit
 
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames
 from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Batch, ModelOutput
@@ -102,10 +102,8 @@ def examples_of(batch, clip):
 EXAMPLES: Any = {"after_fusion": "examples"}
 
 
-@pytest.mark.parametrize("reduce", ["mean", pytest.param("max", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize(
-    "scores", quick_first(["log_softmax", "log_sigmoid", "logits"], mark=pytest.mark.nightly)
-)
+@nightly_after_first("reduce", ["mean", "max"])
+@nightly_after_first("scores", ["log_softmax", "log_sigmoid", "logits"])
 def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
     """Frames vote by probabilities or logits. A clip without frames has the score -inf."""
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
@@ -217,7 +215,7 @@ class TwoBranches(Identifier):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scores", quick_first(["log_softmax", "logits"], mark=pytest.mark.nightly))
+@nightly_after_first("scores", ["log_softmax", "logits"])
 def test_losses_and_scores_of_branches_are_weighted(scores):
     train_weight = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
     eval_weight = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_runs as small
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first
 from vidjax.core import devices as devices_lib
 from vidjax.data import resident
 from vidjax.runs import config_io, signals
@@ -20,7 +20,6 @@ from vidjax.training.plan import make_plan
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGINT)
 SPECS = (  # in addition to the configurations that other tests train
     "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
     "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
@@ -44,9 +43,8 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "spec"),
-    quick_first(zip(SIGNALS, (MLP, COSINE, MMA), strict=True), mark=pytest.mark.nightly),
+@nightly_after_first(
+    "signum, spec", [(signal.SIGTERM, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, MMA)]
 )
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """The run keeps streaming. An evaluation between two parts does not finish the run."""
@@ -69,7 +67,7 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", quick_first(SPECS, mark=pytest.mark.nightly))
+@nightly_after_first("spec", SPECS)
 def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import films, made_nets
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
 from tests.helpers.seen import refused
@@ -463,9 +463,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "way", quick_first(["untagged", "deleted", "folder deleted"], mark=pytest.mark.nightly)
-)
+@nightly_after_first("way", ["untagged", "deleted", "folder deleted"])
 def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
     photo = drawn.friends / "Ada" / "2.png"
     write_photo(photo, *GROUP, tagged=GROUP)
