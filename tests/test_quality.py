@@ -85,19 +85,18 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
 
 def test_unit_length_features_without_quality_warn_once(tmp_path):
     """The lengths of unit vectors are no quality, which matters for clips of several frames."""
-    rng = np.random.default_rng(0)
-
-    def load(name, *faces):
-        clips = {"val": {f"c{i}": face for i, face in enumerate(faces)}}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            sources.load(clips, cache_dir=tmp_path / name)
-        return [str(warning.message) for warning in caught]
-
-    x = rng.normal(size=(4, DIM)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    (message,) = load("both", {"face": unit.astype(np.float16), "head": x})
-    assert message.startswith("face:") and "face_quality" in message
-    assert not load("own", {"face": x})
-    assert not load("rated", {"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
-    assert not load("single", {"face": unit[:1]}, {"face": unit[1]})
+
+    def load(*clips):
+        splits = {"val": {f"c{number}": clip for number, clip in enumerate(clips)}}
+        sources.load(splits, cache_dir=tmp_path)
+
+    with pytest.warns(UserWarning, match="^face:.*face_quality") as caught:
+        load({"face": unit.astype(np.float16), "head": x})
+    assert len(caught) == 1
+
+    with warnings.catch_warnings(action="error"):
+        load({"face": x})
+        load({"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
+        load({"face": unit[:1]}, {"face": unit[1]})

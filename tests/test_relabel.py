@@ -38,10 +38,9 @@ def labels_of(folder):
     return np.asarray(saved(folder)["train"]["labels"])
 
 
-def starting(data, config=None):
+def starting(data):
     """Returns the labels [N] before the first step, and the layout of the classes."""
-    config = config or shrunk(*WORDS, spec=SPEC)
-    return plan.label_distractors(config, data, training_labels(data))
+    return plan.label_distractors(shrunk(*WORDS, spec=SPEC), data, training_labels(data))
 
 
 def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole):
@@ -92,7 +91,7 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
 
 def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
-    (start, layout), labels = starting(data, config), training_labels(data)
+    (start, layout), labels = starting(data), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
         for clip, frames in real_frames(data, split):

@@ -115,27 +115,23 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
             assert read["features"].tolist() == numbers.tolist() * len(clips)
 
 
-NUM_CLIPS = 40
-
-
 @pytest.fixture
 def clips_with_nan():
-    """Feature rows [N, 3], clips of 0 to 8 faces with these rows, and the lengths of the clips.
+    """Feature rows [N, 3], and clips 0 to 39 of 0 to 8 faces with these rows.
 
     Every fifth row has a NaN. The number, quality and box of row i contain i.
     """
     rng = np.random.default_rng(0)
-    lengths = rng.integers(0, 9, NUM_CLIPS).tolist()
+    lengths = rng.integers(0, 9, 40).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
     rows[::5, 1] = np.nan
     faces = iter([face(i, [float(i)] * 4, i, -i, row) for i, row in enumerate(rows)])
-    clips = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
-    return rows, clips, lengths
+    return rows, {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
 
 
 def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
     """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
-    _, clips, _ = clips_with_nan
+    _, clips = clips_with_nan
     whole = convert(tmp_path, clips)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)
@@ -154,7 +150,7 @@ def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_w
 
 
 def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
-    rows, clips, _ = clips_with_nan
+    rows, clips = clips_with_nan
     voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
     of_faces, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
 

@@ -568,18 +568,22 @@ def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch
 
 def test_removal_is_answered_after_earlier_reads_have_ended():
     """Otherwise a client could get a list with the person after the removal was confirmed."""
-    go, ended, tasks = threading.Event(), [], []
+    go, ended = threading.Event(), []
 
     async def run():
         batcher = Batcher(lambda questions: questions, Limits(), ServerMetrics())
+
+        async def note_end(name, work):
+            await work
+            ended.append(name)
+
         # A list is read until `go` is set. A removal ends with `settle`.
-        begun = {"list": batcher.run(lambda: go.wait(5)), "removal": batcher.settle()}
-        for name, work in begun.items():
-            tasks.append(asyncio.create_task(work))
-            tasks[-1].add_done_callback(lambda _, name=name: ended.append(name))
-            await asyncio.sleep(0.01)
+        reading = asyncio.create_task(note_end("list", batcher.run(lambda: go.wait(5))))
+        await asyncio.sleep(0.01)
+        removal = asyncio.create_task(note_end("removal", batcher.settle()))
+        await asyncio.sleep(0.01)
         go.set()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(reading, removal)
         batcher.stop()
 
     asyncio.run(run())

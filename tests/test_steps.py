@@ -28,7 +28,6 @@ from vidjax.training import train_step
 DIMS = {"face": 6, "audio": 4}
 C = 37
 LINEAR = {"name": "dense", "layers": (), "feature_scale": 1.0}
-NORMED = {"name": "dense", "layers": ((8, "swish", True, 0.3),)}
 
 
 def make(model=LINEAR, **fields) -> Any:
@@ -243,7 +242,8 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 def test_empty_clips_and_padded_rows_do_not_affect_training():
     """Spoilt features, qualities and labels of clip 2 (empty) and row 3 (padding) do not matter."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
-    system = make(NORMED, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
+    model = {"name": "dense", "layers": ((8, "swish", True, 0.3),)}  # BatchNorm and dropout
+    system = make(model, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
     batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
     batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
     unused = np.array([False, False, True, True, False])
