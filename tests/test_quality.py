@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
     widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
     folder = write_npz(tmp_path / "own", {"val": clips})
 
-    for quality, quality_of_b in (("given", GIVEN), ("norm", b)):
+    wanted: Any = {"given": [a, GIVEN], "norm": [a, b]}
+    for quality, of_clips in wanted.items():
         own = vidjax.load_data({"val": clips}, cache_dir=cache, quality=quality)
         for reader in (
             own,
@@ -52,7 +54,7 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
             memory.load_clips(folder, widths, (), quality=quality),
         ):
             by_clip = qualities(reader)
-            np.testing.assert_allclose([by_clip[0], by_clip[1]], [a, quality_of_b], rtol=1e-6)
+            np.testing.assert_allclose([by_clip[0], by_clip[1]], of_clips, rtol=1e-6)
         np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
 
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
@@ -92,7 +94,7 @@ def test_unit_length_features_without_quality_warn_once(tmp_path):
         splits = {"val": {f"c{number}": clip for number, clip in enumerate(clips)}}
         sources.load(splits, cache_dir=tmp_path)
 
-    with pytest.warns(UserWarning, match="^face:.*face_quality") as caught:
+    with pytest.warns(UserWarning, match=r"(?s)^face:.*face_quality") as caught:
         load({"face": unit.astype(np.float16), "head": x})
     assert len(caught) == 1
 
