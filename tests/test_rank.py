@@ -4,6 +4,8 @@ import csv
 import functools
 import itertools
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +102,28 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         refused(write, "name another file, or delete it")
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
+def test_rankings_are_written_on_file_systems_without_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "out.tsv"
+    tables.write_ranking(path, {"Ada": [("a", 1.0)]})
+    refused(lambda: tables.write_ranking(path, {}), "name another file, or delete it")
+    assert read(path) == [("Ada", 1, "a", 1.0)] and list(tmp_path.iterdir()) == [path]
+
+
+def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "link.tsv").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name, *remedies in (
+        ("out.xls", ".csv, .tsv, .jsonl or .parquet"), ("link.tsv", "name another file"),
+        ("no/out.tsv", "make it first"),
+        ("out.parquet", "pip install 'vidjax[parquet]'", "-e '.[parquet]'", "or end the name in"),
+    ):  # fmt: skip
+        refused(functools.partial(tables.check_new, tmp_path / name), *remedies)
 
 
 OFFICIAL = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}

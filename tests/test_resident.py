@@ -213,6 +213,16 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
             assert resident.choose_mode(mode, layout, mesh, 100) == mode
 
 
+def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
+    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
+    layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
+    huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
+    for plan, num_drawn in ((huge, 100), (layout, 2**31)):
+        assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"
+        with pytest.raises(ValueError, match="too many for an int32"):
+            resident.choose_mode("resident", plan, mesh, num_drawn)
+
+
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):
     """A chunk contains 4 frames of faces, so a longer clip is in several chunks."""
     whole, _ = clips_of(data, ("face", "audio"))

@@ -11,6 +11,7 @@ import vidjax
 from tests.helpers.clip_files import write_labels, write_npz
 from tests.helpers.seen import refused
 from vidjax.cli.program import main
+from vidjax.evaluation import restore
 from vidjax.runs import checkpoint
 from vidjax.utils import files
 
@@ -135,3 +136,13 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         error = evaluate(test, code=code)
     assert "--config.data.dir=" in error  # for `other`
+
+
+def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
+    """The digest covers the features of all modalities, so it is not compared."""
+    report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
+    before = report["splits"]["val"]["sha256"]
+    more = before | {"modalities": ["face", "head"], "features": "x"}
+    for after, wanted in ((more, ""), (more | {"labels": "y"}, "val has other labels")):
+        with pytest.warns(UserWarning, match="other modalities"):
+            assert restore.describe_difference("val", before, after) == wanted

@@ -14,6 +14,7 @@ import re
 import shlex
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ import pytest
 import tritonclient.http as http
 import uvicorn
 
+from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
 from tests.helpers.embeddings import unit
 from tests.helpers.seen import refused
@@ -40,6 +42,7 @@ from vidjax.apps.serve import served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
+from vidjax.utils import errors
 from vidjax.utils.errors import UserError
 
 SMALL = Limits(
@@ -362,6 +365,37 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
         ask(503, "GET", "/identities")
 
 
+WORDS = (  # a client puts the words of errors, each with another status, into names
+    "is in use by another process", "nobody is enrolled", "no such name", "is enrolled",
+    "is damaged: put back a copy", "cannot be changed", "No space left on device", "{folder}/x",
+)  # fmt: skip
+
+
+def test_error_status_does_not_depend_on_names_that_clients_choose(folder, caplog):
+    with Inside(Gallery(folder)) as server:
+        for number, words in enumerate(WORDS):
+            name = f"Secret {words.format(folder=folder)}"
+            clips = servers.as_json({name: servers.make_frames(8000 + number, "Eve")})
+            # The clip gets the name Eve. Then another name for the same clip is refused.
+            for identity, status in ((f"Eve {words}", 200), (f"Bo {words}", 422)):
+                body = {"clips": clips, "identity": identity}
+                assert server.ask("POST", "/enrol", body)[0] == status
+            for kind in ("clips", "identities"):
+                path = f"/{kind}/{quote(f'Ada {name}', safe='')}"
+                assert server.ask("DELETE", path)[0] == 404
+        metrics = server.ask("GET", "/metrics")[1].decode()
+    assert 'code="404",route="/identities/{name}"' in metrics
+    for name in ("Eve", "Bo ", "Ada", "Secret"):
+        assert name not in caplog.text + metrics
+
+
+def test_server_does_not_suggest_similar_names(inside, monkeypatch):
+    """Comparing long names would lock the gallery for minutes."""
+    monkeypatch.setattr(errors.difflib, "get_close_matches", None)
+    for path in ("/identities/persn%203", "/clips/clp%2030"):
+        assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
+
+
 def test_wrong_requests_get_a_one_line_error(inside):
     def one_clip(**fields):
         return {"clips": [{"clip": "a", "face": [[0.5] * 8], **fields}]}
@@ -590,6 +624,29 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
     assert ended == ["list", "removal"]
 
 
+def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
+    begun, go, embed = threading.Event(), threading.Event(), Gallery.embed
+
+    def slow(people, clips, *more):
+        if "Ada 0" in clips:
+            begun.set()
+            go.wait(10)
+        return embed(people, clips, *more)
+
+    monkeypatch.setattr(Gallery, "embed", slow)
+    limits = SMALL._replace(waiting_clips=4)
+    enrol_3 = ("POST", "/enrol", enrolment("Ada", 0, 1, 2))
+    enrol_2 = ("POST", "/enrol", enrolment("Bob", 0, 1))
+    with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.ask, *enrol_3)
+        assert begun.wait(10)
+        assert b"vidjax_waiting_clips 3" in server.ask("GET", "/metrics")[1]
+        assert server.ask(*enrol_2)[0] == 429  # 3 + 2 clips are more than 4
+
+        go.set()
+        assert first.result(60)[0] == server.ask(*enrol_2)[0] == 200
+
+
 def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
     """The time of `answer_seconds` starts when the body has arrived."""
     go = threading.Event()
@@ -602,6 +659,68 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
         assert answers == [(503, {"error": "the answer took too long: try again"})] * 2
         assert time.monotonic() - began < 5
         go.set()
+
+
+@pytest.mark.slow
+def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 2)
+    # 256 answers with 60 names of 900 letters take 14 MB, and the server may hold 20 MiB.
+    clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
+    people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
+    queries = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
+    body = json.dumps({"clips": servers.as_json(queries), "k": 1000}).encode()
+    limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)
+
+    with Inside(people, limits=limits) as server:
+        lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+        lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as unread:
+            unread.sendall(lines.encode() + body)
+            assert unread.recv(8) == b"HTTP/1.1"  # the rest of the answer stays unread
+            assert server.ask("POST", "/identify", body)[0] == 429
+            time.sleep(3)
+            assert server.ask("POST", "/identify", body)[0] == 200
+            # The connection is closed.
+            end = time.monotonic() + 30
+            while server.server.server_state.connections and sys.platform == "linux":
+                assert time.monotonic() < end
+                time.sleep(0.1)
+
+
+STUCK = """\
+import sys, threading
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.serve import app, served_models as models
+from vidjax.apps.serve.limits import Limits
+limits = Limits(drain_seconds=1, end_seconds=2)
+made = app.make_app(Gallery(sys.argv[1]), limits=limits)
+def stuck(*args, **more):
+    print("stuck", flush=True)
+    while True:
+        threading.Event().wait(1)
+Gallery.identities = property(stuck)
+Gallery.remove = stuck
+listener = app.listen("127.0.0.1", 0)
+print(listener.getsockname()[1], flush=True)
+app.serve(made, listener, limits)
+"""
+
+
+@pytest.mark.slow
+def test_signal_ends_the_server_despite_stuck_threads(folder):
+    with child.running([sys.executable, "-c", STUCK, folder]) as process:
+        assert process.stdout and process.stderr
+        server = servers.Served(process, int(process.stdout.readline()))
+        server.wait()
+        pool = ThreadPoolExecutor(2)  # its threads get no answer, and their errors are ignored
+        for words in (("GET", "/identities"), ("DELETE", "/identities/person%203")):
+            pool.submit(server.ask, *words)
+            assert process.stdout.readline() == "stuck\n"
+
+        began = time.monotonic()
+        assert server.end() == 1 and time.monotonic() - began < 10
+        assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
+    assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from scipy.special import expit
 
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames
+from tests.helpers.seen import refused
 from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Batch, ModelOutput
 from vidjax.evaluation import eval_step as eval_step_lib
@@ -141,6 +142,13 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
         total += weight[clip] * np.mean([-log_softmax(x)[labels[clip]] for x in logits])
     divisor = np.sum(weight) if mean_over == "weights" else np.count_nonzero(weight)
     assert float(loss[0]) == pytest.approx(total / divisor, rel=1e-5)
+
+
+def test_frame_examples_need_equal_frame_counts_of_all_modalities():
+    four, two = ({"name": "sample", "num_frames": count} for count in (4, 2))
+    fusion = {"face": {"train": four, "evaluate": four}, "audio": {"train": two, "evaluate": two}}
+    system = make(**EXAMPLES, fusion=fusion)
+    refused(lambda: init(system, np.arange(5)), "after_fusion=examples", "[2, 4]")
 
 
 @pytest.mark.slow
@@ -296,3 +304,9 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     np.testing.assert_allclose(logs[..., 0], -np.log1p(others * np.exp(-leads)), rtol=2e-5)
     np.testing.assert_allclose(logs[..., 1], -np.logaddexp(leads, np.log(others)), rtol=1e-5)
     assert (logs[0, :, 0] < logs[1, :, 0]).all() and (logs[1, :, 0] <= 0).all()
+
+
+def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():
+    logits = jnp.array([[5.0, 1.0], [1.0, jnp.nan]])
+    logs = losses.log_softmax(logits, jnp.array([False, True]))
+    assert logs[0, 1] == 0.0 and np.isnan(logs[1, 1])

@@ -136,9 +136,10 @@ def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     device_topk._make_update.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "rank", [topk.rank, functools.partial(rank_on_device, rows=7)], ids=["host", "device"]
-)
+RANKERS = [topk.rank, functools.partial(rank_on_device, rows=7)]
+
+
+@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
 def test_top_k_orders_nan_zeros_and_infinities(rank):
     """NaN ranks like -inf. 0, -0 and denormal numbers tie. Ties are in the order of the clips."""
     tiny = np.float32(1e-40)  # some backends round it to 0
@@ -151,6 +152,14 @@ def test_top_k_orders_nan_zeros_and_infinities(rank):
 
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, 1, 3).index.tolist() == [[3, 4, 5]]
+
+
+@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
+def test_top_k_of_no_clips_is_empty_and_of_bfloat16_exact(rank):
+    assert (rank([], 3, 5).index == topk.NO_CLIP).all()
+    scores = jnp.arange(7, dtype=jnp.bfloat16)[:, None]
+    block = (scores, np.arange(7, dtype=np.int32), np.ones(7, bool))
+    assert rank([block], 1, 3).index.tolist() == [[6, 5, 4]]
 
 
 def test_count_ties_counts_tied_pairs_of_neighbouring_places():

@@ -24,6 +24,7 @@ from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_ph
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline, who
+from vidjax.data.clip_files import write_npz
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
@@ -179,6 +180,13 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
     assert "give a number above 0" in drawn.who(film, flags=["--threshold=2"], code=2)[1]
 
 
+def test_numbered_photos_in_one_folder_get_a_warning(drawn):
+    """Each photo that is not in the folder of a person is another person, named Ada_1 and Ada_2."""
+    for name in ("Ada_1", "Ada_2"):
+        write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
+    assert "each photo in" in drawn.who(write_group(drawn))[1]
+
+
 def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
     group, people = write_group(drawn), drawn.friends / "Ada"
     (drawn.friends / "Eve").mkdir(parents=True)
@@ -259,14 +267,15 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     assert identities == {"Bob"}, "Ada is forgotten together with the labelled clip"
 
 
+def interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, monkeypatch):
     film, table = drawn.meet("Ada", "Bob"), drawn.out / "unknown.tsv"
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
-
-    def interrupt(*args, **options):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
@@ -276,6 +285,29 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     table.write_text(named)  # as it was before the call
     shutil.rmtree(drawn.friends / "Ada")
     assert drawn.who(film)[0]["people"] == {"Bob": 1, "Eve": 1}
+
+
+@pytest.mark.slow
+def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
+    film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
+    write_film(film, shot("Bob"))
+    drawn.who(film, people=False)
+    write_film(film, shot("Eve"))
+
+    # The interrupted call does not write the table. The table still lists the clip of Bob.
+    with monkeypatch.context() as patch:
+        patch.setattr(who, "decide", interrupt)
+        drawn.who(film, people=False, code=130)
+    table.write_text(table.read_text().replace("unknown 1", "Bob"))
+    content, output = drawn.who(film, people=False)
+    assert content["people"] == {} and "no longer exist" in output
+
+    # A name in a new table enrols the person of the new film and replaces the enrolled person.
+    for name in ("Eve", "Ada"):
+        write_film(film, shot(name))
+        drawn.who(film, people=False)
+        table.write_text(re.sub(r"unknown \d", name, table.read_text()))
+        assert drawn.who(film, people=False)[0]["people"] == {name: 1}
 
 
 @pytest.mark.slow
@@ -412,6 +444,25 @@ def test_enrol_reports_photos_without_one_good_face(drawn):
     words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
     assert drawn.run("gallery", "enrol", g, *words)[0] == 0
     assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
+
+
+def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
+    photos, made, g = (drawn.folder / name for name in ("photos", "made", "g"))
+    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    write_photo(photos / "odd.png", ("Ada", 20, 20))
+    pipeline.extract([photos], made, drawn.models)
+    Gallery.of_models(g, drawn.models)
+
+    (_, face), *_ = read_arrays(made).items()
+    write_npz(made / "two.npz", {"two.f01": face})  # without two.f02
+    facts = made / "videos" / "odd.json"
+    odd = json.loads(facts.read_text())
+    odd["tracks"][0]["clip"] = ".x"  # no such clip
+    facts.write_text(json.dumps(odd))
+
+    with pytest.warns(UserWarning, match=r"odd\.png: the photo shows no face"):
+        assert drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")[0] == 0
+    assert {*Gallery(g).clips} == {"odd", "two.f01"}
 
 
 def pictures_of(path):
