@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import write_npz, write_parquet
-from vidjax.data import arrays, memory, sources
+from vidjax.data import memory, sources
 
 DIM = 5
 GIVEN = [9.0, 7.0, 8.0]
@@ -37,24 +38,24 @@ def qualities(source, modality="face"):
     return {clip: frames.quality for clip, frames in real_frames(source, "val", modality)}
 
 
-@pytest.mark.parametrize("quality", ["given", "norm"])
-def test_all_readers_compute_the_same_quality(clips, quality, tmp_path):
+def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_path):
+    """Records in the cache of one setting are not used for the other setting."""
     a, b = (norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"]))
-    wanted = {0: a, 1: GIVEN if quality == "given" else b}
-    widths = {"face": DIM, "voice": DIM}
-
+    widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
     folder = write_npz(tmp_path / "own", {"val": clips})
-    own = vidjax.load_data({"val": clips}, cache_dir=tmp_path / "cache", quality=quality)
-    for reader in (
-        own,
-        vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
-        memory.MemoryClips.from_dict(clips, widths, (), quality),
-        memory.load_clips(folder, widths, (), quality=quality),
-    ):
-        by_clip = qualities(reader)
-        for clip, expected in wanted.items():
-            np.testing.assert_allclose(by_clip[clip], expected, rtol=1e-6)
-    np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
+
+    wanted: Any = {"given": [a, GIVEN], "norm": [a, b]}
+    for quality, of_clips in wanted.items():
+        own = vidjax.load_data({"val": clips}, cache_dir=cache, quality=quality)
+        for reader in (
+            own,
+            vidjax.load_data(folder, cache_dir=cache, quality=quality),
+            memory.MemoryClips.from_dict(clips, widths, (), quality),
+            memory.load_clips(folder, widths, (), quality=quality),
+        ):
+            by_clip = qualities(reader)
+            np.testing.assert_allclose([by_clip[0], by_clip[1]], of_clips, rtol=1e-6)
+        np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
 
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
@@ -84,32 +85,20 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)
 
 
-def test_quality_setting_changes_the_fingerprint_and_is_validated(clips, tmp_path):
-    folder = write_npz(tmp_path / "own", {"val": clips})
-    for make in (
-        lambda quality: arrays.FeatureFolder(folder, quality=quality),
-        lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
-    ):
-        assert make("given").fingerprint() != make("norm").fingerprint()
-        with pytest.raises(ValueError, match=r"config\.data\.quality 'size'; choose from given"):
-            make("size")
-
-
 def test_unit_length_features_without_quality_warn_once(tmp_path):
     """The lengths of unit vectors are no quality, which matters for clips of several frames."""
-    rng = np.random.default_rng(0)
-
-    def load(name, *faces):
-        clips = {"val": {f"c{i}": face for i, face in enumerate(faces)}}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            sources.load(clips, cache_dir=tmp_path / name)
-        return [str(warning.message) for warning in caught]
-
-    x = rng.normal(size=(4, DIM)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    (message,) = load("both", {"face": unit.astype(np.float16), "head": x})
-    assert message.startswith("face:") and "face_quality" in message
-    assert not load("own", {"face": x})
-    assert not load("rated", {"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
-    assert not load("single", {"face": unit[:1]}, {"face": unit[1]})
+
+    def load(*clips):
+        splits = {"val": {f"c{number}": clip for number, clip in enumerate(clips)}}
+        sources.load(splits, cache_dir=tmp_path)
+
+    with pytest.warns(UserWarning, match=r"(?s)^face:.*face_quality") as caught:
+        load({"face": unit.astype(np.float16), "head": x})
+    assert len(caught) == 1
+
+    with warnings.catch_warnings(action="error"):
+        load({"face": x})
+        load({"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
+        load({"face": unit[:1]}, {"face": unit[1]})

@@ -1,35 +1,17 @@
-"""The remedy of an error works as it is printed, and mistakes are refused before work begins."""
+"""The remedy of an error works as it is printed. Runs and galleries refuse wrong arguments."""
 
-import importlib.util
 import json
 import re
 import shlex
-import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_galleries, made_runs, servers
+from tests.helpers import clip_files, made_runs, servers
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.data import sources
-from vidjax.evaluation import predict
-from vidjax.runs import config as config_lib
-from vidjax.runs import results as results_lib
-
-
-@pytest.fixture
-def place(tmp_path, official_dir, monkeypatch):
-    """The current folder, with a gallery, a run, and features of two splits."""
-    made_galleries.make(tmp_path / "g")
-    made_runs.write(tmp_path / "run", {"1": 0.5})
-    (tmp_path / "official").symlink_to(official_dir)
-    clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}
-    clip_files.write_npz(tmp_path / "my own", {"train": clips, "test": clips})
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 # A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
 COMMANDS = [
@@ -46,12 +28,16 @@ COMMANDS = [
 
 
 @pytest.mark.slow
-def test_suggested_command_of_an_error_runs(place, nearest_run, data, say):
-    # A real run and its gallery replace the made-up ones.
-    for name in ("g", "run"):
-        shutil.rmtree(place / name)
-    (place / "run").symlink_to(nearest_run)
-    Gallery.create(place / "g", nearest_run, data)
+def test_suggested_command_of_an_error_runs(
+    tmp_path, nearest_run, official_dir, data, say, monkeypatch
+):
+    # The current folder has a run, its gallery, official files, and own features of two splits.
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(nearest_run)
+    Gallery.create("g", nearest_run, data)
+    Path("official").symlink_to(official_dir)
+    clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}
+    clip_files.write_npz(Path("my own"), {"train": clips, "test": clips})
 
     for typed, pattern, corrected in COMMANDS:
         match = re.search(pattern, say(*shlex.split(typed), code=2))
@@ -60,52 +46,12 @@ def test_suggested_command_of_an_error_runs(place, nearest_run, data, say):
         assert say(*words[words[0] == "vidjax" :]), typed
 
 
-@pytest.mark.parametrize(("typed", "words"), [
-    ("gallery create g --run=run", "contains a gallery"),
-    ("gallery create 'my own' --run=run", "not empty"),
-    ("gallery enrol g --input=official --identity=' Ada'", "trailing blanks"),
-    ("gallery enrol g --split=tets", "choose from train, val, test"),
-    ("gallery identify g --split=tets", "choose from train, val, test"),
-    ("gallery enrol g --input='my own' --identity=Ada", "several splits"),
-    ("train --config=knn --config.data.mode=streaming", "vidjax[tensorflow]"),
-    ("train --config=knn --config.dtype=float64", "JAX_ENABLE_X64=1"),
-])  # fmt: skip
-def test_wrong_flags_are_refused_before_work_begins(typed, words, place, say, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no TensorFlow
-    work = ((predict, "restore"), (sources, "load"), (Gallery, "embed"), (Gallery, "run"))
-    for where, name in work:
-        monkeypatch.setattr(where, name, lambda *_, **__: pytest.fail("work began"))
-    before = made_galleries.contents(place / "g")
-    assert words in say(*shlex.split(typed), code=2)
-    assert made_galleries.contents(place / "g") == before
-
-
-def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(place):
-    words = "is a run: Gallery.create(", str(place / "run")
-    refused(lambda: Gallery.create(place / "run", "new"), *words)
-    gallery = servers.make_gallery(place / "people")
+def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(tmp_path):
+    run = made_runs.write(tmp_path / "run", {"1": 0.5})
+    refused(lambda: Gallery.create(run, "new"), "is a run: Gallery.create(", str(run))
+    gallery = servers.make_gallery(tmp_path / "people")
     clips = {"c": {"face": np.ones((1, 8), np.float32)}}
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'", "clip is 'c'")
-
-
-@pytest.mark.slow
-def test_config_of_a_run_describes_the_data_passed_from_python(tmp_path, cache_dir):
-    faces = np.arange(4)[:, None, None] + 0.1 * np.random.default_rng(0).normal(size=(2, 4, 2, 8))
-    train, val = ({f"{i}{n}": {"face": x} for n, x in enumerate(faces[i])} for i in range(2))
-    labels = {name: f"p{name[1]}" for name in (*train, *val)}
-
-    # The fields of `data` in the configuration describe synthetic data, which are not used.
-    data = vidjax.load_data({"train": train, "val": val}, labels, cache_dir=cache_dir)
-    words = ("--config.data.size=standard", "--config.data.blur=2", "--config.eval.report=False")
-    config = vidjax.load_config("knn:face", *words)
-    wanted = vidjax.train(config, tmp_path / "run", data, num_devices=1).map
-
-    written = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
-    assert (written["name"], written["dir"], written["size"]) == ("arrays", None, "small")
-    assert written["blur"] == config_lib.DEFAULTS["data.blur"] and config.data.name == "synthetic"
-
-    refused(lambda: vidjax.evaluate(tmp_path / "run"), "vidjax.evaluate(workdir, data)")
-    assert vidjax.evaluate(tmp_path / "run", data).map == wanted
 
 
 @pytest.mark.slow
@@ -125,14 +71,6 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
 
     refused(lambda: train(8), "--workdir=FOLDER")
-
-
-def test_folds_are_not_suggested_if_most_people_have_one_clip(tmp_path):
-    """60 people have 60 or 120 clips."""
-    for clips, words in ((60, "most people have one clip"), (120, "folds=5")):
-        counts = {"labelled": True, "labelled_clips": clips, "identities": 60}
-        (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": counts}}))
-        assert words in results_lib.explain_unmeasured(config_lib.default().to_dict(), tmp_path)
 
 
 def test_config_file_error_names_the_missing_field_and_line(tmp_path):

@@ -1,12 +1,9 @@
 """Resident clips, which stay in the memory of devices, give the same batches as streamed clips.
 
-Also: uniform shuffles, skipped steps, resumed runs, and the choice between the two modes.
+Also: uniform shuffles, skipped steps, and the choice between the two modes.
 """
 
 import itertools
-import os
-import signal
-import threading
 from typing import Any
 
 import jax
@@ -16,7 +13,7 @@ from scipy import stats
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
@@ -26,14 +23,10 @@ from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib
 from vidjax.data import resident
 from vidjax.data.clips import longest, make_batch_plan
-from vidjax.runs import signals
 from vidjax.runs.checkpoint import manifests
-from vidjax.training import feed
-from vidjax.utils import machine
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MODALITIES = ("face", "audio", "body")
-NIGHTLY = pytest.mark.nightly
 
 
 def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
@@ -65,15 +58,6 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     np.testing.assert_array_equal(orders[20:], orders_of(0, 20)[:-20])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_clips", [1, 97, 57820])
-def test_shuffle_gives_every_clip_one_place(num_clips):
-    place = np.arange(num_clips, dtype=np.int32)
-    shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
-    order = shuffled(jax.random.key(3), np.full_like(place, 40_000), place, num_clips)
-    np.testing.assert_array_equal(np.sort(order), place)
-
-
 COUNTS = {"train": 33, "val": 20, "test": 6}
 
 
@@ -93,9 +77,7 @@ def clips_of(data, modalities=MODALITIES, devices=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("split", "devices"), quick_first([("val", 8), ("train", 1)], mark=NIGHTLY)
-)
+@nightly_after_first("split, devices", [("val", 8), ("train", 1)])
 def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devices):
     clips, count = clips_of(ragged, devices=devices)[0], COUNTS[split]
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
@@ -117,15 +99,16 @@ CHOSEN = np.sort(np.random.default_rng(1).permutation(33)[:29]).astype(np.int32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("crop", "splits", "modalities", "first", "epoch_clips"), quick_first([
+@nightly_after_first("crop, splits, modalities, first, epoch_clips", [
     ("quality", ("val", "train"), ("body", "face"), 3, CHOSEN),
     ("window", ("train",), MODALITIES, 0, None),
-], mark=NIGHTLY))  # fmt: skip
+])  # fmt: skip
 def test_resident_training_batches_equal_streaming_batches(
     ragged, crop, splits, modalities, first, epoch_clips
 ):
     """The steps cover three epochs of chosen clips or of all clips."""
-    options: Any = {"batch_size": 12, "max_frames": 7, "seed": 3}
+    batch_size = 12
+    options: Any = {"batch_size": batch_size, "max_frames": 7, "seed": 3}
     options |= {"crop": crop, "epoch_clips": epoch_clips}
     plan = make_batch_plan([ragged.split(name) for name in splits], modalities, **options)
     layout = resident.make_resident_plan(ragged, plan, "val")
@@ -138,7 +121,7 @@ def test_resident_training_batches_equal_streaming_batches(
         return batch._replace(frames=frames)
 
     stream = ragged.train_batches(plan, step=first)
-    for step in range(first, first + 3 * plan.num_places // 12):
+    for step in range(first, first + 3 * plan.num_places // batch_size):
         jax.tree.map(np.testing.assert_array_equal, next(stream), draw(np.int32(step)))
 
 
@@ -156,7 +139,9 @@ FUSIONS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", quick_first(FUSIONS, mark=NIGHTLY), ids=lambda spec: spec["name"])
+@pytest.mark.parametrize(
+    "spec", quick_first(FUSIONS, mark=pytest.mark.nightly), ids=lambda spec: spec["name"]
+)
 def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
     """Lazy features are read from the resident clips only for the frames that a fusion chooses."""
     lengths = np.array((9, 0, 3, 1, 5, 16), np.int32)
@@ -178,7 +163,7 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", quick_first(["resident", "streaming"], mark=NIGHTLY))
+@nightly_after_first("mode", ["resident", "streaming"])
 def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
     """A NaN in a face makes the step of the clip non-finite. An epoch has 12 steps of 8 clips."""
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
@@ -205,61 +190,13 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, monkeypatch):
-    """A run stays resident if it is resumed with too little memory for a new resident run."""
-    config = small.shrunk("--config.eval.every_epochs=3", "--config.num_epochs=6", spec=MLP)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    eval_batches = resident.Resident.eval_batches
-
-    def interrupted(self, *args, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # another thread only compiles
-            os.kill(os.getpid(), signal.SIGINT)
-        return eval_batches(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(feed, "DISPATCH_SECONDS", 1e9)  # the most steps in a call
-        small.run(config, whole, data)
-
-    # The first signal comes in training, before the evaluation at step 9.
-    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-        small.interrupt_dispatch(patch, 2, signal.SIGTERM)
-        small.run(config, parts, data)
-    assert 2 < max(manifests(parts)) < 9
-
-    # The second signal comes in this evaluation.
-    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
-    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
-        patch.setattr(resident.Resident, "eval_batches", interrupted)
-        small.run(config, parts, data)
-    assert max(manifests(parts)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
-
-    small.run(config, parts, data)
-    small.assert_same_run(parts, whole)
-    for folder in (whole, parts):
-        assert {manifest["mode"] for manifest in manifests(folder).values()} == {"resident"}
-
-
-@pytest.mark.slow
-def test_layout_predicts_bytes_and_frames_of_resident_clips(ragged):
+def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout = clips_of(ragged)
     empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     fields = ("features", "quality", "detection", "number")
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in fields]
     assert sum(taken) == layout.nbytes + empty_frame
-
-    # In each of the two splits, two clips have long faces, and one clip has a long body.
-    extra = {"face": 2 * 2 * 512, "audio": 0, "body": 2 * 512}
-    for name, count in layout.num_frames.items():
-        lengths = [ragged.split(split).lengths[name].sum() for split in ("train", "val")]
-        assert count == sum(lengths) + extra[name]
-
-
-def test_emulated_devices_share_the_memory_of_their_host():
-    on_one, on_eight = (
-        resident.find_least_free_bytes(devices_lib.make_mesh(number)) for number in (1, 8)
-    )
-    assert machine.free_bytes() > 1e6 and on_eight == pytest.approx(on_one / 8, rel=0.5)
 
 
 def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):

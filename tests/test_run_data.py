@@ -10,11 +10,9 @@ import pytest
 import vidjax
 from tests.helpers.clip_files import write_labels, write_npz
 from tests.helpers.seen import refused
-from vidjax.cli import program, run_commands
 from vidjax.cli.program import main
 from vidjax.evaluation import restore
 from vidjax.runs import checkpoint
-from vidjax.training import feed
 from vidjax.utils import files
 
 CLIPS = 6  # of each split
@@ -119,20 +117,6 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, ag
 
 
 @pytest.mark.slow
-def test_run_folder_moved_during_training_is_an_error(tmp_path, monkeypatch):
-    config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
-    data, advance = vidjax.load_data(config), feed.ResidentFeed.advance
-
-    def move_and_advance(self, *args):
-        shutil.move(tmp_path / "run", tmp_path / "moved")
-        return advance(self, *args)
-
-    monkeypatch.setattr(feed.ResidentFeed, "advance", move_and_advance)
-    refused(lambda: vidjax.train(config, tmp_path / "run", data), "moved during training")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
 def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     other, test = tmp_path / "other", "--config.eval.split=test"
     _, data_dir = write(other, seed=1)
@@ -152,16 +136,6 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         error = evaluate(test, code=code)
     assert "--config.data.dir=" in error  # for `other`
-
-
-def test_default_run_folder_contains_the_name_of_the_data():
-    def folder(*words):
-        return str(run_commands.read_train_settings(program.parse(words))[1])
-
-    assert folder("--config=mma") == "runs/mma"
-    own = ("--config=knn:face", "--config.data.name=arrays")
-    assert folder(*own, "--config.data.dir=/a/new/") != folder(*own, "--config.data.dir=/a/old")
-    assert "data.dir=new" in folder(*own, "--config.data.dir=/a/new/")
 
 
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):

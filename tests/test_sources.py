@@ -7,7 +7,7 @@ import numpy as np
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.data import sources, synthetic
+from vidjax.data import synthetic
 from vidjax.utils import files
 
 
@@ -33,11 +33,6 @@ def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
         assert dataset.report["data"]["name"] == "synthetic" and not dataset.report["data"]["dir"]
     assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
-
-    data = {"name": "synthetic", "size": "small", "seed": 6}  # without the other fields
-    assert sources.describe(data) == "synthetic, size small, seed 6"
-    assert sources.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"
-    assert {path.name for path in tmp_path.iterdir()} - {"digests"} == {"synthetic", "iqiyi_vid"}
 
 
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):

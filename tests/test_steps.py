@@ -14,7 +14,7 @@ import pytest
 from scipy import special
 from scipy.special import expit
 
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames
 from tests.helpers.seen import refused
 from vidjax.core import augment, ensemble, losses
@@ -29,7 +29,6 @@ from vidjax.training import train_step
 DIMS = {"face": 6, "audio": 4}
 C = 37
 LINEAR = {"name": "dense", "layers": (), "feature_scale": 1.0}
-NORMED = {"name": "dense", "layers": ((8, "swish", True, 0.3),)}
 
 
 def make(model=LINEAR, **fields) -> Any:
@@ -103,10 +102,8 @@ def examples_of(batch, clip):
 EXAMPLES: Any = {"after_fusion": "examples"}
 
 
-@pytest.mark.parametrize("reduce", ["mean", pytest.param("max", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize(
-    "scores", quick_first(["log_softmax", "log_sigmoid", "logits"], mark=pytest.mark.nightly)
-)
+@nightly_after_first("reduce", ["mean", "max"])
+@nightly_after_first("scores", ["log_softmax", "log_sigmoid", "logits"])
 def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
     """Frames vote by probabilities or logits. A clip without frames has the score -inf."""
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
@@ -225,7 +222,7 @@ class TwoBranches(Identifier):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scores", quick_first(["log_softmax", "logits"], mark=pytest.mark.nightly))
+@nightly_after_first("scores", ["log_softmax", "logits"])
 def test_losses_and_scores_of_branches_are_weighted(scores):
     train_weight = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
     eval_weight = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])
@@ -253,7 +250,8 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 def test_empty_clips_and_padded_rows_do_not_affect_training():
     """Spoilt features, qualities and labels of clip 2 (empty) and row 3 (padding) do not matter."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
-    system = make(NORMED, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
+    model = {"name": "dense", "layers": ((8, "swish", True, 0.3),)}  # BatchNorm and dropout
+    system = make(model, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
     batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
     batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
     unused = np.array([False, False, True, True, False])

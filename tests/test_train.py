@@ -3,28 +3,23 @@
 import json
 import os
 import signal
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.helpers import small_runs as small
-from tests.helpers.cases import quick_first
+from tests.helpers.cases import nightly_after_first
 from vidjax.core import devices as devices_lib
 from vidjax.data import resident
-from vidjax.runs import config as config_lib
 from vidjax.runs import config_io, signals
 from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
-from vidjax.training.plan import make_plan, make_schedule
-from vidjax.utils import messages
+from vidjax.training.plan import make_plan
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGINT)
 SPECS = (  # in addition to the configurations that other tests train
     "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
     "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
@@ -48,9 +43,8 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "spec"),
-    quick_first(zip(SIGNALS, (MLP, COSINE, MMA), strict=True), mark=pytest.mark.nightly),
+@nightly_after_first(
+    "signum, spec", [(signal.SIGTERM, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, MMA)]
 )
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """The run keeps streaming. An evaluation between two parts does not finish the run."""
@@ -72,32 +66,8 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
     small.assert_same_run(parts, tmp_path / "whole")
 
 
-def make_short_schedule(config, total_steps, clips_per_epoch, noise_classes=None):
-    task = SimpleNamespace(total_steps=total_steps, layout=noise_classes)
-    plan: Any = SimpleNamespace(task=task, batches=SimpleNamespace(num_places=clips_per_epoch))
-    return make_schedule(config, plan)
-
-
-@pytest.mark.parametrize(("total_steps", "logged"), [
-    (3, {0, 1, 2, 3}), (15, {0, 1, 2, 5, 10, 15}), (45, {0, 1, 2, 5, 10, 20, 40, 45}),
-])  # fmt: skip
-def test_short_runs_log_often(total_steps, logged):
-    assert make_short_schedule(config_lib.default(), total_steps, 583).log == logged
-
-
-def test_epochs_shorter_than_a_step_evaluate_and_relabel_once_per_step():
-    """An epoch has 10 clips, and a step has 64."""
-    config = config_lib.default()
-    config.batch_size, config.eval.every_epochs, config.noise.relabel_every_epochs = 64, 1.0, 0.5
-    short = make_short_schedule(config, 4, 10, noise_classes=True)
-    assert short.evaluate == {1, 2, 3, 4} and short.relabel == {1, 2, 3}
-    config.eval.every_epochs = 0.0  # only at the end
-    short = make_short_schedule(config, 4, 10, noise_classes=True)
-    assert short.evaluate == {4} and [short.next_stop(step) for step in range(4)] == [1, 2, 3, 4]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", quick_first(SPECS, mark=pytest.mark.nightly))
+@nightly_after_first("spec", SPECS)
 def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     few = ["--config.ensemble.only=0,2"] if "views" in words else []
@@ -176,9 +146,3 @@ def test_map_on_real_clips_reaches_the_benchmark(vidjax_command, tmp_path, name,
     assert metrics["map"] >= least
     scored = vidjax_command("score", f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt")
     assert float(scored.stdout.split()[-1]) == metrics["map"]
-
-
-def test_long_names_are_shortened_in_the_middle():
-    assert messages.shorten("x" * 40) == "x" * 40
-    name = messages.shorten("a" * 200 + " (2009).mp4, 97%")
-    assert len(name) == 40 and name.startswith("a" * 24 + "...") and name.endswith(".mp4, 97%")
