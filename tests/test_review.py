@@ -1,7 +1,6 @@
 """`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import re
-import threading
 
 import pytest
 
@@ -10,7 +9,6 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
-from tests.helpers.browser import CHROMIUM, open_tab
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import review
@@ -189,55 +187,3 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     assert answer.headers["referrer-policy"] == "same-origin"
     assert "form-action 'self'" in answer.text and "Undo" not in answer.text
     assert reviewed.names() == reviewed.before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_names_are_corrected_in_a_browser_by_keyboard(reviewed, tmp_path):
-    import uvicorn
-
-    from vidjax.apps.serve.app import listen
-
-    listener = listen(review.HOST, 0)
-    port = listener.getsockname()[1]
-    app = review.make_app(reviewed.review, TOKEN, port)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-
-    # JavaScript: the label of the element that has the focus, and whether the page has a text.
-    focus = "document.activeElement.ariaLabel || document.activeElement.textContent"
-    contains = "document.body.innerText.includes('{}')".format
-    try:
-        with open_tab(tmp_path / "profile") as tab:
-            tab.send("Page.navigate", url=f"http://{review.HOST}:{port}/{TOKEN}/")
-            tab.wait("document.querySelectorAll('.person').length == 2")
-            tab.press("Tab")
-            assert tab.ask(focus) == "To the content"
-
-            # The user names unknown 1 "ada" and confirms that this is Ada.
-            for _ in range(20):
-                if tab.ask(focus) == "Who is unknown 1?":
-                    break
-                tab.press("Tab")
-            tab.press("ada", "Enter")
-            tab.wait(contains("there is already Ada"))
-            assert tab.ask(focus) == "It is Ada"
-            tab.press("Enter")
-            tab.wait(contains("Saved: unknown 1 is Ada."))
-            assert tab.ask(focus) == "Who is unknown 2?"
-
-            # The user undoes this, and joins unknown 1 with unknown 2.
-            tab.press("shift Tab", "Enter")
-            tab.wait(contains("Undone: unknown 1 is Ada."))
-            assert tab.ask(focus) == "Who is unknown 1?"
-            tab.press("unknown 2", "Enter")
-            tab.wait(contains("Saved: unknown 1 is unknown 2."))
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-    reviewed.review.save()
-    joined = {c: name.replace("unknown 2", "unknown 1") for c, name in reviewed.before.items()}
-    assert reviewed.names() == joined == reviewed.again()
