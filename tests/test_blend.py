@@ -115,23 +115,6 @@ def test_blend_is_the_weighted_mean_of_probabilities():
 
 
 @pytest.mark.slow
-def test_blend_scores_each_run_with_its_own_eval_fields(
-    runs, train, load, folders, tmp_path, command, blended
-):
-    words = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
-    own = train("configs/knn.py:iqiyi_vid", folders["faces"], *words)
-    assert (probabilities(own, load, "val").popitem()[1] > 0).sum() <= 3
-
-    results = blended((runs[0], own))
-
-    check_ranking(tmp_path / "ranking.txt", (runs[0], own), load, (1.0, 1.0))
-    of_run = json.loads((own / "metrics.json").read_text())
-    assert results["runs"][1]["map"] == pytest.approx(of_run["map"], abs=1e-12)
-    words = ("--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.temperature=3")
-    assert command(*words).refused("--config.join.weights")
-
-
-@pytest.mark.slow
 def test_blend_refuses_runs_with_different_identities(runs, train, tmp_path, blended):
     fewer = tmp_path / "fewer"
     fewer.mkdir()

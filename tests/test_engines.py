@@ -94,25 +94,6 @@ def test_digest_reads_a_split_again_only_if_a_file_changed(tmp_path, monkeypatch
     assert len(read) == 3, "the digests are kept, so nothing is read again"
 
 
-def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
-    """On a file system with ticks of 2 s, a second write in a tick does not change the time."""
-    path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
-    path.write_bytes(b"1")
-    monkeypatch.setattr(cache, "TICK_NS", tick)
-    changed = time.time_ns()
-    monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
-
-    def slow(paths):
-        time.sleep(2 * tick / 10**9)  # other files take long
-        return digest(paths)
-
-    monkeypatch.setattr(cache, "_sha256_each", slow)
-
-    first = cache.digest_files([path], tmp_path / "cache")
-    path.write_bytes(b"2")
-    assert cache.digest_files([path], tmp_path / "cache") != first
-
-
 @pytest.mark.parametrize(
     ("name", "width", "words"), quick_first([("b", 7, "b, face"), ("a.mp4", 6, "twice")])
 )
@@ -140,14 +121,6 @@ def test_failure_of_one_process_ends_the_other_processes():
     with pytest.raises(ValueError, match="a file is damaged"):
         processes.map_children(work, ["waits", "fails", "begins late"], 2)
     assert time.monotonic() - began < 10
-
-
-def test_stopped_children_end_with_an_error():
-    children = Children()
-    threading.Timer(0.3, children.stop).start()
-
-    with pytest.raises(UserError, match="that reads it was killed"):
-        run("time", cpu_seconds=60, children=children)
 
 
 def run(wanted, cpu_seconds=20, children=None, **more):

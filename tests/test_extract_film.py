@@ -195,12 +195,6 @@ def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, silent):
     assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 
-def test_each_head_is_paired_with_another_body_around_it():
-    heads = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
-    bodies = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
-    np.testing.assert_array_equal(film._pair_boxes(heads, bodies), [0, 1, -1])
-
-
 def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, silent):
     add(silent, "body_embedder")
     words = ("body_embedder.json", '"around"', "body_detector")
@@ -331,17 +325,6 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
     # For each film a JSON file and a file of clips, and extract.json.
     assert written[0] == written[1] and len(written[0]) == 2 + 2 + 1
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
-
-
-def test_solo_spans_are_times_with_one_visible_track():
-    tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
-
-    spans = list(voices.find_solo_spans(tracks))
-
-    # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
-    assert [span.clip for span in spans] == ["a", "a", "c"]
-    np.testing.assert_allclose([span.start_s for span in spans], [0, 6, 20])
-    np.testing.assert_allclose([span.end_s for span in spans], [4, 10, 29.6])
 
 
 def test_long_solo_spans_are_divided_into_pieces_with_the_same_windows():

@@ -115,39 +115,6 @@ def test_cut_ends_every_track():
     assert last.ends == [*last.times[1:], 3.9]
 
 
-def test_split_of_a_track_divides_its_sightings():
-    track = tracks.Track(3, 7, times=[0.1, 0.4, 0.8, 1.6], ends=[0.4, 0.6, 1.2, 2.0])
-
-    parts = track.split([0.6, 1.2])
-
-    assert [part.times for part in parts] == [[0.1, 0.4], [0.8], [1.6]]
-    assert [part.ends for part in parts] == [[0.4, 0.6], [1.2], [2.0]]
-    assert {(part.number, part.shot) for part in parts} == {(3, 7)}
-
-
-def test_tracks_change_in_the_middle_of_a_dissolve():
-    """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
-
-    There is a frame every 0.2 s. Before the frame of 2 s, the trackers learn that the middle of the
-    dissolve was at 1.5 s. So the new shot begins at 1.5 s, and its first frame is the frame of 2 s.
-    """
-    tracker, main = tracks.Tracker(), tracks.MainFigures()
-    other = np.array([[200, 10, 260, 70]])
-    for n in range(20):
-        if n == 10:
-            tracker.cut(1.5)
-            main.cut(1.5)
-        tracker.update(n / 5, BOX if n < 6 else other if n > 8 else np.concatenate([BOX, other]))
-        main.update(n / 5, BOX)
-
-    for each in (tracker, main):
-        each.cut(3.9)
-        first, last = each.take_ended()
-        assert (first.shot, first.times[0], first.times[-1], first.ends[-1]) == (0, 0.0, 1.4, 1.5)
-        assert len(first.times) == len(first.ends) == 8
-        assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
-
-
 def test_single_detection_is_a_track_if_its_picture_lasts_long():
     # Seconds until the next picture -> begin and end of each track.
     for held_s, wanted in ((0.2, []), (0.5, [([1.0], [1.5])]), (4.0, [([1.0], [5.0])])):
@@ -461,18 +428,6 @@ def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
     flash[30] = 250
     lamp[30:] *= 1.6
     assert find_cuts(flash) == find_cuts(filmed(rng, lamp)) == []
-
-
-def test_shot_detector_returns_shot_times_and_keeps_few_pictures():
-    rng = np.random.default_rng(3)
-    film = filmed(rng, shot(rng, "still", 30, 1.0), shot(rng, "still", 20, 0.4))
-
-    detector = shots.ShotDetector()
-    for n, small in enumerate([*film, *[film[-1]] * 450]):
-        detector.update(n / RATE, small)
-
-    assert detector.shots(20.0) == [(0.0, 1.2), (1.2, 20.0)]
-    assert len(detector._changes) <= 15 and len(detector._dissolve._kept) < 30
 
 
 def film(name, rate, seconds=100.0):

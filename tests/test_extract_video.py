@@ -240,30 +240,6 @@ def test_sound_follows_its_time_stamps(tmp_path):
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
 
 
-def test_sound_of_a_second_film_in_a_file_is_left_out(tmp_path):
-    samples = np.sin(np.arange(48_000) / 5) * 0.5
-    films.write(tmp_path / "a.ts", [films.scene(0)] * 75, sound=samples)
-    (tmp_path / "two.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
-
-    for name, damaged in (("a.ts", False), ("two.ts", True)):
-        with decode.open_video(tmp_path / name) as video:
-            ends = [time_s + len(block) / 16_000 for time_s, block in video.sound()]
-            assert ends == sorted(ends) and 2.9 < ends[-1] < 3.3
-            assert video.counts.damaged == damaged
-
-
-def test_film_without_sound_yields_no_sound(film):
-    with decode.open_video(film) as video:
-        assert not video.info.sound and list(video.sound()) == []
-
-
-def test_file_with_pictures_beyond_the_limit_is_refused(film, monkeypatch):
-    refused(film, "smaller", 160 * 120 - 1)
-    monkeypatch.setattr(decode, "MOST_PIXELS", 160 * 120)
-    with decode.open_video(film) as video:
-        assert video.info.width == 160
-
-
 def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
