@@ -11,7 +11,6 @@ import vidjax
 from tests.helpers import made_runs
 from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import RunFolder
-from vidjax.utils import files
 
 KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 
@@ -44,6 +43,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config(KNN, *words)
     folder = tmp_path / "runs" / "memory"
+    assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
     results = vidjax.train(config, folder, made, num_devices=1)
     assert results.map == pytest.approx(1.0)
@@ -132,16 +132,3 @@ def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
     refused("restore: workdir must be the path", restore, config)
     refused(f"no run in '{new}'", restore, new)
     assert not new.exists()
-
-
-def test_training_in_a_folder_that_is_in_use_is_refused(made, tmp_path):
-    config = vidjax.load_config(KNN, "--config.data.name=arrays")
-
-    with files.lock(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
-        vidjax.train(config, tmp_path, made)
-
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_data_print_their_splits_modalities_and_identities(made):
-    assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"

@@ -95,11 +95,9 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     official = f"--config.data.dir={official_dir}"
 
     assert check(*words, official)[1][-1] == "all good"
-    for message, *given in (
-        ("config.data.dir",),
-        ("contains no feature pickles", f"--config.data.dir={cache_dir}"),
-        ("'head'", official, "--config.modalities=haed"),
-        ("embed_dim", official, "--config.model.embed_dim=0"),
+    for message, given in (
+        ("config.data.dir", []),
+        ("embed_dim", [official, "--config.model.embed_dim=0"]),
     ):
         code, lines = check(*words, *given)
         assert code == 2 and message in lines[-2], lines

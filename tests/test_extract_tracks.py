@@ -411,16 +411,6 @@ def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
 
 
-@pytest.mark.nightly
-def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
-    """Pictures a second apart differ, and pictures between them are nearly mixtures of both."""
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        fine = rng.uniform(60, 190, (36, 100, 1)).repeat(3, 2)
-        pan = (ndimage.shift(fine, (0, -x, 0), order=1) for x in np.arange(0, 6, 0.025))
-        assert find_cuts(filmed(rng, np.array([picture[:, :64] for picture in pan]))) == []
-
-
 def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
     rng = np.random.default_rng(1)
     film = shot(rng, "hand", 60, 0.5)
