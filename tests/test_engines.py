@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, limited_job
-from tests.helpers.cases import nightly_after_first, quick_first
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
 from vidjax.data import arrays, processes
 from vidjax.data.iqiyi_vid import OfficialFiles
@@ -83,22 +83,6 @@ def test_file_that_changes_during_the_conversion_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="changed while they were converted"):
         convert(ChangingFolder(folder, workers=1), tmp_path, workers=1)
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "words"), quick_first([("b", 7, "b, face"), ("a.mp4", 6, "twice")])
-)
-def test_two_processes_raise_the_error_of_one_process(name, width, words, tmp_path):
-    (tmp_path / "train").mkdir()
-    np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, 6), np.float32))
-    np.savez(tmp_path / "train" / f"{name}.npz", face=np.ones((2, width), np.float32))
-
-    errors = []
-    for workers in (1, 2):
-        with pytest.raises(ValueError, match=words) as caught:
-            arrays.FeatureFolder(tmp_path, workers=workers).read(tmp_path / str(workers), "drop")
-        errors.append(str(caught.value))
-    assert errors[0] == errors[1]
 
 
 def test_failure_of_one_process_ends_the_other_processes():

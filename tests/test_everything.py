@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from tests.helpers import clip_files, made_runs
 from tests.helpers.pages import check_numbers, section
 from vidjax.cli import program
 from vidjax.core import ensemble
-from vidjax.evaluation import ranking
 from vidjax.runs import results as results_lib
 
 pytestmark = pytest.mark.slow
@@ -131,19 +129,3 @@ def test_blend_with_a_run_on_everything_is_in_sample_on_val_and_has_no_map_on_te
     assert read_metrics(tmp_path)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
     assert "map" not in read_metrics(tmp_path, "metrics_test.json")
-
-
-def test_run_on_everything_reports_map_of_a_labelled_test_split(official_dir, tmp_path, say):
-    labelled = shutil.copytree(official_dir, tmp_path / "data")
-    labels = {f"IQIYI_VID_TEST_{n:07d}": str(n % 12 + 1) for n in range(18)}
-    clip_files.write_truth(labelled, "test", labels)
-
-    words = f"--config.data.dir={labelled}", "--config.eval.report=False"
-    out = say(f"{KNN},everything", *words, f"--workdir={tmp_path}/run")
-
-    results = read_metrics(tmp_path / "run")
-    assert results["map_kind"] == "test" and f"{results['map']:.4f} on test;" in out
-    assert "measured" not in out
-    submission = ranking.read_submission(tmp_path / "run" / "ranking.txt")
-    truth = ranking.read_ground_truth(labelled / "test_gt.txt")
-    assert results["map"] == pytest.approx(ranking.score(truth, submission.ranking), abs=1e-12)

@@ -328,27 +328,6 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
 
 
-def test_each_span_receives_the_samples_of_its_time():
-    """Cuts blocks of random lengths, with gaps, and compares with one array of the film."""
-    rng = np.random.default_rng(0)
-    whole, blocks, at = np.zeros(40 * voices.RATE, np.float32), [], 3_000
-    while at < 34 * voices.RATE:
-        block = rng.normal(size=rng.integers(1, 60_000)).astype(np.float32)
-        whole[at : at + len(block)] = block
-        blocks.append((at / voices.RATE, block))
-        at += len(block) + rng.integers(0, 2) * rng.integers(0, 90_000)
-    ends = [(0.1, 2.5), (2.5, 9), (8.2, 9.9), (12, 20), (29, 39)]
-    spans = [voices.Span(str(n), *both) for n, both in enumerate(ends)]
-
-    pieces = list(voices.cut_spans(blocks, [*spans, voices.Span("after the end", 38, 39.9)]))
-
-    assert [span for span, _ in pieces] == spans
-    for span, samples in pieces:
-        first = round(span.start_s * voices.RATE)
-        np.testing.assert_array_equal(samples, whole[first : first + len(samples)])
-        assert len(samples) == round((span.end_s - span.start_s) * voices.RATE)
-
-
 @pytest.fixture
 def speak(tmp_path, models):
     """Returns a function: name of a face, pitch of a voice -> the frames of both in a film."""

@@ -12,11 +12,10 @@ import pytest
 from scipy import ndimage
 
 from tests.helpers.cases import nightly_after_first
-from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks
+from vidjax.apps.video import align, cards, cuts, shots, tracks
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.cards import BackEnd
 from vidjax.apps.video.features_folder import FileStamp, Film
-from vidjax.utils.errors import UserError
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
@@ -497,9 +496,3 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     files = [path.name for path in (tmp_path / "cuts").iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
-
-
-def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
-    (tmp_path / "holiday.mp4").touch()
-    with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
-        pipeline.list_files([tmp_path / "holidy.mp4"])
