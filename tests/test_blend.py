@@ -167,12 +167,6 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
     assert json.loads((tmp_path / "metrics.json").read_text()) == results
     assert config_io.load_workdir(tmp_path).eval.split == "val"
 
-    # If config.data.dir is set, it replaces the folder of every run; scores do not change.
-    same_data = f"--config.data.dir={official_dir}"
-    assert command(words[0], f"--workdir={tmp_path / 'same'}", *given, same_data).code == 0
-    ranking = (tmp_path / "ranking.txt").read_bytes()
-    assert (tmp_path / "same" / "ranking.txt").read_bytes() == ranking
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(OTHER_DATA)

@@ -158,7 +158,6 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     empty.mkdir()
 
     for words, remedy in {
-        f"export {run} --to={new} --format=onx": "'onnx'",
         f"export {run} --to={new}": "export needs --format",
         f"export {run} --to={run} --format=numpy": "name a new folder",
         f"export {empty} --to={new} --format=numpy": "no run in",
