@@ -236,11 +236,3 @@ def test_runs_with_other_features_or_without_digests_are_compared(tmp_path, comp
     made_runs.write(tmp_path / "b", averages(3), results=results)
 
     assert compared().code == 0
-
-
-def test_compare_names_the_command_that_writes_a_missing_analysis(tmp_path, compared):
-    for name in "ab":
-        made_runs.write(tmp_path / name, averages(3))
-    (tmp_path / "b" / "analysis.npz").unlink()
-
-    assert compared().refused(f"vidjax evaluate --workdir={tmp_path / 'b'}")

@@ -56,6 +56,18 @@ def test_centerface_decoder_follows_its_paper():
     assert_faces(faces, heat[tuple(cells)], boxes, points[:, ::-1].transpose(2, 0, 1))
 
 
+def give_to_stride(stride, parts):
+    """Returns the outputs of a net, which has one for each part and stride.
+
+    The outputs of one stride contain the parts, and the outputs of the other strides are empty.
+    """
+    return {
+        f"{name}_{each}": x if each == stride else x[:0]
+        for name, x in parts.items()
+        for each in nets.STRIDES
+    }
+
+
 @pytest.mark.parametrize("stride", nets.STRIDES)
 def test_yunet_decoder_follows_opencv(stride):
     """In face_detect.cpp, the score is the geometric mean of two scores clipped to 0..1."""
@@ -70,10 +82,8 @@ def test_yunet_decoder_follows_opencv(stride):
     centre, size = stride * (cell + boxes[kept, :2]), stride * np.exp(boxes[kept, 2:].astype(float))
     points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
 
-    # The net has outputs for each stride. The outputs of the other strides are empty here.
     parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
-    sides = {side: cells if side == stride else 0 for side in nets.STRIDES}
-    outputs = {f"{kind}_{s}": x[None, :n] for kind, x in parts.items() for s, n in sides.items()}
+    outputs = {name: x[None] for name, x in give_to_stride(stride, parts).items()}
     faces = nets.decode_yunet(outputs, width * stride)
     assert_faces(faces, scores[kept], np.hstack([centre - size / 2, centre + size / 2]), points)
 
@@ -91,11 +101,9 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
     left_top, right_bottom = cell - distances[kept, :2], cell + distances[kept, 2:]
     points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
 
-    parts = enumerate((scores[:, None], distances, marks))
-    sides = {side: anchors if side == stride else 0 for side in nets.STRIDES}
     # The decoder uses the order of the outputs, not their names.
-    outputs = {f"{kind}_{side}": x[:n] for kind, x in parts for side, n in sides.items()}
-    faces = nets.decode_scrfd(outputs, width * stride)
+    parts = {"first": scores[:, None], "second": distances, "third": marks}
+    faces = nets.decode_scrfd(give_to_stride(stride, parts), width * stride)
     assert_faces(faces, scores[kept], stride * np.hstack([left_top, right_bottom]), points)
 
 
