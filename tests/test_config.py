@@ -1,14 +1,15 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import docs
+from tests.helpers import docs, recorded_config
+from vidjax.cli.program import main
+from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.models import identifier
 from vidjax.runs import config as config_lib
@@ -192,14 +193,52 @@ def test_page_of_configurations_equals_the_generated_documentation():
         )
 
 
-def test_every_field_is_read_by_the_code():
-    """Code reads a field as an attribute, as a key, or as an argument of a function."""
-    files = [path for path in (ROOT / "vidjax").rglob("*.py") if path.name != "config.py"]
-    code = "\n".join(path.read_text() for path in files)
+# Fields that nothing reads, one in each group whose fields are looked up by name.
+INVENTED = {
+    name: config_lib.Field(name, 1, "nothing reads it")
+    for name in ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
+                 "join.how")
+}  # fmt: skip
 
-    for name in config_lib.FIELDS:
-        field = name.rpartition(".")[2]
-        assert re.search(rf"""\.{field}\b|"{field}"|\b{field}: """, code), name
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Records the fields that are read; the configuration also has the invented fields."""
+    read, override, record = set(), config_io.override, recorded_config.record
+    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *INVENTED.values()))
+    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | INVENTED)
+    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), read))
+    return read
+
+
+@pytest.mark.nightly
+def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_path, capsys):
+    run = f"--workdir={tmp_path}/a"
+    words = [
+        "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
+        "--config.model.layers=((4,'linear',False,0.0),)", "--config.batch_size=32",
+        "--config.num_epochs=2", "--config.ensemble.folds=2", "--config.noise.eps=1.1",
+        "--config.eval.report=false", "--config.ensemble.views=2", "--config.optim.name=sgd",
+        "--config.optim.decay=steps", "--config.ensemble.min_quality=(0.0,)",
+        "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
+    ]  # fmt: skip
+
+    assert main(words) == 0, capsys.readouterr().err
+    assert main(words) == 0  # the run is finished
+    assert main(["--mode=evaluate", run]) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
+    assert main([*joined, "--config.eval.report=false"]) == 0
+    for words in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
+        spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in words]).optim
+        optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
+
+    names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
+    names = {name for name in names if not name.startswith(("model.", "fusion."))}
+    # A run on official files reads no option of other datasets; test_sources has those.
+    others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
+    names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
+    assert names - reads == INVENTED.keys()
 
 
 def test_unknown_option_of_a_model_is_refused():
