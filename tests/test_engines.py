@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import clip_files, limited_job
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
-from vidjax.data import arrays, processes
+from vidjax.data import arrays, cache, processes
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.conversion import convert
 from vidjax.utils import machine
@@ -67,6 +67,25 @@ def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
     assert "1 or more" in say(folder, cache_dir, "--workers=0", code=2, program=arrays.main)
     out = say(folder, cache_dir, "--workers=1", program=arrays.main)
     assert "train: 40 clips, no ground truth" in out
+
+
+def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
+    """On a file system with ticks of 2 s, a second write in a tick does not change the time."""
+    path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
+    path.write_bytes(b"1")
+    monkeypatch.setattr(cache, "TICK_NS", tick)
+    changed = time.time_ns()
+    monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
+
+    def slow(paths):
+        time.sleep(2 * tick / 10**9)  # other files take long
+        return digest(paths)
+
+    monkeypatch.setattr(cache, "_sha256_each", slow)
+
+    first = cache.digest_files([path], tmp_path / "cache")
+    path.write_bytes(b"2")
+    assert cache.digest_files([path], tmp_path / "cache") != first
 
 
 def test_file_that_changes_during_the_conversion_is_refused(tmp_path):

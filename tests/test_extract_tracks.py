@@ -12,10 +12,11 @@ import pytest
 from scipy import ndimage
 
 from tests.helpers.cases import nightly_after_first
-from vidjax.apps.video import align, cards, cuts, shots, tracks
+from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.cards import BackEnd
 from vidjax.apps.video.features_folder import FileStamp, Film
+from vidjax.utils.errors import UserError
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
@@ -112,6 +113,29 @@ def test_cut_ends_every_track():
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
     assert last.times[0] == 1.9, "where the shot begins"
     assert last.ends == [*last.times[1:], 3.9]
+
+
+def test_tracks_change_in_the_middle_of_a_dissolve():
+    """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
+
+    There is a frame every 0.2 s. Before the frame of 2 s, the trackers learn that the middle of the
+    dissolve was at 1.5 s. So the new shot begins at 1.5 s, and its first frame is the frame of 2 s.
+    """
+    tracker, main = tracks.Tracker(), tracks.MainFigures()
+    other = np.array([[200, 10, 260, 70]])
+    for n in range(20):
+        if n == 10:
+            tracker.cut(1.5)
+            main.cut(1.5)
+        tracker.update(n / 5, BOX if n < 6 else other if n > 8 else np.concatenate([BOX, other]))
+        main.update(n / 5, BOX)
+
+    for each in (tracker, main):
+        each.cut(3.9)
+        first, last = each.take_ended()
+        assert (first.shot, first.times[0], first.times[-1], first.ends[-1]) == (0, 0.0, 1.4, 1.5)
+        assert len(first.times) == len(first.ends) == 8
+        assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
 
 
 def test_single_detection_is_a_track_if_its_picture_lasts_long():
@@ -407,6 +431,16 @@ def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     assert detector.starts[1] * RATE == pytest.approx(40 + (steps - 1) / 2, abs=RATE / 5)
 
 
+@pytest.mark.nightly
+def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
+    """Pictures a second apart differ, and pictures between them are nearly mixtures of both."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        fine = rng.uniform(60, 190, (36, 100, 1)).repeat(3, 2)
+        pan = (ndimage.shift(fine, (0, -x, 0), order=1) for x in np.arange(0, 6, 0.025))
+        assert find_cuts(filmed(rng, np.array([picture[:, :64] for picture in pan]))) == []
+
+
 def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
     rng = np.random.default_rng(1)
     film = shot(rng, "hand", 60, 0.5)
@@ -493,3 +527,9 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     files = [path.name for path in (tmp_path / "cuts").iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
+
+
+def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
+    (tmp_path / "holiday.mp4").touch()
+    with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
+        pipeline.list_files([tmp_path / "holidy.mp4"])
