@@ -11,7 +11,6 @@ import vidjax
 from tests.helpers import made_runs
 from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import RunFolder
-from vidjax.utils import files
 
 KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 
@@ -44,6 +43,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config(KNN, *words)
     folder = tmp_path / "runs" / "memory"
+    assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
     results = vidjax.train(config, folder, made, num_devices=1)
     assert results.map == pytest.approx(1.0)
@@ -88,6 +88,13 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
     )
 
 
+@pytest.fixture
+def call():
+    """Returns functions of vidjax. Arguments of wrong types are meant."""
+    functions: Any = vidjax
+    return functions
+
+
 def refused(message, function, *arguments, **options):
     """Asserts that a function raises a short error, which names no flag of the command."""
     with pytest.raises((ValueError, TypeError), match=message) as caught:
@@ -95,53 +102,33 @@ def refused(message, function, *arguments, **options):
     assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
 
 
-def test_load_config_describes_the_expected_arguments():
-    load: Any = vidjax.load_config  # arguments of wrong types are meant
-
-    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load, "mma", {"seed": 1})
-    refused(r"did you mean '--config\.seed=1'", load, "mma", "config.seed=1")
-    refused("load_config: spec must be a name .* not None", load, None)
+def test_load_config_describes_the_expected_arguments(call):
+    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", call.load_config, "mma", {"seed": 1})
+    refused(r"did you mean '--config\.seed=1'", call.load_config, "mma", "config.seed=1")
+    refused("load_config: spec must be a name .* not None", call.load_config, None)
 
 
-def test_load_data_describes_the_expected_arguments(
-    clips, labels, official_dir, cache_dir, tmp_path
-):
-    load: Any = vidjax.load_data
-    config, new = vidjax.load_config(KNN), tmp_path / "new"
+def test_load_data_describes_the_expected_arguments(call, clips, labels, official_dir, tmp_path):
+    config = vidjax.load_config(KNN)
 
-    refused("load_data: source must be a folder, .* not list", load, [clips])
-    refused(r"set config\.data\.cache_dir", load, config, cache_dir=new)
-    refused(r"set config\.data\.quality", load, config, quality="norm")
-    refused("leave `quality` out", load, official_dir, quality="norm")
-    refused(r"train_gt\.txt", load, official_dir, labels, cache_dir=cache_dir)
-    refused(r"config\.data\.dir", load, config, labels)
-    refused(f"'{new}' does not exist", load, new)
-    refused("labels must be a dict", load, clips, [1], cache_dir=cache_dir)
+    refused("load_data: source must be a folder, .* not list", call.load_data, [clips])
+    refused(r"set config\.data\.cache_dir", call.load_data, config, cache_dir=tmp_path)
+    refused(r"set config\.data\.quality", call.load_data, config, quality="norm")
+    refused(r"config\.data\.dir", call.load_data, config, labels)
+    refused("leave `quality` out", call.load_data, official_dir, quality="norm")
+    refused(r"train_gt\.txt", call.load_data, official_dir, labels)
+    refused("'.*new' does not exist", call.load_data, tmp_path / "new")
+    refused("labels must be a dict", call.load_data, clips, [1])
 
 
-def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
-    train: Any = vidjax.train
-    restore: Any = vidjax.restore
+def test_train_and_restore_describe_the_expected_arguments(call, made, tmp_path):
     config, misspelt, new = vidjax.load_config(KNN), vidjax.load_config(KNN), tmp_path / "new"
     misspelt.optim.learn_rate = 1
 
-    refused("train: config must be a configuration", train, str(new), config, made)
-    refused("train: workdir must be the path of a folder", train, config, made, new)
-    refused("data must be the result of vidjax.load_data", train, config, new, str(new))
-    refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
-    refused("restore: workdir must be the path", restore, config)
-    refused(f"no run in '{new}'", restore, new)
+    refused("train: config must be a configuration", call.train, str(new), config, made)
+    refused("train: workdir must be the path of a folder", call.train, config, made, new)
+    refused("data must be the result of vidjax.load_data", call.train, config, new, str(new))
+    refused(r"learn_rate .*optim\.learning_rate", call.train, misspelt, new, made)
+    refused("restore: workdir must be the path", call.restore, config)
+    refused(f"no run in '{new}'", call.restore, new)
     assert not new.exists()
-
-
-def test_training_in_a_folder_that_is_in_use_is_refused(made, tmp_path):
-    config = vidjax.load_config(KNN, "--config.data.name=arrays")
-
-    with files.lock(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
-        vidjax.train(config, tmp_path, made)
-
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_data_print_their_splits_modalities_and_identities(made):
-    assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"

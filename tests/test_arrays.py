@@ -1,8 +1,6 @@
 """A user's own features become the records of official files, or an error."""
 
 import functools
-import pickle
-import resource
 import sys
 import warnings
 from typing import Any
@@ -12,12 +10,12 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
-from tests.helpers.batches import assert_equal, eval_batches, labelled, rows_of
-from tests.helpers.datasets import load_dataset, prepare
-from vidjax.data import arrays, iqiyi_vid, labels, memory, sources
+from tests.helpers.batches import assert_equal, eval_batches, rows_of
+from tests.helpers.datasets import load_dataset
+from vidjax.data import arrays, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.data.records.conversion import convert
-from vidjax.utils import errors, files
+from vidjax.utils import errors
 
 DIM = 6
 LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None}
@@ -58,46 +56,30 @@ def refused(cache):
     return check
 
 
-@pytest.fixture(scope="module")
-def official_arrays(official_dir):
-    """Official files as arrays: split -> clip -> modality -> fields."""
-    splits = {}
-    for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
-        for name, frames in pickle.loads(path.read_bytes()).items():
-            frames = [[frames]] if modality == "audio" else frames
-            *columns, features = zip(*frames, strict=True) if frames else [()]
-            fields = dict(zip(("number", "box", "detection", "quality"), columns, strict=False))
-            # Files without frame numbers or qualities are converted with 0.
-            zeros = [0] * len(frames)
-            fields = {"number": zeros, "quality": zeros, **fields}
-            fields["number"] = [int(number) for number in fields["number"]]
-            shape = len(frames), clip_files.WIDTHS[modality]
-            fields["features"] = np.array(features, "f2").reshape(shape)
-            splits.setdefault(split, {}).setdefault(name.decode(), {})[modality] = fields
-    return splits
+# Modality -> the fields that official files contain.
+OFFICIAL = {"face": clip_files.Clip._fields, "body": ("features", "number", "box"),
+            "audio": ("features",)}  # fmt: skip
 
 
-def test_arrays_and_official_files_convert_to_the_same_records(
-    cache, official_dir, official_arrays
-):
-    records = prepare(official_dir, cache)
-    wanted, labels = labelled(records, official_dir), {}
-    for name in ("train", "val"):
-        split = wanted.split(name)
-        pairs = zip(split.clips, split.labels, strict=True)
-        labels |= {clip: wanted.identities[label - 1] for clip, label in pairs if label}
+def test_arrays_and_official_files_convert_to_the_same_records(tmp_path, cache):
+    counts, given, identities = {"train": 30, "val": 20}, {}, {}
+    for split, count in counts.items():
+        clips = given[split] = {}
+        for modality, frames_of in clip_files.ragged_clips(split, count).items():
+            for name, frames in frames_of.items():
+                fields = {field: getattr(frames, field) for field in OFFICIAL[modality]}
+                zeros = np.zeros(len(frames.features), np.int32)
+                # Files without frame numbers or qualities are converted with 0.
+                clips.setdefault(name, {})[modality] = {"number": zeros, "quality": zeros} | fields
+        identities |= {name: str(number % 5 + 1) for number, name in enumerate(sorted(clips))}
 
-    source = arrays.FeatureDict(official_arrays, labels)
-    assert digests(convert(source, cache)) == digests(records)
+    folder = clip_files.write_ragged(tmp_path, counts)
+    official = load_dataset("iqiyi_vid", directory=folder, cache_dir=cache)
+    own = sources.load(given, identities, cache_dir=cache)
 
-    data = sources.load(official_arrays, labels, cache_dir=cache)
-    assert (data.identities, data.modalities) == (wanted.identities, wanted.modalities)
-    assert data.report["data"]["digest"] == wanted.report["data"]["digest"]
-    for split in official_arrays:
-        left, right = data.split(split), wanted.split(split)
-        assert left.clips == right.clips and left.labelled == right.labelled
-        np.testing.assert_array_equal(left.labels, right.labels)
-        np.testing.assert_array_equal(left.positives, right.positives)
+    # The digest is computed from all clip names, frames and labels.
+    assert own.report["data"]["digest"] == official.report["data"]["digest"]
+    assert own.identities == official.identities == ("1", "2", "3", "4", "5")
 
 
 def write_npz_of_each_split(folder, splits):
@@ -157,11 +139,8 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
 
-
-def test_split_without_a_labelled_clip_counts_as_unlabelled(cache):
-    data = sources.load(make_splits(), {"train_01": 3}, cache_dir=cache)
-
-    assert data.split("train").labelled and not data.split("val").labelled
+    only_train = sources.load(splits, {"train_01": 3}, cache_dir=cache)
+    assert only_train.split("train").labelled and not only_train.split("val").labelled
 
 
 def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
@@ -291,43 +270,36 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         refused(make_splits(), *words, labels=given)
 
 
-def test_folder_without_features_is_refused(tmp_path, refused):
-    folder = tmp_path / "own"
+# Names of files and folders, and words of the error.
+@pytest.mark.parametrize(("names", "words"), [
+    ("", ["contains no features", "SPLIT/CLIP.npz"]),
+    ("train/", ["train' contains no CLIP.npz"]),
+    ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
+    ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),
+    ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
+    ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),
+    ("train/one.npz labels.csv train_gt.txt", ["labels.csv and train_gt.txt: remove one"]),
+])  # fmt: skip
+def test_folder_with_missing_wrong_or_ambiguous_files_is_refused(tmp_path, refused, names, words):
+    for name in names.split():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+        elif name.endswith(".npz"):
+            np.savez(path, face=np.ones((1, 2)))
+        else:
+            path.touch()
 
-    refused(folder, "does not exist")
-    folder.mkdir()
-    refused(folder, "contains no features", "SPLIT/CLIP.npz")
-    (folder / "train").mkdir()
-    refused(folder, "train' contains no CLIP.npz")
-
-
-def test_folder_with_wrong_or_ambiguous_files_is_refused(tmp_path, refused):
-    folder, train = tmp_path / "own", tmp_path / "own" / "train"
-    path = train / "one.npz"
-    train.mkdir(parents=True)
-    np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))  # one frame, two qualities
-    refused(folder, str(path), "clip one, face: quality")
-    np.savez(path, face=np.ones((1, 2)))
-    for more, *words in (
-        (train / "notes.txt", "notes.txt", "may contain only .npz files"),
-        (folder / "train.parquet", "train.parquet and a folder train: remove one"),
-    ):
-        more.touch()
-        refused(folder, *words)
-        more.unlink()
-
-    clip_files.write_truth(folder, "train", {"one": "1"})
-    clip_files.write_labels(folder / "labels.csv", {"one": 1})
-    refused(folder, "labels.csv and train_gt.txt: remove one")
+    refused(tmp_path, *words)
 
 
-def test_split_of_several_tables_is_refused(tmp_path, refused):
-    for part in ("train-00000", "train-00001"):
-        (tmp_path / f"{part}-of-00002.parquet").touch()
+def test_error_names_the_npz_file_and_clip_with_too_many_qualities(tmp_path, refused):
+    path = tmp_path / "train" / "one.npz"
+    path.parent.mkdir()
+    np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))
 
-    refused(tmp_path, "train-00000", "a split is one table", "join the tables")
-    (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train.parquet")
-    refused(tmp_path, "train-00001", "would be ignored", "train.parquet")
+    refused(tmp_path, str(path), "clip one, face: quality")
 
 
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
@@ -344,32 +316,12 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
-def test_files_of_clips_may_lie_next_to_labels_but_not_next_to_other_clips(tmp_path):
-    np.savez(tmp_path / "all.npz", face=np.ones((3, 2), np.float32))
-    load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
-    (tmp_path / "labels.csv").write_text("clip,identity\nall,1\n")
-    assert load().names == ("all",)
-
-    (tmp_path / "val").mkdir()
-    for other in ("val/d.npz", "b.NPZ", "c.npy", "d.parquet"):
-        (tmp_path / other).touch()
-        seen.refused(load, "because the folder also contains CLIP.npz")
-        (tmp_path / other).unlink()
-
-
-def test_clips_in_memory_that_do_not_fit_the_run_are_refused():
-    good = {"face": np.ones((1, 24), np.float32)}
-    remedy = "reads face, head: add one of them, or rename the modality to 'face'"
-    cases: list[tuple[Any, str]] = [
-        ([good], "of type list"),
-        ({"a": {"fcae": [1.0]}}, remedy),
-        ({"a": good, "b": good, "c": {"face": np.zeros((2, 23))}}, "23 wide, but 24 wide in other"),
-        ({"a": good, "a.mp4": good}, "clip a comes twice"),
-    ]
-
-    for clips, words in cases:
-        load = functools.partial(memory.MemoryClips.from_dict, clips, {"face": 24, "head": 8}, ())
-        seen.refused(load, words)
+@pytest.mark.parametrize(("clips", "words"), [
+    ({"a": {"fcae": [1.0]}}, "reads face, head: add one of them, or rename the modality to 'face'"),
+    ({"a": {"face": [1.0]}, "a.mp4": {"face": [1.0]}}, "clip a comes twice"),
+])  # fmt: skip
+def test_clips_in_memory_that_do_not_fit_the_run_are_refused(clips, words):
+    seen.refused(lambda: memory.MemoryClips.from_dict(clips, {"face": 1, "head": 8}, ()), words)
 
 
 def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
@@ -423,14 +375,6 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
-def test_labels_are_not_read_from_a_pipe(tmp_path):
-    for name in ("labels.csv", "val_gt.txt"):
-        mutations.put(tmp_path / name, "pipe", tmp_path)
-        load = functools.partial(labels.load_label_table, tmp_path / name, {"val": ["x"]})
-        with mutations.alarm():
-            seen.refused(load, "is a pipe")
-
-
 @pytest.mark.parametrize(("content", "words"), [
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),
@@ -480,31 +424,6 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     faces_refused(path, "clips.parquet: two columns are named clip: delete one")
 
 
-def test_parquet_table_with_4000_equal_names_of_1_mb_is_read_in_little_memory(tmp_path):
-    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
-    path = tmp_path / "clips.parquet"
-    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
-    many = {**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000}
-    parquet.write_table(pyarrow.table(many), path)  # 4 GB, if each name were a separate text
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    faces_refused(path, "the run reads face")
-
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
-
-
-def test_parquet_table_that_unpacks_beyond_a_third_of_the_memory_is_refused(tmp_path, monkeypatch):
-    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
-    path = tmp_path / "clips.parquet"
-    monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
-    flat = pyarrow.array(np.zeros(files.MB, np.float32))
-    features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
-    parquet.write_table(pyarrow.table({**TABLE, "features": features}), path)
-    assert path.stat().st_size < 64 << 10
-
-    faces_refused(path, "clips.parquet: its columns take 4,", "a third of the memory")
-
-
 def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     face, quality = np.ones((3, 4), np.float32), np.array([1, 1, np.inf], np.float32)
     face[1, 2] = np.nan
@@ -516,10 +435,3 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 2 of 4 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 4 frames have a quality that is not finite" in qualities
-
-    official = tmp_path / "official"
-    official.mkdir()
-    clip = clip_files.random_clip(np.random.default_rng(0), 3, 4)._replace(features=face)
-    clip_files.write_pickle(official, "face", "val", {"a": clip})
-    with pytest.warns(errors.VidjaxWarning, match="1 of 3 frames are left out"):
-        memory.load_clips(official, {"face": 4}, ())

@@ -172,21 +172,6 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
 
-def test_warnings_of_vidjax_are_printed_from_all_threads_but_other_warnings_are_not():
-    code = """
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from vidjax.utils import errors, messages
-def main():
-    ThreadPoolExecutor().submit(errors.warn, 'two of three').result()
-    warnings.warn('for programmers')
-    return 0
-messages.run_main(main)"""
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "vidjax: warning: two of three\n")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "code"), [("zzz", 2), ("config", 0)])
 def test_commands_survive_closed_standard_streams(mode, code):

@@ -45,9 +45,13 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
 
-def test_interval_of_equal_systems_contains_zero():
+def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
     assert -0.04 < low < 0 < high < 0.04 and p > 0.9
+
+    group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
+    (same,) = significance.differences_of_seeds([group, group])
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
@@ -179,63 +183,56 @@ def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
     assert np.mean(covered) >= 0.88
 
 
-def test_interval_of_equal_groups_is_zero():
-    equal = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
+@pytest.mark.parametrize(("kinds", "sentence"), [
+    (("val", "val"), "No run was trained on these clips."),
+    (("val", "out_of_fold"), "Out of fold: {}/1"),
+    (("val", "in_sample"), "In sample: {}/1 was trained on"),
+])  # fmt: skip
+def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, kinds, sentence):
+    for number, kind in enumerate(kinds):
+        results = {"map_kind": kind}
+        made_runs.write(tmp_path / str(number), averages(number), results=results)
 
-    (same,) = significance.differences_of_seeds([equal, equal])
+    comparison.compare([[str(tmp_path / number)] for number in "01"]).write(tmp_path)
 
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
-
-
-def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path):
-    names = "val", "other", "out_of_fold", "in_sample"
-    for seed, kind in enumerate(names):
-        results = {"map_kind": kind.replace("other", "val")}
-        made_runs.write(tmp_path / kind, averages(seed), results=results)
-
-    for runs, *sentences in (
-        (names[:2], "No run was trained on these clips."),
-        (names, "Out of fold: {}/out_of_fold", "In sample: {}/in_sample was trained on"),
-    ):
-        comparison.compare([[str(tmp_path / kind)] for kind in runs]).write(tmp_path)
-        text = read_words((tmp_path / "comparison.html").read_text())
-        assert all(sentence.format(tmp_path) in text for sentence in sentences)
+    page = (tmp_path / "comparison.html").read_text()
+    assert sentence.format(tmp_path) in read_words(page)
 
 
-def test_compare_refuses_runs_with_other_clips_identities_or_labels(tmp_path, compared):
-    values = averages(3)
-    made_runs.write(tmp_path / "a", values)
-    made_runs.write(tmp_path / "more", values | {"nobody": 0.5})
-    assert compared(runs=("a", "more")).refused("'nobody' is missing in")
+def trained_on(**changed):
+    """Returns results with digests of the clips of val; `changed` replaces digests."""
+    digests = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
+    return {"trained_on": {"splits": {"train": digests, "val": digests | changed}}}
 
-    # Part of the error -> the difference of the second run.
-    cases: dict[str, Any] = {
-        "--config.eval.split=val": {"split": "test"},
-        "3 and 4 of 'person_0'": {"positives": 4},
-        "50 and 49 clips": {"num_clips": 49},
-        "synthetic, size small": {"results": {"data": {"name": "synthetic", "size": "small"}}},
-        "0.1230 in metrics.json": {"results": {"map": 0.123}},
-        "has no ground truth": {"truth": False},
-    }
-    for number, (message, change) in enumerate(cases.items()):
-        made_runs.write(tmp_path / f"b{number}", values, **change)
-        assert compared(runs=("a", f"b{number}")).refused(message)
 
-    (tmp_path / "b1" / "analysis.npz").unlink()
-    assert compared(runs=("a", "b1")).refused(f"vidjax evaluate --workdir={tmp_path / 'b1'}")
+# Part of the error -> how the second run differs.
+DIFFERENCES: dict[str, Any] = {
+    "--config.eval.split=val": {"split": "test"},
+    "3 and 4 of 'person_0'": {"positives": 4},
+    "50 and 49 clips": {"num_clips": 49},
+    "synthetic, size small": {"results": {"data": {"name": "synthetic", "size": "small"}}},
+    "0.1230 in metrics.json": {"results": {"map": 0.123}},
+    "has no ground truth": {"truth": False},
+    "50 and 50 clips; the names of the clips differ\n": {"results": trained_on(names="b")},
+    "50 and 50 clips; the labels of the clips differ\n": {"results": trained_on(labels="b")},
+    "'nobody' is missing in": {"averages": averages(3) | {"nobody": 0.5}},
+}
+
+
+@pytest.mark.parametrize(("message", "difference"), DIFFERENCES.items(), ids=DIFFERENCES)
+def test_compare_refuses_runs_with_other_clips_identities_or_labels(
+    tmp_path, compared, message, difference
+):
+    made_runs.write(tmp_path / "a", averages(3), results=trained_on())
+    made_runs.write(tmp_path / "b", **{"averages": averages(3), **difference})
+
+    assert compared().refused(message)
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_refuses_other_names_or_labels_but_not_other_features_of_clips(tmp_path, compared):
-    digests = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
-    for name in ("a", "features", "names", "labels"):
-        changed = digests if name == "a" else digests | {name: "b"}
-        trained_on = {"splits": {"train": digests | {"names": name}, "val": changed}}
-        made_runs.write(tmp_path / name, averages(11), results={"trained_on": trained_on})
-    made_runs.write(tmp_path / "without", averages(11))  # without digests
+@pytest.mark.parametrize("results", [trained_on(features="b"), {}], ids=["features", "no digests"])
+def test_runs_with_other_features_or_without_digests_are_compared(tmp_path, compared, results):
+    made_runs.write(tmp_path / "a", averages(3), results=trained_on())
+    made_runs.write(tmp_path / "b", averages(3), results=results)
 
-    for other in ("features", "without"):
-        assert compared(runs=("a", other)).code == 0
-    for other in ("names", "labels"):
-        message = f"50 and 50 clips; the {other} of the clips differ\n"
-        assert compared(runs=("a", other)).refused(message)
+    assert compared().code == 0

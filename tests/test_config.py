@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import docs, recorded_config
 from vidjax.cli.program import main
-from vidjax.core import fusion, optim
+from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.models import identifier
 from vidjax.runs import config as config_lib
@@ -34,10 +34,6 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         # `few` is refused without `iqiyi_vid`.
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
         config_lib.check(config)
-        if word == "everything":
-            assert config.data.train_splits == ("train", "val") and config.eval.split == "test"
-            assert not any(config.ensemble[field] for field in config_lib.HOLD_OUT_FIELDS)
-
         written.append(config_io.to_json(config))
         again = config_io.from_json(written[-1])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))
@@ -245,13 +241,10 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
     assert names - reads == INVENTED.keys()
 
 
-def test_unknown_options_of_a_model_or_a_fusion_are_refused():
-    """These options are the arguments of a function, so no table lists them."""
+def test_unknown_option_of_a_model_is_refused():
+    knn = {"name": "knn", "modality": "face", "invented": 1}
     with pytest.raises(ValueError, match="invented"):
-        knn = {"name": "knn", "modality": "face", "invented": 1}
         identifier.make_identifier(knn, modalities={"face": 4}, num_classes=2, num_clips=3)
-    with pytest.raises((TypeError, ValueError), match="invented"):
-        fusion.make_fusion({"name": "mean", "invented": 1})
 
 
 def test_unsupported_modalities_and_epochs_of_a_system_are_refused():

@@ -135,16 +135,6 @@ def test_export_whose_outputs_differ_leaves_no_folder(nearest_run, tmp_path, exp
     assert not list(tmp_path.iterdir())
 
 
-def test_export_is_checked_on_clips_outside_all_training_sets(nearest_run):
-    run = predict.restore(nearest_run, num_devices=1)
-    names, trained = tuple(map(str, range(9))), np.arange(9)[None] % 2 > 0
-    # As if the run had been trained on half of the random clips, which have these names.
-    folds = run._replace(training_sets=run.training_sets._replace(clips=names, trained=trained))
-
-    actual, expected = (function.make_random_clips(x).expected["scores"] for x in (folds, run))
-    np.testing.assert_array_equal(actual, expected)
-
-
 def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, command):
     file, again = tmp_path / "out" / weights.WEIGHTS, tmp_path / "again"
     file.parent.mkdir()
@@ -168,7 +158,6 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     empty.mkdir()
 
     for words, remedy in {
-        f"export {run} --to={new} --format=onx": "'onnx'",
         f"export {run} --to={new}": "export needs --format",
         f"export {run} --to={run} --format=numpy": "name a new folder",
         f"export {empty} --to={new} --format=numpy": "no run in",
@@ -193,15 +182,6 @@ def test_export_without_the_package_of_a_format_names_the_extra(nearest_run, exp
 
     complaint = export(nearest_run, "onnx", code=2)
     assert "needs onnx and onnxruntime" in complaint and "pip install 'vidjax[onnx]'" in complaint
-
-
-@pytest.mark.slow
-def test_saved_model_stores_weights_outside_its_program(nearest_run, tmp_path, export, monkeypatch):
-    monkeypatch.setattr(function, "LARGEST", 1000)
-    export(nearest_run, "saved_model")
-    program = tmp_path / "out" / "saved_model" / "saved_model.pb"
-    vectors = load_file(tmp_path / "out" / weights.WEIGHTS)["model_state/memory/vectors"]
-    assert vectors[0, 0].tobytes() not in program.read_bytes()
 
 
 @pytest.mark.nightly

@@ -14,7 +14,6 @@ from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import Gallery, make_models_origin
 from vidjax.apps.video import cards, film, pipeline, voices
-from vidjax.apps.video.features_folder import FilmTrack
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
@@ -67,16 +66,6 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
     assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
 
 
-def test_best_pictures_are_few_and_cover_the_whole_time_of_a_track():
-    """In a film of ten minutes, the best faces are at the end."""
-    kept = film.BestPictures()
-    for number in range(15_000):
-        kept.add(film.Sighting(number / 15_000, number, number / 25, number, 1.0, np.zeros(4), {}))
-    times = [kept_picture.time_s for kept_picture in kept.pictures()]
-    assert film.MOST_KEPT / 2 < len(times) <= film.MOST_KEPT and (np.diff(times) > 0).all()
-    assert times[0] < 20 and np.diff(times).max() < 20
-
-
 @pytest.mark.slow
 def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     write_film(tmp_path / "long.mkv", (30, 20, [("Ada", 0, 30)]), size=(96, 256))
@@ -126,14 +115,13 @@ def _back(monkeypatch):
 
 @pytest.fixture
 def silent(drawn):
-    """Nets without voices."""
     return drawn.models
 
 
 @pytest.fixture
-def models(drawn):
-    """Nets with voices."""
-    return write_voices(drawn.models)
+def models(silent):
+    """Nets of faces and voices."""
+    return write_voices(silent)
 
 
 def add(models, role, **fields):
@@ -195,12 +183,6 @@ def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, silent):
     assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 
-def test_each_head_is_paired_with_another_body_around_it():
-    heads = np.array([[10, 10, 20, 20], [40, 10, 50, 20], [90, 90, 95, 95]], np.float32)
-    bodies = np.array([[0, 0, 55, 80], [35, 5, 60, 70], [0, 0, 5, 5]], np.float32)
-    np.testing.assert_array_equal(film._pair_boxes(heads, bodies), [0, 1, -1])
-
-
 def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, silent):
     add(silent, "body_embedder")
     words = ("body_embedder.json", '"around"', "body_detector")
@@ -239,15 +221,28 @@ def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
     assert not [warning for warning in recwarn if "no clip has" in str(warning.message)]
 
 
+@pytest.mark.usefixtures("read_here")
+def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
+    """The tag refers to the stored picture, which EXIF orientation 6 rotates by 90 degrees."""
+    stored = np.ascontiguousarray(np.rot90(picture([ADA, BOB])))
+    top = 128 - ADA[1] - SIDE  # of Ada in the stored picture, which has 128 x 96 pixels
+    tag = drawn_people.tags(("Ada", ADA[2], top), size=(128, 96))
+    drawn.friends.mkdir()
+    photo = films.photo(stored, "mjpeg", orientation=6)
+    (drawn.friends / "both.jpg").write_bytes(photo + tag)
+    write_film(drawn.folder / "film.mkv", (2, 20, [ADA, BOB]))
+
+    content, output = drawn.who(drawn.folder / "film.mkv")
+
+    assert content["people"] == {"Ada": 1}, output
+    assert sorted(drawn.names().values()) == ["Ada", "unknown 1"]
+
+
 def hear(folder, models, name, *shots, unit="track", **sound):
     """Writes a film with sound; returns what is extracted from it, and its clips."""
     path = folder / name
     write_film(path, *shots, **sound)
     return extract(path, folder / path.stem, models, unit=unit)
-
-
-def track(clip, start_s, end_s, shot=0):
-    return FilmTrack(clip=clip, shot=shot, start_s=start_s, end_s=end_s, seen=2)
 
 
 def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):
@@ -333,46 +328,6 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
 
 
-def test_solo_spans_are_times_with_one_visible_track():
-    tracks = [track("a", 0, 10), track("b", 4, 6), track("c", 20, 30, 1), track("d", 30.2, 31, 2)]
-
-    spans = list(voices.find_solo_spans(tracks))
-
-    # Windows of 1.6 s, 0.8 s apart: from 0 to 4 s, 6 to 10 s, and 20 to 30 s.
-    assert [span.clip for span in spans] == ["a", "a", "c"]
-    np.testing.assert_allclose([span.start_s for span in spans], [0, 6, 20])
-    np.testing.assert_allclose([span.end_s for span in spans], [4, 10, 29.6])
-
-
-def test_long_solo_spans_are_divided_into_pieces_with_the_same_windows():
-    spans = list(voices.find_solo_spans([track("a", 1, 200)]))
-    assert max(span.end_s - span.start_s for span in spans) <= 60.001
-    begins = np.concatenate([np.arange(x.start_s, x.end_s - 1.6 + 1e-6, 0.8) for x in spans])
-    np.testing.assert_allclose(begins, 1 + 0.8 * np.arange(len(begins)))
-    assert begins[-1] + 1.6 <= 200 < begins[-1] + 2.4
-
-
-def test_each_span_receives_the_samples_of_its_time():
-    """Cuts blocks of random lengths, with gaps, and compares with one array of the film."""
-    rng = np.random.default_rng(0)
-    whole, blocks, at = np.zeros(40 * voices.RATE, np.float32), [], 3_000
-    while at < 34 * voices.RATE:
-        block = rng.normal(size=rng.integers(1, 60_000)).astype(np.float32)
-        whole[at : at + len(block)] = block
-        blocks.append((at / voices.RATE, block))
-        at += len(block) + rng.integers(0, 2) * rng.integers(0, 90_000)
-    ends = [(0.1, 2.5), (2.5, 9), (8.2, 9.9), (12, 20), (29, 39)]
-    spans = [voices.Span(str(n), *both) for n, both in enumerate(ends)]
-
-    pieces = list(voices.cut_spans(blocks, [*spans, voices.Span("after the end", 38, 39.9)]))
-
-    assert [span for span, _ in pieces] == spans
-    for span, samples in pieces:
-        first = round(span.start_s * voices.RATE)
-        np.testing.assert_array_equal(samples, whole[first : first + len(samples)])
-        assert len(samples) == round((span.end_s - span.start_s) * voices.RATE)
-
-
 @pytest.fixture
 def speak(tmp_path, models):
     """Returns a function: name of a face, pitch of a voice -> the frames of both in a film."""
@@ -403,20 +358,6 @@ def test_gallery_identifies_people_by_face_and_voice(tmp_path, models, speak):
     assert evidence["mute"] == ("Ada", ("face",))
     assert evidence["dubbed"] == (None, ())
     assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
-
-
-@pytest.mark.slow
-def test_clip_without_a_voice_has_the_score_of_a_gallery_without_voices(tmp_path, models, speak):
-    both = speak("Ada", 440)
-    with_voices = Gallery.of_models(tmp_path / "g", models)
-    with_voices.enrol({"film": both}, "Ada")
-    faces = Gallery.of_models(tmp_path / "f", drawn_people.write_models(tmp_path / "silent"))
-    faces.enrol({"film": {"face": both["face"]}}, "Ada")
-
-    mute = with_voices.identify({"mute": {"face": both["face"], "audio": None}})["mute"]
-    expected = faces.identify({"mute": {"face": both["face"]}})["mute"]
-
-    assert mute.score == pytest.approx(expected.score, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -40,13 +40,16 @@ def draw_shot(rng, frames, slow):
     return [drawn_people.picture(squares, size=(3 * ROOM, 4 * ROOM)) for squares in faces]
 
 
-@pytest.mark.parametrize(("slow", "step_s"), [(True, 0.2), (False, 0.2), (False, 1.0)])
+@pytest.mark.parametrize(("slow", "step_s"), [
+    pytest.param(True, 0.2, id="people move slowly"),
+    pytest.param(False, 0.2, id="people jump as in a fast pan"),
+    pytest.param(False, 1.0, id="slides of a second"),
+])  # fmt: skip
 def test_people_who_are_visible_for_a_second_are_found_in_all_frames(tmp_path, slow, step_s):
-    """People move slowly, jump as in a fast pan, or are in slides that last a second."""
     made_nets.write(tmp_path, "find", "face_detector")
     detector = CountingDetector(cards.load(tmp_path)["face_detector"])
-    rng, wanted, searched = np.random.default_rng(0), [], []
-    search = FilmSearch({"face": detector})
+    search, rng = FilmSearch({"face": detector}), np.random.default_rng(0)
+    wanted, searched = [], []  # boxes of the faces of each picture; what the search returns
     for length in (1, 2, 4, 6, 30, 40):
         for rgb in draw_shot(rng, length, slow):
             searched += search.add(len(wanted), len(wanted) * step_s, rgb)

@@ -37,12 +37,10 @@ def read(path, fps=5):
         return list(video.frames(fps)), video
 
 
-def refused(path, message, most_pixels=decode.MOST_PIXELS):
+def refused(path, message):
     """Asserts that a file is refused before it is decoded."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "MOST_PIXELS", most_pixels)
-        with pytest.raises(UserError, match=message), decode.open_video(path):
-            pass
+    with pytest.raises(UserError, match=message), decode.open_video(path):
+        pass
 
 
 @pytest.fixture
@@ -74,8 +72,6 @@ def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect,
     (first, *_), _ = read(path)
     assert first.rgb is not None and first.rgb.shape == (120, width, 3)
     assert red_corners(first.rgb) == [0]
-    if width > 160:
-        refused(path, "pictures of 320 x 120 pixels", 30_000)
 
 
 @pytest.mark.parametrize(("degrees", "place"), [(90, 3), (180, 2), (-90, 1)])
@@ -115,18 +111,22 @@ def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
     assert red_corners(films.read_photo(tmp_path / "a.gif")) == [0]
 
 
-def test_damaged_or_large_heic_photo_is_refused(tmp_path):
+def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
     """FFmpeg would read the tiles of a photo as frames of a film."""
-    pytest.importorskip("pillow_heif").register_heif_opener()
-    from PIL import Image
-
+    pytest.importorskip("pillow_heif")
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
 
     refused(tmp_path / "photo.heic", "damaged photo")
-    Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
-    refused(tmp_path / "large.heic", "pixels, more than", most_pixels=1000)
+
+
+def test_heic_photo_with_pictures_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    pytest.importorskip("PIL.Image").fromarray(films.scene(1)).save(tmp_path / "large.heic")
+    monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
+
+    refused(tmp_path / "large.heic", "pixels, more than")
 
 
 def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
@@ -238,30 +238,6 @@ def test_sound_follows_its_time_stamps(tmp_path):
     within = (times > 0.87) & (times < 1.25)
     tone = 0.5 * np.sin((times[within] - 0.85) * 2 * np.pi * 440)
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
-
-
-def test_sound_of_a_second_film_in_a_file_is_left_out(tmp_path):
-    samples = np.sin(np.arange(48_000) / 5) * 0.5
-    films.write(tmp_path / "a.ts", [films.scene(0)] * 75, sound=samples)
-    (tmp_path / "two.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
-
-    for name, damaged in (("a.ts", False), ("two.ts", True)):
-        with decode.open_video(tmp_path / name) as video:
-            ends = [time_s + len(block) / 16_000 for time_s, block in video.sound()]
-            assert ends == sorted(ends) and 2.9 < ends[-1] < 3.3
-            assert video.counts.damaged == damaged
-
-
-def test_film_without_sound_yields_no_sound(film):
-    with decode.open_video(film) as video:
-        assert not video.info.sound and list(video.sound()) == []
-
-
-def test_file_with_pictures_beyond_the_limit_is_refused(film, monkeypatch):
-    refused(film, "smaller", 160 * 120 - 1)
-    monkeypatch.setattr(decode, "MOST_PIXELS", 160 * 120)
-    with decode.open_video(film) as video:
-        assert video.info.width == 160
 
 
 def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
