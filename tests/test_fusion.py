@@ -214,11 +214,6 @@ def test_invalid_fusion_specs_are_refused(spec, message):
         fusion.make_fusion(spec)(jax.random.key(0), frames)
 
 
-def test_random_fusion_without_a_key_suggests_fusions_that_draw_nothing():
-    with pytest.raises(ValueError, match="choose sample, top"):
-        fusion.random_fusion(None, make_frames([2], max_frames=2), num_draws=1)
-
-
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):
     """Returns which frames of a clip pass the limits; all, if none passes."""
     quality, real = frames.quality[clip], frames.mask[clip]
