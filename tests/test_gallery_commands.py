@@ -23,7 +23,6 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.utils.errors import UserError
 
@@ -174,8 +173,12 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     np.savez(photos / "Ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
     with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/dead"):
         assert "enrolled    2 clips" in tell("enrol", folder, f"--input={photos}")
-    rows = tell("identify", folder, f"--input={photos / 'Ada'}").splitlines()
-    assert ["dead", "unknown", "no", "usable", "frame"] in [row.split() for row in rows]
+
+    identify = ("identify", folder, f"--input={photos / 'Ada'}")
+    rows = [row.split() for row in tell(*identify).splitlines()]
+    assert ["dead", "unknown", "no", "usable", "frame"] in rows
+    scores = {row["clip"]: row["score"] for row in tell(*identify, "--json")["answers"]}
+    assert scores["dead"] is None  # JSON has no number for -inf
 
 
 def test_enrol_refuses_folders_of_splits_and_clips_outside_a_folder_of_a_person(
@@ -224,17 +227,20 @@ def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, 
 
 
 @pytest.mark.slow
-def test_created_gallery_accepts_a_moved_run(tell, nearest_run, tmp_path, made, command):
-    from_run = f"--run={nearest_run}"
-
-    output = tell("create", tmp_path / "g", from_run)
+def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
+    words = ("create", tmp_path / "g", f"--run={nearest_run}")
+    assert "people      12" in tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
-    assert "people      12" in output and "version     1" in output
-    content = tell("create", tmp_path / "e", from_run, "--empty", "--strangers=train", "--json")
+
+    words = ("create", tmp_path / "e", f"--run={nearest_run}", "--empty", "--strangers=train")
+    content = tell(*words, "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
 
+
+@pytest.mark.slow
+def test_identify_accepts_a_moved_run(folder, nearest_run, tmp_path, command):
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
-    done = command("gallery", "identify", tmp_path / "g", "--split=val", f"--run={moved}")
+    done = command("gallery", "identify", folder, "--split=val", f"--run={moved}")
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
     assert "--threshold=P" in done.out  # how to choose another rule than the default
 
@@ -242,16 +248,13 @@ def test_created_gallery_accepts_a_moved_run(tell, nearest_run, tmp_path, made, 
 def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, folder, made):
     content = tell("threshold", folder, "--fpir=0.25", "--json")
     assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
-    output = tell("threshold", folder, "--fpir=0.25")
-    assert "people      12" in output and f"strangers   {content['num_strangers']}" in output
-    output = tell("threshold", folder, "--fpir=0.001", code=2)
-    assert "at least 999 clips of strangers" in output and "enrol more strangers" in output
+    assert f"strangers   {content['num_strangers']}" in tell("threshold", folder, "--fpir=0.25")
+    assert "enrol more strangers" in tell("threshold", folder, "--fpir=0.001", code=2)
 
 
 # Words after `vidjax gallery`, where G stands for the gallery -> part of the error.
 MISTAKES = {
     "": "gallery needs COMMAND",
-    "idenify G": "did you mean vidjax gallery identify",
     "identify G": "identify needs one of --input --split",
     "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
     "identify G --split=val --fpir=1%": "write 0.01",
@@ -262,13 +265,10 @@ MISTAKES = {
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
     "identify G --split=vla": "vla",
     "identify G --split=val --k=nan": "must be a whole number from 1",
-    "identify G --split=val --run=/absent": "/absent",
     "enrol G --input=x": "x' does not exist",
     "enrol G --split=test": "no clip has a label",
-    "enrol G --split=train --config.data.dir=/absent": "/absent",
     "remove G --identity=13": "no identity '13' is enrolled",
     "list /absent": "'/absent' contains no gallery: name the folder of a gallery",
-    "list G --identity=13": "no identity '13' is enrolled",
     "create G/new --run=/absent": "/absent",
     "export G --out=x.csv": "end the name in .parquet",
 }
@@ -280,13 +280,6 @@ def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder):
         given = [str(folder) if word == "G" else word for word in words.split()]
         assert remedy in tell(*given, code=2), words
     assert made_galleries.contents(folder) == before
-
-
-def test_names_in_csv_files_are_guarded_against_formulas(tmp_path):
-    best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
-    answers_lib.write(tmp_path / "a.csv", {"+1": Answer(best[0][0], 0.9, -0.1, best)})
-    _, row = csv.reader(io.StringIO((tmp_path / "a.csv").read_text()))
-    assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"  # best_2
 
 
 def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
@@ -503,21 +496,6 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
         assert ask(*words)["skipped"] == 2
 
 
-@pytest.mark.slow
-def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_path, monkeypatch):
-    load, out = vidjax.Gallery.load, tmp_path / "out"
-
-    def load_and_change(gallery, path):
-        if path.name == "part-1.parquet":
-            gallery.remove(identity=gallery.index.names[0])
-        return load(gallery, path)
-
-    monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
-    words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}")
-    assert "was changed during the command" in ask(*words, code=2)
-    assert [*tables_in(out)] == ["part-0.parquet"]
-
-
 def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folder, day, tmp_path):
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
@@ -552,13 +530,17 @@ def test_dataset_of_two_splits_is_no_folder_of_tables(day):
 # ---- Ray Data
 
 
-# A worker kills itself once, at its second table. A kill from outside may come after the work.
-KILLED = """
+# The start of a program. A worker kills itself once, at its second table. (A kill from outside may
+# come after the work.)
+START = """
 import os, signal
 from pathlib import Path
+import ray
 from vidjax.apps import bulk
 
-class Rank(bulk.Rank):
+ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)
+
+class KilledRank(bulk.Rank):
     done = 0
 
     def __call__(self, batch):
@@ -577,17 +559,6 @@ RAY_COMMANDS = {
 }
 
 
-def write_recipes(names):
-    """Writes recipes.py with the recipes of the page, for one worker, which is killed once."""
-    start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
-    recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
-    for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
-        assert old in recipes
-        recipes = recipes.replace(old, new)
-    Path("recipes.py").write_text(recipes)
-    Path("killed.py").write_text(KILLED)
-
-
 def sorted_columns(folder, keys):
     """Returns the columns of the tables of a folder, with the rows sorted by some columns."""
     tables = [parquet.read_table(path) for path in sorted(Path(folder).glob("*.parquet"))]
@@ -601,20 +572,21 @@ def sorted_columns(folder, keys):
 def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
     """The recipes of the page also end if the worker that ranks is killed."""
     pytest.importorskip("ray")
-    assert set(RECIPES) == {*RAY_COMMANDS}
+    assert RECIPES.keys() == RAY_COMMANDS.keys()
     (day / "part-2.parquet").unlink()  # the empty table
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "own").symlink_to(nearest_run)
     folder.rename(tmp_path / "people")
     monkeypatch.chdir(tmp_path)
-    write_recipes(names)
+    recipes = "".join(RECIPES[name] for name in names).replace("bulk.Rank", "KilledRank")
+    recipes = recipes.replace("size=2", "size=1").replace("num_partitions=4", "num_partitions=1")
     env = {
-        **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "KILLED": str(tmp_path / "worker_killed"),
+        **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "KILLED": str(tmp_path / "worker_killed"),
     }  # fmt: skip
 
-    with subprocess.Popen([sys.executable, "recipes.py"], env=env) as process:
+    with subprocess.Popen([sys.executable, "-c", START + recipes], env=env) as process:
         try:
             assert process.wait(800) == 0
         finally:
