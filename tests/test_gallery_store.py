@@ -22,17 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
-from tests.helpers import limits, made_galleries
+from tests.helpers import made_galleries
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery import gallery as gallery_lib
 from vidjax.apps.gallery import store as store_lib
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group
 from vidjax.models import two_covariance
-from vidjax.utils import errors
 
 CLIPS = made_galleries.make_clips()
 FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
@@ -152,14 +150,6 @@ def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
         clips = {"fine": good, name: good._replace(**fields)}
         refused(lambda clips=clips: gallery.add(clips), *words)
     assert contents(gallery.folder) == before and gallery.version == 1
-
-
-def test_names_may_have_1000_letters(gallery):
-    longest = "\N{GRINNING FACE}" * 1000
-
-    gallery.add({longest: make_clip(1, longest)})
-
-    assert Gallery(gallery.folder).clips[longest].identity == longest
 
 
 def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
@@ -309,36 +299,26 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
 
 
 def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
-    """A thread reads the gallery, then `person 2` is removed, and then the thread finishes.
-
-    If the thread restored its old state, a later renaming would write `person 2` to the disk.
-    """
+    """`person 2` is removed after a thread has read the gallery, and before it has finished."""
     Gallery(gallery.folder).rename("person 1", "Bob")  # gives the thread something to read
-    read, refresh = gallery._store.read, gallery.refresh
-    has_read, go_on = threading.Event(), threading.Event()
+    read, has_read = gallery._store.read, threading.Event()
 
     def slow_read():
         state = read()
         has_read.set()
-        go_on.wait(0.2)
+        time.sleep(0.2)
         return state
 
-    def refresh_and_let_the_thread_finish():
-        refresh()
-        go_on.set()
-        thread.join()
-
     monkeypatch.setattr(gallery._store, "read", slow_read)
-    thread = threading.Thread(target=refresh)
+    thread = threading.Thread(target=gallery.refresh)
     thread.start()
     has_read.wait()
     monkeypatch.setattr(gallery._store, "read", read)
     gallery.remove(identity="person 2")
-    monkeypatch.setattr(gallery, "refresh", refresh_and_let_the_thread_finish)
-    gallery.rename("person 3", "Cid")
+    thread.join()
 
-    again = Gallery(gallery.folder)
-    assert "person 2" not in again and {"Bob", "Cid"} <= {*again}
+    # A later change would write an old state to the disk.
+    assert "person 2" not in gallery.index.names
 
 
 @pytest.mark.slow
@@ -483,12 +463,9 @@ def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
     assert make(tmp_path).identities
 
 
-def test_gallery_of_another_format_or_with_wide_vectors_is_refused(gallery, tmp_path, monkeypatch):
+def test_gallery_of_another_format_is_refused(gallery):
     forged(gallery.folder, "PRAGMA user_version=2")
     refused(lambda: Gallery(gallery.folder), "create the gallery again")
-    monkeypatch.setattr(gallery_lib, "MAX_VECTOR_WIDTH", 12)  # 8 of the face, 5 of the voice
-    refused(lambda: make(tmp_path / "wide"), "13 numbers, but a gallery")
-    assert not (tmp_path / "wide").exists()
 
 
 # Damages to the file of a gallery, or files next to it that SQLite would read.
@@ -537,7 +514,7 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
 def forged(folder, *sql, facts=None, digest=False):
     """Changes the file of a gallery, like an attacker who knows its format.
 
-    `digest` replaces the stored digest by the digest of the changed rows; `facts` are new values.
+    `digest` replaces the stored digest by the digest of the changed rows. `facts` are new values.
     """
     with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
         for line in sql:
@@ -661,14 +638,3 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
     best = np.array([answer.best for answer in found], object)  # [Q, N, 2]
     np.testing.assert_array_equal(best[..., 0], frozen["names"])
     np.testing.assert_allclose(best[..., 1].astype(float), frozen["probabilities"], 0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_suggestions_for_a_mistyped_name_take_bounded_time():
-    """Without a bound, 1,000 names of 199 letters took 15 seconds."""
-    draw = random.Random(0).choices
-    names = ["".join(draw("ab", k=length)) for length in (64, 199) for _ in range(10_000)]
-    began = time.process_time()
-    for word in ("ab" * 32, "a" * 199):
-        errors.closest(word, names, cutoff=0.95)
-    assert time.process_time() - began < 5 * limits.slowness()
