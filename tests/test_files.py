@@ -5,13 +5,12 @@ import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.helpers.batches import assert_equal
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import flat
-from vidjax.core import devices, ensemble
+from vidjax.core import devices
 from vidjax.runs import checkpoint, results, terminal
 from vidjax.runs.results import Logs
 from vidjax.utils import files
@@ -69,19 +68,6 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
             assert len(words) == 4000 and len(set(words)) == 1
 
 
-def test_log_of_20_megabytes_is_truncated_and_read_in_part(tmp_path, monkeypatch):
-    log, pad = tmp_path / "metrics.jsonl", "x" * 100_000
-    lines = [f'{{"step": {step}, "train_loss": 1.0, "pad": "{pad}"}}\n' for step in range(200)]
-    log.write_text("".join(lines))
-
-    results.truncate_log(log, 198)
-    assert log.stat().st_size == sum(map(len, lines[:-1]))
-
-    monkeypatch.setattr(results, "MAX_LOG_LINES", 50)
-    steps = [line["step"] for line in results.read_lines(log)]
-    assert steps == [*range(0, 199, 4)]  # every fourth line, so that at most 50 are read
-
-
 def test_identities_too_large_to_read_back_are_refused_before_training(tmp_path, monkeypatch):
     names = ["x" * 2000]
     files.write_json(tmp_path / "names.json", names)
@@ -90,16 +76,6 @@ def test_identities_too_large_to_read_back_are_refused_before_training(tmp_path,
 
     refused(lambda: results.check_identities(names), "1,000")
     refused(lambda: results.load_identities(tmp_path / "names.json"), "1,000")
-
-
-def test_training_sets_too_large_to_read_back_are_refused_before_training(tmp_path, monkeypatch):
-    sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b", "c"), np.ones((1, 3), bool))
-    ensemble.save(tmp_path, sets)
-
-    monkeypatch.setattr(ensemble, "MAX_TRAINING_CLIPS", 2)
-
-    refused(lambda: ensemble.check_size(sets), "2")
-    refused(lambda: ensemble.load(tmp_path), "2")
 
 
 @pytest.mark.slow

@@ -122,13 +122,8 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, run, 
     assert GONE not in people.identities
     assert made_galleries.contents(others.folder) == before
 
-
-def test_forget_leaves_files_of_the_user_to_the_user(world, run):
-    words = (f"--identity={GONE}", "--clip=ada 1", "--delete", world)
-    run(*words, code=1)  # deletes the gallery and the records
-
-    text = run(*words, code=1)
-
+    # The files of runs and of vidjax who are left to the user.
+    text = run(f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
     assert "places      5, 0 of them deleted" in text and "train without them" in text
 
 

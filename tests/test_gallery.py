@@ -108,7 +108,6 @@ def test_true_false_positive_rate_lies_within_the_reported_interval():
 
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
-    assert people.rule().by == "new" and "99 clips of strangers instead of 6" in people.rule().about
 
     threshold = people.threshold(0.29)  # 2 of 7 may pass: one stranger and the next stranger
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
@@ -120,36 +119,24 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
         refused(lambda fpir=fpir: people.threshold(fpir), "give a number above 0 and below 1")
 
 
+def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
+    rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
+    assert rule.default and rule.by == "new" and "99 clips of strangers instead of 98" in rule.about
+
+    gallery = make(tmp_path / "enough", make_clips(strangers=99))
+    assert gallery.rule() == gallery.rule(fpir=0.01)._replace(default=True)
+    assert gallery.rule().threshold == gallery.threshold(0.01)
+
+
 def known_and_new_clips(count):
     """Returns clips of the 12 enrolled people and of 12 other people, in turn."""
     return [make_clip(700 + n, f"person {n % 24}") for n in range(count)]
-
-
-def named(gallery, **options):
-    """Returns the names that 300 clips of known and new people get, and the rule."""
-    answers = identify(gallery, parts_of(gallery, known_and_new_clips(300)), **options)
-    return [answer.identity for answer in answers], gallery.rule(**options)
 
 
 def test_fpir_rule_names_no_clip_with_a_probability_of_one_half_or_less():
     rule = answers_lib.NamingRule("fpir", -50.0, default=False, threshold=None, about="")
 
     np.testing.assert_array_equal(rule.names(np.log([1e-3, 0.5, 0.51])), [False, False, True])
-
-
-@pytest.mark.slow
-def test_default_rule_with_enough_strangers_is_an_fpir_of_1_percent(tmp_path):
-    strangers = {f"s{n}": make_clip(9000 + n, None) for n in range(1000)}
-    gallery = make(tmp_path / "g", make_clips() | strangers, settings=NOBODY_IS_NEW)
-
-    identities, rule = named(gallery)
-
-    assert rule.default and rule.by == "fpir" and rule.threshold == gallery.threshold(0.01)
-    assert identities == named(gallery, fpir=0.01)[0]
-    # The true FPIR of other strangers is about 1 %.
-    others = [make_clip(70_000 + n, None) for n in range(1000)]
-    answers = identify(gallery, parts_of(gallery, others))
-    assert np.mean([answer.identity is not None for answer in answers]) < 0.03
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):

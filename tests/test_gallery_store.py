@@ -144,7 +144,6 @@ def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
         ("bad", {"vector": vector * np.nan}, "'bad'", "not finite"),
         ("bad", {"vector": vector * 0}, "'bad'", "no usable frame"),
         ("a\nb", {}, "control"),
-        ("bad", {"identity": " "}, "empty"),
         ("x" * 1001, {}, "longer than 1,000 letters"),
     ):
         clips = {"fine": good, name: good._replace(**fields)}
@@ -246,30 +245,22 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("centred", "empty"), [(False, False), (True, False), (False, True)],
-    ids=["net or knn", "plda", "made empty"],
-)  # fmt: skip
-def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
+@pytest.mark.parametrize("centred", [False, True], ids=["net or knn", "plda"])
+def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred):
     """The attacker knows the mean of all clips, and the clips of all people except p0.
 
-    The sum of all clips minus the known clips is the vector of p0, until p0 is removed. If the
-    gallery was created empty, its back end was fitted to other clips and never contains p0.
+    The sum of all clips minus the known clips is the vector of p0, until p0 is removed.
     """
     rng, clips = np.random.default_rng(0), {}
     for person in range(12):
         centre = rng.standard_normal(16)
         for turn in range(2 if person else 1):  # p0 has one clip
             x = unit(centre + 0.5 * rng.standard_normal(16)).astype(np.float32)
-            clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=not empty)
-
+            clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=True)
+    front = fit_backend(clips, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
+    origin = VectorOrigin("somewhere", "0" * 64, centred)
+    people = Gallery.of_clips(tmp_path / "g", origin, front, clips)
     removed, *others = (clip.vector for clip in clips.values())
-    background = dict([*clips.items()][1:]) if empty else clips
-    front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
-    run = VectorOrigin("somewhere", "0" * 64, centred)
-    people = Gallery.of_clips(tmp_path / "g", run, front, {} if empty else clips)
-    if empty:
-        people.add(clips)
 
     def attack():
         """Returns the cosine of the removed vector and the vector that the attacker computes."""
@@ -277,10 +268,9 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         # With centred vectors, the mean of the model is a share of the mean of all clips.
         mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
-        return float(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
+        return unit(guess) @ unit(removed.astype(np.float64))
 
-    assert abs(attack()) < 0.9 if empty else attack() > 0.9999999
-
+    assert attack() > 0.9999999
     people.remove(identity=["p0"])
     assert abs(attack()) < 0.9
 
@@ -321,39 +311,22 @@ def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
     assert "person 2" not in gallery.index.names
 
 
-@pytest.mark.slow
-def test_readers_see_the_old_state_or_the_new_one(gallery):
-    """A thread adds and removes a clip again and again while the gallery is read."""
-    stop, open_one = threading.Event(), Gallery(gallery.folder)
+def test_a_change_is_refused_during_another_change(gallery):
+    with Gallery(gallery.folder).change():
+        message = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
+        assert message.startswith("gallery ") and str(gallery.folder) in message
 
-    def change():
-        while not stop.is_set():
-            gallery.add(NEW)
-            gallery.remove(clip=["new"])
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        for _ in range(8):
-            open_one.refresh()
-            for people in (open_one, Gallery(gallery.folder)):
-                there = {"new"} & {*people.clips}
-                assert {*people.clips} == {*CLIPS} | there
-                assert ("new" in people.index.names) == bool(there)
-    finally:
-        stop.set()
-        thread.join(60)
+    assert gallery.remove(clip=["clip 30"]) == 1
 
 
-def test_a_change_is_refused_during_another_change(gallery, monkeypatch):
-    monkeypatch.setattr(store_lib, "LOCK_SECONDS", 0.1)
+def test_readers_see_the_old_state_until_a_change_is_complete(gallery):
+    before = answers(gallery)
 
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
-        message = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
-        assert message.startswith("gallery ") and str(gallery.folder) in message
-        assert answers(Gallery(gallery.folder))  # reading needs no lock
-    assert gallery.remove(clip=["clip 30"]) == 1
+        assert answers(gallery) == answers(Gallery(gallery.folder)) == before
+
+    assert "Ada" in Gallery(gallery.folder)
 
 
 def test_a_change_of_a_file_with_hard_links_is_refused(gallery, tmp_path):
@@ -540,7 +513,6 @@ FORGED = (
     "UPDATE clip SET words = replace(words, 'person 7', 'person 8')",
     "UPDATE clip SET place = 1",
     "DELETE FROM person",
-    "UPDATE backend SET numbers = zeroblob(8)",
     "INSERT INTO backend VALUES (1, '', zeroblob(8))",
     "INSERT INTO gallery SELECT * FROM gallery",
     "UPDATE clip SET words = zeroblob(900000)",
@@ -551,18 +523,15 @@ ILL_FORMED = (
     END.format("clip", 4, "02000000"),  # of the field `fitted`
     END.format("person", 76, "ff" * 76),
     "UPDATE clip SET numbers = zeroblob(length(numbers) - 4)",
-    "UPDATE clip SET numbers = zeroblob(0)",
     "UPDATE clip SET words = words || char(10)",
     "UPDATE clip SET words = replace(words, 'clip 30', '')",
     "UPDATE clip SET words = replace(words, 'clip 30', 'a' || char(7))",
-    "UPDATE clip SET words = replace(words, 'clip 30', '  ')",
     "UPDATE clip SET words = replace(words, 'person 7', 'nobody')",
     "UPDATE person SET words = replace(words, 'person 7', 'e' || char(769))",
     "UPDATE person SET numbers = zeroblob(length(numbers) - 1)",
 )
 FACTS = (
     {"parts": [{"name": "x", "width": 2**31 - 1}]},
-    {"parts": [{"name": "x", "width": 12}]},
     {"parts": [{"name": "x", "width": 8}, {"name": "x", "width": 5}]},
     {"parts": [{"name": "x", "width": "8"}, {"name": "y", "width": 5}]},
     {"version": 10**300},
