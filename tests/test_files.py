@@ -11,7 +11,7 @@ from tests.helpers.batches import assert_equal
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import flat
 from vidjax.core import devices
-from vidjax.runs import checkpoint, results, terminal
+from vidjax.runs import checkpoint, results
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 
@@ -100,24 +100,6 @@ def test_tensorboard_shows_the_last_value_of_steps_that_a_run_repeats(tmp_path):
     assert lines[-1]["train_loss"] == 9.0 and "clips_per_second" not in lines[-1]
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5), (3, 9.0)]
-
-
-def test_progress_writes_only_a_few_lines_to_a_file(capsys, monkeypatch):
-    clock = iter(range(0, 600, 3))
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
-    progress = terminal.Progress(1000, initial=200, unit="clip", label="train")
-
-    for step in range(8):
-        progress.advance(100, f"loss {8 - step}")
-        if step == 3:
-            progress.keep_text("MAP 0.5")
-    progress.close()
-
-    first, *_, last = lines = capsys.readouterr().err.splitlines()
-    assert 2 <= len(lines) <= 4  # for 8 steps
-    assert first.endswith(" left")
-    assert last.startswith("train: 1,000 of 1,000 clips, ")
-    assert last.endswith(" clips/s, loss 1, MAP 0.5")
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """A gallery of a run gives the same answers as the run."""
 
-import shutil
-
 import numpy as np
 import pytest
 
 import vidjax
-from vidjax.apps.gallery.answers import Answer
 from vidjax.core import metrics
 from vidjax.evaluation import predict, topk
 
@@ -78,20 +75,6 @@ def test_a_vector_does_not_depend_on_other_clips_of_the_batch(made, run):
         single = made.embed({name: clips[name]})
         for modality, x in single.parts.items():
             np.testing.assert_array_equal(x, every.parts[modality][n : n + 1])
-
-
-def test_clips_without_a_usable_frame_are_not_enrolled_and_stay_unknown(made, run, tmp_path):
-    gallery = vidjax.Gallery(shutil.copytree(made.folder, tmp_path / "g"), run=run)
-    width = run.modalities["face"]
-    clips = {"dead": {"face": np.zeros((0, width), np.float16)}, "gone": {}}
-    with pytest.raises(ValueError, match="none of the clips, such as 'dead'"):
-        gallery.enrol(clips, "nobody")
-
-    alive = {"alive": {"face": np.ones((1, width), np.float16)}}
-    assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})
-    for fpir in (None, 0.5):
-        assert gallery.identify(clips, fpir=fpir)["dead"] == Answer(None, 0.0, -np.inf, ())
-    assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"
 
 
 def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data):
