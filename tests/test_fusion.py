@@ -356,20 +356,10 @@ def join_clips(rng, clips):
 
 
 @pytest.mark.slow
-def test_padding_does_not_change_joined_clips():
-    padded = {name: pad(frames, 4) for name, frames in JOINED.items()}
-
-    short, long = (join_clips(jax.random.key(0), clips)["face"] for clips in (JOINED, padded))
-
-    for clip in range(7):
-        np.testing.assert_array_equal(real(short, clip), real(long, clip))
-
-
-@pytest.mark.slow
 def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
-    pairs = []
+    pairs, padded = [], {name: pad(frames, 4) for name, frames in JOINED.items()}
     for seed in range(60):
-        union = join_clips(jax.random.key(seed), JOINED)
+        union = join_clips(jax.random.key(seed), padded)
         for clip in (0, 1, 3):
             partner = int(real(union["face"], clip)[-1, 0])
             pairs.append((clip, partner))
