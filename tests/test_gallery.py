@@ -112,7 +112,7 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     threshold = people.threshold(0.29)  # 2 of 7 may pass: one stranger and the next stranger
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
 
-    refused(lambda: people.threshold(0.14), "at least 7 clips of strangers", "has 6")
+    refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
     for fpir in (0, 1, float("nan")):

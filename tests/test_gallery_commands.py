@@ -134,8 +134,6 @@ def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_r
     made_galleries.make(tmp_path / "g")
     for flags in ((), (f"--run={nearest_run}",)):
         assert "--run=FOLDER" in tell(*words, *flags, code=2)
-    message = tell("list", nearest_run, code=2)
-    assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in message
 
 
 def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
@@ -228,11 +226,10 @@ def test_identify_accepts_a_moved_run(folder, nearest_run, tmp_path, command):
     assert "--threshold=P" in done.out  # how to choose another rule than the default
 
 
-def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, folder, made):
+def test_threshold_command_equals_the_api(tell, folder, made):
     content = tell("threshold", folder, "--fpir=0.25", "--json")
     assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
     assert f"strangers   {content['num_strangers']}" in tell("threshold", folder, "--fpir=0.25")
-    assert "enrol more strangers" in tell("threshold", folder, "--fpir=0.001", code=2)
 
 
 # Words after `vidjax gallery`, where G stands for the gallery -> part of the error.
@@ -244,9 +241,7 @@ MISTAKES = {
     "identify G --split=val --threshold=0.5 --fpir=0.1": "not allowed with argument --threshold",
     "identify G --split=val --threshold=-3": "a number above 0 and at most 1",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
-    "identify G --split=vla": "vla",
     "identify G --split=val --k=nan": "must be a whole number from 1",
-    "enrol G --input=x": "x' does not exist",
     "enrol G --split=test": "no clip has a label",
     "remove G --identity=13": "no identity '13' is enrolled",
     "export G --out=x.csv": "end the name in .parquet",
