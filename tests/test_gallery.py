@@ -226,8 +226,8 @@ def make_index(*, cards=False, **settings):
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, backend.settings)
     clips = [clip for clip in make_clips(PEOPLE).values() if clip.identity]
-    names, owner = np.unique([clip.identity for clip in clips], return_inverse=True)
-    everybody = backend.enrol(list(names), np.stack([clip.vector for clip in clips]), owner)
+    names, owner = np.unique([str(clip.identity) for clip in clips], return_inverse=True)
+    everybody = backend.enrol(names.tolist(), np.stack([clip.vector for clip in clips]), owner)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
     return backend_lib.Index(backend, map(everybody.take, blocks))
 
