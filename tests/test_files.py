@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,23 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, items):
     for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
         with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):
             restore_latest(tmp_path, {**items, "params": {"a": other}})
+
+
+def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, items, {})
+    manifests = checkpoint.manifests
+
+    def read_and_drop(workdir):
+        listed = manifests(workdir)
+        shutil.rmtree(workdir / "checkpoints" / "3")
+        return listed
+
+    monkeypatch.setattr(checkpoint, "manifests", read_and_drop)
+
+    with pytest.warns(match="checkpoint 3 is not used"):
+        latest = checkpoint.find(tmp_path)
+    assert latest and latest.manifest["step"] == 2
 
 
 def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):

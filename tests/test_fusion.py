@@ -130,6 +130,16 @@ def real(frames, clip, field="features"):
     return np.asarray(getattr(frames, field)[clip])[np.asarray(frames.mask[clip])]
 
 
+@pytest.mark.slow
+def test_padding_does_not_change_joined_clips():
+    padded = {name: pad(frames, 4) for name, frames in JOINED.items()}
+
+    short, long = (join_clips(jax.random.key(0), clips)["face"] for clips in (JOINED, padded))
+
+    for clip in range(7):
+        np.testing.assert_array_equal(real(short, clip), real(long, clip))
+
+
 def windows_oracle(frames, clip, max_frames):
     """Computes the fixed windows of one clip in a loop: its frames, then the merged frames."""
     own = real(frames, clip)
@@ -210,6 +220,11 @@ def test_invalid_fusion_specs_are_refused(spec, message):
     frames = make_frames([2], max_frames=2)
     with pytest.raises(ValueError, match=message):
         fusion.make_fusion(spec)(jax.random.key(0), frames)
+
+
+def test_random_fusion_without_a_key_suggests_fusions_that_draw_nothing():
+    with pytest.raises(ValueError, match="choose sample, top"):
+        fusion.random_fusion(None, make_frames([2], max_frames=2), num_draws=1)
 
 
 def filter_oracle(frames, clip, min_quality, min_detection, top_share):

@@ -119,6 +119,11 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
         refused(lambda fpir=fpir: people.threshold(fpir), "give a number above 0 and below 1")
 
 
+def test_fpir_with_a_rounding_error_counts_as_the_exact_fpir():
+    # 1 - 0.9 is a little less than 0.1, but counts as 0.1: none of 9 strangers passes.
+    assert answers_lib.threshold(np.arange(-9.0, 0), 1 - 0.9, 1).num_alarms == 0
+
+
 def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
     assert rule.default and rule.by == "new" and "99 clips of strangers instead of 98" in rule.about
@@ -212,6 +217,15 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     (block,) = (block for block in people.index.blocks if "Ada" in block.names)
     for x, y in zip(block.linear, expected.linear, strict=True):
         np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
+
+
+def test_gallery_acts_as_a_collection_of_people(tmp_path):
+    people, nobody = make(tmp_path / "g"), make(tmp_path / "none", {})
+
+    people.remove(identity="person 3")
+    assert len(people) == 11 and list(people) == list(people.identities)
+    assert "person 2" in people and "person 3" not in people
+    assert len(nobody) == 0 and nobody  # an empty gallery is true
 
 
 def make_index(*, cards=False, **settings):

@@ -8,16 +8,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_galleries, made_runs
+from tests.helpers import clip_files, limits, made_galleries, made_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
@@ -415,6 +417,31 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, 
     assert not Path(done["results"]).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.optimized  # with the same compiler options as the commands below
+def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
+    """Two calls process the same folder at once; one is killed after its first table."""
+    for number in range(4, 16):  # the folder `day` already has 4 tables
+        write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
+    words = ["gallery", "identify", str(folder), f"--input={day}"]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vidjax", *words, f"--out={out}", "--quiet"]
+    quietly = {"stdout": subprocess.DEVNULL}
+
+    with limits.running(command, **quietly) as killed, limits.running(command, **quietly) as other:
+        until = time.monotonic() + 100
+        while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        _, errors = other.communicate(timeout=200)
+        assert other.returncode == 0, errors
+
+    assert ask(*words, f"--out={out}")["skipped"] == 16
+    ask(*words, f"--out={tmp_path / 'whole'}")
+    assert tables_in(out) == tables_in(tmp_path / "whole") and len(tables_in(out)) == 16
+
+
 @nightly_after_first("change", ["clips", "rule", "damage"])
 def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, tmp_path, change):
     out = tmp_path / "out"
@@ -435,6 +462,21 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
     if change == "clips":
         (out / "part-1.parquet").unlink()
         assert ask(*words)["skipped"] == 2
+
+
+@pytest.mark.slow
+def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_path, monkeypatch):
+    load, out = vidjax.Gallery.load, tmp_path / "out"
+
+    def load_and_change(gallery, path):
+        if path.name == "part-1.parquet":
+            gallery.remove(identity=gallery.index.names[0])
+        return load(gallery, path)
+
+    monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
+    words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}")
+    assert "was changed during the command" in ask(*words, code=2)
+    assert [*tables_in(out)] == ["part-0.parquet"]
 
 
 def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folder, day, tmp_path):
@@ -471,9 +513,22 @@ def test_dataset_of_two_splits_is_no_folder_of_tables(day):
 # ---- Ray Data
 
 
-RAY_INIT = """
-import ray
-ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)
+# A worker kills itself once, at its second table. A kill from outside may come after the work.
+KILLED = """
+import os, signal
+from pathlib import Path
+from vidjax.apps import bulk
+
+class Rank(bulk.Rank):
+    done = 0
+
+    def __call__(self, batch):
+        mark = Path(os.environ["KILLED"])
+        if self.done == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.done += 1
+        return super().__call__(batch)
 """
 # Recipe -> the folder of its results, and the command that computes the same.
 RAY_COMMANDS = {
@@ -483,31 +538,56 @@ RAY_COMMANDS = {
 }
 
 
+def write_recipes(names):
+    """Writes recipes.py with the recipes of the page, for one worker, which is killed once."""
+    start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
+    recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
+    for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
+        assert old in recipes
+        recipes = recipes.replace(old, new)
+    Path("recipes.py").write_text(recipes)
+    Path("killed.py").write_text(KILLED)
+
+
+def sorted_columns(folder, keys):
+    """Returns the columns of the tables of a folder, with the rows sorted by some columns."""
+    tables = [parquet.read_table(path) for path in sorted(Path(folder).glob("*.parquet"))]
+    order = [(key, "ascending") for key in keys]
+    return pyarrow.concat_tables(tables).sort_by(order).to_pydict()
+
+
 @pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
 @nightly_after_first("names", [["rank"], [*RAY_COMMANDS]])
 def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
+    """The recipes of the page also end if the worker that ranks is killed."""
     pytest.importorskip("ray")
-    assert RECIPES.keys() == RAY_COMMANDS.keys()
+    assert set(RECIPES) == {*RAY_COMMANDS}
     (day / "part-2.parquet").unlink()  # the empty table
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "own").symlink_to(nearest_run)
     folder.rename(tmp_path / "people")
     monkeypatch.chdir(tmp_path)
+    write_recipes(names)
     env = {
-        **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "KILLED": str(tmp_path / "worker_killed"),
     }  # fmt: skip
-    recipes = "".join(RECIPES[name] for name in names).replace("size=2", "size=1")
 
-    subprocess.run([sys.executable, "-c", RAY_INIT + recipes], env=env, timeout=800, check=True)
+    with subprocess.Popen([sys.executable, "recipes.py"], env=env) as process:
+        try:
+            assert process.wait(800) == 0
+        finally:
+            process.terminate()
 
+    assert Path("worker_killed").exists()
     for results, words in (RAY_COMMANDS[name] for name in names):
         ask(*words, f"--input={day}", f"--out=own_{results}")
-        rows, expected = (
-            sorted(rows_of(Path(path)), key=lambda row: (row.get("identity") or "", row["clip"]))
-            for path in (results, f"own_{results}")
-        )
-        for row, wanted in zip(rows, expected, strict=True):
-            assert row.pop("vector", []) == pytest.approx(wanted.pop("vector", []), abs=1e-6)
-            assert row == pytest.approx(wanted, abs=1e-6)
+        keys = ["identity", "rank"] if results == "ranked" else ["clip"]
+        table, expected = (sorted_columns(path, keys) for path in (results, f"own_{results}"))
+        for column, values in expected.items():
+            if column in ("vector", "score", "probability_1"):
+                assert np.array(table[column]) == pytest.approx(np.array(values), abs=1e-6)
+            elif not column.startswith("probability"):
+                assert table[column] == values, (results, column)
