@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -22,8 +23,6 @@ from tests.helpers import clip_files, limits, made_galleries, made_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.utils.errors import UserError
 
@@ -105,46 +104,31 @@ def test_enrolling_a_known_clip_with_other_frames_or_person_is_refused(tell, fol
 
 
 @pytest.mark.slow
-def test_identify_prints_the_answer_for_each_clip(tell, folder, made, data):
-    answers = made.identify(data, k=3, fpir=0.1, split="val")
-    words = ("identify", folder, "--split=val", "--fpir=0.1")
-
-    table, _, _ = tell(*words).partition("\nidentify\n")
-    content = tell(*words, "--k=3", "--json")
-
-    printed = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:]}
-    assert printed == {clip: answer.identity or "unknown" for clip, answer in answers.items()}
-    by_json = {row["clip"]: row["identity"] for row in content["answers"]}
-    assert by_json == {clip: answer.identity for clip, answer in answers.items()}
-    assert content["named"] == sum(answer.identity is not None for answer in answers.values())
-    assert content["rule"]["by"] == "fpir"
-
-
-@pytest.mark.slow
-def test_identify_writes_equal_answers_in_each_file_format(tell, folder, tmp_path, made, data):
-    answers = made.identify(data, k=3, fpir=0.1, split="val")
+def test_identify_writes_equal_answers_in_each_format(tell, folder, tmp_path, made, data):
     words = ("identify", folder, "--split=val", "--fpir=0.1", "--k=3")
+    answers = made.identify(data, k=3, fpir=0.1, split="val")
+    as_json = [{"clip": clip, **answer.to_dict()} for clip, answer in answers.items()]
+    columns = [f"{column}_{place}" for place in (1, 2, 3) for column in ("best", "probability")]
+    as_rows = [
+        {"clip": clip, "identity": x.identity, "probability": x.probability, "score": x.score}
+        | dict.fromkeys(columns)  # cells of a clip without a usable frame
+        | dict(zip(columns, itertools.chain(*x.best), strict=False))
+        for clip, x in answers.items()
+    ]
 
-    tell(*words, f"--out={tmp_path / 'a.csv'}")
-    assert "exists and is not overwritten" in tell(*words, f"--out={tmp_path / 'a.csv'}", code=2)
-    answers_lib.write(tmp_path / "a.jsonl", answers)
-    answers_lib.write(tmp_path / "a.parquet", answers)
+    for ending in ("csv", "jsonl", "parquet"):
+        tell(*words, f"--out={tmp_path}/a.{ending}")
 
-    csv_rows = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
-    json_rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    parquet_rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    rows = zip(answers.items(), csv_rows, json_rows, parquet_rows, strict=True)
-    for (clip, answer), in_csv, in_json, in_parquet in rows:
-        wanted = (clip, answer.identity, answer.score)
-        assert (in_csv["clip"], in_csv["identity"] or None, float(in_csv["score"])) == wanted
-        assert (in_parquet["clip"], in_parquet["identity"], in_parquet["score"]) == wanted
-        assert (in_json["clip"], in_json["identity"]) == wanted[:2]
-        assert [(x["identity"], x["probability"]) for x in in_json["best"]] == [*answer.best]
-        if answer.best:
-            second = answer.best[1]
-            assert (in_csv["best_2"], float(in_csv["probability_2"])) == second
-            assert (in_parquet["best_2"], in_parquet["probability_2"]) == second
-    assert tell(*words, "--json")["answers"] == json_rows
+    json_lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [*map(json.loads, json_lines)] == tell(*words, "--json")["answers"] == as_json
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == as_rows
+    csv_rows = [*csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))]
+    texts = [{k: "" if cell is None else str(cell) for k, cell in row.items()} for row in as_rows]
+    assert csv_rows == texts
+    table, _, _ = tell(*words).partition("\nidentify\n")
+    printed = [line.split()[:2] for line in table.splitlines()[1:]]
+    assert printed == [[clip, answer.identity or "unknown"] for clip, answer in answers.items()]
+    assert "exists and is not overwritten" in tell(*words, f"--out={tmp_path}/a.csv", code=2)
 
 
 def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_run, tmp_path):
@@ -152,8 +136,6 @@ def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_r
     made_galleries.make(tmp_path / "g")
     for flags in ((), (f"--run={nearest_run}",)):
         assert "--run=FOLDER" in tell(*words, *flags, code=2)
-    message = tell("list", nearest_run, code=2)
-    assert f"vidjax gallery create NEW_FOLDER --run={nearest_run}" in message
 
 
 def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
@@ -174,8 +156,12 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     np.savez(photos / "Ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
     with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/dead"):
         assert "enrolled    2 clips" in tell("enrol", folder, f"--input={photos}")
-    rows = tell("identify", folder, f"--input={photos / 'Ada'}").splitlines()
-    assert ["dead", "unknown", "no", "usable", "frame"] in [row.split() for row in rows]
+
+    identify = ("identify", folder, f"--input={photos / 'Ada'}")
+    rows = [row.split() for row in tell(*identify).splitlines()]
+    assert ["dead", "unknown", "no", "usable", "frame"] in rows
+    scores = {row["clip"]: row["score"] for row in tell(*identify, "--json")["answers"]}
+    assert scores["dead"] is None  # JSON has no number for -inf
 
 
 def test_enrol_refuses_folders_of_splits_and_clips_outside_a_folder_of_a_person(
@@ -224,52 +210,42 @@ def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, 
 
 
 @pytest.mark.slow
-def test_created_gallery_accepts_a_moved_run(tell, nearest_run, tmp_path, made, command):
-    from_run = f"--run={nearest_run}"
-
-    output = tell("create", tmp_path / "g", from_run)
+def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
+    words = ("create", tmp_path / "g", f"--run={nearest_run}")
+    assert "people      12" in tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
-    assert "people      12" in output and "version     1" in output
-    content = tell("create", tmp_path / "e", from_run, "--empty", "--strangers=train", "--json")
+
+    words = ("create", tmp_path / "e", f"--run={nearest_run}", "--empty", "--strangers=train")
+    content = tell(*words, "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
 
+
+@pytest.mark.slow
+def test_identify_accepts_a_moved_run(folder, nearest_run, tmp_path, command):
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
-    done = command("gallery", "identify", tmp_path / "g", "--split=val", f"--run={moved}")
+    done = command("gallery", "identify", folder, "--split=val", f"--run={moved}")
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
     assert "--threshold=P" in done.out  # how to choose another rule than the default
 
 
-def test_threshold_command_equals_the_api_and_reports_too_few_strangers(tell, folder, made):
+def test_threshold_command_equals_the_api(tell, folder, made):
     content = tell("threshold", folder, "--fpir=0.25", "--json")
     assert content == {"mode": "threshold", **made.threshold(0.25).to_dict()}
-    output = tell("threshold", folder, "--fpir=0.25")
-    assert "people      12" in output and f"strangers   {content['num_strangers']}" in output
-    output = tell("threshold", folder, "--fpir=0.001", code=2)
-    assert "at least 999 clips of strangers" in output and "enrol more strangers" in output
+    assert f"strangers   {content['num_strangers']}" in tell("threshold", folder, "--fpir=0.25")
 
 
 # Words after `vidjax gallery`, where G stands for the gallery -> part of the error.
 MISTAKES = {
     "": "gallery needs COMMAND",
-    "idenify G": "did you mean vidjax gallery identify",
     "identify G": "identify needs one of --input --split",
     "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
     "identify G --split=val --fpir=1%": "write 0.01",
     "identify G --split=val --threshold=0.5 --fpir=0.1": "not allowed with argument --threshold",
     "identify G --split=val --threshold=-3": "a number above 0 and at most 1",
-    "identify G new": "example: vidjax gallery identify G --input=PATH",
-    "add G": "did you mean vidjax gallery enrol",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
-    "identify G --split=vla": "vla",
     "identify G --split=val --k=nan": "must be a whole number from 1",
-    "identify G --split=val --run=/absent": "/absent",
-    "enrol G --input=x": "x' does not exist",
     "enrol G --split=test": "no clip has a label",
-    "enrol G --split=train --config.data.dir=/absent": "/absent",
     "remove G --identity=13": "no identity '13' is enrolled",
-    "list /absent": "'/absent' contains no gallery: name the folder of a gallery",
-    "list G --identity=13": "no identity '13' is enrolled",
-    "create G/new --run=/absent": "/absent",
     "export G --out=x.csv": "end the name in .parquet",
 }
 
@@ -280,13 +256,6 @@ def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder):
         given = [str(folder) if word == "G" else word for word in words.split()]
         assert remedy in tell(*given, code=2), words
     assert made_galleries.contents(folder) == before
-
-
-def test_names_in_csv_files_are_guarded_against_formulas(tmp_path):
-    best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
-    answers_lib.write(tmp_path / "a.csv", {"+1": Answer(best[0][0], 0.9, -0.1, best)})
-    _, row = csv.reader(io.StringIO((tmp_path / "a.csv").read_text()))
-    assert row[:2] == ["'+1", "'=cmd|' /C calc'!A0"] and row[6] == "''quoted"  # best_2
 
 
 def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
@@ -424,14 +393,6 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
         assert [clip for clip, _ in lists[name]] == [clip for clip, _ in wanted]
         assert len(lists[name]) == 100
         assert dict(lists[name]) == pytest.approx(dict(wanted), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_gallery_ranks_many_tables_like_clips_in_memory(ask, folder, made, day, tmp_path):
-    words = ("gallery", "rank", folder, f"--input={day}", "--threshold=0.3")
-    lists = lists_of(ask(*words, f"--out={tmp_path / 'people'}")["results"])
-    for name, wanted in made.rank(CLIPS, threshold=0.3).items():
-        assert [clip for clip, _ in lists.get(name, [])] == [clip for clip, _ in wanted]
 
 
 @pytest.mark.slow

@@ -1,12 +1,9 @@
 """A gallery of a run gives the same answers as the run."""
 
-import shutil
-
 import numpy as np
 import pytest
 
 import vidjax
-from vidjax.apps.gallery.answers import Answer
 from vidjax.core import metrics
 from vidjax.evaluation import predict, topk
 
@@ -80,20 +77,6 @@ def test_a_vector_does_not_depend_on_other_clips_of_the_batch(made, run):
             np.testing.assert_array_equal(x, every.parts[modality][n : n + 1])
 
 
-def test_clips_without_a_usable_frame_are_not_enrolled_and_stay_unknown(made, run, tmp_path):
-    gallery = vidjax.Gallery(shutil.copytree(made.folder, tmp_path / "g"), run=run)
-    width = run.modalities["face"]
-    clips = {"dead": {"face": np.zeros((0, width), np.float16)}, "gone": {}}
-    with pytest.raises(ValueError, match="none of the clips, such as 'dead'"):
-        gallery.enrol(clips, "nobody")
-
-    alive = {"alive": {"face": np.ones((1, width), np.float16)}}
-    assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"), {})
-    for fpir in (None, 0.5):
-        assert gallery.identify(clips, fpir=fpir)["dead"] == Answer(None, 0.0, -np.inf, ())
-    assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"
-
-
 def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data):
     gallery, clips = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True), random_clips(run)
     assert gallery.identities == {} and len(gallery.strangers) > 3
@@ -122,20 +105,3 @@ def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_
 
     of_run = map_of(gallery.run.rank(data, split="val"), data)
     assert map_of(gallery.rank(data, split="val"), data) > of_run - 0.05
-
-    answers = gallery.identify(data, split="val").values()
-    assert all(answer.best or not answer.probability for answer in answers)
-
-
-@pytest.mark.nightly
-def test_one_photo_of_one_person_is_enough_for_a_gallery(tmp_path):
-    x = np.random.default_rng(0).normal(size=(3, 1, 64)).astype(np.float32)
-    clips = {"same": {"face": x[0] + 0.1 * x[1]}, "other": {"face": x[2]}}
-    splits = {"train": {"photo": {"face": x[0]}}, "val": clips}
-    data = vidjax.load_data(splits, {"photo": "Ada"}, cache_dir=tmp_path / "cache")
-
-    vidjax.train(vidjax.load_config("plda:face"), tmp_path / "run", data)
-    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
-
-    identities = {clip: answer.identity for clip, answer in gallery.identify(clips).items()}
-    assert identities == {"same": "Ada", "other": None}
