@@ -202,18 +202,3 @@ def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
         harder = losses.angular_margin(logits, labels, margin=0.3, scale=scale)
         wanted = 0.25 * losses.binary_focal(harder, labels) + 0.75 * plain
         np.testing.assert_allclose(loss(logits, labels, np.int32(0), learned), wanted, rtol=1e-5)
-
-
-def test_loss_functions_get_the_options_of_their_signature(monkeypatch):
-    """One function takes all options. The other function takes only logits and labels."""
-
-    def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):
-        assert (logit_scale, gamma, label_smoothing, beta) == (4.0, 3.0, 0.1, 7)
-        return logits[..., class_mask].sum(axis=-1)
-
-    options = {"gamma": 3.0, "label_smoothing": 0.1, "beta": 7, "classification": "own"}
-    for function, wanted in ((takes_all, 2), (lambda logits, labels: logits[..., 0], 1)):
-        monkeypatch.setitem(losses.CLASSIFICATION, "own", function)
-        loss = make_loss(options, class_mask=np.array([False, True, True]), logit_scale=4.0)
-        value = loss(jnp.ones((2, 3)), jnp.ones(2, jnp.int32), jnp.int32(0))
-        np.testing.assert_array_equal(value, wanted)

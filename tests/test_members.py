@@ -171,32 +171,6 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
     assert num_names == 12 * of_one["num_clips"]  # every clip for each of 12 identities
 
 
-def test_evaluation_blocks_group_clips_by_scoring_members():
-    """Folds cost one pass over the clips. Small groups share blocks, and no clip is lost."""
-    rng, lengths, block_size = np.random.default_rng(0), (32, 128, 512), 16
-    bucket = rng.integers(-1, 3, 1000)  # the length of each clip; -1: not scored
-    plan = EvalPlan("val", ("face",), bucket, {"face": lengths})
-    folds = rng.integers(0, 5, 1000) == np.arange(5)[:, None]  # [E, N]: who scores a clip
-    rare = np.zeros((5, 1000), bool)
-    rare[:3, :4] = True  # members 0 to 2 also score clips 0 to 3
-
-    def count_rows(use):
-        """Returns the number of rows, padding included, that all members score."""
-        grouped = scoring.split_by_members(plan, use, block_size)
-        blocks = [*split_blocks(grouped.bucket, block_size)]
-        clips = np.concatenate([clips for _, clips in blocks])
-        assert sorted(clips) == np.flatnonzero(bucket >= 0).tolist()
-        for number, clips in blocks:
-            assert (bucket[clips] == bucket[clips[0]]).all()
-            assert grouped.padded_lengths["face"][number] == lengths[bucket[clips[0]]]
-        return sum(block_size * use[:, clips].any(axis=1).sum() for _, clips in blocks)
-
-    num_clips = np.sum(bucket >= 0)
-    most_padding = 3 * 5 * block_size  # an incomplete block for each length and fold
-    assert num_clips <= count_rows(folds) <= num_clips + most_padding
-    assert count_rows(folds | rare) <= num_clips + 2 * most_padding
-
-
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
     train(tmp_path, data, "--config.ensemble.mapping=vmap")

@@ -331,19 +331,6 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     assert of_all.mean() == pytest.approx(wanted)
 
 
-def test_best_list_of_a_clip_contains_its_highest_score():
-    # The lists of two identities. They contain clips 2, 0 and 2, 1, 0.
-    scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
-    index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
-    top, everyone = topk.TopK(scores, index), np.ones(4, bool)
-    scored = measures.ScoredSplit(top, np.zeros(4, int), list("abcd"), everyone, np.zeros(2, int))
-
-    best, highest = scored.best_lists
-
-    np.testing.assert_array_equal(highest, np.array([0.5, 0.7, 0.9, -np.inf], np.float32))
-    assert best.tolist() == [0, 1, 0, -1]  # clip 2 has equal scores in both: the first list wins
-
-
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
     """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""

@@ -516,19 +516,6 @@ def test_margin_loss_and_its_gradient_use_the_learned_scale():
     np.testing.assert_allclose(gradient, slope, rtol=1e-6)
 
 
-@pytest.mark.slow
-def test_fallback_keeps_the_learned_logit_scale_of_each_model():
-    frames, clips = made.make_batch()
-    dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
-    spec = {"name": "fallback", "main": dense, "other": COSINE, "other_modalities": ("head",)}
-    model: Any = made.make_model(spec)
-    variables = made.init_identifier(model, frames, clips)
-    variables["params"]["other"]["scale"] = np.float32(21)
-
-    output = made.eval_output(model, variables, frames, clips)
-    np.testing.assert_array_equal(output.logit_scale, [16, 21])
-
-
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
     """Returns X after attention, and the weights Y [M, M]: equations 1 to 3 for one clip.
 

@@ -240,22 +240,6 @@ def test_plda_probabilities_are_calibrated(num_people):
     assert abs(result.new - 0.5) < 0.03 and result.error <= 0.03
 
 
-@pytest.mark.slow
-def test_people_enrolled_later_with_one_clip_keep_probabilities_calibrated():
-    """Half of the clips show strangers, so the mean probability of a new person is 0.5."""
-    rng = np.random.default_rng(0)
-    x = exact(rng, 300, 4, 64, 0.5).reshape(-1, 64)
-    fitted = backend_lib.fit({"face": x}, np.repeat(np.arange(1, 301), 4), centred=False)
-
-    # Of each of 300 other people, one clip is enrolled and another is identified.
-    vectors = exact(rng, 300, 2, 64, 0.5).astype(np.float32)
-    strangers = exact(rng, 300, 1, 64, 0.5).astype(np.float32)
-    people = fitted.enrol([str(n) for n in range(300)], vectors[:, 0], np.arange(300))
-    asked = np.concatenate([vectors[:, 1], strangers[:, 0]])
-    answers = backend_lib.Index(fitted, [people]).nearest([asked], 1)
-    assert abs(np.mean([np.exp(answer.new) for answer in answers]) - 0.5) < 0.05
-
-
 def test_settings_are_fitted_on_whole_identities_if_clips_are_enough():
     labels = np.concatenate([np.zeros(50, int), np.random.default_rng(0).integers(1, 3001, 9000)])
     drawn = plda_fit.draw_identities(labels, 0)

@@ -54,10 +54,6 @@ def test_dbscan_clusters_match_the_definition(min_samples: int) -> None:
     assert plan.cluster(np.eye(4)[:0], eps=0.5, min_samples=5).shape == (0,)
 
 
-def test_vectors_that_are_not_finite_are_not_clustered() -> None:
-    refused(lambda: plan.cluster(np.eye(3) * np.nan, eps=0.5, min_samples=2), "not finite")
-
-
 @pytest.mark.parametrize("keep", ["label", "prediction"])
 def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     """A prediction l becomes l + C + K if l is an identity. Otherwise the label or l is kept.

@@ -149,27 +149,6 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
     assert {index: len(frames["face"].mask) for index, frames in clips.items()} == wanted
 
 
-@pytest.mark.parametrize(("counts", "wanted"), [
-    ({32: 6, 128: 5, 512: 4}, {512: 15}), ({32: 600, 128: 1}, {128: 601}),
-    ({32: 700, 128: 1, 512: 1}, {32: 700, 512: 2}),
-], ids=["all into 512", "32 into 128", "128 into 512"])  # fmt: skip
-def test_small_length_buckets_are_merged_into_longer_buckets(counts, wanted):
-    """`counts` and `wanted` are length -> number of clips."""
-    lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])
-    names, none = tuple(map(str, range(len(lengths)))), np.zeros(0, np.int32)
-    split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
-
-    whole = clips_lib.make_eval_plan(split, ("face",), join=True)
-    padded = np.array(whole.padded_lengths["face"])[whole.bucket]
-    assert (padded >= lengths).all()
-    assert dict(zip(*np.unique(padded, return_counts=True), strict=True)) == wanted
-
-    # If only some clips are evaluated, the buckets stay.
-    only = np.arange(len(lengths)) % 2 == 0
-    part = clips_lib.make_eval_plan(split, ("face",), join=True, only=only)
-    assert (part.bucket == np.where(only, whole.bucket, -1)).all()
-
-
 def test_batch_streams_refuse_invalid_arguments(dataset):
     for changed, message in (
         ({"splits": ("test",)}, "no split 'test', only train, val"),

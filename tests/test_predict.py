@@ -142,31 +142,6 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-RANK = """
-import sys
-for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
-import numpy as np
-from vidjax.evaluation import predict
-folder, given, scored = sys.argv[1:]
-run, clips = predict.restore(folder), {name: {"face": x} for name, x in np.load(given).items()}
-np.savez(scored, scores=run.scores(clips), vectors=run.embed(clips))
-"""
-
-
-@pytest.mark.optimized
-def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
-    clips = faces(9)
-    arrays: Any = {name: clip["face"] for name, clip in clips.items()}
-    np.savez(tmp_path / "clips.npz", **arrays)
-
-    python(RANK, train("knn"), tmp_path / "clips.npz", tmp_path / "scored.npz")
-
-    run = predict.restore(train("knn"), num_devices=1)
-    with np.load(tmp_path / "scored.npz") as answers:
-        np.testing.assert_array_equal(answers["scores"], run.scores(clips))
-        np.testing.assert_allclose(answers["vectors"], run.embed(clips), atol=1e-6)
-
-
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
     run, five = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
@@ -204,19 +179,6 @@ def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
     run.config.eval.block_size = 2**20
     words = "=1048576:", " GB ", "\nadd --config.eval.block_size="
     refused(lambda: run.rank(clips["val"]), *words)
-
-
-def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
-    run = restored("knn")
-    few = [dict([item]) for item in first(clips["val"], 6).items()]
-    run = run._replace(results={**run.results, "num_distractors": 0})
-    for function in (run.scores, run.rank, run.identify):
-        first_answers = [function(clip) for clip in few]
-        caplog.clear()
-        with jax.log_compiles():
-            answers = [function(clip) for clip in few]
-        assert not [line for line in caplog.messages if "ompiling" in line], function
-        np.testing.assert_equal(answers, first_answers)
 
 
 @pytest.mark.parametrize(("features", "message"), [
