@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from tests.helpers.clip_files import RAGGED, random_clip, write_pickle, write_ragged, write_truth
+from tests.helpers.clip_files import random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import Modality

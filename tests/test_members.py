@@ -11,8 +11,7 @@ import pytest
 from tests.helpers.batches import assert_equal
 from tests.helpers.small_runs import Spoilt, run, shrunk, weights
 from vidjax.core import ensemble
-from vidjax.data.clips import EvalPlan, split_blocks
-from vidjax.evaluation import eval_step, scoring
+from vidjax.evaluation import eval_step
 from vidjax.models.system import TaskSpec, make_model
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io

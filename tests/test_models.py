@@ -7,7 +7,6 @@ values, because parameters that start at 0 or 1 hide mistakes. Axes: B clips, T 
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +19,8 @@ from tests.helpers.made_frames import make_frames
 from vidjax.core import fusion, losses
 from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier, layers
-from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.dense import MLP, ResidualDenseNet
-from vidjax.models.layers import CosineClassifier, Dropout, Linear, NetVLAD, drop_modalities
+from vidjax.models.layers import CosineClassifier, Dropout, NetVLAD, drop_modalities
 from vidjax.models.multimodal import MultimodalAttention, SigmoidGate
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
@@ -66,15 +64,10 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
         model = NetVLAD(3, reduce=reduce, norms=norms, dtype=FLOAT64)
         variables = made.init(model, frames.features, frames.mask, train=False)
         params = made.randomised(variables["params"])
-        assert ("bias" in params["assignment"]) == ("norm" not in params) == ("batch" not in norms)
 
-        @jax.jit
-        def forward(params):
-            options = {"train": True, "mutable": ["batch_stats"]}
-            given = (frames.features, frames.mask)
-            return model.apply({**variables, "params": params}, *given, **options)[0]
+        given = {**variables, "params": params}
+        pooled = train(model, given, frames.features, frames.mask)
 
-        pooled = forward(params)
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce, norms)
         np.testing.assert_allclose(pooled, expected, atol=1e-6)
         np.testing.assert_array_equal(pooled[2], 0)  # clip 2 has no frames
@@ -91,26 +84,20 @@ def test_dropout_of_modalities_never_drops_the_last_one():
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 
 
-def drop_out(rate, shape, *, deterministic=False):
-    """Returns an array of ones after dropout."""
-    options: Any = {"deterministic": deterministic, "rngs": {"dropout": jax.random.key(0)}}
-    return np.asarray(jax.jit(lambda x: Dropout(rate).apply({}, x, **options))(jnp.ones(shape)))
-
-
 # Dropout draws 8 or 16 random bits for each number.
-@pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.5, 63)])
-def test_dropout_keeps_the_mean(rate, width):
-    y = drop_out(rate, (40_000 // width, width))
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
+    @jax.jit
+    def drop_out(x):
+        return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+
+    y = np.asarray(drop_out(jnp.ones((4999, 7))))
+
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
-    np.testing.assert_allclose(y[kept], 1 / (1 - rate), rtol=1e-4)
-
-
-def test_dropout_is_independent_and_absent_at_rate_0_and_in_evaluation():
-    correlation = np.corrcoef((drop_out(0.5, (5000, 8)) != 0).T)
-    assert np.abs(correlation - np.eye(8)).max() < 0.06  # 4 standard errors
-    assert (drop_out(0.0, (3, 4)) == 1).all() and not drop_out(1.0, (3, 4)).any()
-    assert (drop_out(0.5, (3, 4), deterministic=True) == 1).all()
+    np.testing.assert_allclose(y[kept], 1 / (1 - rate) if rate < 1 else 1, rtol=1e-4)
+    if 0 < rate < 1:
+        assert np.abs(np.corrcoef(kept.T) - np.eye(7)).max() < 0.06  # 4 standard errors
 
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
@@ -159,23 +146,6 @@ def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
         np.testing.assert_allclose(forward(params, x), wanted, atol=1e-6)
 
 
-def wide(x):
-    return np.asarray(x, np.float64)
-
-
-def test_linear_layer_equals_flax_dense_in_parameters_and_values():
-    x, kernel, _ = OPERANDS
-    ours, flax = Linear(50), nn.Dense(50)
-    params, wanted = jax.jit(lambda key: (ours.init(key, x), flax.init(key, x)))(jax.random.key(1))
-    jax.tree.map(np.testing.assert_array_equal, params, wanted)
-    for given in (x, x.reshape(8, 5, 30), x[0]):
-        outputs, expected = (jax.jit(layer.apply)(params, given) for layer in (ours, flax))
-        np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
-
-    y: Any = Linear(50, use_bias=False).apply({"params": {"kernel": kernel}}, x)
-    np.testing.assert_allclose(y, wide(x) @ wide(kernel), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     x, kernel, weight = OPERANDS
@@ -191,12 +161,8 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     gradients = gradient(x, kernel)
     assert {value.dtype, *(g.dtype for g in gradients)} == {jnp.dtype("float32")}
 
-    # With vmap, too. The gradient by the kernel does not depend on the kernel.
-    together = jax.vmap(gradient, in_axes=(None, 0))(x, jnp.stack([kernel, 2 * kernel]))[1]
-    np.testing.assert_allclose(together, [gradients[1]] * 2, rtol=1e-5, atol=1e-4)
-
     # Products of rounded numbers are exact, so only sums in float32 are rounded.
-    x, kernel, weight = (wide(a.astype(dtype)) for a in OPERANDS)
+    x, kernel, weight = (a.astype(dtype).astype(np.float64) for a in OPERANDS)
     expected = (x @ kernel, weight @ kernel.T, x.T @ weight)
     for ours, oracle in zip((value, *gradients), expected, strict=True):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-5)
@@ -235,6 +201,7 @@ def randomised(model, x, mask):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(model, variables, x, mask):
+    """Returns the output of a training step."""
     return model.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]
 
 
@@ -408,31 +375,6 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, a
         np.testing.assert_allclose(logits, wanted, atol=1e-6)
 
 
-@pytest.mark.slow
-@nightly_after_first("form", ["features", "danet"])
-def test_channel_attention_leaves_its_initial_values_and_stays_finite(form):
-    """If theta and phi both started at 0, as published, neither would ever change."""
-    frames = make_frames([4, 4, 0], max_frames=4, dtype="float32")
-    model: Any = ChannelAttention(form, 4)
-    params = made.init(model, frames.features, frames.mask)["params"]
-
-    @jax.jit
-    @jax.grad
-    def gradient(params, features):
-        out = model.apply({"params": params}, features, frames.mask)
-        return jnp.mean((out - jnp.cos(jnp.arange(out.size).reshape(out.shape))) ** 2)
-
-    # After one step, every kernel has a gradient.
-    params = jax.tree.map(np.subtract, params, gradient(params, frames.features))
-    second = jax.tree_util.tree_leaves_with_path(gradient(params, frames.features))
-    moved = {jax.tree_util.keystr(path): np.abs(leaf).max() > 1e-5 for path, leaf in second}
-    assert all(moves for path, moves in moved.items() if "bias" not in path), moved
-
-    for scale in (0, 1e4):
-        for leaf in jax.tree.leaves(gradient(made.randomised(params), scale * frames.features)):
-            assert np.isfinite(leaf).all()
-
-
 def cosine_oracle(params, stats, frames, clips, *, feature_scale):
     """Returns the embedding and the logits. If `stats` is None, BatchNorm uses the batch."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
@@ -476,17 +418,6 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         np.testing.assert_allclose(output.embedding, z, atol=1e-6)
         np.testing.assert_allclose(output.logits[:, 0], logits, atol=1e-5)
         np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
-
-
-def test_cosine_net_of_a_single_modality_learns_no_weight():
-    """A weight below 0 would negate all cosines, and its gradient is only rounding errors."""
-    frames, clips = made.make_batch()
-    face = {"face": made.DIMS["face"]}
-    model = identifier.make_identifier(COSINE, modalities=face, num_classes=5, num_clips=6)
-
-    variables = made.init_identifier(model, {"face": frames["face"]}, clips)
-
-    assert "weights" not in variables["params"]
 
 
 def test_margin_loss_and_its_gradient_use_the_learned_scale():

@@ -3,9 +3,7 @@
 import functools
 import resource
 import shutil
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -71,7 +69,7 @@ def ranked(run, clips):
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
 
-def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypatch):
+def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     folder = train("knn")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     refused(lambda: predict.restore(tmp_path), "no run in")
@@ -84,10 +82,6 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypa
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
-
-    monkeypatch.chdir(folder.parent)
-    best = predict.restore(folder.name, step="best", num_devices=1)
-    assert best.workdir == folder and best.step == best.manifest["step"]
 
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
@@ -140,6 +134,21 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
     ):  # fmt: skip
         with pytest.warns(UserWarning, match="names of training clips, but .* as new"):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
+
+
+@pytest.mark.optimized
+def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
+    program = (
+        "import sys\n"
+        "for name in ('tensorflow', 'tensorflow_datasets', 'pyarrow'): sys.modules[name] = None\n"
+        "import numpy as np\nfrom vidjax.evaluation import predict\n"
+        "from tests.test_predict import faces\n"
+        "np.save(sys.argv[2], predict.restore(sys.argv[1]).scores(faces(9)))"
+    )
+    python(program, train("knn"), tmp_path / "scores.npy")
+
+    wanted = predict.restore(train("knn"), num_devices=1).scores(faces(9))
+    np.testing.assert_array_equal(np.load(tmp_path / "scores.npy"), wanted)
 
 
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
