@@ -115,8 +115,8 @@ def test_identities_only_in_the_test_split_get_no_class(small, tmp_path):
     write_truth(small, "test", {"t0": "6", "t1": "77"})
     records = prepare(small, tmp_path / "cache")
 
+    truth = load_official_truth(small, records.clips)
     with pytest.warns(UserWarning, match="1 clips of test show identities that are not in"):
-        truth = load_official_truth(small, records.clips)
         identities, labels, report = label_records(records, truth)
 
     assert identities == ("4", "6")

@@ -12,7 +12,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax.data import sources
-from vidjax.evaluation import predict, scoring
+from vidjax.evaluation import predict
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs import config as config_lib
 from vidjax.utils import files
@@ -84,6 +84,11 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
         predict.restore(tmp_path)
 
 
+def test_best_step_can_be_restored(train):
+    run = predict.restore(train("knn"), step="best", num_devices=1)
+    assert run.workdir == train("knn") and run.step == run.manifest["step"]
+
+
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
 def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
@@ -138,17 +143,20 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
 
 @pytest.mark.optimized
 def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
-    program = (
-        "import sys\n"
+    clips, given, scored = faces(9), tmp_path / "clips.npz", tmp_path / "scores.npy"
+    np.savez(given, **{name: clip["face"] for name, clip in clips.items()})
+
+    python(
+        "import sys\nfolder, given, scored = sys.argv[1:]\n"
         "for name in ('tensorflow', 'tensorflow_datasets', 'pyarrow'): sys.modules[name] = None\n"
         "import numpy as np\nfrom vidjax.evaluation import predict\n"
-        "from tests.test_predict import faces\n"
-        "np.save(sys.argv[2], predict.restore(sys.argv[1]).scores(faces(9)))"
+        "clips = {name: {'face': x} for name, x in np.load(given).items()}\n"
+        "np.save(scored, predict.restore(folder).scores(clips))",
+        *(train("knn"), given, scored),
     )
-    python(program, train("knn"), tmp_path / "scores.npy")
 
-    wanted = predict.restore(train("knn"), num_devices=1).scores(faces(9))
-    np.testing.assert_array_equal(np.load(tmp_path / "scores.npy"), wanted)
+    wanted = predict.restore(train("knn"), num_devices=1).scores(clips)
+    np.testing.assert_array_equal(np.load(scored), wanted)
 
 
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
@@ -180,14 +188,6 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     refused(lambda: few.identify(three), *words)
     assert few.identify(three, threshold=-1.0) == many.identify(three)
     assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
-
-
-def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
-    run = predict.restore(train("knn"), num_devices=1)
-    monkeypatch.setattr(scoring, "find_least_free_bytes", lambda mesh: 1e6)
-    run.config.eval.block_size = 2**20
-    words = "=1048576:", " GB ", "\nadd --config.eval.block_size="
-    refused(lambda: run.rank(clips["val"]), *words)
 
 
 @pytest.mark.parametrize(("features", "message"), [

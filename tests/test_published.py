@@ -302,7 +302,6 @@ def test_deepmef_weight_decay_applies_to_every_parameter():
             np.testing.assert_allclose(params[name], wanted[name], rtol=1e-6)
 
 
-@pytest.mark.nightly
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
     """scripts/main.sh, get_mask_index: view v hides chunk v of 16, or of 32 for only the scene."""
     config, system = official(f"{DEEPMEF},views")
