@@ -93,6 +93,13 @@ def cosines(count=400, columns=6, seed=2):
     return values, rng.integers(0, columns, count).astype(np.int32)
 
 
+def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
+    cosine, labels = cosines()
+    expected = 30 * (cosine - 0.15 * (np.arange(6) == labels[:, None]))
+    harder = losses.cosine_margin(30 * cosine, labels, margin=0.15, scale=30.0)
+    np.testing.assert_allclose(harder, expected, atol=1e-5)
+
+
 @nightly_after_first("margin", [0.5, 1.5])
 def test_angular_margin_matches_the_equation(margin):
     """The oracle computes ArcFace from the angle, in float64."""
@@ -159,18 +166,25 @@ def test_impossible_loss_specifications_are_refused(spec, message):
         losses.make_objective(whole, None, 10, logit_scale=1.0)
 
 
-@pytest.mark.parametrize(("learned", "scale"), [(None, 30), (np.full(1, 20, np.float32), 20)])
-def test_loss_with_the_option_margin_gets_plain_logits_and_their_scale(learned, scale, monkeypatch):
-    """The loss adds the margin itself. The scale is fixed, or the model learns it."""
+@pytest.mark.parametrize("scale", [30.0, 20.0])
+def test_loss_with_the_option_margin_gets_plain_logits_and_the_scale_of_the_model(
+    scale, monkeypatch
+):
+    """The loss adds the margin itself. The model learns the scale, which is 30 at the start."""
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
         return logits[:, 0] + logit_scale * margin
 
     monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
     spec = config_lib.default().loss.to_dict() | {"classification": "with_margin", "margin": 0.5}
-    loss = losses.make_loss(spec, None, steps_per_epoch=10, logit_scale=30.0)
-
+    objective = losses.make_objective(spec, None, 10, logit_scale=30.0)
     logits, labels = example()
-    value = loss(logits, labels, np.int32(0), learned)
 
-    np.testing.assert_allclose(value, logits[:, 0] + 0.5 * scale, rtol=1e-6)
+    @jax.value_and_grad
+    def total(scale):
+        output: Any = losses.ModelOutput(logits[:, None], logits, logit_scale=scale[None])
+        return jnp.sum(objective(output, labels, np.ones(7, bool), jnp.int32(0)))
+
+    value, gradient = total(jnp.float32(scale))
+    np.testing.assert_allclose(value, logits[:, 0].sum() + 7 * 0.5 * scale, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 7 * 0.5, rtol=1e-6)

@@ -57,17 +57,6 @@ def test_impossible_ensemble_specifications_are_refused(change, message):
         make_model(config.to_dict(), TaskSpec({"face": 8}, 12, None, 20, 1, train_other=True))
 
 
-def test_folds_split_every_identity_evenly():
-    rng = np.random.default_rng(0)
-    labels = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 9, 40)))
-    folds = ensemble.assign_folds(labels, 5, seed=3)
-    all_clips, of_identities = labels >= 0, [labels == identity for identity in range(40)]
-    for rows in (all_clips, *of_identities):
-        counts = np.bincount(folds[rows], minlength=5)
-        assert counts.max() - counts.min() <= 1
-    assert (folds != ensemble.assign_folds(labels, 5, seed=4)).any()
-
-
 def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     """Members score the clips that they were not trained on. Both were trained on clip c."""
     trained = np.array([[True, False, True], [False, True, True]])

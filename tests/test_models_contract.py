@@ -94,11 +94,7 @@ def test_main_model_may_use_only_some_modalities():
     assert shapes == {"main": (6, 8), "other": (9, 6)}
 
 
-def threshold(config, data):
-    return (plan_lib.make_plan(config, data).task.settings or {}).get("threshold")
-
-
-def test_fallback_threshold_is_a_quantile_of_the_training_clips_if_it_is_fitted(data):
+def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_number(data):
     """The norm uses all features of a face, although a member of `views` sees only a part."""
     words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
     both = "--config.data.train_splits=train,val"
@@ -111,14 +107,14 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_if_it_is_fitted(
             if len(frames.features):
                 norms.append(np.linalg.norm(np.float64(frames.features), axis=-1).mean())
         wanted = np.sort(norms)[int(0.2 * len(norms))]  # of train, then of train and val
-        assert threshold(config, data) == pytest.approx(wanted, rel=1e-6)
+        fitted: Any = plan_lib.make_plan(config, data).task.settings
+        assert fitted["threshold"] == pytest.approx(wanted, rel=1e-6)
 
-    # Without a share, nothing is fitted.
-    absolute, share = "--config.model.threshold=2.5", "--config.model.threshold_share=0"
-    for config in (shrunk(), shrunk(absolute, share, spec=DEEPMEF_RUN)):
-        assert threshold(config, data) is None
+    absolute = shrunk("--config.model.threshold=2.5", spec=DEEPMEF_RUN)
     with pytest.raises(ValueError, match="set one of them to 0"):
-        threshold(shrunk(absolute, spec=DEEPMEF_RUN), data)
+        plan_lib.make_plan(absolute, data)
+    absolute.model.threshold_share = 0.0
+    assert plan_lib.make_plan(absolute, data).task.settings is None
 
 
 # name of a case -> (specification of a model, width of the embedding)
@@ -249,9 +245,8 @@ def test_bfloat16_outputs_are_close_to_float32_with_float32_parameters(name):
     fresh = jax.eval_shape(lambda: tiny.init_identifier(half.model, net.frames, net.clips))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
 
-    output, _ = evaluated(*net)
-    other, inputs = evaluated(*half)
-    assert_embedded(other, inputs)
+    (output, _), (other, _) = evaluated(*net), evaluated(*half)
+    assert other.embedding.dtype == other.logits.dtype == np.float32
     scale = net.model.logit_scale
     assert 0 < np.abs(other.logits - output.logits).max() < (0.03 if scale == 1 else 0.02 * scale)
 
@@ -308,30 +303,23 @@ def test_impossible_model_options_are_refused(spec, options, message):
         tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
 
 
-def assert_embedded(output, inputs):
-    """Asserts that the embedding is the input of the classifier.
-
-    A fallback has two classifiers. Its embedding has a unit vector of each branch, or zeros if the
-    branch has the weight 0 for a clip.
-    """
-    assert output.embedding.dtype == output.logits.dtype == np.float32
-    assert np.isfinite(output.embedding).all()
-    if len(inputs) > 1:
-        unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in inputs]
-        counts = np.asarray(output.eval_weight) > 0
-        inputs = [np.concatenate([x * counts[:, i, None] for i, x in enumerate(unit)], axis=1)]
-    (vector,) = inputs
-    np.testing.assert_allclose(output.embedding, vector.astype(jnp.float32), rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_embedding_is_the_input_of_the_classifier(name):
-    _, width = MODELS[name]
+    """The embedding of a fallback is the unit vectors that its two classifiers get.
+
+    A unit vector is replaced by 0 if its classifier has the weight 0 for a clip.
+    """
     net = made(name)
     output, inputs = evaluated(*net)
-    assert output.embedding.shape == (len(net.clips.mask), width)
-    if name == "knn":  # it has no classifier
+
+    wanted = inputs
+    if name == "fallback":
+        weights = np.moveaxis(np.asarray(output.eval_weight), 1, 0)[..., None]
+        counted = [x * (weight > 0) for x, weight in zip(inputs, weights, strict=True)]
+        wanted = [x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-12) for x in counted]
+    if name == "knn":  # it has no classifier, and compares mean faces
         face = net.frames["face"]
         real = face._replace(mask=face.mask & net.clips.mask[:, None])
-        inputs = [fusion.mean_frame(real).features[:, 0]]
-    assert_embedded(output, inputs)
+        wanted = [fusion.mean_frame(real).features[:, 0]]
+    np.testing.assert_allclose(output.embedding, np.hstack(wanted), rtol=1e-6, atol=1e-7)
+    assert output.embedding.shape[1] == MODELS[name][1]

@@ -224,13 +224,6 @@ def test_plda_probabilities_are_calibrated(num_people):
     assert abs(result.new - 0.5) < 0.03 and result.error <= 0.03
 
 
-def test_settings_are_fitted_on_all_clips_of_some_identities_if_clips_are_many():
-    labels = np.concatenate([np.zeros(50, int), np.random.default_rng(0).integers(1, 3001, 9000)])
-    drawn = plda_fit.draw_identities(labels, 0)
-    assert 0.95 * plda_fit.MAX_FITTED_CLIPS < drawn.sum() <= plda_fit.MAX_FITTED_CLIPS
-    assert not {*labels[drawn]} & {0, *labels[~drawn]}
-
-
 def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     settings = plda_fit.fit_settings({"face": np.eye(3)}, np.array([1, 2, 3]), {}, 0)
     assert settings == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)

@@ -50,16 +50,6 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     assert not list((tmp_path / "x").iterdir())
 
 
-def test_pickle_without_frames_is_an_empty_modality(tmp_path):
-    path = tmp_path / "body_val.pickle"
-    impossible_shape = hostile.wide(0, 10**36)
-    for data, modality in ((python2.dumps({b"a": []}), "body"), (impossible_shape, "audio")):
-        path.write_bytes(data)
-        empty = sandbox.unpack(path, modality, tmp_path / "out")
-        assert empty.names == ("a",) and empty.lengths.tolist() == [0] and empty.seen == 0
-        assert empty.features.shape == (0, 0) and empty.frames["box"].shape == (0, 4)
-
-
 def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     names = ["face_train", "face_train_v2", "face_val_v2", "body_val_val", "my-scene_2_test"]
     others = ["._face_val.pickle", "face_val.pickle.bak", "face_dev.pickle", "head_val.pkl"]

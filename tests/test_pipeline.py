@@ -11,7 +11,6 @@ from tests.helpers.clip_files import RAGGED, ragged_clips, random_clip, write_ra
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.core.batch import Frames
-from vidjax.data import clips as clips_lib
 
 COUNTS = {"train": 45, "val": 26}
 MAX_FRAMES = 7
@@ -78,9 +77,6 @@ def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
         assert epoch[2].batch_mask.tolist() == [True] * 7 + [False]
         for frames in epoch[2].frames.values():
             assert not any(field[7:].any() for field in frames)
-    split = dataset.split("train")
-    plan = clips_lib.make_batch_plan([split], ("face",), epoch_clips=examples, **STREAM)
-    assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 23 + 8]
 
 
 @streams
@@ -122,15 +118,6 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
             assert places
             starts |= {*places} if modality == "face" and total == 10 else set()
     assert starts == {0, 1, 2, 3}  # of windows of 7 of 10 frames
-
-
-def test_count_cropped_counts_clips_and_lost_frames(dataset):
-    splits = [dataset.split(name) for name in ("train", "val")]
-    counts = clips_lib.count_cropped(splits, ("face", "audio"), MAX_FRAMES)
-    faces = [len(clip.features) for clips in CLIPS.values() for clip in clips["face"].values()]
-    lost = np.maximum(np.array(faces) - MAX_FRAMES, 0)
-    assert counts["face"] == {"clips": np.count_nonzero(lost), "frames": lost.sum()}
-    assert counts["audio"] == {"clips": 0, "frames": 0}
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 4), ("val", 64)])
