@@ -1,6 +1,7 @@
 """Losses against loops written from their equations, at extremes, and mixed over epochs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,13 +94,6 @@ def cosines(count=400, columns=6, seed=2):
     return values, rng.integers(0, columns, count).astype(np.int32)
 
 
-def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
-    cosine, labels = cosines()
-    expected = 30 * (cosine - 0.15 * (np.arange(6) == labels[:, None]))
-    harder = losses.cosine_margin(30 * cosine, labels, margin=0.15, scale=30.0)
-    np.testing.assert_allclose(harder, expected, atol=1e-5)
-
-
 @nightly_after_first("margin", [0.5, 1.5])
 def test_angular_margin_matches_the_equation(margin):
     """The oracle computes ArcFace from the angle, in float64."""
@@ -113,7 +107,27 @@ def test_angular_margin_matches_the_equation(margin):
         np.testing.assert_allclose(margin_fn(30 * cosine, labels), expected, atol=1e-9)
     logits = (30 * cosine).astype(np.float32)
     np.testing.assert_allclose(margin_fn(logits, labels), expected, atol=2e-3)
+    assert margin_fn(logits.astype(np.float16), labels).dtype == np.float32
     assert losses.angular_margin(logits, labels, margin=0, scale=30.0) is logits
+
+
+@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
+def test_margins_accept_a_learned_scale_of_each_clip(margin_fn):
+    cosine, labels = cosines()
+    scales = jnp.where(labels % 2, 20.0, 3.0)
+    given = (cosine * scales[:, None]).astype(np.float32)
+    harder = margin_fn(given, labels, margin=0.3, scale=scales)
+    for parity, scale in enumerate((3.0, 20.0)):
+        rows = labels % 2 == parity
+        expected = margin_fn(given[rows], labels[rows], margin=0.3, scale=scale)
+        np.testing.assert_allclose(harder[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
+    cosine, labels = cosines()
+    expected = 30 * (cosine - 0.15 * (np.arange(6) == labels[:, None]))
+    harder = losses.cosine_margin(30 * cosine, labels, margin=0.15, scale=30.0)
+    np.testing.assert_allclose(harder, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -131,24 +145,6 @@ def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
 
     assert np.isfinite(totals(logits)).all()
     assert np.isfinite(jax.jit(jax.jacrev(totals))(logits)).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
-def test_margins_accept_one_scale_per_branch(margin_fn):
-    """A model may learn a scale for each of its G branches. Then labels are [B, G]."""
-    values, labels = cosines(count=9)
-    scales = np.array([20.0, 3.0], np.float32)
-    branches = (values[:, None] * scales[:, None]).astype(np.float32)
-    both = np.stack([labels, labels], axis=1)
-    margin_fn = jax.jit(functools.partial(margin_fn, margin=0.3))
-
-    harder = margin_fn(branches, both, scale=scales)
-
-    for branch, scale in enumerate(scales):
-        expected = margin_fn(branches[:, branch], labels, scale=float(scale))
-        np.testing.assert_allclose(harder[:, branch], expected, rtol=1e-5, atol=1e-5)
-    assert margin_fn(branches.astype(np.float16), both, scale=scales).dtype == np.float32
 
 
 @pytest.mark.parametrize(("spec", "message"), [

@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import shrunk
+from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import metrics
 from vidjax.evaluation import ranking, significance, topk
 from vidjax.evaluation.analysis import measures
