@@ -492,7 +492,6 @@ def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=Fals
 def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
     """The cases are the paper's net and the simplest nets of its table 3."""
     config = config_io.load_file(f"mma:published,{words}").to_dict()
-    assert config["data"]["crop"] == "quality"  # the best frames of the clip, not of a window
     sizes = {name: WIDTHS[name] for name in config["modalities"]}
     spec = {**config["model"], "embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
     model = identifier.make_identifier(spec, modalities=sizes, num_classes=7, num_clips=4)

@@ -271,8 +271,7 @@ def test_dropout_is_used_only_in_training(name):
     with_another_seed = learned(*dropping, seed=6)[0].logits
     assert not np.array_equal(with_dropout, with_another_seed)
 
-    without, with_dropout = (evaluated(*net)[0].logits for net in (plain, dropping))
-    np.testing.assert_array_equal(with_dropout, without)
+    evaluated(*dropping)  # without a random key, so dropout would raise an error
 
 
 @pytest.mark.parametrize(("spec", "options", "message"), [

@@ -59,10 +59,6 @@ def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> N
     assert np.bincount(drawn).max() < 0.45 * len(drawn)
     assert (drawn != plan.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
 
-    # Without clusters, the same clips get the same mirror classes.
-    without_clusters = plan.initial_labels(np.full(1000, -1), LAYOUT, seed=3)
-    np.testing.assert_array_equal(drawn, without_clusters[clusters == -1])
-
 
 def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]

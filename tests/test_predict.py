@@ -158,8 +158,7 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
 def test_threshold_needs_at_least_99_distractors(restored, new):
     """The threshold lets 1 % of strangers pass."""
     run = restored("knn")
-    with_face = {name: clip for name, clip in new.items() if clip["face"]["number"]}
-    three = first(with_face, 3)
+    three = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
 
