@@ -198,6 +198,9 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
         lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in identities])
         assert lost == pytest.approx(np.exp(-n), abs=0.02)
 
+    uses = ensemble.count_clip_uses(make_members(bootstraps=2), labels, 0, 0, "all")
+    np.testing.assert_array_equal(uses, of_all[:2])
+
 
 def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])

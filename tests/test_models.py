@@ -25,9 +25,6 @@ from vidjax.models.layers import CosineClassifier, Dropout, NetVLAD, drop_modali
 from vidjax.models.multimodal import MultimodalAttention, SigmoidGate
 from vidjax.runs import config_io
 
-DRAW = np.random.default_rng(0).normal
-# An input, a kernel, and weights of the output.
-OPERANDS = [DRAW(size=shape).astype("f4") for shape in ((40, 30), (30, 50), (40, 50))]
 FLOAT64 = jnp.dtype("float64")
 SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
 COSINE = {"name": "cosine", "embed_dim": 7}
@@ -144,7 +141,9 @@ def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
-    x, kernel, weight = OPERANDS
+    draw = np.random.default_rng(0).normal
+    operands = [draw(size=shape).astype("f4") for shape in ((40, 30), (30, 50), (40, 50))]
+    x, kernel, weight = operands  # `weight` multiplies the output
 
     def matmul(x, kernel) -> Any:
         return layers.trained_matmul(x, kernel, jnp.dtype(dtype))
@@ -158,7 +157,7 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     assert {value.dtype, *(g.dtype for g in gradients)} == {jnp.dtype("float32")}
 
     # Products of rounded numbers are exact, so only sums in float32 are rounded.
-    x, kernel, weight = (a.astype(dtype).astype(np.float64) for a in OPERANDS)
+    x, kernel, weight = (a.astype(dtype).astype(np.float64) for a in operands)
     expected = (x @ kernel, weight @ kernel.T, x.T @ weight)
     for ours, oracle in zip((value, *gradients), expected, strict=True):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-5)

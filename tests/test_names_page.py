@@ -79,8 +79,3 @@ def test_page_allows_only_its_script_and_escapes_names():
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script
-
-
-def test_ignored_clips_are_folded_at_the_end():
-    html = render([seen(0, 9, None, None), seen(50, 51)])
-    assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")
