@@ -399,6 +399,30 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
 
 
+def test_cosine_net_of_a_single_modality_learns_no_weight():
+    """A weight below 0 would negate all cosines, and its gradient is only rounding errors."""
+    frames, clips = made.make_batch()
+    face = {"face": made.DIMS["face"]}
+    model = identifier.make_identifier(COSINE, modalities=face, num_classes=5, num_clips=6)
+
+    variables = made.init_identifier(model, {"face": frames["face"]}, clips)
+
+    assert "weights" not in variables["params"]
+
+
+@pytest.mark.slow
+def test_fallback_keeps_the_learned_logit_scale_of_each_model():
+    frames, clips = made.make_batch()
+    dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
+    spec = {"name": "fallback", "main": dense, "other": COSINE, "other_modalities": ("head",)}
+    model: Any = made.make_model(spec)
+    variables = made.init_identifier(model, frames, clips)
+    variables["params"]["other"]["scale"] = np.float32(21)
+
+    output = made.eval_output(model, variables, frames, clips)
+    np.testing.assert_array_equal(output.logit_scale, [16, 21])
+
+
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
     """Returns X after attention, and the weights Y [M, M]: equations 1 to 3 for one clip.
 

@@ -13,6 +13,7 @@ from tests.helpers import clip_files
 from tests.helpers.made_galleries import make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import changes
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.cli import program
 from vidjax.data import labels, memory
@@ -85,6 +86,11 @@ def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say):
     words = (gallery.folder, f"--identity={NFD}", "--json")
     assert say("gallery", "list", *words)["identities"] == {NFC: 5}
     assert say("gallery", "remove", *words)["removed"] == 5 and NFC not in gallery
+
+
+def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "clean_identity", lambda name: name)
+    refused(lambda: make(tmp_path / "g", {"x": make_clip(1, NFD)}), "has invalid letters")
 
 
 @pytest.mark.parametrize(("name", "other"), [

@@ -6,6 +6,7 @@ Classes are "other", identities, clusters of distractors, and a mirror class of 
 import numpy as np
 import pytest
 
+from tests.helpers.seen import refused
 from vidjax.core.batch import NoiseClassLayout
 from vidjax.training import plan
 
@@ -66,3 +67,7 @@ def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     new = plan.relabel(labels, predicted, LAYOUT)
     np.testing.assert_array_equal(new, np.where(moves, predicted + 5, labels))
     np.testing.assert_array_equal(plan.relabel(new, predicted, LAYOUT), new)  # nothing moves twice
+
+
+def test_vectors_that_are_not_finite_are_not_clustered() -> None:
+    refused(lambda: plan.cluster(np.eye(3) * np.nan, eps=0.5, min_samples=2), "not finite")
