@@ -107,7 +107,27 @@ def test_angular_margin_matches_the_equation(margin):
         np.testing.assert_allclose(margin_fn(30 * cosine, labels), expected, atol=1e-9)
     logits = (30 * cosine).astype(np.float32)
     np.testing.assert_allclose(margin_fn(logits, labels), expected, atol=2e-3)
+    assert margin_fn(logits.astype(np.float16), labels).dtype == np.float32
     assert losses.angular_margin(logits, labels, margin=0, scale=30.0) is logits
+
+
+@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
+def test_margins_accept_a_learned_scale_of_each_clip(margin_fn):
+    cosine, labels = cosines()
+    scales = jnp.where(labels % 2, 20.0, 3.0)
+    given = (cosine * scales[:, None]).astype(np.float32)
+    harder = margin_fn(given, labels, margin=0.3, scale=scales)
+    for parity, scale in enumerate((3.0, 20.0)):
+        rows = labels % 2 == parity
+        expected = margin_fn(given[rows], labels[rows], margin=0.3, scale=scale)
+        np.testing.assert_allclose(harder[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
+    cosine, labels = cosines()
+    expected = 30 * (cosine - 0.15 * (np.arange(6) == labels[:, None]))
+    harder = losses.cosine_margin(30 * cosine, labels, margin=0.15, scale=30.0)
+    np.testing.assert_allclose(harder, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -127,45 +147,6 @@ def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
     assert np.isfinite(jax.jit(jax.jacrev(totals))(logits)).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
-def test_margins_accept_one_scale_per_branch(margin_fn):
-    """A model may learn a scale for each of its G branches. Then labels are [B, G]."""
-    values, labels = cosines(count=9)
-    scales = np.array([20.0, 3.0], np.float32)
-    branches = (values[:, None] * scales[:, None]).astype(np.float32)
-    both = np.stack([labels, labels], axis=1)
-    margin_fn = jax.jit(functools.partial(margin_fn, margin=0.3))
-
-    harder = margin_fn(branches, both, scale=scales)
-
-    for branch, scale in enumerate(scales):
-        expected = margin_fn(branches[:, branch], labels, scale=float(scale))
-        np.testing.assert_allclose(harder[:, branch], expected, rtol=1e-5, atol=1e-5)
-    assert margin_fn(branches.astype(np.float16), both, scale=scales).dtype == np.float32
-
-
-def make_loss(spec, class_mask=None, logit_scale=1.0):
-    """Makes a loss as configured, with 10 steps per epoch."""
-    spec = config_lib.default().loss.to_dict() | spec
-    return losses.make_loss(spec, class_mask, 10, logit_scale=logit_scale)
-
-
-def test_loss_schedule_mixes_two_losses_and_compiles_once():
-    logits, labels = example()
-    schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))  # (epoch, focal share)
-    loss: Any = jax.jit(make_loss({"gamma": 2.0, "schedule": schedule}))
-
-    every_class = np.full(9, True)
-    focal = oracle("binary", logits, labels, 2.0, every_class)
-    softmax = oracle("softmax", logits, labels, 0.0, every_class)
-    # 10 steps are an epoch. Between two epochs of the schedule, the share is interpolated.
-    for step, weight in [(0, 0.75), (239, 0.75), (241, 1), (550, 0.75), (9999, 0.5)]:
-        expected = weight * focal + (1 - weight) * softmax
-        np.testing.assert_allclose(loss(logits, labels, np.int32(step)), expected, rtol=1e-5)
-    assert loss._cache_size() == 1
-
-
 @pytest.mark.parametrize(("spec", "message"), [
     ({"margin": 0.5}, "config.loss.margin=0.5 needs a cosine classifier"),
     ({"schedule": ((float("nan"), 1),)}, "finite"),
@@ -181,39 +162,25 @@ def test_impossible_loss_specifications_are_refused(spec, message):
         losses.make_objective(whole, None, 10, logit_scale=1.0)
 
 
-def test_loss_functions_get_plain_logits_and_their_scale(monkeypatch):
-    """The function adds the margin. The scale is fixed (30), or the model learns it (20)."""
+@pytest.mark.parametrize("scale", [30.0, 20.0])
+def test_loss_with_the_option_margin_gets_plain_logits_and_the_scale_of_the_model(
+    scale, monkeypatch
+):
+    """The loss adds the margin itself. The model learns the scale, which is 30 at the start."""
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
-        label = np.arange(6) == labels[:, None]
-        harder = logits - logit_scale * margin * label
-        return losses.softmax_cross_entropy(harder, labels, class_mask)
+        return logits[:, 0] + logit_scale * margin
 
     monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
+    spec = config_lib.default().loss.to_dict() | {"classification": "with_margin", "margin": 0.5}
+    objective = losses.make_objective(spec, None, 10, logit_scale=30.0)
+    logits, labels = example()
 
-    values, labels = cosines(count=9)
-    logits = (30 * values).astype(np.float32)
-    # A quarter of the loss is the focal loss, with the margin of the configuration.
-    spec = {"classification": "with_margin", "margin": 0.3, "schedule": ((0, 0.25),)}
-    loss = jax.jit(make_loss(spec, logit_scale=30.0))
+    @jax.value_and_grad
+    def total(scale):
+        output: Any = losses.ModelOutput(logits[:, None], logits, logit_scale=scale[None])
+        return jnp.sum(objective(output, labels, np.ones(7, bool), jnp.int32(0)))
 
-    for scale, learned in ((30.0, None), (20.0, np.full(1, 20, np.float32))):
-        plain = with_margin(logits, labels, logit_scale=scale, margin=0.3)
-        harder = losses.angular_margin(logits, labels, margin=0.3, scale=scale)
-        wanted = 0.25 * losses.binary_focal(harder, labels) + 0.75 * plain
-        np.testing.assert_allclose(loss(logits, labels, np.int32(0), learned), wanted, rtol=1e-5)
-
-
-def test_loss_functions_get_the_options_of_their_signature(monkeypatch):
-    """One function takes all options. The other function takes only logits and labels."""
-
-    def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):
-        assert (logit_scale, gamma, label_smoothing, beta) == (4.0, 3.0, 0.1, 7)
-        return logits[..., class_mask].sum(axis=-1)
-
-    options = {"gamma": 3.0, "label_smoothing": 0.1, "beta": 7, "classification": "own"}
-    for function, wanted in ((takes_all, 2), (lambda logits, labels: logits[..., 0], 1)):
-        monkeypatch.setitem(losses.CLASSIFICATION, "own", function)
-        loss = make_loss(options, class_mask=np.array([False, True, True]), logit_scale=4.0)
-        value = loss(jnp.ones((2, 3)), jnp.ones(2, jnp.int32), jnp.int32(0))
-        np.testing.assert_array_equal(value, wanted)
+    value, gradient = total(jnp.float32(scale))
+    np.testing.assert_allclose(value, logits[:, 0].sum() + 7 * 0.5 * scale, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 7 * 0.5, rtol=1e-6)

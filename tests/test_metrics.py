@@ -14,9 +14,9 @@ from scipy import special, stats
 from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import assert_equal_weights, shrunk
-from vidjax.core import devices, metrics
+from vidjax.core import metrics
 from vidjax.evaluation import ranking, significance, topk
-from vidjax.evaluation.analysis import analysis, measures
+from vidjax.evaluation.analysis import measures
 from vidjax.evaluation.report import run_page
 from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config_io
@@ -152,16 +152,15 @@ def test_identification_errors_match_a_direct_count(dtype):
     for _ in range(40):
         scores = tied_scores(rng, 60).astype(dtype)
         known, correct = rng.random((2, 60)) < 0.6
+        num_strangers = np.sum(~known)
         fpir = float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
 
         errors = metrics.identification_errors(scores, correct, known, fpir=fpir)
 
-        assert (errors is None) == (1 / (np.sum(~known) + 1) > fpir)  # too few strangers
+        assert (errors is None) == (1 / (num_strangers + 1) > fpir)  # too few strangers
         if errors is None:
             continue
-        assert np.isfinite(errors).all() and all(type(value) is float for value in errors)
         assert dtype(errors.threshold) == errors.threshold
-
         # The rates are counts of the clips whose scores reach the threshold.
         scores = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
         passed = scores >= dtype(errors.threshold)
@@ -169,15 +168,14 @@ def test_identification_errors_match_a_direct_count(dtype):
         missed = 1 - (passed & correct)[known].mean()
         assert errors.fnir == pytest.approx(missed, rel=0, abs=1e-15)
 
-        # The threshold is the lowest that keeps the rate, even if a new stranger also passes. At a
-        # lower threshold, the best of the refused strangers would pass.
-        def rate_with_a_new_stranger(threshold, of_strangers=scores[~known]):
-            return (np.sum(of_strangers >= threshold) + 1) / (len(of_strangers) + 1)
-
-        assert rate_with_a_new_stranger(dtype(errors.threshold)) <= fpir
+        # The rate is kept even if one more stranger comes and passes. With a lower threshold, the
+        # best of the refused strangers would pass, and the rate would be exceeded.
+        num_passed = np.sum(passed[~known])
+        assert (num_passed + 1) / (num_strangers + 1) <= fpir
         refused = scores[~known & (scores > -np.inf) & ~passed]
         if len(refused):
-            assert rate_with_a_new_stranger(refused.max()) > fpir
+            num_passed += np.sum(refused == refused.max())
+            assert (num_passed + 1) / (num_strangers + 1) > fpir
             assert np.nextafter(refused.max(), refused.max() + 1) == dtype(errors.threshold)
 
 
@@ -228,6 +226,8 @@ TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 @pytest.mark.slow
 def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     facts, arrays, _ = analysed
+    assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
+    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
     assert arrays["positives"].sum() == KNOWN and arrays["train_clips"].sum() == TRAINED
 
     # Histograms of scores and calibration count the clips that have frames.
@@ -265,11 +265,8 @@ def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
 
 
 @pytest.mark.slow
-def test_analysis_leaves_the_run_as_it_is_and_attention_sums_to_one(workdir, analysed, trained):
+def test_analysis_does_not_change_the_weights_of_a_run(workdir, trained):
     assert_equal_weights(trained(SPEC), workdir)
-    facts, arrays, _ = analysed
-    assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
-    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -290,19 +287,6 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     # If the analysis fails, the analysis of the earlier results is deleted.
     assert (folder / "analysis.npz").exists() == (module is run_page)
-
-
-def test_quality_of_a_clip_is_the_mean_over_its_frames(nearest_run, data):
-    model, mesh = small_runs.restored(nearest_run, data), devices.make_mesh(1)
-    quality, attention = analysis.measure_quality_and_attention(
-        model, "val", mesh, 16, attention=False
-    )
-    assert attention is None
-    for clips, packed in data.packed("val", ("face",)):
-        face = packed["face"]
-        for clip, start, length in zip(clips, face.start, face.length, strict=True):
-            own = face.quality[start : start + length]
-            assert quality[clip] == pytest.approx(own.mean() if length else 0.0, rel=1e-6)
 
 
 def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
@@ -329,19 +313,6 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     of_all, _ = scored.averages_among(labels > 0)
     wanted = metrics.mean_average_precision(index, labels, positives)
     assert of_all.mean() == pytest.approx(wanted)
-
-
-def test_best_list_of_a_clip_contains_its_highest_score():
-    # The lists of two identities. They contain clips 2, 0 and 2, 1, 0.
-    scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
-    index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
-    top, everyone = topk.TopK(scores, index), np.ones(4, bool)
-    scored = measures.ScoredSplit(top, np.zeros(4, int), list("abcd"), everyone, np.zeros(2, int))
-
-    best, highest = scored.best_lists
-
-    np.testing.assert_array_equal(highest, np.array([0.5, 0.7, 0.9, -np.inf], np.float32))
-    assert best.tolist() == [0, 1, 0, -1]  # clip 2 has equal scores in both: the first list wins
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
@@ -388,19 +359,6 @@ def test_open_set_summary_equals_identification_errors():
         assert (row["threshold"], row["fpir"], row["fnir"]) == wanted
         assert row["fpir_low"] < row["fpir_high"]
         assert row["fnir_low"] <= row["fnir"] <= row["fnir_high"]
-
-
-def test_rates_have_no_threshold_if_strangers_are_too_few():
-    """FPIRs of 1 % and 10 % need at least 99 and 9 strangers."""
-    for num_strange, reported in ((8, []), (9, [9]), (98, [9]), (99, [99, 9])):
-        clips, labels = normal(np.random.default_rng(0), num_strange)
-        rows = open_set(clips, labels, 200)["rates"]
-        assert [row["fewest"] for row in rows] == [99, 9]
-        assert [row["fewest"] for row in rows if "threshold" in row] == reported
-
-    all_known, all_strange = np.maximum(labels, 1), np.zeros_like(labels)
-    for labels in (all_known, all_strange):
-        assert open_set(clips, labels, 200) is None
 
 
 @pytest.mark.nightly

@@ -59,8 +59,6 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
         assert loaded == {"x": NFC, "y": NFC} != {"x": NFD, "y": NFC}
     inverted = write("val_gt.txt", f"{nfd} x.mp4\n{nfc} y.mp4\n")
     refused(lambda: labels.load_ground_truth(inverted), "already in line 1")
-    write("unknown.tsv", f"clip\tidentity\nx\tAda{ZWSP}\n")
-    refused(lambda: answers_lib.read_groups(groups), "unknown.tsv: line 2: identity")
 
     # Folders of photos.
     face = {"face": np.ones((1, 4), np.float32)}
@@ -110,11 +108,3 @@ def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other,
     words = shlex.split(message.partition("the same: ")[2])
     assert words[0] == "vidjax" and program.main(words[1:]) == 0
     assert Gallery(gallery.folder).identities == {name: 2}
-
-
-def test_creating_a_gallery_with_similar_names_gives_one_warning(tmp_path):
-    clips = {str(n): make_clip(n, x) for n, x in enumerate(("Ada", "ada", "Eve", "EVE", "Bo"))}
-    with pytest.warns(UserWarning, match="'Eve' looks like 'EVE'.*\\(similar names: 2\\)"):
-        gallery = make(tmp_path / "g", clips)
-    with pytest.warns(UserWarning, match="looks like 'Bo'"):
-        gallery.rename("Eve", "BO")

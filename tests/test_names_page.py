@@ -73,21 +73,9 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     assert "Doubtful" not in render(appearances[1:2], answers)
 
 
-def test_long_lists_of_times_are_folded_and_short_times_show_tenths():
-    html = render([seen(n, n + 0.5, probability=1.0, clip=f"c{n}") for n in range(40)])
-    assert "34 more" in html and "over 99 %" in html
-    words = text_of(render([seen(*times) for times in ((0, 0.36), (59.97, 60.2), (7, 7))]))
-    assert "0:00.0\u20130:00.4 95 % 1:00.0\u20131:00.2 95 % 0:07.0 95 %" in words
-
-
 def test_page_allows_only_its_script_and_escapes_names():
     name = '"><script>alert(1)</script>'
     html = render([seen(0, 1, name)], people=[name])
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script
-
-
-def test_ignored_clips_are_folded_at_the_end():
-    html = render([seen(0, 9, None, None), seen(50, 51)])
-    assert html.index("left:50") < html.index("<summary>ignored (1)</summary>")

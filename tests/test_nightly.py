@@ -112,7 +112,6 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     names: dict[str, Any] = {}
     exec(compile(program, str(RECIPES), "exec"), names)  # noqa: S102
     client = names["client"]
-    assert client.count("people").count == 2
 
     near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)
     for name, x in zip(("Ada", "Grace"), near, strict=True):

@@ -76,21 +76,18 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
 
     assert commands_of_setup("pip", "vidjax", "tensorflow") == []
 
-    # Installed packages keep their versions, and no second TensorFlow is installed.
+    # Installed packages keep their versions.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["rank"], *extras["train"]]
     needed.remove("vidjax[rank]")
-    for name in ("tensorflow", "tf_nightly"):
-        ((python, *words),) = commands_of_setup("jax", "jaxlib", "numpy", name)
-        assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
-        kept = {"jax", "jaxlib", "numpy", name} - {"tf_nightly"}
-        assert {word for word in words if "==" in word} == {f"{x}=={HOSTED[x]}" for x in kept}
-        asked, wanted = (
-            {re.split(r"[<>=;\[ ]", word)[0] for word in specs} for specs in (words[4:], needed)
-        )
-        assert asked == wanted | kept
-    assert not capsys.readouterr().out
+    ((python, *words),) = commands_of_setup(*HOSTED)
+    assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
+    assert {word for word in words if "==" in word} == {f"{x}=={HOSTED[x]}" for x in HOSTED}
+    asked, wanted = (
+        {re.split(r"[<>=;\[ ]", word)[0] for word in specs} for specs in (words[4:], needed)
+    )
+    assert asked == wanted | {*HOSTED} and not capsys.readouterr().out
 
     # If jax is too old, it is upgraded together with its plugin for CUDA.
     ((_, *words),) = commands_of_setup("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")

@@ -69,18 +69,18 @@ def test_short_runs_have_positive_learning_rates(decay, total):
     assert ((computed > 0) & (computed <= np.float32(0.1))).all(), computed
 
 
-@pytest.mark.parametrize(("weight_decay", "weights", "gradient", "wanted"), [
+@pytest.mark.parametrize(("weight_decay", "wanted"), [
     # The gradient has the norm 5 and is clipped to the norm 1: -0.1 * (3, 4) / 5.
-    (0.0, [0.0, 0.0], [3.0, 4.0], [-0.06, -0.08]),
+    (0.0, [[-0.06, -0.08]]),
     # The decay 0.5 * 2 is not clipped: -0.1 * ((3, 4) / 5 + (1, 1)).
-    (0.5, [[2.0, 2.0]], [[3.0, 4.0]], [[-0.16, -0.18]]),
+    (0.5, [[-0.16, -0.18]]),
 ], ids=["clipped gradient", "weight decay"])  # fmt: skip
-def test_sgd_step_matches_hand_computed_updates(weight_decay, weights, gradient, wanted):
+def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
     spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0}
     tx = make_optimizer({**spec, "clip_norm": 1.0, "weight_decay": weight_decay}, total_steps=10)
-    params, grads = ({"w": jnp.asarray(x)} for x in (weights, gradient))
-    updates: Any = tx.update(grads, tx.init(params), params)[0]
-    np.testing.assert_allclose(updates["w"], wanted, rtol=1e-6)
+    weights, gradient = jnp.array([[2.0, 2.0]]), jnp.array([[3.0, 4.0]])
+    updates: Any = tx.update(gradient, tx.init(weights), weights)[0]
+    np.testing.assert_allclose(updates, wanted, rtol=1e-6)
 
 
 def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
@@ -127,15 +127,9 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
 @pytest.mark.parametrize(("spec", "message"), [
     ({"name": "lion"}, "choose from adam, sgd"),
     ({"decay": "linear"}, "choose from constant, cosine, piecewise, steps"),
-    ({"decay": "piecewise", "points": ((0, 1), (-1, 1))}, r"config\.optim\.points"),
+    *(({"decay": "piecewise", "points": points}, r"config\.optim\.points.* must be .* in order")
+      for points in ((), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),))),
 ])  # fmt: skip
 def test_impossible_optimiser_specifications_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer({**SPEC, **spec}, total_steps=1)
-
-
-def test_points_of_a_schedule_must_be_finite_pairs_in_order():
-    wrong: Any = ((), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),))
-    for points in wrong:
-        with pytest.raises(ValueError, match=r"^mirrors.* must be .* in order"):
-            optim.make_piecewise(points, name="mirrors")

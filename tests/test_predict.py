@@ -5,7 +5,6 @@ import resource
 import shutil
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,7 +13,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax.data import sources
-from vidjax.evaluation import predict, scoring
+from vidjax.evaluation import predict
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs import config as config_lib
 from vidjax.utils import files
@@ -71,7 +70,7 @@ def ranked(run, clips):
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
 
-def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypatch):
+def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     folder = train("knn")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     refused(lambda: predict.restore(tmp_path), "no run in")
@@ -85,9 +84,10 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path, monkeypa
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
 
-    monkeypatch.chdir(folder.parent)
-    best = predict.restore(folder.name, step="best", num_devices=1)
-    assert best.workdir == folder and best.step == best.manifest["step"]
+
+def test_best_step_can_be_restored(train):
+    run = predict.restore(train("knn"), step="best", num_devices=1)
+    assert run.workdir == train("knn") and run.step == run.manifest["step"]
 
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
@@ -118,8 +118,6 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
     has_frames = np.isfinite(scores[order]).any(axis=1)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), has_frames, atol=1e-5)
     np.testing.assert_array_equal(run.embed(data), vectors[np.argsort(order)])
-    dims = {"mma": (3 + 1 + 1) * 16, "cosine": 3 * 16, "knn": 24, "ensemble": 3 * 2 * 8}
-    assert vectors.shape[1] == dims.get(name, vectors.shape[1])
 
 
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
@@ -186,8 +184,7 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
 def test_threshold_needs_at_least_99_distractors(restored, new):
     """The threshold lets 1 % of strangers pass."""
     run = restored("knn")
-    with_face = {name: clip for name, clip in new.items() if clip["face"]["number"]}
-    three = first(with_face, 3)
+    three = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
 
@@ -196,27 +193,6 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     refused(lambda: few.identify(three), *words)
     assert few.identify(three, threshold=-1.0) == many.identify(three)
     assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
-
-
-def test_block_size_that_exceeds_memory_is_refused(train, clips, monkeypatch):
-    run = predict.restore(train("knn"), num_devices=1)
-    monkeypatch.setattr(scoring, "find_least_free_bytes", lambda mesh: 1e6)
-    run.config.eval.block_size = 2**20
-    words = "=1048576:", " GB ", "\nadd --config.eval.block_size="
-    refused(lambda: run.rank(clips["val"]), *words)
-
-
-def test_repeated_single_clip_calls_do_not_recompile(restored, clips, caplog):
-    run = restored("knn")
-    few = [dict([item]) for item in first(clips["val"], 6).items()]
-    run = run._replace(results={**run.results, "num_distractors": 0})
-    for function in (run.scores, run.rank, run.identify):
-        first_answers = [function(clip) for clip in few]
-        caplog.clear()
-        with jax.log_compiles():
-            answers = [function(clip) for clip in few]
-        assert not [line for line in caplog.messages if "ompiling" in line], function
-        np.testing.assert_equal(answers, first_answers)
 
 
 @pytest.mark.parametrize(("features", "message"), [
@@ -241,7 +217,6 @@ def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
         last_clips = dict(list(clips.items())[-count:])
         np.testing.assert_array_equal(run.scores(last_clips), scores[-count:])
         np.testing.assert_array_equal(run.embed(last_clips), vectors[-count:])
-        assert all(len(ranked) == count for ranked in run.rank(last_clips).values())
 
 
 def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path):
