@@ -1,8 +1,6 @@
 """Run folders of strangers: links, pipes, enormous files and paths in them are errors."""
 
-import functools
 import json
-import operator
 import os
 import shutil
 import time
@@ -21,10 +19,10 @@ from vidjax.cli import check_command, program, run_commands
 from vidjax.core import devices
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
-from vidjax.runs import checkpoint, config_io, results, schemas
+from vidjax.runs import checkpoint, config_io, results
 from vidjax.runs import config as config_lib
 from vidjax.runs.run_folder import RunFolder
-from vidjax.utils import errors, files
+from vidjax.utils import files
 
 IMPORTED = (codec, check_command, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
@@ -66,10 +64,7 @@ def words_of(mode, folder):
 
 @pytest.fixture
 def complaint(command):
-    """Returns a function that runs modes on a folder; it returns exit codes and output.
-
-    Each mode must end in bounded time, with at most three lines of errors.
-    """
+    """Runs modes on a folder; returns exit codes and output. Errors must be quick and short."""
 
     def run(folder, *modes):
         results = []
@@ -112,26 +107,20 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     assert (tmp_path / "metrics.jsonl").read_text() == "mine\nmore\n"
 
 
-def test_nan_threshold_in_metrics_json_is_refused(stranger):
-    """With this threshold, all people would silently count as strangers."""
-    (stranger / "metrics.json").write_text('{"threshold_at_fpir_0.01": NaN}')
-    refused(RunFolder(stranger).metrics, "a number, not NaN - at `$.threshold_at_fpir_0.01`")
-
-
 @pytest.mark.parametrize("mode", quick_first(READ, 2))
 def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complaint, mode):
+    a_link = ("' is a link", "by a copy of its target")
+    words = {"pipe": ["' is a pipe"], "link": a_link, "zero": a_link, "folder": []}
     for name in READ[mode]:
         path = stranger / name
         kept = path.rename(stranger / "kept")
         content = kept.read_bytes()
 
-        for kind in ("pipe", "link", "zero", "folder"):
+        for kind, expected in words.items():
             mutations.put(path, kind, kept)
             ((code, output),) = complaint(stranger, mode)
             assert code in (2, 3) and name in output, output
-            if kind != "folder":
-                assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in output, output
-                assert kind == "pipe" or "by a copy of its target" in output
+            assert all(word in output for word in expected), output
 
         assert kept.read_bytes() == content
         path.rmdir()
@@ -170,7 +159,10 @@ def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
     assert code == 2 and "analysis.npz" in output and peak < 64 * files.MB
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"map": 1e999}'])
+@pytest.mark.parametrize("content", [
+    b"", b"\xff\xfe", b"[]", b'{"map": 1e999}', b'{"map": "high"}',
+    b'{"threshold_at_fpir_0.01": NaN}',  # would silently make everybody a stranger
+])  # fmt: skip
 def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
     (stranger / "metrics.json").write_bytes(content)
     for code, output in complaint(stranger, "report", "compare"):
@@ -178,51 +170,14 @@ def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complain
         assert "metrics.json' is damaged" in output and "vidjax evaluate" in output
 
 
-def keys_of(value, path=()):
-    """Yields the path of every value in JSON; of a list, only the first item."""
-    items = value.items() if isinstance(value, dict) else enumerate(value[:1])
-    for key, item in items:
-        yield (*path, key)
-        yield from keys_of(item if isinstance(item, (dict, list)) else {}, (*path, key))
-
-
-# Keys whose values may have any type, or one of several types.
-FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
-
-
-@pytest.mark.parametrize("kind", [schemas.Metrics, schemas.Analysis, schemas.Manifest])
-def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
-    """Each value is replaced by values of each type, and put back."""
-    value = made_runs.example(kind, {})
-    schemas.parse(tmp_path, value, kind, "REMEDY")
-
-    refused, numbers = 0, {int: float}
-    for path in keys_of(value):
-        holder = functools.reduce(operator.getitem, path[:-1], value)
-        old = holder[path[-1]]
-        for new in mutations.WEIRD:
-            holder[path[-1]] = new
-            try:
-                schemas.parse(tmp_path, value, kind, "REMEDY")
-                # Accepted values have the same type as the old value, or are None.
-                kinds = {numbers.get(type(x), type(x)) for x in (old, new) if x is not None}
-                assert FREE & {*path} or len(kinds) < 2, (path, new)
-            except errors.UserError as error:
-                first, remedy = str(error).splitlines()
-                assert remedy == "REMEDY" and any(str(key) in first for key in path), first
-                refused += 1
-        holder[path[-1]] = old
-
-    assert refused > 100
-
-
 WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}
 
 
 @pytest.mark.parametrize(("values", "arrays"), [
     ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
+    ({"worst": 5}, {}),
     ({}, {"attention": np.zeros((20_000, 2), np.float32)}), ({}, {"ap": np.array([0.5])}),
-], ids=["number of an identity", "clips of attention", "one of two identities"])  # fmt: skip
+], ids=["number of an identity", "type", "number of clips", "one of two identities"])  # fmt: skip
 def test_analysis_with_wrong_types_or_sizes_is_one_error(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
     ((code, output),) = complaint(stranger, "report")
@@ -238,6 +193,9 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
+
+    (place / "3").symlink_to(save(tmp_path / "other", 3))
+    assert load(place.parent)[1]["step"] == 2
 
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
@@ -304,21 +262,6 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
             checkpoint.verify(state.parent)
         with pytest.raises(checkpoint.DamagedError, match=r"\.zarray"), mutations.alarm():
             checkpoint.load(saved, ITEMS, everywhere)
-
-
-def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
-    real = save(tmp_path / "other", 1)
-    save(tmp_path / "run", 0)
-    link = tmp_path / "run" / "checkpoints" / "1"
-    before = (real / "manifest.json").read_bytes()
-    link.symlink_to(real, target_is_directory=True)
-
-    with pytest.raises(checkpoint.DamagedError, match="is a link"):
-        checkpoint.verify(link)
-    assert load(tmp_path / "run")[1]["step"] == 0
-
-    checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
-    assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
