@@ -1,7 +1,6 @@
 """Faults of the environment: missing packages, unusable folders, logs that a kill has cut."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import socket
@@ -105,15 +104,6 @@ def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, 
 
     assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
     assert "pip install 'vidjax[train]'" in printed and not error_of_check
-
-
-@pytest.mark.slow
-def test_error_for_a_gpu_without_its_extra_names_the_extra():
-    if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):
-        pytest.skip("the extra cuda is installed")
-    done = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
-    assert done.returncode == 2
-    assert "needs 'vidjax[cuda13]'" in done.stdout and "'vidjax[cuda12]'" in done.stdout
 
 
 # A process that uses a folder for a minute.
