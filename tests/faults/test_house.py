@@ -4,37 +4,26 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import execute
 from tests.helpers import limits
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import contents
 from vidjax.runs.results import Logs, truncate_log
 from vidjax.utils import files
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words, env=None, cwd=ROOT, command=(sys.executable, "-m", "vidjax.main")):
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run([*command, *words], cwd=cwd, env=env, capture_output=True, text=True)
-
-
-RUN_EACH = """
-import json, sys
-from vidjax.cli.program import main
-for words in json.loads(sys.argv[1]):
-    sys.stderr.write(f"exit {main(words)}\\n")
-"""
-
 
 def complaints(*commands, env):
     """Runs commands in one process; returns the error of each command, and what they print."""
-    done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", RUN_EACH))
+    program = (
+        "import sys\nfrom vidjax.cli.program import main\n"
+        f"for words in {commands}: sys.stderr.write(f'exit {{main(words)}}\\n')"
+    )
+    done = execute(("-c", program), limits.ROOT, **env)
     *errors, end = done.stderr.split("exit 2\n")
     assert len(errors) == len(commands) and not end, done.stderr
     assert all(len(error.splitlines()) <= 3 and "Traceback" not in error for error in errors)
@@ -43,7 +32,7 @@ def complaints(*commands, env):
 
 @pytest.fixture
 def without(tmp_path):
-    """Returns the environment of a process for which some packages are not installed."""
+    """Returns the environment of a process in which some packages are not installed."""
 
     def hide(*names):
         folder = tmp_path / "hidden"
@@ -51,7 +40,7 @@ def without(tmp_path):
         for name in names:
             error = f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n"
             (folder / f"{name}.py").write_text(error)
-        return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        return {"PYTHONPATH": f"{folder}{os.pathsep}{limits.ROOT}"}
 
     return hide
 
@@ -70,7 +59,7 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
     # A run imports these packages later. It would write records and programs into the cache.
     env = without("tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
-    commands = (["--config=configs/knn.py", f"--workdir={place}"] for place in places)
+    commands = (["--config=knn", f"--workdir={place}"] for place in places)
     errors, _ = complaints(*commands, env=env)
 
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
@@ -80,27 +69,26 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_core_works_without_optional_packages(without, tmp_path):
+def test_core_works_without_optional_packages(without, tmp_path, python):
     env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
-    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vidjax").rglob("*.py")]
-    modules = [".".join(path.parts) for path in paths]
-    code = (
+    paths = (limits.ROOT / "vidjax").rglob("*.py")
+    modules = [".".join(x.relative_to(limits.ROOT).with_suffix("").parts) for x in paths]
+    python(
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
-        "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))"
-    )
-
-    done = run(env=env, cwd=tmp_path, command=(sys.executable, "-c", code))
-    assert done.returncode == 0, done.stdout + done.stderr
+        "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))",
+        cwd=tmp_path, **env,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_dir):
     env = without("tensorflow_datasets")
-    data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
+    data = ["--config=knn:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     data.append(f"--config.data.cache_dir={tmp_path}/cache")  # without records: they need no TFDS
-    both = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
 
-    (error, error_of_check), printed = complaints(*both, env=env)
+    (error, error_of_check), printed = complaints(
+        [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"], env=env
+    )
 
     assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
     assert "pip install 'vidjax[train]'" in printed and not error_of_check
@@ -120,8 +108,7 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     lock, here = tmp_path / ".lock", f"on {socket.gethostname()}"
     with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
-        train = ("train", f"--config={limits.ROOT}/configs/knn.py")
-        for words in (train, ("evaluate",)):
+        for words in (("train", "--config=knn"), ("evaluate",)):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")

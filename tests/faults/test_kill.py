@@ -173,29 +173,6 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, face
 
 
 @pytest.mark.nightly
-def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, campaign):
-    (run, trained), rng = disturbed("quality_fusion"), random.Random(fault_seed)
-    words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
-    run.finish()
-    began = time.monotonic()
-    run.finish(*words)
-    seconds, evaluated = time.monotonic() - began, run.outcome()
-    assert trained.items() <= evaluated.items()
-    assert "ranking_test.txt" in {*evaluated} - {*trained}
-
-    for _ in range(50 if campaign else 1):
-        process = run.start(*words)
-        time.sleep(rng.uniform(0.3, 1.0) * seconds)
-        process.kill()
-        process.wait()
-        assert run.outcome() == evaluated
-
-    (run.workdir / "ranking_test.txt").unlink()
-    run.finish(*words)
-    assert run.outcome() == evaluated
-
-
-@pytest.mark.nightly
 def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     """A signal before the first step or a second signal stops it at once."""
     run, wanted = disturbed("quality_fusion")
