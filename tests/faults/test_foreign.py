@@ -311,17 +311,23 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, con
         mutations.put(path, kind, tmp_path / "kept")
         refused(lambda: reload(cache, converted), "delete")
         path.rmdir() if kind == "folder" else path.unlink()
-    for text in ("{}", "[[["):
-        path.write_text(text * 1000)
-        refused(lambda: reload(cache, converted), "delete")
+    flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])
+    for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
+        path.write_bytes(damaged)
+        refused(lambda: reload(cache, converted), name.strip("*"), "delete")
 
-    if name == "manifest.json":  # a link in place of the folder of all records
-        path.write_bytes(kept)
-        theirs = path.parents[1].rename(tmp_path / "mine")
-        path.parents[1].symlink_to(theirs, target_is_directory=True)
-        before = contents(theirs)
-        refused(lambda: reload(cache, converted), "is a link")
-        assert contents(theirs) == before
+
+def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, converted):
+    cache = shutil.copytree(converted[0], tmp_path / "cache")
+    (manifest,) = cache.rglob("manifest.json")
+    folder = manifest.parents[1]
+    theirs = folder.rename(tmp_path / "theirs")
+    folder.symlink_to(theirs, target_is_directory=True)
+    before = contents(theirs)
+
+    refused(lambda: reload(cache, converted), "is a link")
+
+    assert contents(theirs) == before
 
 
 @pytest.mark.parametrize("change", [

@@ -188,25 +188,6 @@ def test_random_damage_of_shards_is_found_when_they_are_read(copied, source, tmp
         assert len(verify(copied)) == 1
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "index.npz", "data_report.json"])
-def test_random_damage_of_manifest_index_or_report_is_found_at_load(copied, name, campaign):
-    assert verify(copied) == []
-    rng, path = np.random.default_rng(3), copied.folder / name
-    whole = path.read_bytes()
-    for _ in range(40 if campaign else 1):
-        cut = whole[: int(rng.integers(len(whole)))]
-        for content in (flip(rng, whole, 1), cut, whole + b"x", b"[" * 100_000):
-            write_with_old_time(path, content)
-            error = refused(lambda: manifest_lib.load_records(copied.folder))
-            for message in (error, *verify(copied)):
-                assert f"{copied.folder}: the converted data are damaged: " in message
-                assert name in message
-
-    path.unlink()
-    assert name in refused(lambda: manifest_lib.load_records(copied.folder))
-    assert len(verify(copied)) == 1
-
-
 def convert_command(source, cache):
     words = [str(source), f"--cache_dir={cache}", "--workers=2"]
     return [sys.executable, "-m", "vidjax.data.iqiyi_vid", *words]
@@ -271,9 +252,6 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, seconds) if killed else 0)
         killed.append(process.returncode == -signal.SIGKILL)
-        left = names(root)
-        if killed[-1] and not any((root / name / "manifest.json").exists() for name in left):
-            assert len(left) == 1, left
 
         # The next conversion succeeds, even while children of the killed conversion still run.
         again = subprocess.run(words, capture_output=True)
