@@ -26,8 +26,7 @@ from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, children_of, file_limit, running
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import cards, features_folder, pipeline
-from vidjax.apps.video import film as film_lib
+from vidjax.apps.video import features_folder, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -268,41 +267,34 @@ def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here)
     assert [path.name for path in (features / "thumbnails").iterdir()] == ["1"]
 
 
-def write_originals(place):
-    """Writes films of drawn people; returns file name -> bytes of the films and of photos."""
-    faces = [("Ada", 20, 30), ("Bob", 80, 50)]
-    for path, codec in ((place / "a.mkv", "libx264"), (place / "a.avi", "mpeg4")):
-        write_film(path, (1, 20, faces), (1, 60, faces[:1]), codec=codec)
-    sound = drawn_people.tone(440, 3)
-    write_film(place / "sound.mp4", (3, 20, faces[:1]), sound=sound, codec="libx264")
-    found = {path.name: path.read_bytes() for path in sorted(place.glob("*.*"))}
-    for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
-        found[name] = films.photo(drawn_people.picture(faces), codec, orientation=6)
-    return found
-
-
 def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, campaign):
     """The files are read in this process, without the limits of a child."""
     models = drawn_people.write_voices(drawn_people.write_models(tmp_path / "models"))
-    nets = film_lib.load_nets(cards.load(models), 640)
-    settings = features_folder.ExtractionSettings()
-    for name, content in write_originals(tmp_path).items():
-        path, became = tmp_path / name, Counter()
+    faces, sound = [("Ada", 20, 30), ("Bob", 80, 50)], drawn_people.tone(440, 2)
+    for name, codec, options in (
+        ("a.mkv", "libx264", {}), ("a.avi", "mpeg4", {}), ("a.mp4", "libx264", {"sound": sound}),
+    ):  # fmt: skip
+        write_film(tmp_path / name, (1, 20, faces), (1, 60, faces[:1]), codec=codec, **options)
+    for name, codec in {"a.png": "png", "a.jpg": "mjpeg", "a.webp": "libwebp"}.items():
+        photo = films.photo(drawn_people.picture(faces), codec, orientation=6)
+        (tmp_path / name).write_bytes(photo)
+
+    for path in tmp_path.glob("a.*"):
+        content, became = path.read_bytes(), Counter()
         for number in range(1000 if campaign else 25):
-            rng, began = random.Random(f"{fault_seed} {name} {number}"), time.process_time()
+            rng, began = random.Random(f"{fault_seed} {path.name} {number}"), time.process_time()
             path.write_bytes(content)
             rng.choice((flip, cut, insert, repeat))(path, rng)
 
-            stamp = features_folder.FileStamp.of(path)
             try:
-                found = film_lib.extract(path, tmp_path, "x", nets, settings, stamp, "0" * 64)
+                found, _ = drawn_people.extract(path, tmp_path / "out", models)
                 lost = found.corrupt or found.refused or found.lost_sound
                 became["damaged" if found.damaged or lost else "whole"] += 1
             except (UserError, MemoryError) as error:  # a mutation can make a size enormous
-                assert len(str(error).splitlines()) <= 3, (name, number)
+                assert len(str(error).splitlines()) <= 3, (path, number)
                 became["refused"] += 1
-            assert time.process_time() - began < 10, (name, number)
-        assert became["refused"] and became["whole"], (name, became)
+            assert time.process_time() - began < 10, (path, number)
+        assert became["refused"] and became["whole"], (path, became)
 
 
 @pytest.mark.nightly

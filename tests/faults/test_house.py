@@ -129,14 +129,10 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert contents(tmp_path) == {"metrics.json": b"old"}
 
 
-def line_of(step, **values):
-    return json.dumps({"step": step, **values}) + "\n"
-
-
 def test_log_cut_at_any_byte_is_repaired(tmp_path):
     """The repaired log has exactly the complete lines up to the step."""
     path = tmp_path / "metrics.jsonl"
-    lines = [line_of(5), line_of(9), line_of(9, split="val"), line_of(10)]
+    lines = [f'{{"step": {step}}}\n' for step in (5, 9, 9, 10)]
     for cut in range(len("".join(lines)) + 1):
         path.write_text("".join(lines)[:cut])
 
@@ -149,10 +145,11 @@ def test_log_cut_at_any_byte_is_repaired(tmp_path):
 
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(line_of(1).encode() + b"\x00\xff\x00\n7\n" + line_of(3).encode() + b'{"st')
+    first, last = b'{"step": 1}\n', b'{"step": 3}\n'
+    path.write_bytes(first + b"\x00\xff\x00\n7\n" + last + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
         truncate_log(path, 5)
-    assert path.read_text() == line_of(1) + line_of(3)
+    assert path.read_bytes() == first + last
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])

@@ -79,16 +79,11 @@ class Run:
         return times
 
     def wait_for(self, phase, process):
-        end = time.monotonic() + 300
         while process.poll() is None and not self.signs(phase) - self.before[phase]:
-            assert time.monotonic() < end, self.output()
             time.sleep(0.002)
 
     def kill(self, phase, rng):
-        """Kills the command a short time after a phase has begun.
-
-        Returns False if the command had ended before.
-        """
+        """Kills the command soon after a phase has begun; returns False if it had ended before."""
         process = self.start()
         self.wait_for(phase, process)
         time.sleep(rng.uniform(0, PHASES[phase][1]))
