@@ -19,7 +19,6 @@ import resource
 import struct
 import sys
 import tarfile
-import time
 import traceback
 import zipfile
 from collections.abc import Iterator
@@ -348,30 +347,25 @@ def _used() -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
-def _adopt_orphans() -> None:
-    """Makes orphaned descendants children of this process, so that they are found at the end."""
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-
 def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
-    """Yields [name, error, CPU seconds, seconds, largest memory so far in MB] for every file.
+    """Yields [name, error, CPU seconds, largest memory so far in MB] for every file.
 
     The error is empty if the file loads to sound arrays.
     """
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
-    _adopt_orphans()
+    # PR_SET_CHILD_SUBREAPER: this process adopts orphans, so that they are found at the end.
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for path in sorted(folder.iterdir()):
-        cpu, start, error = _used()[0], time.perf_counter(), ""
+        cpu, error = _used()[0], ""
         try:
             children = _Fork(out_dir.parent) if quick else None
             check(sandbox.unpack(path, "face", out_dir, children=children), out_dir)
         except ValueError as refusal:
             assert not list(out_dir.iterdir()), "files are left"
             error = str(refusal)
-        seconds = time.perf_counter() - start
         after, memory = _used()
-        yield [path.name, error, after - cpu, seconds, memory]
+        yield [path.name, error, after - cpu, memory]
     with contextlib.suppress(ChildProcessError):
         raise AssertionError(f"a process is left: {os.waitpid(-1, os.WNOHANG)}")
 

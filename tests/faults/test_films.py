@@ -18,7 +18,6 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.benchmarks import extract
 from tests.campaigns.mutations import cut, flip, insert, repeat
 from tests.helpers import drawn_people, films
 from tests.helpers.clip_files import read_arrays
@@ -295,22 +294,6 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
                 became["refused"] += 1
             assert time.process_time() - began < 10, (path, number)
         assert became["refused"] and became["whole"], (path, became)
-
-
-@pytest.mark.nightly
-def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
-    shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
-    minute, peaks = drawn.folder / "minute.mp4", []
-    write_film(minute, *shots, codec="libx264")
-
-    for minutes in (2, 30):
-        out = drawn.folder / f"out{minutes}"
-        path = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
-        peaks.append(extract.peak(path, out, drawn.models))
-        (film,) = features_folder.read_films(out)
-        assert len(film.tracks) >= 25 * minutes  # of 30 a minute
-
-    assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks  # 1 GB and 30 MB
 
 
 def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
