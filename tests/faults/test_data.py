@@ -240,21 +240,19 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
     assert len(evaluated) == 512
 
 
-NAMES = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-rf", "a:b*c?", "$(x)")
-
-
 def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
+    names = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-rf", "a:b*c?", "$(x)")
     folder = tmp_path / "deep" / "down" / "official"
     folder.mkdir(parents=True)
-    content = {name.encode(): np.full(DIM, i, np.float32) for i, name in enumerate(NAMES)}
+    content = {name.encode(): np.full(DIM, i, np.float32) for i, name in enumerate(names)}
     (folder / "audio_val.pickle").write_bytes(python2.dumps(content))
 
     data = load(folder)
-    assert data.split("val").clips == tuple(sorted(NAMES, key=str.encode))
+    assert data.split("val").clips == tuple(sorted(names, key=str.encode))
     for name, features in features_of(data, "val", "audio").items():
-        assert features.tolist() == [[NAMES.index(name)] * DIM]
+        assert features.tolist() == [[names.index(name)] * DIM]
     made = {path.name for path in tmp_path.rglob("*")}
-    assert not made & {"passwd", "absolute", "-rf", *NAMES[:2]}
+    assert not made & {"passwd", "absolute", "-rf", *names[:2]}
 
 
 def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp_path):

@@ -30,23 +30,17 @@ def complaints(*commands, env):
     return errors, done.stdout
 
 
-@pytest.fixture
-def without(tmp_path):
+def without(folder, *packages):
     """Returns the environment of a process in which some packages are not installed."""
-
-    def hide(*names):
-        folder = tmp_path / "hidden"
-        folder.mkdir()
-        for name in names:
-            error = f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n"
-            (folder / f"{name}.py").write_text(error)
-        return {"PYTHONPATH": f"{folder}{os.pathsep}{limits.ROOT}"}
-
-    return hide
+    folder.mkdir()
+    for name in packages:
+        error = f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n"
+        (folder / f"{name}.py").write_text(error)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{limits.ROOT}"}
 
 
 @pytest.mark.slow
-def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mounted):
+def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
     """The error also comes before slow imports."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
@@ -57,7 +51,7 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
         places.append(read_only)
 
     # A run imports these packages later. It would write records and programs into the cache.
-    env = without("tensorflow", "tensorflow_datasets", "orbax")
+    env = without(tmp_path / "hidden", "tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
     commands = (["--config=knn", f"--workdir={place}"] for place in places)
     errors, _ = complaints(*commands, env=env)
@@ -69,8 +63,8 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_core_works_without_optional_packages(without, tmp_path, python):
-    env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
+def test_core_works_without_optional_packages(tmp_path, python):
+    env = without(tmp_path / "hidden", "torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = (limits.ROOT / "vidjax").rglob("*.py")
     modules = [".".join(x.relative_to(limits.ROOT).with_suffix("").parts) for x in paths]
     python(
@@ -81,8 +75,8 @@ def test_core_works_without_optional_packages(without, tmp_path, python):
 
 
 @pytest.mark.slow
-def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_dir):
-    env = without("tensorflow_datasets")
+def test_error_for_a_conversion_without_tfds_names_the_extra(tmp_path, official_dir):
+    env = without(tmp_path / "hidden", "tensorflow_datasets")
     data = ["--config=knn:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     data.append(f"--config.data.cache_dir={tmp_path}/cache")  # without records: they need no TFDS
 
