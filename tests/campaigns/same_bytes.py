@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
         env["VIDJAX_CACHE"] = args.cache or str(folder / "cache")
         for name in wanted:
-            began, at = time.monotonic(), f"--workdir={folder / name}"
+            at = f"--workdir={folder / name}"
             spec, overrides = RUNS.get(name, RUNS["mma"])
             words = (f"--config=configs/{spec}", at, *overrides)
             if name == "blend":  # two runs score val together
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name in ("mma", "vmap"):
                 run(("--mode=evaluate", at, "--config.eval.split=test"), env)
             found[name] = digests(folder / name)
-            sys.stdout.write(f"{name}: {time.monotonic() - began:.1f} s\n")
+            sys.stdout.write(f"{name}\n")
             args.out.write_text(json.dumps(found, indent=2) + "\n")
     if not args.against:
         return 0
@@ -112,7 +112,6 @@ def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-    sys.stdout.write(f"stopped with exit code {process.returncode}\n")
 
 
 def digests(workdir: Path) -> dict[str, str]:

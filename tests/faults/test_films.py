@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -79,21 +78,6 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
         assert all(ends_soon(child) for child in children), "a child goes on without its parent"
     finish(out)
     assert contents(out) == contents(whole)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_extract_reports_a_killed_worker_and_leaves_no_files(drawn):
-    film, out = drawn.film(), drawn.out
-    with start_extract(film, f"--out={out}", f"--models={drawn.models}", "--workers=1") as process:
-        while not (children := children_of(process.pid)) and process.poll() is None:
-            time.sleep(0.005)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        _, stderr = process.communicate(timeout=60)
-
-    assert process.returncode == 1 and "that reads it was killed" in stderr
-    assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
-    assert drawn.extract(film)[0]["clips"] == 4
 
 
 def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):

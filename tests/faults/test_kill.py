@@ -56,19 +56,18 @@ class Run:
         (folder / "cache").mkdir(parents=True)
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
-    def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
+    def start(self, *, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
         self.before = {phase: self.signs(phase) for phase in PHASES}
         places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
-        env = {**os.environ, **places, **QUICK, **env}
-        command = [*program, *(words or self.words)]
+        env, command = {**os.environ, **places, **QUICK, **env}, [*program, *self.words]
         with (self.folder / "output").open("w") as file:
             return subprocess.Popen(command, cwd=cwd, env=env, stdout=file, stderr=file)
 
     def output(self):
         return (self.folder / "output").read_text()
 
-    def finish(self, *words, **options):
-        assert self.start(*words, **options).wait(600) == 0, self.output()
+    def finish(self, **options):
+        assert self.start(**options).wait(600) == 0, self.output()
 
     def signs(self, phase):
         """Returns the files that show that a phase has begun, and their times."""

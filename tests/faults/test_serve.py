@@ -128,7 +128,6 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
 
 
 def test_server_conforms_to_its_openapi_description(tmp_path, fault_seed, campaign):
-    """Valid and invalid requests get a documented status, and no server error."""
     pytest.importorskip("schemathesis")
     servers.make_gallery(tmp_path / "g")
     with servers.served(tmp_path / "g") as server:
@@ -192,6 +191,5 @@ def change_and_identify(server, rng, enrolled, unsure, number):
     query = {"clips": servers.as_json({"q": servers.make_frames(number, person)}), "k": 100}
     status, answer = server.ask("POST", "/identify", query)
     named = {best["identity"] for best in answer["clips"][0]["best"]}
-    present = {person for person, is_enrolled in enrolled.items() if is_enrolled}
-    assert status == 200 and named >= present
-    assert not named & (enrolled.keys() - present)
+    assert status == 200
+    assert named & enrolled.keys() == {person for person, there in enrolled.items() if there}
