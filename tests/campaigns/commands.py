@@ -102,7 +102,6 @@ PLACES = [
     Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip",
          "such as face_train.pickle"),
     Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=lfs", "Git LFS"),
-    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=csv", "train_gt.txt"),
     Case("--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=official"
          " --config.data.cache_dir=file", "file'"),
     Case(f"{TRAIN} --config.data.dir=official", "--config.data.name=iqiyi_vid"),
@@ -146,9 +145,7 @@ def prepare_places(folder: Path) -> None:
     (folder / "zip" / "face_train.zip").touch()
     (folder / "file").write_text("")
     clip_files.write_learnable(folder / "official")
-    for name in ("lfs", "csv"):
-        shutil.copytree(folder / "official", folder / name)
-    (folder / "csv" / "train_gt.txt").rename(folder / "csv" / "train_gt.csv")
+    shutil.copytree(folder / "official", folder / "lfs")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
     (folder / "lfs" / "face_train.pickle").write_text(pointer)
     shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__*"))

@@ -21,7 +21,6 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
 
 PEOPLE = 100
-BATCH = 40  # people of the largest enrolment or removal
 SPANS = (0.001, 0.004, 0.03)  # most seconds from the start of a change to its kill
 CLIPS: dict[str, StoredClip] = {
     f"clip {n}": made_galleries.make_clip(n, f"person {n // 2}") for n in range(2 * PEOPLE)
@@ -32,7 +31,7 @@ def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
     """Yields ("remove", people) and then ("enrol", people) for the same people, without end."""
     rng = random.Random(seed)
     while True:
-        people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, BATCH]))
+        people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, 40]))
         yield from [("remove", people), ("enrol", people)]
 
 

@@ -245,8 +245,6 @@ GREED = {
     "a list in itself": b"}U\x01a]q\x00h\x00as.",
 }  # fmt: skip
 
-# Damage, and files that are not pickles.
-
 
 def damage(sound: bytes) -> dict[str, bytes]:
     """Returns name -> damaged version of the pickle `sound`, or a file of another format."""

@@ -219,7 +219,6 @@ def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, f
     assert config_io.load_workdir(finished).num_epochs == 6
     assert "num_epochs: 6.0 -> 5.0" in say(*words, f"--workdir={finished}", code=2)
     say(*words, *more, f"--workdir={finished}")
-    assert max(checkpoint.manifests(finished)) == 18
     assert json.loads((finished / "metrics.json").read_text())["step"] == 18
 
 

@@ -21,18 +21,13 @@ from tests.campaigns.mutations import cut, flip, insert, repeat
 from tests.helpers import drawn_people, films
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
-from tests.helpers.limits import ROOT, children_of, file_limit, running
+from tests.helpers.limits import ROOT, children_of, running
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-
-def start_extract(*words):
-    words = [sys.executable, "-m", "vidjax", "extract", *map(str, words)]
-    return running(words, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def ends_soon(pid):
@@ -50,17 +45,21 @@ def ends_soon(pid):
 def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
     rng = random.Random(fault_seed)
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    inputs = [drawn.film(), drawn.folder / "photo.png", f"--models={drawn.models}", "--workers=2"]
+    words = [sys.executable, "-m", "vidjax", "extract", drawn.film(), drawn.folder / "photo.png"]
+    words += [f"--models={drawn.models}", "--workers=2"]
     whole, out = drawn.folder / "whole", drawn.out
 
+    def start(out):
+        return running([*words, f"--out={out}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+
     def finish(out):
-        with start_extract(*inputs, f"--out={out}") as process:
+        with start(out) as process:
             _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
 
     finish(whole)
     for number in range(50 if campaign else 2):
-        with start_extract(*inputs, f"--out={out}") as process:  # is killed at the end of `with`
+        with start(out) as process:  # is killed at the end of `with`
             if number % 2 == 0:  # kills it while clips are written and moved
                 # Unlike glob, os.walk ignores folders that are deleted meanwhile.
                 while process.poll() is None and ".npz" not in str([*os.walk(out)]):
@@ -78,20 +77,6 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
         assert all(ends_soon(child) for child in children), "a child goes on without its parent"
     finish(out)
     assert contents(out) == contents(whole)
-
-
-def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
-    photo, out = drawn.folder / "photo.png", drawn.out
-    write_photo(photo, ("Ada", 20, 20))
-    inputs = [photo, drawn.film(), photo]
-
-    with file_limit(1500):  # room for extract.json, but not for the clips of the film
-        _, stderr = drawn.extract(*inputs, flags=["--workers=1"], code=2)
-
-    assert "File too large" in stderr
-    assert not [*out.glob("party*.npz"), *out.glob(".extract-*"), *out.rglob("*.partial")]
-    drawn.extract(*inputs)
-    assert {path.name for path in out.glob("*.npz")} == {"party.npz", "photo.npz"}
 
 
 def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):

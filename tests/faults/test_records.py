@@ -47,19 +47,14 @@ def write_source(folder, seed):
     return folder
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("source") / "official", 0)
-
-
-@pytest.fixture(scope="module")
-def converted(source, tmp_path_factory):
-    return prepare(source, tmp_path_factory.mktemp("cache"))
+@pytest.fixture
+def source(tmp_path):
+    return write_source(tmp_path / "official", 0)
 
 
 @pytest.fixture
-def copied(converted, tmp_path):
-    return manifest_lib.load_records(shutil.copytree(converted.folder, tmp_path / "copy"))
+def records(source, tmp_path):
+    return prepare(source, tmp_path / "cache")
 
 
 def shards_of(records):
@@ -109,9 +104,9 @@ def verify(records):
 
 
 @pytest.mark.slow
-def test_every_reader_reports_the_damaged_file_and_record(copied, source):
+def test_every_reader_reports_the_damaged_file_and_record(records, source):
     """A shard is damaged after it was opened, with or without a new size and time."""
-    shard = shards_of(copied)[5]
+    shard = shards_of(records)[5]
     whole = shard.path.read_bytes()
     places = boundaries(whole)
     # In record 18, a bit flips in the content, the length, or the checksum of the length.
@@ -127,25 +122,25 @@ def test_every_reader_reports_the_damaged_file_and_record(copied, source):
     for content, wanted in cases:
         shard.path.write_bytes(content)
 
-        (problem,) = verify(copied)
-        messages = [problem, refused(lambda: manifest_lib.load_records(copied.folder))]
-        for opened, read in itertools.product((copied, as_if_unchanged(copied)), READERS):
+        (problem,) = verify(records)
+        messages = [problem, refused(lambda: manifest_lib.load_records(records.folder))]
+        for opened, read in itertools.product((records, as_if_unchanged(records)), READERS):
             messages.append(refused(functools.partial(read, labelled(opened, source))))
 
         for message in messages:
             assert f"{shard.path}' {wanted}" in message or f"{shard.path}: {wanted}" in message
 
     shard.path.unlink()
-    data = labelled(copied, source)
-    for read in (*READERS, lambda _: manifest_lib.load_records(copied.folder)):
+    data = labelled(records, source)
+    for read in (*READERS, lambda _: manifest_lib.load_records(records.folder)):
         error = refused(functools.partial(read, data))
         assert f"{shard.path}' does not exist, but must have 30 records" in error
 
 
 @pytest.mark.slow
-def test_random_damage_of_shards_is_found_when_they_are_read(copied, source, tmp_path, campaign):
+def test_random_damage_of_shards_is_found_when_they_are_read(records, source, tmp_path, campaign):
     rng = np.random.default_rng(20)
-    path, second = (shard.path for shard in shards_of(copied)[:2])
+    path, second = (shard.path for shard in shards_of(records)[:2])
     whole, time_ns = path.read_bytes(), path.stat().st_mtime_ns
     places = boundaries(whole)
 
@@ -159,21 +154,21 @@ def test_random_damage_of_shards_is_found_when_they_are_read(copied, source, tmp
         for content in (flipped, cut, with_zeros, without_a_record):
             path.write_bytes(content)
             os.utime(path, ns=(time_ns, time_ns))  # a failing disk does not change the time
-            (problem,) = verify(copied)
-            data = labelled(as_if_unchanged(copied), source)
+            (problem,) = verify(records)
+            data = labelled(as_if_unchanged(records), source)
             read = functools.partial(READERS[rng.integers(len(READERS))], data)
             for error in (problem, refused(read)):
                 assert str(path) in error and ("record" in error or "sha256" in error)
 
     # Another shard takes the place of the shard, or the same shard of another conversion: its
     # clips have the same names and lengths, but other features.
-    stale = prepare(write_source(tmp_path / "other", 1), tmp_path / "cache")
+    stale = prepare(write_source(tmp_path / "other", 1), tmp_path / "other cache")
     for other in (second, shards_of(stale)[0].path):
         path.unlink()
         shutil.copy2(other, path)
-        for error in (*verify(copied), refused(lambda: manifest_lib.load_records(copied.folder))):
+        for error in (*verify(records), refused(lambda: manifest_lib.load_records(records.folder))):
             assert str(path) in error
-        assert len(verify(copied)) == 1
+        assert len(verify(records)) == 1
 
 
 def convert_command(source, cache):
