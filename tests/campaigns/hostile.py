@@ -16,9 +16,11 @@ import pickle
 import pickletools
 import random
 import resource
+import shutil
 import struct
 import sys
 import tarfile
+import time
 import traceback
 import zipfile
 from collections.abc import Iterator
@@ -72,9 +74,9 @@ RECONSTRUCT = name("numpy.core.multiarray _reconstruct")
 EMPTY = RECONSTRUCT + name("numpy ndarray") + b"K\x00\x85U\x01b\x87R"
 
 
-def array_pickle(*state: Any) -> bytes:
-    """Returns a pickle of an array with this state: version, shape, dtype, is Fortran, bytes."""
-    return EMPTY + part(state) + b"b."
+def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
+    """Returns a pickle of an array with this state: (version, shape, dtype, is Fortran, bytes)."""
+    return EMPTY.replace(name("numpy ndarray"), name(kind)) + part(state) + b"b."
 
 
 def dtype_pickle(code: bytes, *state: Any) -> bytes:
@@ -86,8 +88,8 @@ def dtype_pickle(code: bytes, *state: Any) -> bytes:
 class Attack(NamedTuple):
     """A pickle, and words that its error must contain."""
 
-    error_words: str
     data: bytes
+    error_words: str
 
 
 def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -115,47 +117,60 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "BUILD of a namespace", "types.SimpleNamespace", namespace
     of_class = name("argparse Namespace") + tuple_of(b"N", set_state) + b"b" + command + b"b."
     yield "BUILD of a class", "argparse.Namespace", of_class
-    known = call("copyreg add_extension", text("posix"), text("system"), part(7)) + b"0"
-    yield "EXT 7", "copyreg.add_extension", known + b"\x82\x07" + command + b"\x85R."
+    for number, code in {7: "8207", 257: "830101", 65537: "8401000100"}.items():
+        known = call("copyreg add_extension", text("posix"), text("system"), part(number)) + b"0"
+        data = known + bytes.fromhex(code) + command + b"\x85R."
+        yield f"EXT {number}", "copyreg.add_extension", data
     inner = b"B" + struct.pack("<I", len(run) + 1) + run + b"."
     yield "nested", "pickle.loads", call("pickle loads", inner) + b"."
     objects = part((3, b"|", None, None, None, -1, -1, 63))
     kind = call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b"
     state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
     yield "object array", "not a real number", array + state + b"b."
+    yield "partial", "functools.partial", call("functools partial", system, command) + b")R."
+    touch = call("builtins getattr", call("pathlib Path", path), text("touch"))
+    yield "getattr", "builtins.getattr", touch + b")R."
     some = name("builtins bytes")
     made = call("copy_reg _reconstructor", some, some, call("builtins list", lazy))
     yield "reconstructor", "copy_reg._reconstructor", made + b"."
     yield "within a clip", "os.system", b"}U\x01a](" + run + b"es."
+    yield "before a sound dict", "os.system", run + b"0}."
 
 
 def attacks(mark: Path) -> dict[str, Attack]:
     """Returns name -> pickle that would create the file `mark`, or do other harm."""
     path = text(str(mark))
-    routes = {words: Attack(*attack) for words, *attack in _routes(mark)}
-    routes |= {
-        "EXT1 unknown": Attack("extension code 1", b"\x80\x02\x82\x01."),
-        "PERSID": Attack("outside the file", b"Pthing\n."),
-        "BINPERSID": Attack("outside the file", b"NQ."),
-        "NEXT_BUFFER": Attack("out-of-band", b"\x80\x05\x97."),
-        "strange letters": Attack(r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
-    }
+    routes = {words: Attack(data, error_words) for words, error_words, data in _routes(mark)}
+    for words, error_words, data in (
+        ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
+        ("PERSID", "outside the file", b"Pthing\n."),
+        ("BINPERSID", "outside the file", b"NQ."),
+        ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
+        ("strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
+    ):
+        routes[words] = Attack(data, error_words)
     calls: dict[str, list[bytes]] = {
         "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
+        "io open": [path, text("w")],
         "os remove": [text(str(mark.parent / "keep"))],
-        "__main__ Array": [], "builtins bytearray": [b"J\xff\xff\xff\x7f"],
+        "subprocess Popen": [b"](" + text("touch") + path + b"e"],
+        "atexit register": [name("os system"), text(f"touch {mark}")],
+        "os _exit": [part(0)], "__main__ Array": [], "time sleep": [part(3600)],
+        "builtins bytearray": [b"J\xff\xff\xff\x7f"],
+        "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
+        "socket create_connection": [part(("127.0.0.1", 9))],
         "numpy.core.numeric load": [path],
         "_codecs decode": [part(b"ab"), text("zlib")],
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
     }  # fmt: skip
     for words, arguments in calls.items():
-        routes[words] = Attack(words.replace(" ", "."), call(words, *arguments) + b".")
+        routes[words] = Attack(call(words, *arguments) + b".", words.replace(" ", "."))
     for words in (
         "numpy ndarray.__init_subclass__.__self__",
         "numpy.core.numeric _frombuffer.__globals__",
         "builtins bytes.fromhex",
     ):
-        routes[words] = Attack(words.replace(" ", "."), dotted(words) + b".")
+        routes[words] = Attack(dotted(words) + b".", words.replace(" ", "."))
     return routes
 
 
@@ -171,18 +186,24 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
     yield "_reconstruct of None", RECONSTRUCT + b"(NNNtR."
     yield "ndarray called", name("numpy ndarray") + b"(J\xff\xff\xff\x7ftR."
     yield "NEWOBJ_EX of ndarray", name("numpy ndarray") + b")}" + text("shape") + b"K\x01s\x92."
+    yield "INST of ndarray", b"(inumpy\nndarray\n."
     yield "bytes of 2 GB", name("__builtin__ bytes") + b"(J\xff\xff\xff\x7ftR."
-    yield "encode as zlib", name("_codecs encode") + text("a") + part("zlib") + b"\x86R."
+    encode = name("_codecs encode")
+    for encoding in ("zlib", "utf-16"):
+        yield f"encode as {encoding}", encode + text("a") + part(encoding) + b"\x86R."
+    yield "encode of bytes", encode + b"(U\x01aU\x06latin1tR."
     yield "call of an array", EMPTY + b")R."
     yield "attributes of an array", EMPTY + b"}" + text("code") + part("|O") + b"sb."
+    yield "attributes of a list", b"]" + new + b"b."
     order = b"(" + part((b"ab", F2, (1,))) + text("K") + b"tR."
     yield "_frombuffer in another order", name("numpy._core.numeric _frombuffer") + order
     for shape in ((2,), (-1,), (True,), (1.0,), (1, 1, 1), [1], None):
-        yield f"shape {shape}", array_pickle(1, shape, F2, False, b"ab")
-    yield "array without dtype", array_pickle(1, (1,), None, False, b"ab")
-    yield "array of objects", array_pickle(1, (1,), F2, False, [None])
-    yield "array of text", array_pickle(1, (1,), F2, False, "ab")
-    yield "array of four parts", array_pickle((1,), F2, False, b"ab")
+        yield f"shape {shape}", array_pickle((1, shape, F2, False, b"ab"))
+    yield "array without dtype", array_pickle((1, (1,), None, False, b"ab"))
+    yield "array of objects", array_pickle((1, (1,), F2, False, [None]))
+    yield "array of text", array_pickle((1, (1,), F2, False, "ab"))
+    yield "array of four parts", array_pickle(((1,), F2, False, b"ab"))
+    yield "array of a dtype", array_pickle((1, (1,), F2, False, b"ab"), "numpy dtype")
     for code in (b"O8", b"V8", b"M8", b"U4", b"c8", b"f16", b"f2,f2", b"<f2", b"", b"\xff"):
         yield f"dtype {code!r}", dtype_pickle(code)
     for kind, state in {
@@ -191,16 +212,21 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
         "metadata": (4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
         "item size": (3, b"<", None, None, None, 10**9, -1, 0),
         "flags": (3, b"<", None, None, None, -1, -1, 63),
+        "order": (3, b"!", None, None, None, -1, -1, 0), "short": (3,),
     }.items():  # fmt: skip
         yield f"dtype with {kind}", dtype_pickle(b"f2", *state)
-    yield "scalar too short", SCALAR + part((np.dtype("<f8"), b"7 bytes")) + b"R."
+    eight = np.dtype("<f8")
+    yield "scalar too short", SCALAR + part((eight, b"7 bytes")) + b"R."
+    yield "scalar of text", SCALAR + part((eight, "8 unicod")) + b"R."
     yield "numpy object array", pickle.dumps(np.array([None]), 2)
+    yield "numpy records", pickle.dumps(np.zeros(2, [("a", "f2")]), 2)
     yield "numpy cube", pickle.dumps(np.zeros((2, 2, 2)), 5)
 
 
 TRICKS = dict(_tricks())
 
 # Greed: each pickle asks for gigabytes, for hours of time, or for a deep stack.
+
 
 FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
@@ -230,27 +256,40 @@ def wide(*shape: int) -> bytes:
 GREED = {
     "memo": b"Nr\xff\xff\xff\xff.",
     "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
     "frame of 60 GB": b"\x80\x04\x95" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "integer of 2 GB": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc.",
     "integer of a megabit": b"}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.",
     "nested lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "nested tuples as a name": b"})" + b"\x85" * 10**6 + b"Ns.",
     "nested dicts": b"".join([b"}"] + [b"K\x00}"] * 10**5 + [b"s"] * 10**5) + b".",
+    "marks": b"(" * 10**6 + b".",
     "laughing lists": b"}U\x01a" + _laughs() + b"s.",
     "digits of a long": b"}L" + b"9" * 10**6 + b"L\nNs.",
     "colliding names": b"}(" + b"".join(  # whole numbers that all have the hash 0
         b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(1, 70_001)
     ) + b"u.",
+    "copies of one text": b"](%s%se." % (
+        name("_codecs encode") + b"q\x000" + text("x" * 900_000) + text("latin1") + b"\x86q\x010",
+        b"h\x00h\x01R" * 2_000,
+    ),
     "one entry, ten billion times": _shared(10**5, 10**5),
     "shape of 1e11": wide(10**11),
     "shape of 0 x 1e36": wide(0, 10**36),
     "a list in itself": b"}U\x01a]q\x00h\x00as.",
 }  # fmt: skip
 
+# Damage, and files that are not pickles.
+
 
 def damage(sound: bytes) -> dict[str, bytes]:
     """Returns name -> damaged version of the pickle `sound`, or a file of another format."""
-    archive, npz = io.BytesIO(), io.BytesIO()
+    archive, tar, npz = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("archive/data.pkl", sound)
+        file.writestr("archive/version", "3\n")
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        file.addfile(tarfile.TarInfo("face_train.pickle"))
     np.savez(npz, a=np.zeros(3))
     return {
         **{f"cut to {end} bytes": sound[:end] for end in (2, len(sound) // 2, len(sound) - 1)},
@@ -260,7 +299,8 @@ def damage(sound: bytes) -> dict[str, bytes]:
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "zip of PyTorch": archive.getvalue(),
         "old PyTorch": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
-        "npz": npz.getvalue(), "gzip": gzip.compress(sound), "tar": tarfile.TarInfo("x").tobuf(),
+        "npz": npz.getvalue(), "gzip": gzip.compress(sound), "tar": tar.getvalue(),
+        "picture": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100),
         "line ends of Windows": sound.replace(b"\n", b"\r\n"),
         "read as text": sound.decode("latin-1").encode(), "twice": sound + sound,
     }  # fmt: skip
@@ -339,27 +379,45 @@ def _used() -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
+def _adopt_orphans() -> None:
+    """Makes orphaned descendants children of this process, so that they are found at the end."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
 def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
-    """Yields [name, error, CPU seconds, largest memory so far in MB] for every file.
+    """Yields [name, error, CPU seconds, seconds, largest memory so far in MB] for every file.
 
     The error is empty if the file loads to sound arrays.
     """
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
-    # PR_SET_CHILD_SUBREAPER: this process adopts orphans, so that they are found at the end.
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    _adopt_orphans()
     for path in sorted(folder.iterdir()):
-        cpu, error = _used()[0], ""
+        cpu, start, error = _used()[0], time.perf_counter(), ""
         try:
             children = _Fork(out_dir.parent) if quick else None
             check(sandbox.unpack(path, "face", out_dir, children=children), out_dir)
         except ValueError as refusal:
             assert not list(out_dir.iterdir()), "files are left"
             error = str(refusal)
+        seconds = time.perf_counter() - start
         after, memory = _used()
-        yield [path.name, error, after - cpu, memory]
+        yield [path.name, error, after - cpu, seconds, memory]
     with contextlib.suppress(ChildProcessError):
         raise AssertionError(f"a process is left: {os.waitpid(-1, os.WNOHANG)}")
+
+
+def set_canary(folder: Path) -> None:
+    """Creates the folder that no pickle may change, with one file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "keep").write_text("keep")
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Returns path -> content of a file, or None for a folder, of all that a folder contains."""
+    content = {path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+    return {str(path.relative_to(folder)): data for path, data in content.items()}
 
 
 def main() -> None:

@@ -8,8 +8,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pytest
+SECONDS = 60
+WEIRD: tuple[Any, ...] = (
+    None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
+    "<script>alert(1)</script>", "../../../etc/passwd", "\x00\n\x1b[2J", [], {}, [[[]]] * 1000,
+    {"a": {"b": 1}},
+)  # fmt: skip
+
+
+class TooLong(BaseException):
+    """A command hangs. No command catches this error."""
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -36,11 +46,16 @@ def repeat(path: Path, rng: random.Random) -> None:
     path.write_bytes(content[:end] + content[begin:])
 
 
-def put(path: Path, kind: str, target: Path) -> None:
-    """Replaces a file by a "pipe", a "folder", a "sparse" file of 30 GB, or a link.
+def remove(path: Path, rng: random.Random) -> None:
+    del rng
+    path.unlink()
 
-    A "link" leads to `target`, "zero" to a device, and "nothing" to a missing file.
-    """
+
+KINDS = ("pipe", "folder", "link", "zero", "nothing", "sparse")
+
+
+def put(path: Path, kind: str, target: Path) -> None:
+    """Replaces a file by one of KINDS. A "link" leads to `target`, "nothing" to a missing file."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
@@ -56,14 +71,14 @@ def put(path: Path, kind: str, target: Path) -> None:
 
 @contextlib.contextmanager
 def alarm() -> Iterator[None]:
-    """Fails the test if the context takes longer than 60 s of wall time."""
+    """Raises TooLong in a context that takes longer than SECONDS of wall time."""
 
     def ring(signum: int, frame: object) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2)  # of all threads
-        pytest.fail("longer than 60 s of wall time")
+        raise TooLong(f"longer than {SECONDS} s of wall time")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 60)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,17 +18,24 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
+from tests.benchmarks import extract
 from tests.campaigns.mutations import cut, flip, insert, repeat
 from tests.helpers import drawn_people, films
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
-from tests.helpers.limits import ROOT, children_of, running
+from tests.helpers.limits import ROOT, children_of, file_limit, running
 from tests.helpers.seen import contents, refused
+from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
+
+
+def start_extract(*words):
+    words = [sys.executable, "-m", "vidjax", "extract", *map(str, words)]
+    return running(words, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def ends_soon(pid):
@@ -45,21 +53,17 @@ def ends_soon(pid):
 def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
     rng = random.Random(fault_seed)
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    words = [sys.executable, "-m", "vidjax", "extract", drawn.film(), drawn.folder / "photo.png"]
-    words += [f"--models={drawn.models}", "--workers=2"]
+    inputs = [drawn.film(), drawn.folder / "photo.png", f"--models={drawn.models}", "--workers=2"]
     whole, out = drawn.folder / "whole", drawn.out
 
-    def start(out):
-        return running([*words, f"--out={out}"], cwd=ROOT, stdout=subprocess.DEVNULL)
-
     def finish(out):
-        with start(out) as process:
+        with start_extract(*inputs, f"--out={out}") as process:
             _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
 
     finish(whole)
     for number in range(50 if campaign else 2):
-        with start(out) as process:  # is killed at the end of `with`
+        with start_extract(*inputs, f"--out={out}") as process:  # is killed at the end of `with`
             if number % 2 == 0:  # kills it while clips are written and moved
                 # Unlike glob, os.walk ignores folders that are deleted meanwhile.
                 while process.poll() is None and ".npz" not in str([*os.walk(out)]):
@@ -77,6 +81,42 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
         assert all(ends_soon(child) for child in children), "a child goes on without its parent"
     finish(out)
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
+    film, out = drawn.film(), drawn.out
+    with start_extract(film, f"--out={out}", f"--models={drawn.models}", "--workers=1") as process:
+        while not (children := children_of(process.pid)) and process.poll() is None:
+            time.sleep(0.005)
+        for child in children:
+            os.kill(child, signal.SIGSTOP)  # so that the folder stays in use
+        try:
+            _, stderr = drawn.extract(film, code=2)
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        assert f"in use by process {process.pid} on {socket.gethostname()}" in stderr
+        assert len(stderr.splitlines()) <= 3
+        _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 1 and "that reads it was killed" in stderr
+    assert not [*out.glob("*.npz")] and not [*out.glob(".extract-*")]
+    assert drawn.extract(film)[0]["clips"] == 4
+
+
+def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
+    photo, out = drawn.folder / "photo.png", drawn.out
+    write_photo(photo, ("Ada", 20, 20))
+    inputs = [photo, drawn.film(), photo]
+
+    with file_limit(1500):  # room for extract.json, but not for the clips of the film
+        _, stderr = drawn.extract(*inputs, flags=["--workers=1"], code=2)
+
+    assert "File too large" in stderr
+    assert not [*out.glob("party*.npz"), *out.glob(".extract-*"), *out.rglob("*.partial")]
+    drawn.extract(*inputs)
+    assert {path.name for path in out.glob("*.npz")} == {"party.npz", "photo.npz"}
 
 
 def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
@@ -220,6 +260,33 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     assert contents(drawn.folder) == before
 
 
+# A program that is killed in the middle of creating a gallery.
+HALF = """
+import os, sqlite3, sys
+gallery = sqlite3.connect(sys.argv[1])
+gallery.execute("PRAGMA cache_size=1")
+gallery.execute("BEGIN")
+gallery.execute("CREATE TABLE clip (vector BLOB)")
+for _ in range(400):
+    gallery.execute("INSERT INTO clip VALUES (?)", (os.urandom(3000),))
+os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("left", ["probe", "half"])
+def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_here, left):
+    """The kill left a file that tests whether the folder is writable, or half a gallery."""
+    path = drawn.out / "gallery" / store.GALLERY_FILE
+    path.parent.mkdir(parents=True)
+    if left == "probe":
+        (path.parent / ".write-test-0badc0de").touch()
+    else:
+        subprocess.run([sys.executable, "-c", HALF, path], check=False)
+        assert path.stat().st_size and path.with_name(store.JOURNAL_FILE).stat().st_size
+
+    assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
+
+
 def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
     """The killed call has written the features of the photo, but not their JSON file."""
     film, features = drawn.film(), drawn.out / "people" / "Ada"
@@ -263,6 +330,23 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
                 became["refused"] += 1
             assert time.process_time() - began < 10, (path, number)
         assert became["refused"] and became["whole"], (path, became)
+
+
+@pytest.mark.nightly
+def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
+    shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
+    minute, peaks = drawn.folder / "minute.mp4", []
+    write_film(minute, *shots, codec="libx264")
+
+    for minutes in (2, 30):
+        out = drawn.folder / f"out{minutes}"
+        path = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
+        peaks.append(extract.peak(path, out, drawn.models))
+        (film,) = features_folder.read_films(out)
+        assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
+        assert len(film.tracks) >= 25 * minutes  # of 30 a minute
+
+    assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks  # 1 GB and 30 MB
 
 
 def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):

@@ -261,6 +261,21 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
             checkpoint.load(saved, ITEMS, everywhere)
 
 
+def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
+    real = save(tmp_path / "other", 1)
+    save(tmp_path / "run", 0)
+    link = tmp_path / "run" / "checkpoints" / "1"
+    before = (real / "manifest.json").read_bytes()
+    link.symlink_to(real, target_is_directory=True)
+
+    with pytest.raises(checkpoint.DamagedError, match="is a link"):
+        checkpoint.verify(link)
+    assert load(tmp_path / "run")[1]["step"] == 0
+
+    checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
+    assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
 def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
     """The sparse file has 500 GB. The manifest lists a missing file outside the checkpoint."""

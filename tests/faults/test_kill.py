@@ -56,18 +56,18 @@ class Run:
         (folder / "cache").mkdir(parents=True)
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
-    def start(self, *, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
+    def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
         self.before = {phase: self.signs(phase) for phase in PHASES}
         places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
-        env, command = {**os.environ, **places, **QUICK, **env}, [*program, *self.words]
+        env, command = {**os.environ, **places, **QUICK, **env}, [*program, *(words or self.words)]
         with (self.folder / "output").open("w") as file:
             return subprocess.Popen(command, cwd=cwd, env=env, stdout=file, stderr=file)
 
     def output(self):
         return (self.folder / "output").read_text()
 
-    def finish(self, **options):
-        assert self.start(**options).wait(600) == 0, self.output()
+    def finish(self, *words, **options):
+        assert self.start(*words, **options).wait(600) == 0, self.output()
 
     def signs(self, phase):
         """Returns the files that show that a phase has begun, and their times."""
@@ -155,6 +155,29 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     assert not [*home.rglob("*")] and {path.stem for path in here.iterdir()} == {*SHADOWS}
     # config.json differs, because it contains the folder of the data.
     assert odd.outcome() | {"config.json": wanted["config.json"]} == wanted
+
+
+@pytest.mark.nightly
+def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, campaign):
+    (run, trained), rng = disturbed("quality_fusion"), random.Random(fault_seed)
+    words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
+    run.finish()
+    began = time.monotonic()
+    run.finish(*words)
+    seconds, evaluated = time.monotonic() - began, run.outcome()
+    assert trained.items() <= evaluated.items()
+    assert "ranking_test.txt" in {*evaluated} - {*trained}
+
+    for _ in range(50 if campaign else 1):
+        process = run.start(*words)
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        process.wait()
+        assert run.outcome() == evaluated
+
+    (run.workdir / "ranking_test.txt").unlink()
+    run.finish(*words)
+    assert run.outcome() == evaluated
 
 
 @pytest.mark.nightly

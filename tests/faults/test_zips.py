@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gzip
 import io
+import os
 import resource
 import sys
 import tarfile
@@ -21,7 +22,7 @@ from tests.campaigns import mutations
 from tests.helpers.cases import quick_first
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
-from vidjax.apps import forget
+from vidjax.apps import bulk, forget
 from vidjax.apps.video import net_packages
 from vidjax.data import clip_files, memory
 from vidjax.utils import files
@@ -62,29 +63,30 @@ def claims_little(content):
     return with_header_bytes(content, 22, 24, (2176).to_bytes(4, "little"))
 
 
-def listing(*, sizes=None, extra=b"", repeats=1):
-    """Returns a zip whose list of entries claims other sizes, or repeats the only entry."""
+def zip_with(kind):
+    """Returns a zip with sizes of 2^62 in zip64 fields, or a zip that lists 20,000 entries."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         entry = zipfile.ZipInfo("face.npy")
         archive.writestr(entry, npy_header((4,)) + bytes(4))
-        entry.extra = extra
-        entry.file_size = entry.compress_size = sizes or entry.file_size
-        archive.filelist *= repeats
+        if kind == "64 bits":
+            entry.extra = b"\1\0\x10\0" + 2 * (1 << 62).to_bytes(8, "little")
+            entry.file_size = entry.compress_size = 0xFFFFFFFF
+        else:
+            archive.filelist *= 20_000
     return made.getvalue()
 
 
-ZIP64 = b"\1\0\x10\0" + 2 * (1 << 62).to_bytes(8, "little")  # two sizes of 2^62
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 BOMBS = {
     "bzip2": lambda: packed(zipfile.ZIP_BZIP2),
     "lzma that claims little": lambda: claims_little(packed(zipfile.ZIP_LZMA)),
     "deflated that claims little": lambda: claims_little(packed(DEFLATED)),
-    "64 bits": lambda: listing(sizes=0xFFFFFFFF, extra=ZIP64),
+    "64 bits": lambda: zip_with("64 bits"),
     "a header of another shape": lambda: packed(DEFLATED, content=npy_header((1 << 40,))),
     "a shape below 0": lambda: packed(STORED, content=npy_header((-(1 << 40), 4)) + bytes(64)),
     "items of gigabytes": lambda: packed(STORED, content=npy_header((1,), "|V2000000000")),
-    "many entries": lambda: listing(repeats=20_000),
+    "many entries": lambda: zip_with("many entries"),
     # The first bit of the flags is set.
     "encrypted": lambda: with_header_bytes(packed(STORED, content=b"secret"), 6, 8, b"\1"),
 }
@@ -141,7 +143,7 @@ def test_npz_reader_limits_memory_and_compares_the_checksum():
     made = io.BytesIO()
     np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
     content = made.getvalue()
-    # The features become float32, which take 2,048,000 bytes.
+    assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 8000  # as float32 and float64
     with pytest.raises(UserError, match="need more than 2,000,000 bytes of memory"):
         clip_files.read_npz_bytes(content, "c", 2_000_000)
     assert len(clip_files.read_npz_bytes(content, "c", 2_100_000).modalities["face"]["features"])
@@ -173,12 +175,15 @@ def write(path, count, **more):
 
 def forge_count(path, place, before, after):
     """Changes a count in the footer of a table, or in the pages. The length of the file is kept."""
-    content, old = path.read_bytes(), varint(2 * before)
+    content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    parts = {"pages": content[:at], "footer": content[at:]}
-    assert old in parts[place]
-    parts[place] = parts[place].replace(old, varint(2 * after, len(old)))
-    path.write_bytes(parts["pages"] + parts["footer"])
+    pages, footer, old = content[:at], content[at:], varint(2 * before)
+    new = varint(2 * after, len(old))
+    assert old in (footer if place == "footer" else pages)
+    if place == "footer":
+        path.write_bytes(pages + footer.replace(old, new))
+    else:
+        path.write_bytes(pages.replace(old, new) + footer)
 
 
 def refuse_table(path, *words):
@@ -201,9 +206,11 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
 
     # If pages and footer both claim 1 value, only 1 value is read, or the table is damaged.
     forge_count(path, "pages", ZEROS, 1)
-    with contextlib.suppress(UserError):
+    try:
         (clip,) = clip_files.read_parquet(path)
         assert clip.modalities["face"]["features"].size <= 1
+    except UserError as error:
+        assert "damaged" in str(error)
 
 
 @pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
@@ -216,3 +223,25 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, ve
         assert clip.modalities["face"]["features"].shape == (1, width)
         forge_count(path, place, width, forged)
         refuse_table(path, "values of features")
+
+
+def test_page_that_claims_gigabytes_is_refused(tmp_path):
+    """The number of gigabytes has 5 bytes instead of 3, so the bytes after it move by 2."""
+    path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
+    content = path.read_bytes()
+    # The size of a page with 7001 features of 4 bytes, and a header.
+    size = next(size for size in range(28_000, 28_400) if varint(2 * size) in content)
+    at = content.index(varint(2 * size))
+    path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
+    refuse_table(path, "damaged")
+
+
+def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
+    table = {"clip": long, "modality": ["face"] * 4000, "features": [[1.0]] * 4000}
+    parquet.write_table(pyarrow.table(table), paths[0])
+    os.link(*paths)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(lambda: bulk._check_once(paths), "in two tables")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
