@@ -21,7 +21,6 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
 
 PEOPLE = 100
-BATCH = 40  # people of the largest enrolment or removal
 SPANS = (0.001, 0.004, 0.03)  # most seconds from the start of a change to its kill
 CLIPS: dict[str, StoredClip] = {
     f"clip {n}": made_galleries.make_clip(n, f"person {n // 2}") for n in range(2 * PEOPLE)
@@ -32,7 +31,7 @@ def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
     """Yields ("remove", people) and then ("enrol", people) for the same people, without end."""
     rng = random.Random(seed)
     while True:
-        people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, BATCH]))
+        people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, 40]))
         yield from [("remove", people), ("enrol", people)]
 
 
@@ -53,27 +52,24 @@ def work(folder: Path, seed: int) -> None:
         change(people, what, whom)
 
 
-class Expected:
-    """The contents of a gallery before the first change, and after each change."""
+def make_two(folder: Path, other: Path, seed: int, count: int) -> list[dict[str, list]]:
+    """Makes two equal galleries and `count` changes of the other gallery.
 
-    def __init__(self, folder: Path, seed: int):
-        self._changes, self._people = changes(seed), made_galleries.make(folder, CLIPS)
-        self.states = [made_galleries.contents(folder)]
-
-    def after(self, count: int) -> dict[str, list]:
-        """Returns the contents after `count` changes."""
-        while len(self.states) <= count:
-            change(self._people, *next(self._changes))
-            self.states.append(made_galleries.contents(self._people.folder))
-        return self.states[count]
+    Returns the contents before the first change, and after each change.
+    """
+    people = made_galleries.make(other, CLIPS)
+    shutil.copytree(other, folder)
+    states = [made_galleries.contents(other)]
+    for what, whom in itertools.islice(changes(seed), count):
+        change(people, what, whom)
+        states.append(made_galleries.contents(other))
+    return states
 
 
 def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
     """Kills a process that changes a gallery; asserts that the gallery is whole."""
-    seed = rng.randrange(10**9)
-    expected = Expected(place / "expected", seed)
-    shutil.copytree(place / "expected", folder)
-    last = rng.randrange(6)
+    seed, last = rng.randrange(10**9), rng.randrange(6)
+    states = make_two(folder, place / "other", seed, last + 1)
     code = f"from tests.campaigns.gallery_kills import *; work(Path({str(folder)!r}), {seed})"
     pipes = {"stdin": subprocess.PIPE, "stderr": None}
     with limits.running([sys.executable, "-c", code], **pipes) as process:
@@ -86,8 +82,7 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
 
     people = Gallery(folder)
     contents = made_galleries.contents(folder)
-    states = expected.after(last), expected.after(last + 1)
-    assert contents in states, f"seed {seed}, change {last}"
+    assert contents in states[-2:], f"seed {seed}, change {last}"
 
     # A change of nobody fails, but deletes what the killed change left behind.
     with contextlib.suppress(ValueError):
@@ -103,8 +98,7 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
 def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
     """Makes changes with a limit on the size of files; returns the number of failed changes."""
     seed = rng.randrange(10**9)
-    expected = Expected(place / "expected", seed)
-    shutil.copytree(place / "expected", folder)
+    states = make_two(folder, place / "other", seed, 4)
     people, failed = Gallery(folder), 0
     largest = max(path.stat().st_size for path in folder.iterdir())
     for done, (what, whom) in enumerate(itertools.islice(changes(seed), 4)):
@@ -113,9 +107,9 @@ def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
                 change(people, what, whom)
         except OSError:
             failed += 1
-            assert made_galleries.contents(folder) == expected.after(done)
+            assert made_galleries.contents(folder) == states[done]
             change(people, what, whom)
-        assert made_galleries.contents(folder) == expected.after(done + 1)
-    wanted = made_galleries.answers(Gallery(place / "expected"))
+        assert made_galleries.contents(folder) == states[done + 1]
+    wanted = made_galleries.answers(Gallery(place / "other"))
     assert made_galleries.answers(people) == wanted == made_galleries.answers(Gallery(folder))
     return failed

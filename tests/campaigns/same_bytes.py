@@ -27,6 +27,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 ROOT = Path(__file__).parents[2]
+VIDJAX = (sys.executable, "-m", "vidjax.main")
 SHORT = ("--config.num_epochs=2", "--config.log_every_steps=3", "--config.eval.every_epochs=1")
 PLAIN = (*SHORT, "--config.eval.report=False")
 LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
@@ -55,8 +56,6 @@ RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
     "published": ("mma.py:published,face", (*PLAIN, "--config.dtype=bfloat16")),
     "smoothed": ("quality_fusion.py:mlp3", (*PLAIN, *SMOOTHED)),
 }
-# The files of a run that are hashed, in addition to its parameters and arrays.
-FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
         env["VIDJAX_CACHE"] = args.cache or str(folder / "cache")
         for name in wanted:
-            began, at = time.monotonic(), f"--workdir={folder / name}"
+            at = f"--workdir={folder / name}"
             spec, overrides = RUNS.get(name, RUNS["mma"])
             words = (f"--config=configs/{spec}", at, *overrides)
             if name == "blend":  # two runs score val together
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name in ("mma", "vmap"):
                 run(("--mode=evaluate", at, "--config.eval.split=test"), env)
             found[name] = digests(folder / name)
-            sys.stdout.write(f"{name}: {time.monotonic() - began:.1f} s\n")
+            sys.stdout.write(f"{name}\n")
             args.out.write_text(json.dumps(found, indent=2) + "\n")
     if not args.against:
         return 0
@@ -99,26 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(words: Sequence[str], env: Mapping[str, str]) -> None:
-    command = [sys.executable, "-m", "vidjax.main", *words]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([*VIDJAX, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr[-3000:]}")
 
 
 def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
     """Stops a command by SIGTERM after its first line of metrics."""
-    command = [sys.executable, "-m", "vidjax.main", *words]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*VIDJAX, *words], cwd=ROOT, env=env) as process:
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-    sys.stdout.write(f"stopped with exit code {process.returncode}\n")
 
 
 def digests(workdir: Path) -> dict[str, str]:
     """Returns the sha256 of each file, parameter and array of a run, by name."""
-    there = [name for name in FILES if (workdir / name).exists()]
-    found = {name: hashlib.sha256((workdir / name).read_bytes()).hexdigest() for name in there}
+    paths = (workdir / name for name in ("metrics.jsonl", "ranking.txt", "ranking_test.txt"))
+    found = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in paths if x.exists()}
     found["map"] = repr(json.loads((workdir / "metrics.json").read_text())["map"])
     steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal()]
     if steps:

@@ -1,8 +1,6 @@
 """Run folders of strangers: links, pipes, enormous files and paths in them are errors."""
 
-import functools
 import json
-import operator
 import os
 import shutil
 import time
@@ -21,10 +19,10 @@ from vidjax.cli import check_command, program, run_commands
 from vidjax.core import devices
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
-from vidjax.runs import checkpoint, config_io, results, schemas
+from vidjax.runs import checkpoint, config_io, results
 from vidjax.runs import config as config_lib
 from vidjax.runs.run_folder import RunFolder
-from vidjax.utils import errors, files
+from vidjax.utils import files
 
 IMPORTED = (codec, check_command, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
@@ -57,30 +55,21 @@ def victim(tmp_path):
     return path
 
 
-def words_of(mode, folder):
-    if mode != "compare":
-        return [f"--mode={mode}", f"--workdir={folder}"]
-    own = made_runs.write(folder.parent / "own", {"anna": 0.6, "ben": 0.6})
-    return ["--mode=compare", f"--workdir={folder.parent}/out", f"--runs={own},{folder}"]
-
-
 @pytest.fixture
 def complaint(command):
-    """Returns a function that runs modes on a folder; it returns exit codes and output.
+    """Runs a mode on a folder; returns exit code and output. Errors must be quick and short."""
 
-    Each mode must end in bounded time, with at most three lines of errors.
-    """
-
-    def run(folder, *modes):
-        results = []
-        for mode in modes:
-            began = time.process_time()  # the alarm ends a mode that waits
-            with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-                done = command(*words_of(mode, folder))
-            assert time.process_time() - began < 10 * limits.slowness()
-            assert len(done.err.strip().splitlines()) <= 3 and "Traceback" not in done.err
-            results.append((done.code, done.out + done.err))
-        return results
+    def run(mode, folder):
+        words = [f"--mode={mode}", f"--workdir={folder}"]
+        if mode == "compare":
+            own = made_runs.write(folder.parent / "own", {"anna": 0.6, "ben": 0.6})
+            words = ["--mode=compare", f"--workdir={folder.parent}/out", f"--runs={own},{folder}"]
+        began = time.process_time()  # the alarm ends a mode that waits
+        with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+            done = command(*words)
+        assert time.process_time() - began < 10 * limits.slowness()
+        assert len(done.err.strip().splitlines()) <= 3 and "Traceback" not in done.err
+        return done.code, done.out + done.err
 
     return run
 
@@ -112,26 +101,20 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     assert (tmp_path / "metrics.jsonl").read_text() == "mine\nmore\n"
 
 
-def test_nan_threshold_in_metrics_json_is_refused(stranger):
-    """With this threshold, all people would silently count as strangers."""
-    (stranger / "metrics.json").write_text('{"threshold_at_fpir_0.01": NaN}')
-    refused(RunFolder(stranger).metrics, "a number, not NaN - at `$.threshold_at_fpir_0.01`")
-
-
 @pytest.mark.parametrize("mode", quick_first(READ, 2))
 def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complaint, mode):
+    a_link = ("' is a link", "by a copy of its target")
+    words = {"pipe": ["' is a pipe"], "link": a_link, "zero": a_link, "folder": []}
     for name in READ[mode]:
         path = stranger / name
         kept = path.rename(stranger / "kept")
         content = kept.read_bytes()
 
-        for kind in ("pipe", "link", "zero", "folder"):
+        for kind, expected in words.items():
             mutations.put(path, kind, kept)
-            ((code, output),) = complaint(stranger, mode)
+            code, output = complaint(mode, stranger)
             assert code in (2, 3) and name in output, output
-            if kind != "folder":
-                assert f"{name}' is {'a pipe' if kind == 'pipe' else 'a link'}" in output, output
-                assert kind == "pipe" or "by a copy of its target" in output
+            assert all(word in output for word in expected), output
 
         assert kept.read_bytes() == content
         path.rmdir()
@@ -144,7 +127,8 @@ def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
     folder.mkdir(parents=True, exist_ok=True)
     (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
     (folder / f"{name}.json").write_bytes(DEEP)
-    complaint(stranger, *READ)
+    for mode in READ:
+        complaint(mode, stranger)
 
 
 def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
@@ -152,7 +136,8 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
         path, content = stranger / name, (stranger / name).read_bytes()
         mutations.put(path, "sparse", path)
 
-        complaint(stranger, *READ)
+        for mode in READ:
+            complaint(mode, stranger)
         with pytest.raises(ValueError, match="too large"):
             files.read_bytes(path, files.ARCHIVE_BYTES)
         path.write_bytes(content)
@@ -163,57 +148,23 @@ def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
     np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))
 
     tracemalloc.start()
-    ((code, output),) = complaint(stranger, "report")
+    code, output = complaint("report", stranger)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
     assert code == 2 and "analysis.npz" in output and peak < 64 * files.MB
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"map": 1e999}'])
+@pytest.mark.parametrize("content", [
+    b"", b"\xff\xfe", b"[]", b'{"map": 1e999}', b'{"map": "high"}',
+    b'{"threshold_at_fpir_0.01": NaN}',  # would silently make everybody a stranger
+])  # fmt: skip
 def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
     (stranger / "metrics.json").write_bytes(content)
-    for code, output in complaint(stranger, "report", "compare"):
+    for mode in ("report", "compare"):
+        code, output = complaint(mode, stranger)
         assert code == 2
         assert "metrics.json' is damaged" in output and "vidjax evaluate" in output
-
-
-def keys_of(value, path=()):
-    """Yields the path of every value in JSON; of a list, only the first item."""
-    items = value.items() if isinstance(value, dict) else enumerate(value[:1])
-    for key, item in items:
-        yield (*path, key)
-        yield from keys_of(item if isinstance(item, (dict, list)) else {}, (*path, key))
-
-
-# Keys whose values may have any type, or one of several types.
-FREE = {"members", "size", "seed", "config", "changes", "settings", "overrides"}
-
-
-@pytest.mark.parametrize("kind", [schemas.Metrics, schemas.Analysis, schemas.Manifest])
-def test_json_value_of_a_wrong_type_is_refused_with_its_key(tmp_path, kind):
-    """Each value is replaced by values of each type, and put back."""
-    value = made_runs.example(kind, {})
-    schemas.parse(tmp_path, value, kind, "REMEDY")
-
-    refused, numbers = 0, {int: float}
-    for path in keys_of(value):
-        holder = functools.reduce(operator.getitem, path[:-1], value)
-        old = holder[path[-1]]
-        for new in mutations.WEIRD:
-            holder[path[-1]] = new
-            try:
-                schemas.parse(tmp_path, value, kind, "REMEDY")
-                # Accepted values have the same type as the old value, or are None.
-                kinds = {numbers.get(type(x), type(x)) for x in (old, new) if x is not None}
-                assert FREE & {*path} or len(kinds) < 2, (path, new)
-            except errors.UserError as error:
-                first, remedy = str(error).splitlines()
-                assert remedy == "REMEDY" and any(str(key) in first for key in path), first
-                refused += 1
-        holder[path[-1]] = old
-
-    assert refused > 100
 
 
 WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}
@@ -221,11 +172,12 @@ WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []
 
 @pytest.mark.parametrize(("values", "arrays"), [
     ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
+    ({"worst": 5}, {}),
     ({}, {"attention": np.zeros((20_000, 2), np.float32)}), ({}, {"ap": np.array([0.5])}),
-], ids=["number of an identity", "clips of attention", "one of two identities"])  # fmt: skip
+], ids=["number of an identity", "type", "number of clips", "one of two identities"])  # fmt: skip
 def test_analysis_with_wrong_types_or_sizes_is_one_error(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
-    ((code, output),) = complaint(stranger, "report")
+    code, output = complaint("report", stranger)
     assert code == 2 and "vidjax evaluate" in output
 
 
@@ -238,6 +190,9 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
+
+    (place / "3").symlink_to(save(tmp_path / "other", 3))
+    assert load(place.parent)[1]["step"] == 2
 
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
@@ -368,17 +323,23 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, con
         mutations.put(path, kind, tmp_path / "kept")
         refused(lambda: reload(cache, converted), "delete")
         path.rmdir() if kind == "folder" else path.unlink()
-    for text in ("{}", "[[["):
-        path.write_text(text * 1000)
-        refused(lambda: reload(cache, converted), "delete")
+    flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])
+    for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
+        path.write_bytes(damaged)
+        refused(lambda: reload(cache, converted), name.strip("*"), "delete")
 
-    if name == "manifest.json":  # a link in place of the folder of all records
-        path.write_bytes(kept)
-        theirs = path.parents[1].rename(tmp_path / "mine")
-        path.parents[1].symlink_to(theirs, target_is_directory=True)
-        before = contents(theirs)
-        refused(lambda: reload(cache, converted), "is a link")
-        assert contents(theirs) == before
+
+def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, converted):
+    cache = shutil.copytree(converted[0], tmp_path / "cache")
+    (manifest,) = cache.rglob("manifest.json")
+    folder = manifest.parents[1]
+    theirs = folder.rename(tmp_path / "theirs")
+    folder.symlink_to(theirs, target_is_directory=True)
+    before = contents(theirs)
+
+    refused(lambda: reload(cache, converted), "is a link")
+
+    assert contents(theirs) == before
 
 
 @pytest.mark.parametrize("change", [

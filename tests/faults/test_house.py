@@ -1,64 +1,46 @@
 """Faults of the environment: missing packages, unusable folders, logs that a kill has cut."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import execute
 from tests.helpers import limits
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import contents
 from vidjax.runs.results import Logs, truncate_log
 from vidjax.utils import files
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words, env=None, cwd=ROOT, command=(sys.executable, "-m", "vidjax.main")):
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run([*command, *words], cwd=cwd, env=env, capture_output=True, text=True)
-
-
-RUN_EACH = """
-import json, sys
-from vidjax.cli.program import main
-for words in json.loads(sys.argv[1]):
-    sys.stderr.write(f"exit {main(words)}\\n")
-"""
-
 
 def complaints(*commands, env):
     """Runs commands in one process; returns the error of each command, and what they print."""
-    done = run(json.dumps(commands), env=env, command=(sys.executable, "-c", RUN_EACH))
+    program = (
+        "import sys\nfrom vidjax.cli.program import main\n"
+        f"for words in {commands}: sys.stderr.write(f'exit {{main(words)}}\\n')"
+    )
+    done = execute(("-c", program), limits.ROOT, **env)
     *errors, end = done.stderr.split("exit 2\n")
     assert len(errors) == len(commands) and not end, done.stderr
     assert all(len(error.splitlines()) <= 3 and "Traceback" not in error for error in errors)
     return errors, done.stdout
 
 
-@pytest.fixture
-def without(tmp_path):
-    """Returns the environment of a process for which some packages are not installed."""
-
-    def hide(*names):
-        folder = tmp_path / "hidden"
-        folder.mkdir()
-        for name in names:
-            error = f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n"
-            (folder / f"{name}.py").write_text(error)
-        return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-
-    return hide
+def without(folder, *packages):
+    """Returns the environment of a process in which some packages are not installed."""
+    folder.mkdir()
+    for name in packages:
+        error = f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n"
+        (folder / f"{name}.py").write_text(error)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{limits.ROOT}"}
 
 
 @pytest.mark.slow
-def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mounted):
+def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
     """The error also comes before slow imports."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
@@ -69,9 +51,9 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
         places.append(read_only)
 
     # A run imports these packages later. It would write records and programs into the cache.
-    env = without("tensorflow", "tensorflow_datasets", "orbax")
+    env = without(tmp_path / "hidden", "tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
-    commands = (["--config=configs/knn.py", f"--workdir={place}"] for place in places)
+    commands = (["--config=knn", f"--workdir={place}"] for place in places)
     errors, _ = complaints(*commands, env=env)
 
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
@@ -81,39 +63,29 @@ def test_unusable_workdir_is_refused_before_compilation(without, tmp_path, mount
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_core_works_without_optional_packages(without, tmp_path):
-    env = without("torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
-    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vidjax").rglob("*.py")]
-    modules = [".".join(path.parts) for path in paths]
-    code = (
+def test_core_works_without_optional_packages(tmp_path, python):
+    env = without(tmp_path / "hidden", "torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
+    paths = (limits.ROOT / "vidjax").rglob("*.py")
+    modules = [".".join(x.relative_to(limits.ROOT).with_suffix("").parts) for x in paths]
+    python(
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
-        "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))"
-    )
-
-    done = run(env=env, cwd=tmp_path, command=(sys.executable, "-c", code))
-    assert done.returncode == 0, done.stdout + done.stderr
+        "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))",
+        cwd=tmp_path, **env,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_error_for_a_conversion_without_tfds_names_the_extra(without, tmp_path, official_dir):
-    env = without("tensorflow_datasets")
-    data = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
+def test_error_for_a_conversion_without_tfds_names_the_extra(tmp_path, official_dir):
+    env = without(tmp_path / "hidden", "tensorflow_datasets")
+    data = ["--config=knn:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     data.append(f"--config.data.cache_dir={tmp_path}/cache")  # without records: they need no TFDS
-    both = [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"]
 
-    (error, error_of_check), printed = complaints(*both, env=env)
+    (error, error_of_check), printed = complaints(
+        [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"], env=env
+    )
 
     assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
     assert "pip install 'vidjax[train]'" in printed and not error_of_check
-
-
-@pytest.mark.slow
-def test_error_for_a_gpu_without_its_extra_names_the_extra():
-    if any(d.name.startswith("jax-cuda") for d in importlib.metadata.distributions()):
-        pytest.skip("the extra cuda is installed")
-    done = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
-    assert done.returncode == 2
-    assert "needs 'vidjax[cuda13]'" in done.stdout and "'vidjax[cuda12]'" in done.stdout
 
 
 # A process that uses a folder for a minute.
@@ -130,8 +102,7 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     lock, here = tmp_path / ".lock", f"on {socket.gethostname()}"
     with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
-        train = ("train", f"--config={limits.ROOT}/configs/knn.py")
-        for words in (train, ("evaluate",)):
+        for words in (("train", "--config=knn"), ("evaluate",)):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")
@@ -152,14 +123,10 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert contents(tmp_path) == {"metrics.json": b"old"}
 
 
-def line_of(step, **values):
-    return json.dumps({"step": step, **values}) + "\n"
-
-
 def test_log_cut_at_any_byte_is_repaired(tmp_path):
     """The repaired log has exactly the complete lines up to the step."""
     path = tmp_path / "metrics.jsonl"
-    lines = [line_of(5), line_of(9), line_of(9, split="val"), line_of(10)]
+    lines = [f'{{"step": {step}}}\n' for step in (5, 9, 9, 10)]
     for cut in range(len("".join(lines)) + 1):
         path.write_text("".join(lines)[:cut])
 
@@ -172,10 +139,11 @@ def test_log_cut_at_any_byte_is_repaired(tmp_path):
 
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(line_of(1).encode() + b"\x00\xff\x00\n7\n" + line_of(3).encode() + b'{"st')
+    first, last = b'{"step": 1}\n', b'{"step": 3}\n'
+    path.write_bytes(first + b"\x00\xff\x00\n7\n" + last + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
         truncate_log(path, 5)
-    assert path.read_text() == line_of(1) + line_of(3)
+    assert path.read_bytes() == first + last
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
