@@ -4,9 +4,10 @@ For each split (`train`, `val`, `test`), a folder contains either one `.npz` fil
 parquet table:
 
     train/CLIP.npz    contains an array [T, D] for each modality, with features of width D for each
-                      of T frames. The array has the name of the modality, such as `face`. The
-                      arrays `face_quality`, `face_detection` and `face_number` [T], and `face_box`
-                      [T, 4] are optional.
+                      of T frames. The array has the name of the modality, such as `face`.
+                      Optional are `face_quality` and `face_detection` [T] (scores of the face
+                      detector), `face_number` [T] (of the frame in the video) and `face_box`
+                      [T, 4] (x1, y1, x2, y2 in pixels).
     train.parquet     has a row for each frame, with the columns `clip`, `modality` and `features`
                       (a list). The columns `quality`, `detection` and `number` are optional.
 
@@ -14,7 +15,7 @@ Labels are optional. They are in `labels.csv`, with the columns `clip` and `iden
 `train_gt.txt` and `val_gt.txt`, in the format of the iQIYI-VID dataset. The default quality of a
 frame is the L2 norm of its feature.
 
-This command converts the features in DIR to TFRecords, as the first training would:
+This command converts the features in DIR to TFRecords. The first training does the same:
 
     python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 """
@@ -81,7 +82,6 @@ class FeatureDict:
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the name of the split, for messages. Arrays in memory have no file."""
-        del modality
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
@@ -140,7 +140,6 @@ class FeatureFolder:
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the parquet table of a split, or the folder of its `.npz` files, for messages."""
-        del modality
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
@@ -163,7 +162,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
-EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # see `apps.video.features_folder`
+EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # `vidjax extract` adds them to a split
 NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLIP.npz', face=array)"
 
 
@@ -206,7 +205,11 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
-    """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet."""
+    """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet.
+
+    `present` are the splits with clips. If a table is the only one whose name begins with a split
+    that is not in `present`, the name is probably misspelt, and another function reports it.
+    """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):

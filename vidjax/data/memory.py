@@ -133,7 +133,6 @@ class MemoryClips:
 
     def split(self, name: str) -> Split:
         """Returns the only split. `name` is ignored."""
-        del name
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:

@@ -186,19 +186,14 @@ def forbid_connections() -> bool:
     )
 
 
-def end_with_parent() -> None:
-    """Makes the system kill this process when its parent process ends. Works only on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
-
-
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Runs in a child process: calls `work` with each job that `run_limited_each` sends.
 
     Jobs are read from standard input as JSON, and the results are written to standard output. What
     libraries print is redirected to standard error. Returns 0, the exit code.
     """
-    end_with_parent()
+    if sys.platform == "linux":  # kills this process when its parent process ends
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
     with open(0, "rb", closefd=False) as given:
         jobs = json.load(given)
     answers = os.fdopen(os.dup(1), "w")

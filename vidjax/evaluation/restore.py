@@ -37,7 +37,7 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 
 
 class FoundRun(NamedTuple):
-    """The content of a run's folder, except for the weights. Its files belong to the same run.
+    """The content of a run's folder, except for the weights. All files belong to the same run.
 
     The sha256 of the files of `checkpoint` have been checked. `identities` are the names of the
     class columns 1..C.

@@ -112,16 +112,9 @@ class DenseIdentifier(Identifier):
         elif self.backbone == "block":
             backbone = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
         else:
-            backbone = ResidualDenseNet(
-                self.width,
-                self.num_layers,
-                self.activation,
-                self.dropout_rate,
-                self.shortcut,
-                self.gate,
-                self.dtype,
-                name="backbone",
-            )
+            layers = (self.width, self.num_layers, self.activation, self.dropout_rate)
+            others = (self.shortcut, self.gate, self.dtype)
+            backbone = ResidualDenseNet(*layers, *others, name="backbone")
         x = backbone(x, has_frames, train=train)
         if self.head == "cosine":
             logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)

@@ -81,10 +81,13 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without it."""
+        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without the file.
+
+        It includes keys that `schemas.Metrics` does not list.
+        """
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
-            self._metrics[path] = results.load_metrics(path)
+            self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
         return self._metrics.get(path, {})
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:

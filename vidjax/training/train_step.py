@@ -74,7 +74,10 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
         rng=rngs,
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
-        sums=make_zero_sums(len(labels)),
+        sums={
+            name: jnp.zeros(len(labels), jnp.float32)
+            for name in ("loss", "correct", "weight", "bad_steps")
+        },
     )
 
 
@@ -101,12 +104,6 @@ def _init_optimizer(
 ) -> optax.OptState:
     """Initialises the optimiser of each member. `params` may be an empty tree."""
     return jax.vmap(tx.init, axis_size=num_members)(params)
-
-
-def make_zero_sums(num_members: int) -> dict[str, Array]:
-    """Returns metric -> [E] float32 zeros, the start of `TrainState.sums`."""
-    names = ("loss", "correct", "weight", "bad_steps")
-    return {name: jnp.zeros(num_members, jnp.float32) for name in names}
 
 
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
