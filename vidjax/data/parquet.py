@@ -179,8 +179,8 @@ def _check_pages(
             if name not in names:
                 continue
             values = unpacked = 0
-            for page in _walk_pages(opened, column):
-                values, unpacked, pages = values + page.values, unpacked + page.size, pages + 1
+            for page_bytes, page_values in _walk_pages(opened, column):
+                values, unpacked, pages = values + page_values, unpacked + page_bytes, pages + 1
                 if pages > MAX_PAGES:
                     raise _damaged(path, f"it has more than {MAX_PAGES:,} pages")
             if values != column.num_values:
@@ -206,15 +206,13 @@ def _check_pages(
     return count
 
 
-class _Page(NamedTuple):
-    """The number of unpacked bytes of a page, and its number of values."""
+def _walk_pages(
+    opened: io.FileIO, column: "parquet.ColumnChunkMetaData"
+) -> Iterator[tuple[int, int]]:
+    """Yields the number of unpacked bytes of each page of a column, and its number of values.
 
-    size: int
-    values: int
-
-
-def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
-    """Yields the pages of a column. Stops when they have as many values as the footer lists."""
+    Stops when the pages have as many values as the footer lists.
+    """
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
@@ -225,7 +223,7 @@ def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Ite
         packed, unpacked, values = fields.get(3, -1), fields.get(2, -1), data.get(1, 0)
         if min(packed, unpacked, values) < 0:
             raise ValueError("a page has a negative size")
-        yield _Page(unpacked, values)
+        yield unpacked, values
         at += length + packed
         left -= values
 
