@@ -95,7 +95,11 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
-    identities = tuple(load_identities(folder, manifest))
+    names = _read_companion(
+        workdir / IDENTITIES, lambda: folder.identities, files.sha256_json,
+        manifest["identities_sha256"],
+    )  # fmt: skip
+    identities = tuple(names)
     if task.num_identities != len(identities):
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people, but "
@@ -198,12 +202,6 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
                 f"'{workdir}' was trained on {noun}\n"
                 "use another folder, --workdir=FOLDER, or the data of that run"
             )
-
-
-def load_identities(folder: RunFolder, manifest: Mapping[str, Any]) -> list[str]:
-    """Reads the names of the class columns 1..C."""
-    path, wanted = folder.path / IDENTITIES, manifest.get("identities_sha256")
-    return _read_companion(path, lambda: folder.identities, files.sha256_json, wanted)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
