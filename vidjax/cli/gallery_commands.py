@@ -430,7 +430,7 @@ def _identify(args: argparse.Namespace) -> Result:
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
-    rows |= dict(timed[0])
+    rows |= timed[0]
     content = {"clips": len(answers), "named": named}
     content |= {"rule": answers_lib.convert_rule_to_json(rule)}
     content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
@@ -483,7 +483,7 @@ def _rank(args: argparse.Namespace) -> Result:
         "people": f"{len(gallery.identities):,}",
         "clips": f"{len(vectors.names):,}",
         **(answers_lib.describe_rule(rule) if rule else {}),
-        **dict(timed[0]),
+        **timed[0],
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}

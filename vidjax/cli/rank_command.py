@@ -93,5 +93,5 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     timed, numbers = terminal.measure_rate(began, size)
     content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
     rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
-    rows |= {**dict(timed), kind: messages.relative_path(out)}
+    rows |= {**timed, kind: messages.relative_path(out)}
     return Result(content | written | numbers, rows)

@@ -26,15 +26,15 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
+def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
     """Measures the time since `began`, an earlier `time.monotonic()`, and the clips per second.
 
-    Returns a list with a pair (label, text) for a reader, and a dict of numbers for JSON.
+    Returns label -> text for a reader, and key -> number for JSON.
     """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
-    rows = [("time", f"{seconds:.3g} s, {rate:,.0f} clips/s")]
-    return rows, {"seconds": seconds, "clips_per_second": rate}
+    text = f"{seconds:.3g} s, {rate:,.0f} clips/s"
+    return {"time": text}, {"seconds": seconds, "clips_per_second": rate}
 
 
 def ignore_count(count: int) -> None:

@@ -176,10 +176,9 @@ def take_member_step(
     `step` [] int32 is the number of earlier steps. `learned` has the fields of the state that a
     step changes, without the axis E.
     """
-    rng, labels, weight, *settings = inputs
-    keys = jax.random.split(jax.random.fold_in(rng, step), 4)
+    keys = jax.random.split(jax.random.fold_in(inputs[0], step), 4)
     fuse_rng, dropout_rng, modality_rng, transform_rng = keys
-    clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
+    clips = _transform_and_fuse(system, fuse_rng, batch, inputs)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
         # With a small number, the key could equal a key that the first transform gets by `split`.
@@ -260,15 +259,10 @@ def _update_if_finite(
 
 
 def _transform_and_fuse(
-    system: System,
-    rng: Array,
-    batch: Batch,
-    labels: Array,
-    weight: Array,
-    min_quality: Array,
-    hidden_chunk: Array,
+    system: System, rng: Array, batch: Batch, inputs: MemberInputs
 ) -> MemberClips:
-    """Augments clips and fuses their frames for one member. `MemberInputs` explains the inputs."""
+    """Augments clips and fuses their frames for one member. The random draws use the key `rng`."""
+    _, labels, weight, min_quality, hidden_chunk = inputs
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
