@@ -76,15 +76,10 @@ class Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=total,
-            initial=initial,
-            unit=f" {unit}s",
-            unit_scale=True,
-            desc=label,
-            bar_format="{desc} compiling" if self._compiles else BAR,
-            dynamic_ncols=True,
+            total=total, initial=initial, unit=f" {unit}s", unit_scale=True, desc=label,
+            bar_format="{desc} compiling" if self._compiles else BAR, dynamic_ncols=True,
             leave=leave,
-        )
+        )  # fmt: skip
 
     def keep_text(self, text: str) -> None:
         """Displays a text, such as the MAP of an evaluation, from the next `advance` on."""

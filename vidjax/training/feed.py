@@ -26,7 +26,8 @@ DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
 # One entry for each group of members (nets of an ensemble) that a single program trains.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
-Dispatched = tuple[list[TrainState], list[list[LoopResult]]]  # see `Feed._dispatch`
+# The new states, and the results of the last steps, as `Feed._dispatch` explains.
+Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
