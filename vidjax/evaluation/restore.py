@@ -213,7 +213,11 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Reads a file of a checkpoint. Raises CheckpointError if its digest is not `wanted`."""
+    """Returns `read()`, the content of the file `path`, which belongs to a checkpoint.
+
+    Raises CheckpointError if the file is missing or damaged, or if `digest(content)` is not
+    `wanted`.
+    """
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -290,7 +294,10 @@ def select_sets(
 
 
 def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if two digests of a split have the same names and features of clips."""
+    """Returns True if a split has the same clips with the same features as before.
+
+    `before` and `now` are the digests of the split. If the split is missing now, `now` is None.
+    """
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")

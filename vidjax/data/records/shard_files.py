@@ -184,7 +184,10 @@ def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes before a value of `size` bytes in an `Example`: key, tags and lengths."""
+    """Returns the bytes before a value of `size` bytes in an `Example`: key, tags and lengths.
+
+    `kind` is the tag of the list of bytes or of the list of integers in a `Feature`.
+    """
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature
         message = tag + _encode_varint(rest) + message

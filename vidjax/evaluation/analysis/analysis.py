@@ -185,7 +185,7 @@ def write_report(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception in a `with` block into a warning: `workdir` already has the results.
+    """Turns an exception in a `with` block into a warning that all other results are in `workdir`.
 
     Exceptions of failed writes and of signals are raised. If there are several processes, every
     exception is raised, because the other processes would wait for this one.

@@ -191,7 +191,7 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Counts the training clips of each identity, [C] int. If none has a label, returns None.
+    """Counts the training clips of each identity, [C] int. Returns None if no clip has a label.
 
     A training split that is missing from the model's data is skipped.
     """

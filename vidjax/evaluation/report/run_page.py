@@ -78,7 +78,7 @@ class RunFiles(NamedTuple):
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
-        """Returns the AP of each identity, which is 0 if the run was not trained on it."""
+        """Returns the AP of each identity, or 0 for an identity that the run was not trained on."""
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 

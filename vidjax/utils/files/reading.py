@@ -200,7 +200,7 @@ def _parse_int(digits: str) -> int:
 
 
 def parse_line(line: bytes) -> dict[str, object]:
-    """Returns the JSON object on a line of a log. Raises UserError if it is damaged or too long."""
+    """Returns the JSON object on a line of a log. Raises UserError for a damaged or long line."""
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
         raise UserError("it is not a JSON object")
