@@ -70,15 +70,9 @@ class FeatureDict:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of the arrays of each split, and the settings that affect frames."""
-        return [
-            {
-                "arrays": VERSION,
-                "quality": self._quality,
-                "split": split,
-                "sha256": _digest(self._clips(split)),
-            }
-            for split in sorted(self._splits)
-        ]
+        shared = {"arrays": VERSION, "quality": self._quality}
+        digests = {split: _digest(self._clips(split)) for split in sorted(self._splits)}
+        return [shared | {"split": split, "sha256": digest} for split, digest in digests.items()]
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the name of the split, for messages. Arrays in memory have no file."""
@@ -127,16 +121,11 @@ class FeatureFolder:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of the files of each split. Only changed files are read."""
-        return [
-            {
-                "arrays": VERSION,
-                "quality": self._quality,
-                "split": split,
-                "files": len(paths),
-                "sha256": digest_files(paths, self._cache_dir, self._workers),
-            }
-            for split, paths in self._files.items()
-        ]
+        shared, entries = {"arrays": VERSION, "quality": self._quality}, []
+        for split, paths in self._files.items():
+            digest = digest_files(paths, self._cache_dir, self._workers)
+            entries.append(shared | {"split": split, "files": len(paths), "sha256": digest})
+        return entries
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the parquet table of a split, or the folder of its `.npz` files, for messages."""

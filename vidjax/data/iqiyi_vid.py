@@ -71,15 +71,12 @@ class OfficialFiles:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of each pickle. Only changed pickles are read."""
-        return [
-            {
-                "official": VERSION,
-                "modality": modality,
-                "split": split,
-                "sha256": digest_files([path], self._cache_dir, self._workers),
-            }
-            for (modality, split), path in sorted(self._files.items())
-        ]
+        entries = []
+        for (modality, split), path in sorted(self._files.items()):
+            entry = {"official": VERSION, "modality": modality, "split": split}
+            digest = digest_files([path], self._cache_dir, self._workers)
+            entries.append(entry | {"sha256": digest})
+        return entries
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the pickle of a modality in a split."""
