@@ -68,7 +68,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
-    """Returns a row for the printed result: up to three different remedies for failed files."""
+    """Returns {"remedy": text} with up to three remedies for failed files, or {} if none failed."""
     different = [*dict.fromkeys(filter(None, remedies))]
     return {"remedy": "; ".join(different[:3])} if different else {}
 

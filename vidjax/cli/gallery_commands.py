@@ -223,8 +223,8 @@ def check_command(words: Sequence[str]) -> None:
     raise UserError(f"vidjax gallery has no command '{word}': {hint}")
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def _count_clips(count: int) -> str:
+    return f"{count:,} clip{'' if count == 1 else 's'}"
 
 
 def _summarise(
@@ -340,8 +340,8 @@ def _enrol(args: argparse.Namespace) -> Result:
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
         names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warn(f"not enrolled: {_count(len(refused), 'clip')} without a usable frame, {names}")
-    text = f"{_count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
+        warn(f"not enrolled: {_count_clips(len(refused))} without a usable frame, {names}")
+    text = f"{_count_clips(done.enrolled)}, {done.unchanged:,} enrolled before"
     return _summarise(gallery, {"enrolled": text}, done._asdict())
 
 
@@ -430,7 +430,7 @@ def _identify(args: argparse.Namespace) -> Result:
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
-    rows |= dict(timed[0])
+    rows |= timed[0]
     content = {"clips": len(answers), "named": named}
     content |= {"rule": answers_lib.convert_rule_to_json(rule)}
     content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
@@ -483,7 +483,7 @@ def _rank(args: argparse.Namespace) -> Result:
         "people": f"{len(gallery.identities):,}",
         "clips": f"{len(vectors.names):,}",
         **(answers_lib.describe_rule(rule) if rule else {}),
-        **dict(timed[0]),
+        **timed[0],
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
@@ -494,13 +494,13 @@ def _rank(args: argparse.Namespace) -> Result:
 def _remove(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     count = gallery.remove(identity=args.identity, clip=args.clip)
-    return _summarise(gallery, {"removed": _count(count, "clip")}, {"removed": count})
+    return _summarise(gallery, {"removed": _count_clips(count)}, {"removed": count})
 
 
 def _rename(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     count = gallery.rename(args.identity, args.to, merge=args.merge)
-    clips = _count(gallery.identities[normal_form(args.to)], "clip")
+    clips = _count_clips(gallery.identities[normal_form(args.to)])
     text = f"{args.identity} is {args.to}, with {clips}"
     return _summarise(gallery, {"renamed": text}, {"renamed": count})
 

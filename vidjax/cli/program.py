@@ -89,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(words)
         with messages.hide_progress() if args.quiet else contextlib.nullcontext():
             distributed.join_processes(args)
-            return _run(args)
+            result = args.execute(args)
+            if distributed.is_first():
+                messages.print_result(result, args.command, as_json=args.json)
+            return result.code
 
     code = messages.run_to_exit_code(command, words)
     if code not in (0, 130, 143) and distributed.count() > 1:
@@ -97,13 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)  # a normal exit would wait for the other processes
     return code
-
-
-def _run(args: argparse.Namespace) -> int:
-    result = args.execute(args)
-    if distributed.is_first():
-        messages.print_result(result, args.command, as_json=args.json)
-    return result.code
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

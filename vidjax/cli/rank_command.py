@@ -2,9 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
@@ -13,13 +11,6 @@ from vidjax.training import api
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
-
-if TYPE_CHECKING:
-    from vidjax.data.memory import MemoryClips
-    from vidjax.evaluation.predict import Predictor
-
-    # (file, run, clips, function that counts finished clips) -> numbers for the printed result.
-    Writer = Callable[[Path, Predictor, MemoryClips, Callable[[int], None]], dict[str, int]]
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
 
@@ -56,24 +47,16 @@ def _add_flags(parser: Parser, out: str) -> None:
 
 def rank(args: argparse.Namespace) -> Result:
     """Ranks clips for every identity."""
-    return _process(args, "ranking", tables.ENDINGS, bulk.Rank, _write_ranking)
+    return _process(args, bulk.Rank)
 
 
 def embed(args: argparse.Namespace) -> Result:
     """Computes a unit vector of each clip."""
-    return _process(args, "vectors", (".parquet",), bulk.Embed, _write_vectors)
+    return _process(args, bulk.Embed)
 
 
-def _process(
-    args: argparse.Namespace, kind: str, endings: Sequence[str], work: type[bulk.TableTask],
-    write: "Writer",
-) -> Result:  # fmt: skip
-    """Runs `vidjax rank` or `vidjax embed`.
-
-    If the input is a folder of tables, `work` makes the results of each table, and the output is
-    another folder. Otherwise, `write` makes the results, and the output is a file with one of the
-    `endings`. `kind` is the name of the results in the printed output.
-    """
+def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
+    """Runs `vidjax rank` or `vidjax embed`. If the input is a folder of tables, `work` reads it."""
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)
@@ -86,7 +69,7 @@ def _process(
     if inputs:
         bulk.check_out(args.out, inputs, work)
     else:
-        tables.check_new(out, endings)
+        tables.check_new(out, tables.ENDINGS if work is bulk.Rank else (".parquet",))
     workdir = Path(args.workdir).expanduser()
     settings = config_io.override(api.open_run(workdir).config, args.overrides).eval
     shared_flags.load_definitions(args)
@@ -98,26 +81,17 @@ def _process(
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
-    written = write(out, trained, clips, progress.advance)
+    if work is bulk.Rank:
+        kind, written = "ranking", {"num_identities": len(trained.identities)}
+        tables.write_ranking(out, trained.rank(clips, advance=progress.advance))
+    else:
+        vectors = trained.embed(clips, advance=progress.advance)
+        kind, written = "vectors", {"width": vectors.shape[1]}
+        columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
+        tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
     progress.close()
     timed, numbers = terminal.measure_rate(began, size)
     content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
     rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
-    rows |= {**dict(timed), kind: messages.relative_path(out)}
+    rows |= {**timed, kind: messages.relative_path(out)}
     return Result(content | written | numbers, rows)
-
-
-def _write_ranking(
-    out: Path, trained: "Predictor", clips: "MemoryClips", advance: Callable[[int], None]
-) -> dict[str, int]:
-    tables.write_ranking(out, trained.rank(clips, advance=advance))
-    return {"num_identities": len(trained.identities)}
-
-
-def _write_vectors(
-    out: Path, trained: "Predictor", clips: "MemoryClips", advance: Callable[[int], None]
-) -> dict[str, int]:
-    vectors = trained.embed(clips, advance=advance)
-    columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
-    tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
-    return {"width": vectors.shape[1]}

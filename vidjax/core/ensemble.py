@@ -88,9 +88,9 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
             f"config.ensemble.min_quality={spec['min_quality']}: must be numbers, such as 0,20,40"
         )
     axes = itertools.product(
-        range(spec["folds"]) if spec["folds"] else (-1,),
-        range(spec["bootstraps"]) if spec["bootstraps"] else (-1,),
-        range(spec["views"]) if spec["views"] else (-1,),
+        range(spec["folds"]) or (-1,),
+        range(spec["bootstraps"]) or (-1,),
+        range(spec["views"]) or (-1,),
         tuple(float(q) for q in spec["min_quality"]) or (_NO_QUALITY,),
         range(spec["seeds"]),
     )

@@ -4,9 +4,10 @@ For each split (`train`, `val`, `test`), a folder contains either one `.npz` fil
 parquet table:
 
     train/CLIP.npz    contains an array [T, D] for each modality, with features of width D for each
-                      of T frames. The array has the name of the modality, such as `face`. The
-                      arrays `face_quality`, `face_detection` and `face_number` [T], and `face_box`
-                      [T, 4] are optional.
+                      of T frames. The array has the name of the modality, such as `face`.
+                      Optional are `face_quality` and `face_detection` [T] (scores of the face
+                      detector), `face_number` [T] (of the frame in the video) and `face_box`
+                      [T, 4] (x1, y1, x2, y2 in pixels).
     train.parquet     has a row for each frame, with the columns `clip`, `modality` and `features`
                       (a list). The columns `quality`, `detection` and `number` are optional.
 
@@ -14,7 +15,7 @@ Labels are optional. They are in `labels.csv`, with the columns `clip` and `iden
 `train_gt.txt` and `val_gt.txt`, in the format of the iQIYI-VID dataset. The default quality of a
 frame is the L2 norm of its feature.
 
-This command converts the features in DIR to TFRecords, as the first training would:
+This command converts the features in DIR to TFRecords. The first training does the same:
 
     python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 """
@@ -69,19 +70,12 @@ class FeatureDict:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of the arrays of each split, and the settings that affect frames."""
-        return [
-            {
-                "arrays": VERSION,
-                "quality": self._quality,
-                "split": split,
-                "sha256": _digest(self._clips(split)),
-            }
-            for split in sorted(self._splits)
-        ]
+        shared = {"arrays": VERSION, "quality": self._quality}
+        digests = {split: _digest(self._clips(split)) for split in sorted(self._splits)}
+        return [shared | {"split": split, "sha256": digest} for split, digest in digests.items()]
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the name of the split, for messages. Arrays in memory have no file."""
-        del modality
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
@@ -127,20 +121,14 @@ class FeatureFolder:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of the files of each split. Only changed files are read."""
-        return [
-            {
-                "arrays": VERSION,
-                "quality": self._quality,
-                "split": split,
-                "files": len(paths),
-                "sha256": digest_files(paths, self._cache_dir, self._workers),
-            }
-            for split, paths in self._files.items()
-        ]
+        shared, entries = {"arrays": VERSION, "quality": self._quality}, []
+        for split, paths in self._files.items():
+            digest = digest_files(paths, self._cache_dir, self._workers)
+            entries.append(shared | {"split": split, "files": len(paths), "sha256": digest})
+        return entries
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the parquet table of a split, or the folder of its `.npz` files, for messages."""
-        del modality
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
@@ -163,7 +151,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
-EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # see `apps.video.features_folder`
+EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # `vidjax extract` adds them to a split
 NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLIP.npz', face=array)"
 
 
@@ -206,7 +194,11 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
-    """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet."""
+    """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet.
+
+    `present` are the splits with clips. If a table is the only one whose name begins with a split
+    that is not in `present`, the name is probably misspelt, and another function reports it.
+    """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
         if parts and (split in present or len(parts) > 1):

@@ -77,7 +77,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder of the cache during a `with` block, so that only one process fills it.
 
-    First deletes unfinished copies of the folder, which killed processes have left.
+    Before the block, unfinished copies of the folder are deleted. Killed processes have left them.
     """
     root = folder.parent
     files.make_private(root)

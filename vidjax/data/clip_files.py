@@ -54,7 +54,7 @@ def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
 
 
 def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
-    """Yields the clips of an `.npz` file of several clips. `path` is for messages."""
+    """Yields the clips in the arrays of an `.npz` file of several clips. `path` is for messages."""
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -266,6 +266,7 @@ def read_at_once(
     Args:
       files: a dict, split -> the files of its clips.
       scratch: folder for the frames. It must exist as long as the returned arrays.
+      non_finite, quality: see `packing.pack`.
 
     Returns:
       A dict, split -> modality -> the frames of all clips.

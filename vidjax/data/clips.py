@@ -363,6 +363,7 @@ def pad(
     Args:
       frames: a dict, field -> the values of each clip, [t] or [t, D]. There are at most B clips.
       shape: (B, T).
+      modality: the width D and the dtype of the features.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

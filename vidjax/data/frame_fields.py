@@ -153,15 +153,14 @@ def find_usable_rows(features: np.ndarray) -> np.ndarray:
     return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
-def compute_feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
+def compute_feature_norms(features: np.ndarray) -> np.ndarray:
     """Returns [F] float32, the L2 norms of features [F, D], which measure the quality of frames.
 
-    Face nets produce short vectors for blurred faces and for side views. `rows` frames are computed
-    at a time, to save memory.
+    Face nets produce short vectors for blurred faces and for side views.
 
     Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
     """
-    norms = np.empty(len(features), np.float32)
+    norms, rows = np.empty(len(features), np.float32), 512  # rows of a block, which saves memory
     for start in range(0, len(features), rows):
         block = features[start : start + rows].astype(np.float64, order="C")  # squares stay finite
         length = np.sqrt(np.einsum("fd,fd->f", block, block))
@@ -192,22 +191,16 @@ class RecordSource(Protocol):
     """A dataset whose frames can be converted to records (TFRecord files), with labels.
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
+
+    Attributes:
+      kind: the name of the cache folder for the records of all datasets of this class.
+      place: the folder or the name of the dataset, for messages.
+      title: a description of the files, for the log.
     """
 
-    @property
-    def kind(self) -> str:
-        """The name of the cache folder for the records of all datasets of this class."""
-        ...
-
-    @property
-    def place(self) -> str:
-        """The folder or the name of the dataset, for messages."""
-        ...
-
-    @property
-    def title(self) -> str:
-        """A description of the files, for the log."""
-        ...
+    kind: str
+    place: str
+    title: str
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""

@@ -1,6 +1,6 @@
 """Reads the official files of the iQIYI-VID dataset: pickles of features, and ground truth.
 
-This command converts the pickles in DIR to TFRecords, as the first training would:
+This command converts the pickles in DIR to TFRecords. The first training does the same:
 
     python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N]
 
@@ -71,15 +71,12 @@ class OfficialFiles:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of each pickle. Only changed pickles are read."""
-        return [
-            {
-                "official": VERSION,
-                "modality": modality,
-                "split": split,
-                "sha256": digest_files([path], self._cache_dir, self._workers),
-            }
-            for (modality, split), path in sorted(self._files.items())
-        ]
+        entries = []
+        for (modality, split), path in sorted(self._files.items()):
+            entry = {"official": VERSION, "modality": modality, "split": split}
+            digest = digest_files([path], self._cache_dir, self._workers)
+            entries.append(entry | {"sha256": digest})
+        return entries
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the pickle of a modality in a split."""
@@ -98,7 +95,11 @@ class OfficialFiles:
             return sandbox.unpack(path, modality, folder, non_finite=non_finite, children=children)
 
         keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
-        workers = self._workers or _choose_num_readers(sizes.values())
+        # A pickle that cannot be read in pieces needs about twice its size. All together may need
+        # half of the memory.
+        totals = itertools.accumulate(sizes[key] for key in keys)
+        fitting = sum(4 * total <= memory_bytes() for total in totals)
+        workers = self._workers or max(1, min(num_cores(), fitting))
         packed = dict(zip(keys, map_children(unpack, keys, workers, progress="read"), strict=True))
         unpacked: dict[str, dict[str, PackedClips]] = {}
         for modality, split in sorted(packed):
@@ -108,14 +109,6 @@ class OfficialFiles:
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Returns a dict, split -> clip -> identity, from the ground-truth files."""
         return load_official_truth(self._directory, clips)
-
-
-def _choose_num_readers(sizes: Collection[int]) -> int:
-    """Returns how many pickles can be read at once in half of the memory, at most one per core."""
-    largest = sorted(sizes, reverse=True)
-    # A pickle that cannot be read in pieces needs about twice its size.
-    fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
-    return max(1, min(num_cores(), len(fitting)))
 
 
 def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Path]:

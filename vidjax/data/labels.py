@@ -25,10 +25,11 @@ LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a fi
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads the ground-truth file `{split}_gt.txt` of every split that has one.
+    """Reads the ground-truth files `{split}_gt.txt` of a directory.
 
     `clips` is a dict, split -> the clips that have features. Returns a dict, split -> clip ->
-    identity. Raises UserError if a file is malformed, or lists too many clips without features.
+    identity. Splits without a file are left out. Raises UserError if a file is malformed, or lists
+    too many clips without features.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():

@@ -73,15 +73,12 @@ class MemoryClips:
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
         zeros = np.zeros(len(names), np.int32)
+        lengths = {name: staged.lengths.get(name, zeros) for name in modalities}
+        positives = np.zeros(len(self.identities), np.int64)
         self._split = Split(
-            name="clips",
-            clips=staged.clips,
-            labels=zeros,
-            labelled=False,
-            positives=np.zeros(len(self.identities), np.int64),
-            num_others=0,
-            lengths={name: staged.lengths.get(name, zeros) for name in modalities},
-        )
+            "clips", staged.clips, zeros, labelled=False, positives=positives, num_others=0,
+            lengths=lengths,
+        )  # fmt: skip
 
     @classmethod
     def from_dict(
@@ -133,7 +130,6 @@ class MemoryClips:
 
     def split(self, name: str) -> Split:
         """Returns the only split. `name` is ignored."""
-        del name
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:

@@ -57,8 +57,7 @@ def read(path: Path) -> Rows:
 
     Raises UserError if the table is damaged, needs too much memory, or lacks a column.
     """
-    with files.open_input(path) as opened, _pyarrow_errors(path):
-        file = _open(path, opened)
+    with _open(path) as (opened, file):
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
         counted = _check_pages(path, opened, file, names)
@@ -67,8 +66,7 @@ def read(path: Path) -> Rows:
 
 def read_clip_names(path: Path) -> list[str]:
     """Returns the distinct clip names of a parquet table, in any order."""
-    with files.open_input(path) as opened, _pyarrow_errors(path):
-        file = _open(path, opened)
+    with _open(path) as (opened, file):
         _check_pages(path, opened, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].unique()
         return column.cast("string").to_pylist()
@@ -76,48 +74,44 @@ def read_clip_names(path: Path) -> list[str]:
 
 def count_rows(path: Path) -> int:
     """Returns the number of rows of a parquet table."""
-    with files.open_input(path) as opened, _pyarrow_errors(path):
-        return _open(path, opened).metadata.num_rows
-
-
-@contextlib.contextmanager
-def _pyarrow_errors(path: Path) -> Iterator[None]:
-    """Turns errors of pyarrow in a `with` block into UserError. System errors stay as they are.
-
-    Raises UserError if pyarrow is not installed.
-    """
-    require_packages(str(path), "pyarrow", extra="parquet")
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise _damaged(path, reason) from error
+    with _open(path) as (_, file):
+        return file.metadata.num_rows
 
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"'{path}' is not a parquet table, or is damaged ({reason}): write it again")
 
 
-def _open(path: Path, opened: io.FileIO) -> "parquet.ParquetFile":
-    """Opens a table. Text is dictionary-encoded, so that each distinct text is in memory once."""
-    import pyarrow
-    from pyarrow import parquet
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
+    """Opens a table in a `with` block, and yields the file and its table as an object of pyarrow.
 
-    file = parquet.ParquetFile(opened)
-    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
-    text = [
-        column.name
-        for column in file.schema_arrow
-        if column.name in TEXT_COLUMNS and column.type in kinds
-    ]
-    for name in (*COLUMNS, *OPTIONAL_COLUMNS):
-        if file.schema_arrow.names.count(name) > 1:
-            raise UserError(f"{path}: two columns are named {name}: delete one of them")
-    return parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
+    Text is dictionary-encoded, so that each distinct text is in memory once. Errors of pyarrow in
+    the block become UserError; system errors stay as they are. Raises UserError if pyarrow is not
+    installed.
+    """
+    with files.open_input(path) as opened:
+        require_packages(str(path), "pyarrow", extra="parquet")
+        try:
+            import pyarrow
+            from pyarrow import parquet
+
+            names = ("string", "large_string", "binary", "large_binary")
+            kinds = [getattr(pyarrow, name)() for name in names]
+            file = parquet.ParquetFile(opened)
+            columns = [x for x in file.schema_arrow if x.name in TEXT_COLUMNS and x.type in kinds]
+            for name in (*COLUMNS, *OPTIONAL_COLUMNS):
+                if file.schema_arrow.names.count(name) > 1:
+                    raise UserError(f"{path}: two columns are named {name}: delete one of them")
+            text = [column.name for column in columns]
+            yield opened, parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise _damaged(path, reason) from error
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
@@ -179,8 +173,8 @@ def _check_pages(
             if name not in names:
                 continue
             values = unpacked = 0
-            for page in _walk_pages(opened, column):
-                values, unpacked, pages = values + page.values, unpacked + page.size, pages + 1
+            for page_bytes, page_values in _walk_pages(opened, column):
+                values, unpacked, pages = values + page_values, unpacked + page_bytes, pages + 1
                 if pages > MAX_PAGES:
                     raise _damaged(path, f"it has more than {MAX_PAGES:,} pages")
             if values != column.num_values:
@@ -206,15 +200,13 @@ def _check_pages(
     return count
 
 
-class _Page(NamedTuple):
-    """The number of unpacked bytes of a page, and its number of values."""
+def _walk_pages(
+    opened: io.FileIO, column: "parquet.ColumnChunkMetaData"
+) -> Iterator[tuple[int, int]]:
+    """Yields the number of unpacked bytes of each page of a column, and its number of values.
 
-    size: int
-    values: int
-
-
-def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Iterator[_Page]:
-    """Yields the pages of a column. Stops when they have as many values as the footer lists."""
+    Stops when the pages have as many values as the footer lists.
+    """
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
@@ -225,7 +217,7 @@ def _walk_pages(opened: io.FileIO, column: "parquet.ColumnChunkMetaData") -> Ite
         packed, unpacked, values = fields.get(3, -1), fields.get(2, -1), data.get(1, 0)
         if min(packed, unpacked, values) < 0:
             raise ValueError("a page has a negative size")
-        yield _Page(unpacked, values)
+        yield unpacked, values
         at += length + packed
         left -= values
 

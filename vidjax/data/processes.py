@@ -76,11 +76,8 @@ class Children:
         # glibc keep freed memory, because the system would clear its pages before they are reused.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
-            "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
+            **{f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")},
+            **{f"MALLOC_{kind}_THRESHOLD_": str(MALLOC_THRESHOLD) for kind in ("MMAP", "TRIM")},
         }
         command, pipe = [sys.executable, "-P", "-m", module, *map(str, words)], subprocess.PIPE
         with self._lock:
@@ -186,19 +183,14 @@ def forbid_connections() -> bool:
     )
 
 
-def end_with_parent() -> None:
-    """Makes the system kill this process when its parent process ends. Works only on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
-
-
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Runs in a child process: calls `work` with each job that `run_limited_each` sends.
 
     Jobs are read from standard input as JSON, and the results are written to standard output. What
     libraries print is redirected to standard error. Returns 0, the exit code.
     """
-    end_with_parent()
+    if sys.platform == "linux":  # kills this process when its parent process ends
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
     with open(0, "rb", closefd=False) as given:
         jobs = json.load(given)
     answers = os.fdopen(os.dup(1), "w")

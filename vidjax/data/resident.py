@@ -181,11 +181,8 @@ def choose_mode(
         )
     if mode != "auto":
         return mode
-    return (
-        "streaming"
-        if too_many or layout.nbytes > MAX_MEMORY_SHARE * (find_least_free_bytes(mesh) - taken)
-        else "resident"
-    )
+    room = MAX_MEMORY_SHARE * (find_least_free_bytes(mesh) - taken)
+    return "streaming" if too_many or layout.nbytes > room else "resident"
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:

@@ -49,7 +49,11 @@ def blend_runs(
     evaluation = score(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
-    _keep_config(config, folder, weights)
+    kept = copy.deepcopy(config)
+    kept.join.weights = weights
+    if folder.has(CONFIG):  # `eval.split` stays the split of the first evaluation
+        kept.eval.split = folder.config.eval.split
+    folder.write_config(kept)
     identities = models[0].data.identities
     results = evaluation.results | {
         "data": models[0].data.report["data"],
@@ -81,10 +85,11 @@ def _parse_weights(config: Config) -> tuple[float, ...]:
 
 
 def run_config(config: Config, name: str) -> Config:
-    """Reads the configuration of the run in the folder `name`, and adapts it to a blend.
+    """Returns the configuration of the run in the folder `name`, adapted to a blend.
 
-    The split and the block size are set to the values of `config`, the configuration of the blend.
-    The folders of the data and of the cache are replaced only if `config` has values for them.
+    The split and the block size get the values of `config`, the configuration of the blend. The
+    folders of the data and of the cache are replaced only if `config` has values for them. Scores
+    of the type `logits` become `log_softmax`.
     """
     own = RunFolder(name).config
     if own.join.runs:
@@ -100,15 +105,3 @@ def run_config(config: Config, name: str) -> Config:
         if config.data[field] is not None:
             own.data[field] = config.data[field]
     return own
-
-
-def _keep_config(config: Config, folder: RunFolder, weights: tuple[float, ...]) -> None:
-    """Writes the configuration of a blend, with its weights, to the folder of the blend.
-
-    If the blend was evaluated before, `eval.split` remains the split of the first evaluation.
-    """
-    config = copy.deepcopy(config)
-    if folder.has(CONFIG):
-        config.eval.split = folder.config.eval.split
-    config.join.weights = weights
-    folder.write_config(config)

@@ -282,7 +282,11 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     different = np.flatnonzero(positives != first.positives)
     for i in different[:1]:
         text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
-    if names := [name for name in ("names", "labels") if _has_other_digest(first, run, name)]:
+    # Features are not compared, because runs may read different features of the same clips.
+    trained = [side.metrics.get("trained_on") or {} for side in (first, run)]
+    old, new = (data.get("splits", {}).get(first.split, {}) for data in trained)
+    names = [name for name in ("names", "labels") if old.get(name) and new.get(name)]
+    if names := [name for name in names if old[name] != new[name]]:
         text += f"; the {' and '.join(names)} of the clips differ"
     if names or len(different) or run.data != first.data or counts[0] != counts[1]:
         raise UserError(
@@ -290,17 +294,6 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             "compare runs that were evaluated on the same clips"
         )
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
-
-
-def _has_other_digest(first: RankedRun, run: RankedRun, name: str) -> bool:
-    """Returns True if two runs are known to have read different clips of the split.
-
-    Compares the sha256 of the `names` or `labels` in `metrics.json`, but not of the features,
-    because two runs may read different features of the same clips.
-    """
-    known = ((side.metrics.get("trained_on") or {}).get("splits", {}) for side in (first, run))
-    digest, other = (splits.get(first.split, {}).get(name) for splits in known)
-    return bool(digest and other) and digest != other
 
 
 def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
@@ -338,18 +331,10 @@ def make_difference_table(
     rows = [[runs[0].name, f"{runs[0].ap.mean():.4f}", *[""] * (len(head) - 2)]]
     for run, gap in zip(runs[1:], differences, strict=True):
         ps = [] if gap.p_holm is None else [gap.p_holm]
-        rows.append(
-            [
-                run.name,
-                f"{run.ap.mean():.4f}",
-                f"{gap.mean:+z.4f}",
-                f"{gap.low:+z.4f} to {gap.high:+z.4f}",
-                *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in ps),
-                f"{gap.better:,}",
-                f"{gap.worse:,}",
-                f"{gap.equal:,}",
-            ]
-        )
+        cells = [run.name, f"{run.ap.mean():.4f}", f"{gap.mean:+z.4f}"]
+        cells.append(f"{gap.low:+z.4f} to {gap.high:+z.4f}")
+        cells += ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in ps]
+        rows.append([*cells, f"{gap.better:,}", f"{gap.worse:,}", f"{gap.equal:,}"])
     return head, rows
 
 

@@ -62,7 +62,8 @@ class RunningTopK:
         """Ranks the block that was added last, so that the memory of its scores can be freed."""
         for block in self._waiting:
             if jax.process_count() > 1:
-                block = map(_read_rows, devices.put(block, self._layout))
+                parts = [part.addressable_shards for part in devices.put(block, self._layout)]
+                block = [np.concatenate([np.asarray(x.data) for x in part]) for part in parts]
             self._top.add(*map(np.asarray, block))
         self._waiting = []
 
@@ -73,11 +74,6 @@ class RunningTopK:
         if jax.process_count() == 1:
             return top
         return join_tops(multihost_utils.process_allgather(top))
-
-
-def _read_rows(x: jax.Array) -> np.ndarray:
-    """Returns the rows of an array that are on the devices of this process."""
-    return np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards])
 
 
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
@@ -228,9 +224,6 @@ def _select(old: TopK, scores: Array, clips: Array) -> TopK:
         new = jnp.take_along_axis(clips, jnp.maximum(columns - k, 0), axis=1)
         return jnp.where(columns < k, kept, new)
 
-    def keep_order() -> TopK:
-        return TopK(values[:, :k], clips_of(columns[:, :k]))
-
     def settle_ties() -> TopK:
         last = values[:, k - 1 : k]
         index = jnp.broadcast_to(clips, (len(old.index), clips.shape[1]))
@@ -243,4 +236,5 @@ def _select(old: TopK, scores: Array, clips: Array) -> TopK:
         _, chosen = lax.top_k(key, k)
         return TopK(jnp.take_along_axis(scores, chosen, axis=1), clips_of(chosen))
 
-    return lax.cond(jnp.any(values[:, k - 1] == values[:, k]), settle_ties, keep_order)
+    is_tie = jnp.any(values[:, k - 1] == values[:, k])
+    return lax.cond(is_tie, settle_ties, lambda: TopK(values[:, :k], clips_of(columns[:, :k])))

@@ -250,7 +250,10 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns an empty mean for scores [B, K] shaped as `like`, logarithms if `logs` is True."""
+    """Returns a mean of no scores yet. The scores to add are [B, K], as `like` is.
+
+    If `logs` is True, the scores are logarithms of probabilities.
+    """
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))

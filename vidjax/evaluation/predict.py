@@ -42,6 +42,8 @@ from vidjax.utils.errors import UserError, check_argument, warn
 
 SMALL_REQUEST = 4  # most clips of a small request, and rows of its block
 THRESHOLD = "threshold_at_fpir_0.01"  # key in `metrics.json`
+AnyClips = Clips | TrainingData | MemoryClips  # the forms that the docstring of `Predictor` lists
+Advance = Callable[[int], None]  # receives the number of rows of a finished block
 
 
 class Request(NamedTuple):
@@ -138,7 +140,7 @@ class Predictor(NamedTuple):
 
     def identify(
         self,
-        clips: Clips | TrainingData | MemoryClips,
+        clips: AnyClips,
         k: int = 1,
         threshold: float | None = None,
         *,
@@ -189,9 +191,7 @@ class Predictor(NamedTuple):
             ]
         return names_of
 
-    def scores(
-        self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
-    ) -> np.ndarray:
+    def scores(self, clips: AnyClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
 
         Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
@@ -207,11 +207,7 @@ class Predictor(NamedTuple):
         return scores[request.clip_index]
 
     def rank(
-        self,
-        clips: Clips | TrainingData | MemoryClips,
-        *,
-        split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        self, clips: AnyClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
@@ -233,11 +229,7 @@ class Predictor(NamedTuple):
         return topk.convert_to_lists(self.identities, names, top)
 
     def embed(
-        self,
-        clips: Clips | TrainingData | MemoryClips,
-        *,
-        split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        self, clips: AnyClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
@@ -286,7 +278,7 @@ class Predictor(NamedTuple):
         quality = self.config.data.quality
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
-    def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
+    def request(self, clips: AnyClips, split: str | None) -> Request:
         """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):

@@ -37,7 +37,7 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 
 
 class FoundRun(NamedTuple):
-    """The content of a run's folder, except for the weights. Its files belong to the same run.
+    """The content of a run's folder, except for the weights. All files belong to the same run.
 
     The sha256 of the files of `checkpoint` have been checked. `identities` are the names of the
     class columns 1..C.
@@ -95,7 +95,11 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
-    identities = tuple(load_identities(folder, manifest))
+    names = _read_companion(
+        workdir / IDENTITIES, lambda: folder.identities, files.sha256_json,
+        manifest["identities_sha256"],
+    )  # fmt: skip
+    identities = tuple(names)
     if task.num_identities != len(identities):
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people, but "
@@ -200,12 +204,6 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
             )
 
 
-def load_identities(folder: RunFolder, manifest: Mapping[str, Any]) -> list[str]:
-    """Reads the names of the class columns 1..C."""
-    path, wanted = folder.path / IDENTITIES, manifest.get("identities_sha256")
-    return _read_companion(path, lambda: folder.identities, files.sha256_json, wanted)
-
-
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
     """Reads the clips that each member was trained on."""
     path, wanted = workdir / ensemble.FILE, manifest.get("members_sha256")
@@ -215,7 +213,11 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Reads a file of a checkpoint. Raises CheckpointError if its digest is not `wanted`."""
+    """Returns `read()`, the content of the file `path`, which belongs to a checkpoint.
+
+    Raises CheckpointError if the file is missing or damaged, or if `digest(content)` is not
+    `wanted`.
+    """
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -292,7 +294,10 @@ def select_sets(
 
 
 def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if two digests of a split have the same names and features of clips."""
+    """Returns True if a split has the same clips with the same features as before.
+
+    `before` and `now` are the digests of the split. If the split is missing now, `now` is None.
+    """
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")

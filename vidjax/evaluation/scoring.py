@@ -457,9 +457,10 @@ class _Ranker:
             self.best = _add_best(self.best, self._labels, *scored)
 
     def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-        """Returns `runs` with the MAP of each model, and `members` with the MAP of each member.
+        """Returns the entries `runs` and `members` of `metrics.json`, with the MAP of each of them.
 
-        If there is only one model or one member, its entry is left out.
+        Each entry is a list with a dict for each model or member. If there is only one model, or no
+        model has several members, the entry is left out.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):

@@ -162,7 +162,7 @@ def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
     """Returns the squared standard errors of a mean difference, over identities and over seeds.
 
     `gaps` has the differences in average precision [C] for each seed. The sum of both results is
-    the squared standard error of the mean over all seeds and identities. This sum is not too small,
+    the squared standard error of the mean over all seeds and identities. The sum is large enough
     even if the seeds differ more than the identities.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])

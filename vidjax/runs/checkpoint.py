@@ -108,7 +108,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
 
 def list_folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, even if damaged, in ascending order."""
+    """Returns step -> folder of every checkpoint, also of damaged ones, in ascending order."""
     folder = workdir / "checkpoints"
     _refuse_link(folder)
     paths = {

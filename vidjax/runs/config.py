@@ -93,6 +93,8 @@ def _logit_losses(values: Values) -> set[str]:
     return focal | rest
 
 
+# The conditions of `Field.read_when`: another field has, or does not have, a value. `example` is a
+# value of the other field for the remedy.
 def _read_if(field: str, value: str) -> ReadWhen:
     return ReadWhen(field, lambda values: values[field] == value, f"--config.{field}={value}")
 

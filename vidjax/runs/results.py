@@ -94,14 +94,6 @@ class Results(schemas.Metrics, kw_only=True):
         return {name: float(ap) for name, ap, positives in rows if positives}
 
 
-def load_metrics(path: Path) -> dict[str, Any]:
-    """Returns the content of `metrics.json`, including keys that `schemas.Metrics` does not list.
-
-    Raises UserError if a listed key has a wrong type or range.
-    """
-    return schemas.load(path, schemas.Metrics, REMEDY)[0]
-
-
 def load_identities(path: Path) -> list[str]:
     """Returns the names in `identities.json`. The first name belongs to class column 1."""
     kind = cast(type[list[str]], schemas.Identities)

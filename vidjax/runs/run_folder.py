@@ -73,18 +73,17 @@ class RunFolder:
         """
         trained_split = str(self._config.eval.split)
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
-        return ResultPaths(
-            self.path / f"metrics{suffix}.json",
-            self.path / f"ranking{suffix}.txt",
-            self.path / f"analysis{suffix}.npz",
-            self.path / f"report{suffix}.html",
-        )
+        endings = ("metrics{}.json", "ranking{}.txt", "analysis{}.npz", "report{}.html")
+        return ResultPaths(*(self.path / name.format(suffix) for name in endings))
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without it."""
+        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without the file.
+
+        It includes keys that `schemas.Metrics` does not list.
+        """
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
-            self._metrics[path] = results.load_metrics(path)
+            self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
         return self._metrics.get(path, {})
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:

@@ -26,15 +26,15 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-def measure_rate(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
+def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
     """Measures the time since `began`, an earlier `time.monotonic()`, and the clips per second.
 
-    Returns a list with a pair (label, text) for a reader, and a dict of numbers for JSON.
+    Returns label -> text for a reader, and key -> number for JSON.
     """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
-    rows = [("time", f"{seconds:.3g} s, {rate:,.0f} clips/s")]
-    return rows, {"seconds": seconds, "clips_per_second": rate}
+    text = f"{seconds:.3g} s, {rate:,.0f} clips/s"
+    return {"time": text}, {"seconds": seconds, "clips_per_second": rate}
 
 
 def ignore_count(count: int) -> None:
@@ -76,15 +76,10 @@ class Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=total,
-            initial=initial,
-            unit=f" {unit}s",
-            unit_scale=True,
-            desc=label,
-            bar_format="{desc} compiling" if self._compiles else BAR,
-            dynamic_ncols=True,
+            total=total, initial=initial, unit=f" {unit}s", unit_scale=True, desc=label,
+            bar_format="{desc} compiling" if self._compiles else BAR, dynamic_ncols=True,
             leave=leave,
-        )
+        )  # fmt: skip
 
     def keep_text(self, text: str) -> None:
         """Displays a text, such as the MAP of an evaluation, from the next `advance` on."""

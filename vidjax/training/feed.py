@@ -26,6 +26,8 @@ DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
 # One entry for each group of members (nets of an ensemble) that a single program trains.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
+# The new states, and the results of the last steps, as `Feed._dispatch` explains.
+Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
@@ -76,9 +78,7 @@ class Feed(abc.ABC):
         return DispatchResult(states, count, loss, min(bad_steps, default=None))
 
     @abc.abstractmethod
-    def _dispatch(
-        self, states: States, constants: AllConstants, count: int
-    ) -> tuple[list[TrainState], list[list[LoopResult]]]:
+    def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
         The outer list has an entry for each of the last calls of the compiled loop, at most two. An
@@ -105,9 +105,7 @@ class StreamingFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
 
-    def _dispatch(
-        self, states: States, constants: AllConstants, count: int
-    ) -> tuple[list[TrainState], list[list[LoopResult]]]:
+    def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         outcomes: list[list[LoopResult]] = []
         first, is_single = time.monotonic(), distributed.count() == 1
         for _ in range(count):
@@ -143,9 +141,7 @@ class ResidentFeed(Feed):
             system, mesh, lambda clips, step: resident.draw_batch(clips, plan, step)
         )
 
-    def _dispatch(
-        self, states: States, constants: AllConstants, count: int
-    ) -> tuple[list[TrainState], list[list[LoopResult]]]:
+    def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         pairs = zip(states, constants, strict=True)
         results = [self._loop(*pair, self._clips, np.asarray(count, np.int32)) for pair in pairs]
         return [state for state, _ in results], [[outcome for _, outcome in results]]

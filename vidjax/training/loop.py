@@ -161,7 +161,7 @@ def _take_steps(
                 run.log(logs)
             if run.step in schedule.relabel:
                 run.relabel()
-            asked = interruption.agree(save_due=run.is_save_due())
+            asked = interruption.agree(save_due=time.monotonic() >= run.next_save)
             if asked or run.step in schedule.evaluate:
                 run.save()
             if run.step in schedule.evaluate:
@@ -200,6 +200,7 @@ class TrainingRun:
     Attributes:
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
+      next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 
     def __init__(
@@ -236,7 +237,7 @@ class TrainingRun:
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
         self._seconds_before, self._began = manifest.get("seconds", 0.0), began
-        self._last_save = time.monotonic()
+        self.next_save = time.monotonic() + config.checkpoint_every_seconds
         if self.step:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
@@ -412,16 +413,12 @@ class TrainingRun:
             for state, part in zip(self._states, parts, strict=True)
         ]
 
-    def is_save_due(self) -> bool:
-        """Returns True if `checkpoint_every_seconds` have passed since the last checkpoint."""
-        return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
-
     def save(self, **more: float) -> None:
         """Saves a checkpoint with `more` in the manifest, or adds `more` to a saved checkpoint."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
-        self._last_save = time.monotonic()
+        self.next_save = time.monotonic() + self._config.checkpoint_every_seconds
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
         """Ranks `config.eval.split`. Between blocks of clips, `check` may raise an error to end."""
@@ -441,17 +438,12 @@ class TrainingRun:
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the present weights."""
-        state = self.state
-        return TrainedModel(
-            str(self._workdir),
-            self._system,
-            self._eval_step,
-            state.params,
-            self._replicate(self._system.model.finalise_state(state.params, state.model_state)),
-            self._plan.training_sets,
-            self._clips,
-            attention_step=self._attention_step,
+        state, system, sets = self.state, self._system, self._plan.training_sets
+        final = self._replicate(system.model.finalise_state(state.params, state.model_state))
+        model = TrainedModel(
+            str(self._workdir), system, self._eval_step, state.params, final, sets, self._clips
         )
+        return model._replace(attention_step=self._attention_step)
 
     def results(self) -> dict[str, Any]:
         """Returns the entries of `metrics.json` that describe the training."""

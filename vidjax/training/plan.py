@@ -111,14 +111,10 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_clusters = layout.num_clusters
         weight = trained * _compute_clip_weights(config, labels, clips)  # the classes have changed
     batches = make_batch_plan(
-        splits,
-        tuple(modalities),
-        batch_size=config.batch_size,
-        max_frames=config.data.max_frames,
-        crop=config.data.crop,
-        seed=config.seed,
+        splits, tuple(modalities), batch_size=config.batch_size, max_frames=config.data.max_frames,
+        crop=config.data.crop, seed=config.seed,
         epoch_clips=choose_epoch_clips(config, data, weight) if config.data.whole_epochs else None,
-    )
+    )  # fmt: skip
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),

@@ -74,7 +74,10 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
         rng=rngs,
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
-        sums=make_zero_sums(len(labels)),
+        sums={
+            name: jnp.zeros(len(labels), jnp.float32)
+            for name in ("loss", "correct", "weight", "bad_steps")
+        },
     )
 
 
@@ -101,12 +104,6 @@ def _init_optimizer(
 ) -> optax.OptState:
     """Initialises the optimiser of each member. `params` may be an empty tree."""
     return jax.vmap(tx.init, axis_size=num_members)(params)
-
-
-def make_zero_sums(num_members: int) -> dict[str, Array]:
-    """Returns metric -> [E] float32 zeros, the start of `TrainState.sums`."""
-    names = ("loss", "correct", "weight", "bad_steps")
-    return {name: jnp.zeros(num_members, jnp.float32) for name in names}
 
 
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
@@ -179,10 +176,9 @@ def take_member_step(
     `step` [] int32 is the number of earlier steps. `learned` has the fields of the state that a
     step changes, without the axis E.
     """
-    rng, labels, weight, *settings = inputs
-    keys = jax.random.split(jax.random.fold_in(rng, step), 4)
+    keys = jax.random.split(jax.random.fold_in(inputs[0], step), 4)
     fuse_rng, dropout_rng, modality_rng, transform_rng = keys
-    clips = _transform_and_fuse(system, fuse_rng, batch, labels, weight, *settings)
+    clips = _transform_and_fuse(system, fuse_rng, batch, inputs)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
         # With a small number, the key could equal a key that the first transform gets by `split`.
@@ -263,15 +259,10 @@ def _update_if_finite(
 
 
 def _transform_and_fuse(
-    system: System,
-    rng: Array,
-    batch: Batch,
-    labels: Array,
-    weight: Array,
-    min_quality: Array,
-    hidden_chunk: Array,
+    system: System, rng: Array, batch: Batch, inputs: MemberInputs
 ) -> MemberClips:
-    """Augments clips and fuses their frames for one member. `MemberInputs` explains the inputs."""
+    """Augments clips and fuses their frames for one member. The random draws use the key `rng`."""
+    _, labels, weight, min_quality, hidden_chunk = inputs
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,

@@ -115,30 +115,20 @@ def check_argument(
         raise ArgumentError(f"{argument} must be {wanted}, not{kind}{text[:100]}")
 
 
-_DISK = "free some space on that disk, or choose a folder on another disk"
-_RIGHTS = "choose a folder that you may read and write, or change its permissions"
-_PATH = "correct the path"
-_FILES = "allow more open files: ulimit -n 4096"
-_BROKEN = "the disk or the network fails: try again, or use another disk"
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        "free some space on that disk, or choose a folder on another disk",
+    (errno.EACCES, errno.EPERM, errno.EROFS):
+        "choose a folder that you may read and write, or change its permissions",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR): "correct the path",
+    (errno.EEXIST,): "choose another name, because this file or folder exists",
+    (errno.ENAMETOOLONG,): "choose a shorter name",
+    (errno.ELOOP,): "name the folder itself: its links lead in a circle",
+    (errno.EMFILE, errno.ENFILE): "allow more open files: ulimit -n 4096",
+    (errno.EIO, errno.ESTALE): "the disk or the network fails: try again, or use another disk",
+}  # fmt: skip
 # Number of a system error -> remedy.
-REMEDIES = {
-    errno.ENOSPC: _DISK,
-    errno.EDQUOT: _DISK,
-    errno.EFBIG: _DISK,
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
-    errno.EROFS: _RIGHTS,
-    errno.ENOENT: _PATH,
-    errno.ENOTDIR: _PATH,
-    errno.EISDIR: _PATH,
-    errno.EEXIST: "choose another name, because this file or folder exists",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "name the folder itself: its links lead in a circle",
-    errno.EMFILE: _FILES,
-    errno.ENFILE: _FILES,
-    errno.EIO: _BROKEN,
-    errno.ESTALE: _BROKEN,
-}
+REMEDIES = {number: remedy for numbers, remedy in _REMEDIES.items() for number in numbers}
 # An error of writing to an open file has one of these numbers and no path.
 _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
 

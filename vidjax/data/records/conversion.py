@@ -238,11 +238,15 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips at the positions `order` [n] in `split.clips` to a TFRecord file."""
+    """Writes the clips at the positions `order` [n] in `split.clips` to a TFRecord file.
+
+    Returns the entry of the file in the manifest.
+    """
     with path.open("wb") as file:
         for at in range(0, len(order), CLIPS_AT_ONCE):
             _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
-    return shard_files.describe_shard(path, len(order))
+    stat, sha256 = path.stat(), files.sha256_file(path)
+    return shard_files.Shard(path, len(order), stat.st_size, stat.st_mtime_ns, sha256)
 
 
 def _write_clips(

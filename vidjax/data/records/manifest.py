@@ -71,20 +71,15 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     files.write_json(folder / "data_report.json", records.report)
+    splits = {}
+    for name, split in records.splits.items():
+        shards = [{**x._asdict(), "path": str(x.path.relative_to(folder))} for x in split.shards]
+        splits[name] = {"records": len(split.clips), "shards": shards}
     manifest = {
         "sources": fingerprint,
         "modalities": {name: kind._asdict() for name, kind in records.modalities.items()},
         "files": {name: sha256_file(folder / name) for name in ("index.npz", "data_report.json")},
-        "splits": {
-            name: {
-                "records": len(split.clips),
-                "shards": [
-                    {**shard._asdict(), "path": str(shard.path.relative_to(folder))}
-                    for shard in split.shards
-                ],
-            }
-            for name, split in records.splits.items()
-        },
+        "splits": splits,
     }
     files.write_manifest(folder / "manifest.json", manifest)
 

@@ -53,22 +53,14 @@ class Reader:
         orders = [split.order + start for split, start in zip(parts, before, strict=False)]
         self.clip_index = np.concatenate(orders).astype(np.int32)
         self._order = np.concatenate([split.order for split in parts])
-        self._names = np.array(
-            [
-                len(split.clips[clip].encode("utf-8", "surrogateescape"))
-                for split in parts
-                for clip in split.order.tolist()
-            ]
-        )
-        self.lengths = {
-            name: np.concatenate(
-                [
-                    split.lengths.get(name, np.zeros(len(split.clips), np.int32))[split.order]
-                    for split in parts
-                ]
-            )
-            for name in records.modalities
-        }
+        names = (split.clips[clip] for split in parts for clip in split.order.tolist())
+        self._names = np.array([len(name.encode("utf-8", "surrogateescape")) for name in names])
+        self.lengths: dict[str, np.ndarray] = {}
+        for name in records.modalities:
+            none = [np.zeros(len(split.clips), np.int32) for split in parts]
+            pairs = zip(parts, none, strict=True)
+            lengths = [split.lengths.get(name, zeros)[split.order] for split, zeros in pairs]
+            self.lengths[name] = np.concatenate(lengths)
         self.shards = check_changed([shard for split in parts for shard in split.shards])
         self._states: dict[int, tuple[int, ...]] = {}
         counts = [shard.records for shard in self.shards]

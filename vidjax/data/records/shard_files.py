@@ -22,7 +22,7 @@ from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.files import hash_opened, sha256_file
+from vidjax.utils.files import hash_opened
 
 FRAMING = 8 + 4 + 4  # bytes of a record around its content: length and two checksums
 # The tag of a field of a message is (number of the field << 3) + 2, where 2 is the type of bytes.
@@ -39,12 +39,6 @@ class Shard(NamedTuple):
     size: int
     mtime_ns: int
     sha256: str
-
-
-def describe_shard(path: Path, num_records: int) -> Shard:
-    """Returns the number of records, size, time and sha256 of a file, for the manifest."""
-    stat = path.stat()
-    return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, sha256_file(path))
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
@@ -190,7 +184,10 @@ def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes before a value of `size` bytes in an `Example`: key, tags and lengths."""
+    """Returns the bytes before a value of `size` bytes in an `Example`: key, tags and lengths.
+
+    `kind` is the tag of the list of bytes or of the list of integers in a `Feature`.
+    """
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature
         message = tag + _encode_varint(rest) + message

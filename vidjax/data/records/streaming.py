@@ -136,17 +136,11 @@ def _locate_clips(
     @jax.jit
     def draw(step: Array, epoch: Array, place: Array) -> tuple[Array, Array, list[Array]]:
         clip_index, batch_mask, drawn = order.draw_batch_clips(plan, step, epoch, place)
-        sizes = plan.padded_lengths
-        return (
-            clip_index,
-            batch_mask,
-            [
-                order.choose_first_frame(
-                    drawn[name], lengths[name][clip_index] * batch_mask, sizes[name]
-                )
-                for name in plan.windowed
-            ],
-        )
+        first = []
+        for name in plan.windowed:
+            length, size = lengths[name][clip_index] * batch_mask, plan.padded_lengths[name]
+            first.append(order.choose_first_frame(drawn[name], length, size))
+        return clip_index, batch_mask, first
 
     for number in itertools.count(step):
         position = number * plan.batch_size + np.arange(plan.batch_size)

@@ -33,6 +33,12 @@ from vidjax.runs.run_folder import ResultPaths, RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils.errors import warn
 
+# Fields that do not change the scores of a clip, except for rounding.
+_FREE = (
+    *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
+    "eval.split",
+)  # fmt: skip
+
 
 def analyse(
     models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh, config: Config
@@ -179,7 +185,7 @@ def write_report(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception in a `with` block into a warning: `workdir` already has the results.
+    """Turns an exception in a `with` block into a warning that all other results are in `workdir`.
 
     Exceptions of failed writes and of signals are raised. If there are several processes, every
     exception is raised, because the other processes would wait for this one.
@@ -219,7 +225,8 @@ def evaluate(
     evaluation = score(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
-    changed = list_overrides(folder.config, config)
+    differences = config_lib.differences(folder.config, config)
+    changed = {name: value for name, (_, value) in differences.items() if name not in _FREE}
     trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
     values = evaluation.results | {
         "data": data.report["data"],
@@ -234,16 +241,3 @@ def evaluate(
         analysed=functools.partial(analyse, models, evaluation, mesh, config) if report else None,
     )  # fmt: skip
     return values
-
-
-# Fields that do not change the scores of a clip, except for rounding.
-_FREE = (
-    *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
-    "eval.split",
-)  # fmt: skip
-
-
-def list_overrides(trained: Config, config: Config) -> dict[str, Any]:
-    """Returns the fields of `config` that change scores and differ from `trained`, with values."""
-    changed = config_lib.differences(trained, config)
-    return {name: value for name, (_, value) in changed.items() if name not in _FREE}

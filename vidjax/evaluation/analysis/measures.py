@@ -191,7 +191,7 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Counts the training clips of each identity, [C] int. If none has a label, returns None.
+    """Counts the training clips of each identity, [C] int. Returns None if no clip has a label.
 
     A training split that is missing from the model's data is skipped.
     """
@@ -225,15 +225,9 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
         lost = Counter(best_list[own[best_list[own] != identity]].tolist())
         places = scored.columns[identity, : positives[identity]]
         wrong = Counter((places[(places >= 0) & (places != identity + 1)] - 1).tolist())
-        rows.append(
-            {
-                "identity": identity,
-                "ap": float(average[identity]),
-                "clips": int(positives[identity]),
-                "lost_to": lost.most_common(3),
-                "mixed_with": wrong.most_common(3),
-            }
-        )
+        row: Row = {"identity": identity, "ap": float(average[identity])}
+        row |= {"clips": int(positives[identity]), "lost_to": lost.most_common(3)}
+        rows.append(row | {"mixed_with": wrong.most_common(3)})
     return rows
 
 

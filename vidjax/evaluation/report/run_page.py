@@ -78,7 +78,7 @@ class RunFiles(NamedTuple):
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
-        """Returns the AP of each identity, which is 0 if the run was not trained on it."""
+        """Returns the AP of each identity, or 0 for an identity that the run was not trained on."""
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
@@ -92,12 +92,6 @@ def title(run: RunFiles) -> str:
     members = run.metrics.num_members or 1
     count = f"{members} x " if members != 1 else ""
     return f"{count}{model} with {_join(run.config['modalities']) or 'no modality'} on {data}"
-
-
-def describe_run(run: RunFiles) -> str:
-    """Returns a line with the folder, the evaluated split and the date of a run."""
-    date = f"; {run.metrics.date}" if run.metrics.date else ""
-    return f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}"
 
 
 def summary(run: RunFiles) -> Markup:
@@ -524,12 +518,13 @@ def write(folder: RunFolder) -> Path:
 
 def render(run: RunFiles) -> str:
     """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
+    date = f"; {run.metrics.date}" if run.metrics.date else ""
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(
             title(run),
             [(key, heading, content) for key, heading, content in shown if content],
-            lead=describe_run(run),
+            lead=f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}",
             footer="vidjax made this page from the files of the run. It contains names of clips "
             "and identities, and no features.",
         )

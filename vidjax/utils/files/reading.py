@@ -200,7 +200,7 @@ def _parse_int(digits: str) -> int:
 
 
 def parse_line(line: bytes) -> dict[str, object]:
-    """Returns the JSON object on a line of a log. Raises UserError if it is damaged or too long."""
+    """Returns the JSON object on a line of a log. Raises UserError for a damaged or long line."""
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
         raise UserError("it is not a JSON object")
@@ -244,13 +244,13 @@ def max_unpacked_bytes(size: int) -> int:
     return max(LARGE_BYTES, 100 * size)
 
 
-def npz_bytes(content: bytes, limit: int, least: int = 4) -> int:
-    """Returns how many bytes the arrays of an `.npz` need in memory, according to their headers.
+def npz_bytes(content: bytes, limit: int) -> int:
+    """Returns how many bytes the arrays of an `.npz` need as float32, according to their headers.
 
-    See `load_npz` for `limit`, `least` and the errors.
+    See `load_npz` for `limit` and the errors.
     """
     with _npz_errors():
-        return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least))
+        return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
 
 
 @contextlib.contextmanager
