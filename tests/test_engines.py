@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,8 +120,10 @@ def test_failure_of_one_process_ends_the_other_processes():
 
 def run(wanted, cpu_seconds=20, **more):
     """Runs the job of `tests/helpers/limited_job.py` in a child with limits."""
-    job, limits = limited_job.__name__, {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
-    return processes.run_limited(job, Path("film.mp4"), {"wanted": wanted, **more}, **limits)
+    limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
+    return processes.run_limited(
+        limited_job.__name__, Path("film.mp4"), {"wanted": wanted, **more}, **limits
+    )
 
 
 @LINUX

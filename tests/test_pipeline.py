@@ -1,5 +1,6 @@
 """Batches of training and evaluation: their clips, the order, and the frames of each clip."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -145,4 +146,5 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
         ({"modalities": ()}, "config.modalities=: name"),
         ({"splits": ()}, "config.data.train_splits=: name"),
     ):
-        refused(lambda options={**TRAIN, **changed}: train_batches(dataset, **options), message)
+        options: Any = {**TRAIN, **changed}
+        refused(functools.partial(train_batches, dataset, **options), message)

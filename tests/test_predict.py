@@ -1,6 +1,7 @@
 """`predict.restore`: a run scores clips in memory exactly as `vidjax evaluate` does."""
 
 import functools
+import pickle
 import resource
 import shutil
 from typing import Any
@@ -8,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import small_runs
+from tests.helpers import clip_files, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
-from tests.test_arrays import official_arrays  # noqa: F401
-from vidjax.data import sources
+from vidjax.data import iqiyi_vid, sources
 from vidjax.evaluation import predict
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs import config as config_lib
@@ -40,8 +40,24 @@ def restored(train):
 
 
 @pytest.fixture(scope="module")
-def clips(official_arrays):  # noqa: F811
-    return {split: dict(reversed(frames.items())) for split, frames in official_arrays.items()}
+def clips(official_dir):
+    """The official files as arrays: split -> clip -> modality -> field -> frames.
+
+    The clips are in the reverse order of the files.
+    """
+    splits: Any = {}
+    for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
+        for name, frames in reversed(pickle.loads(path.read_bytes()).items()):
+            frames = [[frames]] if modality == "audio" else frames
+            *columns, features = zip(*frames, strict=True) if frames else [()]
+            fields = dict(zip(("number", "box", "detection", "quality"), columns, strict=False))
+            # Files without frame numbers or qualities are converted with 0.
+            fields = {"number": [0] * len(frames), "quality": [0] * len(frames), **fields}
+            fields["number"] = [int(number) for number in fields["number"]]
+            shape = len(frames), clip_files.WIDTHS[modality]
+            fields["features"] = np.array(features, "f2").reshape(shape)
+            splits.setdefault(split, {}).setdefault(name.decode(), {})[modality] = fields
+    return splits
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def make_functions(
     spec: str, args: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], Any]], common.Run]:
     """Returns the whole and the forward pass of a net as functions, and its clips."""
-    sizes = {"num_identities": args.num_identities, "num_clips": args.clips}
+    sizes: Any = {"num_identities": args.num_identities, "num_clips": args.clips}
     run = common.make_run(spec, batch_size=256, **sizes)
     weights, mesh = (run.state.params, run.state.model_state), devices.make_mesh(1)
     data = MadeUp(run, args.num_identities)
@@ -149,7 +149,7 @@ def time_tests(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    sizes = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
+    sizes: Any = {"clips": 60_000, "num_identities": 10_034, "block_size": 256, "rounds": 3}
     args = common.parse(__doc__, "--peer", "--published", **sizes)
     told = f"{args.clips:,} clips, {args.num_identities:,} identities"
     common.say(f"{common.describe()}, {told}\n")

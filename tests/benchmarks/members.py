@@ -22,7 +22,7 @@ SPEC = "quality_fusion.py"
 
 
 def make_step(args: argparse.Namespace, count: int) -> Any:
-    sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
+    sizes: Any = {"batch_size": args.batch_size, "num_identities": args.num_identities}
     run = common.make_run(SPEC, [f"ensemble.seeds={count}"], **sizes)
     loop, states = common.make_loop(run), list(train_step.split_state(run.state, 1))
     tables = ensemble.split(run.constants, 1)
@@ -57,7 +57,7 @@ def compare_runs(rounds: int) -> None:
 
 
 def main() -> None:
-    sizes = {"num_identities": 10_034, "rounds": 5, "members": 5}
+    sizes: Any = {"num_identities": 10_034, "rounds": 5, "members": 5}
     args = common.parse(__doc__, "--runs", batch_size=1024, **sizes)
     functions = {"one": make_step(args, 1), "all": make_step(args, args.members)}
     seconds = common.in_turns(functions, args.rounds)

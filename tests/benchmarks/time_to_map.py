@@ -79,7 +79,7 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str]]
 
 
 def main() -> None:
-    sizes = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
+    sizes: Any = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
     args = common.parse(__doc__, "--streaming", **sizes, batch_size=1024, rounds=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -50,7 +50,7 @@ def make_peers(name: str, run: common.Run, args: argparse.Namespace) -> dict[str
 def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     spec, overrides = common.NETS[name]
     words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
-    sizes = {"batch_size": args.batch_size, "num_identities": args.num_identities}
+    sizes: Any = {"batch_size": args.batch_size, "num_identities": args.num_identities}
     run = common.make_run(spec, words, **sizes)
     loop, state = common.make_loop(run), run.state
 
@@ -83,7 +83,7 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
 
 
 def main() -> None:
-    sizes = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
+    sizes: Any = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
     args = common.parse(__doc__, "--peer", "--bfloat16", nets=",".join(common.NETS), **sizes)
     classes = 1 + args.num_identities
     common.say(f"{common.describe()}, batch {args.batch_size}, {classes} classes\n")

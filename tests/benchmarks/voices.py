@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,8 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
         vectors = embed(speech, models, Gallery.of_models(f"{folder}/none", models))
         speaker = dict(zip(vectors.names, vectors.labels, strict=True))
         of_each = {
-            one: [x for x in speaker if speaker[x] == one] for one in sorted({*vectors.labels})
+            one: [x for x in speaker if speaker[x] == one]
+            for one in sorted({*map(str, vectors.labels)})
         }
         first = {name for names in of_each.values() for name in names[:ENROLLED]}
         asked = vectors.only({*speaker} - first)
@@ -104,7 +104,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
         for some in (answers, itertools.chain(*strangers.values()))
     )
 
-    def shares(named: np.ndarray, alarms: Sequence[Any]) -> dict[str, float]:
+    def shares(named: np.ndarray, alarms: Any) -> dict[str, float]:
         found = {"right": right & named, "wrong": ~right & named, "strangers": alarms}
         return {name: round(float(np.mean(share)), 3) for name, share in found.items()}
 
