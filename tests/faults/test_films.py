@@ -203,7 +203,7 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
         "source": {"address": "/x.mp4", "size": 1, "mtime_ns": 0, "inode": 1},
         "shots": [[0, 5]], "frames": 5, "tracks": [track],
     }  # fmt: skip
-    wrong_tracks: list[Any] = [
+    wrong_tracks: list[dict[str, object]] = [
         {"clip": clip} for clip in ("../../x", "a\nb", "\ud800", "x" * 5000, 5)
     ]
     for start_s, end_s in ((2, 1), (-1, 1), (0, 1e300), (0, "1"), (float("nan"), 1)):
@@ -265,7 +265,6 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
 # A program that is killed in the middle of creating a gallery.
 HALF = """
 import os, sqlite3, sys
-from typing import Any
 gallery = sqlite3.connect(sys.argv[1])
 gallery.execute("PRAGMA cache_size=1")
 gallery.execute("BEGIN")
