@@ -94,15 +94,19 @@ def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
 
 
 def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
-    """The sidecars of a.jpg are a.xmp and a.jpg.xmp, which comes first."""
+    """The sidecars of a.jpg are a.jpg.xmp and a.xmp. The first one that can be read is used.
+
+    Sidecars of earlier calls stay in the folder.
+    """
     eve, none = xmp.packet(xmp.elements([EVE])), xmp.packet("")
     own = photo("jpeg", MWG)
 
-    assert boxes(tags_of(own, xmp=none)) == TAGS  # a sidecar without tags
+    assert boxes(tags_of(own, xmp=none)) == TAGS  # a.xmp has no tags
     assert boxes(tags_of(own, xmp=eve)) == [EVE]
-    assert boxes(tags_of(own, jpg_xmp=MWG)) == TAGS
+    assert boxes(tags_of(own, jpg_xmp=MWG)) == TAGS  # a.jpg.xmp comes before a.xmp
     assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
 
+    # If a.jpg.xmp is damaged, a.xmp counts.
     parsed = tags_of(own, jpg_xmp=b"<rdf:RDF RegionList")
     assert boxes(parsed) == [EVE] and "the face tags in a.jpg.xmp cannot be" in parsed.problem
 

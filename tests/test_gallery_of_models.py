@@ -294,7 +294,7 @@ def test_clips_that_a_user_grouped_stay_together(gallery):
     assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
 
-def test_subtitles_list_all_visible_people_and_do_not_overlap():
+def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     """Many players show only one subtitle at a time. Markup in names is escaped."""
     found = [appearance("Eve", 0, 9.5), appearance("Bob {x}", 3.25, 4)]
     found += [appearance("<i>Ada", 4, 9.5), appearance("nobody sees me", 5, 5)]
@@ -305,7 +305,7 @@ def test_subtitles_list_all_visible_people_and_do_not_overlap():
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
 
-    unknown = appearance("unknown 1", 0, 9)._replace(probability=None)
+    unknown = appearance("unknown 1", 0, 9)._replace(probability=None)  # is left out
     vtt = appearances.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt

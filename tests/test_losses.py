@@ -166,7 +166,10 @@ def test_impossible_loss_specifications_are_refused(spec, message):
 def test_loss_with_the_option_margin_gets_plain_logits_and_the_scale_of_the_model(
     scale, monkeypatch
 ):
-    """The loss adds the margin itself. The model learns the scale, which is 30 at the start."""
+    """The loss adds the margin itself.
+
+    The scale is 30 at the start. The model learns the scale, so the loss uses the learned scale.
+    """
 
     def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
         return logits[:, 0] + logit_scale * margin
@@ -181,6 +184,7 @@ def test_loss_with_the_option_margin_gets_plain_logits_and_the_scale_of_the_mode
         output: Any = losses.ModelOutput(logits[:, None], logits, logit_scale=scale[None])
         return jnp.sum(objective(output, labels, np.ones(7, bool), jnp.int32(0)))
 
+    # The loss of each of the 7 clips is its logit 0 + 0.5 * scale.
     value, gradient = total(jnp.float32(scale))
     np.testing.assert_allclose(value, logits[:, 0].sum() + 7 * 0.5 * scale, rtol=1e-6)
     np.testing.assert_allclose(gradient, 7 * 0.5, rtol=1e-6)

@@ -20,14 +20,18 @@ def noise(*shape):
 
 
 def test_mel_filters_are_triangles_of_equal_area():
-    mels = np.linspace(0, 15 + 27 * math.log(8) / math.log(6.4), 42)
+    # Slaney's mel scale: 15 mels up to 1 kHz in equal steps, then 27 mels for each factor 6.4.
+    top = 15 + 27 * math.log(8) / math.log(6.4)  # 8 kHz in mels
+    mels = np.linspace(0, top, 42)  # 40 bands have 42 edges
     edges = [mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
     assert edges[-1] == pytest.approx(8000)
     for band, row in enumerate(voices.make_mel_filters()):
         low, middle, high = edges[band : band + 3]
         for bin_, weight in enumerate(row):
-            up, down = (bin_ * 40 - low) / (middle - low), (high - bin_ * 40) / (high - middle)
-            assert weight == pytest.approx(max(0, min(up, down)) * 2 / (high - low), abs=1e-12)
+            hz = 40 * bin_
+            up, down = (hz - low) / (middle - low), (high - hz) / (high - middle)
+            height = 2 / (high - low)  # so that the area is 1
+            assert weight == pytest.approx(max(0, min(up, down)) * height, abs=1e-12)
 
 
 def test_mels_equal_the_band_powers_of_frames_every_10_ms():

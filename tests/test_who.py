@@ -636,6 +636,7 @@ def test_pages_that_name_a_removed_person_are_deleted_if_the_call_fails(drawn):
 
 
 def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(drawn, command):
+    """The film shows Ada and Bob, who have photos, and Eve."""
     drawn.befriend("Ada", "Bob")
     words = (f"--models={drawn.models}", f"--out={drawn.out}", f"--people={drawn.friends}")
 
@@ -643,7 +644,7 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
 
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100%" not in done.out
-    assert "1 person without a name: to name them, add --review --th" in done.out  # Eve
+    assert "1 person without a name: to name them, add --review" in done.out  # Eve
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):

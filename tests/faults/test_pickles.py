@@ -89,8 +89,10 @@ def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
 
 @pytest.mark.slow
 def test_sandbox_limits_memory_and_cpu_time_of_hostile_pickles(tmp_path, campaign):
+    """`check_refused` checks the limits: 5 s of CPU time and 1 GB for each file."""
     files = collection(tmp_path / "canary" / "mark")
     if not campaign:
+        # All files that ask for much memory or time ("greed"), and every 20th file.
         some = [name for i, name in enumerate(files) if "greed" in name or i % 20 == 0]
         files = {name: files[name] for name in some}
     check_refused(read_all(files, tmp_path, "unpack"), strict=campaign)

@@ -252,12 +252,16 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
 
 @pytest.mark.slow
 def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, command):
-    """The limit decides which file cannot be written: unpickled features, a shard or the index."""
+    """A limit on the size of files stands for a full disk.
+
+    The limit decides which file cannot be written: unpickled features, a shard or the index.
+    """
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     records = prepare(source, tmp_path / "whole")
     size = sum(path.stat().st_size for path in records.folder.rglob("*") if path.is_file())
 
-    for limit in np.geomspace(1024, 0.1 * size, 40 if campaign else 2).astype(int).tolist():
+    most = 0.1 * size  # less than a shard, because there are 8 shards
+    for limit in np.geomspace(1024, most, 40 if campaign else 2).astype(int).tolist():
         with limits.file_limit(limit):
             done = command(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
         assert done.refused(str(cache)), done.err

@@ -140,8 +140,9 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Replaces every clip by share x clip + (1 - share) x a random clip of the batch.
 
     The share is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is above 0.
-    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1,
-    because this clip may belong to the fold that the member is not trained on.
+    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1. A
+    member must not learn from such a random clip. The random clip may belong to the fold that the
+    member is not trained on.
 
     Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """

@@ -159,10 +159,12 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
 def _check_pages(
     path: Path, opened: io.FileIO, file: "parquet.ParquetFile", names: Sequence[str]
 ) -> int:
-    """Counts the values of all features in the headers of pages, before a page is unpacked.
+    """Checks the columns `names` by the headers of their pages, before a page is unpacked.
 
-    `file` is the open file `opened` as an object of pyarrow. Raises UserError if the headers and
-    the footer count different numbers of values, or if the columns `names` need too much memory.
+    Returns the number of values of the column `features`. `opened` and `file` are the same file:
+    `opened` is the file object, and `file` is the object of pyarrow. Raises UserError if the
+    headers and the footer count different numbers of values, if there are too many pages, or if the
+    columns need too much memory.
     """
     size, count, pages = 0, 0, 0
     for number in range(file.metadata.num_row_groups):

@@ -115,9 +115,10 @@ class Predictor(NamedTuple):
         """The score that on average at most 1 % of new strangers reach, or None if it is unknown.
 
         The threshold is unknown if fewer than 99 clips of strangers were evaluated. It is also
-        unknown if the evaluated clips were training clips, because only the few members that were
-        not trained on a clip scored it. A new clip is scored by all members, and their mean score
-        reaches the threshold for fewer strangers.
+        unknown if an ensemble was evaluated on its training clips. A training clip is scored only
+        by the few members that were not trained on this clip. A new clip is scored by all members.
+        The mean score of all members reaches such a threshold for fewer strangers, so the threshold
+        would be too strict.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
@@ -382,7 +383,10 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Reads `metrics.json`. If it is damaged (with a warning) or of another step, returns {}."""
+    """Returns the content of `metrics.json`, or {} if the file does not belong to `step`.
+
+    If the file is damaged, it causes a warning, and the result is {}.
+    """
     try:
         results = folder.metrics()
     except ValueError as error:

@@ -47,7 +47,11 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Applies `drop_modalities` to `present` [B, M] in training (rng `modality_dropout`)."""
+    """Returns the modalities of each clip that a model uses, [B, M] bool.
+
+    In training, `drop_modalities` drops some of the modalities in `present` [B, M] bool, with the
+    random key `modality_dropout` of `model`. In evaluation, `present` is returned.
+    """
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)

@@ -257,10 +257,11 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`, the weights of clips by their class column.
+    """Builds `System.column_weight`, a function (labels [B], step) -> weight [B] of each clip.
 
-    A mirror class has the weight `spec["mirror_weight"]`, which is a schedule. Other classes have
-    the weight 1.
+    A clip of a mirror class (see `NoiseClassLayout`) has the weight `spec["mirror_weight"]`, a
+    schedule over the epochs. A clip of another class has the weight 1. If `layout` is None, there
+    are no mirror classes.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

@@ -27,7 +27,10 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """Sums over the vectors x of clips."""
+    """The three sums from which PLDA is fitted.
+
+    x is the vector [D] of a clip, and K is the number of classes.
+    """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  ([K], clips of each class)
     total: Array  # [K, D], sum of x over the clips of each class

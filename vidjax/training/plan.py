@@ -359,7 +359,12 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes loss weights [N] from `data.balance`, `data.weights`, class columns and names."""
+    """Computes the loss weight [N] of each clip.
+
+    The weight is the product of two factors. The first factor depends on the class of the clip, see
+    `data.balance`. The second factor is the number of the clip in the file `data.weights`. `labels`
+    are the class columns of the clips, and `clips` are their names.
+    """
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()

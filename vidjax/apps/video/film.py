@@ -88,9 +88,10 @@ class Figures(NamedTuple):
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """Loads the nets that cards describe.
 
-    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
-    computes embeddings of heads or bodies, but there is neither a detector of heads or bodies nor a
-    field `around` in the card.
+    Detectors shrink pictures until their longer side has `size` pixels. A net for embeddings of
+    heads needs the boxes of heads. A detector of heads finds these boxes. Without this detector,
+    the card of the net must have the field `around` (see the top of this file). The same holds for
+    bodies. Raises UserError if a net has neither the detector nor the field.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
