@@ -13,7 +13,7 @@ Arguments: the words of WORDS below, in any combination, and names of modalities
 modality first: the weights start at 1, 1/2, 1/4 and 1/8.
 
 A comment after each value names its source: `code` (the code of the quality-fusion system, 4th
-place of 2019, from which the draws of faces are taken) or `ours`.
+place of 2019; its draws of faces are used here) or `ours`.
 """
 
 from ml_collections import ConfigDict

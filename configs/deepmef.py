@@ -16,8 +16,8 @@ pickles `scene_{train,val,test}.pickle` next to the official files, with a list 
 for each clip, and name both modalities: `iqiyi_vid,face,scene`. The team used 2048 features of one
 frame per clip, from a SE-ResNeXt that was trained for 20 epochs to name the person.
 
-`published` is the system that the team ran. Net, frames, training and test are as in the team's
-code, if the article does not describe them or contradicts the code. Add `views` for the team's
+`published` is the system that the team ran. If the article does not describe a value, or if it
+contradicts the team's code, the value is from the code. Add `views` for the team's
 eleven nets, and `trainval` for its clips. A batch has 4096 clips. With `few`, or with synthetic
 clips, there are not enough clips, and a batch has 128.
 

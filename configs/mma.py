@@ -9,16 +9,16 @@ seeds).
 Arguments: the words of WORDS below, in any combination, and names of modalities. The following
 arguments give the rows of the paper's table 3. Put `published` before them for the paper's net:
 
-    average,concat,face                    Face; likewise `head`, `audio` and `body`
-    average,concat,face,head               Face + Head; then with `audio`, `body`
+    average,concat,face                    Face (for Head, Audio and Body, replace `face`)
+    average,concat,face,head               Face + Head (then append `audio`, and then `body`)
     average,concat,ensemble                Ensemble, of all four modalities
     concat,ensemble                        + NetVLAD
     ensemble                               + NetVLAD + MMA, the paper's score
 
 A comment after each value names its source: `paper` (iQIYI-VID: A Large Dataset for Multi-modal
 Person Identification, sections 5 and 6) or `ours`. A value is ours if it scored better than the
-paper's on validation clips, or if the paper gives none; then `published` uses it, too. No code was
-published.
+paper's on validation clips, or if the paper gives no value. If the paper gives no value,
+`published` uses our value. No code was published.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,8 @@ WORDS = {
     "average": "average pooling of the face instead of NetVLAD",
     "concat": "concatenated modalities, without attention",
     "pooled": "average pooling of the modalities, without attention",
-    "ensemble": "three members; each omits another tenth of the clips, a third with `published`",
+    "ensemble": "three members; each omits a different tenth of the clips, or a third with "
+    "`published`",
 }
 
 
@@ -60,7 +61,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "num_face_vectors": 3,  # paper
             # ours: with LayerNorm after the maps, MAP is the same for unit length on real clips
             # and 0.010 lower on synthetic clips, within the error. Whitening the features by a
-            # quarter of their covariance did not help, either (`model.whitened` until a538f79).
+            # quarter of their covariance did not help, either.
             "unit_length": "unit" in words,
             "map_norm": True,  # ours: MAP 0.87 -> 0.90 on real clips
             "attention": not words & {"concat", "pooled"},  # paper

@@ -7,8 +7,8 @@ Score: MAP@100 0.892 on the small synthetic dataset, 0.832 on the small real dat
 (means of 3 seeds).
 
 Only val has distractors, so the members are trained on folds of train and val. Every clip of val is
-scored by the member that was not trained on it. Only the clustering uses the distractors of all
-folds; it uses no identities.
+scored by the member that was not trained on it. The clustering uses the distractors of all folds,
+but no identities.
 
 Arguments: the words of WORDS below, in any combination, and a modality to use instead of `face`.
 

@@ -8,17 +8,16 @@ seeds).
 
 This is the back end of speaker verification. The vector of a clip is the sum of a vector of the
 identity and a vector of the clip, both with a normal distribution. For each modality, an identity
-is represented by its number of clips and the sum of their vectors. Nothing is optimised: training
-reads the clips twice, once for their centre and once for the sums. Before that, five settings are
-fitted on held-out training clips. To set one of them yourself, use a flag such as
+is represented by its number of clips and the sum of their vectors. Nothing is optimised. First,
+five settings are fitted on held-out training clips. Then the clips are read twice: once for the
+centre of the clips, and once for the sums. To set one of the settings yourself, use a flag such as
 `--config.model.scale=0.1`.
 
 Two extensions did not help. A scale and an offset per modality, and a prior of an identity by its
 number of clips, changed MAP on val by -.002 to 0 on real clips and by -.005 to 0 on synthetic
 clips, and the error of the probabilities by -.003 to +.007. The prior improved the probabilities
 only on synthetic clips, in which people with many training clips appear more often. A scale that
-depends on frames, quality, clips and the number of modalities did not help, either. Both were
-options until a538f79; the docstring of this file there has the table.
+depends on frames, quality, clips and the number of modalities did not help, either.
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
 """

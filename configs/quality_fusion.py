@@ -10,8 +10,8 @@ Arguments: the words of WORDS below, in any combination, and names of modalities
 
 The team planned to join five nets x five folds, and completed a part of them. configs/README.md has
 the commands that train and join all of them. Column 0 of the classifier, "other", is trained if the
-training clips contain distractors. In the official files, only val has distractors, so `trainval`
-is necessary.
+training clips contain distractors. In the official files, only val has distractors: to train column
+0, add `trainval`.
 
 A comment after each value names its source: `paper` (the team's article and slides), `code` (the
 team's code) or `ours`.

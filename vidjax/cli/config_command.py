@@ -30,7 +30,7 @@ def add_flags(parser: Parser) -> None:
 def show_config(args: argparse.Namespace) -> Result:
     """Lists the fields of a configuration file, of a run, or of the default configuration."""
     if args.workdir and args.config:
-        raise UserError("--config and --workdir cannot be listed together: leave one of them out")
+        raise UserError("--config and --workdir cannot be used together: leave out one of them")
     if args.config:
         config, file = api.load_config(args.config), args.config
     elif args.workdir:

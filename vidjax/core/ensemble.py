@@ -200,7 +200,7 @@ def check_size(training_sets: TrainingSets) -> None:
     if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
         raise UserError(
             f"the list of the {count:,} training clips of {members} members has {size:,} bytes\n"
-            f"the limits are {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES:,} bytes\n"
+            f"it may have {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES - files.MB:,} bytes\n"
             "leave some clips out, or train with fewer members"
         )
 

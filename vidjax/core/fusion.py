@@ -652,7 +652,7 @@ def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
         raise UserError(
-            f"probs={probs}: must be {length} finite numbers of 0 or more, and not all 0"
+            f"probs={probs} must be {length} finite numbers of 0 or more, and not all 0"
         )
     return (np.cumsum(weights) / weights.sum()).astype(np.float32)
 

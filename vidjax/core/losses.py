@@ -269,7 +269,8 @@ def make_loss(
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
         raise UserError(
-            f"config.loss.schedule: weights are {weights.tolist()}, but must lie between 0 and 1"
+            f"config.loss.schedule: the weights, the second numbers of the pairs, are "
+            f"{weights.tolist()}, but must lie between 0 and 1"
         )
 
     def loss_fn(

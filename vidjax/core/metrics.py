@@ -262,7 +262,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
-        "a clip counts as identified from this score on, so that 1 % of the distractors pass",
+        "the lowest score of a clip that counts as identified; 1 % of the distractors reach it",
         functools.partial(open_set, value="threshold", fpir=0.01),
     ),
     "fnir_at_fpir_0.1": Metric(
@@ -272,7 +272,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",
-        "a clip counts as identified from this score on, so that 10 % of the distractors pass",
+        "the lowest score of a clip that counts as identified; 10 % of the distractors reach it",
         functools.partial(open_set, value="threshold", fpir=0.1),
     ),
 }

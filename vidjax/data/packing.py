@@ -94,7 +94,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
         for name, column in given.items():
             if column is not None and np.size(column):
                 raise UserError(
-                    f"{place}: the clip has a {name} but no features: add features [T, D]"
+                    f"{place}: the clip has a {name} but no features: add features [frames, width]"
                 )
         return {}
     features = features[None] if features.ndim == 1 else features
@@ -165,7 +165,7 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
     if array.dtype.kind not in "fiu" or array.ndim > 2:
         raise UserError(
             f"{place} must be an array of numbers with at most 2 axes, "
-            f"not {list(array.shape)} of {array.dtype}"
+            f"but has the shape {list(array.shape)} and the dtype {array.dtype}"
         )
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
 

@@ -61,7 +61,7 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
             raise UserError(f"{path}: {error}") from None
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
-        raise UserError(f"{path}: {kind} {repeated!r} is repeated: name each only once")
+        raise UserError(f"{path}: {kind} {repeated!r} is repeated: list each {kind} only once")
 
 
 class Submission(NamedTuple):

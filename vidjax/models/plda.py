@@ -31,10 +31,10 @@ class PLDAIdentifier(Identifier):
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. The sum over modalities and its scale are not published.
 
-    Three attempts did not help (their code is in the history up to a538f79): a learned map x + x A
-    of the vectors of each modality, where A starts at 0 and decays towards 0 (NPLDA, Ramoji et al.
-    2020; MAP 0.910 on synthetic and 0.935 on real clips, as without the map); a scale per modality;
-    a prior that depends on the number of clips.
+    Three attempts did not help: a learned map x + x A of the vectors of each modality, where A
+    starts at 0 and decays towards 0 (NPLDA, Ramoji et al. 2020; MAP 0.910 on synthetic and 0.935 on
+    real clips, as without the map); a scale per modality; a prior that depends on the number of
+    clips.
     """
 
     modalities: Mapping[str, int]

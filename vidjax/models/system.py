@@ -116,7 +116,7 @@ class System(NamedTuple):
         if len(sizes - {1}) > 1:
             raise UserError(
                 f"config.after_fusion=examples: the modalities have {sorted(sizes)} frames after "
-                "fusion\nlet config.fusion give them the same number of frames, or a single frame"
+                "fusion\nchange config.fusion: each modality needs the same number of frames, or 1"
             )
         num_examples = max(sizes - {1}, default=1)  # the sizes of an exported run are symbols
         masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
@@ -293,10 +293,20 @@ def _check_precision(precision: str) -> None:
         ) from error
 
 
+def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
+    """Computes the logarithm of the sigmoid."""
+    return jax.nn.log_sigmoid(logits)
+
+
+def _keep_logits(logits: Array, class_mask: Array) -> Array:
+    """Returns the logits unchanged."""
+    return logits
+
+
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
 # of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
     "log_softmax": (losses.log_softmax, True),
-    "log_sigmoid": (lambda logits, class_mask: jax.nn.log_sigmoid(logits), True),
-    "logits": (lambda logits, class_mask: logits, False),
+    "log_sigmoid": (_log_sigmoid, True),
+    "logits": (_keep_logits, False),
 }

@@ -142,7 +142,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     known = dict(fields(config))
     for word in overrides:
         if not isinstance(word, str) or not word.startswith("--config."):
-            hint = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
+            hint = f", such as '--{word}'" if str(word).startswith("config.") else ""
             raise UserError(f"{word!r} sets no field: write '--config.FIELD=VALUE'{hint}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:

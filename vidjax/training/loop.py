@@ -302,7 +302,7 @@ class TrainingRun:
         mode = mode or resident.choose_mode(config.data.mode, in_memory, mesh, num_drawn, taken)
         (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
-            say("clips are read from the disk in each epoch")
+            say("each epoch reads the clips from the disk (config.data.mode is streaming)")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()
@@ -344,11 +344,12 @@ class TrainingRun:
         if done.bad_step is not None:
             rate = float(np.asarray(self._system.lr_schedule(done.bad_step)))
             steps = checkpoint.manifests(self._workdir)
-            saved = f" (the checkpoint of step {max(steps)} is finite)" if steps else ""
+            saved = f"; the checkpoint of step {max(steps)} is finite" if steps else ""
             raise UserError(
                 f"loss or gradient is not finite at step {done.bad_step + 1} and the "
-                f"{train_step.MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
-                f"lower config.optim.learning_rate, or look for huge features in the clips{saved}\n"
+                f"{train_step.MAX_BAD_STEPS - 1} steps before, with learning rate {rate:g}{saved}\n"
+                "train in another --workdir with a lower config.optim.learning_rate, or leave out "
+                "clips with huge features\n"
                 "to find the operation that gives the first NaN, set JAX_DEBUG_NANS=1"
             )
         return num_clips, done.loss

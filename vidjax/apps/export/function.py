@@ -277,6 +277,6 @@ def check_tolerance(format_name: str, worst: float) -> None:
     """Raises UserError if `worst`, the largest difference of the outputs, is above TOLERANCE."""
     if not worst <= TOLERANCE:
         raise UserError(
-            f"--format={format_name} was not written: its outputs differ from vidjax by "
-            f"{worst:.1e}, more than {TOLERANCE:.0e}\nchoose another format"
+            f"--format={format_name}: nothing was exported, because the outputs differ from vidjax "
+            f"by {worst:.1e}, more than {TOLERANCE:.0e}\nchoose another format"
         )

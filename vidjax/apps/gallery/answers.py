@@ -239,7 +239,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
         if names.setdefault(clip, identity) != identity:
             raise UserError(
                 f"{path}: line {number} gives clip '{show(clip)}' a second name\n"
-                "delete one of its lines"
+                "delete one of the two lines of this clip"
             )
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 

@@ -300,7 +300,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     if not np.isfinite(clip.vector).all():
         raise UserError(f"the vector of clip '{show(name)}' is not finite: compute it again")
     if not clip.vector.any():
-        raise UserError(f"clip '{show(name)}' has no usable frame: leave it out")
+        raise UserError(f"clip '{show(name)}' has no usable frame: leave out the clip")
     return clip
 
 

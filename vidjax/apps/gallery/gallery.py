@@ -998,7 +998,10 @@ def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
     ]  # fmt: skip
     if few:
         named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
-        say(f"all clips of {named} are from one film and look alike: add clips from other films")
+        say(
+            f"for {named}: the clips of each person are from one film and look alike: "
+            "add clips from other films"
+        )
 
 
 def fit_backend(

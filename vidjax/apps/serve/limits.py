@@ -315,7 +315,8 @@ class Guard:
         origin = headers.get("origin")
         other_site = origin is not None and _split(origin).netloc != hosts[0]
         if other_site or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refused(HTTPStatus.FORBIDDEN, "web pages of other sites may not send requests")
+            text = "a web page of another site sent this request: open the address of the server"
+            raise Refused(HTTPStatus.FORBIDDEN, text)
 
 
 def to_refusal(error: Exception) -> Refused:

@@ -187,7 +187,9 @@ def load(folder: Path) -> dict[Role, Card]:
     Raises UserError if the folder or a net is missing, a card is wrong, or two nets have one role.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder of nets '{folder}'\nmake it: vidjax convert --help")
+        raise UserError(
+            f"there is no folder of nets '{folder}'\nto make the folder, see vidjax convert --help"
+        )
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)

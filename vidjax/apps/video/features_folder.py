@@ -283,6 +283,6 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
         if other and other != digest:
             raise UserError(
                 f"the {part} vectors in '{path}' are not from the model of the gallery\n"
-                "extract them with the gallery's models, or create a gallery with these models: "
-                "--models=DIR"
+                "extract the clips with the models of the gallery (--models=DIR), or create "
+                "another gallery with the models of the clips"
             )

@@ -218,7 +218,7 @@ class Review:
         shown = self._decision.unknown | {clip: x.identity for clip, x in enrolled if x.identity}
         clips = [clip for clip, name in shown.items() if name == of]
         if not clips:
-            raise UserError(f"'{of}' is no longer on the page: choose another person")
+            raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return tuple(sorted(clips)), of
 
     def _find_appearance(self, of: str) -> Appearance | None:

@@ -328,7 +328,10 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
-        say(f"{count} cannot be found, such as {missing[0]}: --prune removes missing films")
+        say(
+            f"{count} cannot be found, such as {missing[0]}: "
+            "to delete the results of missing films, add --prune"
+        )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
         if stem and pipeline.lacks_pictures(out / FEATURES, stem):

@@ -76,7 +76,8 @@ def clean_identity(name: str) -> str:
         joins = letter in _JOINERS and place and len(neighbours) == 2 and {*neighbours} <= {*"LMS"}
         if unicodedata.category(letter) == "Cf" and not joins:
             raise UserError(
-                f"identity '{show(name)}' contains the invisible letter {letter!a}: leave it out"
+                f"identity '{show(name)}' contains the invisible letter {letter!a}: "
+                "remove this letter"
             )
     return name
 

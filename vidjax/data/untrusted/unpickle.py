@@ -129,7 +129,7 @@ class _Reconstruct(metaclass=_Sealed):
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
-            raise UserError("the pickle is refused, because it builds an object that is no array")
+            raise UserError("the pickle builds an object that is not an array, so it is refused")
         array = object.__new__(Array)
         array.code, array.shape, array.data = "|i1", (0,), b""
         return array
