@@ -104,7 +104,7 @@ def refused(message, function, *arguments, **options):
 
 def test_load_config_describes_the_expected_arguments(call):
     refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", call.load_config, "mma", {"seed": 1})
-    refused(r"did you mean '--config\.seed=1'", call.load_config, "mma", "config.seed=1")
+    refused(r"such as '--config\.seed=1'", call.load_config, "mma", "config.seed=1")
     refused("load_config: spec must be a name .* not None", call.load_config, None)
 
 

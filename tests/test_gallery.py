@@ -205,7 +205,7 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
 
     people.enrol(vectors_of(people, of_ada | of_bob))
 
-    assert "all clips of Ada are from one film and look alike" in capsys.readouterr().err
+    assert "for Ada: the clips of each person are from one film" in capsys.readouterr().err
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
     films_and_photos = people.index.counts[:, columns].max(axis=0)
     assert people.identities["Ada"] == 3 and films_and_photos.tolist() == [1, 2]
