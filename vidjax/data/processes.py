@@ -76,8 +76,11 @@ class Children:
         # glibc keep freed memory, because the system would clear its pages before they are reused.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-            **{f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")},
-            **{f"MALLOC_{kind}_THRESHOLD_": str(MALLOC_THRESHOLD) for kind in ("MMAP", "TRIM")},
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
+            "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
         }
         command, pipe = [sys.executable, "-P", "-m", module, *map(str, words)], subprocess.PIPE
         with self._lock:
