@@ -331,10 +331,18 @@ def make_difference_table(
     rows = [[runs[0].name, f"{runs[0].ap.mean():.4f}", *[""] * (len(head) - 2)]]
     for run, gap in zip(runs[1:], differences, strict=True):
         ps = [] if gap.p_holm is None else [gap.p_holm]
-        cells = [run.name, f"{run.ap.mean():.4f}", f"{gap.mean:+z.4f}"]
-        cells.append(f"{gap.low:+z.4f} to {gap.high:+z.4f}")
-        cells += ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in ps]
-        rows.append([*cells, f"{gap.better:,}", f"{gap.worse:,}", f"{gap.equal:,}"])
+        rows.append(
+            [
+                run.name,
+                f"{run.ap.mean():.4f}",
+                f"{gap.mean:+z.4f}",
+                f"{gap.low:+z.4f} to {gap.high:+z.4f}",
+                *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in ps),
+                f"{gap.better:,}",
+                f"{gap.worse:,}",
+                f"{gap.equal:,}",
+            ]
+        )
     return head, rows
 
 

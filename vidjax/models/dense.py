@@ -112,9 +112,16 @@ class DenseIdentifier(Identifier):
         elif self.backbone == "block":
             backbone = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
         else:
-            layers = (self.width, self.num_layers, self.activation, self.dropout_rate)
-            others = (self.shortcut, self.gate, self.dtype)
-            backbone = ResidualDenseNet(*layers, *others, name="backbone")
+            backbone = ResidualDenseNet(
+                self.width,
+                self.num_layers,
+                self.activation,
+                self.dropout_rate,
+                self.shortcut,
+                self.gate,
+                self.dtype,
+                name="backbone",
+            )
         x = backbone(x, has_frames, train=train)
         if self.head == "cosine":
             logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
@@ -202,9 +209,14 @@ class ResidualDenseNet(nn.Module):
             connected = 0 < i < _NUM_CONNECTED
             if connected and self.shortcut == "concat":
                 x = jnp.concatenate(inputs, axis=-1)  # [B, D + i width]
-            options = (self.width, self.activation, True, self.dropout_rate)
-            layer = DenseLayer(*options, dtype=self.dtype, name=f"layer_{i}")
-            new = layer(x, mask, train=train)
+            new = DenseLayer(
+                self.width,
+                self.activation,
+                batch_norm=True,
+                dropout_rate=self.dropout_rate,
+                dtype=self.dtype,
+                name=f"layer_{i}",
+            )(x, mask, train=train)
             if self.gate:
                 zeros = nn.initializers.zeros
                 branch = Linear(self.width, self.dtype, kernel_init=zeros, name=f"gate_{i}")

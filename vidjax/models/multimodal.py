@@ -134,9 +134,16 @@ class MultimodalIdentifier(Identifier):
         if self.gate:
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
-            gram = (self.gram_dim, self.gram_scale, self.gamma, self.train_gamma)
-            others = (self.attention_form, self.fill_missing, self.dtype)
-            x, attention = MultimodalAttention(*gram, *others, name="attention_map")(x, exists)
+            x, attention = MultimodalAttention(
+                self.gram_dim,
+                self.gram_scale,
+                self.gamma,
+                self.train_gamma,
+                self.attention_form,
+                self.fill_missing,
+                self.dtype,
+                name="attention_map",
+            )(x, exists)
         if self.joined == "mean":
             x = x.sum(axis=1) / jnp.maximum(exists.sum(axis=1, keepdims=True), 1).astype(x.dtype)
         x = x.reshape(x.shape[0], -1)
@@ -156,9 +163,13 @@ class MultimodalIdentifier(Identifier):
             features = real.features.astype(param_dtype)
             if self.unit_length:
                 features = unit_vectors(features)
-            options = (self.num_clusters, self.netvlad_reduce, self.netvlad_norms, self.dtype)
-            netvlad = NetVLAD(*options, name=f"{name}_netvlad")
-            video = netvlad(features * self.feature_scale, real.mask, train=train)
+            video = NetVLAD(
+                self.num_clusters,
+                self.netvlad_reduce,
+                self.netvlad_norms,
+                self.dtype,
+                name=f"{name}_netvlad",
+            )(features * self.feature_scale, real.mask, train=train)
         else:
             video = fusion.mean_frame(real).features * self.feature_scale
         video = video.reshape(video.shape[0], -1)

@@ -439,12 +439,17 @@ class TrainingRun:
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the present weights."""
-        state, system, sets = self.state, self._system, self._plan.training_sets
-        final = self._replicate(system.model.finalise_state(state.params, state.model_state))
-        model = TrainedModel(
-            str(self._workdir), system, self._eval_step, state.params, final, sets, self._clips
+        state = self.state
+        return TrainedModel(
+            str(self._workdir),
+            self._system,
+            self._eval_step,
+            state.params,
+            self._replicate(self._system.model.finalise_state(state.params, state.model_state)),
+            self._plan.training_sets,
+            self._clips,
+            attention_step=self._attention_step,
         )
-        return model._replace(attention_step=self._attention_step)
 
     def results(self) -> dict[str, Any]:
         """Returns the entries of `metrics.json` that describe the training."""

@@ -57,9 +57,10 @@ class Reader:
         self._names = np.array([len(name.encode("utf-8", "surrogateescape")) for name in names])
         self.lengths: dict[str, np.ndarray] = {}
         for name in records.modalities:
-            none = [np.zeros(len(split.clips), np.int32) for split in parts]
-            pairs = zip(parts, none, strict=True)
-            lengths = [split.lengths.get(name, zeros)[split.order] for split, zeros in pairs]
+            lengths = []
+            for split in parts:
+                no_frames = np.zeros(len(split.clips), np.int32)
+                lengths.append(split.lengths.get(name, no_frames)[split.order])
             self.lengths[name] = np.concatenate(lengths)
         self.shards = check_changed([shard for split in parts for shard in split.shards])
         self._states: dict[int, tuple[int, ...]] = {}

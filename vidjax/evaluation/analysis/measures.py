@@ -225,9 +225,15 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
         lost = Counter(best_list[own[best_list[own] != identity]].tolist())
         places = scored.columns[identity, : positives[identity]]
         wrong = Counter((places[(places >= 0) & (places != identity + 1)] - 1).tolist())
-        row: Row = {"identity": identity, "ap": float(average[identity])}
-        row |= {"clips": int(positives[identity]), "lost_to": lost.most_common(3)}
-        rows.append(row | {"mixed_with": wrong.most_common(3)})
+        rows.append(
+            {
+                "identity": identity,
+                "ap": float(average[identity]),
+                "clips": int(positives[identity]),
+                "lost_to": lost.most_common(3),
+                "mixed_with": wrong.most_common(3),
+            }
+        )
     return rows
 
 
