@@ -65,7 +65,7 @@ def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
 
 
 def test_weights_that_are_all_0_count_as_equal():
-    """Otherwise weights would give 0 / 0. Negative qualities count as 0."""
+    """Otherwise they would give 0 / 0. Negative qualities count as 0."""
     draw(4, [-1, -1, 5], num_draws=200, weighting="quality")  # asserts that shares sum to 1
 
     frames = make_frames([3, 3, 2, 0], max_frames=3)
@@ -74,7 +74,7 @@ def test_weights_that_are_all_0_count_as_equal():
 
     weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
 
-    # A quality of 10 counts 0.2 times, and a quality of 50 counts once.
+    # A quality of 10 counts 0.2 times.
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
@@ -296,8 +296,8 @@ def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
 
 
 def test_randomly_repeated_top_frames_include_every_frame_once():
-    choose = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
-    drawn = np.asarray(jax.jit(choose)(jax.random.split(jax.random.key(8), 200)))
+    pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
+    drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
 
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
     assert counts.min() >= 1
@@ -309,7 +309,7 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     fixed = fuse("top", None, TOP, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32
-    assert counts.max() > 11  # frames in turn would have the counts 11, 11 and 10
+    assert counts.max() > 11  # in turn: at most 11
 
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
@@ -318,12 +318,12 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
 def test_samples_are_different_frames_in_time_order():
     frames = make_frames([12, 10, 2, 0], max_frames=12)
     frames.mask[0, [0, 7]] = False  # 10 are left
-    choose = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, num_frames=5))
-    drawn = jax.jit(choose)(jax.random.split(jax.random.key(1), 600))
+    pick = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, num_frames=5))
+    drawn = jax.jit(pick)(jax.random.split(jax.random.key(1), 600))
 
     number = np.asarray(drawn.number) // 10  # (600, 4, 5)
     assert np.all(np.diff(number[:, 0]) > 0)
-    assert np.all(np.diff(number[:, 2]) >= 0)  # 5 samples of 2 frames repeat frames
+    assert np.all(np.diff(number[:, 2]) >= 0)  # 2 frames repeat
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
     np.testing.assert_allclose(share, 0.5 * frames.mask[0], atol=0.08)  # 5 of 10 frames
     ones = number[:, 2].sum(axis=1)  # how often frame 1 of clip 2 is drawn
