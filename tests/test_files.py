@@ -160,6 +160,7 @@ def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
 
 
 def test_latest_and_last_evaluated_checkpoints_are_kept(tmp_path, items):
+    """The last evaluated checkpoint replaces the second latest."""
     for step in (1, 2, 3, 4):
         facts = {"evaluated": True, "map": 0.5} if step < 3 else {}
         checkpoint.save(tmp_path, step, items, facts)

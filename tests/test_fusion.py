@@ -268,7 +268,7 @@ def test_filters_treat_a_quality_that_is_not_finite_as_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     numbers = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
 
-    # In clip 1, no frame reaches 20, so both frames are kept.
+    # In clip 1, no frame reaches 20, so both are kept.
     for field in ("quality", "detection"):
         given: Any = frames._replace(**{field: numbers})
         for least, kept in ((-np.inf, frames.mask), (20.0, [[0, 1, 0, 1], [1, 1, 0, 0]])):

@@ -212,7 +212,8 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     assert "all clips of Ada are from one film and look alike" in capsys.readouterr().err
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
     films_and_photos = people.index.counts[:, columns].max(axis=0)  # of both parts
-    assert people.identities["Ada"] == 3 and films_and_photos.tolist() == [1, 2]
+    assert people.identities["Ada"] == 3
+    assert films_and_photos.tolist() == [1, 2]
 
     # Ada has the coefficients of a person with one clip, whose vector is the mean.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)

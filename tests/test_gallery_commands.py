@@ -73,7 +73,7 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     output = tell(*ada, "--identity=Ada")
     assert "enrolled    2 clips, 0 enrolled before" in output and "people      13" in output
-    output = tell(*ada, "--identity=Ada")
+    output = tell(*ada, "--identity=Ada")  # changes nothing
     assert "enrolled    0 clips, 2 enrolled before" in output and "version     2" in output
 
     output = tell("rename", folder, "--identity=Ada", "--to=Eve")
@@ -555,6 +555,7 @@ def write_recipes(names):
     """Writes recipes.py with the recipes of the page, for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
+    # One worker and one partition.
     for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
         assert old in recipes
         recipes = recipes.replace(old, new)

@@ -28,7 +28,7 @@ BACKEND = backend.make_card_backend({"face": cards.BackEnd(**CARD)})
 
 def draw(rng, *, people, clips):
     """Draws unit vectors [people, clips, 128] whose cosines agree with the card."""
-    made = Population(rng)  # `rng` is a generator or a seed
+    made = Population(rng)  # a generator or a seed
     return made.photos(made.people(people), clips).astype(np.float32)
 
 
@@ -135,7 +135,7 @@ def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models
 
     python(USE_GALLERY, *ABSENT, cwd=tmp_path)
 
-    assert Gallery(gallery.folder).identities["Ada"] == 1  # by the last command
+    assert Gallery(gallery.folder).identities["Ada"] == 1  # the last command
 
 
 def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
@@ -152,7 +152,7 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
     # Only a known clip with the same face gets its voice.
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
-    clips["bob 1"] = {"face": ada[:1]}  # another face than the enrolled one
+    clips["bob 1"] = {"face": ada[:1]}  # not Bob's face
     assert gallery.complete(gallery.embed(clips)) == {"ada 1"}
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
@@ -189,7 +189,7 @@ def answer(identity, probability=0.9):
 
 
 def test_tracks_of_one_person_are_joined_over_short_gaps():
-    """A gap of 1.5 s is short, and a gap of 2.5 s is not. The lowest probability counts."""
+    """A gap of 1.5 s is short, a gap of 2.5 s is not. The lowest probability counts."""
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
     answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
     answers["nobody"] = answer(None)
@@ -223,12 +223,12 @@ def test_simultaneous_tracks_never_get_the_same_name():
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
     settled = appearances.settle_answers(answers, films)
-    # b is more probable than a. c is never seen with a or b.
+    # b is more probable than a. c is not seen with them.
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
 
 
 def test_a_name_needs_a_probability_above_one_half(gallery):
-    """If two people are equally probable, neither of them is named."""
+    """If two people are equally probable, neither is named."""
     (twin,) = draw(3, people=1, clips=2)
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
@@ -368,7 +368,7 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
 
 
 def test_photos_that_are_alike_count_less():
-    """`square` is the squared length of the mean vector; it is 1 if all photos are equal."""
+    """`square` is the squared length of the mean vector; it is 1 for equal photos."""
     independent = 1 - 0.9 * DLIB.within  # `square` of 10 photos as different as in the card
     for count, square, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
         counted = distance.effective_count(DLIB, np.array(count), np.array(square))
@@ -420,10 +420,7 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
 
 
 def measure_groups(num_people, clips_of_each):
-    """Groups clips of people.
-
-    Returns the number of groups, and the share of clips that show the main person of their group.
-    """
+    """Returns the number of groups, and the share of clips of the main person of their group."""
     made = Population(0)
     clips = made.photos(made.people(num_people), clips_of_each).reshape(-1, WIDTH)
     truth = np.repeat(np.arange(num_people), clips_of_each)

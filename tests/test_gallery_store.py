@@ -541,9 +541,9 @@ FORGED = (
 )
 # Wrong rows with a correct digest.
 ILL_FORMED = (
-    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # NaN
+    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # a vector of NaN
     END.format("clip", 4, "02000000"),  # of the field `fitted`
-    END.format("person", 76, "ff" * 76),
+    END.format("person", 76, "ff" * 76),  # all bits are 1
     "UPDATE clip SET numbers = zeroblob(length(numbers) - 4)",
     "UPDATE clip SET words = words || char(10)",
     "UPDATE clip SET words = replace(words, 'clip 30', '')",
@@ -623,7 +623,7 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
 
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
-    found = made_galleries.identify(people, parts, len(people.identities))
+    found = made_galleries.identify(people, parts, k=len(people.identities))
     assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
     best = np.array([answer.best for answer in found], object)  # [Q, N, 2]
     np.testing.assert_array_equal(best[..., 0], frozen["names"])

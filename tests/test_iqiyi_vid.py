@@ -141,7 +141,7 @@ def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypa
     monkeypatch.setattr(sandbox, "unpack", record)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert len(unpacked) == 5  # three modalities of train, two of val
+    assert len(unpacked) == 5  # 3 modalities of train, 2 of val
     assert folders[0] == folders[1]
 
 
