@@ -350,7 +350,7 @@ def test_tables_with_missing_enormous_or_contradicting_names_are_refused(tmp_pat
     for content in ("one cell\n", "a\t" + "b" * 200_000, "a\tb\na\tc\n"):
         path.write_text(content)
         error = refused(lambda: answers_lib.read_groups(path), "unknown.tsv")
-        assert len(error) < 1000  # repeats no long name
+        assert len(error) < 1000  # no long name
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
@@ -368,7 +368,7 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
 
 
 def test_photos_that_are_alike_count_less():
-    """`square` is the squared length of the mean vector; it is 1 for equal photos."""
+    """`square` is the squared length of the mean vector, 1 for equal photos."""
     independent = 1 - 0.9 * DLIB.within  # `square` of 10 photos as different as in the card
     for count, square, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
         counted = distance.effective_count(DLIB, np.array(count), np.array(square))
