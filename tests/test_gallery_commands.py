@@ -407,7 +407,7 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
-    """One name ends in `.mp4`. In part-4, 100 equal clips come first, so its list omits the clip."""
+    """One name ends in `.mp4`. Before this clip, part-4 lists 100 equal clips, the maximum."""
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
