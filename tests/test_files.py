@@ -36,7 +36,7 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
 
-def test_reading_refuses_links_out_of_a_folder(tmp_path):
+def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
     inner, outer = tmp_path / "run" / "inner", tmp_path / "outer"
     for folder in (inner, outer):
         folder.mkdir(parents=True)
@@ -47,14 +47,14 @@ def test_reading_refuses_links_out_of_a_folder(tmp_path):
 
     for run in (tmp_path / "run", tmp_path / "link"):
         for path in ("inner/x", "within/x"):
-            assert files.read_bytes(run / path, 9, below=run) == b"1"
+            assert files.read_bytes(run / path, limit=9, below=run) == b"1"
         for path in ("out/x", "inner/../../outer/x"):
             with pytest.raises(ValueError, match="by a copy of that folder"):
-                files.read_bytes(run / path, 9, below=run)
+                files.read_bytes(run / path, limit=9, below=run)
 
 
 def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
-    """Threads have equal process IDs, like processes in containers."""
+    """All threads have one process ID, like processes in two containers."""
     path = tmp_path / "x.txt"
 
     def write_and_read(number):
@@ -78,7 +78,7 @@ def test_identities_too_large_to_read_back_are_refused_before_training(tmp_path,
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_the_last_value_of_steps_that_a_run_repeats(tmp_path):
+def test_logs_have_the_last_value_of_steps_that_a_run_repeats(tmp_path):
     """A run is killed after step 3, and resumes from the checkpoint of step 2."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -96,7 +96,8 @@ def test_tensorboard_shows_the_last_value_of_steps_that_a_run_repeats(tmp_path):
 
     lines = results.read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[-1]["train_loss"] == 9.0 and "clips_per_second" not in lines[-1]
+    assert lines[-1]["train_loss"] == 9.0
+    assert "clips_per_second" not in lines[-1]  # is in timing.jsonl
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
@@ -159,6 +160,7 @@ def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
 
 
 def test_latest_and_last_evaluated_checkpoints_are_kept(tmp_path, items):
+    """The last evaluated checkpoint replaces the second latest."""
     for step in (1, 2, 3, 4):
         facts = {"evaluated": True, "map": 0.5} if step < 3 else {}
         checkpoint.save(tmp_path, step, items, facts)
@@ -175,7 +177,8 @@ def test_interrupted_saves_and_deletions_leave_no_checkpoint(tmp_path, items):
     (half / "half").write_bytes(b"x")
     (folder / "1" / ".manifest.json.77.partial").write_text("{")
 
-    assert restore_latest(tmp_path, items)[1]["step"] == 1
+    _, manifest = restore_latest(tmp_path, items)
+    assert manifest["step"] == 1
     for step in (3, 4):
         checkpoint.save(tmp_path, step, items, {})
     assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]

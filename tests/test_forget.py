@@ -31,14 +31,16 @@ ODD = ["Zoë O'Brien", 'a "b" $(id) `id` \\', "-e --x ;", "Zoe\u0308 & Co <x>", 
 
 
 @pytest.fixture
-def run(say):
+def forget(say):
     return functools.partial(say, "forget")
 
 
 @pytest.fixture
-def places(run):
+def places(forget):
+    """Returns path -> (kind, remedy) of the listed places. The code is 1 if there are any."""
+
     def find(*words, code=1):
-        listed = run(*words, "--json", code=code)["places"]
+        listed = forget(*words, "--json", code=code)["places"]
         return {place["path"]: (place["kind"], place["remedy"]) for place in listed}
 
     return find
@@ -97,7 +99,7 @@ def test_nobody_else_may_read_records(world):
     assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o700, 0o600]
 
 
-def test_forget_lists_every_place_and_deletes_galleries_and_records(world, run, places):
+def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forget, places):
     people, others = (vidjax.Gallery(world / name) for name in ("g", "others"))
     before = made_galleries.contents(others.folder)
     records = world / "cache" / "arrays"
@@ -111,7 +113,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, run, 
 
     with people._store.open(write=True):  # as if another process changed the gallery
         listed = places(f"--identity={GONE}", "--delete", world)
-    assert listed[str(people.folder)] == ("gallery", "--delete")
+    assert listed[str(people.folder)] == ("gallery", "--delete")  # is not deleted
     assert listed[str(records / "with")][1].startswith("deleted")
     assert (records / "without").exists()
 
@@ -122,19 +124,19 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, run, 
     assert GONE not in people.identities
     assert made_galleries.contents(others.folder) == before
 
-    # Runs and the folders of `vidjax who` are left to the user.
-    text = run(f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
+    # Three runs and two folders of `vidjax who` are left to the user.
+    text = forget(f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
     assert "places      5, 0 of them deleted" in text and "train without them" in text
 
 
 def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
-    found = {
+    texts = {
         "answers.jsonl": json.dumps({"clip": "x", "identity": GONE}),
         "names.tsv": f"video\tidentity\nx.mp4\t{GONE}\n",
         "ranking.txt": "Ada%20Lovelace x y\n",
         "upper.txt": GONE.upper(),
     }
-    for name, text in found.items():
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
     for encoding in ("utf-16", "utf-16-be", "utf-32"):
         (tmp_path / f"{encoding}.csv").write_text(f"x,{GONE},y", encoding=encoding)
@@ -153,7 +155,7 @@ def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
     listed = places(f"--identity={GONE}", tmp_path)
 
     assert {Path(path).name for path in listed} == {
-        *found, "utf-16.csv", "utf-16-be.csv", "utf-32.csv", f"{GONE}.jpg", GONE,
+        *texts, "utf-16.csv", "utf-16-be.csv", "utf-32.csv", f"{GONE}.jpg", GONE,
     }  # fmt: skip
     assert {kind for kind, _ in listed.values()} == {"file"}
 
@@ -179,25 +181,26 @@ WRITERS = {
 
 @nightly_after_first("name", ODD)
 @pytest.mark.parametrize("file", quick_first(WRITERS, 5))  # a process that reads parquet is slow
-def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_path, run):
+def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_path, forget):
     folder = tmp_path / "it's a folder"
     folder.mkdir()
     WRITERS[file](folder / file, f"x {name} y\n{name}\n".encode())
     WRITERS[file](folder / f"other {file}", b"somebody else\n")
 
-    answer = run(f"--identity={name}", folder, "--json", code=1)
+    answer = forget(f"--identity={name}", folder, "--json", code=1)
 
     # If compression leaves a short name readable, its file is left; otherwise it is unread.
-    assert answer["left"] + answer["unread"] == 2 and answer["unread"]
+    assert answer["left"] + answer["unread"] == 2
+    assert answer["unread"] >= 1  # the other file
     (command,) = answer["commands"]
-    assert f"\n  {command}\n" in run(f"--identity={name}", folder, code=1)
+    assert f"\n  {command}\n" in forget(f"--identity={name}", folder, code=1)
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(folder / file)]
 
 
-@pytest.mark.parametrize(("typed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_forget_finds_both_unicode_forms_of_a_name(typed, stored, tmp_path, run):
-    typed, stored = (unicodedata.normalize(form, "José Müller") for form in (typed, stored))
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, forget):
+    typed, stored = (unicodedata.normalize(form, "José Müller") for form in forms)
     clips = {f"{stored} 1": made_galleries.make_clip(1, stored)}
     gallery = made_galleries.make(tmp_path / "g", clips)
     converted(tmp_path / "cache" / "0", f"{stored} 1")
@@ -209,12 +212,13 @@ def test_forget_finds_both_unicode_forms_of_a_name(typed, stored, tmp_path, run)
     (tmp_path / "e.csv").write_text("x;José Müller;y", encoding="latin-1")
     (tmp_path / f"{stored}.jpg").write_bytes(b"")
 
-    answer = run(f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
+    answer = forget(f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
 
     kinds = sorted(place["kind"] for place in answer["places"])
     assert kinds == ["file"] * 6 + ["gallery", "records", "run"]
-    assert (answer["deleted"], answer["left"]) == (2, 7) and len(gallery) == 0
-    assert run(f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 7
+    assert (answer["deleted"], answer["left"]) == (2, 7)  # gallery and records are deleted
+    assert len(gallery) == 0
+    assert forget(f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 7
 
 
 def test_forget_finds_only_whole_names(tmp_path, places):
@@ -225,8 +229,8 @@ def test_forget_finds_only_whole_names(tmp_path, places):
     (tmp_path / "who" / "cuts").mkdir()
     (tmp_path / "who" / "cuts" / f"{GONE}.edl").write_text(GONE)
 
-    assert len(places(f"--identity={GONE}", tmp_path)) == 3
-    assert len(places("--clip=clip 1", tmp_path)) == 1
+    assert len(places(f"--identity={GONE}", tmp_path)) == 3  # run, g and who
+    assert len(places("--clip=clip 1", tmp_path)) == 1  # run
     assert places("--identity=Ada", tmp_path, code=0) == {}
 
     # The names of these files begin like names of files of a run, but no run writes the files.
@@ -235,13 +239,13 @@ def test_forget_finds_only_whole_names(tmp_path, places):
     assert len(places("--identity=Ada", tmp_path)) == 3
 
 
-def test_forget_reports_similar_names(tmp_path, run):
+def test_forget_reports_similar_names(tmp_path, forget):
     make_run(tmp_path / "run", [GONE])
-    for name in ("Ada Lovlace", "Ada\u200b Lovelace"):
-        assert f"'{GONE}' looks similar to" in run(f"--identity={name}", tmp_path)
+    for name in ("Ada Lovlace", "Ada\u200b Lovelace"):  # \u200b has no width
+        assert f"'{GONE}' looks similar to" in forget(f"--identity={name}", tmp_path)
 
     make_run(tmp_path / "other", ["ada  LOVELACE"])
-    assert "'ada  LOVELACE' looks similar to" in run(f"--identity={GONE}", tmp_path, code=1)
+    assert "'ada  LOVELACE' looks similar to" in forget(f"--identity={GONE}", tmp_path, code=1)
 
 
 def test_forget_lists_places_that_it_cannot_read(tmp_path, places, monkeypatch):
@@ -251,7 +255,7 @@ def test_forget_lists_places_that_it_cannot_read(tmp_path, places, monkeypatch):
         folder.mkdir()
     (tmp_path / "g" / "gallery.sqlite").write_bytes(b"x")
     (tmp_path / "run" / "identities.json").symlink_to("/etc/passwd")
-    (tmp_path / "link").symlink_to("/")
+    (tmp_path / "link").symlink_to("/")  # is not followed
 
     def scandir(path, real=os.scandir):
         if Path(path).name == "closed":  # chmod would not keep root out
@@ -265,8 +269,8 @@ def test_forget_lists_places_that_it_cannot_read(tmp_path, places, monkeypatch):
     assert listed == dict.fromkeys(map(str, unreadable), ("unread", "search it yourself"))
 
 
-def test_forget_refuses_an_absent_folder(tmp_path, run):
-    assert "as PLACE" in run("--clip=x", tmp_path / "absent", code=2)
+def test_forget_refuses_an_absent_folder(tmp_path, forget):
+    assert "as PLACE" in forget("--clip=x", tmp_path / "absent", code=2)
 
 
 def search(folder, pieces):
@@ -283,7 +287,7 @@ def search(folder, pieces):
 
 
 @pytest.mark.slow
-def test_no_byte_of_a_person_is_left_after_forget(tmp_path, run, places):
+def test_no_byte_of_a_person_is_left_after_forget(tmp_path, forget, places):
     """Features, records, a run, a gallery and a ranking contain the person."""
     rng = np.random.default_rng(0)
     labels = {f"{name} {turn}": name for turn in range(6) for name in ("p1", "p2", "p3", GONE)}
@@ -310,14 +314,14 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, run, places):
     pieces = [row[:4].tobytes() for row in np.concatenate([*frames, vectors])]
     assert search(tmp_path, pieces) >= {"features", "cache", "g"}
 
-    words = (f"--identity={GONE}", *(f"--clip={name}" for name in gone), tmp_path)
-    run(*words, "--delete", code=1)
+    words = (f"--identity={GONE}", *(f"--clip={clip}" for clip in gone), tmp_path)
+    forget(*words, "--delete", code=1)
     left = places(*words)
     assert {kind for kind, _ in left.values()} == {"run", "gallery", "file"}
 
     for path in map(Path, left):  # the command says that the user has to delete these places
         if path == features / "labels.csv":
-            clip_files.write_labels(path, {n: who for n, who in labels.items() if who != GONE})
+            clip_files.write_labels(path, {x: who for x, who in labels.items() if who != GONE})
         elif path.is_dir():
             files.remove_tree(path)
         else:

@@ -40,16 +40,16 @@ def test_number_of_fused_frames_follows_probs():
 
 @pytest.mark.slow
 def test_drawn_frames_are_weighted_by_quality():
-    weights = np.asarray([1.0, 2.0, 4.0])
+    quality = np.asarray([1.0, 2.0, 4.0])
     options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
-    expected = draw(3, weights, **options) * weights  # the same key draws the same frames
+    expected = draw(3, quality, **options) * quality  # the same key draws the same frames
     expected /= expected.sum(axis=1, keepdims=True)
 
-    frames = one_hot_frames(weights)
+    frames = one_hot_frames(quality)
     weighted = fuse("random", jax.random.key(3), frames, weighting="quality", **options)
 
     np.testing.assert_allclose(weighted.features[0], expected, rtol=1e-6)
-    np.testing.assert_allclose(weighted.quality[0], expected @ weights, rtol=1e-6)
+    np.testing.assert_allclose(weighted.quality[0], expected @ quality, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -74,6 +74,7 @@ def test_weights_that_are_all_0_count_as_equal():
 
     weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
 
+    # A quality of 10 counts 0.2 times.
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
@@ -161,7 +162,7 @@ def test_fixed_windows_match_a_loop(dtype):
     union = fuse("windows", None, frames, max_frames=4)
 
     assert union.features.dtype == dtype
-    for clip in (0, 1, 2, 4):
+    for clip in (0, 1, 2, 4):  # clip 3 has no frame
         expected = windows_oracle(frames, clip, 4)
         expected = np.round(expected) if dtype == "int8" else expected
         np.testing.assert_allclose(real(union, clip), expected, atol=1e-6)
@@ -173,8 +174,8 @@ def test_fixed_windows_match_a_loop(dtype):
 def test_random_windows_average_their_frame_and_one_to_four_others():
     length = 12
     frames = one_hot_frames(np.ones(length), padding=2)
-    draw = jax.vmap(lambda rng: fusion.merged_windows(rng, frames))
-    union = jax.jit(draw)(jax.random.split(jax.random.key(9), 500))
+    merge = jax.vmap(lambda rng: fusion.merged_windows(rng, frames))
+    union = jax.jit(merge)(jax.random.split(jax.random.key(9), 500))
 
     # First the frames themselves with their padding, then the averages of frames.
     np.testing.assert_array_equal(union.features[:, 0, :length], [np.eye(length)] * 500)
@@ -243,7 +244,7 @@ def filter_oracle(frames, clip, min_quality, min_detection, top_share):
 def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
-    frames.quality[4] = 2
+    frames.quality[4] = 2  # below the limit of 30
     frames.mask[5, 3:9] = False
     options = dict(zip(("min_quality", "min_detection", "top_share"), limits, strict=True))
 
@@ -267,6 +268,7 @@ def test_filters_treat_a_quality_that_is_not_finite_as_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     numbers = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
 
+    # In clip 1, no frame reaches 20, so both are kept.
     for field in ("quality", "detection"):
         given: Any = frames._replace(**{field: numbers})
         for least, kept in ((-np.inf, frames.mask), (20.0, [[0, 1, 0, 1], [1, 1, 0, 0]])):
@@ -289,23 +291,25 @@ def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
     counts = np.bincount(np.asarray(turns.number[0]) // 10)
     from_best = np.argsort(-TOP.quality[0, :3])
     assert counts[from_best].tolist() == [11, 11, 10]
-    np.testing.assert_array_equal(turns.number[1], np.zeros(32))
+    np.testing.assert_array_equal(turns.number[1], np.zeros(32))  # the only frame
     np.testing.assert_array_equal(turns.mask.sum(axis=1), [32, 32, 0, 32, 32])
 
 
 def test_randomly_repeated_top_frames_include_every_frame_once():
-    draw = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
-    drawn = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(8), 200)))
+    pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
+    drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
 
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
-    assert counts.min() >= 1 and counts.std() > 1
+    assert counts.min() >= 1
+    assert counts.std() > 1
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
 
 
 def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     fixed = fuse("top", None, TOP, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
-    assert counts.min() >= 1 and counts.sum() == 32 and counts.max() > 11  # not in turn
+    assert counts.min() >= 1 and counts.sum() == 32
+    assert counts.max() > 11  # in turn: at most 11
 
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
@@ -314,15 +318,16 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
 def test_samples_are_different_frames_in_time_order():
     frames = make_frames([12, 10, 2, 0], max_frames=12)
     frames.mask[0, [0, 7]] = False  # 10 are left
-    draw = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, num_frames=5))
-    drawn = jax.jit(draw)(jax.random.split(jax.random.key(1), 600))
+    pick = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, num_frames=5))
+    drawn = jax.jit(pick)(jax.random.split(jax.random.key(1), 600))
 
     number = np.asarray(drawn.number) // 10  # (600, 4, 5)
-    assert np.all(np.diff(number[:, 0]) > 0) and np.all(np.diff(number[:, 2]) >= 0)
+    assert np.all(np.diff(number[:, 0]) > 0)
+    assert np.all(np.diff(number[:, 2]) >= 0)  # 2 frames repeat
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
     np.testing.assert_allclose(share, 0.5 * frames.mask[0], atol=0.08)  # 5 of 10 frames
-    ones = number[:, 2].sum(axis=1)
-    assert (ones.min(), ones.max()) == (1, 4)  # the samples always contain both frames of clip 2
+    ones = number[:, 2].sum(axis=1)  # how often frame 1 of clip 2 is drawn
+    assert (ones.min(), ones.max()) == (1, 4)  # frame 0 is drawn too
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
 
@@ -333,9 +338,10 @@ def test_samples_are_different_frames_in_time_order():
 
 
 def test_frames_are_drawn_in_proportion_to_quality():
-    weights = [[1, 0, 3, -5], [np.nan, 1, np.inf, 1], [0, -1, np.nan, 0], [1e-30, 3e-30, 0, 0]]
+    """A negative or not finite quality counts as 0. If all qualities are 0, they are equal."""
+    quality = [[1, 0, 3, -5], [np.nan, 1, np.inf, 1], [0, -1, np.nan, 0], [1e-30, 3e-30, 0, 0]]
     expected = np.array([[0.25, 0, 0.75, 0], [0, 0.5, 0, 0.5], [0.25] * 4, [0.25, 0.75, 0, 0]])
-    frames = jax.tree.map(lambda *clip: np.concatenate(clip), *map(one_hot_frames, weights))
+    frames = jax.tree.map(lambda *clip: np.concatenate(clip), *map(one_hot_frames, quality))
     options = {"num_draws": 20_000, "max_frames": 1, "sampling": "quality"}
 
     fused = fuse("random", jax.random.key(1), frames, **options)
@@ -386,6 +392,7 @@ def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
 
     assert set(pairs) == set(itertools.product((0, 1, 3), repeat=2))
     unchanged = [partner == clip for clip, partner in pairs]
+    # Clips are joined with probability 0.5.
     np.testing.assert_allclose(np.mean(unchanged), 0.5, atol=0.13)
 
 
@@ -402,4 +409,4 @@ def test_long_clips_are_cut_and_clips_that_are_not_chosen_stay_as_they_are():
         assert len(real(union["audio"], 2)) == 6
         starts.add(start)
 
-    assert starts == {0, 1, 2}  # 6 of 8 frames
+    assert starts == {0, 1, 2}  # of 6 of the 8 frames

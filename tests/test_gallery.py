@@ -1,5 +1,6 @@
 """Answers of a gallery: probabilities from the equations, thresholds, and the search."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_true_false_positive_rate_lies_within_the_reported_interval():
     """Scores of strangers are uniform, so the true rate of a threshold t is 1 - t."""
     rng, inside, rates = np.random.default_rng(0), [], []
     for _ in range(2000):
-        threshold = answers_lib.threshold(rng.random(99), 0.01, 1)
+        threshold = answers_lib.threshold(rng.random(99), fpir=0.01, num_identities=1)
         low, high = threshold.interval
         rates.append(1 - threshold.score)
         inside.append(low <= rates[-1] <= high)
@@ -116,17 +117,20 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
     for fpir in (0, 1, float("nan")):
-        refused(lambda fpir=fpir: people.threshold(fpir), "give a number above 0 and below 1")
+        refused(functools.partial(people.threshold, fpir), "give a number above 0 and below 1")
 
 
 def test_fpir_with_a_rounding_error_counts_as_the_exact_fpir():
     # 1 - 0.9 is a little less than 0.1, but counts as 0.1: none of 9 strangers passes.
-    assert answers_lib.threshold(np.arange(-9.0, 0), 1 - 0.9, 1).num_alarms == 0
+    threshold = answers_lib.threshold(np.arange(-9.0, 0), fpir=1 - 0.9, num_identities=1)
+    assert threshold.num_alarms == 0
 
 
 def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
-    assert rule.default and rule.by == "new" and "99 clips of strangers instead of 98" in rule.about
+    assert rule.default
+    assert rule.by == "new"
+    assert "99 clips of strangers instead of 98" in rule.about
 
     gallery = make(tmp_path / "enough", make_clips(strangers=99))
     assert gallery.rule() == gallery.rule(fpir=0.01)._replace(default=True)
@@ -181,10 +185,10 @@ def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path)
 
 
 @nightly_after_first("num_people", [5, 1, 20])
-def test_one_photo_per_person_names_these_people_and_no_strangers(tmp_path, capsys, num_people):
+def test_one_photo_per_person_names_these_people_and_few_strangers(tmp_path, capsys, num_people):
     """The vectors are as similar as dlib's. A warning reports too few clips for a fit."""
     made = embeddings.Population(0)
-    photos = made.photos(made.people(num_people), 1 + 10).astype(np.float32)
+    photos = made.photos(made.people(num_people), 1 + 10).astype(np.float32)  # 10 are queries
     strangers = made.photos(made.people(300), 1)[:, 0].astype(np.float32)
     enrolled = {f"{n}": StoredClip(f"{n}", photos[n, 0]) for n in range(num_people)}
 
@@ -207,8 +211,9 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
 
     assert "for Ada: the clips of each person are from one film" in capsys.readouterr().err
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
-    films_and_photos = people.index.counts[:, columns].max(axis=0)
-    assert people.identities["Ada"] == 3 and films_and_photos.tolist() == [1, 2]
+    films_and_photos = people.index.counts[:, columns].max(axis=0)  # of both parts
+    assert people.identities["Ada"] == 3
+    assert films_and_photos.tolist() == [1, 2]
 
     # Ada has the coefficients of a person with one clip, whose vector is the mean.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
@@ -225,7 +230,8 @@ def test_gallery_acts_as_a_collection_of_people(tmp_path):
     people.remove(identity="person 3")
     assert len(people) == 11 and list(people) == list(people.identities)
     assert "person 2" in people and "person 3" not in people
-    assert len(nobody) == 0 and nobody  # an empty gallery is true
+    assert len(nobody) == 0
+    assert nobody  # an empty gallery is true
 
 
 def make_index(*, cards=False, **settings):
@@ -258,10 +264,11 @@ def assert_near(answers, wanted):
     """Asserts that two lists of answers are equal to 1e-6, except for the order of ties."""
     for answer, expected in zip(answers, wanted, strict=True):
         assert answer.new == pytest.approx(expected.new, abs=1e-6, rel=1e-6)
-        names, logs = ([[pair[i] for pair in x.best] for x in (answer, expected)] for i in range(2))
-        np.testing.assert_allclose(*logs, rtol=1e-6, atol=1e-6)
-        no_tie = -np.diff(logs[0], append=-np.inf) > 1e-5
-        assert [*itertools.compress(names[0], no_tie)] == [*itertools.compress(names[1], no_tie)]
+        names, logs = zip(*answer.best, strict=True)
+        wanted_names, wanted_logs = zip(*expected.best, strict=True)
+        np.testing.assert_allclose(logs, wanted_logs, rtol=1e-6, atol=1e-6)
+        no_tie = -np.diff(logs, append=-np.inf) > 1e-5  # with the next person
+        assert np.array_equal(np.array(names)[no_tie], np.array(wanted_names)[no_tie])
 
 
 @nightly_after_first("cards, scale", itertools.product([False, True], [0.3, 1.0]))
@@ -302,9 +309,9 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
 
 def test_a_clip_without_any_part_shows_nobody():
     index = make_index()
-    nothing = index.backend.split(np.zeros((1, 13), np.float32))
+    nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))  # face and audio
 
-    assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]
+    assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]  # 0.0: certainly a new person
     assert [logs[1:].max() for logs in index.search(nothing)] == [-np.inf]
 
 

@@ -33,21 +33,25 @@ WIDTH = 24
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, nearest_run, data):
+    """A gallery of the 12 people of the official files."""
     return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", nearest_run, data)
 
 
 @pytest.fixture
 def folder(made, tmp_path):
+    """A copy of the folder of `made`."""
     return shutil.copytree(made.folder, tmp_path / "g")
 
 
 @pytest.fixture
 def tell(say):
+    """Runs `vidjax gallery WORDS`."""
     return functools.partial(say, "gallery")
 
 
 @pytest.fixture
 def ask(say):
+    """Runs `vidjax WORDS --json`."""
     return lambda *words, code=0: say(*words, "--json", code=code)
 
 
@@ -69,7 +73,7 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     ada = ("enrol", folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     output = tell(*ada, "--identity=Ada")
     assert "enrolled    2 clips, 0 enrolled before" in output and "people      13" in output
-    output = tell(*ada, "--identity=Ada")
+    output = tell(*ada, "--identity=Ada")  # changes nothing
     assert "enrolled    0 clips, 2 enrolled before" in output and "version     2" in output
 
     output = tell("rename", folder, "--identity=Ada", "--to=Eve")
@@ -133,7 +137,7 @@ def test_identify_writes_equal_answers_in_each_format(tell, folder, tmp_path, ma
 
 def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_run, tmp_path):
     words = ("identify", tmp_path / "g", f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
-    made_galleries.make(tmp_path / "g")
+    made_galleries.make(tmp_path / "g")  # names a run that does not exist
     for flags in ((), (f"--run={nearest_run}",)):
         assert "--run=FOLDER" in tell(*words, *flags, code=2)
 
@@ -215,6 +219,7 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
     assert "people      12" in tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
 
+    # All training clips have a label, so none of them shows a stranger.
     words = ("create", tmp_path / "e", f"--run={nearest_run}", "--empty", "--strangers=train")
     content = tell(*words, "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
@@ -290,7 +295,8 @@ def test_check_mode_detects_a_damaged_gallery(folder, command):
     (folder / "gallery.sqlite").write_bytes(content)
 
     damaged = command(*words)
-    assert damaged.code == 2 and "FAULT" in damaged.out
+    assert damaged.code == 2
+    assert "FAULT" in damaged.out
 
 
 PAGE = Path(vidjax.__file__).parent / "data" / "README.md"
@@ -357,19 +363,20 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
         assert row["probability_1"] == pytest.approx(answer.best[0][1], abs=1e-6)
     # A second call finds the results of all tables.
     before = tables_in(out)
-    assert ask(*words)["skipped"] == 4 and tables_in(out) == before
+    assert ask(*words)["skipped"] == 4
+    assert tables_in(out) == before
 
 
 @pytest.mark.slow
 def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_run, day, tmp_path):
-    words = ("embed", f"--workdir={nearest_run}", f"--input={day}")
+    embed = ("embed", f"--workdir={nearest_run}")
 
-    ask(*words, f"--out={tmp_path / 'vectors'}")
+    ask(*embed, f"--input={day}", f"--out={tmp_path / 'vectors'}")
     rows, wanted = rows_of(tmp_path / "vectors"), vidjax.restore(nearest_run).embed(CLIPS)
     assert [row["clip"] for row in rows] == list(CLIPS)
     assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
 
-    one_table = (*words[:2], f"--input={day}/part-3.parquet")
+    one_table = (*embed, f"--input={day}/part-3.parquet")
     done = ask(*one_table, f"--out={tmp_path / 'one.parquet'}")
     assert done["num_clips"] == len(TABLES[3]) and done["width"] == wanted.shape[1]
     assert ".parquet" in ask(*one_table, "--out=x.npy", code=2)
@@ -378,10 +385,10 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_ru
 @pytest.mark.slow
 def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, day, tmp_path):
     """Two more tables have 90 equal clips, whose scores tie. Each list has at most 100 clips."""
-    twins = [f"twin {n % 2}{n}{'.mp4' * (n == 3)}" for n in range(90)]  # .mp4 does not count
-    for turn in range(2):
-        clips = dict.fromkeys(twins[turn::2], CLIPS["clip 0-0"])
-        write_parquet(day / f"part-{4 + turn}.parquet", clips)
+    twins = [f"twin {n % 2}{n}" for n in range(90)]
+    twins[3] += ".mp4"  # does not count in the order of names
+    for number, names in ((4, twins[0::2]), (5, twins[1::2])):
+        write_parquet(day / f"part-{number}.parquet", dict.fromkeys(names, CLIPS["clip 0-0"]))
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(tables), tmp_path / "all.parquet")
 
@@ -400,7 +407,7 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
-    """Here one name ends in `.mp4`, and 100 equal clips are listed before the clip."""
+    """One name ends in `.mp4`. Before this clip, part-4 lists 100 equal clips, the maximum."""
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
@@ -412,7 +419,8 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, 
 
     (day / "part-5.parquet").unlink()
     done = ask(*words)
-    assert done["skipped"] == 5 and Path(done["results"]).exists()
+    assert done["skipped"] == 5  # the refused command has written the results of each table
+    assert Path(done["results"]).exists()
 
     # If a later call cannot complete a ranking, the old ranking of fewer tables is deleted.
     (day / "part-6.parquet").write_bytes(b"PAR1 no table")
@@ -442,7 +450,8 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
 
     assert ask(*words, f"--out={out}")["skipped"] == 16
     ask(*words, f"--out={tmp_path / 'whole'}")
-    assert tables_in(out) == tables_in(tmp_path / "whole") and len(tables_in(out)) == 16
+    assert tables_in(out) == tables_in(tmp_path / "whole")
+    assert len(tables_in(out)) == 16
 
 
 @nightly_after_first("change", ["clips", "rule", "damage"])
@@ -460,11 +469,12 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
     before = tables_in(out)
 
     error = ask(*words, code=2)
-    assert "part-1.parquet'" in error and "--out=FOLDER" in error and tables_in(out) == before
+    assert "part-1.parquet'" in error and "--out=FOLDER" in error
+    assert tables_in(out) == before
 
     if change == "clips":
         (out / "part-1.parquet").unlink()
-        assert ask(*words)["skipped"] == 2
+        assert ask(*words)["skipped"] == 2  # parts 2 and 3
 
 
 @pytest.mark.slow
@@ -545,6 +555,7 @@ def write_recipes(names):
     """Writes recipes.py with the recipes of the page, for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
+    # One worker and one partition.
     for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
         assert old in recipes
         recipes = recipes.replace(old, new)

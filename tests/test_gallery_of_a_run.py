@@ -48,7 +48,10 @@ def test_gallery_ranks_like_its_run(made, run, data):
 
 
 def test_gallery_has_the_settings_and_clips_of_its_run(made, run, data):
-    """At most 3 training clips have no usable frame and are not enrolled."""
+    """At most 3 training clips have no usable frame and are not enrolled.
+
+    Strangers are distractors of val.
+    """
     settings = dict(run.manifest["settings"]) | {"within": 0.5}  # of `trained_plda`
     assert made.backend.settings._asdict() == settings
 
@@ -92,10 +95,10 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data)
 
 
 @pytest.mark.nightly
-def test_gallery_of_a_run_with_folds_uses_vectors_of_the_first_member(tmp_path, trained_plda, data):
+def test_gallery_of_a_run_with_folds_uses_vectors_of_one_member(tmp_path, trained_plda, data):
     folds = trained_plda("--config.data.train_splits=train,val", "--config.ensemble.folds=2")
     gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
-    assert gallery.backend.widths == dict(folds.modalities)
+    assert gallery.backend.widths == dict(folds.modalities)  # not twice as wide
     assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
 
 

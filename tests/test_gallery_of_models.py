@@ -26,9 +26,9 @@ CARD = made_nets.back_end(SAME, DIFFERENT, WIDTH)
 BACKEND = backend.make_card_backend({"face": cards.BackEnd(**CARD)})
 
 
-def draw(rng, people, clips):
+def draw(rng, *, people, clips):
     """Draws unit vectors [people, clips, 128] whose cosines agree with the card."""
-    made = Population(rng)
+    made = Population(rng)  # a generator or a seed
     return made.photos(made.people(people), clips).astype(np.float32)
 
 
@@ -42,6 +42,7 @@ def log_probabilities(photos, clips):
 
 
 def test_mean_vectors_weight_frames_by_quality(monkeypatch):
+    """A negative quality counts as 0. If all are 0, the weights are equal."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     quality = np.array([1, 0, 3, -2], np.float32)
     clips = {
@@ -72,13 +73,15 @@ def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
     truth, right, wrong, strange = np.repeat(np.arange(5), 6), [], [], []  # 6 clips of each
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        friends, strangers = draw(rng, 5, photos + 6), draw(rng, 60, 1)[:, 0]
+        friends = draw(rng, people=5, clips=photos + 6)
+        strangers = draw(rng, people=60, clips=1)[:, 0]
         enrolled, clips = friends[:, :photos], friends[:, photos:].reshape(30, WIDTH)
-        logs = log_probabilities(enrolled, np.concatenate([clips, strangers]))[:, 1:]
-        named = np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1)
-        right.append(named[:30] == truth)
-        wrong.append((named[:30] >= 0) & (named[:30] != truth))
-        strange.append(named[30:] >= 0)
+        logs = log_probabilities(enrolled, np.concatenate([clips, strangers]))[:, 1:]  # of friends
+        names = np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1)
+        of_friends, of_strangers = np.split(names, [30])
+        right.append(of_friends == truth)
+        wrong.append((of_friends >= 0) & (of_friends != truth))
+        strange.append(of_strangers >= 0)
 
     assert np.mean(right) >= least_right
     assert np.mean(wrong) <= 0.01 and np.mean(strange) <= 0.02
@@ -122,21 +125,21 @@ for words in (
 
 def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models, python):
     """The model files may be deleted after enrolment."""
-    friends = draw(np.random.default_rng(1), 3, 3)
+    friends = draw(1, people=3, clips=3)
     (tmp_path / "in").mkdir()
     for number, vectors in enumerate(friends):
         gallery.enrol(faces(f"{number}/", vectors[:2]), str(number))
         np.savez(tmp_path / "in" / f"{number}.npz", face=vectors[2:])
-    gallery.enrol(faces("s", draw(np.random.default_rng(2), 4, 1)[:, 0]), strangers=True)
+    gallery.enrol(faces("s", draw(2, people=4, clips=1)[:, 0]), strangers=True)
     (models / "embed.onnx").unlink()
 
     python(USE_GALLERY, *ABSENT, cwd=tmp_path)
 
-    assert Gallery(gallery.folder).identities["Ada"] == 1
+    assert Gallery(gallery.folder).identities["Ada"] == 1  # the last command
 
 
-def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
-    ada, bob = draw(np.random.default_rng(4), 2, 3)
+def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
+    ada, bob = draw(4, people=2, clips=3)
     gallery.enrol({"ada 1": {"face": ada[:1]}}, "Ada")
     gallery.enrol({"bob 1": {"face": bob[:1]}}, "Bob")
     asked = {"query": {"face": ada[1:2]}}
@@ -149,13 +152,13 @@ def test_adding_a_modality_keeps_clips_and_answers(gallery, models):
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
     # Only a known clip with the same face gets its voice.
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
-    clips["bob 1"] = {"face": ada[:1]}  # another face than the enrolled one
+    clips["bob 1"] = {"face": ada[:1]}  # not Bob's face
     assert gallery.complete(gallery.embed(clips)) == {"ada 1"}
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
 
 def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
-    ada, bob = draw(np.random.default_rng(2), 2, 5)
+    ada, bob = draw(2, people=2, clips=5)
     gallery.enrol({"photo": {"face": ada[:2]}}, "Ada")
     features, groups = tmp_path / "features", tmp_path / "groups.tsv"
     features.mkdir()
@@ -164,7 +167,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     words = (gallery.folder, f"--input={features}")
 
     say("gallery", "group", *words, f"--out={groups}")
-    grouped = answers_lib.read_groups(groups, unknown=True)
+    grouped = answers_lib.read_groups(groups, unknown=True)  # Ada is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
 
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
@@ -186,7 +189,7 @@ def answer(identity, probability=0.9):
 
 
 def test_tracks_of_one_person_are_joined_over_short_gaps():
-    """A gap of 1.5 s is short, and a gap of 2.5 s is not."""
+    """A gap of 1.5 s is short, a gap of 2.5 s is not. The lowest probability counts."""
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
     answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
     answers["nobody"] = answer(None)
@@ -205,6 +208,7 @@ def appearance(name, start_s, end_s, video="a.mp4"):
 
 
 def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
+    """Blanks separate the columns of RTTM, the format of speaker diarisation."""
     found = [appearance("unknown 1", 1, 2), appearance("Ada O", 3, 4), appearance("Ada_O", 5, 6)]
     first, *rows = appearances.to_rttm(found).splitlines()
     assert first == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
@@ -219,12 +223,13 @@ def test_simultaneous_tracks_never_get_the_same_name():
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
     settled = appearances.settle_answers(answers, films)
+    # b is more probable than a. c is not seen with them.
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
 
 
 def test_a_name_needs_a_probability_above_one_half(gallery):
-    """If two people are equally probable, neither of them is named."""
-    (twin,) = draw(np.random.default_rng(3), 1, 2)
+    """If two people are equally probable, neither is named."""
+    (twin,) = draw(3, people=1, clips=2)
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
 
@@ -239,29 +244,29 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, model
     """Ada has only a photo. So a voice neither confirms nor excludes that a clip shows Ada."""
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     gallery = Gallery.of_models(tmp_path / "g", models)
-    (x,) = draw(np.random.default_rng(6), 1, 2)
-    gallery.enrol({"photo": {"face": x[:1]}}, "Ada")
-    clips = {"voice": {"audio": VOICE}, "face": {"face": x[1:]}}
+    (ada,) = draw(6, people=1, clips=2)
+    gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
+    clips = {"voice": {"audio": VOICE}, "face": {"face": ada[1:]}}
 
     assert gallery.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
 
 def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
-    (ada,) = draw(np.random.default_rng(4), 1, 2)
+    (ada,) = draw(4, people=1, clips=2)
     odds = []
     for stranger_odds in (1.0, 3.0):
         folder = tmp_path / f"{stranger_odds}"
         gallery = Gallery.of_models(folder, models, stranger_odds=stranger_odds)
         gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
         (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
-        odds.append(np.expm1(-best.score))  # (1 - p) / p
+        odds.append(np.expm1(-best.score))  # (1 - p) / p for Ada
 
     assert odds[1] == pytest.approx(3 * odds[0])
 
 
 def test_all_clips_of_a_group_get_one_answer(gallery):
-    ada, eve = draw(np.random.default_rng(5), 2, 8)
+    ada, eve = draw(5, people=2, clips=8)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
     vectors = gallery.embed(faces("a", ada[1:]) | faces("e", eve[1:]))  # a0 to a6, e0 to e6
 
@@ -277,7 +282,7 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
 
 
 def test_clips_that_a_user_grouped_stay_together(gallery):
-    ada, eve = draw(np.random.default_rng(6), 2, 6)
+    ada, eve = draw(6, people=2, clips=6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
     begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # groups of two
     names = {"a": "unknown 1", "e": "unknown 2"}
@@ -308,7 +313,8 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     unknown = appearance("unknown 1", 0, 9)._replace(probability=None)  # is left out
     vtt = appearances.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
-    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
+    assert vtt.count("-->") == 4
+    assert "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
 
 
@@ -343,7 +349,8 @@ def test_tables_with_missing_enormous_or_contradicting_names_are_refused(tmp_pat
     path = tmp_path / "unknown.tsv"
     for content in ("one cell\n", "a\t" + "b" * 200_000, "a\tb\na\tc\n"):
         path.write_text(content)
-        assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
+        error = refused(lambda: answers_lib.read_groups(path), "unknown.tsv")
+        assert len(error) < 1000  # no long name
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
@@ -352,18 +359,19 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
 
-    logs = log_probabilities(photo[None, None], clips)
+    stranger, person = log_probabilities(photo[None, None], clips).T
 
     square = np.sum((clips - photo) ** 2, axis=1)
     same_person = stats.gamma.logpdf(square, same, scale=2 * within / same)
     other_person = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
-    np.testing.assert_allclose(logs[:, 1] - logs[:, 0], same_person - other_person, atol=1e-4)
+    np.testing.assert_allclose(person - stranger, same_person - other_person, atol=1e-4)
 
 
 def test_photos_that_are_alike_count_less():
-    independent = 1 - DLIB.within * 0.9  # the mean cosine of photos as different as in the card
-    for count, cosine, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
-        counted = distance.effective_count(DLIB, np.array(count), np.array(cosine))
+    """`square` is the squared length of the mean vector, 1 for equal photos."""
+    independent = 1 - 0.9 * DLIB.within  # `square` of 10 photos as different as in the card
+    for count, square, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
+        counted = distance.effective_count(DLIB, np.array(count), np.array(square))
         assert counted == pytest.approx(wanted, abs=0.02)
 
 
@@ -412,10 +420,7 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
 
 
 def measure_groups(num_people, clips_of_each):
-    """Groups clips of people.
-
-    Returns the number of groups, and the share of clips that show the main person of their group.
-    """
+    """Returns the number of groups, and the share of clips of the main person of their group."""
     made = Population(0)
     clips = made.photos(made.people(num_people), clips_of_each).reshape(-1, WIDTH)
     truth = np.repeat(np.arange(num_people), clips_of_each)

@@ -1,6 +1,7 @@
 """The folder of a gallery: changes, removal without a trace, damage, and processes that stop."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -64,7 +65,7 @@ def holds(gallery, content):
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_factory, data):
-    """One to four times, random clips are added or removed; in between, the gallery is reopened."""
+    """One to four times, random clips are added or removed. The gallery is sometimes reopened."""
     folder, names = tmp_path_factory.mktemp("swaps"), sorted(CLIPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
@@ -88,6 +89,7 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
 def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, together):
+    # Clips of person 3, 7, 1 and 5.
     three, seven, one, five = (group(CLIPS)[f"person {n}"] for n in (3, 7, 1, 5))
 
     with gallery.change() if together else contextlib.nullcontext(gallery) as people:
@@ -99,7 +101,7 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
         people.add(NEW)
         people.remove(clip=five[0])
 
-    assert gallery.version == (2 if together else 8)
+    assert gallery.version == 1 + (1 if together else 7)  # changes
     # Clip -> its new person.
     names = dict.fromkeys([*three, "stranger 1"], "Ada") | dict.fromkeys(one, "person 2")
     names |= {seven[0]: "Grace", "clip 90": None}
@@ -128,7 +130,8 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
         (lambda: gallery.remove(clip=["clip 30", "clop 31"]), "did you mean 'clip 31'?"),
     ):
         refused(change, *words)
-    assert contents(gallery.folder) == before and gallery.version == 1
+    assert contents(gallery.folder) == before
+    assert gallery.version == 1
 
 
 def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
@@ -144,8 +147,9 @@ def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
         ("x" * 1001, {}, "longer than 1,000 letters"),
     ):
         clips = {"fine": good, name: good._replace(**fields)}
-        refused(lambda clips=clips: gallery.add(clips), *words)
-    assert contents(gallery.folder) == before and gallery.version == 1
+        refused(functools.partial(gallery.add, clips), *words)
+    assert contents(gallery.folder) == before
+    assert gallery.version == 1
 
 
 def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
@@ -260,7 +264,8 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
             clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=not empty)
 
     removed, *others = (clip.vector for clip in clips.values())
-    background = dict([*clips.items()][1:]) if empty else clips
+    _, *known = clips.items()
+    background = dict(known) if empty else clips
     front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
     run = VectorOrigin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, front, {} if empty else clips)
@@ -371,7 +376,7 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
     for turn in range(100 if campaign else 1):
         place = tmp_path / f"full {turn}"
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
-    assert failed
+    assert failed  # at least one change
 
     for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
@@ -394,6 +399,7 @@ def cut_off(folder):
     """Leaves half of a change in a gallery, and its journal."""
     words = ["-c", UNFINISHED_CHANGE, folder / store_lib.GALLERY_FILE]
     subprocess.run([sys.executable, *words], check=False)
+    # A journal is longer than its header of 512 bytes.
     assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
 
 
@@ -447,14 +453,14 @@ def test_a_gallery_with_zeros_up_to_1_tib_answers(gallery):
 def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, gallery):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "absent"):
-        refused(lambda folder=folder: Gallery(folder), "contains no gallery", "create")
+        refused(functools.partial(Gallery, folder), "contains no gallery", "create")
     refused(lambda: make(tmp_path), "not empty", "file")
     refused(lambda: make(tmp_path / "file"), "is a file")
     refused(lambda: make(gallery.folder), "contains a gallery")
 
 
 def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
-    (tmp_path / store_lib.GALLERY_FILE).touch()
+    (tmp_path / store_lib.GALLERY_FILE).touch()  # is left by the kill
     refused(lambda: Gallery(tmp_path), "contains no gallery")
     assert make(tmp_path).identities
 
@@ -483,7 +489,7 @@ DAMAGES = {
 def test_every_kind_of_damage_raises_an_error_that_names_the_folder(gallery, kind):
     DAMAGES[kind](gallery.folder / store_lib.GALLERY_FILE)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
-    if kind != "cut":
+    if kind != "cut":  # `refresh` reads only the digest of the content
         refused(gallery.refresh, str(gallery.folder))
 
 
@@ -496,7 +502,7 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
     for at in rng.choices(used, k=60):
         flipped = content[at] ^ 1 << rng.randrange(8)
         path.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # the flip is detected
             assert answers(Gallery(gallery.folder)) == wanted
 
 
@@ -520,6 +526,7 @@ def forged(folder, *sql, facts=None, digest=False):
         connection.commit()
 
 
+# Replaces the last bytes of the numbers of each row.
 END = "UPDATE {} SET numbers = CAST(substr(numbers, 1, length(numbers) - {}) || x'{}' AS BLOB)"
 # Changes of rows that do not match their digest.
 FORGED = (
@@ -534,9 +541,9 @@ FORGED = (
 )
 # Wrong rows with a correct digest.
 ILL_FORMED = (
-    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # NaN
+    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # a vector of NaN
     END.format("clip", 4, "02000000"),  # of the field `fitted`
-    END.format("person", 76, "ff" * 76),
+    END.format("person", 76, "ff" * 76),  # all bits are 1
     "UPDATE clip SET numbers = zeroblob(length(numbers) - 4)",
     "UPDATE clip SET words = words || char(10)",
     "UPDATE clip SET words = replace(words, 'clip 30', '')",
@@ -544,6 +551,7 @@ ILL_FORMED = (
     "UPDATE clip SET words = replace(words, 'person 7', 'nobody')",
     "UPDATE person SET words = replace(words, 'person 7', 'e' || char(769))",
 )
+# Wrong facts with a correct digest.
 FACTS = (
     {"parts": [{"name": "x", "width": 2**31 - 1}]},
     {"parts": [{"name": "x", "width": 8}, {"name": "x", "width": 5}]},
@@ -558,12 +566,12 @@ FACTS = (
 def test_forged_tables_and_facts_are_refused(gallery):
     folder, path = str(gallery.folder), gallery.folder / store_lib.GALLERY_FILE
     content = path.read_bytes()
-    for sql in (*FORGED, *ILL_FORMED, *FACTS):
+    for forgery in (*FORGED, *ILL_FORMED, *FACTS):
         path.write_bytes(content)
-        if isinstance(sql, str):
-            forged(gallery.folder, sql, digest=sql in ILL_FORMED)
+        if isinstance(forgery, str):
+            forged(gallery.folder, forgery, digest=forgery in ILL_FORMED)
         else:
-            forged(gallery.folder, facts=sql)
+            forged(gallery.folder, facts=forgery)
         refused(lambda: Gallery(folder), folder)
 
     path.write_bytes(content)
@@ -615,7 +623,7 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
 
     assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     parts = people.backend.split(frozen["shown"])
-    found = made_galleries.identify(people, parts, len(people.identities))
+    found = made_galleries.identify(people, parts, k=len(people.identities))
     assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
     best = np.array([answer.best for answer in found], object)  # [Q, N, 2]
     np.testing.assert_array_equal(best[..., 0], frozen["names"])

@@ -133,10 +133,16 @@ def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
 @pytest.mark.slow
 def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypatch):
     unpacked, unpack = [], sandbox.unpack
-    monkeypatch.setattr(sandbox, "unpack", lambda *x, **y: unpacked.append(x) or unpack(*x, **y))
+
+    def record(*args, **options):
+        unpacked.append(args)
+        return unpack(*args, **options)
+
+    monkeypatch.setattr(sandbox, "unpack", record)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert len(unpacked) == 5 and folders[0] == folders[1]
+    assert len(unpacked) == 5  # 3 modalities of train, 2 of val
+    assert folders[0] == folders[1]
 
 
 MODALITIES = {
@@ -162,7 +168,8 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
 
     records = prepare(tmp_path, tmp_path / "cache")
     facts = records.splits["train"]
-    assert records.modalities == MODALITIES and len(facts.shards) == 8
+    assert records.modalities == MODALITIES
+    assert len(facts.shards) == 8  # the least number
     names = [facts.clips[i] for i in facts.order]  # in the order of the records
 
     in_order = tfds.ReadConfig(interleave_cycle_length=1)
@@ -178,7 +185,7 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
         by_reader = reader.frames(name, places, messages)
         for row, place in enumerate(places):
             clip = clips[name].get(names[place], random_clip(rng, 0, *modality))
-            if name != "face":
+            if name != "face":  # without scores, quality is 0 and detection is 1
                 clip = clip._replace(quality=0 * clip.quality, detection=clip.quality**0)
             for field in STORED:
                 wanted, by_tfds = getattr(clip, field), examples[place]["frames"][name][field]
