@@ -56,7 +56,7 @@ def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
     windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)  # faint, loud, silent
     raised = voices.raise_level(windows)
     level = np.sqrt((raised[0].astype(float) ** 2).mean())
-    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)
+    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)  # decibels
     np.testing.assert_array_equal(raised[1:], windows[1:])
 
 
@@ -80,7 +80,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])
 def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
-    """The made net adds the mean of its 576 samples to its state and returns the state."""
+    """The made net adds the mean of 576 samples (64 old, 512 new) to its state and returns the state."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)
