@@ -124,7 +124,7 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
 def clips_with_nan():
     """Feature rows [N, 3], and clips 0 to 39 of 0 to 8 faces with these rows.
 
-    Every fifth row has a NaN. The number, quality and box of row i contain i.
+    Every fifth row has a NaN. The number, box and scores of row i contain i.
     """
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 40).tolist()

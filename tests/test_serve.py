@@ -187,12 +187,14 @@ def test_triton_client_gets_the_answers_of_python(triton, people, binary):
     answer = infer(triton, "gallery", tensors, binary=binary, outputs=outputs, k=3)
 
     returned = [output["name"] for output in answer.get_response()["outputs"]]
-    assert binary or returned == list(outputs)
+    if not binary:
+        assert returned == list(outputs)
     named = [name.decode() if binary else name for name in answer.as_numpy("identity")]
     assert named == [item.identity or "" for item in wanted]
-    best = np.array([[np.log(p) for _, p in item.best] for item in wanted])
-    best[:, 0] = [item.score for item in wanted]
-    np.testing.assert_allclose(answer.as_numpy("scores"), best, rtol=1e-6, atol=1e-6)
+    # The scores: the score of the best person, then log probabilities of the other people.
+    scores = np.array([[np.log(p) for _, p in item.best] for item in wanted])
+    scores[:, 0] = [item.score for item in wanted]
+    np.testing.assert_allclose(answer.as_numpy("scores"), scores, rtol=1e-6, atol=1e-6)
     vectors = np.concatenate(list(people.embed(clips).parts.values()), axis=1)
     np.testing.assert_array_equal(answer.as_numpy("embedding"), vectors)
 
@@ -265,21 +267,22 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     assert len(block.splitlines()) == 6
 
     # The clips and the file that the requests name; 2 features a frame, as in the README.
-    x = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
+    faces = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
     labels, settings = np.repeat(np.arange(1, 31), 2), made_galleries.SETTINGS
-    backend = backend_lib.fit({"face": x[:60]}, labels, centred=False, settings=settings)
+    backend = backend_lib.fit({"face": faces[:60]}, labels, centred=False, settings=settings)
     origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
-    clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(x)}
-    clips["p1"] = StoredClip("Bo", x[0])
+    clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(faces)}
+    clips["p1"] = StoredClip("Bo", faces[0])
     monkeypatch.chdir(tmp_path)
-    np.savez("c1.npz", face=x[:3])
+    np.savez("c1.npz", face=faces[:3])
 
     with Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips)) as server:
         for line in block.splitlines():
             # The flags of curl become the parts of a request.
             curl = shlex.split(line, comments=True)
             given = dict(itertools.pairwise(curl))  # flag -> its value
-            (path,) = (x.removeprefix("localhost:8080") for x in curl if x.startswith("localhost"))
+            (url,) = (word for word in curl if word.startswith("localhost"))
+            path = url.removeprefix("localhost:8080")
             file, text = given.get("--data-binary"), given.get("-d")
             body = Path(file[1:]).read_bytes() if file else text and text.encode()
             headers = dict([given["-H"].split(": ")]) if "-H" in given else None
@@ -547,7 +550,7 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
 
 
 def test_number_of_connections_is_limited(inside):
-    time.sleep(0.1)
+    time.sleep(0.1)  # until connections of earlier tests are closed
     address = "127.0.0.1", inside.port
     with contextlib.ExitStack() as stack:
         for _ in range(SMALL.connections):
@@ -683,7 +686,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
             unread.sendall(lines.encode() + body)
             assert unread.recv(8) == b"HTTP/1.1"  # the rest of the answer stays unread
             assert server.ask("POST", "/identify", body)[0] == 429
-            time.sleep(3)
+            time.sleep(3)  # longer than UNREAD_SECONDS
             assert server.ask("POST", "/identify", body)[0] == 200
             # The connection is closed.
             end = time.monotonic() + 30

@@ -121,7 +121,8 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
             assert (scored[clip] == -np.inf).all()
             continue
         wanted = getattr(np, reduce)(votes[frames, clip], axis=0)
-        wanted = wanted if scores == "logits" else np.log(wanted)
+        if scores != "logits":
+            wanted = np.log(wanted)
         np.testing.assert_allclose(scored[clip], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -244,7 +245,8 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 
     parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
     wanted = sum(eval_weight[:, i, None] * branch for i, branch in enumerate(parts))
-    wanted = wanted if scores == "logits" else np.log(wanted)
+    if scores != "logits":
+        wanted = np.log(wanted)
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -28,7 +28,7 @@ def test_mel_filters_are_triangles_of_equal_area():
     for band, row in enumerate(voices.make_mel_filters()):
         low, middle, high = edges[band : band + 3]
         for bin_, weight in enumerate(row):
-            hz = 40 * bin_
+            hz = 40 * bin_  # 16 kHz / 400 samples
             up, down = (hz - low) / (middle - low), (high - hz) / (high - middle)
             height = 2 / (high - low)  # so that the area is 1
             assert weight == pytest.approx(max(0, min(up, down)) * height, abs=1e-12)
@@ -80,7 +80,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])
 def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
-    """The made net adds the mean of 576 samples (64 old, 512 new) to its state and returns the state."""
+    """The made net adds the mean of 64 old and 512 new samples to its state, which it returns."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)

@@ -281,6 +281,7 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, code=130)
+    # Ada has her photo and the clip of unknown 1.
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
 
     table.write_text(named)  # as it was before the call
@@ -326,6 +327,7 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
 
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
         rows = (films / "names" / "names.tsv").read_text().splitlines()[1:]
+        # Without the hidden folder and the link.
         assert [row.split("\t")[0] for row in rows] == ["films/a.mkv", "summer/a.mkv"]
 
 

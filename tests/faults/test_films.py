@@ -322,7 +322,7 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
         (tmp_path / name).write_bytes(photo)
 
     for path in tmp_path.glob("a.*"):
-        content, became = path.read_bytes(), Counter()
+        content, outcomes = path.read_bytes(), Counter()
         for number in range(1000 if campaign else 25):
             rng, began = random.Random(f"{fault_seed} {path.name} {number}"), time.process_time()
             path.write_bytes(content)
@@ -331,12 +331,12 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
             try:
                 found, _ = drawn_people.extract(path, tmp_path / "out", models)
                 lost = found.corrupt or found.refused or found.lost_sound
-                became["damaged" if found.damaged or lost else "whole"] += 1
+                outcomes["damaged" if found.damaged or lost else "whole"] += 1
             except (UserError, MemoryError) as error:  # a mutation can make a size enormous
                 assert len(str(error).splitlines()) <= 3, (path, number)
-                became["refused"] += 1
+                outcomes["refused"] += 1
             assert time.process_time() - began < 10, (path, number)
-        assert became["refused"] and became["whole"], (path, became)
+        assert outcomes["refused"] and outcomes["whole"], (path, outcomes)
 
 
 @pytest.mark.nightly

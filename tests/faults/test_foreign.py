@@ -86,7 +86,7 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     empty.touch()
     os.link(empty, lock)
     with files.lock(tmp_path):
-        assert not empty.read_text()
+        assert not empty.read_text()  # the lock is no longer a link
 
     for name in ("timing.jsonl", "metrics.json"):
         (tmp_path / name).symlink_to(victim)
@@ -135,7 +135,7 @@ def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
 def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
     for name in (*RESULTS, "config.json"):
         path, content = stranger / name, (stranger / name).read_bytes()
-        mutations.put(path, "sparse", path)
+        mutations.put(path, "sparse", path)  # 30 GB of holes
 
         for mode in READ:
             complaint(mode, stranger)
@@ -223,7 +223,7 @@ def load(folder):
     "link", quick_first([pytest.param("state/sub", id="folder"), pytest.param("", id="checkpoint")])
 )
 def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
-    """The manifest of an older step lists files of a folder outside, to which a link leads."""
+    """The manifest of step 0 lists files outside. Step 0 or its subfolder is a link to them."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):

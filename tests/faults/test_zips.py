@@ -180,6 +180,7 @@ def forge_count(path, place, before, after):
     """Changes a count in the footer of a table, or in the pages. The length of the file is kept."""
     content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    # Thrift stores a number n as 2 n (zigzag encoding).
     pages, footer, old = content[:at], content[at:], varint(2 * before)
     new = varint(2 * after, len(old))
     assert old in (footer if place == "footer" else pages)
