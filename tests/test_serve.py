@@ -735,7 +735,7 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
 @pytest.mark.slow
 def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, say):
     with servers.served(folder) as server:
-        assert len(server.ask("GET", "/identities")[1]["identities"]) == 12  # all
+        assert len(server.ask("GET", "/identities")[1]["identities"]) == 12  # people
         assert server.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
         assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         assert server.end() == 0

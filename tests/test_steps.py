@@ -205,7 +205,7 @@ def test_clips_without_good_frames_are_kept_or_dropped_as_configured(
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     inf = jnp.inf
     best = scoring.keep_best(jnp.array([[3.0, 1.0, 2.0, -inf], [0.0, 0.0, 5.0, -1.0]]), 2)
-    np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])  # ties stay
+    np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])  # 0 and 0 tie
 
 
 class TwoBranches(Identifier):

@@ -80,7 +80,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])
 def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
-    """The made net adds the mean of 64 old and 512 new samples to its state, which it returns."""
+    """The made net returns its state: the sum of the means of 64 old and 512 new samples."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)

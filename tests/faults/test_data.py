@@ -29,7 +29,7 @@ def clips_of(split, count, dim=DIM):
 
 @pytest.fixture
 def official(tmp_path):
-    """A folder to spoil: 20 train clips and 10 val clips of faces, from clip 2 on labelled."""
+    """A folder to spoil: faces of 20 train and 10 val clips. Clips 0 and 1 have no label."""
     folder = tmp_path / "official"
     folder.mkdir()
     for split, count in (("train", 20), ("val", 10)):
@@ -130,7 +130,7 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
 def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
     path = official / "face_train.pickle"
     content = pickle.loads(path.read_bytes())
-    again = {name + b".mp4": frames for name, frames in content.items()}  # .mp4 does not count
+    again = {name + b".mp4": frames for name, frames in content.items()}  # .mp4 is ignored
     path.write_bytes(pickle.dumps(content | again, 2))
     refused(official, f"{path}: clips are repeated: ", " and 15 more")  # of 20
 

@@ -86,7 +86,7 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     empty.touch()
     os.link(empty, lock)
     with files.lock(tmp_path):
-        assert not empty.read_text()  # the lock is no longer a link
+        assert not empty.read_text()  # the lock is not written there
 
     for name in ("timing.jsonl", "metrics.json"):
         (tmp_path / name).symlink_to(victim)
@@ -123,7 +123,7 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
 
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
 def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
-    """`complaint` checks that the error is short."""
+    """`complaint` checks that errors are short. A mode may succeed if it does not read the file."""
     folder = stranger / ("checkpoints/1" if name == "manifest" else "")
     folder.mkdir(parents=True, exist_ok=True)
     (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
@@ -189,6 +189,7 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     place.mkdir(parents=True)
 
     for step in range(1, 3):
+        # A save writes into .partial.
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
