@@ -121,7 +121,7 @@ def train_by_command(vidjax_command, workdir, *words):
 def test_all_modalities_beat_one_modality_and_neighbours(
     vidjax_command, tmp_path, cache_dir, seed, ones
 ):
-    """The first command of the README, with two seeds of the data and the training."""
+    """The first command of the README, with two seeds. `ones` are runs with one modality."""
     specs = ("configs/mma.py", "configs/knn.py", *(f"configs/mma.py:{name}" for name in ones))
     seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
     whole, *others = (

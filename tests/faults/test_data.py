@@ -230,7 +230,8 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
 
     def choose(crop, seed):
         batch = next(train_batches(data, **stream, max_frames=16, seed=seed, crop=crop))
-        return np.asarray(batch.frames["face"].features[batch.clip_index.tolist().index(3)])
+        row = batch.clip_index.tolist().index(3)  # clip train003
+        return np.asarray(batch.frames["face"].features[row])
 
     np.testing.assert_array_equal(choose("window", 0), choose("window", 0))
 

@@ -198,6 +198,7 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem
     assert [*find_misspelt({"train": {"fase": none, "face": some}})]
+    # Names with numbers are right.
     assert not [*find_misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}})]
 
 

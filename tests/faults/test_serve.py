@@ -178,7 +178,10 @@ def made_people(names):
 
 
 def change_and_identify(server, name, number, enrolled):
-    """Enrols or removes a person. The server must then name all enrolled and no removed people."""
+    """Enrols or removes a person, also in the set `enrolled`.
+
+    The server must then name all enrolled and no removed people.
+    """
     frames = servers.make_frames(number, name)
     if name in enrolled:
         status, answer = server.ask("DELETE", f"/identities/{name.replace(' ', '%20')}")
