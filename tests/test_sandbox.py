@@ -59,11 +59,14 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
 
     for name in (modality, "my-own_modality2"):
         read = convert(tmp_path, value, name)
-        assert read["names"] == ["none", "one", "two"] and read["lengths"] == [0, 1, 2]
-        assert read["seen"] == 3 and read["skipped_clips"] == {"empty": 1}
+        assert read["names"] == ["none", "one", "two"]
+        assert read["lengths"] == [0, 1, 2]
+        assert read["seen"] == 3  # frames
+        assert read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
 
-        assert read["features"].tolist() == [[1, 2, 3]] * 3 and read["number"].tolist() == [7] * 3
+        assert read["features"].tolist() == [[1, 2, 3]] * 3
+        assert read["number"].tolist() == [7] * 3
         assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
         assert read["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
         assert read["box"].tolist() == [[0] * 4 if modality == "scene" else BOX] * 3
@@ -85,10 +88,12 @@ def test_pickles_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
         read = convert(tmp_path, content)
         lengths = dict(zip(read["names"], read["lengths"], strict=True))
         assert lengths == {"clip_1": 2, "clip_2": 0, "clip_3": 1}, written
+        # Python 2 may write clip_3, which has row 2, before clip_1.
         clips = [name for name in read["names"] if name != "clip_2"]
         rows = [0, 1, 2] if clips == ["clip_1", "clip_3"] else [2, 0, 1]
         np.testing.assert_array_equal(read["features"], features[rows])
-        assert read["features"].dtype == np.float16 and read["number"].tolist() == rows
+        assert read["features"].dtype == np.float16
+        assert read["number"].tolist() == rows
         assert read["quality"].tolist() == [80.5 - row for row in rows]
         assert read["detection"].tolist() == [0.5] * 3
         assert read["box"].tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]
@@ -119,7 +124,7 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
 def clips_with_nan():
     """Feature rows [N, 3], and clips 0 to 39 of 0 to 8 faces with these rows.
 
-    Every fifth row has a NaN. The number, quality and box of row i contain i.
+    Every fifth row has a NaN. The number, box and scores of row i contain i.
     """
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 40).tolist()
@@ -167,7 +172,8 @@ def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
     frames = [wrong, face(quality=-1e300, det=np.float32(-np.inf)), face(quality=-30.0)]
     read = convert(tmp_path, {b"a": frames})
     assert read["seen"] == 3 and read["skipped"] == {}
-    assert read["quality"].tolist() == [0, 0, -30] and read["detection"].tolist() == [0, 0, 0.5]
+    assert read["quality"].tolist() == [0, 0, -30]
+    assert read["detection"].tolist() == [0, 0, 0.5]
     assert read["box"][0].tolist() == [1, 0, 3, 4]
     counts = {"non_finite_quality": 2, "non_finite_detection": 2, "non_finite_box": 1}
     assert read["warnings"] == counts

@@ -151,7 +151,7 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         np.savez(content, **arrays)
         return inside.ask("POST", path, content.getvalue(), {"Content-Type": "application/x-npz"})
 
-    wanted = people.identify(CLIPS, 2, threshold=0.2)
+    wanted = people.identify(CLIPS, k=2, threshold=0.2)
     assert any(answer.identity for answer in wanted.values())
 
     body = {"clips": servers.as_json(CLIPS), "k": 2, "threshold": 0.2}
@@ -175,7 +175,7 @@ def test_triton_client_gets_the_answers_of_python(triton, people, binary):
         name: {**clip, "face": {"features": clip["face"], "quality": quality[2:]}}
         for name, clip in CLIPS.items()
     }
-    wanted = list(people.identify(clips, 3).values())
+    wanted = list(people.identify(clips, k=3).values())
 
     # The tensor of faces has two more frames, which the mask hides.
     tensors = {name: np.stack([x[name] for x in CLIPS.values()]) for name in made_galleries.WIDTHS}
@@ -184,15 +184,17 @@ def test_triton_client_gets_the_answers_of_python(triton, people, binary):
     tensors["face_mask"] = np.tile(np.arange(5) >= 2, (6, 1))
     tensors["face_quality"] = np.tile(quality, (6, 1))
     outputs = () if binary else ("identity", "scores", "embedding")
-    answer = infer(triton, "gallery", tensors, binary, outputs, k=3)
+    answer = infer(triton, "gallery", tensors, binary=binary, outputs=outputs, k=3)
 
     returned = [output["name"] for output in answer.get_response()["outputs"]]
-    assert binary or returned == list(outputs)
+    if not binary:
+        assert returned == list(outputs)
     named = [name.decode() if binary else name for name in answer.as_numpy("identity")]
     assert named == [item.identity or "" for item in wanted]
-    best = np.array([[np.log(p) for _, p in item.best] for item in wanted])
-    best[:, 0] = [item.score for item in wanted]
-    np.testing.assert_allclose(answer.as_numpy("scores"), best, rtol=1e-6, atol=1e-6)
+    # The scores: the score of the best person, then log probabilities of the other people.
+    scores = np.array([[np.log(p) for _, p in item.best] for item in wanted])
+    scores[:, 0] = [item.score for item in wanted]
+    np.testing.assert_allclose(answer.as_numpy("scores"), scores, rtol=1e-6, atol=1e-6)
     vectors = np.concatenate(list(people.embed(clips).parts.values()), axis=1)
     np.testing.assert_array_equal(answer.as_numpy("embedding"), vectors)
 
@@ -256,7 +258,7 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
             partial = {name: {k: clip[k] for k in modalities} for name, clip in clips.items()}
             net.answer_batch([question(partial)])
 
-    assert not [line for line in caplog.messages if "ompiling" in line]
+    assert not [line for line in caplog.messages if "ompiling" in line]  # C or c
 
 
 def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
@@ -265,21 +267,22 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     assert len(block.splitlines()) == 6
 
     # The clips and the file that the requests name; 2 features a frame, as in the README.
-    x = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
+    faces = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
     labels, settings = np.repeat(np.arange(1, 31), 2), made_galleries.SETTINGS
-    backend = backend_lib.fit({"face": x[:60]}, labels, centred=False, settings=settings)
+    backend = backend_lib.fit({"face": faces[:60]}, labels, centred=False, settings=settings)
     origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
-    clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(x)}
-    clips["p1"] = StoredClip("Bo", x[0])
+    clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(faces)}
+    clips["p1"] = StoredClip("Bo", faces[0])
     monkeypatch.chdir(tmp_path)
-    np.savez("c1.npz", face=x[:3])
+    np.savez("c1.npz", face=faces[:3])
 
     with Inside(Gallery.of_clips(tmp_path / "g", origin, backend, clips)) as server:
         for line in block.splitlines():
             # The flags of curl become the parts of a request.
             curl = shlex.split(line, comments=True)
             given = dict(itertools.pairwise(curl))  # flag -> its value
-            (path,) = (x.removeprefix("localhost:8080") for x in curl if x.startswith("localhost"))
+            (url,) = (word for word in curl if word.startswith("localhost"))
+            path = url.removeprefix("localhost:8080")
             file, text = given.get("--data-binary"), given.get("-d")
             body = Path(file[1:]).read_bytes() if file else text and text.encode()
             headers = dict([given["-H"].split(": ")]) if "-H" in given else None
@@ -314,7 +317,8 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert query("Zoë / 2") == (None, False)
         assert server.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[0] == 404
         metrics = server.ask("GET", "/metrics")[1].decode()
-        assert 'code="404",route="/identities/{name}"' in metrics and "Zo" not in metrics
+        assert 'code="404",route="/identities/{name}"' in metrics
+        assert "Zo" not in metrics
 
         # The server sees changes by another process.
         other = Gallery(folder)
@@ -418,10 +422,12 @@ def test_wrong_requests_get_a_one_line_error(inside):
     ):
         status, content = inside.ask("POST", "/identify", body)
         assert status == (413 if body is too_long else 422), (body, content)
-        assert words in content["error"] and "\n" not in content["error"]
+        assert words in content["error"]
+        assert "\n" not in content["error"]
 
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
-    assert inside.ask("GET", "/nothing")[0] == 404 and inside.ask("PUT", "/identify")[0] == 405
+    assert inside.ask("GET", "/nothing")[0] == 404
+    assert inside.ask("PUT", "/identify")[0] == 405
 
 
 INFER = "/v2/models/gallery/infer"
@@ -453,7 +459,7 @@ def test_wrong_tensors_get_an_error(inside):
 
 
 def test_binary_tensors_need_finite_values_and_the_length_of_the_json_before_them(inside):
-    tensor = FACE | {"parameters": {"binary_data_size": 32}}
+    tensor = FACE | {"parameters": {"binary_data_size": 32}}  # 8 float32
     head = json.dumps({"inputs": [tensor]}).encode()
     values, bad = np.full(8, 0.5, "<f4").tobytes(), np.full(8, np.nan, "<f4").tobytes()
     length = len(head)
@@ -544,7 +550,7 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
 
 
 def test_number_of_connections_is_limited(inside):
-    time.sleep(0.1)
+    time.sleep(0.1)  # until connections of earlier tests are closed
     address = "127.0.0.1", inside.port
     with contextlib.ExitStack() as stack:
         for _ in range(SMALL.connections):
@@ -561,7 +567,8 @@ def test_full_queue_refuses_with_retry_after():
 
     def double(numbers):
         batch_sizes.append(len(numbers))
-        return [2 * number for number in numbers if go.wait(5)]
+        assert go.wait(5)
+        return [2 * number for number in numbers]
 
     async def run():
         batcher, changes = Batcher(double, limits, ServerMetrics()), Changes(limits)
@@ -569,19 +576,20 @@ def test_full_queue_refuses_with_retry_after():
         # The queues are full: 4 questions wait behind a batch of 2, and a change is being made.
         asked = []
         for numbers in (range(3), range(3, 6)):
-            asked += [asyncio.create_task(batcher.ask(n, 1)) for n in numbers]
+            asked += [asyncio.create_task(batcher.ask(n, size=1)) for n in numbers]
             await asyncio.sleep(0.05)
         slow = asyncio.create_task(changes.make(lambda: go.wait(5)))
         await asyncio.sleep(0.01)
 
-        for work in (batcher.ask(9, 1), changes.make(lambda: None)):
+        for work in (batcher.ask(9, size=1), changes.make(lambda: None)):
             with pytest.raises(Refused) as error:
                 await work
             assert error.value.status == 429 and error.value.headers["retry-after"]
 
         go.set()
         assert await slow
-        assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10] and max(batch_sizes) == 2
+        assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10]
+        assert max(batch_sizes) == 2
         batcher.stop()
         changes.stop()
 
@@ -678,7 +686,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
             unread.sendall(lines.encode() + body)
             assert unread.recv(8) == b"HTTP/1.1"  # the rest of the answer stays unread
             assert server.ask("POST", "/identify", body)[0] == 429
-            time.sleep(3)
+            time.sleep(3)  # longer than UNREAD_SECONDS
             assert server.ask("POST", "/identify", body)[0] == 200
             # The connection is closed.
             end = time.monotonic() + 30
@@ -718,7 +726,8 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
             assert process.stdout.readline() == "stuck\n"
 
         began = time.monotonic()
-        assert server.end() == 1 and time.monotonic() - began < 10
+        assert server.end() == 1
+        assert time.monotonic() - began < 10
         assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
@@ -726,11 +735,12 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
 @pytest.mark.slow
 def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, say):
     with servers.served(folder) as server:
-        assert len(server.ask("GET", "/identities")[1]["identities"]) == 12
+        assert len(server.ask("GET", "/identities")[1]["identities"]) == 12  # people
         assert server.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
         assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         assert server.end() == 0
 
         out, err = server.process.communicate()
-        assert "ended" in out and "Secret" not in out + err and "ready" in err
+        assert "ready" in err and "ended" in out
+        assert "Secret" not in out + err
     assert "--token-file" in say("serve", f"--gallery={folder}", "--host=0.0.0.0", code=2)

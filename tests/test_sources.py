@@ -36,7 +36,7 @@ def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
 
 
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
-    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):
+    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path drops a slash
         refused(functools.partial(files.local, text), "copy or mount the files")
         refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
     (tmp_path / "a").mkdir()

@@ -43,7 +43,8 @@ def make(model=LINEAR, **fields) -> Any:
     for name, value in fields.items():
         section, _, leaf = name.rpartition("__")
         (plain[section] if section else plain)[leaf] = value
-    return make_system(plain, TaskSpec(DIMS, C, None, 5, 100, train_other=True))
+    task = TaskSpec(DIMS, C, None, num_clips=5, total_steps=100, train_other=True)
+    return make_system(plain, task)
 
 
 def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1)):
@@ -120,7 +121,8 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
             assert (scored[clip] == -np.inf).all()
             continue
         wanted = getattr(np, reduce)(votes[frames, clip], axis=0)
-        wanted = wanted if scores == "logits" else np.log(wanted)
+        if scores != "logits":
+            wanted = np.log(wanted)
         np.testing.assert_allclose(scored[clip], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -203,7 +205,7 @@ def test_clips_without_good_frames_are_kept_or_dropped_as_configured(
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     inf = jnp.inf
     best = scoring.keep_best(jnp.array([[3.0, 1.0, 2.0, -inf], [0.0, 0.0, 5.0, -1.0]]), 2)
-    np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])
+    np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])  # 0 and 0 tie
 
 
 class TwoBranches(Identifier):
@@ -238,12 +240,13 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 
     _, loss = trainer(system)(state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
-    wanted = np.sum(train_weight * losses, axis=1) @ weight / weight.sum()
-    assert float(loss[0]) == pytest.approx(wanted, rel=1e-5)
+    wanted_loss = np.sum(train_weight * losses, axis=1) @ weight / weight.sum()
+    assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
 
     parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
     wanted = sum(eval_weight[:, i, None] * branch for i, branch in enumerate(parts))
-    wanted = wanted if scores == "logits" else np.log(wanted)
+    if scores != "logits":
+        wanted = np.log(wanted)
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -271,7 +274,7 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
 
     first, second = ((x.params, x.model_state, x.sums) for x in (left, right))
     jax.tree.map(np.testing.assert_array_equal, (left_loss, *first), (right_loss, *second))
-    assert float(left.sums["weight"][0]) == 3  # clips
+    assert float(left.sums["weight"][0]) == 3  # clips 0, 1 and 4
     leaves = zip(jax.tree.leaves(left.params), jax.tree.leaves(state.params), strict=True)
     assert any((a != b).any() for a, b in leaves), "the step changes parameters"
 
@@ -283,6 +286,7 @@ def test_is_argmax_equals_numpy_argmax():
     scores[0], column = -np.inf, rng.integers(0, 6, 500).astype(np.int32)
     is_best = jax.jit(losses.is_argmax)(scores, column)
     np.testing.assert_array_equal(is_best, np.argmax(scores, axis=1) == column)
+    # Unlike np.argmax, a row of NaN has no best column.
     assert not losses.is_argmax(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
 
 
@@ -303,7 +307,8 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     others = 1 + np.exp(-1.0)
     np.testing.assert_allclose(logs[..., 0], -np.log1p(others * np.exp(-leads)), rtol=2e-5)
     np.testing.assert_allclose(logs[..., 1], -np.logaddexp(leads, np.log(others)), rtol=1e-5)
-    assert (logs[0, :, 0] < logs[1, :, 0]).all() and (logs[1, :, 0] <= 0).all()
+    assert (logs[0, :, 0] < logs[1, :, 0]).all()
+    assert (logs[1, :, 0] <= 0).all()
 
 
 def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():

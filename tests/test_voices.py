@@ -28,7 +28,7 @@ def test_mel_filters_are_triangles_of_equal_area():
     for band, row in enumerate(voices.make_mel_filters()):
         low, middle, high = edges[band : band + 3]
         for bin_, weight in enumerate(row):
-            hz = 40 * bin_
+            hz = 40 * bin_  # 16 kHz / 400 samples
             up, down = (hz - low) / (middle - low), (high - hz) / (high - middle)
             height = 2 / (high - low)  # so that the area is 1
             assert weight == pytest.approx(max(0, min(up, down)) * height, abs=1e-12)
@@ -56,7 +56,7 @@ def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
     windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)  # faint, loud, silent
     raised = voices.raise_level(windows)
     level = np.sqrt((raised[0].astype(float) ** 2).mean())
-    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)
+    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)  # decibels
     np.testing.assert_array_equal(raised[1:], windows[1:])
 
 
@@ -80,7 +80,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])
 def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
-    """The made net adds the mean of its 576 samples to its state and returns the state."""
+    """The made net returns its state: the sum of the means of 64 old and 512 new samples."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)

@@ -161,7 +161,8 @@ def test_damaged_or_contradicting_unknown_table_is_refused_and_kept(drawn):
     for wrong, words in {"party.s000.t00\n": "line 1", "party.s000.t00\tEve\n": "'Ada'"}.items():
         table.write_text(wrong)
         _, output = drawn.who(film, people=False, code=2)
-        assert "unknown.tsv" in output and words in output and table.read_text() == wrong
+        assert "unknown.tsv" in output and words in output
+        assert table.read_text() == wrong
 
 
 @pytest.mark.parametrize("name", ["unknown", "Unknown 7"])
@@ -280,6 +281,7 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, code=130)
+    # Ada has her photo and the clip of unknown 1.
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
 
     table.write_text(named)  # as it was before the call
@@ -325,6 +327,7 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
 
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
         rows = (films / "names" / "names.tsv").read_text().splitlines()[1:]
+        # Without the hidden folder and the link.
         assert [row.split("\t")[0] for row in rows] == ["films/a.mkv", "summer/a.mkv"]
 
 
@@ -438,7 +441,7 @@ def test_enrol_reports_photos_without_one_good_face(drawn):
     assert [str(warning.message).partition(":")[0] for warning in caught] == [
         f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
     ]
-    assert {*Gallery(g).clips} == {"Ada/one", "Ada/poor"}
+    assert {*Gallery(g).clips} == {"Ada/one", "Ada/poor"}  # poor faces are enrolled, too
 
     # The second face of a photo is enrolled by the name of its clip.
     words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
@@ -542,9 +545,11 @@ def test_last_person_without_photos_is_forgotten(drawn):
     film = drawn.meet("Ada")
     shutil.rmtree(drawn.friends / "Ada")
     assert "Ada no longer has photos and is forgotten" in drawn.who(film, code=2)[1]
-    assert not Gallery(drawn.out / "gallery").identities and not (drawn.out / "people/Ada").exists()
+    assert not Gallery(drawn.out / "gallery").identities
+    assert not (drawn.out / "people/Ada").exists()
     shutil.rmtree(drawn.out)
-    assert "contains no photos" in drawn.who(film, code=2)[1] and not drawn.out.exists()
+    assert "contains no photos" in drawn.who(film, code=2)[1]
+    assert not drawn.out.exists()
 
 
 @pytest.mark.slow
@@ -604,7 +609,8 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     shutil.rmtree(drawn.friends / "Ada")
     drawn.who(film, flags=["--thumbnails"])
     assert pictures() == [path for path in expected if not path.startswith("people/Ada")]
-    assert len(pictures_of(page)) == 4 and "Ada" not in pictures_of(page)
+    assert len(pictures_of(page)) == 4  # Bob and three shots
+    assert "Ada" not in pictures_of(page)
 
     drawn.who(film, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()

@@ -29,7 +29,7 @@ def clips_of(split, count, dim=DIM):
 
 @pytest.fixture
 def official(tmp_path):
-    """A folder to spoil: 20 train clips and 10 val clips of faces, all but two labelled."""
+    """A folder to spoil: faces of 20 train and 10 val clips. Clips 0 and 1 have no label."""
     folder = tmp_path / "official"
     folder.mkdir()
     for split, count in (("train", 20), ("val", 10)):
@@ -95,10 +95,11 @@ def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
     assert all(np.isfinite(features).all() for features in loaded.values())
     clean = clips_of("train", 20)
     np.testing.assert_array_equal(loaded["train005"], clean["train005"].features[[0, 2]])
-    assert len(loaded["train009"]) == 0
+    assert len(loaded["train009"]) == 0  # the only frame is infinite
     counts = data.report["splits"]["train"]["modalities"]["face"]
     assert counts["frames_skipped"] == {"non_finite": 3}
-    assert counts["clips_skipped"] == {"non_finite": 1} and counts["clips_without"] == 1
+    assert counts["clips_skipped"] == {"non_finite": 1}
+    assert counts["clips_without"] == 1
     frames = np.concatenate([*loaded.values()]).astype(float)
     assert counts["norm"]["mean"] == pytest.approx(np.linalg.norm(frames, axis=1).mean(), rel=1e-3)
     assert_adds_up(data.report)
@@ -117,7 +118,8 @@ def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_pa
 def test_error_for_features_of_another_width_names_clip_or_modality(official, refused):
     path = official / "face_val.pickle"
     content = pickle.loads(path.read_bytes())
-    content[b"val005"][2][-1] = np.zeros(7, np.float16)
+    frame = content[b"val005"][2]
+    frame[-1] = np.zeros(7, np.float16)  # the feature
     path.write_bytes(pickle.dumps(content, 2))
     refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
 
@@ -128,9 +130,9 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
 def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
     path = official / "face_train.pickle"
     content = pickle.loads(path.read_bytes())
-    again = {name + b".mp4": frames for name, frames in content.items()}
+    again = {name + b".mp4": frames for name, frames in content.items()}  # .mp4 is ignored
     path.write_bytes(pickle.dumps(content | again, 2))
-    refused(official, f"{path}: clips are repeated: ", " and 15 more")
+    refused(official, f"{path}: clips are repeated: ", " and 15 more")  # of 20
 
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
@@ -228,14 +230,15 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
 
     def choose(crop, seed):
         batch = next(train_batches(data, **stream, max_frames=16, seed=seed, crop=crop))
-        return np.asarray(batch.frames["face"].features[batch.clip_index.tolist().index(3)])
+        row = batch.clip_index.tolist().index(3)  # clip train003
+        return np.asarray(batch.frames["face"].features[row])
 
     np.testing.assert_array_equal(choose("window", 0), choose("window", 0))
 
     best = np.argsort(-clips["train003"].quality, kind="stable")
     evaluated = features_of(data, "train")["train003"]
     for features in (choose("quality", 0), choose("quality", 1), evaluated):
-        wanted = clips["train003"].features[np.sort(best[: len(features)])]
+        wanted = clips["train003"].features[np.sort(best[: len(features)])]  # in order of time
         np.testing.assert_array_equal(features, wanted)
     assert len(evaluated) == 512
 
@@ -278,4 +281,5 @@ def test_declared_identities_without_clips_keep_their_columns(official):
     data = load(official).with_identities(declared)
 
     split = data.split("train")
-    assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
+    assert data.identities == declared
+    assert split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]  # 18 labelled clips

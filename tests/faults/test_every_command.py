@@ -88,8 +88,9 @@ PROGRAMS = {f"vidjax.data.{module.__name__.rpartition('.')[2]}": module.main
 
 
 def test_table_of_this_file_has_a_row_for_every_command():
-    names = {*program.COMMANDS} - {"gallery"} | {f"gallery {name}" for name in OF_GALLERIES}
-    assert {*ROWS} == names | {*PROGRAMS}
+    of_galleries = {f"gallery {name}" for name in OF_GALLERIES}
+    others = {*program.COMMANDS} - {"gallery"}
+    assert {*ROWS} == others | of_galleries | {*PROGRAMS}
 
 
 def call(text, **places):
@@ -175,13 +176,13 @@ def add_user_files(folder):
 def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, name):
     """A pipe or a device in the folder does not block a command."""
     row = ROWS[name]
-    honest = ready(world, row.made)
+    whole = ready(world, row.made)
     victim, at = tmp_path / "victim", tmp_path / "at"
-    for number, entry in enumerate(entries(honest, row.depth)):
-        other = "pipe" if number % 2 else "zero"  # in place of a file
+    for number, entry in enumerate(entries(whole, row.depth)):
+        other = "pipe" if number % 2 else "zero"  # only in place of a file
         for kind in ("link",) if entry.is_dir() else ("link", other):
-            shutil.copytree(honest, at)
-            place = at / entry.relative_to(honest)
+            shutil.copytree(whole, at)
+            place = at / entry.relative_to(whole)
             victim.mkdir()
             if kind == "link":
                 moved = place.rename(victim / place.name)
@@ -227,4 +228,4 @@ def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name
     os.link(tmp_path / "id_rsa", run / name)
 
     assert call("export {run} --to={run}2 --format=safetensors", run=run) in (2, 3)
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}  # no run2

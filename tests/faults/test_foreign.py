@@ -86,7 +86,7 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     empty.touch()
     os.link(empty, lock)
     with files.lock(tmp_path):
-        assert not empty.read_text()
+        assert not empty.read_text()  # the lock is not written there
 
     for name in ("timing.jsonl", "metrics.json"):
         (tmp_path / name).symlink_to(victim)
@@ -123,6 +123,7 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
 
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
 def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
+    """`complaint` checks that errors are short. A mode may succeed if it does not read the file."""
     folder = stranger / ("checkpoints/1" if name == "manifest" else "")
     folder.mkdir(parents=True, exist_ok=True)
     (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
@@ -134,7 +135,7 @@ def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
 def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
     for name in (*RESULTS, "config.json"):
         path, content = stranger / name, (stranger / name).read_bytes()
-        mutations.put(path, "sparse", path)
+        mutations.put(path, "sparse", path)  # 30 GB of holes
 
         for mode in READ:
             complaint(mode, stranger)
@@ -145,14 +146,15 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
 
 @pytest.mark.slow
 def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
-    np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))
+    np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))  # float64
 
     tracemalloc.start()
     code, output = complaint("report", stranger)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    assert code == 2 and "analysis.npz" in output and peak < 64 * files.MB
+    assert code == 2 and "analysis.npz" in output
+    assert peak < 64 * files.MB
 
 
 @pytest.mark.parametrize("content", [
@@ -187,6 +189,7 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     place.mkdir(parents=True)
 
     for step in range(1, 3):
+        # A save writes into .partial.
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
@@ -221,7 +224,7 @@ def load(folder):
     "link", quick_first([pytest.param("state/sub", id="folder"), pytest.param("", id="checkpoint")])
 )
 def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
-    """The manifest of an older step lists files of a folder outside, to which a link leads."""
+    """The manifest of step 0 lists files outside. Step 0 or its subfolder is a link to them."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
@@ -273,12 +276,13 @@ def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
     assert load(tmp_path / "run")[1]["step"] == 0
 
     checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
-    assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
+    assert not link.is_symlink()
+    assert (real / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
 def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
-    """The sparse file has 500 GB. The manifest lists a missing file outside the checkpoint."""
+    """The sparse file has 500 GB. The missing file is a file outside, which the manifest lists."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
     path = folder / "state" / max(manifest["files"])
@@ -366,8 +370,9 @@ def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
     theirs.mkdir()
     (theirs / "config.json").write_text(config_io.to_json(config))
 
-    for more, wanted in (([], None), ([cache], f"{tmp_path}/theirs/cache")):
-        args = program.parse(["--mode=evaluate", f"--workdir={theirs}", *more])
+    # Only a flag of the user decides.
+    for flags, wanted in (([], None), ([cache], f"{tmp_path}/theirs/cache")):
+        args = program.parse(["--mode=evaluate", f"--workdir={theirs}", *flags])
         assert run_commands.read_evaluate_settings(args)[0].data.cache_dir == wanted
 
     RunFolder(theirs).write_config(config)

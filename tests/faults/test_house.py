@@ -105,7 +105,7 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
         for words in (("train", "--config=knn"), ("evaluate",)):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
-            (tmp_path / "config.json").write_text("{}")
+            (tmp_path / "config.json").write_text("{}")  # which evaluate needs
 
     # The locks of this child, and of processes with shorter and longer names, are stale.
     assert str(child.pid) in lock.read_text()
@@ -152,8 +152,9 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
 
     def write(first, last):
         with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
+            write_line = getattr(logs, name.removesuffix(".jsonl"))
             for step in range(first, last):  # the log grows faster than the file of TensorBoard
-                getattr(logs, name.removesuffix(".jsonl"))(step, {"text": "x" * 100})
+                write_line(step, {"text": "x" * 100})
 
     def steps():
         return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
@@ -162,7 +163,8 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
         write(1, 100)
 
     count = len(steps())
-    assert steps() == [*range(1, count + 1)] and 4 < count < 12
+    assert steps() == [*range(1, count + 1)]
+    assert 4 < count < 12  # lines of over 100 bytes in 1000 bytes
     assert (tmp_path / name).read_text()[-1] == "\n"
 
     write(count, 20)

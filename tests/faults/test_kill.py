@@ -119,12 +119,13 @@ def disturbed(official_dir, tmp_path_factory):
 @pytest.mark.parametrize("case", quick_first(CASES, mark=pytest.mark.nightly))
 def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, case):
     rng, (run, wanted) = random.Random(fault_seed), disturbed(case)
-    assert any("opt_state" in name for name in wanted)
+    assert any("opt_state" in name for name in wanted)  # of the optimiser
 
     died = [run.kill(phase, rng) for phase in (20 * [*PHASES] if campaign else ["save"])]
     run.finish()
 
-    assert any(died) and run.outcome() == wanted, died
+    assert any(died), "every kill came too late"
+    assert run.outcome() == wanted, died
 
 
 # A folder with files of these names must not hide the modules of these names.
@@ -152,7 +153,8 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
     odd.finish(program=program, cwd=here, **ODD, **places)
 
-    assert not [*home.rglob("*")] and {path.stem for path in here.iterdir()} == {*SHADOWS}
+    assert not [*home.rglob("*")]  # no file of SHADOWS was imported
+    assert {path.stem for path in here.iterdir()} == {*SHADOWS}
     # config.json differs, because it contains the folder of the data.
     assert odd.outcome() | {"config.json": wanted["config.json"]} == wanted
 
@@ -182,11 +184,11 @@ def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, c
 
 @pytest.mark.nightly
 def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
-    """A signal before the first step or a second signal stops it at once."""
+    """A signal before the first step, or a second signal, stops training at once."""
     run, wanted = disturbed("quality_fusion")
 
-    def end(phase, limit, *signals, **env):
-        """Sends signals to a new command, which must end after `limit` seconds of CPU time."""
+    def end(phase, *signals, seconds, **env):
+        """Sends signals to a new command, which must end within `seconds` of CPU time."""
         process = run.start(**env)
         run.wait_for(phase, process)
         time.sleep(0.5 if phase == "compile" else 0)
@@ -196,20 +198,20 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
         for signum in signals:
             process.send_signal(signum)
         assert process.wait(120) - 128 in signals, run.output()
-        assert common.children_seconds() - used < limit
+        assert common.children_seconds() - used < seconds
 
-    end("conversion", 2, signal.SIGTERM)
+    end("conversion", signal.SIGTERM, seconds=2)
     assert run.output().splitlines()[-1] == "vidjax: stopped"
     empty = str(run.folder / "no programs")
-    end("compile", 2, signal.SIGINT, JAX_COMPILATION_CACHE_DIR=empty)
+    end("compile", signal.SIGINT, seconds=2, JAX_COMPILATION_CACHE_DIR=empty)
     assert run.output().splitlines()[-1] == "vidjax: stopped"
     assert not checkpoint.manifests(run.workdir)
 
-    end("step", 10, signal.SIGTERM)
+    end("step", signal.SIGTERM, seconds=10)
     logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert f"stopped at step {logged}\nto resume, run the same command" in run.output()
     assert max(checkpoint.manifests(run.workdir)) == logged
 
-    end("step", 2, signal.SIGINT, signal.SIGTERM)
+    end("step", signal.SIGINT, signal.SIGTERM, seconds=2)
     run.finish()
     assert run.outcome() == wanted

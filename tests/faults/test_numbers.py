@@ -1,5 +1,6 @@
 """Extreme numbers and misspelt names in data are errors or warnings that name the remedy."""
 
+import functools
 import itertools
 import json
 import time
@@ -50,7 +51,7 @@ def make_config(*words):
     (np.zeros_like, r"face: all features of train are 0\n.*config\.modalities"),
     (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
     (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
-    (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),
+    (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # of 12 clips
 ], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
 def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
@@ -93,13 +94,17 @@ def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="6 of 12 frames"):
         data = sources.load(clips, LABELS, cache_dir=tmp_path)
     counts = data.report["splits"]["train"]["modalities"]["face"]
-    assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
+    assert counts["frames_skipped"] == {"non_finite": 6}
+    assert counts["frames"] == 6
 
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
     """Clip d is not evaluated, so its score does not count."""
     ones = np.ones(4, np.int32)
-    split = Split("val", ("a", "b", "c", "d"), ones, True, np.array([4]), 0, {"face": ones})
+    split = Split(
+        "val", ("a", "b", "c", "d"), labels=ones, labelled=True, positives=np.array([4]),
+        num_others=0, lengths={"face": ones},
+    )  # fmt: skip
     evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
 
     def without_nan(*best):
@@ -109,7 +114,8 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
         scores, counts = without_nan(0.5, np.nan, 0.25, np.nan)
     assert counts == {"num_nan_clips": 1}
-    assert scores.best[:3].tolist() == [0.5, -np.inf, 0.25] and not scores.right[1]
+    assert scores.best[:3].tolist() == [0.5, -np.inf, 0.25]
+    assert not scores.right[1]
 
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
     with pytest.raises(ValueError, match=r"3 of 3 clips .*\n.*divide"):
@@ -175,7 +181,7 @@ def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
     for name in ("face_trian.pickle", "valid_gt.txt"):
         (tmp_path / name).touch()
         reader = iqiyi_vid.find_pickles if "pickle" in name else labels_lib.find_ground_truth
-        refused(lambda reader=reader: reader(tmp_path), name, "rename it to ")
+        refused(functools.partial(reader, tmp_path), name, "rename it to ")
 
 
 def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
@@ -192,6 +198,7 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem
     assert [*find_misspelt({"train": {"fase": none, "face": some}})]
+    # Names with numbers are right.
     assert not [*find_misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}})]
 
 

@@ -72,7 +72,9 @@ def check_refused(ends, *, strict):
         assert any(f"/{name}{end} " in error for end in ":'"), (name, error)
         assert error.isprintable() and len(error) < 500, (name, error)
         assert "that reads it failed" not in error, (name, error)
-        assert cpu < 5 * limits.slowness() and (seconds < 5 or not strict), name
+        assert cpu < 5 * limits.slowness(), name
+        if strict:
+            assert seconds < 5, name
         assert megabytes < 1024, name
 
 
@@ -112,4 +114,4 @@ def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign)
     # A file that loads has no error. It gets a made-up error, so that only its costs are checked.
     loaded = {name: [f"/{name}: ", *end[1:]] for name, end in ends.items() if not end[0]}
     check_refused(ends | loaded, strict=campaign)
-    assert count / 50 < len(loaded) < count * 0.8
+    assert count / 50 < len(loaded) < count * 0.8  # the others were refused

@@ -240,9 +240,11 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
         again = subprocess.run(words, capture_output=True)
         assert again.returncode == 0, again.stderr
         records = prepare(source, cache)
-        assert record_digests(records.folder) == whole and verify(records) == []
+        assert record_digests(records.folder) == whole
+        assert verify(records) == []
         remains = names(root) - {records.folder.name}
-        assert all(name.endswith(".partial") for name in remains) and len(remains) <= 1
+        assert all(name.endswith(".partial") for name in remains)
+        assert len(remains) <= 1
         shutil.rmtree(records.folder)
 
     assert any(killed)
@@ -266,7 +268,8 @@ def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, ca
             done = command(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
         assert done.refused(str(cache)), done.err
         assert os.strerror(errno.EFBIG) in done.err or "No space left" in done.err, done.err
-        assert names(cache / "iqiyi_vid") == set() and not [*cache.rglob("manifest.json")]
+        assert names(cache / "iqiyi_vid") == set()
+        assert not [*cache.rglob("manifest.json")]
 
     assert command(source, f"--cache_dir={cache}", program=iqiyi_vid.main).code == 0
     assert len(names(cache / "iqiyi_vid")) == 1

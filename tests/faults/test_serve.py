@@ -64,13 +64,14 @@ def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path,
 
         assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
 
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
-        peak_kb = int(status.split("VmHWM:")[1].split()[0])
-        assert peak_kb < 1000 << 10
+        facts = Path(f"/proc/{server.process.pid}/status").read_text()
+        peak_kb = int(facts.split("VmHWM:")[1].split()[0])
+        assert peak_kb < 1000 << 10  # 1000 MB
 
         # The server still answers.
         status, answer = server.ask("POST", "/identify", {"clips": MANY[:1], "threshold": 0.5})
-        assert status == 200 and answer["clips"][0]["clip"] == "c 0"
+        assert status == 200
+        assert answer["clips"][0]["clip"] == "c 0"
         assert server.end() == 0
 
 
@@ -119,11 +120,11 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
                 best = server.ask("POST", "/identify", query)[1]["clips"][0]
                 assert best["identity"] == wanted["identity"] == "person 3"
                 assert best["score"] == pytest.approx(wanted["score"], abs=1e-6)
-                status = Path(f"/proc/{server.process.pid}/status").read_text()
-                resident_mb.append(int(status.split("VmRSS:")[1].split()[0]) >> 10)
+                facts = Path(f"/proc/{server.process.pid}/status").read_text()
+                resident_mb.append(int(facts.split("VmRSS:")[1].split()[0]) >> 10)
         assert server.end() == 0
 
-    assert statuses[b"422"] > statuses.total() / 8
+    assert statuses[b"422"] > statuses.total() / 8  # many bodies were parsed
     assert resident_mb[-1] <= resident_mb[len(resident_mb) // 2] + 64
 
 
@@ -177,7 +178,10 @@ def made_people(names):
 
 
 def change_and_identify(server, name, number, enrolled):
-    """Enrols or removes a person. The server must then name all enrolled and no removed people."""
+    """Enrols or removes a person, also in the set `enrolled`.
+
+    The server must then name all enrolled and no removed people.
+    """
     frames = servers.make_frames(number, name)
     if name in enrolled:
         status, answer = server.ask("DELETE", f"/identities/{name.replace(' ', '%20')}")
