@@ -3,8 +3,6 @@
 Axes: E members, N or B clips, K identities.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,10 +52,10 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)
-    sizes: Any = {"num_identities": 12, "num_clusters": None, "num_clips": 20, "total_steps": 1}
+    task = TaskSpec({"face": 8}, 12, None, num_clips=20, total_steps=1, train_other=True)
     with pytest.raises(ValueError, match=message):
         make_members(**change)
-        make_model(config.to_dict(), TaskSpec({"face": 8}, **sizes, train_other=True))
+        make_model(config.to_dict(), task)
 
 
 def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
@@ -152,8 +150,7 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
 
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
-    """By default, a CPU trains the members in turn."""
-    train(tmp_path, data, "--config.ensemble.mapping=vmap")
+    train(tmp_path, data, "--config.ensemble.mapping=vmap")  # a CPU has the default `map`
     left, right = weights(ensemble_run[0]), weights(tmp_path)
     for name in [name for name in left if "params" in name]:
         np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)

@@ -247,10 +247,9 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     labels = data.split("train").labels
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
     clips = plan.make_training_clips(config, data, labels, used)
-    # The settings that are None are fitted.
     given = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
     settings: Any = plda_fit.fit_member_settings(given, clips)
-    assert len(set(settings["scale"])) == 3  # each of three members has its own scale
+    assert len(set(settings["scale"])) == 3  # None is fitted for each member
     assert "within" not in settings
 
     # Labels of the clips that member 1 leaves out affect member 0, but not member 1.

@@ -47,12 +47,11 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
         (tmp_path / name).write_text(lines)
         return tmp_path / name
 
-    assert NFC != NFD
-
     # Labels and groups.
     clips, nfd, nfc = {"train": ["x", "y"]}, names.escape(NFD), names.escape(NFC)
     table = write("labels.csv", f"clip,identity\nx,{NFD}\ny,{NFC}\n")
     groups = write("unknown.tsv", f"clip\tidentity\nx\t{NFD}\ny\t{NFC}\n")
+    assert NFC != NFD
     for loaded in (
         labels.load_label_table({"x": NFD, "y": NFC}, clips)["train"],
         labels.load_label_table(table, clips)["train"], answers_lib.read_groups(groups),
@@ -91,8 +90,7 @@ def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say):
 
 
 def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
-    """A gallery that does not clean names writes such a file."""
-    monkeypatch.setattr(changes, "clean_identity", lambda name: name)
+    monkeypatch.setattr(changes, "clean_identity", lambda name: name)  # the name stays NFD
     refused(lambda: make(tmp_path / "g", {"x": make_clip(1, NFD)}), "has invalid letters")
 
 

@@ -43,8 +43,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
 
-    # Each day has photos of Ada Lovelace and of a person called 12, who looks like person 3 of the
-    # training data. Each day also has clips of three people.
+    # Each day has clips of 3 people, and photos of Ada and of 12, who is 3 of the training data.
     for turn, day in enumerate(DAYS):
         ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})

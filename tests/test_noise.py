@@ -28,8 +28,7 @@ def test_clusters_are_chains_of_neighbouring_directions(min_samples, wanted):
     clusters = plan.cluster(vectors, eps=distance_of_12_degrees, min_samples=min_samples)
 
     assert clusters.tolist() == wanted
-    no_vectors = np.zeros((0, 4))
-    assert plan.cluster(no_vectors, eps=0.5, min_samples=5).shape == (0,)
+    assert plan.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5).shape == (0,)  # no vectors
 
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
@@ -67,8 +66,7 @@ def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
     new = plan.relabel(labels, predicted, LAYOUT)
-    mirror = predicted + 5  # 3 identities and 2 clusters come before the mirror classes
-    np.testing.assert_array_equal(new, np.where(moves, mirror, labels))
+    np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT
     np.testing.assert_array_equal(plan.relabel(new, predicted, LAYOUT), new)  # nothing moves twice
 
 

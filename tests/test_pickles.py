@@ -16,10 +16,7 @@ from vidjax.data.untrusted import sandbox
 
 
 def clips(rng, lengths, width=8):
-    """Returns faces of clips c0, c1, ... with these lengths.
-
-    A frame is a list of its number, its box, its detection score, its quality and its features.
-    """
+    """Returns clips of these lengths. A frame is [number, box, detection, quality, features]."""
     scores = ((500 * rng.uniform(size=4)).tolist(), float(rng.uniform()), float(rng.normal()))
 
     def frame(number):
@@ -33,8 +30,7 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('wrong module')")
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
-    features_of_frame_1 = value[b"c2"][1][4]
-    features_of_frame_1[5] = np.nan
+    value[b"c2"][1][4][5] = np.nan  # a feature of frame 1
     kept = [entry for entries in value.values() for entry in entries if np.isfinite(entry[4]).all()]
 
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
