@@ -150,7 +150,7 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
 
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
-    train(tmp_path, data, "--config.ensemble.mapping=vmap")  # a CPU has the default `map`
+    train(tmp_path, data, "--config.ensemble.mapping=vmap")  # the default on a CPU is `map`
     left, right = weights(ensemble_run[0]), weights(tmp_path)
     for name in [name for name in left if "params" in name]:
         np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)

@@ -213,7 +213,7 @@ def test_plda_probabilities_are_calibrated(num_people):
 def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     settings = plda_fit.fit_settings({"face": np.eye(3)}, np.array([1, 2, 3]), {}, 0)
     prior = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
-    assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / 3.5)
+    assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_page_shows_times_probabilities_and_links_as_text():
 
 
 def test_doubtful_names_are_listed_first_with_other_candidates():
-    """The doubt is 30 % for Ada and 45 % for unknown 2. It is too low for Bob and unknown 1."""
+    """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
     appearances = [
         seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
         seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),

@@ -40,7 +40,8 @@ def check_page(text):
     sections = [attrs["id"] for attrs in page.all("section")]
     assert sections == [name for name in SECTIONS if name in sections]
     links = [attrs["href"] for attrs in page.all("a")]
-    assert links[: len(sections)] == [f"#{name}" for name in sections] and links.pop() == "#top"
+    assert links[: len(sections)] == [f"#{name}" for name in sections]
+    assert links.pop() == "#top"
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(sections) :])
 

@@ -185,8 +185,8 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     assert all(np.isfinite(value).all() for value in small.weights(tmp_path / "one").values())
 
     three = with_nan(sixth, seventh, eighth)
-    words = "not finite at step 8 and", "config.optim.learning_rate"
-    refused(lambda: small.run(config, tmp_path / "three", three), *words)
+    message = "not finite at step 8 and", "config.optim.learning_rate"
+    refused(lambda: small.run(config, tmp_path / "three", three), *message)
     assert not manifests(tmp_path / "three")
 
 
