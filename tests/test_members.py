@@ -47,14 +47,15 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     ({"folds": 2, "bootstraps": 2}, "exclude"),
     ({"only": (1,)}, "choose from 0 to 0"),
     ({"folds": 3, "only": (1, 1)}, "name each member once"),
-    ({"views": 3}, "no modality has 16 or more features"),
+    ({"views": 3}, "no modality has 16 or more features"),  # from make_model: a face has 8
 ], ids=str)  # fmt: skip
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)
+    task = TaskSpec({"face": 8}, 12, None, num_clips=20, total_steps=1, train_other=True)
     with pytest.raises(ValueError, match=message):
         make_members(**change)
-        make_model(config.to_dict(), TaskSpec({"face": 8}, 12, None, 20, 1, train_other=True))
+        make_model(config.to_dict(), task)
 
 
 def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
@@ -68,7 +69,7 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
 
     ensemble.save(tmp_path, training_sets)
     loaded = ensemble.load(tmp_path)
-    assert loaded[:2] == training_sets[:2]
+    assert (loaded.members, loaded.clips) == (members, training_sets.clips)
     np.testing.assert_array_equal(loaded.trained, trained)
     assert ensemble.digest(loaded) == ensemble.digest(training_sets)
     assert ensemble.digest(loaded._replace(trained=~trained)) != ensemble.digest(loaded)
@@ -89,7 +90,8 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     scores = rng.normal(size=(4, 6, 5)) * 30 - 40  # [E, B, K]
     scores = np.minimum(scores, 0) if logs else scores
     has_score = rng.random((4, 6)) < 0.6  # [E, B]
-    has_score[:, 0], has_score[:, 1] = False, True
+    has_score[:, 0] = False  # no member scores clip 0
+    has_score[:, 1] = True
 
     means = np.asarray(eval_step.mean_scores(add_up(scores, has_score, logs=logs)))
     assert (means[0] == -np.inf).all()
@@ -148,7 +150,7 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
 
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
-    train(tmp_path, data, "--config.ensemble.mapping=vmap")
+    train(tmp_path, data, "--config.ensemble.mapping=vmap")  # the default on a CPU is `map`
     left, right = weights(ensemble_run[0]), weights(tmp_path)
     for name in [name for name in left if "params" in name]:
         np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)
@@ -166,9 +168,9 @@ def test_members_do_not_depend_on_the_clips_they_leave_out(
     class Relabelled(Spoilt):
         def split(self, name):
             split = data.split(name)
-            many = np.full_like(split.positives, 99)
+            wrong = np.full_like(split.positives, 99)
             labels = np.where(left_out[rows[name]], split.labels % 12 + 1, split.labels)
-            fields = {**vars(split), "labels": labels.astype(np.int32), "positives": many}
+            fields = {**vars(split), "labels": labels.astype(np.int32), "positives": wrong}
             return split.__class__(**fields)
 
     # The folds depend on the labels, so the folds of the original labels are used.
@@ -186,19 +188,20 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     """A draw of n from n clips lacks a clip with probability (1 - 1/n)^n, near exp(-1)."""
     labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two or three clips each
     draw = ensemble.draw_bootstrap
-    of_identities = np.stack([draw(labels, number, 0) for number in range(400)])
-    of_all = np.stack([draw(labels, number, 0, "all") for number in range(400)])
+    of_identities = np.stack([draw(labels, number, seed=0) for number in range(400)])
+    of_all = np.stack([draw(labels, number, seed=0, resample="all") for number in range(400)])
 
     assert (of_all.sum(axis=1) == len(labels)).all()
     for n in (1, 2, 3):  # clips of an identity
-        identities = [labels == identity for identity in range(n - 1, 60, 3)]
-        assert all((of_identities[:, clips].sum(axis=1) == n).all() for clips in identities)
-        left_out = np.mean([of_identities[:, clips] == 0 for clips in identities])
+        masks = [labels == identity for identity in range(n - 1, 60, 3)]
+        assert all((of_identities[:, clips].sum(axis=1) == n).all() for clips in masks)
+        left_out = np.mean([of_identities[:, clips] == 0 for clips in masks])
         assert left_out == pytest.approx((1 - 1 / n) ** n, abs=0.02)
-        lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in identities])
+        lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in masks])  # all n clips
         assert lost == pytest.approx(np.exp(-n), abs=0.02)
 
-    uses = ensemble.count_clip_uses(make_members(bootstraps=2), labels, 0, 0, "all")
+    members = make_members(bootstraps=2)
+    uses = ensemble.count_clip_uses(members, labels, folds=0, seed=0, resample="all")
     np.testing.assert_array_equal(uses, of_all[:2])
 
 
@@ -211,7 +214,8 @@ def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
 
     # A tenth: the three nets of different quality bounds leave out the same clips.
     three_nets = trained("residual_dense:iqiyi_vid,trainval,face")
-    assert three_nets.shape == (3, len(truth)) and (three_nets == three_nets[0]).all()
+    assert three_nets.shape == (3, len(truth))
+    assert (three_nets == three_nets[0]).all()
     for rows in (truth >= 0, truth == 0, truth > 0):
         assert abs((~three_nets[0])[rows].sum() - rows.sum() / 10) <= 1.2
 

@@ -22,10 +22,9 @@ from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config_io
 from vidjax.training import loop
 
+open_set: Any = measures.open_set
 MANY = " ".join(f"p{i}.mp4" for i in range(150))
 HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
-
-open_set: Any = measures.open_set
 # Each line of a file has an identity and its clips. Only the first 100 clips of a line count.
 # Name of a case -> ground truth, submission, score as a fraction.
 BY_HAND = {
@@ -80,7 +79,7 @@ def test_map_of_files_matches_hand_computed_values(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_ground_truth_without_a_score_is_refused(tmp_path, case):
+def test_invalid_ground_truth_is_refused_with_its_line(tmp_path, case):
     ground_truth, words = REFUSED[case]
     paths = write(tmp_path, ground_truth, "1 a.mp4")
     with pytest.raises(map_oracle.Refused):
@@ -96,12 +95,12 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     index = np.stack([rng.permutation(400)[:100] for _ in range(30)]).astype(np.int32)
     index[3, 40:] = topk.NO_CLIP
     positives = np.bincount(labels, minlength=31)[1:]
-    positives[5] += 2
+    positives[5] += 2  # of identity 6
     score = metrics.mean_average_precision(index, labels, positives)
 
     # The same as files.
     names = {c: [f"c{i}.mp4" for i in np.flatnonzero(labels == c)] for c in range(1, 31)}
-    names[1 + 5] += ["lost1.mp4", "lost2.mp4"]
+    names[6] += ["lost1.mp4", "lost2.mp4"]
     gt = "".join(f"{c} {' '.join(listed)}\n" for c, listed in names.items() if listed)
     gt_path, path = write(tmp_path, gt, "")
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
@@ -141,7 +140,8 @@ def test_auroc_is_the_share_of_correctly_ordered_pairs():
         expected = np.mean((above > below) + 0.5 * (above == below))
 
         ours = metrics.auroc(scores, positive)
-        assert type(ours) is float and ours == pytest.approx(expected, rel=0, abs=1e-15)
+        assert type(ours) is float
+        assert ours == pytest.approx(expected, rel=0, abs=1e-15)
 
     assert metrics.auroc([1.0, 2.0], [True, True]) is metrics.auroc([], []) is None
 
@@ -160,10 +160,10 @@ def test_identification_errors_match_a_direct_count(dtype):
         assert (errors is None) == (1 / (num_strangers + 1) > fpir)  # too few strangers
         if errors is None:
             continue
-        assert dtype(errors.threshold) == errors.threshold
+        assert dtype(errors.threshold) == errors.threshold  # no rounding in this type
         # The rates are counts of the clips whose scores reach the threshold.
-        scores = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
-        passed = scores >= dtype(errors.threshold)
+        ranked = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
+        passed = ranked >= dtype(errors.threshold)
         assert errors.fpir == pytest.approx(passed[~known].mean(), rel=0, abs=1e-15)
         missed = 1 - (passed & correct)[known].mean()
         assert errors.fnir == pytest.approx(missed, rel=0, abs=1e-15)
@@ -172,10 +172,10 @@ def test_identification_errors_match_a_direct_count(dtype):
         # best of the refused strangers would pass, and the rate would be exceeded.
         num_passed = np.sum(passed[~known])
         assert (num_passed + 1) / (num_strangers + 1) <= fpir
-        refused = scores[~known & (scores > -np.inf) & ~passed]
+        refused = ranked[~known & (ranked > -np.inf) & ~passed]
         if len(refused):
-            num_passed += np.sum(refused == refused.max())
-            assert (num_passed + 1) / (num_strangers + 1) > fpir
+            would_pass = num_passed + np.sum(refused == refused.max())
+            assert (would_pass + 1) / (num_strangers + 1) > fpir
             assert np.nextafter(refused.max(), refused.max() + 1) == dtype(errors.threshold)
 
 
@@ -228,7 +228,8 @@ def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     facts, arrays, _ = analysed
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
-    assert arrays["positives"].sum() == KNOWN and arrays["train_clips"].sum() == TRAINED
+    assert arrays["positives"].sum() == KNOWN
+    assert arrays["train_clips"].sum() == TRAINED
 
     # Histograms of scores and calibration count the clips that have frames.
     lengths = data.split("val").lengths
@@ -236,12 +237,12 @@ def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == with_frames
     assert arrays["calibration"][:, 0].sum() == with_frames
 
-    assert len(facts["strata"]) == 4
+    assert len(facts["strata"]) == 4  # by training clips, quality, frames and modalities
     for table in facts["strata"]:
         assert sum(row["clips"] for row in table["rows"]) == KNOWN, table["by"]
         assert all(0 <= row["map"] <= 1 for row in table["rows"])
 
-    for kind, clips in facts["wrong_clips"].items():
+    for kind, clips in facts["wrong_clips"].items():  # a distractor shows -1
         assert all((clip["shows"] < 0) == (kind == "distractors") for clip in clips)
         assert all(clip["shows"] != clip["identity"] for clip in clips)
 
@@ -256,12 +257,12 @@ def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
 
     assert facts["open_set"]["num_known"] == KNOWN
     assert facts["open_set"]["num_strange"] == results["num_distractors"] == DISTRACTORS
-    too_few, row = facts["open_set"]["rates"]
-    assert too_few == {"rate": 0.01, "fewest": 99}
-    assert row["fnir"] == results["fnir_at_fpir_0.1"]
-    assert row["threshold"] == results["threshold_at_fpir_0.1"]
+    too_few, at_10_percent = facts["open_set"]["rates"]
+    assert too_few == {"rate": 0.01, "fewest": 99}  # 1 % needs 99 distractors
+    assert at_10_percent["fnir"] == results["fnir_at_fpir_0.1"]
+    assert at_10_percent["threshold"] == results["threshold_at_fpir_0.1"]
     # 1 of 20 strangers passes. With a new stranger, 2 of 21 is below 0.1, and 3 of 21 is above.
-    assert row["fpir"] == 1 / DISTRACTORS
+    assert at_10_percent["fpir"] == 1 / DISTRACTORS
 
 
 @pytest.mark.slow
@@ -295,7 +296,8 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
     positives = np.bincount(labels, minlength=5)[1:]
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
-    scored = measures.ScoredSplit(top, labels, ["c"] * 40, np.ones(40, bool), positives)
+    all_clips: Any = {"names": ["c"] * 40, "pool": np.ones(40, bool)}
+    scored = measures.ScoredSplit(top, labels, **all_clips, positives=positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
 
     # Of an identity, the clips that are not chosen are deleted from the list.
@@ -303,16 +305,15 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     for identity in range(1, 5):
         wanted = set(np.flatnonzero(chosen & (labels == identity)))
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
-        at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
-        averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
+        ranks = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
+        averages.append(sum(n / rank for n, rank in enumerate(ranks, 1)) / len(wanted))
 
     precisions, num_clips = scored.averages_among(chosen)
     np.testing.assert_allclose(precisions, averages)
     assert num_clips == chosen.sum()
 
     of_all, _ = scored.averages_among(labels > 0)
-    wanted = metrics.mean_average_precision(index, labels, positives)
-    assert of_all.mean() == pytest.approx(wanted)
+    assert of_all.mean() == pytest.approx(metrics.mean_average_precision(index, labels, positives))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
@@ -320,7 +321,7 @@ def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
     """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""
     labels = np.arange(1, 61)
     right = labels <= 60 * share
-    clips = metrics.ClipScores(np.ones(60, bool), labels / 60, right)
+    clips = metrics.ClipScores(pool=np.ones(60, bool), best=labels / 60, right=right)
 
     intervals = measures.compute_clip_intervals(clips, labels)
 
@@ -349,7 +350,7 @@ def test_open_set_summary_equals_identification_errors():
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
     clips = clips._replace(pool=rng.random(500) < 0.9)
 
-    result, pool = open_set(clips, labels, 8), clips.pool
+    result, pool = open_set(clips, labels, num_identities=8), clips.pool
 
     assert result["num_known"] == np.sum(labels[pool] > 0)
     assert (result["num_people"], result["num_identities"]) == (8, 8)
@@ -366,8 +367,8 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
     """At an FPIR of 10 %, the true threshold is the 0.9 quantile. It misses 24 % of the people."""
     monkeypatch.setattr(measures, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
-    true_fnir, covered = stats.norm.cdf(stats.norm.ppf(0.9) - 2), []
-
+    true_fnir = stats.norm.cdf(stats.norm.ppf(0.9) - 2)
+    covered = []
     for _ in range(400):
         clips, labels = normal(rng)
         row = open_set(clips, labels, 200)["rates"][1]  # an FPIR of 10 %
@@ -375,13 +376,14 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
         rates = (("fnir", true_fnir), ("fpir", true_fpir))
         covered.append([row[f"{x}_low"] <= rate <= row[f"{x}_high"] for x, rate in rates])
 
-    assert (np.mean(covered, axis=0) > 0.92).all() and (np.mean(covered, axis=0) < 0.98).all()
+    coverage = np.mean(covered, axis=0)  # of FNIR and FPIR
+    assert ((coverage > 0.92) & (coverage < 0.98)).all()
 
 
 def test_intervals_treat_clips_of_one_person_as_dependent():
-    """Three copies of each clip of a person add no information: the intervals stay equal."""
+    """Three copies of each clip of a person add no information: the FNIR interval stays equal."""
     clips, labels = normal(np.random.default_rng(1))
-    single = open_set(clips, labels, 200)["rates"][1]
+    single = open_set(clips, labels, 200)["rates"][1]  # an FPIR of 10 %
 
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
@@ -400,5 +402,6 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
     measured: Any = measures.measure_calibration(clip_scores(log_p, rng.random(3000) < 0.4))
     bins, error = measured
 
-    assert np.isfinite(bins).all() and bins[:, 0].sum() == 3000 - 3
+    assert np.isfinite(bins).all()
+    assert bins[:, 0].sum() == 3000 - 3  # column 0 counts clips
     assert 0 < error < 1

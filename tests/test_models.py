@@ -93,13 +93,13 @@ def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
     np.testing.assert_allclose(y[kept], 1 / (1 - rate) if rate < 1 else 1, rtol=1e-4)
-    if 0 < rate < 1:
+    if 0 < rate < 1:  # columns are not correlated
         assert np.abs(np.corrcoef(kept.T) - np.eye(7)).max() < 0.06  # 4 standard errors
 
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
     vectors = np.random.default_rng(0).standard_normal((14, 6)).astype(np.float32)
-    # 10 clips of one frame are learned, and 4 clips are queries. Clip 7 has no face, row 9 is
+    # Of 14 frames, 10 are clips that are learned, and 4 are queries. Clip 7 has no face, row 9 is
     # padding, so no clip of class 3 is known.
     frames = make_frames([1] * 10, max_frames=1)._replace(features=vectors[:10, None])
     frames.mask[7] = False
@@ -222,15 +222,15 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
 
 def test_mlp_matches_its_equations():
     # (width, activation, has BatchNorm, dropout rate) of each layer; layer 1 has no BatchNorm.
-    layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
+    specs = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
     mask = np.array([True, True, False, True, True])
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((5, 3))
-        model = MLP(layers, FLOAT64)
+        model = MLP(specs, FLOAT64)
         variables = randomised(model, x, mask)
 
         expected = x
-        for i, (_, activation, batch_norm, _) in enumerate(layers):
+        for i, (_, activation, batch_norm, _) in enumerate(specs):
             layer = variables["params"][f"layer_{i}"]
             expected = layer_oracle(layer, expected, mask, activation, batch_norm)
         np.testing.assert_allclose(train(model, variables, x, mask), expected, atol=1e-6)
@@ -249,7 +249,7 @@ def test_residual_dense_net_matches_its_equations(shortcut):
 
         def layer(i, rows):
             gate = params[f"gate_{i}"]
-            y = layer_oracle(params[f"layer_{i}"], rows, mask, "swish", True)
+            y = layer_oracle(params[f"layer_{i}"], rows, mask, "swish", batch_norm=True)
             return y / (1 + np.exp(-(y @ gate["kernel"] + gate["bias"])))
 
         h0 = layer(0, x)
@@ -300,6 +300,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
 
     BatchNorm uses the clips that have the modality.
     """
+    prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
     for name, (features, quality, detection, _, mask) in frames.items():
@@ -319,15 +320,15 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
             count = np.maximum(mask.sum(axis=1), 1)[:, None]
             part = (features * mask[..., None]).sum(axis=1) / count
             for i in range(2):
-                part = layer_oracle(params[f"{name}_{i}"], part, exists, "prelu", True, published)
+                part = prelu_layer(params[f"{name}_{i}"], part, exists, norm_first=published)
             part = part * exists[:, None]
         parts.append(part)
     x = np.concatenate(parts, axis=1)
     if published:  # Linear-BatchNorm-PReLU, twice
-        hidden = layer_oracle(params["block"]["hidden"], x, seen, "prelu", True, True)
-        x = x + layer_oracle(params["block"]["back"], hidden, seen, "prelu", True, True)
+        hidden = prelu_layer(params["block"]["hidden"], x, seen, norm_first=True)
+        x = x + prelu_layer(params["block"]["back"], hidden, seen, norm_first=True)
     else:
-        hidden = layer_oracle(params["hidden"], x, seen, "prelu", True)
+        hidden = prelu_layer(params["hidden"], x, seen)
         x = x + linear(params, "back", hidden)
     kernel = np.asarray(params["classifier"]["kernel"])
     lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
@@ -340,7 +341,10 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
     ("none", True, False, "quality"),
 ])  # fmt: skip
 def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
-    """Attention of the form "channels" is tested in test_published.py."""
+    """The forms of attention are given by ORACLES. test_published.py tests the form "channels".
+
+    `aggregation` gives the weights of the frames in the mean face of a clip.
+    """
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
         options = {"channel_attention": form, "rms_norm": rms_norm}
@@ -355,7 +359,10 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, a
 
 
 def cosine_oracle(params, stats, frames, clips, *, feature_scale):
-    """Returns the embedding and the logits. If `stats` is None, BatchNorm uses the batch."""
+    """Returns the embedding and the logits. If `stats` is None, BatchNorm uses the batch.
+
+    The embedding of a clip joins the weighted unit vectors of its modalities, and has length 1.
+    """
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     z = np.zeros((len(clips.mask), len(frames), COSINE["embed_dim"]))
     for m, (name, part) in enumerate(frames.items()):
@@ -380,7 +387,8 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         options = {"feature_scale": feature_scale, "logit_scale": 9.0}
         model = made.make_model(COSINE, dtype="float64", **options)
         variables = made.init_identifier(model, frames, clips)
-        np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
+        initial_weights = [1, 0.5, 0.25]  # of the modalities
+        np.testing.assert_array_equal(variables["params"]["weights"], initial_weights)
         assert variables["params"]["scale"] == 9
 
         params = made.randomised(variables["params"])
@@ -417,10 +425,10 @@ def test_fallback_keeps_the_learned_logit_scale_of_each_model():
     spec = {"name": "fallback", "main": dense, "other": COSINE, "other_modalities": ("head",)}
     model: Any = made.make_model(spec)
     variables = made.init_identifier(model, frames, clips)
-    variables["params"]["other"]["scale"] = np.float32(21)
+    variables["params"]["other"]["scale"] = np.float32(21)  # as if it was learned
 
     output = made.eval_output(model, variables, frames, clips)
-    np.testing.assert_array_equal(output.logit_scale, [16, 21])
+    np.testing.assert_array_equal(output.logit_scale, [16, 21])  # of main and other
 
 
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
@@ -460,9 +468,11 @@ def test_attention_matches_equations_1_to_3_with_both_masks(form):
                 expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
                 np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
                 np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
-        # Vector 1 of clip 1 is missing. It stays 0, or becomes the mean of the vectors that exist.
-        assert not np.asarray(outputs[0][0])[1, 1].any()
-        np.testing.assert_allclose(outputs[1][0][1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
+        # Vector 1 of clip 1 is missing. It stays 0, or is filled by gamma times the mean of the
+        # vectors that exist, 0 and 2.
+        (unfilled, _), (filled, _) = outputs
+        assert not np.asarray(unfilled)[1, 1].any()
+        np.testing.assert_allclose(filled[1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
 
 
 def video_level(params, name, frames, clip, *, netvlad, unit):
@@ -487,7 +497,7 @@ def video_level(params, name, frames, clip, *, netvlad, unit):
 
 
 def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=False, unit=False):
-    """Returns the logits of one clip by figure 3 of the paper."""
+    """Returns the logits of one clip by figure 3 of the paper. A face gives three vectors."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     columns, exists = [], []
     for name, part in frames.items():

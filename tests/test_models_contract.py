@@ -53,7 +53,7 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
     norms = np.linalg.norm(face.features.astype(float), axis=2)
     measures = norms if measure == "norm" else face.quality
 
-    wanted = []  # weights of the two branches
+    wanted = []  # weights of the branches (main, other); 0.95, 0.2 and 0.8 are the defaults
     for b in range(8):
         if has_head[b] and not has_face[b]:
             wanted.append((0, 0.95))
@@ -91,6 +91,7 @@ def test_main_model_may_use_only_some_modalities():
     model = tiny.make_model(FALLBACK, main_modalities=("face",), other_modalities=("audio", "head"))
     params = jax.eval_shape(lambda: tiny.init_identifier(model, frames, clips))["params"]
     shapes = {name: params[name]["backbone"]["layer_0"]["dense"]["kernel"].shape for name in params}
+    # A face has the width 6. Audio and head have 4 + 5. The layers have 8 and 6 outputs.
     assert shapes == {"main": (6, 8), "other": (9, 6)}
 
 
@@ -110,6 +111,7 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_numbe
         fitted: Any = plan_lib.make_plan(config, data).task.settings
         assert fitted["threshold"] == pytest.approx(wanted, rel=1e-6)
 
+    # The configuration has a `threshold_share`.
     absolute = shrunk("--config.model.threshold=2.5", spec=DEEPMEF_RUN)
     with pytest.raises(ValueError, match="set one of them to 0"):
         plan_lib.make_plan(absolute, data)
@@ -123,7 +125,7 @@ MODELS = {
     "mma without attention": ({**tiny.SMALL, "attention": False}, 5 * 8),
     "dense, cosine": ({**DENSE, **COSINE}, 7),
     "residual": (RESIDUAL, 9),
-    "deepmef": (DEEPMEF, tiny.DIMS["face"] + 2 + 4 + 4),
+    "deepmef": (DEEPMEF, tiny.DIMS["face"] + 2 + 4 + 4),  # face and its two scores, head, audio
     "cosine": ({"name": "cosine", "embed_dim": 7}, 7 * len(tiny.DIMS)),
     "knn": ({"name": "knn"}, tiny.DIMS["face"]),
     "fallback": (FALLBACK | {"main": DENSE, "other": DENSE}, 7 + 7),
@@ -202,7 +204,8 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
 
     # Training gives the same logits and statistics.
     results = [learned(*net._replace(frames=frames))[:2] for frames in (reverse, garbage)]
-    results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
+    seed_of_learned = jax.random.key(5)
+    results.append(tiny.train_output(*net._replace(frames=longer), seed_of_learned))
     scale = net.model.logit_scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
     for other, new in results:
@@ -230,7 +233,7 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
         for leaf in jax.tree.leaves((gradient, output.logits, after)):
             assert np.isfinite(leaf).all()
 
-    # The last gradient is of clips without frames.
+    # The last gradient is of clips without frames. It is 0 for the layers of each modality.
     for part, leaves in gradient.items():
         if part.startswith(tuple(f"{key}_" for key in tiny.DIMS)):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
@@ -266,10 +269,10 @@ def test_dropout_is_used_only_in_training(name):
     plain = made(name)
     dropping = plain._replace(model=tiny.make_model({**MODELS[name][0], **DROPOUT[name]}))
 
-    without, with_dropout = (learned(*net)[0].logits for net in (plain, dropping))
-    assert not np.array_equal(with_dropout, without)
-    with_another_seed = learned(*dropping, seed=6)[0].logits
-    assert not np.array_equal(with_dropout, with_another_seed)
+    (without, *_), (with_dropout, *_) = learned(*plain), learned(*dropping)
+    assert not np.array_equal(with_dropout.logits, without.logits)
+    with_another_seed, *_ = learned(*dropping, seed=6)
+    assert not np.array_equal(with_dropout.logits, with_another_seed.logits)
 
     evaluated(*dropping)  # without a random key, so dropout would raise an error
 

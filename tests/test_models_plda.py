@@ -192,7 +192,8 @@ def test_fitted_settings_favour_no_modality():
 
 def test_settings_given_at_evaluation_replace_fitted_settings():
     config = config_io.load_file("plda:face,audio")
-    task = TaskSpec(DIMS, 4, None, 9, 2, train_other=False, settings=SETTINGS._asdict())
+    sizes: Any = {"num_identities": 4, "num_clusters": None, "num_clips": 9, "total_steps": 2}
+    task = TaskSpec(DIMS, **sizes, train_other=False, settings=SETTINGS._asdict())
     model: Any = make_system(config.to_dict(), task).model
     assert model.settings() == SETTINGS
     config.model.scale = 0.7
@@ -205,23 +206,28 @@ def test_settings_given_at_evaluation_replace_fitted_settings():
 def test_plda_probabilities_are_calibrated(num_people):
     """The people follow the model exactly, and half of the clips show strangers."""
     result = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
-    assert abs(result.new - 0.5) < 0.03 and result.error <= 0.03
+    assert abs(result.new - 0.5) < 0.03  # the mean probability of a stranger
+    assert result.error <= 0.03  # the expected calibration error
 
 
 def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     settings = plda_fit.fit_settings({"face": np.eye(3)}, np.array([1, 2, 3]), {}, 0)
-    assert settings == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
+    prior = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
+    assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
 
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     labels = np.repeat(np.arange(1, 31), 4)
     vectors = {"face": exact(np.random.default_rng(0), 30, 4, 16, 0.5).reshape(-1, 16)}
-    fits = []
-    for cores in (1, 5):
-        monkeypatch.setattr(plda_fit, "num_cores", lambda cores=cores: cores)
-        fits.append(plda_fit.fit_settings(vectors, labels, {"within": 0.33}, 0))
-    assert fits[0] == fits[1] and fits[0].within == 0.33
+
+    def fit(cores):
+        monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
+        return plda_fit.fit_settings(vectors, labels, {"within": 0.33}, seed=0)
+
+    fitted = fit(cores=1)
+    assert fitted == fit(cores=5)
+    assert fitted.within == 0.33
 
 
 @pytest.mark.parametrize(("name", "word"), [
@@ -241,13 +247,14 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     labels = data.split("train").labels
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
     clips = plan.make_training_clips(config, data, labels, used)
-    free = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
-    settings: Any = plda_fit.fit_member_settings(free, clips)
-    assert len(set(settings["scale"])) == 3 and "within" not in settings  # `within` is given
+    given = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
+    settings: Any = plda_fit.fit_member_settings(given, clips)
+    assert len(set(settings["scale"])) == 3  # None is fitted for each member
+    assert "within" not in settings
 
-    # Labels of the clips that member 1 leaves out change the settings of member 0, not of member 1.
+    # Labels of the clips that member 1 leaves out affect member 0, but not member 1.
     other = clips._replace(labels=np.where(used[1], labels, 0))
-    changed: Any = plda_fit.fit_member_settings(free, other)
+    changed: Any = plda_fit.fit_member_settings(given, other)
     for field in ("scale", "stranger"):
         assert settings[field][1] == changed[field][1]
         assert settings[field][0] != changed[field][0]
@@ -298,7 +305,7 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
 
 
 def test_covariances_equal_their_definitions():
-    """The prior counts as 10 clips and as 10 people."""
+    """The prior counts as 10 clips and as 10 people. For the mean, 0 counts as half a person."""
     vectors, labels, sums = draw_vectors()
     fit = two_covariance.covariances(sums)
     num_people, num_clips = len(np.unique(labels)), len(vectors)

@@ -23,9 +23,9 @@ def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
-    people, film = {name: [] for name in people}, msgspec.structs.replace(FILM, photo=photo)
-    words = (people, "{}.png".format, answers or {}, address)
-    return names_page.render(appearances, [film], *words)
+    film, pictures = msgspec.structs.replace(FILM, photo=photo), {name: [] for name in people}
+    arguments = (pictures, "{}.png".format, answers or {}, address)
+    return names_page.render(appearances, [film], *arguments)
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
@@ -49,7 +49,7 @@ def test_page_shows_times_probabilities_and_links_as_text():
 
 
 def test_doubtful_names_are_listed_first_with_other_candidates():
-    """Bob's name is certain. Ada's name and the unknown people with a likely name are doubtful."""
+    """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
     appearances = [
         seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
         seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),
@@ -70,7 +70,8 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     people = words[words.rindex("People") :]
     places = [people.index(name) for name in ("Ada", "Bob", "unknown 1", "unknown 2")]
     assert places == sorted(places)
-    assert "Doubtful" not in render(appearances[1:2], answers)
+    only_bob = appearances[1:2]
+    assert "Doubtful" not in render(only_bob, answers)
 
 
 def test_page_allows_only_its_script_and_escapes_names():

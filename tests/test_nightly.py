@@ -43,7 +43,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     clip_files.write_npz(tmp_path / "features", {"train": train, "val": val})
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
 
-    # Each day has photos of Ada Lovelace and of a person called 12, and clips of three people.
+    # Each day has clips of 3 people, and photos of Ada and of 12, who is 3 of the training data.
     for turn, day in enumerate(DAYS):
         ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})
@@ -52,6 +52,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 
     def run(name, day, code=0):
+        """Runs a block of the page, or another command, as on a day."""
         text = f'set -eu; day={day}\nvidjax() {{ "{sys.executable}" -m vidjax "$@"; }}\n'
         done = subprocess.run(
             ["/bin/sh", "-c", text + BLOCKS.get(name, name)],
@@ -70,8 +71,9 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         assert {*groups.values()} == ({"unknown 1"} if day == DAYS[0] else set())
         answers = (tmp_path / "answers" / f"{day}.tsv").read_text().splitlines()
         named = [line.split("\t")[1] for line in answers[1:]]
-        assert named[3:6] == ["Ada Lovelace"] * 3  # after three clips of "3"
-        assert named[6:] == [""] * 3 if day == DAYS[0] else ["Eve"] * 3
+        of_ada, of_eve = named[3:6], named[6:]  # after three clips of "3"
+        assert of_ada == ["Ada Lovelace"] * 3
+        assert of_eve == ([""] * 3 if day == DAYS[0] else ["Eve"] * 3)
         if day == DAYS[0]:
             path = tmp_path / "unknown" / f"{day}.tsv"
             path.write_text(path.read_text().replace("unknown 1", "Eve"))
@@ -89,14 +91,14 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     for name in ('vidjax forget --identity="Ada Lovelace" .', "month", "prune"):
         run(name, DAYS[1])
     assert "Eve" not in Gallery(tmp_path / f"people-{DAYS[1]}")  # she has no photo
-    assert "12" in Gallery(tmp_path / f"people-{DAYS[1]}")
+    assert "12" in Gallery(tmp_path / f"people-{DAYS[1]}")  # this person has photos
 
 
 @pytest.mark.slow
 def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
     # A gallery of two people is exported.
-    back_end = made_nets.back_end((0.958, 0.0146), (0.2, 0.2), WIDTH)
+    back_end = made_nets.back_end(same=(0.958, 0.0146), different=(0.2, 0.2), width=WIDTH)
     (tmp_path / "models").mkdir()
     made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=back_end)
     gallery = Gallery.of_models(tmp_path / "g", tmp_path / "models")

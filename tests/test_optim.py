@@ -30,6 +30,7 @@ def make_optimizer(spec, *, total_steps) -> Any:
 
 
 def test_warmup_and_cosine_decay_match_their_formula():
+    # The warm-up takes 10 of 50 steps. A scale of 0 means 1/10.
     for scale, start in ((0.0, 0.01), (0.3, 0.03)):
         spec: Any = {**SPEC, "final_scale": 0.01, "warmup_scale": scale}
         computed = rates(51, total_steps=50, **spec)
@@ -46,6 +47,7 @@ def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epo
     width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
     expected = np.array([0.01 * 0.7 ** (step // width) for step in range(60)])
     for warmup in (0.0, 0.5):
+        # Over 30 steps, the factor rises from 1/30 to 1.
         factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
         computed = rates(60, learning_rate=0.01, warmup=warmup, **options)
         np.testing.assert_allclose(computed, expected * factors, rtol=1e-5)
@@ -54,7 +56,7 @@ def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epo
 def test_piecewise_decay_jumps_and_interpolates_between_points():
     points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))  # (epoch, factor)
     spec: Any = {**SPEC, "decay": "piecewise", "points": points, "warmup": 0.0}
-    epochs = (np.arange(60) + 0.5) / 10
+    epochs = (np.arange(60) + 0.5) / 10  # at the middle of each step
     factors = np.interp(epochs, [2, 4], [1.0, 0.2])
     factors[epochs < 2] = 0.5
     computed = rates(60, total_steps=60, steps_per_epoch=10, **spec)
@@ -112,7 +114,7 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
     options = {**SPEC, "name": "adam", "decay": "constant", "warmup": 0.0}
     plain, restarted = (
         make_optimizer({**options, "restart_epoch": epoch}, total_steps=6) for epoch in (0.0, 3.0)
-    )
+    )  # an epoch has one step; 0 means no restart
     params = {"kernel": np.full((2, 3), 2, "f4")}
     grads = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
     state, plain_state = restarted.init(params), plain.init(params)

@@ -16,7 +16,7 @@ from vidjax.data.untrusted import sandbox
 
 
 def clips(rng, lengths, width=8):
-    """Returns faces of clips c0, c1, ... with these lengths."""
+    """Returns clips of these lengths. A frame is [number, box, detection, quality, features]."""
     scores = ((500 * rng.uniform(size=4)).tolist(), float(rng.uniform()), float(rng.normal()))
 
     def frame(number):
@@ -30,7 +30,7 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('wrong module')")
     value = clips(np.random.default_rng(0), [3, 0, 2, 40])
-    value[b"c2"][1][4][5] = np.nan
+    value[b"c2"][1][4][5] = np.nan  # a feature of frame 1
     kept = [entry for entries in value.values() for entry in entries if np.isfinite(entry[4]).all()]
 
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
@@ -38,8 +38,9 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
         faces = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
         hostile.check(faces, tmp_path / name)
         assert faces.names == ("c0", "c1", "c2", "c3") and faces.lengths.tolist() == [3, 0, 1, 40]
-        assert faces.seen == 45
-        assert faces.skipped == {"non_finite": 1} and faces.skipped_clips == {"empty": 1}
+        assert faces.seen == 3 + 0 + 2 + 40
+        assert faces.skipped == {"non_finite": 1}  # the frame of c2
+        assert faces.skipped_clips == {"empty": 1}  # c1
         for place, column in enumerate(("number", "box", "detection", "quality", "features")):
             array, expected = faces.frames[column], np.array([x[place] for x in kept])
             np.testing.assert_array_equal(array, expected.astype(array.dtype))
@@ -75,7 +76,7 @@ def truth(folder, text, name="gt.txt", **options):
 
 
 def weights(folder, text, clips: Any = "abcde"):
-    """Returns the weights of clips, read from a file with this text."""
+    """Returns the weights of clips, by default a to e, read from a file with this text."""
     (folder / "weights.txt").write_text(text)
     loaded = labels_lib.load_clip_weights(folder / "weights.txt", clips)
     assert loaded.dtype == np.float32 and loaded.shape == (len(clips),)
@@ -117,6 +118,7 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     assert truth(tmp_path, "1 2\n3 4\n", "train_gt.txt") == {"1": "2", "3": "4"}
     assert truth(tmp_path, "1 2.mp4\n", "train_gt.txt") == {"2": "1"}
     assert truth(tmp_path, "x%20y 2\n", "train_gt.txt") == {"x y": "2"}
+    # A known clip may have an escape in its name.
     assert truth(tmp_path, "x%20y 2\n", "train_gt.txt", known_clips={"x%20y"}) == {"x%20y": "2"}
     refused(lambda: truth(tmp_path, both, "gt.txt"), "gt.txt: no name ends in .mp4")
 

@@ -70,7 +70,7 @@ def test_every_training_clip_is_drawn_once_per_epoch(dataset):
 
 @streams
 def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
-    examples = np.arange(0, 45, 2)
+    examples = np.arange(0, 45, 2)  # 23 clips, so an epoch has 3 batches of 8 rows
     batches = take(dataset, 6, epoch_clips=examples)
     for epoch in (batches[:3], batches[3:]):
         order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
@@ -111,13 +111,14 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
             fields = real_fields(Frames(*(values[row] for values in batch.frames[modality])))
             length, total = len(fields["features"]), len(clip.features)
             assert length == min(total, MAX_FRAMES)
-            # The places at which all fields agree with the clip.
+            # The frames at which a window that agrees with all fields may start.
             places = range(total - length + 1)
             for field, values in fields.items():
                 frames = getattr(clip, field)
                 places = [n for n in places if np.array_equal(values, frames[n : n + length])]
             assert places
-            starts |= {*places} if modality == "face" and total == 10 else set()
+            if modality == "face" and total == 10:
+                starts |= {*places}
     assert starts == {0, 1, 2, 3}  # of windows of 7 of 10 frames
 
 
@@ -129,7 +130,7 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
     clips = rows_of(batches)
     for index, modality in itertools.product(clips, ("face", "audio")):
         clip = source_clip(dataset, split, modality, index)
-        assert_best_frames(clips[index][modality], clip, 512)
+        assert_best_frames(clips[index][modality], clip, count=512)
 
     # A clip is padded to the next of the lengths 32, 128 and 512.
     lengths = dataset.split(split).lengths["face"]

@@ -91,6 +91,7 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     refused(lambda: predict.restore(tmp_path), "no run in")
 
+    # A configuration of a blend, and then of a run without a checkpoint.
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
@@ -184,8 +185,8 @@ def test_arrays_are_scored_without_tensorflow(train, tmp_path, python):
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
     run, five = restored("ensemble"), first(new, 5)
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
-    enough = {"num_distractors": 99}
-    run = run._replace(results={**run.results, predict.THRESHOLD: -1.0, **enough})
+    measured = {predict.THRESHOLD: -1.0, "num_distractors": 99}  # enough distractors
+    run = run._replace(results={**run.results, **measured})
     assert run.threshold is None
     refused(lambda: run.identify(five), "too strict for new clips", "\ngive a threshold")
     words = "\nfor a probability p, give threshold=math.log"
@@ -200,7 +201,8 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
 def test_threshold_needs_at_least_99_distractors(restored, new):
     """The threshold lets 1 % of strangers pass."""
     run = restored("knn")
-    three = first({name: clip for name, clip in new.items() if clip["face"]["number"]}, 3)
+    with_face = {name: clip for name, clip in new.items() if clip["face"]["number"]}
+    three = first(with_face, 3)
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
 
@@ -208,7 +210,9 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     words = "98 clips of strangers are too few", "\ngive a threshold"
     refused(lambda: few.identify(three), *words)
     assert few.identify(three, threshold=-1.0) == many.identify(three)
-    assert all(run._replace(results={"num_distractors": 0}).identify(three).values())
+    # Without distractors, no score is too low, so every clip gets a name.
+    none = run._replace(results={"num_distractors": 0})
+    assert all(none.identify(three).values())
 
 
 @pytest.mark.parametrize(("features", "message"), [
@@ -241,6 +245,6 @@ def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path
         changed = {**manifest, "num_identities": 2**31 - 1}
         files.write_manifest(folder / "checkpoints" / str(step) / "manifest.json", changed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):
+    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
         predict.restore(folder, num_devices=1).scores(faces(2))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB

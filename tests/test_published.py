@@ -117,13 +117,19 @@ def test_residual_dense_has_the_training_settings_of_the_article():
 def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     config, system = official(f"{RESIDUAL_DENSE},face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
-    assert [member.fold for member in members] == [0, 0, 0] and config.ensemble.folds == 10  # L22
+    assert config.ensemble.folds == 10  # L22
+    assert [member.fold for member in members] == [0, 0, 0]
 
     # A clip has the weight of its frames and of as many merged frames.
     frames = one_clip([-5.0, 19.9, 20.0, 20.1, 40.0, 40.1])
-    counts = [trained_on(system, frames, member.min_quality)[1][0] / 2 for member in members]
+    counts = []
+    for member in members:
+        _, (weight,) = trained_on(system, frames, member.min_quality)
+        counts.append(weight / 2)
     assert counts == [6, 3, 1]  # L32: all, > 20, > 40
-    assert trained_on(system, one_clip([20.0, 3.0]), members[1].min_quality)[1] == 0
+    # The second member drops a clip whose frames are all at most 20.
+    _, weight = trained_on(system, one_clip([20.0, 3.0]), members[1].min_quality)
+    assert weight == 0
 
 
 @pytest.mark.nightly
@@ -249,7 +255,7 @@ def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
 
 
 def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
-    """L142. The fusion `top` is tested in test_fusion.py."""
+    """L142 of the paper. The fusion `top` is tested in test_fusion.py."""
     config = config_of("mma:published,iqiyi_vid")
     assert config.data.crop == "quality"  # the best faces of the clip, not of a window
     top = {"name": "top", "num_frames": 32}
@@ -335,6 +341,8 @@ def test_deepmef_parameters_have_the_names_and_shapes_of_the_code():
     attention = "main/channel_attention/"
     assert {x.removeprefix(attention): n for x, n in sizes.items() if attention in x} == wanted
 
+    # A net sees 15 of 16 chunks: 480 of 512 numbers of a face, 1920 of 2048 of a scene.
+    # 482 is a face with its two scores, and 602 also has the 120 numbers of the scene's branch.
     wanted = {
         "main/aggregation/query": (482,),
         "main/scene_0/dense/kernel": (1920, 480), "main/scene_1/dense/kernel": (480, 120),
@@ -360,7 +368,7 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
     layer: Any = ChannelAttention("channels", 4, norm=True)
     variables = init(layer, frames.features, frames.mask)
-    for name in ("theta", "phi", "out"):  # all start at 0, so theta and phi never change
+    for name in ("theta", "phi", "out"):  # all start at 0, so theta and phi never learn
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
 
     params = randomised(variables["params"])
@@ -383,8 +391,8 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     np.testing.assert_array_equal(out[2], 0)
 
     means = new["batch_stats"]["theta_norm"]["mean"]  # moves by 0.1 to the mean, as in torch
-    wanted = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
-    np.testing.assert_allclose(means, wanted, atol=1e-5)
+    wanted_means = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
+    np.testing.assert_allclose(means, wanted_means, atol=1e-5)
 
 
 @pytest.mark.nightly
@@ -449,7 +457,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
             loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
 
-    step = np.zeros_like(cosines)
+    step = np.zeros_like(cosines)  # for the slope at the label of clip 3 in branch 1
     step[3, 1, 4] = 1e-5
     with jax.enable_x64(True):
         value, slope = jax.jit(jax.value_and_grad(total))(jnp.asarray(cosines))
@@ -531,9 +539,10 @@ def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     masks = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
 
     assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000  # clip 1 is not chosen
+    # Joined clips have 120 places. Clip 0 has 60 frames.
     first, last = masks[:, 0].argmax(axis=1), 119 - masks[:, 0, ::-1].argmax(axis=1)
     np.testing.assert_array_equal(masks[:, 0].sum(axis=1), last - first + 1)  # without gaps
     assert (first.min(), first.max(), last.max()) == (0, 59, 59)
     assert first.mean() == pytest.approx(29.5, abs=1.2)
-    late = (last - first)[first == 50]  # 10 frames are left: 1 to 10 of them
+    late = (last - first)[first == 50]  # 1 to 10 frames are left, so this is 0 to 9
     assert set(late.tolist()) <= set(range(10)) and len(set(late.tolist())) > 6

@@ -99,6 +99,6 @@ def test_unit_length_features_without_quality_warn_once(tmp_path):
     assert len(caught) == 1
 
     with warnings.catch_warnings(action="error"):
-        load({"face": x})
+        load({"face": x})  # not of unit length
         load({"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
-        load({"face": unit[:1]}, {"face": unit[1]})
+        load({"face": unit[:1]}, {"face": unit[1]})  # clips of one frame

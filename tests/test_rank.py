@@ -71,6 +71,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
+    """A run on clips of NAMES, and on 99 distractors, which a threshold needs."""
     folder = tmp_path_factory.mktemp("odd")
     splits = {split: make_clips(split, seed) for seed, split in enumerate(("train", "val"))}
     labels = dict(zip(itertools.chain(*splits.values()), NAMES * 2, strict=True))
@@ -97,7 +98,7 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
     assert [row[:3] for row in rows] == [row[:3] for row in rows_of(ranked)]
     assert [np.float32(row[3]) for row in rows] == scores * len(NAMES)
 
-    # A file that exists is not replaced.
+    # An existing file is not replaced.
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         refused(write, "name another file, or delete it")
@@ -136,6 +137,7 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
     face = {"face": np.ones((1, DIM), np.float32)}
     clip_files.write_npz(tmp_path, {"arrays": {"Ada Byron": face, "b.mp4": face}})
     arrays = tmp_path / "arrays"
+    # Of the folder with a table, only the table is read.
     for path, names in ((table, {*clips}), (tmp_path, {*clips}), (arrays, {"Ada Byron", "b.mp4"})):
         assert {*load_clips(path, widths, NAMES).names} == names
     refused(lambda: load_clips(tmp_path / "none.parquet", widths, ()), "does not exist")
@@ -160,7 +162,8 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
     done = command(*words, f"--out={out}", "--json")
 
     facts = json.loads(done.out)
-    assert facts["num_clips"] == len(clips) and facts["seconds"] > 0 < facts["clips_per_second"]
+    assert facts["num_clips"] == len(clips)
+    assert facts["seconds"] > 0 and facts["clips_per_second"] > 0
     assert f"rank: {len(clips)} of {len(clips)} clips" in done.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
@@ -176,7 +179,7 @@ def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     run, metrics = vidjax.restore(run_dir, num_devices=1), RunFolder(run_dir).metrics()
     limit = metrics["threshold_at_fpir_0.01"]
     assert run.threshold == limit is not None
-    known, new = make_clips("val", 1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
+    known, new = make_clips("val", seed=1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
 
     matches = run.identify(known | new)
 

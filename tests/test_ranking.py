@@ -8,7 +8,7 @@ from vidjax.evaluation import ranking, topk
 
 
 def top_of(*rows):
-    """Returns lists of clips whose scores are -inf, which are written nevertheless."""
+    """Returns lists of clip numbers. All scores are -inf; these clips are written nevertheless."""
     index = np.full((len(rows), 100), topk.NO_CLIP, np.int32)
     for row, places in zip(index, rows, strict=True):
         row[: len(places)] = places
@@ -46,7 +46,7 @@ def test_write_ranking_refuses_names_that_would_break_the_file(tmp_path, bad):
     assert path.read_text() == "before"
 
 
-MANY = " ".join(f"x{i}.mp4" for i in range(101))
+MANY = " ".join(f"x{i}.mp4" for i in range(101))  # only the first 100 clips of a line count
 
 
 def write(folder, truth, submission):
@@ -70,7 +70,8 @@ def test_score_command_prints_the_score_on_the_last_line(tmp_path, command):
 def test_score_of_0_without_any_match_prints_a_hint(tmp_path, command):
     for submission, hint in (("1 a b\n", "suffix"), ("id1 a.mp4\n", "no identity")):
         code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
-        assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
+        assert (code, out.splitlines()[-1]) == (0, "0")
+        assert hint in err
 
 
 # Fault of a submission -> submission, score against "1 a.mp4", words of the warning.

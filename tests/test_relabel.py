@@ -61,13 +61,14 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     (start, layout), end = starting(data), labels_of(tmp_path)
     unclustered = layout.is_mirror(start)
     new = end[:, unclustered]
+    # The columns of clusters are between the columns of identities and of mirror classes.
     in_cluster = (new > layout.num_identities) & (new <= layout.mirror_shift)
     assert in_cluster.any() and layout.is_mirror(new).any()
     assert (end[:, ~unclustered] == start[~unclustered]).all()
 
 
 def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypatch):
-    """The run is interrupted directly after a relabelling, and within an epoch."""
+    """The run is interrupted after a relabelling (step 5), and within an epoch (step 8)."""
     config = shrunk(*WORDS, spec=SPEC)
     for step in (5, 8):
         done = max(checkpoint.manifests(tmp_path), default=0)

@@ -40,7 +40,8 @@ def check_page(text):
     sections = [attrs["id"] for attrs in page.all("section")]
     assert sections == [name for name in SECTIONS if name in sections]
     links = [attrs["href"] for attrs in page.all("a")]
-    assert links[: len(sections)] == [f"#{name}" for name in sections] and links.pop() == "#top"
+    assert links[: len(sections)] == [f"#{name}" for name in sections]
+    assert links.pop() == "#top"
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(sections) :])
 
@@ -72,8 +73,9 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     numbers = values(summary)
     for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
         assert results[name] in numbers, name
-    _, people, low, high = numbers[:4]  # MAP with its interval
-    assert low < results["map"] < high and people == results["num_map_identities"]
+    _, people, low, high = numbers[:4]  # MAP, number of identities, and the interval of MAP
+    assert low < results["map"] < high
+    assert people == results["num_map_identities"]
     assert "top-1: 95 % interval" in text and "AUROC: 95 % interval" in text
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in summary
     check_numbers(tmp_path, text)
@@ -141,7 +143,7 @@ def spoilt(value):
 
 def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     text, open_set = section(page, "open_set"), full.analysis.open_set
-    few, enough = open_set.rates
+    few, enough = open_set.rates  # `few` has no error rates
     table = text[text.index("<table") : text.index("</table>")]
     assert table.count("<tr>") == 2  # the head and one rate
     for name in ("threshold", "fpir", "fnir", "fnir_low", "fnir_high", "fpir_low", "fpir_high"):
@@ -174,13 +176,14 @@ def test_report_escapes_hostile_text_of_run_files(full):
 
 def test_report_isolates_names_written_from_right_to_left(page):
     named = re.compile(r"(identity|clip) \d")
-    isolated = [around for text, around in Page(page).texts if named.search(text)]
-    assert len(isolated) > 9 and all({"bdi", "title", "svg"} & set(around) for around in isolated)
+    tags_of_names = [tags for text, tags in Page(page).texts if named.search(text)]
+    assert len(tags_of_names) > 9
+    assert all({"bdi", "title", "svg"} & set(tags) for tags in tags_of_names)
 
 
 def test_every_number_in_the_report_comes_from_a_run_file(full, page):
     check_numbers(full.folder, page)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):  # 0.123456 is in no file
         check_numbers(full.folder, page.replace(repr(full.metrics.map), "0.123456"))
 
 

@@ -54,8 +54,9 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
         assert stats.chisquare(pairs, np.full(pairs.size, epochs / pairs.size)).pvalue > 1e-4
 
     # Other epochs and seeds have other orders. The order depends only on the seed and the epoch.
-    assert (orders_of(1, 0) != orders).any() and len(np.unique(orders, axis=0)) > 2990
-    np.testing.assert_array_equal(orders[20:], orders_of(0, 20)[:-20])
+    assert (orders_of(seed=1, first_epoch=0) != orders).any()
+    assert len(np.unique(orders, axis=0)) > 2990  # of 3000 epochs
+    np.testing.assert_array_equal(orders[20:], orders_of(seed=0, first_epoch=20)[:-20])
 
 
 COUNTS = {"train": 33, "val": 20, "test": 6}
@@ -165,14 +166,14 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
 @pytest.mark.slow
 @nightly_after_first("mode", ["resident", "streaming"])
 def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
-    """A NaN in a face makes the step of the clip non-finite. An epoch has 12 steps of 8 clips."""
+    """A NaN in a face makes the step of the clip non-finite. Three such steps in turn end a run."""
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
     config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
     options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
     epoch = next(train_batches(data, splits=("train",), modalities=("face",), **options))
-    steps = epoch.clip_index.reshape(12, 8).tolist()  # the order in both modes
+    steps = epoch.clip_index.reshape(12, 8).tolist()  # 12 steps of 8 clips, in both modes
     has_face = data.split("train").lengths["face"] > 0
-    # A clip with a face in each of the steps 6, 7 and 8.
+    # In each of the steps 6, 7 and 8, the first clip with a face.
     sixth, seventh, eighth = (next(c for c in step if has_face[c]) for step in steps[5:8])
 
     def with_nan(*clips):
@@ -184,8 +185,8 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     assert all(np.isfinite(value).all() for value in small.weights(tmp_path / "one").values())
 
     three = with_nan(sixth, seventh, eighth)
-    words = "not finite at step 8 and", "config.optim.learning_rate"
-    refused(lambda: small.run(config, tmp_path / "three", three), *words)
+    message = "not finite at step 8 and", "config.optim.learning_rate"
+    refused(lambda: small.run(config, tmp_path / "three", three), *message)
     assert not manifests(tmp_path / "three")
 
 
@@ -193,6 +194,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout = clips_of(ragged)
+    # Features are float16.
     empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     fields = ("features", "quality", "detection", "number")
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in fields]
@@ -208,9 +210,10 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
         (twice + 1000, 1000, "resident"), (twice + 1000, 1001, "streaming"),
     ):  # fmt: skip
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
-        assert resident.choose_mode("auto", layout, mesh, 100, taken_by_step) == wanted
+        chosen = resident.choose_mode("auto", layout, mesh, num_drawn=100, taken=taken_by_step)
+        assert chosen == wanted
         for mode in ("resident", "streaming"):
-            assert resident.choose_mode(mode, layout, mesh, 100) == mode
+            assert resident.choose_mode(mode, layout, mesh, num_drawn=100) == mode
 
 
 def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
@@ -226,6 +229,6 @@ def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):
     """A chunk contains 4 frames of faces, so a longer clip is in several chunks."""
     whole, _ = clips_of(data, ("face", "audio"))
-    monkeypatch.setattr(resident, "CHUNK_BYTES", 4 * 48)  # a frame has 48 bytes
+    monkeypatch.setattr(resident, "CHUNK_BYTES", 4 * 48)  # a face has 24 float16
     chunked, _ = clips_of(data, ("face", "audio"))
     jax.tree.map(np.testing.assert_array_equal, chunked.train, whole.train)

@@ -87,10 +87,11 @@ def test_run_refuses_to_train_or_evaluate_on_other_data(
     own, tmp_path, evaluate, again, change, message
 ):
     words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
+    _, data_dir = words
     before, error = path.read_bytes(), again(words, code=2)
     assert message in error and "--workdir=" in error
-    if "shift" not in change:  # which leaves the evaluated split, val, unchanged
-        assert "vidjax rank" in evaluate(words[1], code=2)
+    if "shift" not in change:  # a shift changes only train, but evaluation reads val
+        assert "vidjax rank" in evaluate(data_dir, code=2)
     assert path.read_bytes() == before
 
     path.unlink()  # as in a stopped run
@@ -99,10 +100,11 @@ def test_run_refuses_to_train_or_evaluate_on_other_data(
 
 @pytest.mark.slow
 def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, again):
-    words, path = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"], own / "run"
+    path, new_dir = own / "run", f"--config.data.dir={own}/moved"
+    words = ["--config.data.name=arrays", new_dir]
     shutil.move(own / "data", own / "moved")
     assert "finished before" in again(words)
-    evaluate(words[1])
+    evaluate(new_dir)
 
     # A run that was killed before its report is completed.
     results = json.loads((path / "metrics.json").read_text())
