@@ -56,7 +56,7 @@ def test_interval_of_equal_systems_or_groups_contains_zero():
 
 
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
-    # In order of p: 3 * 0.01, 2 * 0.03, and 1 * 0.04, which becomes no less than the one before.
+    # In order of p: 3 * 0.01, 2 * 0.03 and 1 * 0.04. A later value is at least the earlier value.
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03])
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
 
