@@ -364,7 +364,7 @@ def test_gallery_identifies_people_by_face_and_voice(tmp_path, models, speak):
     })  # fmt: skip
 
     evidence = {clip: (answer.identity, answer.evidence) for clip, answer in answers.items()}
-    # `hoarse` is the face of Ada with another voice, `dubbed` the face of Bob with her voice.
+    # `hoarse` is Ada's face with another voice, `dubbed` is Bob's face with Ada's voice.
     assert evidence["both"] == ("Ada", ("face", "audio"))
     assert evidence["mute"] == ("Ada", ("face",))
     assert evidence["dubbed"] == (None, ())
