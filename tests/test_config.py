@@ -234,7 +234,7 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
     assert main([*joined, "--config.eval.report=false"]) == 0
-    for fields in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):  # read in other cases
+    for fields in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
         spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in fields]).optim
         optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
 

@@ -20,7 +20,7 @@ from vidjax.utils.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 MB = 1 << 20
-# The groups of a process in a container, with cgroups of version 1 and 2.
+# Control groups (cgroups) of a process, versions 1 and 2.
 V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
 V2 = "0::/pod/one\n"
 

@@ -301,7 +301,7 @@ def as_onnx(*names):
     batch, inputs, shapes = jax.export.symbolic_shape("B"), {}, {}
     for name in names:
         x = inputs[name] = OPERATIONS[name][1]
-        shape = batch + x.shape[1:] if len(x) > 8 else x.shape  # only log_sigmoid has a size B
+        shape = batch + x.shape[1:] if len(x) > 8 else x.shape  # B rows only for log_sigmoid
         shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype)
 
     def compute(given):

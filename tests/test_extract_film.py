@@ -16,11 +16,11 @@ from vidjax.apps.gallery.gallery import Gallery, make_models_origin
 from vidjax.apps.video import cards, film, pipeline, voices
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
-# The signs of the colour of each face, after its net subtracts a mean.
+# Name -> signs of the colour minus the mean that the net subtracts.
 PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
 # A detector of red: it finds Ada, Bob and the back of a head, but not Eve.
 RED = {"content": made_nets.detector((0.8, 0, 0))}
-# Faces: name of a colour, left, top. A shot of `write_film` is (seconds, brightness, faces).
+# Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
 ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
 BOTH = [ADA, BACK]
 
@@ -312,7 +312,7 @@ def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_
     assert {*clips} == {"film.s000", "film.s002"}
 
     extracted, by_track = extract(tmp_path / "film.mkv", tmp_path / "tracks", models)
-    # Bob leaves before 7 s, and Ada stays until 8 s.
+    # Bob leaves. Ada stays until 8 s.
     gone = max(each.end_s for each in extracted.tracks if each.shot == 0 and each.end_s < 7)
     begins = clips["film.s000"]["audio_number"]
     assert begins[0] == pytest.approx(gone * 1000, abs=1) and begins[0] > 1000 and len(begins) > 2
@@ -334,7 +334,7 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
 
     # For each film a JSON file and a file of clips, and extract.json.
     assert written[0] == written[1] and len(written[0]) == 2 + 2 + 1
-    # In each film, only Ada is visible without others.
+    # A clip of Ada in each film.
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
 
 
@@ -364,7 +364,6 @@ def test_gallery_identifies_people_by_face_and_voice(tmp_path, models, speak):
     })  # fmt: skip
 
     evidence = {clip: (answer.identity, answer.evidence) for clip, answer in answers.items()}
-    # `hoarse` is Ada's face with another voice, `dubbed` is Bob's face with Ada's voice.
     assert evidence["both"] == ("Ada", ("face", "audio"))
     assert evidence["mute"] == ("Ada", ("face",))
     assert evidence["dubbed"] == (None, ())

@@ -73,7 +73,7 @@ def photo(kind, packet):
         options = {"pnginfo": (info := PngInfo())}
         info.add_itxt("XML:com.adobe.xmp", packet.decode(), zip=kind == "png, packed")
     elif kind == "tiff":
-        options = {"tiffinfo": {700: packet}}  # the number of XMP in TIFF
+        options = {"tiffinfo": {700: packet}}  # TIFF has XMP in the tag 700
     elif kind in ("heif", "avif"):
         pytest.importorskip("pillow_heif").register_heif_opener()
     picture.save(file, kind.partition(",")[0], **options)
