@@ -171,7 +171,7 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
 def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, width, factor):
     made_nets.write(tmp_path, "find", "face_detector")
     card = cards.load(tmp_path)["face_detector"]
-    detector = nets.Detector(card, size=max(height, width) // factor)
+    detector = nets.Detector(card, size=max(height, width) // factor)  # reduces large pictures
     side, corners = made_nets.FACE * factor, np.array([(8, 16), (40, 28)]) * factor
     image = np.zeros((height, width, 3), np.uint8)
     for x, y in corners:
