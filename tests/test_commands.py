@@ -79,7 +79,6 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
-    """CPU time is not measured."""
     commands.prepare(tmp_path)
 
     # Tests above run all FIELDS, so one of them is enough.
