@@ -63,7 +63,7 @@ def confident(clips, labels):
     return float(np.mean(clips.best[clips.pool] > np.log(0.5)))
 """
 CONFIDENT = '"confident": Metric("confident clips", "above 0.5", confident, log=True)'
-# File, more imports of the file, table, new function, new line of the table.
+# Rows: file, more imports of the file, table, new function, new line of the table.
 ADDITIONS = (
     ("core/losses.py", "", "CLASSIFICATION", COSFACE, '"cosface": cosface'),
     ("models/identifier.py", MODEL_IMPORTS, "MODELS", MODEL, '"centroid": Centroid'),
@@ -108,7 +108,8 @@ def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path)
 
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert 0 <= results["confident"] <= 1 and results["map"] > 0.5
+    assert 0 <= results["confident"] <= 1
+    assert results["map"] > 0.5  # EXPERIMENT uses the other additions
     # The added metric is printed, logged and reported.
     assert "confident" in done.stdout
     assert '"confident"' in (tmp_path / "run/metrics.jsonl").read_text()

@@ -17,7 +17,7 @@ KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 
 @pytest.fixture(scope="module")
 def clips():
-    """Returns split -> clip -> modality -> features: of 4 people, 6 train and 3 val clips each."""
+    """Split -> clip -> modality -> features: of 4 people, 6 train and 3 val clips each."""
     rng = np.random.default_rng(0)
     people = rng.standard_normal((4, 16))
 
@@ -40,6 +40,7 @@ def made(clips, labels, cache_dir):
 
 @pytest.mark.slow
 def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
+    """The restored run also refuses arguments of wrong types."""
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config(KNN, *words)
     folder = tmp_path / "runs" / "memory"
@@ -53,14 +54,15 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     assert vidjax.train(config, folder, made, num_devices=1).map == results.map
 
     tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
-    assert tested.map_kind == "in_sample" and tested.paths.ranking == folder / "ranking_train.txt"
+    assert tested.map_kind == "in_sample"
+    assert tested.paths.ranking == folder / "ranking_train.txt"
     assert tested.paths.ranking.exists()
-    with pytest.raises(ValueError, match=r"config\.eval\.report=True"):
+    with pytest.raises(ValueError, match=r"config\.eval\.report=True"):  # `words` set False
         tested.average_precisions()
 
-    run: Any = vidjax.restore(folder, num_devices=1)  # arguments of wrong types are meant
+    run: Any = vidjax.restore(folder, num_devices=1)  # arguments of wrong types are intended
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
-    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # val_2 shows 2
+    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # new: person_2
     for call, message in (
         (lambda: run.rank(str(folder)), "clips must be a dict .* not str"),
         (lambda: run.identify(new, "2"), "identify: k must be a number"),
@@ -83,14 +85,14 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
         "import sys, vidjax\n"
         "assert set(vidjax.__all__) <= set(dir(vidjax))\n"
         "assert not {'jax', 'numpy', 'tensorflow', 'flax'} & set(sys.modules)\n"
-        "vidjax.load_config\n"
+        "vidjax.load_config  # may import NumPy\n"
         "assert not {'jax', 'tensorflow', 'flax'} & set(sys.modules)\n"
     )
 
 
 @pytest.fixture
 def call():
-    """Returns functions of vidjax. Arguments of wrong types are meant."""
+    """Returns the module vidjax without its types, as tests give arguments of wrong types."""
     functions: Any = vidjax
     return functions
 

@@ -18,6 +18,7 @@ from vidjax.data.records.conversion import convert
 from vidjax.utils import errors
 
 DIM = 6
+# Clip -> identity. Names of identities may be numbers or text.
 LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None}
 
 
@@ -71,6 +72,7 @@ def test_arrays_and_official_files_convert_to_the_same_records(tmp_path, cache):
                 zeros = np.zeros(len(frames.features), np.int32)
                 # Files without frame numbers or qualities are converted with 0.
                 clips.setdefault(name, {})[modality] = {"number": zeros, "quality": zeros} | fields
+        # The same labels as `write_ragged` writes.
         identities |= {name: str(number % 5 + 1) for number, name in enumerate(sorted(clips))}
 
     folder = clip_files.write_ragged(tmp_path, counts)
@@ -119,7 +121,8 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cach
 
     assert source.read_labels(records.clips) == {}
     assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
-    assert {1, 2, 3} <= {*records.splits["train"].lengths["face"].tolist()}
+    lengths = records.splits["train"].lengths["face"].tolist()
+    assert {1, 2, 3} <= {*lengths}  # see make_splits
 
 
 def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
@@ -134,7 +137,7 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
     datasets = [sources.load(source, labels, cache_dir=cache) for source, labels in pairs]
     table.rename(folder / "labels.csv")
     for data in (*datasets, load_dataset("arrays", directory=folder, cache_dir=cache)):
-        assert data.identities == ("3", "7")
+        assert data.identities == ("3", "7")  # labels 1 and 2; 0 is no identity
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
@@ -149,6 +152,7 @@ def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
         sources.load(splits, labels, cache_dir=cache)
 
+    # Line 1 is the header.
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
         sources.load(splits, table, cache_dir=cache)
@@ -170,7 +174,7 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
 
 
 def test_long_clips_in_memory_keep_their_best_frames(cache):
-    """They keep the same frames as clips in records."""
+    """They keep the same frames as long clips in records."""
     rng = np.random.default_rng(0)
     clips = {
         name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}
@@ -180,9 +184,9 @@ def test_long_clips_in_memory_keep_their_best_frames(cache):
     data = sources.load({"val": clips}, cache_dir=cache)
     options = {"split": "val", "modalities": ("face",), "rows": 2}
     of_records = rows_of(eval_batches(data, **options))
-    of_memory = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
+    in_memory = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
 
-    assert_equal(rows_of(eval_batches(of_memory, **options)), of_records)
+    assert_equal(rows_of(eval_batches(in_memory, **options)), of_records)
     assert of_records[0]["face"].mask.sum() == 512  # of 700 frames
 
 
@@ -193,8 +197,8 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, c
 
     def convert_both():
         """Returns the folders of the records of the arrays and of the files."""
-        sources = (arrays.FeatureDict(splits), arrays.FeatureFolder(folder))
-        return [convert(source, cache).folder for source in sources]
+        own = (arrays.FeatureDict(splits), arrays.FeatureFolder(folder))
+        return [convert(source, cache).folder for source in own]
 
     first = convert_both()
     assert convert_both() == first
@@ -306,13 +310,14 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
 
+    # The file has 3 frames of two clips, so [1, 2] would be right.
     for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
         more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=face, **more)
         seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=["a", "a"], face=face, face_length=[1, 2])
     seen.refused(load, "clip a comes twice")
-    np.savez(path, clips=face)  # a modality that is called `clips`
+    np.savez(path, clips=face)  # the only array, so it is a modality of one clip
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
@@ -356,6 +361,7 @@ def load_faces(path):
 
 
 def faces_refused(path, *words):
+    """Asserts that clips are refused, and that the error does not advise to allow pickles."""
     assert "pickle" not in seen.refused(lambda: load_faces(path), *words)
 
 
@@ -386,7 +392,7 @@ def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, conten
     path = tmp_path / "a.npz"
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     faces_refused(tmp_path, "a.npz", words)
-    path.rename(tmp_path / "a.npy")
+    path.rename(tmp_path / "a.npy")  # is refused with any content
     for given in (tmp_path, tmp_path / "a.npy"):
         faces_refused(given, "numpy.savez(")
 
@@ -433,5 +439,6 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
         memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
-    assert "face: 2 of 4 frames are left out" in features and "1 clips lose all frames" in features
+    assert "face: 2 of 4 frames are left out" in features
+    assert "1 clips lose all frames" in features  # clip b
     assert "face: 1 of 4 frames have a quality that is not finite" in qualities

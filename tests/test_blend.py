@@ -94,8 +94,9 @@ def check_ranking(path, runs, load, weights, split="val"):
 
 def test_blend_is_the_weighted_mean_of_probabilities():
     rng = np.random.default_rng(0)
+    # Three runs, 20 clips, 4 identities. The probability of a stranger is left out.
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
-    scores[1, 4] = np.nan
+    scores[1, 4] = np.nan  # clip 4 of run 1
 
     def joined(numbers, weights):
         return np.asarray(scoring.blend([jnp.asarray(scores[n]) for n in numbers], weights))
@@ -105,13 +106,14 @@ def test_blend_is_the_weighted_mean_of_probabilities():
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
     np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
     # A NaN of a run stays NaN, unless the run has weight 0.
-    assert np.isnan(logs[4]).all() and np.isfinite(np.delete(logs, 4, axis=0)).all()
+    assert np.isnan(logs[4]).all()
+    assert np.isfinite(np.delete(logs, 4, axis=0)).all()
     np.testing.assert_array_equal(joined((0, 1, 2), (1.0, 0.0, 3.0)), joined((0, 2), (1.0, 3.0)))
 
 
 @pytest.mark.slow
 def test_blend_refuses_runs_with_different_identities(runs, train, load, tmp_path):
-    fewer = tmp_path / "fewer"
+    fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     others = train("configs/knn.py:iqiyi_vid", fewer)
@@ -180,7 +182,7 @@ def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, co
 
     for folder, blended, weights, remedy in [
         (runs[0], runs, "1,3", "use another folder"),
-        (out, runs[::-1], "1,3", "use another folder"),
+        (out, runs[::-1], "1,3", "use another folder"),  # another order than in `out`
         (new, runs[:1], "1,3", "name two runs"),
         (new, (runs[0], out), "1,3", "is a blend of runs"),
         (new, (runs[0], "nowhere"), "1,3", "no run in"),

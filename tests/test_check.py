@@ -57,6 +57,7 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
     assert json.loads(line)["verdict"] == "all good"
 
 
+# Exit code 3 is a damaged run, 2 damaged data.
 @pytest.mark.parametrize(("pattern", "code", "words"), [
     ("run/checkpoints/*/state/**/*", 3, "FAULT: checkpoint {}, run"),
     ("run/checkpoints/*/manifest.json", 3, "FAULT: checkpoint {}, run"),
@@ -82,7 +83,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     words = f"--config.data.dir={folder}/official", "--config.eval.split=train"
     code, lines = check_run(*words)
 
-    assert code == 2 and "train has other labels" in lines[-2]
+    assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
 
 
 def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
@@ -104,4 +105,5 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
 def test_check_without_a_folder_checks_the_machine(check):
     code, lines = check()
 
-    assert (code, lines[-1]) == (0, "all good") and len(lines) == 2
+    assert (code, lines[-1]) == (0, "all good")
+    assert len(lines) == 2  # the machine and the verdict

@@ -41,13 +41,14 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
     intervals = [significance.compute_gap_interval(row, draws=1000) for row in gaps]
     low, high, p = np.transpose(intervals)
 
-    assert np.mean((low <= true) & (true <= high)) >= 0.93
+    assert np.mean((low <= true) & (true <= high)) >= 0.93  # of 95 % intervals
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
 
 def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
-    assert -0.04 < low < 0 < high < 0.04 and p > 0.9
+    assert -0.04 < low < 0 < high < 0.04
+    assert p > 0.9
 
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([group, group])
@@ -55,6 +56,7 @@ def test_interval_of_equal_systems_or_groups_contains_zero():
 
 
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
+    # In order of p: 3 * 0.01, 2 * 0.03 and 1 * 0.04. A later value is at least the earlier value.
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03])
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
 
@@ -98,6 +100,7 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     first, values = tmp_path / "a_1", averages(10)
     second = tmp_path / "50% & {more}"
     made_runs.write(first, values)
+    # The difference is about -0.000001.
     made_runs.write(second, {name: max(x - 1e-6, 0) for name, x in values.items()})
 
     pair = vidjax.compare([first, second])
@@ -105,6 +108,7 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     assert "+0.0000" in pair.text() and "-0.0000" not in pair.text()
     rows = [line for line in pair.to_latex().splitlines() if line.endswith(r" \\")]
     assert r"a\_1 & 0." in rows[-2] and r"50\% \& \{more\}" in rows[-1]
+    # All rows have 8 columns.
     assert {row.count(" & ") for row in (*rows[:-1], rows[-1].replace(r"\&", ""))} == {7}
 
 
@@ -165,14 +169,14 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
     assert compared(runs=(runs[0], "b1")).refused("--runs=A1+A2+A3,B1+B2+B3")
     assert compared(runs=(runs[0], "a1+b2+b3")).refused("named twice")
 
-    made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1")
+    made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1")  # the seed of b1
     made_runs.write(tmp_path / "c2", averages(0), "--config.num_epochs=7")
     for group, words in {"b1+c1": "the same seed", "b1+c2": "the seed: num_epochs"}.items():
         assert compared(runs=("a1+a2", group)).refused(words)
 
 
 def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
-    """An interval of two standard errors would cover it in only 70 %."""
+    """An interval of two standard errors would cover the true difference in only 70 %."""
     rng, true, covered = np.random.default_rng(2), 0.05, []
     for _ in range(300):
         base = rng.uniform(0.3, 0.6, (2, 50))

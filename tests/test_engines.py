@@ -20,6 +20,7 @@ from vidjax.utils.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 MB = 1 << 20
+# Control groups (cgroups) of a process, versions 1 and 2.
 V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
 V2 = "0::/pod/one\n"
 
@@ -59,7 +60,8 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
         for n in (1, 2)
     )
 
-    assert by_one == by_two and len(by_one) > 10
+    assert by_one == by_two
+    assert len(by_one) > 10
 
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
@@ -72,15 +74,16 @@ def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
     """On a file system with ticks of 2 s, a second write in a tick does not change the time."""
-    path, digest, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
+    path, sha256_each, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
     changed = time.time_ns()
+    # Inode, size and times stay the same.
     monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
 
     def slow(paths):
         time.sleep(2 * tick / 10**9)  # other files take long
-        return digest(paths)
+        return sha256_each(paths)
 
     monkeypatch.setattr(cache, "_sha256_each", slow)
 
@@ -152,8 +155,8 @@ def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
     (V2, {
         "memory.max": "max", "pod/one/memory.max": 16 * MB, "pod/one/memory.current": 8 * MB,
         "pod/one/memory.stat": f"anon 5\ninactive_file {4 * MB}",
-        "pod/one/cpu.max": "max 100000", "pod/cpu.max": "80000 100000",
-    }, 16 * MB, (16 - 8 + 4) * MB, 1),
+        "pod/one/cpu.max": "max 100000", "pod/cpu.max": "80000 100000",  # 0.8 cores
+    }, 16 * MB, (16 - 8 + 4) * MB, 1),  # memory of inactive files is free
     (V2, {"memory.max": 16 * MB}, 16 * MB, 16 * MB, None),  # the container sees only its own group
     (V1, {
         "memory/pod/one/memory.limit_in_bytes": 1 << 63,

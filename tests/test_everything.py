@@ -60,7 +60,8 @@ def test_run_on_everything_ranks_the_test_split(everything):
     results = read_metrics(folder)
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
     lists = made_runs.lists(folder / "ranking.txt")
-    assert len(lists) == 12 and all("_TEST_" in name for names in lists.values() for name in names)
+    assert len(lists) == 12
+    assert all("_TEST_" in name for names in lists.values() for name in names)
     assert "MAP@100     none: test has no ground truth" in out
 
 
@@ -115,7 +116,7 @@ def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
     folder, _ = everything
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
 
-    assert FOLDS in say(*words, code=2)
+    assert FOLDS in say(*words, code=2)  # a run on everything is evaluated on test
     line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
 
@@ -125,7 +126,7 @@ def test_blend_with_a_run_on_everything_is_in_sample_on_val_and_has_no_map_on_te
 ):
     words = ("--mode=evaluate", f"--workdir={tmp_path}", f"--runs={everything[0]},{on_train}")
 
-    assert "in sample" in say(*words)
+    assert "in sample" in say(*words)  # on val, the default split
     assert read_metrics(tmp_path)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
     assert "map" not in read_metrics(tmp_path, "metrics_test.json")

@@ -58,7 +58,7 @@ def export(command, tmp_path):
 @pytest.fixture(scope="module")
 def made(trained):
     def make(name):
-        # Closed forms need two passes; two of the eleven nets with views are enough.
+        # PLDA reads all clips twice. Of the eleven nets of `views`, two are enough.
         more = {"plda": "--config.num_epochs=2", "views": "--config.ensemble.only=(0,4)"}
         return trained(SYSTEMS[name], *([more[name]] if name in more else []))
 
@@ -91,7 +91,7 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
 
     assert facts["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
     kinds = [node.op_type for node in onnx.load(path).graph.node]
-    assert kinds.count("Loop") == 1  # a loop over the frames of long clips
+    assert kinds.count("Loop") == 1  # drops frames of long clips
 
     session = onnxruntime.InferenceSession(path)
     run = predict.restore(nearest_run, num_devices=1)
@@ -122,7 +122,7 @@ def test_imported_run_gives_bit_identical_scores_and_embeddings(
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
-    """Two outputs of -inf are equal."""
+    """Two outputs of -inf are equal. A finite difference of 2e-5 is too large."""
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
@@ -188,12 +188,13 @@ def test_export_without_the_package_of_a_format_names_the_extra(nearest_run, exp
 
 @pytest.mark.nightly
 def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
-    """The programs contain all weights, and nothing would delete them."""
+    """Exported programs contain all weights, and nothing would delete them from the cache."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
     kept = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
-    assert kept and not {name for name in kept if name.startswith("jit_call")}
+    assert kept  # other programs
+    assert not {name for name in kept if name.startswith("jit_call")}  # exported programs
 
 
 def make_gallery_of_cards(folder):
@@ -223,7 +224,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
     np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
 
-    complaint = export(gallery.folder, "stablehlo", "none", code=2)
+    complaint = export(gallery.folder, "stablehlo", to="none", code=2)
     assert "choose --format=safetensors or --format=numpy" in complaint
 
 
@@ -244,9 +245,10 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
     }  # fmt: skip
     vectors = np.stack([leads / 1000, np.sqrt(1 - (leads / 1000) ** 2)], axis=1)
 
-    logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]
+    logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]  # of the first person
 
     by_member = arrays["scale"][:, None] * leads  # [E, Q]
+    # log(1 - mean probability of the second person), and log(mean probability of the first person)
     sure = np.log1p(-np.exp(-np.logaddexp(0, abs(by_member))).mean(axis=0))
     other = np.logaddexp.reduce(-np.logaddexp(0, -by_member), axis=0) - np.log(members)
     np.testing.assert_allclose(logs, np.where(leads > 0, sure, other), rtol=1e-9)
@@ -299,7 +301,7 @@ def as_onnx(*names):
     batch, inputs, shapes = jax.export.symbolic_shape("B"), {}, {}
     for name in names:
         x = inputs[name] = OPERATIONS[name][1]
-        shape = batch + x.shape[1:] if len(x) > 8 else x.shape
+        shape = batch + x.shape[1:] if len(x) > 8 else x.shape  # B rows only for log_sigmoid
         shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype)
 
     def compute(given):
@@ -354,11 +356,11 @@ def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, exp
 
 
 @pytest.mark.slow
-@nightly_after_first("name", sorted(FORMATS, key=lambda name: name != "numpy"))
+@nightly_after_first("name", sorted(FORMATS, key=lambda name: name != "numpy"))  # numpy first
 def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, export, monkeypatch):
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")
-    export(made("plda"), name, "exported")
+    export(made("plda"), name, to="exported")
 
     page = (ROOT / "vidjax/apps/export/README.md").read_text()
     blocks = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", page, re.DOTALL))
@@ -370,13 +372,15 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     variables = runpy.run_path(str(tmp_path / "snippet.py"))
 
     if name == "safetensors":
+        # 24 is the width of a face.
         assert variables["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
 
     run = predict.restore(made("plda"), num_devices=1)
     fields = [field for field in function.FIELDS if field != "mask"]
+    inputs = variables["inputs"]  # of three clips
     clips = {
-        str(n): {m: {x: variables["inputs"][f"{m}_{x}"][n] for x in fields} for m in run.modalities}
+        str(n): {m: {field: inputs[f"{m}_{field}"][n] for field in fields} for m in run.modalities}
         for n in range(3)
     }
     scores = {"scores": np.asarray(variables["outputs"]["scores"])}

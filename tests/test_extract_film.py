@@ -16,10 +16,11 @@ from vidjax.apps.gallery.gallery import Gallery, make_models_origin
 from vidjax.apps.video import cards, film, pipeline, voices
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
+# Name -> signs of the colour minus the mean that the net subtracts.
 PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
 # A detector of red: it finds Ada, Bob and the back of a head, but not Eve.
 RED = {"content": made_nets.detector((0.8, 0, 0))}
-# Name of a colour, left, top.
+# Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
 ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
 BOTH = [ADA, BACK]
 
@@ -50,6 +51,7 @@ def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
     films.write(tmp_path / "show.mkv", pictures, "ffv1", fps=10)
     starts, ends, names = zip(*read_tracks(tmp_path / "show.mkv", drawn.models), strict=True)
     assert names == SLIDES
+    # Faces are searched every 0.2 s.
     np.testing.assert_allclose((starts, ends), ([0, 4, 8, 12], [4, 8, 12, 16]), atol=0.41)
 
 
@@ -75,7 +77,8 @@ def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     (track,) = extracted.tracks
     number = clips[track.clip]["face_number"]
     assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
-    assert number[0] < 20 and number[-1] > 280 and np.diff(number).max() < 25
+    assert number[0] < 20 and number[-1] > 280, "of 300 frames"
+    assert np.diff(number).max() < 25
 
 
 @nightly_after_first("degrees", [90, 0])
@@ -112,6 +115,7 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
 
 @pytest.fixture(autouse=True)
 def _back(monkeypatch):
+    """Adds the colour of the back of a head, which only the detector RED finds."""
     monkeypatch.setitem(drawn_people.COLOURS, "Back", (255, 60, 0))
 
 
@@ -138,7 +142,7 @@ def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, silent):
     add(silent, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
     add(silent, "body_embedder", around=[0, 1, 1, 3])
     add(silent, "scene_embedder")
-    write_film(tmp_path / "film.mkv", (2, 20, BOTH[:1]))
+    write_film(tmp_path / "film.mkv", (2, 20, [ADA]))
 
     (clip,) = extract(tmp_path / "film.mkv", tmp_path / "out", silent)[1].values()
 
@@ -166,7 +170,7 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, silen
     extracted, clips = extract(path, tmp_path / "out", silent)
 
     face_and_head = sorted(("face" in clip, "head" in clip) for clip in clips.values())
-    assert face_and_head == [(False, True), (True, False), (True, True)]
+    assert face_and_head == [(False, True), (True, False), (True, True)]  # the back, Eve, Ada
     (back,) = (track for track in extracted.tracks if "face" not in clips[track.clip])
     assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "the place of the head"
     faces = [clip for clip in clips.values() if "face" in clip]
@@ -193,16 +197,17 @@ def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, sil
     add(silent, "body_detector", **RED)
     write_film(tmp_path / "film.mkv", (2, 20, [ADA, EVE]))
     _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", silent)
-    assert sorted("body" in clip for clip in clips.values()) == [False, True]
+    assert sorted("body" in clip for clip in clips.values()) == [False, True]  # Eve is not red
 
-    card = add(silent, "body_embedder", around=[0, 1, 0, 2])
+    card = add(silent, "body_embedder", around=[0, 1, 0, 2])  # a box without width
     refused(lambda: cards.read(card), "body_embedder", "around")
 
 
 def test_galleries_do_not_use_body_and_scene_embeddings(silent):
     for part in ("head", "body", "scene"):
         add(silent, f"{part}_embedder", back_end=made_nets.back_end())
-    assert {*make_models_origin(silent)[1]} == {"face", "head"}
+    _, back_ends = make_models_origin(silent)
+    assert {*back_ends} == {"face", "head"}
 
 
 @pytest.mark.usefixtures("read_here")
@@ -252,10 +257,10 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     sound = tone(440, 12)
     sound[:16_000] = 0
     shots = (4, 20, [ADA]), (4, 60, [ADA, BOB]), (4, 35, [BOB])
-    film, clips = hear(tmp_path, models, "film.mkv", *shots, sound=sound)
+    extracted, clips = hear(tmp_path, models, "film.mkv", *shots, sound=sound)
 
     voice = {name for name, arrays in clips.items() if "audio" in arrays}
-    assert voice == {"film.s000.t00", "film.s002.t00"} and film.voices == 2
+    assert voice == {"film.s000.t00", "film.s002.t00"} and extracted.voices == 2
     assert len(clips) == 4 and all("face" in arrays for arrays in clips.values())
 
     # The face is visible for 4 s. A window of 1.6 s begins every 0.8 s. The first window is left
@@ -264,7 +269,7 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
     embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
-    wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))[1]
+    _, wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))  # two windows
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
 
     # Without the nets of voices, the other arrays are the same.
@@ -281,20 +286,21 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
     shots = (4, 20, [ADA]), (4, 60, [BOB])
     sound = tone(440, 8)
 
-    film, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
+    # The sound of the first shot is broken.
+    extracted, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
 
     assert [name for name, clip in clips.items() if "audio" in clip] == ["broken.s001.t00"]
-    assert film.lost_sound > 10 and not film.damaged and film.refused == 0
+    assert extracted.lost_sound > 10 and not extracted.damaged and extracted.refused == 0
 
     _, warnings = drawn.extract(tmp_path / "broken.mkv")
-    assert f"{film.lost_sound:,} pieces of sound could not be decoded" in warnings
+    assert f"{extracted.lost_sound:,} pieces of sound could not be decoded" in warnings
 
 
 @pytest.mark.slow
 def test_films_without_sound_have_no_voices(tmp_path, models):
     for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
-        film, clips = hear(tmp_path, models, f"{name}.mkv", (4, 20, [ADA]), sound=sound)
-        assert len(clips) == 1 and film.voices == 0 and film.lost_sound == 0
+        extracted, clips = hear(tmp_path, models, f"{name}.mkv", (4, 20, [ADA]), sound=sound)
+        assert len(clips) == 1 and extracted.voices == 0 and extracted.lost_sound == 0
 
 
 @pytest.mark.slow
@@ -305,8 +311,9 @@ def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_
     _, clips = hear(tmp_path, models, "film.mkv", *shots, unit="shot", **sound)
     assert {*clips} == {"film.s000", "film.s002"}
 
-    film, by_track = extract(tmp_path / "film.mkv", tmp_path / "tracks", models)
-    gone = max(each.end_s for each in film.tracks if each.shot == 0 and each.end_s < 7)
+    extracted, by_track = extract(tmp_path / "film.mkv", tmp_path / "tracks", models)
+    # Bob leaves. Ada stays until 8 s.
+    gone = max(each.end_s for each in extracted.tracks if each.shot == 0 and each.end_s < 7)
     begins = clips["film.s000"]["audio_number"]
     assert begins[0] == pytest.approx(gone * 1000, abs=1) and begins[0] > 1000 and len(begins) > 2
     for clip, same in {"film.s000": "film.s000.t01", "film.s002": "film.s002.t00"}.items():
@@ -327,6 +334,7 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
 
     # For each film a JSON file and a file of clips, and extract.json.
     assert written[0] == written[1] and len(written[0]) == 2 + 2 + 1
+    # A clip of Ada in each film.
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
 
 

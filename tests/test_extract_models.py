@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_centerface_decoder_follows_its_paper():
 
 
 def give_to_stride(stride, parts):
-    """Returns the outputs of a net, which has one for each part and stride.
+    """Returns the outputs of a net that has an output for each part and stride.
 
     The outputs of one stride contain the parts, and the outputs of the other strides are empty.
     """
@@ -108,6 +109,7 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
 
 
 def test_suppression_keeps_the_better_of_two_overlapping_faces():
+    """The oracle visits the faces in the order of their scores."""
     corner, size = rng(0).uniform(0, 60, (60, 2)), rng(1).uniform(5, 40, (60, 2))
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60
@@ -169,7 +171,7 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
 def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, width, factor):
     made_nets.write(tmp_path, "find", "face_detector")
     card = cards.load(tmp_path)["face_detector"]
-    detector = nets.Detector(card, size=max(height, width) // factor)
+    detector = nets.Detector(card, size=max(height, width) // factor)  # reduces large pictures
     side, corners = made_nets.FACE * factor, np.array([(8, 16), (40, 28)]) * factor
     image = np.zeros((height, width, 3), np.uint8)
     for x, y in corners:
@@ -186,31 +188,31 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 
 
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
-    """A card contains the answer of the net for an image that a formula gives."""
+    """A card contains four numbers of the answer of the net for an image that a formula gives."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.embedder_weights().astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)
-    np.testing.assert_allclose(answer, vector[0:4], rtol=1e-4)
+    np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
         card = cards.read(made_nets.write(tmp_path, test=test | {"tolerance": 0.01}, input=wrong))
-        refused(lambda card=card: nets.open_session(card), "face.json", "convert")
+        refused(partial(nets.open_session, card), "face.json", "convert")
 
 
 def test_error_names_a_net_that_does_not_match_its_card(tmp_path):
     for wrong in ({"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"size": [9, 8]}}):
         card = cards.read(made_nets.write(tmp_path, **wrong))
-        refused(lambda card=card: nets.Embedder(card), "face.onnx", "convert")
+        refused(partial(nets.Embedder, card), "face.onnx", "convert")
 
-    embedder = nets.Embedder(cards.read(made_nets.write(tmp_path, width=6)))
+    embedder = nets.Embedder(cards.read(made_nets.write(tmp_path, width=6)))  # the net gives 5
     refused(lambda: embedder(np.zeros((1, 8, 8, 3), np.uint8)), "face.json", "width")
     for decoder in ("yunet", "scrfd"):
         card = made_nets.write(tmp_path, "find", "face_detector", decoder=decoder)
-        detector = nets.Detector(cards.read(card))
-        refused(lambda find=detector: find(np.zeros((32, 32, 3), np.uint8)), "find.onnx")
+        detector = nets.Detector(cards.read(card))  # the outputs of the net are CenterFace's
+        refused(partial(detector, np.zeros((32, 32, 3), np.uint8)), "find.onnx")
 
 
 def write_card(text):
@@ -241,7 +243,8 @@ def test_error_names_the_role_that_a_folder_of_nets_lacks(tmp_path):
 
 
 def test_error_names_the_wrong_field_of_a_card(tmp_path):
-    for field, *changes in (
+    # A word of the error, and changes of the card that each cause the error.
+    for word, *changes in (
         ("colour", {"colour": "rgb"}, {"input": {"layout": "mels"}}, {"input": {"colour": None}}),
         ("format", {"format": 2}), ("role", {"role": "face"}), ("sha256", {"sha256": "0"}),
         ("file", {"file": "../face.onnx"}), ("yunet", {"decoder": "yunet"}),
@@ -259,7 +262,7 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
     ):  # fmt: skip
         for fields in changes:
             made_nets.write(tmp_path, **fields)
-            refused(lambda: cards.load(tmp_path), "face.json", field, "vidjax convert")
+            refused(lambda: cards.load(tmp_path), "face.json", word, "vidjax convert")
 
 
 PACKAGES = {
@@ -339,7 +342,7 @@ def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack
     pack(path, "other", b"another")
     fails(words, source["file"], "package")
 
-    # A package that is cut, and a package with 50 zeros.
+    # At each place, a package is cut or gets 50 zeros.
     pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
     whole = path.read_bytes()
     for place in (0, 50_000):
@@ -389,6 +392,7 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
     wanted = published.run(None, {"input.1": nets.prepare_images(images, card.input)})
     for expected, actual in zip(wanted, ask(images).values(), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
+    # An output has a cell for each 4 x 4 pixels.
     assert {x.shape[2:] for x in ask(images[:3].reshape(1, 32, 96, 3)).values()} == {(8, 24)}
 
 
@@ -421,7 +425,8 @@ def test_published_nets_name_a_person_in_a_photo(converted, tmp_path, command):
 def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
     rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
-    assert rates["first"] == [70, 70]  # 70 of 70 speakers are ranked first
+    assert rates["first"] == [70, 70]  # for 70 of 70 utterances, the speaker is the first answer
+    # At most 1 % of the strangers with whom the threshold was chosen reach it.
     assert rates["at_1_percent"]["right"] >= 0.85 and rates["at_1_percent"]["strangers"] <= 0.02
     assert rates["by_card"]["right"] >= 0.8
     assert rates["by_card"]["strangers"] <= 0.01 and rates["by_card"]["wrong"] == 0

@@ -73,7 +73,7 @@ def photo(kind, packet):
         options = {"pnginfo": (info := PngInfo())}
         info.add_itxt("XML:com.adobe.xmp", packet.decode(), zip=kind == "png, packed")
     elif kind == "tiff":
-        options = {"tiffinfo": {700: packet}}  # the tag of XMP
+        options = {"tiffinfo": {700: packet}}  # TIFF has XMP in the tag 700
     elif kind in ("heif", "avif"):
         pytest.importorskip("pillow_heif").register_heif_opener()
     picture.save(file, kind.partition(",")[0], **options)
@@ -89,7 +89,7 @@ def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
 def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
     rest = b"\0" * (9 << 20)
     assert boxes(tags_of(MWG + rest)) == boxes(tags_of(rest + MWG)) == TAGS
-    first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))
+    first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))  # its XMP has no face tag
     assert boxes(tags_of(first + photo("jpeg", MWG))) == TAGS
 
 
@@ -180,12 +180,14 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
 
         made = regions.Tags(tags, shape if shape_is_known else None)
         assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
+        # Without faces, both tags get -1.
         assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
     assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6).tolist() == []
 
 
 def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
-    # If the tag refers to the stored picture of 300 x 400 pixels, it is at the place of the face.
+    # If the tag refers to the stored picture of 300 x 400 pixels, it is at the place of the face. A
+    # square shape does not decide.
     face = np.array([[280, 30, 360, 90]])
     for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
@@ -193,6 +195,7 @@ def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
 
 
 def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
+    """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
 

@@ -60,9 +60,10 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
     for seed in range(5):
         rng = np.random.default_rng(seed)
         speed = rng.uniform(15, 25) * fps / 5 + 10
+        # They meet after 3 of 6 s. The second person is `below` pixels lower.
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
 
-        ended, owners = follow(people, 6, fps=fps, seed=seed)
+        ended, owners = follow(people, seconds=6, fps=fps, seed=seed)
         assert sorted(owners) == [[0], [1]], (seed, owners)
         assert all(len(track.times) >= 5 * fps for track in ended)
 
@@ -80,21 +81,23 @@ def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
 
 
 def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
-    person = [walk((100, 100), (20, 0))]
+    def gap_until(end_s):
+        return lambda person, time_s: 2 < time_s < end_s
+
     for end_s, numbers in ((2.7, [0]), (3.9, [0, 1])):
-        ended, _ = follow(person, 6, unseen=lambda n, time_s, end_s=end_s: 2 < time_s < end_s)
+        ended, _ = follow([walk((100, 100), (20, 0))], seconds=6, unseen=gap_until(end_s))
         assert [track.number for track in ended] == numbers
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     # In each frame of the pan, faces of 48 pixels move by 225 / 5 pixels.
-    ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], 3)
+    ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], seconds=3)
     assert sorted(owners) == [[n] for n in range(3)]
     assert [len(track.times) for track in ended] == [15] * 3
 
     speed = np.random.default_rng(0).uniform(-3, 3, 24)
     people = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
-    _, owners = follow(people, 8, noise=2)
+    _, owners = follow(people, seconds=8, noise=2)
     assert sorted(owners) == [[n] for n in range(24)]
 
 
@@ -152,6 +155,7 @@ def test_single_detection_is_a_track_if_its_picture_lasts_long():
 def test_track_continues_if_one_slow_frame_lacks_the_detection():
     for rate in (0.1, 24_000 / 24_024, 5.0):
         tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(rate))
+        # Frame 1 has no detection.
         assert [tracker.update(n / rate, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
 
 
@@ -181,6 +185,7 @@ def test_main_figure_follows_the_definition_of_the_paper():
         return [len(track.times) for track in shots.take_ended()]
 
     assert count_seen([[3, 1]] * 10) == [10] and count_seen([[2.9, 1]] * 10) == []
+    # Over 30 % of 10 frames: at least 4 frames.
     assert count_seen([[1]] * 4 + [[]] * 6) == [4] and count_seen([[1]] * 3 + [[]] * 7) == []
     # A shot has 5 to 150 frames.
     assert count_seen([[1]] * 5) == [5] and count_seen([[1]] * 4) == []
@@ -209,8 +214,8 @@ def test_track_is_split_where_another_person_appears():
     ):
         for seed in range(3):
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
-            assert tracks.find_changes(vectors, times, False, DLIB) == places
-            assert tracks.find_changes(vectors, times, False, None) == []
+            assert tracks.find_changes(vectors, times, held=False, back_end=DLIB) == places
+            assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
 
 
 def test_track_of_slow_pictures_is_split_at_every_other_person():
@@ -218,7 +223,7 @@ def test_track_of_slow_pictures_is_split_at_every_other_person():
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
-        assert tracks.find_changes(vectors, times, True, DLIB) == places
+        assert tracks.find_changes(vectors, times, held=True, back_end=DLIB) == places
 
 
 @pytest.mark.skipif(not TRACKS.exists(), reason="no tracks next to VIDJAX_REAL_DATA")
@@ -232,7 +237,7 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
         person = arrays["person"][low:high]
         count = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
-        places = tracks.find_changes(vectors, times, False, DLIB)
+        places = tracks.find_changes(vectors, times, held=False, back_end=DLIB)
         split[bool(count < 0.8 * len(person))].append(bool(places))
 
     assert len(split[True]) == 13 and sum(split[True]) >= 12
@@ -295,20 +300,22 @@ def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head
     profile[2, 0] += 40  # moves the nose beyond the right eye
     faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
 
-    np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 2 * 5.65 / 80])
+    # The eyes of the small face are 5.65 pixels apart; 40 pixels are full size.
+    np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 5.65 / 40])
     front, small, turned, side = align.measure_frontality(faces)
-    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small) and side == 0
+    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small)
+    assert side == 0
     none = np.zeros((1, 5, 2))
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1
 
 
 def test_sharpness_separates_detail_from_film_grain():
-    rng, sharp = np.random.default_rng(0), np.full((128, 128), 128.0)
+    rng, fine = np.random.default_rng(0), np.full((128, 128), 128.0)
     for cells in (4, 8, 16, 32):
-        sharp += np.kron(rng.normal(0, 24, (cells, cells)), np.ones((128 // cells, 128 // cells)))
-    soft = ndimage.uniform_filter(ndimage.uniform_filter(sharp, 7, mode="wrap"), 7, mode="wrap")
-    grain = rng.normal(0, 15, sharp.shape)
-    made = np.array([sharp, sharp + grain, soft, soft + grain, 0.2 * sharp, 128 + grain, 0 * sharp])
+        fine += np.kron(rng.normal(0, 24, (cells, cells)), np.ones((128 // cells, 128 // cells)))
+    blur = ndimage.uniform_filter(ndimage.uniform_filter(fine, 7, mode="wrap"), 7, mode="wrap")
+    grain = rng.normal(0, 15, fine.shape)
+    made = np.array([fine, fine + grain, blur, blur + grain, 0.2 * fine, 128 + grain, 0 * fine])
     crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
 
     sharp, grained, soft, soft_grained, dark, noise, black = align.measure_sharpness(crops)
@@ -478,7 +485,7 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
         seen(film_b, 3600.01, 3601), seen(photo, 0, 0),
     ]  # fmt: skip
 
-    cuts.write(tmp_path, appearances, [film_a, film_b, photo], 1.0)
+    cuts.write(tmp_path, appearances, [film_a, film_b, photo], padding_s=1.0)
 
     assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
     assert read_times(tmp_path / "Ada.edl") == [
@@ -494,14 +501,15 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
 
 
 def test_time_codes_of_rates_such_as_29_97_count_whole_frames(tmp_path):
-    # At 30000/1001 frames per second, 1000 s are 29970 frames: 999 s of 30 frames.
+    # At 30000/1001 frames per second, 1000 s are 29970 frames: 999 s of 30 frames. Other rates
+    # count as the nearest usual rate.
     for rate, times in (
         (29.98, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),
-        (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # means 24000/1001
+        (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # counts as 24000/1001
         (30, "00:16:40:00 00:33:20:00 00:00:00:00 00:16:40:00"),
     ):
         source = film("a.mp4", rate, 5000.0)
-        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], 0.0)
+        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], padding_s=0.0)
         assert read_times(tmp_path / "Ada.edl") == [times]
 
 
@@ -510,7 +518,7 @@ def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
     appearances = [seen(films[0], 1, 2)]
     appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(1000)]
 
-    cuts.write(tmp_path, appearances, films, 1.0)
+    cuts.write(tmp_path, appearances, films, padding_s=1.0)
 
     # A cut list has at most 999 events.
     for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
@@ -523,10 +531,12 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     source = film("a.mp4", 25)
     (tmp_path / "cuts").mkdir()
 
-    cuts.write(tmp_path / "cuts", [seen(source, 1, 2, name) for name in names], [source], 1.0)
+    appearances = [seen(source, 1, 2, name) for name in names]
+    cuts.write(tmp_path / "cuts", appearances, [source], padding_s=1.0)
 
     files = [path.name for path in (tmp_path / "cuts").iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
+    # 200 bytes and `.edl`.
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
 
 
