@@ -535,7 +535,7 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
         name: make_frames(lengths[name], max_frames=max(lengths[name]), dim=dim, seed=dim)
         for name, dim in sizes.items()
     }
-    clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, np.int32), np.ones(3, bool))
+    clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, bool), np.zeros(3, np.int32))
 
     def fused():
         specs = {name: config["fusion"].get(name, {}).get("evaluate") for name in sizes}
