@@ -157,6 +157,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert second["difference"] == pytest.approx(gaps.mean())
     assert second["error"] == pytest.approx(error)
     assert [second["low"], second["high"]] == pytest.approx(bounds)
+    # A comparison of groups computes no p-value, so the text has no p-value corrected by Holm.
     assert second["p"] is None and "seeds" in facts["method"]
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text

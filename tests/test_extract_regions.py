@@ -51,7 +51,7 @@ def boxes(parsed):
 
 def test_face_tags_of_each_photo_program_are_read(tags_of):
     for body in (
-        xmp.attributes(SPELLED) + xmp.microsoft([EVE]),  # digiKam
+        xmp.attributes(SPELLED) + xmp.microsoft([EVE]),  # digiKam; the tags of MWG have priority
         xmp.attributes(SPELLED, unit=""),  # Lightroom
         xmp.elements(SPELLED, bag="Bag").replace('"', "'"),  # Apple and ExifTool
         xmp.elements(SPELLED, resource=""),
@@ -61,6 +61,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
         microsoft = "mwg-rs" not in body
         parsed = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
         assert boxes(parsed) == TAGS and not parsed.problem, body
+        # Only the other format, MWG, stores the width and height of the picture.
         assert parsed.shape == (None if microsoft else (400, 300))
 
 

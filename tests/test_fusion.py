@@ -41,8 +41,10 @@ def test_number_of_fused_frames_follows_probs():
 @pytest.mark.slow
 def test_drawn_frames_are_weighted_by_quality():
     quality = np.asarray([1.0, 2.0, 4.0])
+    # The options draw 2 frames for each fused frame. All frames have the same probability.
     options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
-    expected = draw(3, quality, **options) * quality  # the same key draws the same frames
+    # `draw` returns the shares with equal weights. The same key draws the same frames.
+    expected = draw(3, quality, **options) * quality
     expected /= expected.sum(axis=1, keepdims=True)
 
     frames = one_hot_frames(quality)

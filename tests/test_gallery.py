@@ -143,7 +143,8 @@ def known_and_new_clips(count):
 
 
 def test_fpir_rule_names_no_clip_with_a_probability_of_one_half_or_less():
-    rule = answers_lib.NamingRule("fpir", -50.0, default=False, threshold=None, about="")
+    # The score, a log-probability, is very low, so only the limit of one half decides.
+    rule = answers_lib.NamingRule("fpir", score=-50.0, default=False, threshold=None, about="")
 
     np.testing.assert_array_equal(rule.names(np.log([1e-3, 0.5, 0.51])), [False, False, True])
 
@@ -309,9 +310,11 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
 
 def test_a_clip_without_any_part_shows_nobody():
     index = make_index()
-    nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))  # face and audio
+    nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))  # lacks face and audio
 
-    assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]  # 0.0: certainly a new person
+    # A person who is not enrolled has the log-probability 0. The list of enrolled people is empty.
+    assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]
+    # Entry 0 of `search` is a person who is not enrolled. All other log-probabilities are -inf.
     assert [logs[1:].max() for logs in index.search(nothing)] == [-np.inf]
 
 

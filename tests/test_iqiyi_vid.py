@@ -156,7 +156,10 @@ MODALITIES = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
 def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
-    """Only faces have all clips, and scores. Clips have 0 to 300 frames."""
+    """Faces have all 20 clips and scores. The other modalities have 10 clips and no scores.
+
+    Clips have 0 to 300 frames.
+    """
     from vidjax.data.records.codec import tfds
 
     rng, clips = np.random.default_rng(0), {}
@@ -184,6 +187,7 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
     for name, modality in MODALITIES.items():
         by_reader = reader.frames(name, places, messages)
         for row, place in enumerate(places):
+            # If the modality lacks the clip, the clip is read with 0 frames.
             clip = clips[name].get(names[place], random_clip(rng, 0, *modality))
             if name != "face":  # without scores, quality is 0 and detection is 1
                 clip = clip._replace(quality=0 * clip.quality, detection=clip.quality**0)

@@ -180,6 +180,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
         hidden = {"train": np.isin(np.arange(96), clips), "val": np.zeros(60, bool)}
         return small.Spoilt(data, hidden, np.nan)
 
+    # A warning comes with a line of the log. After step 5, step 10 is the next step with a line.
     with pytest.warns(UserWarning, match="1 steps up to step 10 were skipped"):
         small.run(config, tmp_path / "one", with_nan(sixth))
     assert all(np.isfinite(value).all() for value in small.weights(tmp_path / "one").values())

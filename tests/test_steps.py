@@ -283,7 +283,8 @@ def test_is_argmax_equals_numpy_argmax():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 4, (500, 6)).astype(np.float32)  # ties
     scores[rng.random(scores.shape) < 0.2] = -np.inf
-    scores[0], column = -np.inf, rng.integers(0, 6, 500).astype(np.int32)
+    scores[0] = -np.inf  # all scores are equal
+    column = rng.integers(0, 6, 500).astype(np.int32)
     is_best = jax.jit(losses.is_argmax)(scores, column)
     np.testing.assert_array_equal(is_best, np.argmax(scores, axis=1) == column)
     # Unlike np.argmax, a row of NaN has no best column.

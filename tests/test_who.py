@@ -182,7 +182,7 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
 
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
-    """Each photo that is not in the folder of a person is another person, named Ada_1 and Ada_2."""
+    """A photo that is in no folder of a person counts as a person. Its file name is the name."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
     assert "each photo in" in drawn.who(write_group(drawn))[1]

@@ -111,7 +111,7 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
 def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     photo, out = drawn.folder / "photo.png", drawn.out
     write_photo(photo, ("Ada", 20, 20))
-    inputs = [photo, drawn.film(), photo]
+    inputs = [photo, drawn.film()]
 
     with file_limit(1500):  # room for extract.json, but not for the clips of the film
         _, stderr = drawn.extract(*inputs, flags=["--workers=1"], code=2)

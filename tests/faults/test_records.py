@@ -105,7 +105,11 @@ def verify(records):
 
 @pytest.mark.slow
 def test_every_reader_reports_the_damaged_file_and_record(records, source):
-    """A shard is damaged after it was opened, with or without a new size and time."""
+    """A shard is damaged after `records` was made.
+
+    Readers get `records`, with the earlier size and time of the shard, and then a copy with the
+    size and time of the damaged shard.
+    """
     shard = shards_of(records)[5]
     whole = shard.path.read_bytes()
     places = boundaries(whole)
@@ -160,8 +164,8 @@ def test_random_damage_of_shards_is_found_when_they_are_read(records, source, tm
             for error in (problem, refused(read)):
                 assert str(path) in error and ("record" in error or "sha256" in error)
 
-    # Another shard takes the place of the shard, or the same shard of another conversion: its
-    # clips have the same names and lengths, but other features.
+    # First, another shard takes the place of the shard. Then, the same shard of another conversion
+    # takes the place. Its clips have the same names and lengths, but other features.
     stale = prepare(write_source(tmp_path / "other", 1), tmp_path / "other cache")
     for other in (second, shards_of(stale)[0].path):
         path.unlink()

@@ -307,8 +307,8 @@ class Predictor(NamedTuple):
     def model_for(self, request: Request) -> TrainedModel:
         """Returns the model that answers a request.
 
-        Its `training_sets` say which members of an ensemble were trained on which clips of the
-        request. Only the other members score such a clip.
+        The field `training_sets` of the model lists which members of an ensemble were trained on
+        which clips of the request. A member that was trained on a clip does not score the clip.
         """
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)

@@ -357,8 +357,8 @@ class NetVLAD(nn.Module):
         Args:
           features: [B, T, D] float.
           mask: [B, T] bool, True for real frames. Only these count in the batch statistics.
-          train: if True, BatchNorm uses the batch statistics, and the running statistics in
-            `batch_stats` are updated (the collection is mutable).
+          train: if True, BatchNorm uses the batch statistics, and updates the running statistics in
+            `batch_stats`. The collection `batch_stats` must then be mutable.
         """
         for norm in self.norms:
             check_choice("NetVLAD norm", norm, ("batch", "l2"))

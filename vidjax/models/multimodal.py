@@ -179,8 +179,8 @@ class MultimodalIdentifier(Identifier):
 class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map a mean of all vectors, weighted by correlation.
 
-    The feature map is [B, M, D], a vector per row. The X in R^{D x M} of the paper is its
-    transpose. The indices of Y[b, i, j] are i and j of the paper.
+    The feature map is [B, M, D], a vector per row. In the paper, the feature map is the transpose,
+    X in R^{D x M}. Y[b, i, j], the weights [B, M, M], has the indices i and j of the paper.
 
     Attributes:
       dim: width of the space in which correlations are computed, D~ in the paper.

@@ -295,7 +295,11 @@ class _Ratios(NamedTuple):
 
 
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
-    """Computes the log-likelihood ratios of the held-out clips for given shares of shrinkage."""
+    """Computes the log-likelihood ratios of the held-out clips.
+
+    `within` and `between` are the shares of the two covariances that are replaced by multiples of
+    the identity matrix, see `two_covariance.make_space`.
+    """
     ratios = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)

@@ -82,10 +82,11 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses whose weight is above 0 at some epoch.
+    """Returns the names of the losses of the logits whose weight is above 0 at some epoch.
 
-    `GAMMA` and `SMOOTHING` remove the losses of vidjax that do not read a field. If a loss remains,
-    such as a loss that a user has added, the field is read.
+    `GAMMA` uses these names to decide whether `loss.gamma` is read, and `SMOOTHING` to decide
+    whether `loss.label_smoothing` is read. Both remove the losses of vidjax that do not read the
+    field. If a loss remains, the field is read. A loss that a user has added always remains.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()

@@ -362,8 +362,8 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
     """Computes the loss weight [N] of each clip.
 
     The weight is the product of two factors. The first factor depends on the class of the clip, see
-    `data.balance`. The second factor is the number of the clip in the file `data.weights`. `labels`
-    are the class columns of the clips, and `clips` are their names.
+    `data.balance`. The second factor is the weight of the clip in the file `data.weights`. `labels`
+    are the class columns of the clips, and `clips` are the names of the clips.
     """
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)

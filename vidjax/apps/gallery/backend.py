@@ -615,7 +615,10 @@ class Index:
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
-        """Computes the logits [R] float64 of R pairs of a person and a clip, by their indices."""
+        """Computes the logits [R] float64 of R pairs of a person and a clip.
+
+        `rows` [R] are the indices of the people. `owner` [R] are the indices of the clips.
+        """
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
         for place in np.unique(places).tolist():

@@ -221,7 +221,11 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Creates subfolders, and removes unwanted features; returns the stem of each path's clips."""
+    """Creates the subfolders of `out`, and removes the features that `drop` names.
+
+    If `pictures` is False, all thumbnails are removed. Returns a dict, file -> stem. The names of
+    the clips of a file begin with the stem.
+    """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)

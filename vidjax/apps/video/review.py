@@ -295,7 +295,10 @@ class _Pages:
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
-        """Raises HTTPException if the secret word is wrong, or another page sends a change."""
+        """Raises HTTPException if the secret word or the host is wrong.
+
+        Also raises HTTPException if the page of another website sends a change (POST).
+        """
         headers, given = request.headers, request.path_params["token"]
         if not hmac.compare_digest(given.encode(), self._token.encode()) or (
             headers.get("host") not in self._hosts

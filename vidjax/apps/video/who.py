@@ -126,7 +126,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns numbers in which `groups` are one person, with the lowest of their numbers."""
+        """Returns a copy in which `groups` are one person, who gets their lowest number."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
@@ -308,7 +308,11 @@ def _update_people(
 def _read_photos(
     photos: Mapping[str, Sequence[Path]], out: Path, workers: int, options: Mapping[str, Any]
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts features from the photos of all people; returns the outcomes of each folder."""
+    """Extracts features from the photos of all people.
+
+    The features of a person are written to the folder `out / name`. Returns a dict, folder -> the
+    outcomes of the photos of the person.
+    """
     groups: list[dict[Path, Sequence[Path]]] = [{}]
     for name, paths in photos.items():
         if sum(map(len, groups[-1].values())) >= pipeline.BATCH_PHOTOS:

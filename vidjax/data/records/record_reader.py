@@ -138,8 +138,9 @@ class Reader:
     ) -> dict[str, list[np.ndarray]]:
         """Decodes the frames of the records `places` [n] in the modality `name`.
 
-        `messages` is the result of `read(places)`. Returns a dict, field -> an array for each
-        record with t frames. Features are [t, D], and other fields are [t].
+        `messages` is the result of `read(places)`. Returns a dict, field -> a list of n arrays, one
+        for each record. If a record has t frames, its array of features is [t, D], and its arrays
+        of the other fields are [t].
         """
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)
