@@ -364,7 +364,7 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
 
     # A film that no longer exists stays in the results until --prune.
     moved.unlink()
-    assert "1 film cannot be found, such as the party.mkv: --prune" in drawn.who(other)[1]
+    assert "1 film cannot be found, such as the party.mkv: to delete" in drawn.who(other)[1]
     assert f"{moved} no longer exists" in drawn.who(other, flags=["--prune"])[1]
     assert films() == ({"party.mkv"}, {"party"})
     assert not list((drawn.out / "features").glob("party.s002*"))
