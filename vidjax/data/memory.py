@@ -17,7 +17,16 @@ from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import group_files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
-from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split, make_batch, pad, split_blocks
+from vidjax.data.clips import (
+    SPLITS,
+    EvalPlan,
+    Modality,
+    Split,
+    TrainingData,
+    make_batch,
+    pad,
+    split_blocks,
+)
 from vidjax.data.frame_fields import PackedClips, Quality, compute_feature_norms
 from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
 from vidjax.data.untrusted import sandbox
@@ -73,12 +82,15 @@ class MemoryClips:
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
         zeros = np.zeros(len(names), np.int32)
-        lengths = {name: staged.lengths.get(name, zeros) for name in modalities}
-        positives = np.zeros(len(self.identities), np.int64)
         self._split = Split(
-            "clips", staged.clips, zeros, labelled=False, positives=positives, num_others=0,
-            lengths=lengths,
-        )  # fmt: skip
+            name="clips",
+            clips=staged.clips,
+            labels=zeros,
+            labelled=False,
+            positives=np.zeros(len(self.identities), np.int64),
+            num_others=0,
+            lengths={name: staged.lengths.get(name, zeros) for name in modalities},
+        )
 
     @classmethod
     def from_dict(
@@ -244,6 +256,10 @@ def _warn_of_unused(modality: str, flat: PackedClips) -> None:
             f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
             "it is replaced by 0"
         )
+
+
+# The forms of clips that `Predictor` and `Gallery` accept. A dataset also needs a split.
+FrameClips = Clips | TrainingData | MemoryClips
 
 
 def load_clips(

@@ -96,8 +96,8 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
             import pyarrow
             from pyarrow import parquet
 
-            names = ("string", "large_string", "binary", "large_binary")
-            kinds = [getattr(pyarrow, name)() for name in names]
+            string, binary = pyarrow.string(), pyarrow.binary()
+            kinds = (string, pyarrow.large_string(), binary, pyarrow.large_binary())
             file = parquet.ParquetFile(opened)
             columns = [x for x in file.schema_arrow if x.name in TEXT_COLUMNS and x.type in kinds]
             for name in (*COLUMNS, *OPTIONAL_COLUMNS):

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from vidjax.core import devices, ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data.clips import ClipSource, TrainingData
-from vidjax.data.memory import MemoryClips, load_clips
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import topk
@@ -42,7 +42,6 @@ from vidjax.utils.errors import UserError, check_argument, warn
 
 SMALL_REQUEST = 4  # most clips of a small request, and rows of its block
 THRESHOLD = "threshold_at_fpir_0.01"  # key in `metrics.json`
-AnyClips = Clips | TrainingData | MemoryClips  # the forms that the docstring of `Predictor` lists
 Advance = Callable[[int], None]  # receives the number of rows of a finished block
 
 
@@ -141,7 +140,7 @@ class Predictor(NamedTuple):
 
     def identify(
         self,
-        clips: AnyClips,
+        clips: FrameClips,
         k: int = 1,
         threshold: float | None = None,
         *,
@@ -192,7 +191,7 @@ class Predictor(NamedTuple):
             ]
         return names_of
 
-    def scores(self, clips: AnyClips, *, split: str | None = None) -> np.ndarray:
+    def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
 
         Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
@@ -208,7 +207,7 @@ class Predictor(NamedTuple):
         return scores[request.clip_index]
 
     def rank(
-        self, clips: AnyClips, *, split: str | None = None, advance: Advance = ignore_count
+        self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
@@ -230,7 +229,7 @@ class Predictor(NamedTuple):
         return topk.convert_to_lists(self.identities, names, top)
 
     def embed(
-        self, clips: AnyClips, *, split: str | None = None, advance: Advance = ignore_count
+        self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
@@ -279,7 +278,7 @@ class Predictor(NamedTuple):
         quality = self.config.data.quality
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
-    def request(self, clips: AnyClips, split: str | None) -> Request:
+    def request(self, clips: FrameClips, split: str | None) -> Request:
         """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):

@@ -73,8 +73,12 @@ class RunFolder:
         """
         trained_split = str(self._config.eval.split)
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
-        endings = ("metrics{}.json", "ranking{}.txt", "analysis{}.npz", "report{}.html")
-        return ResultPaths(*(self.path / name.format(suffix) for name in endings))
+        return ResultPaths(
+            self.path / f"metrics{suffix}.json",
+            self.path / f"ranking{suffix}.txt",
+            self.path / f"analysis{suffix}.npz",
+            self.path / f"report{suffix}.html",
+        )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
         """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without the file.

@@ -176,7 +176,8 @@ def take_member_step(
     `step` [] int32 is the number of earlier steps. `learned` has the fields of the state that a
     step changes, without the axis E.
     """
-    keys = jax.random.split(jax.random.fold_in(inputs[0], step), 4)
+    member_rng, *_ = inputs
+    keys = jax.random.split(jax.random.fold_in(member_rng, step), 4)
     fuse_rng, dropout_rng, modality_rng, transform_rng = keys
     clips = _transform_and_fuse(system, fuse_rng, batch, inputs)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))

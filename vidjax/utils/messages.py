@@ -49,14 +49,20 @@ class Result(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that accepts no abbreviated flags and raises UserError for a mistake.
+    """A parser that accepts no abbreviated flags and raises UserError for a mistake."""
 
-    `texts` are the arguments `usage`, `description` and `epilog` of `argparse.ArgumentParser`.
-    """
-
-    def __init__(self, prog: str, **texts: str | None):
+    def __init__(
+        self,
+        prog: str,
+        *,
+        usage: str | None = None,
+        description: str | None = None,
+        epilog: str | None = None,
+    ):
         layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, **texts, formatter_class=layout, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+        super().__init__(
+            prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
+        )
         self.example = ""
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
@@ -305,11 +311,13 @@ def get_exit_code(error: Exception) -> int | None:
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:
     """Prints a warning without the line of code. It replaces `warnings.showwarning`."""
+    del args, kwargs
     print_problem(f"warning: {message}")
 
 
 def stop_at_once(signum: int, frame: object) -> None:
     """Ends the process immediately with exit code 128 + `signum`. It is a signal handler."""
+    del frame
     # An exception would be lost during an import or in the callback of a library.
     os.write(2, b"vidjax: stopped\n")
     os._exit(128 + signum)

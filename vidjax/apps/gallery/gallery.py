@@ -64,7 +64,7 @@ from vidjax.apps.gallery.store import (
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import MemoryClips, load_clips
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.untrusted.names import find_similar_names, normal_form, show
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
@@ -77,10 +77,8 @@ if TYPE_CHECKING:
     from vidjax.core.batch import Batch
     from vidjax.data.clips import ClipSource
     from vidjax.data.frame_fields import Quality
-    from vidjax.data.packing import Clips
     from vidjax.evaluation.predict import Predictor
 
-FrameClips: TypeAlias = Union["Clips", TrainingData, MemoryClips]
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 256  # clips that are scored together
 EMBED_ROWS = 32  # clips that are embedded together
@@ -459,10 +457,7 @@ class Gallery:
                 return
             state, people = draft.state()
             if draft.refits:
-                clips, widths = state.clips.items(), state.index.backend.widths
-                backend = fit_backend(state.clips, widths, centred=state.run.centred)
-                fitted = {n: clip._replace(fitted=clip.identity is not None) for n, clip in clips}
-                state = _state(state.version, state.run, backend, fitted)
+                state = _refit(state)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
@@ -1027,6 +1022,15 @@ def fit_backend(
         for some in ([names[:1] for names in films.values()], films.values())
     )
     return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
+
+
+def _refit(state: State) -> State:
+    """Returns the same content with a back end that is fitted to its clips."""
+    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
+    clips = {
+        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
+    }
+    return _state(state.version, state.run, backend, clips)
 
 
 def _state(

@@ -288,8 +288,8 @@ class ClipBuilder:
         vectors = embed(np.array([x.parts["face"][1] for x in faces]))
         times = np.array([x.time_s for x in faces])
         back_end = embed.card.back_end if split else None
-        held = float(np.median(np.subtract(track.ends, track.times))) > self._held
-        places = find_changes(vectors, times, held, back_end)
+        sighting_s = float(np.median(np.subtract(track.ends, track.times)))
+        places = find_changes(vectors, times, sighting_s > self._held, back_end)
         middles = [float(times[place - 1 : place + 1].mean()) for place in places]
         vector_of = {x.number: vector for x, vector in zip(faces, vectors, strict=True)}
         parts = np.searchsorted(middles, [x.time_s for x in sightings])

@@ -101,12 +101,21 @@ def unpack(
         raise UserError(f"'{path}' is not a regular file: put a file there, or rename it")
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
-    arguments = {"path": str(path), "modality": modality, "out_dir": str(out_dir)}
-    arguments["non_finite"] = non_finite
-    memory, seconds = 512 * MB + 4 * size, CPU_SECONDS + size // CPU_BYTES_PER_SECOND
-    limits = {"memory_bytes": memory, "cpu_seconds": seconds}
+    arguments = {
+        "path": str(path),
+        "modality": modality,
+        "out_dir": str(out_dir),
+        "non_finite": non_finite,
+    }
     try:
-        summary = processes.run_limited(__name__, path, arguments, **limits, children=children)
+        summary = processes.run_limited(
+            __name__,
+            path,
+            arguments,
+            memory_bytes=512 * MB + 4 * size,
+            cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
+            children=children,
+        )
         return PackedClips.from_flat_files(out_dir, summary)
     except BaseException:
         for field in STORED:
