@@ -70,9 +70,9 @@ NPZ_TYPES = ("application/x-npz", "application/zip", "application/octet-stream")
 ClipJson = Annotated[
     dict[str, str | float | list[float | list[float]]],
     Meta(
-        description="The field clip is the name of the clip. The other fields are modalities, such "
-        "as face, with their frames [T, D]. Fields of the frames, such as face_quality [T], are "
-        "optional.",
+        description="The field clip is the name of the clip. Every other field is a modality, such "
+        "as face: a list of T frames with D features each. A number for each frame, such as "
+        "face_quality, is optional.",
         extra_json_schema={
             "required": ["clip"],
             "properties": {"clip": {"type": "string", "minLength": 1}},
@@ -94,10 +94,9 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
-    """A request to enrol clips.
+    """A request to enrol clips. It has `identity`, `identities` or `strangers`, but only one.
 
     Attributes:
-      clips: the clips.
       identity: the person that all clips show.
       identities: clip -> person, if the clips show several people.
       strangers: True if the clips show people who must not get a name.
@@ -200,7 +199,7 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def run_lifespan(self, app: object) -> AsyncIterator[None]:
-        """Compiles the programs when the server has started; stops the threads when it ends."""
+        """Compiles the programs after the server has started. Stops the threads before it ends."""
         del app
         warm = asyncio.create_task(self._warm())
         yield
@@ -214,7 +213,7 @@ class Application:
         try:
             for model, batcher in self.served.values():
                 await batcher.run(model.warm)
-        except Exception as error:  # `live` then reports a failure, so a platform can restart us
+        except Exception as error:  # then `live` fails, so Kubernetes can restart the server
             self.broken = True
             LOG.error("cannot answer: %s", one_line(str(error)))
             return
@@ -302,14 +301,14 @@ class Application:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
         clips, body = await self._read(request, EnrolRequest)
         if (body.identity is not None) + (body.identities is not None) + body.strangers != 1:
-            text = "send one of the fields identity, identities ({clip: name}) and strangers (true)"
+            text = "send either identity, identities ({clip: name}) or strangers (true)"
             raise unprocessable(text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
         for name in identities.values() if body.identity is None else [body.identity]:
             clean_identity(name)
         if stray := identities.keys() - clips.keys():
-            text = f"identities names the clip '{show(min(stray))}', which is not in clips: send it"
+            text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
             raise unprocessable(text)
         self._check_ready()
         gallery = self.people.gallery
@@ -383,10 +382,11 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads clips from a request whose body is JSON of the type `kind`, or an `.npz` file.
+        """Reads a request to identify or enrol clips.
 
-        Returns clip -> modality -> field -> frames, and a `kind` with the other fields of the
-        request.
+        Returns clip -> modality -> field -> array [T, ...] of T frames, and the other fields of the
+        request as an object of the type `kind`. The body is either JSON with all fields, or an
+        `.npz` file with a clip; then the other fields are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -431,7 +431,7 @@ class Application:
 
 
 def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Converts a query, name -> value, to the type `kind`. Strings may become numbers."""
+    """Converts a query, name -> value, to the type `kind`. Text such as "5" becomes a number."""
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
@@ -441,12 +441,11 @@ def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 
 def _check_clips(
     clips: Sequence[Clip], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, dict[str, Frames]]:
-    """Checks the clips of a request, and removes modalities that the gallery does not use.
+    """Returns the clips of a request, clip -> modality -> field -> array [T, ...] of T frames.
 
-    `widths` are modality -> width of its features in the gallery. Returns clip -> modality -> field
-    -> frames, with the names of the clips in the request. Raises Refused if two clips have the same
-    name, a clip has no modality of the gallery, a clip has too many frames, or frames have a wrong
-    width or are not finite.
+    Modalities that the gallery does not use are left out. `widths` are modality -> width of its
+    features in the gallery. Raises Refused if two clips have the same name, a clip has no modality
+    of the gallery, a clip has too many frames, or frames have a wrong width or are not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -557,9 +556,9 @@ def describe(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens at an address. Port 0 stands for any free port.
+    """Opens a socket that listens at an address; raises UserError if the address cannot be used.
 
-    Raises UserError if the address cannot be used.
+    Port 0 stands for any free port.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -597,7 +596,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends within `limits.end_seconds` after a signal in any case."""
+    """A uvicorn server that ends at most `limits.end_seconds` after a signal, even if it hangs."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))
@@ -611,7 +610,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process immediately. An unfinished change of the gallery is undone later."""
+        """Ends the process immediately. The next process undoes an unfinished change."""
         LOG.error("ended before its work was finished")
         os._exit(1)
 
@@ -619,8 +618,8 @@ class Server(uvicorn.Server):
 def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
     """Answers requests until SIGINT or SIGTERM.
 
-    Returns False if the server could not start, or if it ended before all requests were answered.
-    If a thread hangs, the process ends with exit code 1.
+    Returns True if all requests were answered, and False if the server could not start or has cut
+    off requests. If a thread hangs after the signal, the process ends with exit code 1.
     """
     for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -22,6 +22,8 @@ LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several
 
 
 class _Waiting(NamedTuple, Generic[Q, A]):
+    """A question about `size` clips that waits for an answer."""
+
     question: Q
     size: int
     answer: "asyncio.Future[A]"
@@ -149,7 +151,7 @@ class Changes:
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1
         if not work.cancelled():
-            work.exception()  # asyncio logs errors that are never read, also if the client has gone
+            work.exception()  # otherwise asyncio logs the error if the client has gone
 
     def stop(self) -> None:
         """Waits for all changes, and ends the thread."""

@@ -43,8 +43,10 @@ SEE_LOG = ": see the log"
 # Type of an error -> status and text of the answer, and seconds until the client may try again.
 REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
     NotEnrolledError: (HTTPStatus.NOT_FOUND, "no such name is enrolled", None),
-    NobodyError: (HTTPStatus.CONFLICT, "nobody is enrolled in the gallery", None),
-    InUseError: (HTTPStatus.SERVICE_UNAVAILABLE, "another process is changing the gallery", 1),
+    NobodyError: (HTTPStatus.CONFLICT, "nobody is enrolled in the gallery: enrol clips", None),
+    InUseError: (
+        HTTPStatus.SERVICE_UNAVAILABLE, "another process is changing the gallery: try again", 1
+    ),
     UnreadableError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be read" + SEE_LOG, None),
     UnwritableError: (
         HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
@@ -56,7 +58,7 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """The limits of a server. Names ending in `_bytes` are sizes, and in `_seconds` times.
+    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds.
 
     Attributes:
       body_bytes: size of a binary body, and of the arrays of an `.npz` file as float32.
@@ -70,8 +72,8 @@ class Limits(NamedTuple):
       waiting_changes: number of enrolments and removals that wait.
       connections: number of open connections.
       answer_seconds: time from the end of the body to the answer.
-      change_seconds: additional time for a change of the gallery, because a removal may fit the
-        parameters again.
+      change_seconds: additional time for a change of the gallery. After a removal, the parameters
+        of the gallery may be fitted to the remaining clips, which can take minutes.
       request_seconds: time to receive a body, and the same time again to send the answer.
       idle_seconds: time until an idle connection is closed.
       drain_seconds: time for unfinished requests after a signal.
@@ -114,8 +116,8 @@ class ServerMetrics:
 class Refused(Expected):
     """An error that the server sends to a client.
 
-    It has an HTTP status and a message of a single line. `retry_after` is the number of seconds
-    after which the client may try again, or None.
+    Long messages are cut, see `one_line`. `retry_after` is the number of seconds after which the
+    client may try again, or None if trying again cannot help.
     """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
@@ -130,7 +132,7 @@ class Refused(Expected):
 
 
 def one_line(text: str) -> str:
-    """Joins the lines of a message into a line, which is cut after 300 letters."""
+    """Joins the lines of a message by "; ", and cuts the text after 300 letters."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     return line if len(line) <= 300 else line[:300] + "..."
 
@@ -229,8 +231,8 @@ def _too_large(limit: int) -> Refused:
 class Guard:
     """An ASGI application that protects another application.
 
-    It checks the sender of each request, limits the time and memory of answers, and counts them.
-    Every error becomes an answer `{"error": "one line"}`.
+    It checks the sender of each request, limits the time and memory of answers, and counts the
+    requests. Every error becomes an answer `{"error": "one line"}`.
     """
 
     def __init__(
@@ -322,7 +324,8 @@ class Guard:
 def to_refusal(error: Exception) -> Refused:
     """Converts an exception to the error that is sent to the client.
 
-    If the message contains paths or describes an internal error, it is logged and not sent.
+    The client gets the message of an error that the request has caused. All other messages may
+    contain paths or names of people, so the client gets a general text instead.
     """
     if isinstance(error, Refused):
         return error

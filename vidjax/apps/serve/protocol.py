@@ -28,15 +28,15 @@ Sizes = Annotated[list[Annotated[int, Meta(ge=0, le=1 << 30)]], Meta(min_length=
 DEFAULT_K = 5
 K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities per clip")]
 Fpir = Annotated[
-    float, Meta(gt=0, lt=1, description="the largest share of strangers who may get a name")
+    float, Meta(gt=0, lt=1, description="the largest share of strangers who may wrongly get a name")
 ]
 Probability = Annotated[
-    float, Meta(gt=0, le=1, description="the lowest probability of a name; it replaces fpir")
+    float, Meta(gt=0, le=1, description="the lowest probability of a name, instead of fpir")
 ]
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. If both are None, it is the gallery's default rule."""
+    """The rule by which a clip gets a name. Without values, the default of the gallery is used."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -53,13 +53,16 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input tensor. If the size is None, the values are in `Tensor.data`."""
+    """The parameters of an input tensor, such as its number of bytes after the JSON.
+
+    If `binary_data_size` is None, the values are in `Tensor.data` instead.
+    """
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
 class Tensor(Struct):
-    """An input tensor. The values are in `data`, or are bytes after the JSON."""
+    """An input tensor. The values are either in `data`, or bytes after the JSON of the request."""
 
     name: Name
     shape: Sizes
@@ -169,21 +172,23 @@ def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an i
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise unprocessable(show(str(error))) from None
     except RecursionError:
-        raise unprocessable("the JSON is nested too deep") from None
+        raise unprocessable("the JSON is nested too deep: see /openapi.json") from None
 
 
 def _read_header_size(body: bytes, header_length: str | None) -> int:
     if header_length is None:
         return len(body)
     if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 12):
-        raise unprocessable("Inference-Header-Content-Length is not a number")
+        raise unprocessable(f"the header {HEADER} must be the number of bytes of the JSON")
     if int(header_length) > len(body):
-        raise unprocessable("Inference-Header-Content-Length is larger than the body")
+        raise unprocessable(
+            f"the header {HEADER} is larger than the body: send the size of the JSON"
+        )
     return int(header_length)
 
 
 def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
-    """Parses the values of a tensor in JSON, a flat or a nested list. Returns them as [N]."""
+    """Returns the values of a tensor as a flat array. In JSON, they are a flat or a nested list."""
     kind: Any = bool if dtype.kind == "b" else float
     nested: Any = kind
     for _ in tensor.shape:

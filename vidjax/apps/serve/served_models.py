@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
     from vidjax.evaluation.predict import Predictor
 
 TABLE_CLIPS = 512  # see `RunModel.answer_batch`
-Frames = Mapping[str, np.ndarray]  # field -> [T, ...]
+Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
 
 
@@ -31,10 +31,9 @@ class Question(NamedTuple):
     """Clips to identify or to score.
 
     Attributes:
-      clips: name -> modality -> field -> [T, ...]. A field is, for example, `features`.
+      clips: name of the clip -> modality -> frames.
       k: the largest number of identities per clip.
-      fpir, threshold: decide who gets a name, see `Gallery.identify`. The net of a run ignores
-        them.
+      fpir, threshold: decide which clips get a name, see `Gallery.identify`. A run ignores both.
     """
 
     clips: Mapping[str, Mapping[str, Frames]]
@@ -47,8 +46,7 @@ class Identified(NamedTuple):
     """The answers of a gallery for N clips, and the vectors of the clips.
 
     Attributes:
-      answers: N answers.
-      vectors: [N, sum of D] float32, the joined vectors of all modalities.
+      vectors: [N, D] float32. A row contains the vectors of all modalities, one after the other.
     """
 
     answers: list[Answer]
@@ -56,7 +54,7 @@ class Identified(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scores of a run for N clips and C classes, and the vectors of the clips.
+    """The scores of a run for N clips and C identities, and the vectors of the clips.
 
     Attributes:
       scores: [N, C] float32.
@@ -80,7 +78,7 @@ def list_inputs(model: "Model") -> list[Spec]:
 def make_question(
     model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
-    """Makes a question from the input tensors of a request, name -> array.
+    """Makes a question from the input tensors of a request, name -> array [clips, frames, ...].
 
     Frames whose mask is False are left out. Raises Refused if there are too many clips or frames, a
     tensor has a wrong shape or is missing, or a frame is not finite.
@@ -187,7 +185,7 @@ class GalleryModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors. `embedding` contains the joined vectors of all modalities."""
+        """The output tensors. `embedding` contains the vectors of all modalities of a clip."""
         width = sum(self.gallery.backend.widths.values())
         return (
             Spec("identity", "BYTES", (-1,)),
@@ -214,9 +212,9 @@ class GalleryModel:
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
         """Converts an answer to the output tensors, name -> array.
 
-        They are identity [N], identities [N, K], scores [N, K] and embedding [N, D], where K is the
-        smaller of `k` and the number of people. The identity of an unknown person is empty. If a
-        clip has fewer than K identities, the others are empty and have the score -inf.
+        For N clips, they are identity [N], identities [N, K], scores [N, K] and embedding [N, D]. K
+        is at most `k` and the number of people. The identity of an unknown person is empty. If a
+        clip has fewer than K identities, the remaining names are empty and have the score -inf.
         """
         most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))
@@ -261,7 +259,7 @@ class RunModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors, with the number of classes and the width of the embedding."""
+        """The output tensors."""
         return (
             Spec("scores", "FP32", (-1, len(self.run.identities))),
             Spec("identities", "BYTES", (-1, -1)),
@@ -301,8 +299,8 @@ class RunModel:
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
         """Converts an answer to the output tensors, name -> array.
 
-        They are scores [N, C], identities [N, K] with the best K classes, and embedding [N, D]. If
-        a clip has no score for a class, the name of the class is empty.
+        For N clips and C identities, they are scores [N, C], the names of the K best identities
+        [N, K], and embedding [N, D]. A name is empty if the clip has no score for the identity.
         """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
