@@ -1,12 +1,14 @@
 """Writes a run or a gallery in the formats of `vidjax export`.
 
-Each format is a function that writes a file, and also loads it with the runtime of the format, so
-that the results can be compared with vidjax.
+Each format is a function that writes a file, and also loads the file with the runtime of the
+format, so that the results can be compared with vidjax.
 
 The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
 scores clips:
 
-    scale, unenrolled, stranger  [E], see `two_covariance.Settings`
+    scale                        [E], a factor of the log-likelihood ratios
+    unenrolled                   [E], replaces scale x ratio for people without a clip of the part
+    stranger                     [E], the logarithm of the prior odds of a stranger
     temperature                  [E], divides the logits, see `config.eval.temperature`
     PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
     PART/mean, PART/transform    [E, D] and [E, D, D], z = (unit vector - mean) @ transform
@@ -14,7 +16,7 @@ scores clips:
     PART/curve                   [E, U, D], the coefficients of z^2 in these polynomials
     PART/kind                    [E, N] int32, the row of each person in `curve`
     PART/known                   [E, N] int32, 1 for people with a clip that has the part
-    PART/scale                   [E], a factor of the ratios
+    PART/scale                   [E], an additional factor of the ratios of the part
     PART/limit                   [E], a bound of the ratios of clips that also have other parts
 
 PART is a modality, and D is the length of its vectors. N is the number of people, in the order of
@@ -64,8 +66,8 @@ class Format(NamedTuple):
       extra: the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the
         packages.
       outputs: the names of the outputs.
-      gallery: writes a gallery into a folder, and returns the largest difference between the scores
-        of the file and of the gallery. It is None if the format cannot store galleries.
+      gallery: a function that writes a gallery into a folder, and returns the largest difference
+        between the scores of the file and of the gallery; None if the format stores no galleries.
       bounded: True if the file contains the weights and can have at most `function.LARGEST` bytes.
     """
 
@@ -154,9 +156,9 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Imports the weights in the folder as a run; returns a function that predicts with this run.
+    """Returns a function that predicts with the weights in the folder, after an import as a run.
 
-    The folder is not changed, because it already contains the weights in every format.
+    Nothing is written, because `vidjax export` has already written the weights, as for all formats.
     """
     del run, inputs
     imported = folder / "imported"
@@ -202,9 +204,9 @@ def _write_arrays(
 
 
 def write_gallery(ending: str, gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery to a file with this ending, and `reader.py`.
+    """Writes the arrays of a gallery to `arrays.npz` or `arrays.safetensors`, and `reader.py`.
 
-    Returns the largest error of the scores.
+    `ending` is `.npz` or `.safetensors`. Returns the largest error of the scores.
     """
     read = _write_arrays(folder / f"arrays{ending}", make_gallery_arrays(gallery))
     return check_gallery(gallery, read)
@@ -318,17 +320,18 @@ def check_gallery(
 ) -> float:
     """Compares an exported gallery with the gallery; returns the largest difference of the scores.
 
-    `read` computes the scores [Q, 1 + N] of Q clips with the exported file. Its argument is part ->
-    vectors [Q, D]. Raises UserError if the scores differ by more than `function.TOLERANCE`.
+    `read` scores clips with the exported file, see `reader.log_probabilities`. Its argument is
+    modality -> vectors [Q, D] of Q clips. Raises UserError if the scores differ by more than
+    `function.TOLERANCE`.
     """
     rng, parts = np.random.default_rng(0), {}
     for number, (name, width) in enumerate(gallery.backend.widths.items()):
         x = rng.normal(size=(6, width)).astype(np.float32)
         parts[name] = x / np.linalg.norm(x, axis=1, keepdims=True)
-        parts[name][1 + number % 5] = 0  # a clip that lacks the part
+        parts[name][1 + number % 5] = 0  # a clip that lacks the modality
     if len(parts) > 1:
         for x in parts.values():
-            x[0] = 0  # a clip that lacks all parts
+            x[0] = 0  # a clip that lacks all modalities
     expected = np.stack(list(gallery.index.search(list(parts.values()))))
     worst = function.difference({"scores": read(parts)}, {"scores": expected})
     function.check_tolerance("numpy", worst)

@@ -68,8 +68,8 @@ def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
 def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
-    `members`, see `get_members`, are the weights. The weights of `run` are not used. `input_shapes`
-    describes `inputs`.
+    C is the number of identities, and D the length of an embedding. `members`, see `get_members`,
+    are the weights. The weights of `run` are not used. `input_shapes` describes `inputs`.
     """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:
@@ -98,7 +98,10 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Removes all but the best MAX_EVAL_FRAMES frames [B, T] from the mask, as a run does."""
+    """Returns the mask [B, T] with only the best MAX_EVAL_FRAMES frames of each clip, as in a run.
+
+    The best frames are the frames with the highest `quality` [B, T].
+    """
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -141,8 +144,8 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 def get_members(run: Predictor) -> list[Member]:
     """Returns the weights of each ensemble member on the host.
 
-    A member is a tuple of its parameters, other Flax collections, and `view`, the index of the part
-    of the features that the member does not see.
+    A member is a tuple of its parameters, other Flax collections, and `view`, the index of the
+    chunk of the features that the member does not see. If the member sees all features, it is -1.
     """
     weights = run.params, run.model_state
     return [
@@ -194,13 +197,13 @@ class RandomClips(NamedTuple):
 
 
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
-    """Makes four or five random clips, and computes the outputs of a run for them.
+    """Makes four or five random clips, and computes the outputs of a run for these clips.
 
-    The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. The
-    fifth clip is made if the run classifies single frames of several modalities. It has a single
-    frame of the last modality. The run scores this clip in a separate call, because in a batch with
-    longer clips it would not repeat the single frame. `padding` is the number of padded frames
-    after the longest clip.
+    The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. A
+    fifth clip is made if the run classifies single frames of several modalities. The fifth clip has
+    a single frame of the last modality, which the run must repeat, and 6 frames of the others. The
+    run scores the fifth clip in a separate call, because padding to the length of other clips would
+    hide that the frame is single. `padding` is the number of padded frames after the longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
@@ -274,7 +277,10 @@ def check(
 
 
 def check_tolerance(format_name: str, worst: float) -> None:
-    """Raises UserError if `worst`, the largest difference of the outputs, is above TOLERANCE."""
+    """Raises UserError if `worst`, the largest difference of the outputs, is not within TOLERANCE.
+
+    `worst` can be NaN.
+    """
     if not worst <= TOLERANCE:
         raise UserError(
             f"--format={format_name}: nothing was exported, because the outputs differ from vidjax "

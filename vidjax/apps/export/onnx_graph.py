@@ -45,8 +45,9 @@ def to_model(
 ) -> onnx.ModelProto:
     """Converts a function of named arrays to an ONNX model.
 
-    Sizes in `inputs` may be symbols. The model returns `outputs`, the names, in their order. Raises
-    UserError if RULES lacks a primitive of the function, or if the model is too large.
+    Sizes in `inputs` may be symbols. `outputs` are the names of the results of the function, in the
+    order in which the model returns them. Raises UserError if RULES lacks a primitive of the
+    function, or if the model is too large.
     """
     names = sorted(inputs)  # JAX flattens a dict in this order
     traced = jax.make_jaxpr(function)(dict(inputs))
@@ -229,14 +230,14 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Returns the indices along an axis of the shape `dims`. All other axes have size 1."""
+        """Returns 0, 1, 2, ... along an axis of the shape `dims`. All other axes have size 1."""
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line
         return self.reshape(line, [dim if n == axis else 1 for n, dim in enumerate(dims)])
 
     def reduce(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
-        """Reduces x over `axes` with the operator `op`. If x is bool, `logic` must be True."""
+        """Reduces x over `axes` with an operator, e.g. ReduceMax. `logic` means that x is bool."""
         x = self.cast(x, np.int32) if logic else x
         result = self.node(op, x, self.ints(list(axes)), keepdims=0)
         return self.cast(result, np.bool_) if logic else result
@@ -264,7 +265,10 @@ class Graph:
     def add_jaxpr(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]
     ) -> list[str]:
-        """Adds the nodes of a jaxpr with the constants `consts`; returns its results."""
+        """Adds the nodes of a jaxpr; returns the names of its results.
+
+        `consts` are the values of the constants of the jaxpr. `inputs` are names.
+        """
         values: dict[Any, str] = {}
 
         def read(x: Any) -> str:
@@ -379,9 +383,9 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Slices x [`dims`] along some axes; `windows` are axis -> (name of the start, size).
+    """Slices x along some axes; `windows` are axis -> (name of the start, size of the slice).
 
-    As in JAX, a slice that would extend beyond the border of x is shifted into x.
+    `dims` is the shape of x. As in JAX, a slice that extends beyond x is shifted into x.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
@@ -441,11 +445,11 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
-    """Adds nodes that bring the indices of equal values into ascending order.
+    """Returns `places` with the indices of equal values in ascending order.
 
-    ONNX requires this order of TopK, but OpenVINO does not guarantee it. So the values are sorted
-    again, by keys that are never equal. TopK has sorted the values `ordered` along `axis`, and
-    `places` are the indices of these values before the sort.
+    `ordered` are the values that TopK has sorted along `axis`, and `places` are the indices of
+    these values before the sort. TopK of ONNX keeps the order of equal values, but TopK of OpenVINO
+    does not guarantee the order. So the values are sorted again, by keys that are never equal.
     """
     start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
     earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]
@@ -464,8 +468,9 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for the gather of JAX.
 
-    A slice must contain all elements along each axis that has no index. Indices outside of the
-    operand are moved to its border, whatever mode JAX uses.
+    Several slices are supported only if a slice contains a single element along each axis that has
+    an index, and all elements along all other axes. Indices outside of the operand are moved to the
+    border of the operand, whatever mode JAX uses.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape
@@ -523,7 +528,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a scatter of JAX that adds N rows to K rows, or takes the maximum of them.
+    """Adds nodes for a scatter of JAX that combines N rows with K rows by addition or maximum.
 
     A row whose index is outside of 0 to K - 1 is written to an additional row K, which is removed.
     """

@@ -52,9 +52,9 @@ def log_probabilities(arrays, vectors):
 
 
 def _compute_distance_ratios(values, x):
-    """Returns the log-likelihood ratios [Q, N] of clips and people, from distances.
+    """Returns the log-likelihood ratios [Q, N] of Q clips and N people, from distances.
 
-    `values` are the arrays of a part. `x` [Q, D] are unit vectors minus the mean of all people.
+    `values` are the arrays of a modality. `x` [Q, D] are unit vectors minus the mean of all people.
     """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]

@@ -57,7 +57,8 @@ def read(folder: Path, workdir: Path) -> None:
     for name in (*NEEDED_FILES, CHECKPOINT, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
-                f"'{folder}' does not contain {name}\nname a folder that vidjax export has written"
+                f"'{folder}' does not contain {name}\n"
+                "name a folder that vidjax export has written for a run"
             )
     path = folder / CHECKPOINT
     manifest = files.read_manifest(path)
