@@ -19,7 +19,7 @@ from vidjax.utils.messages import Parser, Result
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax check`."""
-    about = "the folder of a run or of a gallery"
+    about = "the folder of the run or the gallery to check"
     parser.add_argument("--workdir", metavar="FOLDER", help=about)
     shared_flags.add_config(parser)
     parser.fields()

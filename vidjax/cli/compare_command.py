@@ -16,7 +16,10 @@ from vidjax.utils.messages import Parser, Result
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax compare`."""
     shared_flags.add_workdir(parser, "the folder for the comparison")
-    about = "folders of runs to compare with the first; A1+A2,B1+B2 compares means over seeds"
+    about = (
+        "folders of runs; each is compared with the first. A1+A2,B1+B2 compares means of several "
+        "runs, e.g. with different seeds"
+    )
     parser.add_argument("--runs", metavar="A,B", required=True, help=about)
     parser.fields()
     parser.command(

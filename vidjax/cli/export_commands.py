@@ -30,8 +30,9 @@ def add_export_flags(parser: Parser) -> None:
     about = "the folder of a run or of a gallery"
     parser.add_argument("folder", metavar="RUN", help=about)
     parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
-    parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help="the format")
-    about = "the latest checkpoint (default), or the best by MAP"
+    about = "the format; for a gallery only safetensors or numpy"
+    parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
+    about = "of a run: the latest checkpoint (default), or the checkpoint with the best MAP"
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help=about)
     examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
     parser.command(_export, *examples)
@@ -39,8 +40,9 @@ def add_export_flags(parser: Parser) -> None:
 
 def add_import_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax import`."""
-    parser.add_argument("folder", metavar="DIR", help="a folder that `vidjax export` wrote")
-    parser.add_argument("--to", metavar="RUN", required=True, help="the folder of the new run")
+    about = "a folder that vidjax export has written for a run"
+    parser.add_argument("folder", metavar="DIR", help=about)
+    parser.add_argument("--to", metavar="NEW_RUN", required=True, help="the folder of the new run")
     parser.command(_import, "exported --to=runs/copy")
 
 

@@ -15,7 +15,7 @@ from vidjax.utils.messages import Parser, Result
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
-MIN_RATE = 2  # pictures per second below which a film gets a warning
+MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     voices = f", {film.voices:,} with a voice" if film.voices else ""
     say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}")
     if not film.photo and film.frames < MIN_RATE * film.seconds:
-        say(f"  it has fewer than {MIN_RATE} pictures per second, so people may be missed")
+        say(f"  it has fewer than {MIN_RATE} frames per second, so people may be missed")
     if film.others:
         path = shlex.quote(str(outcome.path))
         say(
@@ -63,7 +63,8 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
             say(f"  {count:,} {problem}")
     if film.damaged:
         say(
-            f"  it ends at {film.seconds:.1f} s, before its declared end: check that it is complete"
+            f"  it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
+            "complete"
         )
 
 
@@ -104,7 +105,7 @@ def add_shared_flags(parser: Parser) -> None:
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=about)
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
-    about = "the folder of nets, each with its card (a JSON file)"
+    about = "the folder of the nets, as vidjax convert makes them"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
     about = "number of frames per second that are searched for faces (default: 5)"
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
@@ -114,16 +115,16 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument(
         "--workers", metavar="N", type=messages.whole_number(1, MAX_WORKERS), help=about
     )
-    about = "finds changed files by their contents, not by size, time and inode"
+    about = "compares the contents of all files with the last call, not only their size and time"
     parser.add_argument("--check", action="store_true", help=about)
-    about = "deletes the results (not the files) of films that no longer exist"
+    about = "deletes the results of files that no longer exist"
     parser.add_argument("--prune", action="store_true", help=about)
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
-    about = "makes a clip of each track (default), or of the main person of each shot"
+    about = "makes a clip of each tracked face (track, default), or of the main person of each shot"
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 

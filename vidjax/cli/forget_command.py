@@ -18,9 +18,9 @@ runs, results of `vidjax who`, and the names and contents of all other files.
 A PLACE is a folder. It is searched with all folders below it. The default is
 the current folder and the cache. Without --delete, nothing is changed.
 
-With --delete, clips are deleted from galleries, and the back ends of these
-galleries are fitted again. Conversions that contain a clip are deleted from the
-cache: the next run converts the remaining files again.
+With --delete, clips are deleted from galleries, and the parameters of these
+galleries are fitted again. Converted datasets that contain a clip are deleted
+from the cache: the next run converts the remaining files again.
 
 Runs are only listed: their weights depend on the training clips, so a run must
 be trained again. Other files are only listed, because they are yours.

@@ -32,10 +32,10 @@ HELP = """\
 A gallery stores people. Enrolling, identifying and deleting need no training.
 
 --input=PATH reads clips without labels from a folder, a table or a .npz file.
---split=S reads clips from a split of the dataset of the run, or of the dataset
-that --config.data.name=N and --config.data.dir=D name. A clip shows a single
-person. If `enrol G --input=PATH` gets no name, it expects a folder for each
-person: PATH/NAME/CLIP.npz.
+--split=S reads the clips of a split, such as val, of the dataset of the run.
+To read another dataset, add --config.data.name=N and --config.data.dir=D. A
+clip shows a single person. `enrol G --input=PATH` without a name expects a
+folder for each person: PATH/NAME/CLIP.npz.
 
 vidjax gallery COMMAND --help prints the flags of a command, with an example.
 The guide is vidjax/apps/gallery/README.md.
@@ -58,11 +58,11 @@ def add_flags(parser: Parser) -> None:
 def _add_create(parser: Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", metavar="W", help="the folder of a run")
-    about = "the folder of nets that vidjax extract uses, for its features; instead of --run"
+    about = "instead of --run: the folder of the nets with which vidjax extract makes features"
     model.add_argument("--models", metavar="DIR", help=about)
-    about = "makes a gallery without people"
+    about = "leaves out the people and clips of the run"
     parser.add_argument("--empty", action="store_true", help=about)
-    about = "a split whose unlabelled clips show strangers"
+    about = "a split of the dataset, whose unlabelled clips are stored as strangers"
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
@@ -72,9 +72,9 @@ def _add_clips(parser: Parser) -> None:
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips without labels: a folder, a .parquet table or a .npz file"
     clips.add_argument("--input", metavar="PATH", help=about)
-    about = "a split of the dataset, instead of --input"
+    about = "instead of --input: a split of the dataset, such as val"
     clips.add_argument("--split", metavar="S", help=about)
-    about = "the folder of the run (default: the run of the gallery)"
+    about = "the folder of the gallery's run, if the run was moved"
     parser.add_argument("--run", metavar="W", help=about)
     parser.fields("data.")
 
@@ -84,7 +84,7 @@ def add_rule(parser: Parser) -> None:
     rule = parser.add_mutually_exclusive_group()
     about = "the share of strangers who may wrongly get a name, e.g. 0.01"
     rule.add_argument("--fpir", metavar="R", type=_number, help=about)
-    about = "the lowest probability of a name, e.g. 0.5, instead of --fpir"
+    about = "instead of --fpir: the lowest probability at which a clip gets a name, e.g. 0.9"
     rule.add_argument("--threshold", metavar="P", type=_number, help=about)
 
 
@@ -100,11 +100,12 @@ def _number(text: str) -> float:
 def _add_enrol(parser: Parser) -> None:
     _add_clips(parser)
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--identity", metavar="NAME", help="the person")
-    parser.add_argument("--clip", metavar="CLIP", help="enrols only this clip")
-    about = "a table of clips and people, as `group` writes it"
+    who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
+    about = "enrols only this clip of the input"
+    parser.add_argument("--clip", metavar="CLIP", help=about)
+    about = "a table of clips and people, made by vidjax gallery group"
     who.add_argument("--labels", metavar="FILE", help=about)
-    about = "enrols the clips as strangers, who get no name"
+    about = "enrols the clips as examples of people who must not get a name"
     who.add_argument("--strangers", action="store_true", help=about)
     parser.command(
         _enrol, "G --input=PATH --identity=Ada", "G --input=PATH --clip=CLIP --identity=Ada"
@@ -114,13 +115,13 @@ def _add_enrol(parser: Parser) -> None:
 def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = "number of names per clip (default: %(default)s)"
+    about = "largest number of possible people per clip (default: %(default)s)"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
     about = (
-        "the new file: .jsonl, .csv, .tsv or .parquet; with times: .vtt, .srt or .rttm; if the "
-        "input is a folder of tables: a folder"
+        "the new file: .jsonl, .csv, .tsv or .parquet; for features of vidjax extract also .vtt, "
+        ".srt or .rttm; if the input is a folder of tables: a folder"
     )
     parser.add_argument("--out", metavar="FILE", help=about)
     examples = ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv")
@@ -145,13 +146,13 @@ def _add_rank(parser: Parser) -> None:
 
 
 def _add_list(parser: Parser) -> None:
-    parser.add_argument("--clips", action="store_true", help="lists the clips, too")
+    parser.add_argument("--clips", action="store_true", help="lists the clips of each person")
     parser.add_argument("--identity", metavar="NAME", help="lists only this person")
     parser.command(_list, "G", "G --clips --identity=Ada")
 
 
 def _add_rename(parser: Parser) -> None:
-    parser.add_argument("--identity", metavar="NAME", required=True, help="the person")
+    parser.add_argument("--identity", metavar="NAME", required=True, help="the present name")
     parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
     about = "if another person already has the new name, merges the two"
     parser.add_argument("--merge", action="store_true", help=about)
@@ -161,15 +162,16 @@ def _add_rename(parser: Parser) -> None:
 def _add_relabel(parser: Parser) -> None:
     parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--identity", metavar="NAME", help="the person")
-    who.add_argument("--strangers", action="store_true", help="the clip shows a stranger")
+    who.add_argument("--identity", metavar="NAME", help="the person whom the clip shows")
+    about = "the clip shows a stranger, who must not get a name"
+    who.add_argument("--strangers", action="store_true", help=about)
     parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
 
 def _add_remove(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--identity", metavar="NAME", help="the person")
-    what.add_argument("--clip", metavar="NAME", help="the clip")
+    what.add_argument("--identity", metavar="NAME", help="deletes this person and all their clips")
+    what.add_argument("--clip", metavar="NAME", help="deletes only this clip")
     parser.command(_remove, "G --identity=Ada")
 
 
@@ -188,18 +190,25 @@ def _add_export(parser: Parser) -> None:
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "create": (
-        "makes a gallery from a run's training clips, or for features of vidjax extract",
+        "makes a gallery: of the people of a run, or empty for features of vidjax extract",
         _add_create,
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
     "identify": ("names the person in each clip, or answers unknown", _add_identify),
     "group": ("groups the clips of unknown people, so that you can name them", _add_group),
-    "rank": ("ranks the clips for every person, and writes a file", _add_rank),
+    "rank": (
+        "ranks the clips for every person; with --fpir or --threshold, leaves out clips that get "
+        "no name",
+        _add_rank,
+    ),
     "list": ("lists the people, with their numbers of clips", _add_list),
     "rename": ("gives a person another name", _add_rename),
-    "relabel": ("moves a clip to another person", _add_relabel),
+    "relabel": ("moves an enrolled clip to another person, or to the strangers", _add_relabel),
     "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
-    "threshold": ("finds the threshold that a given share of strangers passes", _add_threshold),
+    "threshold": (
+        "prints the score above which a given share of strangers wrongly gets a name",
+        _add_threshold,
+    ),
     "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
 
@@ -263,10 +272,10 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _open(args: argparse.Namespace) -> "Gallery":
-    """Opens the gallery of a command.
+    """Returns the gallery of a command, after a check of the path of the clips.
 
-    Raises UserError if the clips of the command do not exist, or their features were made with
-    other nets than the features of the gallery.
+    Raises UserError if there are no clips at the path, or if their features were made with other
+    nets than the features of the gallery.
     """
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
@@ -348,10 +357,10 @@ def _enrol(args: argparse.Namespace) -> Result:
 def _drop_group_photos(
     path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns clip -> person, without the clips of photos of several people. Warns of such photos.
+    """Returns clip -> person, without clips that cannot be enrolled: from photos of several people.
 
-    `path` is the folder of the clips. Photos are recognised only in features of `vidjax extract`.
-    All other clips are kept.
+    A warning names each such photo. `path` is the folder of the clips. Photos are recognised only
+    in features of `vidjax extract`. Clips of all other sources are kept.
     """
     from vidjax.apps.video import features_folder
 
@@ -370,7 +379,7 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Reads clip -> person from a table of `gallery group`. Raises UserError without names."""
+    """Reads a table of `gallery group`, clip -> person. Raises UserError if it has no names."""
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(

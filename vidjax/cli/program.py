@@ -29,8 +29,8 @@ COMMANDS = {
     "embed": "computes an embedding of each new clip with a trained run",
     "compare": "measures how much the MAP of runs differs, with confidence intervals",
     "report": "writes report.html again, from the files of a run",
-    "check": "checks the installation, and optionally data, a run or a gallery",
-    "config": "lists all fields with values, defaults, and the origin of each value",
+    "check": "checks that the installation works, and that data, a run or a gallery can be read",
+    "config": "lists the fields of a configuration, with values, defaults and origins",
     "score": "prints the MAP of a submission, like the organisers' script",
     "gallery": "enrols, identifies and deletes people without training",
     "extract": "extracts features of faces and voices from videos and photos",
@@ -106,8 +106,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line. Raises UserError if a command, a flag or a value is wrong.
 
     Returns the value of each flag, and five more attributes. `command` is the name of the command.
-    `execute` is the function that runs it, and `parser` is its parser. `overrides` are the words
-    `--config.FIELD=VALUE`. `line` is the command line as text.
+    `execute` is the function that runs the command, and `parser` is the parser of its flags.
+    `overrides` are the words `--config.FIELD=VALUE`. `line` is the command line as text.
     """
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]
@@ -147,8 +147,8 @@ def _parse_known(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses the words of a command line; returns the values of flags, and the unknown words.
 
-    Raises UserError if a required flag is missing and all words are known. An unknown word is
-    probably the misspelt flag, so it is returned instead.
+    Raises UserError if a required flag is missing and there is no unknown word. An unknown word may
+    be the required flag, misspelt. So it is returned, and the caller can suggest the right flag.
     """
     try:
         return parser.parse_known_args(words)
@@ -200,8 +200,8 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
 def load(name: str) -> Callable[[Parser], None]:
     """Imports the module of a command, and returns the function that adds the flags.
 
-    No other module is imported, because the commands for galleries and films must work without
-    packages that only runs need.
+    The modules of other commands are not imported, because they may need packages that are not
+    installed. The commands for galleries and films work without the packages that only runs need.
     """
     match name:
         case "train":

@@ -14,14 +14,16 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax serve`."""
     about = "the folder of the gallery"
     parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of a run, to score and embed clips, too"
+    about = "the folder of a run, whose net is served, too"
     parser.add_argument("--run", metavar="W", help=about)
     about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
-    about = "the port; 0: any free port (default: %(default)s)"
+    about = "the port, or 0 for any free port (default: %(default)s)"
     port = messages.whole_number(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
-    about = "a file with a token that clients must send; needed if --host is given"
+    about = (
+        "a file with a secret that clients must send; needed if other machines can reach ADDRESS"
+    )
     parser.add_argument("--token-file", metavar="F", help=about)
     parser.command(serve, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
 

@@ -14,13 +14,13 @@ def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> N
 
 def add_config(parser: Parser, *, required: bool = False) -> None:
     """Adds `--config`."""
-    about = "a file of configs/, its name, or a run's config.json"
+    about = "a file of configs/ or its name, e.g. mma or mma:iqiyi_vid; or a run's config.json"
     parser.add_argument("--config", metavar="FILE[:ARG,...]", required=required, help=about)
 
 
 def add_definitions(parser: Parser) -> None:
     """Adds `--config`, a file that defines additional models or losses."""
-    about = "a file that defines models or losses, if the run has its own"
+    about = "the Python file that defines the model or the loss, if vidjax does not define it"
     parser.add_argument("--config", metavar="FILE", help=about)
 
 
@@ -36,10 +36,12 @@ def load_definitions(args: argparse.Namespace) -> None:
 
 def add_processes(parser: Parser) -> None:
     """Adds the flags that join several processes to a single run."""
-    about = "address of the first of several processes, see configs/README.md"
+    about = "the address of the first process, if several run together; see configs/README.md"
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=about)
-    parser.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
-    parser.add_argument("--process_id", type=int, metavar="I", help="index of this process, from 0")
+    about = "the number of processes that run together"
+    parser.add_argument("--num_processes", type=int, metavar="N", help=about)
+    about = "the index of this process; the first has 0"
+    parser.add_argument("--process_id", type=int, metavar="I", help=about)
 
 
 def split_runs(runs: str | None) -> list[str]:
@@ -50,7 +52,8 @@ def split_runs(runs: str | None) -> list[str]:
 def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:
     """Returns the fields that the command line overrides by `--config.FIELD=VALUE`.
 
-    Raises UserError if a field is not in `readable`, so the command would ignore it.
+    `readable` are the fields that the command reads. Raises UserError for any other field, because
+    the command would ignore the value.
     """
     overridden = set(config_io.override_names(args.overrides))
     if unread := sorted(overridden - set(readable)):

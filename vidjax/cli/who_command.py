@@ -62,16 +62,19 @@ def name_people(args: argparse.Namespace) -> Result:
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
     extract_command.add_shared_flags(parser)
-    about = "the folder of photos, in a folder for each person with the person's name"
+    about = "the folder of photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     parser.add_argument("--people", metavar="DIR", help=about)
     add_rule(parser)
-    about = "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them"
+    about = (
+        "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
+        "(default: as in the last call)"
+    )
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds added before and after each appearance in cut lists (default: 1)"
     parser.add_argument(
         "--padding", metavar="SECONDS", type=float, default=who.PADDING_SECONDS, help=about
     )
-    about = "when the films are read, serves a page on which you can name people"
+    about = "at the end, serves a page in the browser on which you can name people"
     parser.add_argument("--review", action="store_true", help=about)
     example = "holiday.mp4 --people=friends --models=models --out=names"
     parser.command(name_people, example, f"{example} --review")
