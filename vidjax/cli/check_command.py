@@ -22,7 +22,7 @@ def add_flags(parser: Parser) -> None:
     about = "the folder of the run or the gallery to check"
     parser.add_argument("--workdir", metavar="FOLDER", help=about)
     shared_flags.add_config(parser)
-    parser.fields()
+    parser.fields(example="seed=1")
     parser.command(check, "--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH")
 
 

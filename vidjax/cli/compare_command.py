@@ -21,7 +21,7 @@ def add_flags(parser: Parser) -> None:
         "runs, e.g. with different seeds"
     )
     parser.add_argument("--runs", metavar="A,B", required=True, help=about)
-    parser.fields()
+    parser.fields(example="eval.split=test")
     parser.command(
         compare_runs,
         "--workdir=runs/two --runs=runs/mma,runs/deepmef",

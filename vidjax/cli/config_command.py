@@ -24,7 +24,7 @@ def add_flags(parser: Parser) -> None:
     shared_flags.add_config(parser)
     about = "instead of --config: the folder of a run"
     parser.add_argument("--workdir", metavar="FOLDER", help=about)
-    parser.fields()
+    parser.fields(example="seed=1")
     parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
 

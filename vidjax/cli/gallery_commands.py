@@ -64,7 +64,7 @@ def _add_create(parser: Parser) -> None:
     parser.add_argument("--empty", action="store_true", help=about)
     about = "a split of the dataset, whose unlabelled clips are stored as strangers"
     parser.add_argument("--strangers", metavar="S", help=about)
-    parser.fields("data.")
+    parser.fields("data.", example="data.dir=PATH")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
 
 
@@ -76,7 +76,7 @@ def _add_clips(parser: Parser) -> None:
     clips.add_argument("--split", metavar="S", help=about)
     about = "the folder of the gallery's run, if the run was moved"
     parser.add_argument("--run", metavar="W", help=about)
-    parser.fields("data.")
+    parser.fields("data.", example="data.dir=PATH")
 
 
 def add_rule(parser: Parser) -> None:
@@ -206,7 +206,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "relabel": ("moves an enrolled clip to another person, or to the strangers", _add_relabel),
     "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
     "threshold": (
-        "prints the score above which a given share of strangers wrongly gets a name",
+        "prints the probability at which a given share of strangers would get a name",
         _add_threshold,
     ),
     "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),

@@ -42,7 +42,7 @@ def _add_flags(parser: Parser, out: str) -> None:
     parser.add_argument("--input", metavar="PATH", required=True, help=about)
     about = f"{out}; if the input is a folder of tables: a folder"
     parser.add_argument("--out", metavar="PATH", required=True, help=about)
-    parser.fields()
+    parser.fields(example="eval.checkpoint=best")
 
 
 def rank(args: argparse.Namespace) -> Result:

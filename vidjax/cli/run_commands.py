@@ -42,7 +42,7 @@ def add_train_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax train`."""
     shared_flags.add_config(parser, required=True)
     parser.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
-    parser.fields()
+    parser.fields(example="seed=1")
     shared_flags.add_processes(parser)
     examples = ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH")
     parser.command(train, *examples)
@@ -99,7 +99,7 @@ def add_evaluate_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax evaluate`."""
     shared_flags.add_workdir(parser)
     shared_flags.add_definitions(parser)
-    parser.fields()
+    parser.fields(example="eval.split=test")
     about = "folders of runs to blend; --workdir is then a new folder for the results"
     parser.add_argument("--runs", metavar="A,B", help=about)
     shared_flags.add_processes(parser)

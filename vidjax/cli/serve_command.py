@@ -21,9 +21,7 @@ def add_flags(parser: Parser) -> None:
     about = "the port, or 0 for any free port (default: %(default)s)"
     port = messages.whole_number(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
-    about = (
-        "a file with a secret that clients must send; needed if other machines can reach ADDRESS"
-    )
+    about = "a file with a secret that clients must send; needed if ADDRESS is not local"
     parser.add_argument("--token-file", metavar="F", help=about)
     parser.command(serve, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
 

@@ -67,10 +67,13 @@ class Parser(argparse.ArgumentParser):
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
 
-    def fields(self, group: str = "") -> None:
-        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`."""
+    def fields(self, group: str = "", *, example: str) -> None:
+        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`.
+
+        `--help` shows `example`, such as `seed=1`.
+        """
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
-        about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
+        about = f"overrides a field, e.g. --config.{example}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
