@@ -67,7 +67,7 @@ def _export(args: argparse.Namespace) -> Result:
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     rows = {
         "folder": messages.relative_path(to),
-        "contains": target.file or ("arrays.safetensors" if is_gallery else "weights.safetensors"),
+        "contains": target.gallery_file if is_gallery else target.file,
         "compared": f"largest difference {facts['difference']:.1e}; 1e-05 is allowed",
         "size": f"{size / 1e6:,.1f} MB",
         "time": f"{time.monotonic() - began:.1f} s",
@@ -112,17 +112,18 @@ def _write_run(
 
 
 def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> dict[str, Any]:
+    from vidjax.apps.export import formats
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.core import devices
 
-    if target.gallery is None:
+    if not target.gallery_file:
         raise UserError(
             f"--format={name} stores a net, but a gallery has none\n"
             "choose --format=safetensors or --format=numpy, or export the run "
             "from which the gallery was made"
         )
     gallery = Gallery(source)
-    difference = target.gallery(gallery, folder)
+    difference = formats.write_gallery(name, gallery, folder)
     files.write_json(folder / "identities.json", list(gallery.index.names))
     return {
         "version": gallery.version,

@@ -58,16 +58,15 @@ class Format(NamedTuple):
     """A format of `vidjax export`.
 
     Attributes:
-      file: the name of the file or folder with the model. It is empty if the format has only
-        weights.
+      file: the name of the file or folder with the model of a run.
       write: writes the model of a run into a folder that contains the weights. It returns a
         function that computes the outputs with the runtime of the format.
       packages: the packages that the format needs in addition to vidjax.
       extra: the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the
         packages.
       outputs: the names of the outputs.
-      gallery: a function that writes a gallery into a folder, and returns the largest difference
-        between the scores of the file and of the gallery; None if the format stores no galleries.
+      gallery_file: the name of the file with the arrays of a gallery. It is empty if the format
+        cannot store galleries.
       bounded: True if the file contains the weights and can have at most `function.LARGEST` bytes.
     """
 
@@ -76,7 +75,7 @@ class Format(NamedTuple):
     packages: tuple[str, ...]
     extra: str
     outputs: tuple[str, ...] = function.OUTPUTS
-    gallery: Callable[[Gallery, Path], float] | None = None
+    gallery_file: str = ""
     bounded: bool = False
 
 
@@ -203,13 +202,25 @@ def _write_arrays(
     return lambda vectors: reader.log_probabilities(written, vectors)
 
 
-def write_gallery(ending: str, gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery to `arrays.npz` or `arrays.safetensors`, and `reader.py`.
+def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
+    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
 
-    `ending` is `.npz` or `.safetensors`. Returns the largest error of the scores.
+    The error is measured with random clips. Raises UserError if it is above `function.TOLERANCE`.
     """
-    read = _write_arrays(folder / f"arrays{ending}", make_gallery_arrays(gallery))
-    return check_gallery(gallery, read)
+    path = folder / FORMATS[format_name].gallery_file
+    read = _write_arrays(path, make_gallery_arrays(gallery))
+    rng, parts = np.random.default_rng(0), {}
+    for number, (name, width) in enumerate(gallery.backend.widths.items()):
+        x = rng.normal(size=(6, width)).astype(np.float32)
+        parts[name] = x / np.linalg.norm(x, axis=1, keepdims=True)
+        parts[name][1 + number % 5] = 0  # a clip that lacks the modality
+    if len(parts) > 1:
+        for x in parts.values():
+            x[0] = 0  # a clip that lacks all modalities
+    expected = np.stack(list(gallery.index.search(list(parts.values()))))
+    worst = function.difference({"scores": read(parts)}, {"scores": expected})
+    function.check_tolerance(format_name, worst)
+    return worst
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
@@ -315,34 +326,13 @@ def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict
     return {part: np.asarray(mean) for part, mean in means.items()}
 
 
-def check_gallery(
-    gallery: Gallery, read: Callable[[Mapping[str, np.ndarray]], np.ndarray]
-) -> float:
-    """Compares an exported gallery with the gallery; returns the largest difference of the scores.
-
-    `read` scores clips with the exported file, see `reader.log_probabilities`. Its argument is
-    modality -> vectors [Q, D] of Q clips. Raises UserError if the scores differ by more than
-    `function.TOLERANCE`.
-    """
-    rng, parts = np.random.default_rng(0), {}
-    for number, (name, width) in enumerate(gallery.backend.widths.items()):
-        x = rng.normal(size=(6, width)).astype(np.float32)
-        parts[name] = x / np.linalg.norm(x, axis=1, keepdims=True)
-        parts[name][1 + number % 5] = 0  # a clip that lacks the modality
-    if len(parts) > 1:
-        for x in parts.values():
-            x[0] = 0  # a clip that lacks all modalities
-    expected = np.stack(list(gallery.index.search(list(parts.values()))))
-    worst = function.difference({"scores": read(parts)}, {"scores": expected})
-    function.check_tolerance("numpy", worst)
-    return worst
-
-
 # Name -> format. To add a format, write a function above, and add a line here.
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
     "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),
     "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx", bounded=True),
-    "safetensors": Format("", safetensors, (), "", gallery=partial(write_gallery, ".safetensors")),
-    "numpy": Format("arrays.npz", numpy, (), "", ("scores",), partial(write_gallery, ".npz")),
+    "safetensors": Format(
+        "weights.safetensors", safetensors, (), "", gallery_file="arrays.safetensors"
+    ),
+    "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_file="arrays.npz"),
 }
