@@ -52,15 +52,15 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns the checks that the flags ask for: subject -> function.
+    """Returns the checks that the flags ask for: subject, such as `data` -> function.
 
-    A function returns a summary of its subject. If its check fails, it raises an error.
+    A function returns a summary of its subject, or raises an error if the subject has a fault.
     """
     if args.workdir and args.config:
-        raise UserError("--workdir and --config cannot be checked together: leave one of them out")
+        raise UserError("--workdir and --config cannot be checked together: give one of them")
     if args.overrides and not (args.workdir or args.config):
         raise UserError(
-            f"{args.overrides[0]} changes a configuration, and none is given\n"
+            f"{args.overrides[0]} has no effect without a configuration\n"
             "add --workdir=FOLDER or --config=FILE"
         )
     # If the run is still training, its accelerator has little free memory.
@@ -81,7 +81,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
-            f"check each of them: {', '.join(config.join.runs)}"
+            f"check each of these runs: {', '.join(config.join.runs)}"
         )
     for step in checkpoint.list_folders(workdir):
         folder = workdir / "checkpoints" / str(step)
@@ -92,7 +92,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 def _check_checkpoint(folder: Path) -> str:
     from vidjax.runs import checkpoint
 
-    return f"{len(checkpoint.verify(folder)['files'])} files, every sha256 agrees"
+    return f"{len(checkpoint.verify(folder)['files'])} files, all with the right sha256"
 
 
 def _check_environment() -> str:

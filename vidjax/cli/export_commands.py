@@ -3,7 +3,7 @@
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, require_packages
@@ -76,7 +76,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 
 def _write_run(
-    source: Path, folder: Path, target: "Format", name: str, step: str
+    source: Path, folder: Path, target: "Format", name: str, step: Literal["latest", "best"]
 ) -> dict[str, Any]:
     import jax
 
@@ -86,7 +86,7 @@ def _write_run(
     from vidjax.training import api
 
     api.open_run(source)  # if it is no run, the error gives a remedy
-    run = predict.restore(source, step="best" if step == "best" else "latest", num_devices=1)
+    run = predict.restore(source, step=step, num_devices=1)
     size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
     if target.bounded and size >= function.LARGEST:
         raise UserError(

@@ -314,9 +314,8 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
     """Returns the start time, and the embeddings of the clips of a command."""
     clips = _load_clips(args, gallery)
     began = time.monotonic()
-    split = getattr(args, "split", None)
-    with _show_progress("vectors", len(clips.split(split or "clips").clips)) as bar:
-        return began, gallery.embed(clips, split, advance=bar.advance)
+    with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
+        return began, gallery.embed(clips, args.split, advance=bar.advance)
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -430,11 +429,10 @@ def _identify(args: argparse.Namespace) -> Result:
         films = _read_films(args) if out.suffix in appearances.FORMATS else None
     gallery = _open(args)
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
-    gallery.rule(**chosen)  # a mistake is reported before vectors are made
+    rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
     with _show_progress("identify", len(vectors.names)) as bar:
         answers = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
-    rule = gallery.rule(**chosen)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
@@ -476,7 +474,6 @@ def _rank(args: argparse.Namespace) -> Result:
     began, vectors = _embed(args, gallery)
     with _show_progress("rank", len(vectors.names)) as bar:
         ranked = gallery.rank(vectors, advance=bar.advance, **chosen)
-    rule = None if rule.default else gallery.rule(**chosen)
     timed = terminal.measure_rate(began, len(vectors.names))
     if out.suffix == ".txt":
         clip_index = {clip: number for number, clip in enumerate(vectors.names)}
@@ -491,12 +488,12 @@ def _rank(args: argparse.Namespace) -> Result:
         "gallery": str(gallery.folder),
         "people": f"{len(gallery.identities):,}",
         "clips": f"{len(vectors.names):,}",
-        **(answers_lib.describe_rule(rule) if rule else {}),
+        **({} if rule.default else answers_lib.describe_rule(rule)),
         **timed[0],
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
-    content |= {"rule": answers_lib.convert_rule_to_json(rule) if rule else None}
+    content |= {"rule": None if rule.default else answers_lib.convert_rule_to_json(rule)}
     return Result(content, rows)
 
 

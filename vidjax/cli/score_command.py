@@ -47,16 +47,19 @@ def score_files(args: argparse.Namespace) -> Result:
 def _warn_if_nothing_matches(
     path: Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> None:
-    """Prints a warning if two files have no identity or no clip in common. Then the score is 0."""
+    """Warns if the submission has no identity or no clip of the ground truth, so its score is 0.
+
+    `path` and `ranking` are the submission, `positives` is the ground truth: identity -> clips.
+    """
     if positives.keys().isdisjoint(ranking):
         messages.print_problem(
-            f"warning: {path} lists no identity of the ground truth: compare their identities"
+            f"warning: {path} lists no identity of the ground truth: compare the identities of both"
         )
     true_clips = {clip for clips in positives.values() for clip in clips}
     ranked_clips = {clip for clips in ranking.values() for clip in clips}
     if true_clips.isdisjoint(ranked_clips):
         messages.print_problem(
-            f"warning: {path} lists no clip of the ground truth: compare their suffixes. The "
+            f"warning: {path} lists no clip of the ground truth: compare the names of clips. The "
             f"ground truth has {min(true_clips)!r}, the submission "
             f"{min(ranked_clips, default='no clip')!r}"
         )

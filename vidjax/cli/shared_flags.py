@@ -44,9 +44,9 @@ def add_processes(parser: Parser) -> None:
     parser.add_argument("--process_id", type=int, metavar="I", help=about)
 
 
-def split_runs(runs: str | None) -> list[str]:
+def split_runs(runs: str) -> list[str]:
     """Splits the value of `--runs=A,B` into the folders of runs."""
-    return [name.strip() for name in (runs or "").split(",") if name.strip()]
+    return [name.strip() for name in runs.split(",") if name.strip()]
 
 
 def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:

@@ -469,7 +469,10 @@ def _check_clips(
             checked[name][modality] = frames
         if clip.modalities and not checked[name]:
             names = show(", ".join(map(str, clip.modalities)))
-            raise unprocessable(f"{place} has only {names}: send any of {', '.join(widths)}")
+            raise unprocessable(
+                f"{place} has only {names}, but the gallery uses {', '.join(widths)}: send one of "
+                "these modalities"
+            )
     return checked
 
 

@@ -7,7 +7,6 @@ proxy for TLS, and the proxy must limit slow clients and long headers.
 """
 
 import asyncio
-import functools
 import hmac
 import ipaddress
 import logging
@@ -157,7 +156,6 @@ def read_token(path: Path) -> bytes:
     return token
 
 
-@functools.lru_cache(16)
 def is_loopback(host: str) -> bool:
     """Returns True if only programs on this machine can reach a server at the address `host`."""
     if host == "localhost":
@@ -348,7 +346,7 @@ def to_refusal(error: Exception) -> Refused:
     frames = reversed(traceback.extract_tb(error.__traceback__)[-4:])
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     LOG.error("internal error: %s at %s", type(error).__name__, places)
-    return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+    return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error{SEE_LOG}")
 
 
 def _split(address: str) -> SplitResult:
@@ -360,5 +358,5 @@ def _split(address: str) -> SplitResult:
 
 
 def unprocessable(text: str) -> Refused:
-    """Returns an error with status 422, for a request that contains a wrong value."""
+    """Returns an error for a request that contains a wrong value, with HTTP status 422."""
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)

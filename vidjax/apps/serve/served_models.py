@@ -85,7 +85,7 @@ def make_question(
     """
     present = [name for name in model.widths if name in tensors]
     if not present:
-        raise unprocessable(f"the request has no features: send {', '.join(model.widths)}")
+        raise unprocessable(f"the request has no features: send any of {', '.join(model.widths)}")
     count = len(tensors[present[0]])
     if not 0 < count <= limits.clips:
         raise unprocessable(f"the request has {count} clips: send 1 to {limits.clips}")
