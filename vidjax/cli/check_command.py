@@ -57,7 +57,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     A function returns a summary of its subject, or raises an error if the subject has a fault.
     """
     if args.workdir and args.config:
-        raise UserError("--workdir and --config cannot be checked together: give one of them")
+        raise UserError("--workdir and --config cannot be checked together: leave one of them out")
     if args.overrides and not (args.workdir or args.config):
         raise UserError(
             f"{args.overrides[0]} has no effect without a configuration\n"
