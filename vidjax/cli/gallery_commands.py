@@ -356,10 +356,10 @@ def _enrol(args: argparse.Namespace) -> Result:
 def _drop_group_photos(
     path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns clip -> person, without clips that cannot be enrolled: from photos of several people.
+    """Returns clip -> person, without the clips of photos that show several people.
 
-    A warning names each such photo. `path` is the folder of the clips. Photos are recognised only
-    in features of `vidjax extract`. Clips of all other sources are kept.
+    A warning names each such photo. `path` is the folder of the clips. Only features of `vidjax
+    extract` say which clips are from a photo. Without this information, all clips are kept.
     """
     from vidjax.apps.video import features_folder
 

@@ -98,10 +98,7 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns the mask [B, T] with only the best MAX_EVAL_FRAMES frames of each clip, as in a run.
-
-    The best frames are the frames with the highest `quality` [B, T].
-    """
+    """Returns the mask [B, T] of the best MAX_EVAL_FRAMES real frames of each clip, as in a run."""
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -277,10 +274,7 @@ def check(
 
 
 def check_tolerance(format_name: str, worst: float) -> None:
-    """Raises UserError if `worst`, the largest difference of the outputs, is not within TOLERANCE.
-
-    `worst` can be NaN.
-    """
+    """Raises UserError if `worst`, the largest difference of the outputs, is NaN or too large."""
     if not worst <= TOLERANCE:
         raise UserError(
             f"--format={format_name}: nothing was exported, because the outputs differ from vidjax "

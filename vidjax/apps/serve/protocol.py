@@ -53,10 +53,7 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input tensor, such as its number of bytes after the JSON.
-
-    If `binary_data_size` is None, the values are in `Tensor.data` instead.
-    """
+    """The number of bytes of an input tensor after the JSON; None if the values are in `data`."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
