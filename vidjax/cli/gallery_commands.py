@@ -265,9 +265,7 @@ def _create(args: argparse.Namespace) -> Result:
     run = predict.restore(args.run)
     config = config_io.override(run.config, args.overrides)
     data = None if config == run.config else load_data(config)
-    gallery = Gallery.create(
-        args.gallery, run, data, strangers=args.strangers or None, empty=args.empty
-    )
+    gallery = Gallery.create(args.gallery, run, data, strangers=args.strangers, empty=args.empty)
     return _summarise(gallery)
 
 
