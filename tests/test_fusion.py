@@ -212,7 +212,7 @@ def test_crops_are_weighted_means_of_their_frames():
 @pytest.mark.parametrize(("spec", "message"), [
     ({"name": "random_fusion"}, "did you mean 'random'?"),
     ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
-    ({"name": "top", "frames": 3}, "no option frames; choose from num_frames, repeats, or"),
+    ({"name": "top", "frames": 3}, "no option frames; its options: kept_share, min_detection"),
     ({"name": "sample", "order": "quality"}, "order 'quality'; choose from random, time"),
     ({"name": "random"}, "needs num_draws"),
     ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite"),

@@ -280,7 +280,7 @@ def test_dropout_is_used_only_in_training(name):
 @pytest.mark.parametrize(("spec", "options", "message"), [
     ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
-    (tiny.SMALL, {"gama": 1}, "no option gama; choose from attention, attention_form"),
+    (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, attention_form"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
     (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
     (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),

@@ -1,4 +1,4 @@
 """Mathematics on arrays: batches, augmentation, fusion, losses, optimisers, metrics, ensembles.
 
-It also places arrays on devices and connects processes. Nothing here depends on a run.
+The package also places arrays on devices and connects processes. Nothing in it depends on a run.
 """

@@ -49,7 +49,7 @@ def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep"
     the clip becomes 0. `rng` is not used.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
-    `keep`, and drops frames of exactly the lowest quality.
+    option `keep`. It also drops frames whose quality equals the limit.
     """
     frames = {
         name: fusion.filter_frames(frames, min_quality=clips.min_quality)
@@ -96,16 +96,21 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    With probability 0.5, a clip that is `chosen` and `short` is extended by the frames of another
-    chosen short clip. The frame numbers continue. A chosen clip that is not short keeps
-    `max_frames` consecutive real frames, or all if the modality has fewer. If `pieces` is `random`,
-    it keeps a piece with a random first frame, and a random last frame at or after it (both
-    uniform). All other clips stay unchanged. Returns Frames [B, 2 T] in the stored dtype.
+    A short clip that is `chosen` is extended with probability 0.5, by the frames of another chosen
+    short clip. The frame numbers continue. A long clip that is `chosen` keeps consecutive real
+    frames: from a random start, `max_frames` frames, or all if the modality has fewer. With
+    `pieces="random"`, it keeps the frames from a random first to a random last frame (both
+    uniform). All other clips stay unchanged.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
-    same partner, and cut it at the same relative position. `chosen` [B] bool is True for clips that
-    may change, such as distractors, and False on padded rows. `short` [B] bool is True for clips
-    with fewer than `max_frames` frames in the first modality.
+    same partner, and cut a clip at the same relative position.
+
+    Args:
+      chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
+
+    Returns:
+      Frames [B, 2 T] in the stored dtype.
 
     Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
     probability and `equal` pieces are not in the paper.
@@ -140,9 +145,9 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Replaces every clip by share x clip + (1 - share) x a random clip of the batch.
 
     The share is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is above 0.
-    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1. A
-    member must not learn from such a random clip. The random clip may belong to the fold that the
-    member is not trained on.
+    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1,
+    because the member must not learn from that clip. For example, the clip may belong to the fold
+    that the member is not trained on.
 
     Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """
@@ -157,9 +162,9 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share [B] x clip + (1 - share) x partner, the clip at row `partner` [B].
+    """Mixes each of B clips with a partner: returns share x clip + (1 - share) x partner.
 
-    Missing frames count as 0.
+    `partner` [B] is the row of the partner in the batch. Missing frames count as 0.
     """
     other = jax.tree.map(lambda x: x[partner], frames)
 

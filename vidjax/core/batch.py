@@ -119,7 +119,7 @@ class Batch(NamedTuple):
 class ClipInfo(NamedTuple):
     """The data of B clips that a model receives in addition to their frames.
 
-    If `config.after_fusion` is `examples`, each fused frame has a separate row.
+    If `config.after_fusion` is `examples`, each fused frame counts as a clip.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.

@@ -40,7 +40,7 @@ def cache_programs(folder: Path) -> None:
     try:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return  # the code that writes the cache reports the error
+        return  # the code that stores clips in `folder` reports the error
     if programs.is_symlink():
         return  # links in the cache are not followed
     if foreign := find_foreign_folder(programs):

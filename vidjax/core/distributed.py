@@ -57,7 +57,10 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Returns the maximum of each int32 over all processes. Waits until all processes call it."""
+    """Returns the maximum of each value over all processes. Values must fit into int32.
+
+    Waits until all processes have called this function.
+    """
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils

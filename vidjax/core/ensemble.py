@@ -233,10 +233,12 @@ def choose_scoring_members(
 ) -> tuple[np.ndarray, bool]:
     """Decides which members score each of n clips.
 
-    A member scores a clip if it was not trained on a clip of the same name. But if all members were
-    trained on all training clips, no member could score a training clip. Then, if `clips` contains
-    a training clip, all members score all of `clips`. Returns [E, n] bool, True where a member
-    scores a clip; and a bool, True if members score clips that they were trained on.
+    A member scores the clips that it was not trained on. There is one exception: if all members
+    were trained on all training clips, and `clips` contains a training clip, then all members score
+    all of `clips`. Clips are compared by name.
+
+    Returns [E, n] bool, True where a member scores a clip. The second result is True if members
+    score clips that they were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -104,8 +104,9 @@ def sample_frames(
     Args:
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
-      replacement: if True, clips with fewer than `num_frames` frames are drawn with replacement. If
-        `rng` is None, all clips are then drawn, with the same draws for clips of equal length.
+      replacement: if True, the frames of a clip with fewer than `num_frames` frames are drawn with
+        replacement. If `rng` is None, the frames of all clips are then drawn with a fixed key,
+        instead of evenly spaced, with the same draws for clips of equal length.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -394,9 +395,7 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
 
 
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
-    """Computes the mean frame of every clip.
-
-    `weighting` is a weighting of `frame_weights`; `graded` is the W(x) of quality fusion.
+    """Computes the mean frame of every clip, with the weights of `frame_weights`.
 
     Returns:
       Frames [B, 1] with float32 features. Quality and detection are means too. The number is the
@@ -456,7 +455,7 @@ def crop_means(
     frames is empty. With `always_shorter`, a third or sixth is at least 1 frame, if another frame
     is left.
 
-    Returns Frames [B, 4] as `mean_frame` does. `weighting` is a weighting of `frame_weights`.
+    Returns Frames [B, 4], see `mean_frame`. `weighting` is a weighting of `frame_weights`.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -521,18 +520,18 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         `sample`, `top` and `windows` also accept None as the key.
     """
     options = dict(spec)
-    name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
+    name = options.pop("name", None)
     check_entry("name", name, FUSIONS)
     function, filters = FUSIONS[name].function, list_options(filter_frames)
-    filter_options = {key: options.pop(key) for key in filters if key in options}
     check_options(
         f"fusion {name!r}",
-        list_options(function),
+        list_options(function) | filters | {"kept_share": False},
         options,
-        f", or from the options of every fusion: {', '.join(filters)}, kept_share\n"
-        "--config.fusion.MODALITY.PHASE.name=NAME keeps the options of the old fusion: "
+        "\n--config.fusion.MODALITY.PHASE.name=NAME keeps the options of the old fusion: "
         "change them in a copy of the configuration file",
     )
+    kept_share = options.pop("kept_share", 1.0)
+    filter_options = {key: options.pop(key) for key in filters if key in options}
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:
         frames = filter_frames(frames, **filter_options) if filter_options else frames
@@ -549,15 +548,17 @@ def check_options(
     """Raises UserError if `options` contains an unknown option, or lacks a required option.
 
     `known` maps the name of an option to True if it is required. `what` begins the message, such as
-    `fusion 'top'`. `more` is appended to the list of choices in the message.
+    `fusion 'top'`. `more` is appended to the message about an unknown option.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
-            f"{what} has no option {', '.join(unknown)}; choose from "
+            f"{what} has no option {', '.join(unknown)}; its options: "
             f"{', '.join(sorted(known)) or 'none'}{more}"
         )
     if missing := sorted(key for key in known if known[key] and key not in options):
-        raise UserError(f"{what} needs {', '.join(missing)}")
+        raise UserError(
+            f"{what} needs {', '.join(missing)}\nadd each missing option to the configuration"
+        )
 
 
 def list_options(function: Callable) -> dict[str, bool]:

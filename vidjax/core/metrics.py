@@ -47,7 +47,7 @@ def mean_average_precision(
 
     Args:
       index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
-        0..N-1 marks an empty place.
+        0..N-1 marks a rank without a clip.
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
       positives: [C] int, number of clips that show the identity. Identities with 0 are left out.
       num_others: number of further identities in the ground truth, for which nothing is ranked.
@@ -279,13 +279,16 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Returns MAP and the metrics with `log=True` in a `metrics.json`, except values of None."""
+    """Selects MAP and the metrics with `log=True` from `results`, the content of `metrics.json`.
+
+    Metrics with the value None are left out.
+    """
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 
 
 def describe(results: Mapping[str, Any]) -> list[str]:
-    """Returns texts such as `top-1 0.8582` of the metrics with `log=True`. MAP is not included."""
+    """Returns a text such as `top-1 0.8582` for each metric with `log=True`, without MAP."""
     return [
         f"{metric.label} {results[name]:.{metric.digits}f}"
         for name, metric in CLIP_METRICS.items()

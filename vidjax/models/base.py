@@ -18,9 +18,9 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 class TrainingClips(NamedTuple):
     """The N training clips of a run, as `Identifier.prepare` receives them.
 
-    `values(modality, value_of, wanted)` returns the values [n, ...] of the n clips for which
-    `wanted` [N] bool is True. The function `value_of` computes the values of a block of B clips: it
-    maps all frames of the block in the modality, Frames [B, T], to [B, ...].
+    `values(modality, value_of, wanted)` returns the values of `value_of` for the n clips for which
+    `wanted` [N] bool is True, as an array [n, ...]. The function `value_of` maps all frames of B
+    clips in the modality, Frames [B, T], to an array [B, ...].
     """
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
@@ -91,7 +91,7 @@ class Identifier(nn.Module):
             raise UserError(
                 f"config.model.modality={modality!r} is not in config.modalities="
                 f"{','.join(self.modalities)}\n"
-                "add it, or choose one of these for config.model.modality"
+                "add it to config.modalities, or choose one of these for config.model.modality"
             )
 
     def __call__(

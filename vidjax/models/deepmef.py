@@ -41,7 +41,7 @@ class DeepMEF(Identifier):
       modality: modality with attention over its frames.
       channel_attention: features | channels | danet | none, as in ChannelAttention.
       channel_norm: True for BatchNorm in this attention, as published.
-      num_frames: number of frames T, fixed by the form `channels` of the attention.
+      num_frames: number of frames T of every clip; only for `channel_attention="channels"`.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
@@ -152,10 +152,10 @@ class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
     Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
-    The map out and gamma start at 0, so the block starts as the identity. With `norm`, maps have no
-    bias, BatchNorm follows theta, phi and out, and theta and phi also start at 0. Then theta and
-    phi never change, because the gradient of each is a product with the other. So all entries
-    of the attention A (see below) stay equal, and out(A g(x)) maps the mean of g(x).
+    The map out and the factor gamma start at 0, so the block starts as the identity. With `norm`,
+    maps have no bias, BatchNorm follows theta, phi and out, and theta and phi also start at 0. Then
+    theta and phi never change, because the gradient of each is a product with the other. So all
+    entries of the attention A (see below) stay equal, and out(A g(x)) maps the mean of g(x).
 
     Form `features` (not published): the maps act on the features, D -> D/2. The attention is
     A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is
@@ -171,7 +171,7 @@ class ChannelAttention(nn.Module):
 
     Attributes:
       form: features | channels | danet.
-      num_frames: number of frames T, fixed by the form `channels`.
+      num_frames: number of frames T of every clip; only for the form `channels`.
       dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
       norm: True for BatchNorm; only for the form `channels`.
 

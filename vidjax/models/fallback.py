@@ -88,7 +88,7 @@ class FallbackIdentifier(Identifier):
                 raise UserError(
                     f"model 'fallback': main or other is {type(part).__name__}, which needs "
                     "separate passes over the clips\n"
-                    "choose a network instead, or train it in a separate run and blend both runs"
+                    "choose a network instead, or train a separate run of this model and blend both"
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
@@ -107,10 +107,10 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Computes the `threshold` below which a share `threshold_share` of the measures lie.
+        """Computes the `threshold` below which the share `threshold_share` of the measures lies.
 
-        The share is smaller if some measures are equal. All training clips with the modality count,
-        in all folds, with or without an identity.
+        The measures of all training clips with the modality count, in all folds, with or without an
+        identity. If some measures are equal, the share is smaller.
         """
         if not self.threshold_share:
             return {}
@@ -193,6 +193,9 @@ class FallbackIdentifier(Identifier):
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns one of n values. int(share * n) values lie below it, or fewer if some are equal."""
+    """Returns the element of `values` [n] below which int(share * n) values lie.
+
+    If some values are equal, fewer values lie below it.
+    """
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

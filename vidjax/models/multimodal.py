@@ -179,8 +179,9 @@ class MultimodalIdentifier(Identifier):
 class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map a mean of all vectors, weighted by correlation.
 
-    The feature map is [B, M, D], a vector per row. In the paper, the feature map is the transpose,
-    X in R^{D x M}. Y[b, i, j], the weights [B, M, M], has the indices i and j of the paper.
+    The feature map is [B, M, D], a vector per row. In the paper, the feature map X of a clip is the
+    transpose, [D, M]. The weight Y[b, i, j] of vector i in the new vector j has the indices of the
+    paper.
 
     Attributes:
       dim: width of the space in which correlations are computed, D~ in the paper.

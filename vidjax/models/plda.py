@@ -209,7 +209,7 @@ def _count_occurrences(index: Array, mask: Array) -> Array:
 
 
 def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
-    """Computes `share` x the mean of the vectors that `part` has summed, [D]."""
+    """Computes `share` x the mean of the vectors whose sum is `part["centre"]`, [D]."""
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 
@@ -219,7 +219,10 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks arrays. Shorter arrays (`Enrolled.curve`) are padded with rows that no code reads."""
+    """Stacks an array of each member. Arrays with fewer rows are padded with rows of zeros.
+
+    Only `Enrolled.curve` differs in the number of rows, and no code reads the added rows.
+    """
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

@@ -4,12 +4,13 @@ For the fit, some clips are held out and the rest are enrolled. Some identities 
 of their clips is enrolled. If there are several modalities, some identities are not enrolled in
 some of them, because enrolled people may lack a modality.
 
-`within` and `between` (see `Settings`) are chosen by MAP and by AUROC of known clips against
-strangers. The other settings maximise the probability of the right answers, with half of the weight
-on strangers, so that probabilities are calibrated. `stranger` hardly affects rankings. It is fitted
-last, with a single enrolled clip for half of the identities, because people who are enrolled later
-often have fewer clips than the training people. The prior of the settings weighs as much as a clip.
-If too few people have two clips, only the prior decides, and the user is informed.
+`within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
+of known clips against strangers. The other settings maximise the probability of the right answers,
+with half of the weight on strangers, so that probabilities are calibrated. `stranger` hardly
+affects rankings. It is fitted last, with a single enrolled clip for half of the identities, because
+people who are enrolled later often have fewer clips than the training people. The prior of the
+settings weighs as much as a clip. If too few people have two clips, only the prior decides, and the
+user is informed.
 
 The settings of a member are fitted only on its training clips, never on clips that it scores out of
 fold. `TaskSpec` and every checkpoint store them.
@@ -38,7 +39,7 @@ from vidjax.models.layers import unit_vectors
 from vidjax.models.two_covariance import Enrolled, Settings, Space, compute_stranger_logit
 from vidjax.utils.machine import num_cores
 
-# Shares of shrinkage that are tried. While a share is chosen, the other has its first value.
+# Shares of shrinkage that are tried. While `within` is chosen, `between` has its first value.
 SHARES: Mapping[str, tuple[float, ...]] = {
     "within": (0.8, 0.7, 0.9),
     "between": (0.75, 0.5),
@@ -360,7 +361,10 @@ def _fit(
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Computes the mean cross-entropy at `point`, [3]: log(scale), `unenrolled`, `stranger`."""
+    """Computes the mean cross-entropy of the right answers, with half of the weight on strangers.
+
+    `point` is [3]: log(scale), `unenrolled`, `stranger`.
+    """
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
     logs = jax.nn.log_softmax(combine_modalities(part.ratios, part.known, part.present, settings))
     right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]

@@ -106,9 +106,9 @@ class System(NamedTuple):
 
         Usually each clip is an example. Then the frames are returned unchanged, with [B, 1] bool,
         all True. If `frame_is_example` is set, each of the T' fused frames of a clip is an example.
-        Then a modality has T' frames, or 1 frame, which is repeated in every example of the clip. A
-        clip that has only modalities with 1 frame is one example. The result is modality ->
-        Frames [B T', 1], and [B, T'] bool, True for examples that exist.
+        Then the result is modality -> Frames [B T', 1], and [B, T'] bool, True for examples that
+        exist. If a modality has only 1 fused frame, the frame is repeated in every example of the
+        clip. A clip that has only such modalities is one example.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -132,7 +132,10 @@ class System(NamedTuple):
 
 
 def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns a clip of one frame of zeros, modality -> Frames [1, 1]. `modalities` has widths."""
+    """Returns a clip of one frame of zeros, modality -> Frames [1, 1].
+
+    `modalities` maps a modality to its feature width.
+    """
     row = jnp.zeros((1, 1))
     return {
         name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -149,7 +152,8 @@ class TaskSpec(NamedTuple):
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
       settings: name -> value of the attributes that `Identifier.prepare` computed, or None.
-      num_places: total rows of the batches of an epoch, see `BatchPlan`. None means `num_clips`.
+      num_places: number of rows of all batches of an epoch, including empty rows of the last batch.
+        None means `num_clips`.
     """
 
     modalities: Mapping[str, int]
@@ -175,7 +179,10 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds a system. The fusion of a modality outside `config["modalities"]` is ignored."""
+    """Builds the system of a configuration for the given training data.
+
+    Entries of `config["fusion"]` for other modalities than `task.modalities` are ignored.
+    """
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])

@@ -1,10 +1,10 @@
 """Two-covariance PLDA scores whether vectors of clips belong to the same identity.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
-e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They add up the
-enrolled clips; to remove a clip, it is subtracted. The fit takes three eigendecompositions of
-[D, D] in float64. This file uses only numpy, because galleries do not wait for JAX. `plda_fit`
-works on the device.
+e ~ N(0, W) to the clip. The model is computed from three sums over the clips, see `Sums`. To enrol
+a clip, it is added to the sums; to remove a clip, it is subtracted. The fit takes three
+eigendecompositions of [D, D] in float64. This file uses only numpy, because galleries do not wait
+for JAX. `plda_fit` works on the device.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
 shrinkage of both covariances towards a multiple of the identity is not from this paper.
