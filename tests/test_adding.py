@@ -68,7 +68,7 @@ ADDITIONS = (
     ("core/losses.py", "", "CLASSIFICATION", COSFACE, '"cosface": cosface'),
     ("models/identifier.py", MODEL_IMPORTS, "MODELS", MODEL, '"centroid": Centroid'),
     ("data/sources.py", "import numpy as np\n", "DATASETS", DATASET, '"blobs": open_blobs'),
-    ("core/fusion.py", "", "FUSIONS", FUSION, '"first": Fusion(first_frame)'),
+    ("core/fusion.py", "", "FUSIONS", FUSION, '"first": first_frame'),
     ("core/augment.py", "", "TRANSFORMS", TRANSFORM, '"halve": Transform(halve)'),
     ("core/metrics.py", "", "CLIP_METRICS", METRIC, CONFIDENT),
 )

@@ -30,7 +30,7 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
     """Returns field or group -> name that it may take -> first line of the name's docstring."""
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": identifier.MODELS,
-        "fusion": {name: one.function for name, one in fusion.FUSIONS.items()},
+        "fusion": fusion.FUSIONS,
         "transforms": {name: one.function for name, one in augment.TRANSFORMS.items()},
         "loss.classification": losses.CLASSIFICATION, "loss.focal": losses.CLASSIFICATION,
         "loss.margin_type": losses.MARGINS, "optim.name": optim.OPTIMIZERS,

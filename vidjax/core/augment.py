@@ -97,10 +97,10 @@ def concat_clips(
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
     A short clip that is `chosen` is extended with probability 0.5, by the frames of another chosen
-    short clip. The frame numbers continue. A long clip that is `chosen` keeps consecutive real
-    frames: from a random start, `max_frames` frames, or all if the modality has fewer. With
-    `pieces="random"`, it keeps the frames from a random first to a random last frame (both
-    uniform). All other clips stay unchanged.
+    short clip. The frame numbers continue. A long clip that is `chosen` is cut: it keeps
+    `max_frames` consecutive real frames from a random start, or all frames if the modality has
+    fewer. With `pieces="random"`, it keeps the frames from a random first to a random last frame
+    (both uniform). All other clips stay unchanged.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
     same partner, and cut a clip at the same relative position.

@@ -11,7 +11,7 @@ import fractions
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.export
@@ -483,26 +483,17 @@ def all_frames(frames: Frames) -> Frames:
     return frames
 
 
-class Fusion(NamedTuple):
-    """A fusion that the configuration field `config.fusion` may name.
-
-    `function` maps ([rng,] Frames [B, T], *, options) to Frames [B, T']. If `random` is True, it
-    takes a PRNG key as its first argument (None in evaluation).
-    """
-
-    function: Callable[..., Frames]
-    random: bool = False
-
-
-# name -> fusion. A specification gives the name and the keyword arguments of the function.
-FUSIONS: dict[str, Fusion] = {
-    "all": Fusion(all_frames),
-    "crops": Fusion(crop_means),
-    "mean": Fusion(mean_frame),
-    "random": Fusion(random_fusion, random=True),
-    "sample": Fusion(sample_frames, random=True),
-    "top": Fusion(top_frames, random=True),
-    "windows": Fusion(merged_windows, random=True),
+# name in `config.fusion` -> function ([rng,] Frames [B, T], *, options) -> Frames [B, T']. If the
+# function has a parameter `rng`, it receives a PRNG key, or None in evaluation. To add a fusion,
+# write a function and a line here.
+FUSIONS: dict[str, Callable[..., Frames]] = {
+    "all": all_frames,
+    "crops": crop_means,
+    "mean": mean_frame,
+    "random": random_fusion,
+    "sample": sample_frames,
+    "top": top_frames,
+    "windows": merged_windows,
 }
 
 
@@ -522,7 +513,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     options = dict(spec)
     name = options.pop("name", None)
     check_entry("name", name, FUSIONS)
-    function, filters = FUSIONS[name].function, list_options(filter_frames)
+    function, filters = FUSIONS[name], list_options(filter_frames)
+    takes_key = "rng" in inspect.signature(function).parameters
     check_options(
         f"fusion {name!r}",
         list_options(function) | filters | {"kept_share": False},
@@ -535,8 +527,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:
         frames = filter_frames(frames, **filter_options) if filter_options else frames
-        keys = (rng,) if FUSIONS[name].random else ()
-        fused = function(*keys, frames, **options)
+        fused = function(rng, frames, **options) if takes_key else function(frames, **options)
         return filter_frames(fused, top_share=kept_share) if kept_share != 1 else fused
 
     return fuse
