@@ -53,7 +53,7 @@ def filter_frames(
     if min_detection is not None:
         kept = kept & (ordered_quality(frames.detection) >= min_detection)
     if top_share < 1:
-        # Whole numbers are exact, whereas 0.1 x 30 in float32 is slightly more than 3.
+        # Whole numbers are exact, whereas 0.3 x 50 in float32 is slightly more than 15.
         share = fractions.Fraction(top_share).limit_denominator(10_000)
         share = max(share, fractions.Fraction(1, 10_000))  # a share of 0 would keep no frame
         count = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
