@@ -395,7 +395,9 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
 
 
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
-    """Computes the mean frame of every clip, with the weights of `frame_weights`.
+    """Computes the mean frame of every clip.
+
+    `weighting` is a weighting of `frame_weights`.
 
     Returns:
       Frames [B, 1] with float32 features. Quality and detection are means too. The number is the
