@@ -1,9 +1,9 @@
 """The structures of a batch of clips, and the conventions for axes and class columns.
 
 The letters in shapes mean the same in all modules. B counts the clips of a batch, N the clips of a
-dataset, T frames, M modalities or the vectors that a model computes from them, D features, K
-clusters or class columns, C identities, E members (nets) of an ensemble, and G branches (sets of
-logits) of a model.
+dataset, T frames, M modalities (such as face and voice) or the vectors that a model computes from
+them, D features, K clusters or class columns, C identities, E members (nets) of an ensemble, and G
+branches (sets of logits) of a model.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
 which show none of the identities. Columns 1..C are the identities in the order of

@@ -48,7 +48,8 @@ def mean_average_precision(
     Args:
       index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
         0..N-1 marks a rank without a clip.
-      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
+      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor, which shows none
+        of the identities.
       positives: [C] int, number of clips that show the identity. Identities with 0 are left out.
       num_others: number of further identities in the ground truth, for which nothing is ranked.
         The AP of each of them is 0.
@@ -206,7 +207,7 @@ class ClipScores(NamedTuple):
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
     """Returns the share of the labelled clips whose best identity is right, from 0 to 1.
 
-    `labels` are [N] int, class columns; 0 for a distractor, which shows none of the identities.
+    `labels` are [N] int, class columns; 0 for a distractor.
     """
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))

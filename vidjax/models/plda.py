@@ -1,4 +1,7 @@
-"""PLDA, a model of identities that is computed from sums over clips, without an optimiser."""
+"""PLDA (probabilistic linear discriminant analysis), a model that is trained without an optimiser.
+
+The model is computed from sums over the training clips.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -180,7 +183,8 @@ def _add(
 ) -> dict[str, jax.Array]:
     """Adds vectors x [B, D] to the sums of a modality, as `PLDAIdentifier._add_up` describes.
 
-    `turn` [B] is 0 at the first occurrence of a clip in the training, 1 at the second, and so on.
+    `part` maps the name of each sum to its array. `turn` [B] is 0 at the first occurrence of a clip
+    in the training, 1 at the second, and so on.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)

@@ -1,8 +1,9 @@
 """Computes logits by PLDA, and fits the settings of PLDA on held-out clips.
 
-For the fit, some clips are held out and the rest are enrolled. Some identities are strangers: none
-of their clips is enrolled. If there are several modalities, some identities are not enrolled in
-some of them, because enrolled people may lack a modality.
+For the fit, some clips are held out. The other clips are enrolled, that is, the model knows which
+identity they show. Some identities are strangers: none of their clips is enrolled. If there are
+several modalities, some identities are not enrolled in some of them, because enrolled people may
+lack a modality.
 
 `within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
 of known clips against strangers. The other settings maximise the probability of the right answers,
