@@ -285,7 +285,7 @@ def test_dropout_is_used_only_in_training(name):
     (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
     (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),
     (DENSE, {"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from"),
-    (DENSE, {"layers": ((0, "relu", False, 0.0),)}, "width is 0, but must be a whole number"),
+    (DENSE, {"layers": ((0, "relu", False, 0.0),)}, "the width is a whole number of 1 or more"),
     (RESIDUAL, {"width": 0}, "width=0: 0 is not a whole number"),
     (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
     (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),

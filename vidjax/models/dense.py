@@ -153,20 +153,15 @@ class MLP(nn.Module):
 
 def _check_layer(layer: object) -> None:
     """Raises UserError unless a layer has four values, each in its range."""
-    if not isinstance(layer, tuple) or len(layer) != 4:
-        raise UserError(
-            f"config.model.layers: a layer is {layer!r}, but must be "
-            "(width, activation, batch_norm, dropout_rate)"
-        )
-    width, _, _, dropout_rate = layer
-    if not isinstance(width, int) or width < 1:
-        raise UserError(
-            f"config.model.layers: a width is {width!r}, but must be a whole number of 1 or more"
-        )
-    if not isinstance(dropout_rate, (int, float)) or not 0 <= dropout_rate <= 1:
-        raise UserError(
-            f"config.model.layers: a dropout rate is {dropout_rate!r}, but must be from 0 to 1"
-        )
+    if isinstance(layer, tuple) and len(layer) == 4:
+        width, _, _, dropout_rate = layer
+        are_numbers = isinstance(width, int) and isinstance(dropout_rate, int | float)
+        if are_numbers and width >= 1 and 0 <= dropout_rate <= 1:
+            return
+    raise UserError(
+        f"config.model.layers: a layer is {layer!r}, but must be (width, activation, batch_norm, "
+        "dropout_rate); the width is a whole number of 1 or more, the rate is from 0 to 1"
+    )
 
 
 _NUM_CONNECTED = 3  # the first layers, which have shortcuts
