@@ -2,8 +2,7 @@
 
 Logits are [..., K] with K class columns (see `core.batch`) and any leading axes: clips, branches
 of a model, examples of a clip. To add a loss, write a function here and add a line to
-`CLASSIFICATION` or `MARGINS`. Values of `config.loss` that are out of range, or do not fit each
-other or the model, raise UserError.
+`CLASSIFICATION` or `MARGINS`.
 """
 
 import functools
@@ -59,6 +58,9 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
       [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
         above pi - m this cosine would increase again. There the column becomes
         scale x (cos(angle) - m sin(m)). Other columns are unchanged.
+
+    Raises:
+      UserError: `margin` or `scale` is out of range.
 
     Source: Deng et al., ArcFace, equation 3, with the second formula of the authors' code. Unlike
     in their code, the derivative of the sine is 0 at cosines of 1 and -1, where it does not exist.
@@ -249,6 +251,10 @@ def make_loss(
       Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
         float. The step may be traced. If `scale`, a learned scale that broadcasts to [...], is not
         None, it replaces `logit_scale`. For `counted` see `batch_focal`.
+
+    Raises:
+      UserError: a name is unknown, the schedule is not in order or has weights outside 0 to 1, or
+        a margin is set without a cosine classifier.
     """
     check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
     check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)

@@ -121,6 +121,9 @@ def identification_errors(
       The errors. The threshold has the precision of the scores. Returns None if no clip is known or
         if there are too few distractors for the limit.
 
+    Raises:
+      UserError: `fpir` is outside 0 to 1.
+
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
     if not 0 <= fpir <= 1:

@@ -1,7 +1,4 @@
-"""Builds optimisers and learning-rate schedules from dicts of configuration fields.
-
-An unknown name, or a value with which nothing can be trained, raises UserError.
-"""
+"""Builds optimisers and learning-rate schedules from dicts of configuration fields."""
 
 import inspect
 import math
@@ -27,6 +24,9 @@ def make_piecewise(
         jump; at that epoch the second value holds. The function is constant before the first pair
         and after the last pair.
       name: name of the points in error messages.
+
+    Raises:
+      UserError: there are no points, or they are not finite pairs in order.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -143,6 +143,9 @@ def make_schedule(
 
     Returns:
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
+
+    Raises:
+      UserError: the decay is unknown.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
@@ -215,6 +218,9 @@ def make_optimizer(
         decays; `clip_norm`, the largest global norm of the gradient (0: no limit); `decay_all`;
         `restart_epoch` (0: no restart); the fields that `make_schedule` reads.
       total_steps, steps_per_epoch: see `make_schedule`.
+
+    Raises:
+      UserError: the name or the decay is unknown, or `total_decay` is set and no rate is above 0.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

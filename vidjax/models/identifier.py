@@ -1,4 +1,4 @@
-"""Builds a model from its specification, a plain dict. Errors in it raise UserError."""
+"""Builds a model from its specification, a plain dict."""
 
 import dataclasses
 import re
@@ -46,6 +46,9 @@ def make_identifier(
       num_classes: number of class columns, K.
       num_clips: number of training clips, for models that store them.
       dtype: dtype of the matrix products.
+
+    Raises:
+      UserError: a name or an attribute is unknown, or an attribute is missing.
     """
     options = dict(spec)
     name = options.pop("name", None)
