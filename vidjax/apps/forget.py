@@ -26,7 +26,7 @@ from vidjax.data.untrusted.names import escape, fold, normal_form, unescape
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 
-INDEX_BYTES = 512 * files.MB  # largest list of clips of a converted dataset, or file of a run
+INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
 MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many names takes a second
@@ -99,7 +99,10 @@ class Forgotten(NamedTuple):
 
 
 class SimilarNames:
-    """Finds the stored spelling of names that a user may have misspelled."""
+    """Finds stored names that are similar to the searched names, which a user may have misspelled.
+
+    `wanted` are the searched names in Unicode form NFC.
+    """
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
@@ -114,10 +117,10 @@ class SimilarNames:
             self._few |= names
 
     def similar(self, *, closely: bool) -> dict[str, str]:
-        """Returns searched name -> a stored name that looks the same.
+        """Returns searched name -> a stored name that looks the same, such as in other letter case.
 
-        If no stored name looks the same, a stored name with a similar spelling is returned, but
-        only if `closely` is True.
+        If no stored name looks the same and `closely` is True, a stored name with a similar
+        spelling is returned.
         """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
@@ -320,7 +323,7 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
     "run": (_read_names_of_run, "its weights depend on the clips: delete it; train without them"),
     "who": (
         _read_names_of_who,
-        "remove the photos, and run `vidjax who` again: it replaces all files",
+        "remove these people's photos and tags, and run `vidjax who` again: it replaces all files",
     ),
 }
 

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-MOST_SHRINK = 2.0  # if a crop is shrunk more than this, squares of pixels are averaged first
+MOST_SHRINK = 2.0  # if a crop is shrunk by a larger factor, squares of pixels are averaged first
 FULL_EYE_DISTANCE = 40.0  # in pixels; a larger distance between the eyes adds no quality
 SQUARES = 37  # sharpness is measured after the crop is reduced to about 37 x 37 squares
 HALF_SHARP = 1200.0  # the sharpness is 0.5 at this variance; grey levels are 0 to 255
@@ -177,10 +177,10 @@ def measure_size(points: np.ndarray) -> np.ndarray:
 def measure_sharpness(crops: np.ndarray) -> np.ndarray:
     """Returns the sharpness v / (v + 1200) of each crop [N, S, S, 3] uint8: [N], 0 to 1.
 
-    First, each square of the crop is replaced by its mean. The variance of the Laplacian of these
-    means comes from detail and noise, and v is the part from detail. The part from noise is
-    estimated with squares of about half the side, because faces have little detail at this scale.
-    This estimate is scaled down, because the mean of a larger square contains less noise.
+    v is a variance of the Laplacian of grey levels, minus the share of noise in this variance. The
+    crop is first divided into about 37 x 37 squares, and each square is replaced by its mean. The
+    noise is estimated in the same way from squares of half the side, in which faces have little
+    detail. This estimate is scaled down, because the mean of a larger square contains less noise.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)

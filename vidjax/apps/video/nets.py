@@ -1,4 +1,4 @@
-"""Runs nets that detect faces or compute embeddings, in ONNX Runtime on the CPU.
+"""Runs neural nets that detect faces or compute embeddings, in ONNX Runtime on the CPU.
 
 A face has five points: the eyes, the nose, and the corners of the mouth. The eyes and the corners
 are ordered from left to right in the image. A card is a JSON file that describes a net.
@@ -21,8 +21,8 @@ LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
 WEAK_SCORE = 0.2  # near a detection with a higher score, the frames before and after are searched
 MOST_OVERLAP = 0.3  # the largest intersection over union of two faces in an image
 MOST_CANDIDATES = 5000  # only the best detections enter non-maximum suppression
-# The sides of the square that is searched around a known face are 2 * NEAR times the longer side of
-# the face. The square is shrunk until the face has FACE_SHARE times `Detector.size` pixels.
+# Around a known face, a square is searched whose sides are 2 * NEAR times the longer side of the
+# face. It is shrunk until the longer side of the face has FACE_SHARE * `Detector.size` pixels.
 NEAR, FACE_SHARE = 1.0, 0.1
 CELL = 4  # the side of CenterFace's cells, in pixels
 FORMULA_STEP = 7919  # see `make_formula_image`
@@ -43,7 +43,7 @@ class Faces(NamedTuple):
     points: np.ndarray
 
     def take(self, index: np.ndarray) -> "Faces":
-        """Returns the faces at `index`, which contains their indices or is a mask."""
+        """Returns the faces that `index` selects: an array of indices, or a bool mask [F]."""
         return Faces(*(part[index] for part in self))
 
     def take_above(self, score: float) -> "Faces":
@@ -55,7 +55,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels. A detector shrinks it by the factor `scale`, at most 1."""
+    """A rectangle of an image in pixels. A detector multiplies its sides by `scale`, at most 1."""
 
     left: int
     top: int
@@ -80,11 +80,11 @@ class Detector:
         return self.search(image).take_above(LEAST_SCORE)
 
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
-        """Returns certain and uncertain detections, with scores above 0.2, in an image.
+        """Returns the detections in an image, also uncertain ones with scores from 0.2 to 0.5.
 
         `image` is uint8 [H, W, 3] RGB. `near` [N, 4] are the boxes of faces in another frame. If
-        they are given, only the image around them is searched. If this would be more work, or the
-        net has an input of fixed size, the whole image is searched.
+        `near` is given, only the surroundings of these boxes are searched. The whole image is
+        searched if that is less work, or if the net has an input of fixed size.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -193,7 +193,7 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
 
 
 def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
-    """Returns four numbers, float64, of a net's output for a test image.
+    """Returns four numbers, float64, of a net's output for a test image. Cards store such numbers.
 
     The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. This output
     contains the points of faces, an embedding, or the state of the net for speech. It reveals
@@ -340,10 +340,12 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Enlarges a square to a region of whole pixels, whose shrunk sides are multiples of 32.
+    """Returns a region of whole pixels that contains the part of a square in the image.
 
-    A detector divides the shrunk image into cells of 4 x 4 pixels. The region begins at the corner
-    of a cell, so that the detections are nearly the same as in the whole image.
+    A detector divides the image, after it is shrunk by `scale`, into cells of 4 x 4 pixels. The
+    region begins at the corner of a cell, so that the detections are nearly the same as in the
+    whole image. The sides of the shrunk region are multiples of 32 pixels, as detectors require,
+    unless the region ends at the border of the image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
@@ -358,9 +360,10 @@ def _overlap(first: Region, second: Region) -> bool:
 
 
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
-    """Removes faces that overlap a better face; returns the others by falling score.
+    """Removes faces that overlap a face with a higher score; returns the others by falling score.
 
-    Source: greedy non-maximum suppression. `most_overlap` is the largest intersection over union.
+    `most_overlap` is the largest intersection over union of two remaining faces. This is greedy
+    non-maximum suppression.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []
@@ -457,7 +460,10 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the columns and rows, float32 [n, 2], of numbered cells. A row has `width` cells."""
+    """Returns the column and row, float32 [n, 2], of each cell from its number.
+
+    Cells are numbered row by row. Each row has `width` cells.
+    """
     return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 

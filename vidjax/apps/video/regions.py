@@ -25,11 +25,14 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 MOST_BYTES = 4 * files.MB  # the largest size of the XMP
-END_BYTES = 2 * files.MB  # XMP is searched in this part at the start and the end of a photo
+END_BYTES = 2 * files.MB  # XMP is searched only in the first and the last 2 MB of a photo
+# The largest numbers of pieces of XMP and of tags in a photo, of XML elements in a tag, and of
+# letters in a name. Photos of real people have far fewer.
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
 PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
-# The start of compressed XMP in a PNG. Two texts, which end with a zero byte, and the XMP follow.
+# The start of compressed XMP in a PNG. Then follow two texts, each with a zero byte at its end, and
+# the XMP.
 PACKED = b"XML:com.adobe.xmp\0\1\0"
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
@@ -189,11 +192,12 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 def match_faces(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
 ) -> np.ndarray:
-    """Returns the index of the face at each of n tags, int [n], or -1 if no face is there.
+    """Returns the index of the detected face at each of n tags: int [n], or -1 if there is no face.
 
-    By the standard, the boxes of tags belong to the stored picture, which may lie on its side. Some
-    programs use the displayed, upright picture. If `tags.shape` fits only one of the two pictures,
-    this picture is used. If not, the picture in which more tags have a face is used.
+    By the standard, the boxes of tags belong to the stored picture, which may lie on its side. But
+    some programs draw them in the displayed, upright picture. If `tags.shape` is upright for only
+    one of the two pictures, this picture is used. If not, the picture in which more tags have a
+    face is used.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture. `size` is the width and height of
     the displayed picture. `orientation` is the EXIF orientation of the stored picture, 1 to 8.

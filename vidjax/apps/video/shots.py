@@ -19,8 +19,9 @@ from vidjax.apps.video.align import GREY
 LEAST_DIFFERENCE = 3.0  # smaller differences come from noise and compression
 UNLIKE = 0.5  # a change with a smaller likeness is a cut if it stands out by CLEAR
 LIKE = 0.9  # a change with a larger likeness is never a cut
-LARGE_DIFFERENCE = 18.0  # a larger difference is a cut if it stands out by LIKELY
-RECOLOURED_SHARE = 0.5  # so is a change of colour in a larger share of the pixels
+# A change that stands out by LIKELY is a cut if its difference is larger than LARGE_DIFFERENCE, or
+# if the colour changes in more than this share of the pixels.
+LARGE_DIFFERENCE, RECOLOURED_SHARE = 18.0, 0.5
 # A change stands out if it exceeds the first factor times the median of recent changes, and the
 # second factor times the last change. The second factor avoids several cuts when a fast pan starts.
 CLEAR = (2.0, 1.5)  # factors for 1 - likeness
@@ -66,8 +67,7 @@ class ShotDetector:
     def __init__(self) -> None:
         self.starts: list[float] = []
         self._before_blank: _Picture | None = None
-        # The difference, and 1 - likeness, of the last two frames.
-        self._last = np.zeros(2)
+        self._last = np.zeros(2)  # the last change: the difference and 1 - likeness
         self._time_s = np.inf
         self._changes: collections.deque[np.ndarray] = collections.deque(maxlen=RECENT_CHANGES)
         self._pictures: collections.deque[_Picture] = collections.deque(maxlen=COMPARED_PICTURES)
@@ -76,8 +76,8 @@ class ShotDetector:
     def update(self, time_s: float, small: np.ndarray) -> bool:
         """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. If the new shot began with a dissolve, it
-        began earlier than this frame. `starts` then contains the earlier time.
+        The first frame of a film begins the first shot. If the new shot began with a dissolve, the
+        last of `starts` is the middle of the dissolve, which is earlier than `time_s`.
         """
         picture = _Picture(small)
         cut = not self._pictures or self._is_cut(time_s, picture)
@@ -114,9 +114,10 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether the change to `picture` is a cut. For `change`, see `_stands_out`.
+        """Returns whether the change from the last picture to `picture` is a cut.
 
-        After a cut, the picture must differ from all of the last three pictures.
+        `change` [2] is the difference and 1 - likeness of these pictures. After a cut, `picture`
+        must also differ from the two pictures before the last.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
@@ -137,9 +138,9 @@ class ShotDetector:
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Returns whether the two measures of a change stand out from recent changes: bool [2].
+        """Returns whether each of the two numbers in `change` stands out: bool [2].
 
-        The measures are the difference and 1 - likeness of the last two frames. A measure stands
+        The numbers are the difference and 1 - likeness of the last two pictures. A number stands
         out if it is above `times_usual` times its median in recent changes, and above `times_last`
         times its value in the last change.
         """

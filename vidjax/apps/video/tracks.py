@@ -55,7 +55,10 @@ class Track:
         self.end_sighting(time_s)
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Splits the track at the times `at`. Each part must contain at least one sighting."""
+        """Returns the parts of the track between the times `at`, which are in seconds.
+
+        Each part must contain at least one sighting.
+        """
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -64,7 +67,7 @@ class Track:
 
 
 class _Motion:
-    """Predicts where the person of a track will be, as if each side of the box had constant speed.
+    """Predicts the next box of a track, as if each side of the box moved at a constant speed.
 
     `last` [4] is the last detected box, and `time_s` the time of this detection in seconds.
 
@@ -153,8 +156,8 @@ class Tracker:
     def cut(self, time_s: float) -> None:
         """Ends all tracks at a cut. The next frames are part of a shot that began at `time_s`.
 
-        If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began during
-        the dissolve are dropped, because these people belong to the next shot.
+        If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began after
+        the dissolve began are dropped, because these people belong to the next shot.
         """
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
         for motion in self._live:
@@ -207,8 +210,8 @@ class MainFigures:
     of any other box. A shot is dropped if it lasts less than 1 or more than 30 seconds, or if 30 %
     of its frames or less have a main person.
 
-    Source: iQIYI-VID, sections 3.1 and 3.2, where the boxes are heads. The paper writes "larger"
-    without a measure. We compare areas.
+    Source: iQIYI-VID paper, sections 3.1 and 3.2, where the boxes are heads. The paper writes
+    "larger" without a measure. We compare areas.
     """
 
     def __init__(self) -> None:
@@ -345,9 +348,10 @@ def _double_boxes(boxes: np.ndarray) -> np.ndarray:
 
 
 def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[int, int]:
-    """Pairs rows with columns by falling overlap; returns the row of each paired column.
+    """Pairs L boxes with N other boxes; the pair with the largest overlap is chosen first.
 
-    Only overlaps above `least`, 0 or more, are paired. No row and no column is in two pairs.
+    `overlaps` is [L, N]. No box is in two pairs. Pairs with an overlap of `least`, 0 or more, or
+    less are not made. Returns index of one of the N boxes -> index of its partner in the L boxes.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
@@ -359,10 +363,13 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns bool [N], True for a detection at a place where fewer people are seen than expected.
+    """Returns for each of N detections whether one person may hide another there: bool [N].
+
+    This is so if the predicted boxes of several tracks overlap there, but fewer detections are near
+    these boxes than tracks.
 
     `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] is the intersection
-    over union of the predicted boxes and N detections.
+    over union of the predicted boxes and the detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP
