@@ -95,16 +95,24 @@ def _cut_region(
     left, right = _find_squares(x, width, factor)
     top, bottom = _find_squares(y, height, factor)
     part = rgb[top * factor : bottom * factor, left * factor : right * factor]
-    if factor == 1 or not part.size:
-        return part, left * factor, top * factor
-    rows, columns = bottom - top, right - left
-    square = np.zeros((rows * factor, columns * factor, 3), np.uint8)
-    square[: part.shape[0], : part.shape[1]] = part
-    # Summing whole rows first is ten times faster than summing both axes at once.
-    sums = square.reshape(rows, factor, -1).sum(1, dtype=np.uint32)
-    sums = sums.reshape(rows, columns, factor, 3).sum(2, dtype=np.uint32)
-    means = sums.astype(np.float32) / factor**2
-    return means, left * factor, top * factor
+    if factor > 1:
+        padded = np.zeros(((bottom - top) * factor, (right - left) * factor, 3), np.uint8)
+        padded[: part.shape[0], : part.shape[1]] = part
+        part = average_squares(padded, factor)
+    return part, left * factor, top * factor
+
+
+def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
+    """Returns the means, float32, of squares of side x side pixels; drops incomplete squares."""
+    rows, columns = picture.shape[0] // side, picture.shape[1] // side
+    # These two sums are faster than a `mean` of the reshaped picture.
+    strips = np.zeros((rows, columns * side, 3), np.float32)
+    for row in range(side):
+        strips += picture[row : rows * side : side, : columns * side]
+    total = np.zeros((rows, columns, 3), np.float32)
+    for column in range(side):
+        total += strips[:, column::side]
+    return total / side**2
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
@@ -141,11 +149,10 @@ def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 def encode_thumbnail(crop: np.ndarray) -> bytes:
     """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to at most THUMBNAIL_SIDE pixels."""
-    step = -(-len(crop) // THUMBNAIL_SIDE)
-    side = len(crop) // step
-    squares = crop[: side * step, : side * step].reshape(side, step, side, step, 3)
-    small = squares.mean((1, 3)).round().astype(np.uint8).reshape(side, -1)
-    rows = np.pad(small, ((0, 0), (1, 0))).tobytes()  # each row begins with its filter type, none
+    small = average_squares(crop, -(-len(crop) // THUMBNAIL_SIDE)).round().astype(np.uint8)
+    side = len(small)
+    # Each row begins with its filter type, 0 for none.
+    rows = np.pad(small.reshape(side, -1), ((0, 0), (1, 0))).tobytes()
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)  # 8 bits, RGB
     chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vidjax.apps.video.align import average_squares
 from vidjax.apps.video.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.errors import UserError, require_packages
@@ -279,26 +280,16 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes an image [H, W, 3] by linear interpolation; returns uint8 [height, width, 3].
 
-    If an image is shrunk to half its size or less, blocks of pixels are averaged first, because
+    If an image is shrunk to half its size or less, squares of pixels are averaged first, because
     interpolation would skip pixels.
     """
     step = min(image.shape[0] // height, image.shape[1] // width)
     if step > 1:
-        image = _average_blocks(image, step)
+        image = average_squares(image, step)
     for axis, length in enumerate((height, width)):
         if image.shape[axis] != length:
             image = _interpolate(image, length, axis)
     return image if image.dtype == np.uint8 else np.round(image).astype(np.uint8)
-
-
-def _average_blocks(image: np.ndarray, step: int) -> np.ndarray:
-    """Returns the means, float32, of blocks of step x step pixels; drops incomplete blocks."""
-    height, width = (side // step * step for side in image.shape[:2])
-    total = np.zeros((height // step, width // step, 3), np.float32)
-    for row in range(step):
-        for column in range(step):
-            total += image[row:height:step, column:width:step]
-    return total / (step * step)
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
