@@ -19,12 +19,15 @@ import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax.data import cache
 from vidjax.data.untrusted.names import escape, fold, normal_form, unescape
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from vidjax.apps.gallery.gallery import Gallery
 
 INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
@@ -139,6 +142,8 @@ def forget(
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
     that contain any of the clips are deleted. Raises UserError if a folder does not exist.
     """
+    from vidjax.apps.gallery.gallery import Gallery
+
     found: list[Place] = []
     folders: dict[Path, str] = {}
     others: dict[Path, bool] = {}
@@ -151,10 +156,20 @@ def forget(
     asked = {*map(normal_form, clips)}
     wanted = people | asked
     names, known = {*wanted}, SimilarNames(wanted)
+    runs_of_galleries: dict[Path, Path] = {}
     for folder in of_kind("gallery"):
-        galleries, held = _search_gallery(folder, people, asked, known, delete=delete)
-        found += galleries
-        names |= held
+        try:
+            gallery = Gallery(folder)
+            known.add({*gallery.identities, *map(normal_form, gallery.clips)})
+        except UserError as error:
+            found.append(_list_unread(folder, error))
+            continue
+        runs_of_galleries[folder] = Path(gallery.origin.workdir)
+        stored = gallery.clips.items()
+        shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in asked}
+        if shown:
+            found.append(_report_gallery(gallery, shown, delete=delete))
+            names.update(map(normal_form, shown))
     for folder in of_kind("records"):
         found += _search_records(folder, names, delete=delete)
     for kind, (names_of, remedy) in READERS.items():
@@ -172,7 +187,10 @@ def forget(
         del others[path]
     found += _search_files(others, names, wanted)
     runs = {place.path for place in found if place.kind == "run"}
-    found += _find_galleries_of_runs(of_kind("gallery"), runs)
+    for folder, run in runs_of_galleries.items():
+        if run in runs:
+            about = f"its vectors were computed by '{run}', which was trained on the clips"
+            found.append(Place("gallery", folder, about, "make the gallery again with a new run"))
     return Forgotten(found, names, known.similar(closely=not found))
 
 
@@ -211,35 +229,16 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
     return Place("unread", Path(path), about, "search it yourself")
 
 
-def _search_gallery(
-    folder: Path, people: set[str], clips: set[str], known: SimilarNames, *, delete: bool
-) -> tuple[list[Place], set[str]]:
-    """Searches a gallery for `clips` and for the clips of `people`.
-
-    If `delete` is True, these clips are deleted. Adds the names of all people and clips in the
-    gallery to `known`. Returns a list of places, and the names of the clips that the gallery
-    contains. The list has one entry, the gallery, if there are such clips or if the gallery cannot
-    be read. If not, the list is empty.
-    """
-    from vidjax.apps.gallery.gallery import Gallery
-
-    try:
-        gallery = Gallery(folder)
-        known.add({*gallery.identities, *map(normal_form, gallery.clips)})
-    except UserError as error:
-        return [_list_unread(folder, error)], set()
-    stored = gallery.clips.items()
-    shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in clips}
-    if not shown:
-        return [], set()
-    about, remedy = f"{len(shown):,} of its clips", "--delete"
+def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Place:
+    """Returns the place of a gallery that contains `clips`. If `delete` is True, deletes them."""
+    about, remedy = f"{len(clips):,} of its clips", "--delete"
     if delete:
         try:
-            gallery.remove(clip=shown)
+            gallery.remove(clip=clips)
             remedy = "deleted"
         except UserError as error:
             about += f", not deleted: {str(error).splitlines()[0]}"
-    return [Place("gallery", folder, about, remedy)], {*map(normal_form, shown)}
+    return Place("gallery", gallery.folder, about, remedy)
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
@@ -326,20 +325,6 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
         "remove these people's photos and tags, and run `vidjax who` again: it replaces all files",
     ),
 }
-
-
-def _find_galleries_of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Place]:
-    """Yields the galleries whose vectors were computed with any of `runs`."""
-    from vidjax.apps.gallery.gallery import Gallery
-
-    for folder in galleries:
-        try:
-            run = Path(Gallery(folder).origin.workdir)
-        except UserError:  # already reported
-            continue
-        if run in runs:
-            about = f"its vectors were computed by '{run}', which was trained on the clips"
-            yield Place("gallery", folder, about, "make the gallery again with a new run")
 
 
 # ---- all other files
