@@ -265,7 +265,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         with cache.exclusive(folder):
             remedy = "deleted: the next run converts your files again"
             if not remove(folder):
-                remedy = "other files are still in this folder: run the command again"
+                remedy = "some files are left in this folder: run the command again to search them"
     return [Place("records", folder, about, remedy)]
 
 
@@ -384,7 +384,7 @@ def _run_grep(
     text: bytes = b"",
     locale: str = "C.UTF-8",
 ) -> list[bytes]:
-    """Runs grep on files, or on `text` if `paths` is empty; returns the NUL-separated output rows.
+    """Runs grep on files, or on `text` if `paths` is empty; returns the output, split at NUL bytes.
 
     grep reads the patterns from memory. So no searched name is written to the disk or appears in
     the list of processes. Raises OSError if grep fails.

@@ -53,6 +53,8 @@ MIRRORED = (2, 4, 5, 7)  # the EXIF orientations of mirrored photos
 TIFF = re.compile(rb"MM\0\*|II\*\0")  # the EXIF header in both byte orders
 # The EXIF tag 0x0112, a 16-bit number, in both byte orders.
 ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
+# A header is searched in the first PHOTO_BYTES of a photo, and the orientation in the EXIF_BYTES
+# after the header.
 EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 
@@ -122,9 +124,12 @@ class DecodeCounts:
 class Clock:
     """Turns time stamps into strictly increasing times.
 
-    A time stamp is bad if it is missing, if it does not increase, or if it is far beyond the
-    declared end. Its frame gets the time of the last frame plus the average duration of a frame. If
-    this time differs from the bad time stamp, all later frames are moved by this difference.
+    A time stamp is bad if it is missing, if it does not increase, or if it is more than 10 seconds
+    beyond the declared end. A frame with a bad time stamp gets the time of the last frame plus the
+    average duration of a frame. If this time differs from the bad time stamp, all later frames are
+    moved by this difference.
+
+    `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
     """
 
     def __init__(self, step_s: float, latest_s: float | None):
@@ -207,7 +212,7 @@ class Video:
                 break
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
-            raise UserError(f"{problem}\ncopy it again, or leave it out")
+            raise UserError(f"{problem}\ncopy the file again, or leave it out")
         declared = 0.0 if self.info.photo else self.info.seconds or 0.0
         missing = declared - self.counts.seconds
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
@@ -332,7 +337,7 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
         raise
     except Exception as error:  # the libraries raise many types of errors
         raise UserError(
-            f"'{path}' is a damaged photo: {_describe_error(error)}\ncopy it again"
+            f"'{path}' is a damaged photo: {_describe_error(error)}\ncopy the photo again"
         ) from error
     bmp.seek(0)
     return bmp
@@ -384,7 +389,7 @@ def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer
         raise
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
-            raise UserError(f"'{path}' is an empty file\ncopy it again") from error
+            raise UserError(f"'{path}' is an empty file\ncopy the file again") from error
         raise UserError(
             f"'{path}' is damaged or has an unknown format: {_describe_error(error)}\n"
             "use MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "

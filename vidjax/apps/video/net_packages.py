@@ -186,7 +186,7 @@ class DlibNet:
         self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
 
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads the tensor, float32 with four axes, of the next layer with the name `layer`.
+        """Reads the tensor of the next layer whose name is `layer`: float32 with four axes.
 
         Between the name and the tensor, the file contains the integers `after`, the version 2 of
         the format, and the shape. Before each integer, a byte contains the length of the integer.
@@ -242,13 +242,14 @@ class DlibNet:
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)
         self.add_convolution(channels, 3, 1)
+        end, end_shape = self.at, self.shape
         if halves:
-            main, main_shape, self.at, self.shape = self.at, self.shape, start, start_shape
+            self.at, self.shape = start, start_shape
             self.add_pooling("AveragePool", 2)
-            start, start_shape, self.at, self.shape = self.at, self.shape, main, main_shape
-        shape = tuple(map(max, self.shape, start_shape))
-        main = self.pad_output(self.at, self.shape, shape)
-        self.add("Add", main, self.pad_output(start, start_shape, shape))
+            start, start_shape = self.at, self.shape
+        shape = tuple(map(max, end_shape, start_shape))
+        end = self.pad_output(end, end_shape, shape)
+        self.add("Add", end, self.pad_output(start, start_shape, shape))
         self.shape = shape
         self.add("Relu", self.at)
 

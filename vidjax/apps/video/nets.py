@@ -189,7 +189,7 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
         raise UserError(
             f"the output of the net differs from the test in '{card.path}' by {gap:.1e}, "
             f"more than {card.test.tolerance:.0e}\n"
-            f"colour, mean or scale in this file, or onnxruntime, may be wrong: {REMEDY}"
+            f"correct `colour`, `mean` and `scale` in this file, or {REMEDY}"
         )
 
 
@@ -251,7 +251,7 @@ def ask_net(
 
 
 def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
-    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input of a net."""
+    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input that `form` describes."""
     if form.colour == "bgr":
         images = images[..., ::-1]
     mean, scale = np.array(form.mean, np.float32), np.array(form.scale, np.float32)

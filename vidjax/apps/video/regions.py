@@ -26,8 +26,8 @@ from vidjax.utils.errors import UserError
 
 MOST_BYTES = 4 * files.MB  # the largest size of the XMP
 END_BYTES = 2 * files.MB  # XMP is searched only in the first and the last 2 MB of a photo
-# The largest numbers of pieces of XMP and of tags in a photo, of XML elements in a tag, and of
-# letters in a name. Photos of real people have far fewer.
+# Limits against malicious files: the pieces of XMP and the tags in a photo, the XML elements in a
+# tag, and the letters in a name.
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
 PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
@@ -100,7 +100,10 @@ def _read_ends(path: Path) -> bytes:
 
 
 def _find_packets(content: bytes) -> Iterator[bytes]:
-    """Yields pieces of XMP that may contain face tags. If a piece has no end, raises UserError."""
+    """Yields the pieces of XMP, `<rdf:RDF` to `</rdf:RDF>`, that may contain face tags.
+
+    Raises UserError if a piece has no end.
+    """
     if content.startswith(PNG) and (place := content.find(PACKED)) >= 0:
         start = content.find(b"\0", content.find(b"\0", place + len(PACKED)) + 1) + 1
         content = zlib.decompressobj().decompress(content[start : start + MOST_BYTES], MOST_BYTES)

@@ -213,7 +213,10 @@ def _measure_likeness(first: _Picture, second: _Picture) -> float:
 
 
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the largest correlation of the middle of `first` [h, w] with parts of `second`."""
+    """Returns the largest correlation of the middle of `first` with a part of `second` of its size.
+
+    Both are grey levels [h, w]. The middle lacks MOST_SHIFT pixels at each side.
+    """
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]
     parts = np.lib.stride_tricks.sliding_window_view(second, middle.shape)

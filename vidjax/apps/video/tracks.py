@@ -365,8 +365,8 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns for each of N detections whether one person may hide another there: bool [N].
 
-    This is so if the predicted boxes of several tracks overlap there, but fewer detections are near
-    these boxes than tracks.
+    This is so if the predicted boxes of several tracks overlap there, but fewer detections than
+    tracks are near these boxes.
 
     `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] is the intersection
     over union of the predicted boxes and the detections.
