@@ -148,7 +148,7 @@ def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 
 def encode_thumbnail(crop: np.ndarray) -> bytes:
-    """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to at most THUMBNAIL_SIDE pixels."""
+    """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to sides of at most 80 pixels."""
     small = average_squares(crop, -(-len(crop) // THUMBNAIL_SIDE)).round().astype(np.uint8)
     side = len(small)
     # Each row begins with its filter type, 0 for none.

@@ -161,7 +161,7 @@ class Video:
     Attributes:
       info: the properties that the file declares.
       counts: the counts of decoded frames. They are complete when the iteration ends.
-      tell: a function that returns the number of bytes that were read so far.
+      tell: a function that returns the place in the file, in bytes, up to which it was read.
     """
 
     def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):

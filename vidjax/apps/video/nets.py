@@ -130,7 +130,10 @@ class Embedder:
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net. `make_input` turns crops or windows into the input of the net."""
+        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net.
+
+        The default, `prepare_images`, is for crops.
+        """
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 

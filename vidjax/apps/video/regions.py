@@ -56,8 +56,8 @@ class Tags(NamedTuple):
     """The face tags of a photo.
 
     Attributes:
-      shape: the width and height of the picture in which the program drew the boxes. If they
-        are not stored, `shape` is None.
+      shape: the width and height of the picture in which the boxes were drawn. If they are not
+        stored, `shape` is None.
       problem: why some tags could not be read. If there is no problem, it is empty.
     """
 
@@ -142,7 +142,7 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with this name, at most 501."""
+    """Yields the items of all XML lists with this name, at most MOST_TAGS + 1."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
@@ -198,9 +198,9 @@ def match_faces(
     """Returns the index of the detected face at each of n tags: int [n], or -1 if there is no face.
 
     By the standard, the boxes of tags belong to the stored picture, which may lie on its side. But
-    some programs draw them in the displayed, upright picture. If `tags.shape` is upright for only
-    one of the two pictures, this picture is used. If not, the picture in which more tags have a
-    face is used.
+    some programs draw them in the displayed, upright picture. If only one of the two pictures is
+    wide or tall like `tags.shape`, this picture is used. If not, the picture in which more tags
+    have a face is used.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture. `size` is the width and height of
     the displayed picture. `orientation` is the EXIF orientation of the stored picture, 1 to 8.
@@ -217,7 +217,7 @@ def match_faces(
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns boxes [n, 4], as fractions of the sides, upright by the EXIF orientation, 1 to 8."""
+    """Turns boxes [n, 4], fractions of a picture's sides, upright by the EXIF orientation."""
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:
         points = points[..., ::-1]

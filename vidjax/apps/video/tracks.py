@@ -102,10 +102,10 @@ class Tracker:
     """Joins the detections of a film into tracks, frame by frame.
 
     A detection is assigned to the track whose predicted box it overlaps most. If it overlaps no
-    predicted box enough, it is compared with the last boxes of the tracks. A track with a single
-    sighting has no prediction yet. So its box and the boxes of the detections are doubled in size
-    before they are compared. If one person hides another, the remaining detection is dropped,
-    because a lost detection is better than a switched identity.
+    predicted box enough, it is compared with the last detected box of each track. A track with a
+    single sighting has no prediction yet. For such a track, both boxes are doubled in size before
+    they are compared. If one person may hide another, the detection is dropped, because a lost
+    detection is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -206,9 +206,9 @@ class Tracker:
 class MainFigures:
     """Makes one track for each shot: the track of the main person.
 
-    A person is the main person of a frame if the area of the box is at least three times the area
-    of any other box. A shot is dropped if it lasts less than 1 or more than 30 seconds, or if 30 %
-    of its frames or less have a main person.
+    The main person of a frame has a box with at least three times the area of any other box. A shot
+    is dropped if it lasts less than 1 or more than 30 seconds, or if 30 % of its frames or less
+    have a main person.
 
     Source: iQIYI-VID paper, sections 3.1 and 3.2, where the boxes are heads. The paper writes
     "larger" without a measure. We compare areas.
@@ -350,8 +350,9 @@ def _double_boxes(boxes: np.ndarray) -> np.ndarray:
 def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[int, int]:
     """Pairs L boxes with N other boxes; the pair with the largest overlap is chosen first.
 
-    `overlaps` is [L, N]. No box is in two pairs. Pairs with an overlap of `least`, 0 or more, or
-    less are not made. Returns index of one of the N boxes -> index of its partner in the L boxes.
+    `overlaps` is [L, N]. No box is in two pairs. Two boxes are paired only if their overlap is
+    above `least`, which must not be negative. Returns a dict with the index of each paired box
+    among the N boxes -> the index of its partner among the L boxes.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
