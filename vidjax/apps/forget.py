@@ -241,12 +241,10 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
     return Place("gallery", gallery.folder, about, remedy)
 
 
-def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Place]:
-    """Searches a converted dataset for clips; returns a list of places.
+def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
+    """Yields the place of a converted dataset that contains any of `clips` or cannot be read.
 
-    The list has one entry, the folder of the dataset, if the dataset contains any of the clips or
-    cannot be read. If not, the list is empty. If `delete` is True, a dataset with any of the clips
-    is deleted.
+    If `delete` is True, a dataset with any of the clips is deleted.
     """
     path = folder / "index.npz"
     try:
@@ -255,9 +253,10 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
         lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
         held = set(clips).intersection(map(normal_form, itertools.chain(*lists)))
     except (UserError, OSError) as error:
-        return [_list_unread(folder, error)]
+        yield _list_unread(folder, error)
+        return
     if not held:
-        return []
+        return
     about, remedy = f"features of {len(held):,} clips", "--delete"
     if delete:
         from vidjax.data.records.manifest import remove
@@ -266,7 +265,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> li
             remedy = "deleted: the next run converts your files again"
             if not remove(folder):
                 remedy = "some files are left in this folder: run the command again to search them"
-    return [Place("records", folder, about, remedy)]
+    yield Place("records", folder, about, remedy)
 
 
 def _lines(content: bytes) -> Iterator[str]:
