@@ -662,7 +662,7 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
 
     card = drawn.models / "embed.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))
-    refused(lambda: pipeline.extract(*arguments), "with another face_embedder")
+    refused(lambda: pipeline.extract(*arguments), "with another net for the role face_embedder")
 
     Gallery.of_models(g, drawn.models)
     code, _, output = drawn.run("gallery", "enrol", g, f"--input={drawn.out}", "--identity=Ada")

@@ -29,7 +29,7 @@ MARKUP = {
     ".vtt": {"&": "&amp;", "<": "&lt;", "-->": "--&gt;"},
     ".srt": {"<": "\u2039", ">": "\u203a", "{": "(", "}": ")"},
 }
-COLUMNS = {
+COLUMNS = {  # name of a column -> type in Apache Arrow
     "video": "string", "start": "float64", "end": "float64", "identity": "string",
     "probability": "float64", "clips": "string", "evidence": "string",
     "box": "string", "box_at": "float64", "path": "string", "date": "string",
@@ -206,7 +206,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row of the table: joins several values by blanks, writes None as `ignored`."""
+    """Returns a row of the table. Several values are joined by blanks; no name is `ignored`."""
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)

@@ -125,7 +125,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     template: tuple[Point, Point, Point, Point, Point] | None = None
     around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
     width: Size | None = None  # the number of values of an embedding
-    norm_is_quality: bool
+    norm_is_quality: bool  # whether longer embeddings are of better pictures; only for information
     back_end: BackEnd | None = None
     licence: Licence
     source: Source
@@ -149,7 +149,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"a {self.role} needs `size`, the height and width of its input")
         left, top, right, bottom = self.around or (0, 0, 1, 1)
         if left >= right or top >= bottom:
-            raise ValueError("`around` must be left, top, right, bottom with left < right")
+            raise ValueError("`around` must have left < right and top < bottom")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
             raise ValueError(f"the `size` of a detector's input must be multiples of {STRIDE}")
         if self.back_end and len(self.back_end.centre) != self.width:

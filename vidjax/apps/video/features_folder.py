@@ -189,7 +189,10 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Makes the stem of a file's clips from the file's name: letters, digits, `_` and `-`."""
+    """Returns the stem, with which the names of a file's clips begin, from the file's name.
+
+    The stem contains only letters, digits, `_` and `-`.
+    """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 

@@ -169,7 +169,9 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Returns the index of a large box [N, 4] for each small box [M, 4]: int [M], or -1 for none.
+    """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
+
+    Returns the index of the large box of each small box, int [M]. Without a large box, it is -1.
 
     Large boxes choose a small box one after the other, starting with the smallest large box. A
     large box contains the centre of its small box. If it contains several centres, the centre
@@ -236,6 +238,10 @@ class BestPictures:
 class ClipBuilder:
     """Collects the best pictures of each track, and makes a clip when the track has ended.
 
+    If the folder `thumbnails` exists, a picture of the best face of each clip is written into it.
+    A track whose pictures are visible for more than `held_s` seconds each is part of a slide show,
+    see `find_changes`.
+
     Attributes:
       tracks: the tracks of the finished clips, in the order in which they ended.
       arrays: the arrays of each finished clip, by its name, as in the `.npz` file.
@@ -251,9 +257,10 @@ class ClipBuilder:
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
     ) -> None:
-        """Adds the pictures of the N people in the frame `rgb`, uint8 [H, W, 3], to their tracks.
+        """Adds the pictures of the N people in a frame to their tracks.
 
-        `owners` [N] int is the number of the track of each person. Without a track, it is -1.
+        `frame` is the number of the frame, and `rgb` are the pixels, uint8 [H, W, 3]. `owners` [N]
+        int is the number of the track of each person. Without a track, it is -1.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
@@ -334,7 +341,7 @@ class ClipBuilder:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Deletes the pictures of ended tracks; `live` has the numbers of the other tracks."""
+        """Deletes the pictures of all tracks except the tracks whose numbers are in `live`."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
@@ -429,10 +436,10 @@ def _make_clips(
     out: Path,
     settings: ExtractionSettings,
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
-    """Makes the clips of a video: one for each track, or with `--unit=shot`, one for each shot.
+    """Makes a clip of each track in a video, or with `--unit=shot`, of each shot.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people for
-    `ClipBuilder.hear`.
+    Returns the start and end of each shot in seconds, and the tracks of all people. These include
+    people without a clip, who may speak.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))

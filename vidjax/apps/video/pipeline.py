@@ -125,8 +125,8 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the files whose features are removed from the folders. If it is "missing", these files
-        no longer exist. If it is "others", these files are all files that are not in `paths`.
+      drop: the features that are removed from the folders: "nothing"; or "missing", features of
+        files that no longer exist; or "others", features of all files that are not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has nets with which the features were not computed. True
         computes the features again. False raises an error.
@@ -221,10 +221,10 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Creates the subfolders of `out`, and removes the features that `drop` names.
+    """Prepares a folder of features for the files `listed`; returns file -> stem.
 
-    If `pictures` is False, all thumbnails are removed. Returns a dict, file -> stem. The names of
-    the clips of a file begin with the stem.
+    The names of the clips of a file begin with the stem. The folder is cleared of the features that
+    `drop` names, see `extract_folders`, and if `pictures` is False, of all thumbnails.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -337,7 +337,7 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 
 
 def find_foreign(out: Path) -> str | None:
-    """Returns the name of a visible file in a folder, or None if there is no visible file."""
+    """Returns the name of a file in a folder, or None if all files are hidden (`.NAME`)."""
     return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
 
 
@@ -346,9 +346,11 @@ def _check_extraction(
 ) -> ExtractionSettings:
     """Returns the settings of a folder of features. A new folder gets the given settings.
 
-    `digests` contains the sha256 of the card of each net, by role. If `upgrade`, and there are new
-    nets, all features are removed, so that they are extracted again with the new nets. Raises
-    UserError if the features are of other nets or settings, or another program wrote the folder.
+    `digests` contains the sha256 of the card of each net, by role. If there are new nets and
+    `upgrade` is True, all features are removed. They are then extracted again with the new nets.
+
+    Raises UserError if the features are of other nets or settings, or another program wrote the
+    folder.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -369,8 +371,8 @@ def _check_extraction(
     for role in sorted(before.models.keys() | digests.keys()):
         if before.models.get(role) != digests.get(role):
             raise UserError(
-                f"the features in '{out}' were computed with another {role}\n"
-                "name a new folder, or the same models"
+                f"the features in '{out}' were computed with another net for the role {role}\n"
+                "name a new folder, or the folder of nets with which they were computed"
             )
     if settings and settings != before.settings:
         changed = [
@@ -380,7 +382,7 @@ def _check_extraction(
         ]
         raise UserError(
             f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
-            "name a new folder"
+            "name a new folder, or use the same settings"
         )
     return before.settings
 
@@ -437,7 +439,7 @@ def _find_film(out: Path, stem: str) -> Film | None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a folder of features contains pictures of faces, but none of this film."""
+    """Returns whether a folder of features has thumbnails, but none of the film with this stem."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 

@@ -177,7 +177,7 @@ class Review:
             self._finish(f"{subject} is {name}", of, after, entries)
 
     def similar(self, name: str, of: str) -> str | None:
-        """Returns a person other than `of` whose name is almost equal to `name`, or None."""
+        """Returns an enrolled person other than `of` whose name is almost `name`, or None."""
         people = self._gallery.identities.keys() - {of}
         if is_unknown(name) or normal_form(" ".join(name.split())) in people:
             return None
@@ -235,9 +235,10 @@ class Review:
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns entries that give clips a name. If `name` is None, the person is ignored.
+        """Returns entries of the gallery that give the name `name` to clips.
 
-        Raises UserError if no clip can be enrolled.
+        If `name` is None, the person in the clips is ignored. Clips without a clear face are left
+        out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         new = select_usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
@@ -248,7 +249,7 @@ class Review:
         return dict(entries)
 
     def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery; returns the old entries. A missing entry is None."""
+        """Replaces entries of the gallery; returns the old entries. None means no entry."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
@@ -263,7 +264,15 @@ class Review:
         clips: Mapping[str, StoredClip | None],
         numbers: who.UnknownNumbers | None = None,
     ) -> None:
-        """Applies a change that can be undone, and writes a message for the page."""
+        """Applies a change that can be undone, and sets the message of the page.
+
+        Args:
+          words: a description of the change.
+          of, after: see `change`.
+          clips: the new entry of each changed clip in the gallery. If it is None, the clip is
+            removed.
+          numbers: the new contents of `unknown.json`. If it is None, the contents are unchanged.
+        """
         before = self._numbers
         self._steps.append(Step(words, of, self._put(clips), before))
         self._decide(numbers or before)

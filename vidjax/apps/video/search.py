@@ -44,7 +44,7 @@ class FilmSearch:
         self._before: Mapping[str, Faces] = {}  # of the last frame of the previous group
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If the group before this frame is complete, searches and yields it."""
+        """Adds a frame. If the frame begins a new group, searches and yields the old group."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()
@@ -81,6 +81,7 @@ class FilmSearch:
 
 
 def _make(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
+    """Returns the frame with only the detections with scores above `LEAST_SCORE`."""
     strong = {name: faces.take_above(LEAST_SCORE) for name, faces in detections.items()}
     return frame._replace(detections=strong)
 

@@ -132,7 +132,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
     def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
-        """Returns numbers with the correction that the clips do not show the person `name`."""
+        """Returns a copy which records that `clips` do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
             denied_in_film = {**denied.get(_hash_film(film), {})}
@@ -154,7 +154,10 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Returns numbers that include `films`. `groups` is the unknown person of each clip."""
+        """Returns a copy to which the unknown people of `films` are added.
+
+        `groups` is clip -> unknown person, such as `unknown 3`.
+        """
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -295,7 +298,10 @@ def _update_people(
     workers: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols photos, and forgets people without photos. Returns the result of `_enrol_photos`."""
+    """Enrols photos, and forgets people without photos.
+
+    Returns the remedy for each unusable photo by path, and the names of all people with photos.
+    """
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
@@ -308,10 +314,9 @@ def _update_people(
 def _read_photos(
     photos: Mapping[str, Sequence[Path]], out: Path, workers: int, options: Mapping[str, Any]
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts features from the photos of all people.
+    """Extracts features from the photos of each person, and writes them to a folder `out / name`.
 
-    The features of a person are written to the folder `out / name`. Returns a dict, folder -> the
-    outcomes of the photos of the person.
+    Returns the outcomes of the photos in each of these folders.
     """
     groups: list[dict[Path, Sequence[Path]]] = [{}]
     for name, paths in photos.items():
@@ -328,7 +333,7 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many film files no longer exist, and a film whose thumbnails are missing."""
+    """Prints how many film files no longer exist, and one film whose thumbnails are missing."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -437,7 +442,8 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
     """Raises UserError if `people` contains none of the people whom earlier calls have enrolled.
 
-    All enrolled people would be forgotten, but the user has probably named the wrong folder.
+    Without this error, all enrolled people would be forgotten, although the user has probably named
+    the wrong folder.
     """
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
@@ -481,7 +487,10 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns photos and films in a folder, without the films that phones store with photos."""
+    """Returns photos and films in a folder, without films that have the name of a photo.
+
+    Phones store a short film with a photo, such as `IMG_1.mov` with `IMG_1.heic`.
+    """
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -491,7 +500,9 @@ def _list_stills(folder: Path) -> list[Path]:
 def _enrol_photos(
     gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols faces; returns the remedies for unusable photos by path, and the names of all people.
+    """Enrols the faces in photos.
+
+    Returns the remedy for each unusable photo by path, and the names of all people with photos.
 
     A person is enrolled with all photos in the folder or file of the person's name, and with all
     faces that a photo program has tagged with this name. If a photo has face tags, the name of its
@@ -566,16 +577,18 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
         more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
-        say(f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}")
+        say(
+            f"the face tags in {path} name {tagged}, not {show(name)}: the names in the tags are used{more}"
+        )
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns the label, the name in the gallery, under which new photos of a person are enrolled.
+    """Returns name in the folder of photos -> label, the name in the gallery, for all `names`.
 
-    `names` are the names of people in the folder of photos. The result is name -> label. A user may
-    have renamed a person in the gallery. So the most frequent label of the person's enrolled photos
-    is chosen. A label that is another name in `names` is chosen only if there is no other label. If
-    no photo of the person is enrolled, the label is the name.
+    New photos of a person are enrolled under the label. It may differ from the name, because a user
+    may have renamed the person in the gallery. The label is the most frequent label of the person's
+    enrolled photos. A label that is another name in `names` is chosen only if there is no other
+    label. If no photo of the person is enrolled, the label is the name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -646,8 +659,13 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
 class PhotoFace(NamedTuple):
     """An enrolled face of a photo.
 
-    As a string, it is the name of the clip in the gallery: `people/FOLDER/CLIP`. If a face tag
-    names a person other than the folder, it is `people/FOLDER/CLIP/PERSON`.
+    `str(face)` is the name of its clip in the gallery: `people/FOLDER/CLIP`. If a face tag names a
+    person other than the folder, it is `people/FOLDER/CLIP/PERSON`.
+
+    Attributes:
+      folder: the name of the folder in `OUT/people` that contains the features of the photo.
+      clip: the name of the clip in these features.
+      person: the name of the folder, or the name in the face tag.
     """
 
     folder: str
@@ -660,7 +678,7 @@ class PhotoFace(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery. If the clip is part of a film, returns None."""
+        """Parses the name of a clip in the gallery. If the clip is not of a photo, returns None."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -673,12 +691,12 @@ def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Removes people whose names are not in `names`, and folders whose names are not in `places`.
+    """Forgets people and photos that are no longer in the user's folder of people.
 
-    `out` is the folder of results. Its folders in `people` contain the features of photos. Clips of
-    films that were enrolled for the removed people are also removed. The page and the tables of the
-    earlier call are removed, too. They contain the names of the removed people, and this call may
-    fail before it writes new tables.
+    All clips of people whose names are not in `names` are removed from the gallery. A folder
+    `out/people/FOLDER` with features of photos is removed if FOLDER is not in `places`. The page
+    and the tables of the earlier call are removed, too. They contain the names of the removed
+    people, and this call may fail before it writes new tables.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -704,6 +722,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
+    """Computes the embeddings of clips from a folder of features with the net of the gallery."""
     paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
     reads = gallery.backend.widths
     known = (
@@ -789,7 +808,10 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes tables, subtitles, the page, and cut lists. For `padding`, see `name_people`."""
+    """Writes the tables, subtitles, page, and cut lists of a decision to the folder `out`.
+
+    In cut lists, `padding` seconds are added before and after each appearance.
+    """
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
@@ -828,7 +850,8 @@ def render_page(
 ) -> str:
     """Returns the page of a decision as HTML.
 
-    `address` returns the URL of a film at a time in seconds. For `forms`, see `names_page.Forms`.
+    `address` returns the URL of a film at a time in seconds. If `forms` is given, the page has
+    forms with which a user corrects names.
     """
     people = {name: list[names_page.Picture]() for name in gallery.identities}
     for clip, photo in sorted(_list_faces(gallery).items()):
