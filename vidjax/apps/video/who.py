@@ -577,9 +577,7 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
         more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
-        say(
-            f"the face tags in {path} name {tagged}, not {show(name)}: the names in the tags are used{more}"
-        )
+        say(f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}")
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
