@@ -46,7 +46,6 @@ from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Fi
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
-from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import make_file_stems, normal_form, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Sha256, Size, Text
@@ -62,6 +61,7 @@ TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB
+MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 
 
 class WhoResults(NamedTuple):
@@ -318,18 +318,14 @@ def _read_photos(
 
     Returns the outcomes of the photos in each of these folders.
     """
-    groups: list[dict[Path, Sequence[Path]]] = [{}]
-    for name, paths in photos.items():
-        if sum(map(len, groups[-1].values())) >= pipeline.BATCH_PHOTOS:
-            groups.append({})
-        groups[-1][out / name] = paths
-
-    def read(_: Children, group: Mapping[Path, Sequence[Path]]) -> dict[Path, list[FileOutcome]]:
-        each = -(-workers // len(groups))
-        return pipeline.extract_folders(group, workers=each, drop="others", tagged=True, **options)
-
-    results = map_children(read, groups, workers)
-    return {folder: outcomes for group in results for folder, outcomes in group.items()}
+    folders = [(out / name, paths) for name, paths in photos.items()]
+    outcomes_of: dict[Path, list[FileOutcome]] = {}
+    for first in range(0, len(folders), MOST_LOCKED):
+        group = dict(folders[first : first + MOST_LOCKED])
+        outcomes_of |= pipeline.extract_folders(
+            group, workers=workers, drop="others", tagged=True, **options
+        )
+    return outcomes_of
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
