@@ -611,14 +611,15 @@ def _enrol(
         gallery.remove(clip=old)
         return
     vectors = _embed(gallery, folder, usable)
-    photo_of = {clip: PhotoFace(folder.name, clip, usable[clip]) for clip in vectors.names}
-    vectors = vectors._replace(names=tuple(str(photo_of[clip]) for clip in vectors.names))
+    faces = [PhotoFace(folder.name, clip, usable[clip]) for clip in vectors.names]
+    vectors = vectors._replace(
+        names=tuple(map(str, faces)), labels=tuple(labels[face.person] for face in faces)
+    )
     unchanged = gallery.complete(vectors)
     gallery.remove(clip=old - unchanged)
     new = vectors.only({*vectors.names} - unchanged)
     if new.names:
-        people = {str(photo): labels[photo.person] for photo in photo_of.values()}
-        gallery.enrol(new._replace(labels=tuple(people[clip] for clip in new.names)))
+        gallery.enrol(new)
 
 
 def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
