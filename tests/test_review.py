@@ -11,7 +11,7 @@ from starlette import testclient
 
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import review
+from vidjax.apps.video import review, who
 
 pytestmark = pytest.mark.usefixtures("read_here")
 TOKEN, PORT = "t" * 22, 8123
@@ -27,7 +27,10 @@ class Reviewed:
         write_film(self.films[1], (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
         write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
         self.before = self.again()
-        self.review = review.Review(drawn.out, padding=0.25)
+        gallery, numbers = Gallery(drawn.out / "gallery"), who.read_numbers(drawn.out)
+        films = who.read_films(drawn.out)
+        decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
+        self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(
             review.make_app(self.review, TOKEN, PORT), base_url=f"{SITE}/{TOKEN}/",
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},

@@ -78,7 +78,7 @@ class Review:
     def __init__(
         self,
         out: Path,
-        decision: who.Decision | None = None,
+        decision: who.Decision,
         *,
         fpir: float | None = None,
         threshold: float | None = None,
@@ -88,12 +88,11 @@ class Review:
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
-        self._films = decision.films if decision else who.read_films(out)
+        self._films, self._decision = decision.films, decision
         self._steps: list[Step] = []
         self._saving = threading.Lock()
         self.version = self._saved = 0
         self._forms = Forms(0)
-        self._decision = decision or self._make_decision(who.read_numbers(out), None)
         self._numbers = who.read_numbers(out)
 
     @property
@@ -279,15 +278,11 @@ class Review:
         self._forms = Forms(0, message=f"Saved: {words}.", at=after)
 
     def _decide(self, numbers: who.UnknownNumbers) -> None:
-        self._decision = self._make_decision(numbers, self._decision)
+        self._decision = who.decide(
+            self._gallery, self._out, self._films, numbers, self._identify, self._decision
+        )
         self._numbers = who.read_numbers(self._out)
         self.version += 1
-
-    def _make_decision(
-        self, numbers: who.UnknownNumbers, last: who.Decision | None
-    ) -> who.Decision:
-        gallery, out, films = self._gallery, self._out, self._films
-        return who.decide(gallery, out, films, numbers, self._identify, last)
 
 
 def _fold_letters(name: str) -> str:
