@@ -89,7 +89,7 @@ class Forms(NamedTuple):
       similar: a person whose name is similar to `typed`.
     """
 
-    version: int
+    version: int = 0
     film: str = ""
     person: str = ""
     message: str = ""

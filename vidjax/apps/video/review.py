@@ -34,7 +34,7 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.video import who
-from vidjax.apps.video.appearances import Appearance, format_time
+from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.data.untrusted.names import fold, is_unknown, normal_form
@@ -92,7 +92,7 @@ class Review:
         self._steps: list[Step] = []
         self._saving = threading.Lock()
         self.version = self._saved = 0
-        self._forms = Forms(0)
+        self._forms = Forms()
         self._numbers = who.read_numbers(out)
 
     @property
@@ -128,7 +128,7 @@ class Review:
             version=self.version, film=film, person=person,
             last=self._steps[-1].words if self._steps else "",
         )  # fmt: skip
-        self._forms = Forms(self.version)
+        self._forms = Forms()
         number_of = {film.video: number for number, film in enumerate(self._films)}
 
         def address(film: Film, seconds: float) -> str:
@@ -150,11 +150,7 @@ class Review:
         Raises:
           UserError: `of` is not on the page, or the name is not allowed.
         """
-        clips, old = self._find_clips(of)
-        subject = old
-        if appearance := self._find_appearance(of):
-            film = next(film for film in self._films if film.video == appearance.video)
-            subject = f"{appearance.video}, {format_appearance_time(appearance, film)},"
+        clips, old, subject = self._find_clips(of)
         name, enrolled = " ".join(name.split()), self._gallery.clips
         if action == "deny":
             entries = {clip: None for clip in clips if clip in enrolled}
@@ -192,7 +188,7 @@ class Review:
         step = self._steps.pop()
         self._put(step.clips)
         self._decide(step.numbers)
-        self._forms = Forms(0, message=f"Undone: {step.words}.", at=step.at)
+        self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
         """Waits for a second. If there was no other change, writes the results."""
@@ -209,20 +205,22 @@ class Review:
                 who.write(self._out, self._gallery, decision, self._padding)
                 self._saved = version
 
-    def _find_clips(self, of: str) -> tuple[tuple[str, ...], str]:
-        """Returns the clips and name of a person or appearance, or raises UserError."""
-        if appearance := self._find_appearance(of):
-            return appearance.clips, appearance.identity or IGNORED
+    def _find_clips(self, of: str) -> tuple[tuple[str, ...], str, str]:
+        """Returns the clips, the name and a description of a person or appearance.
+
+        Raises UserError if `of` is not on the page.
+        """
+        for x in self._decision.appearances:
+            if of == CLIP + x.clips[0]:
+                film = next(film for film in self._films if film.video == x.video)
+                subject = f"{x.video}, {format_appearance_time(x, film)},"
+                return x.clips, x.identity or IGNORED, subject
         enrolled = self._gallery.clips.items()
         shown = self._decision.unknown | {clip: x.identity for clip, x in enrolled if x.identity}
         clips = [clip for clip, name in shown.items() if name == of]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
-        return tuple(sorted(clips)), of
-
-    def _find_appearance(self, of: str) -> Appearance | None:
-        """Returns the appearance with the key `of`. If `of` is a person, returns None."""
-        return next((x for x in self._decision.appearances if CLIP + x.clips[0] == of), None)
+        return tuple(sorted(clips)), of, of
 
     def _find_group(self, name: str) -> str:
         """Returns an unknown person's name as the page spells it, or raises UserError."""
@@ -275,7 +273,7 @@ class Review:
         before = self._numbers
         self._steps.append(Step(words, of, self._put(clips), before))
         self._decide(numbers or before)
-        self._forms = Forms(0, message=f"Saved: {words}.", at=after)
+        self._forms = Forms(message=f"Saved: {words}.", at=after)
 
     def _decide(self, numbers: who.UnknownNumbers) -> None:
         self._decision = who.decide(
@@ -363,7 +361,7 @@ class _Pages:
         of, name = form.get("of", ""), form.get("person") or form.get("new", "")
         view = dict(urllib.parse.parse_qsl(form.get("view", "")))
         view = {word: view[word] for word in ("film", "person") if word in view}
-        problem, status = Forms(0, at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
+        problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
         with self._lock:
             try:
                 if form.get("version") != str(review.version):
