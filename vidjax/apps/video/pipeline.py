@@ -23,6 +23,7 @@ from vidjax.apps.video import cards as cards_lib
 from vidjax.apps.video import features_folder, regions
 from vidjax.apps.video import film as film_lib
 from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, Film
+from vidjax.data.checks import list_entries
 from vidjax.data.processes import Children, map_children, run_limited_each
 from vidjax.data.untrusted.names import show
 from vidjax.runs import schemas
@@ -309,7 +310,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     Hidden files are left out. If the folder contains films, pictures of media players, such as
     `poster.jpg`, count as other files.
     """
-    paths = sorted(x for x in path.iterdir() if x.is_file() and x.name[0] != ".")
+    paths = [x for x in list_entries(path) if x.is_file()]
     accepted = {x for x in paths if x.suffix.lower() in FILMS}
     artwork = ARTWORK if accepted else ()
     photos = (x for x in paths if x.suffix.lower() in PHOTOS)
@@ -336,11 +337,6 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
-def find_foreign(out: Path) -> str | None:
-    """Returns the name of a file in a folder, or None if all files are hidden (`.NAME`)."""
-    return next((entry.name for entry in out.iterdir() if entry.name[0] != "."), None)
-
-
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
@@ -354,9 +350,9 @@ def _check_extraction(
     """
     before = features_folder.read_extraction(out)
     if before is None:
-        if foreign := find_foreign(out):
+        if foreign := list_entries(out):
             raise UserError(
-                f"'{out}' is not a folder of features: it contains '{show(foreign)}'\n"
+                f"'{out}' is not a folder of features: it contains '{show(foreign[0].name)}'\n"
                 "name a new folder"
             )
         settings = settings or ExtractionSettings()

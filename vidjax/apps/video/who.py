@@ -44,6 +44,7 @@ from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
 from vidjax.apps.video.pipeline import FileOutcome
+from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.names import make_file_stems, normal_form, show
@@ -347,9 +348,10 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
 def _open_gallery(out: Path, models: Path) -> Gallery:
     """Opens or creates the gallery in `out`; raises UserError if another program wrote `out`."""
     path = out / "gallery"
-    if not files.exists(path) and (foreign := pipeline.find_foreign(out)):
+    if not files.exists(path) and (foreign := list_entries(out)):
         raise UserError(
-            f"--out={out} contains '{show(foreign)}', which vidjax did not write\nname a new folder"
+            f"--out={out} contains '{show(foreign[0].name)}', which vidjax did not write\n"
+            "name a new folder"
         )
     try:
         gallery = Gallery(path)
@@ -417,8 +419,8 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     photos_of: dict[str, list[Path]] = {}
     pipeline.say_left_out([people])
     single = pipeline.split_files(people)[0]
-    for path in sorted(people.iterdir()):
-        if path.name.startswith(".") or (path.is_file() and path not in single):
+    for path in list_entries(people):
+        if path.is_file() and path not in single:
             continue
         photos = [path]
         if path.is_dir():
