@@ -144,14 +144,15 @@ class Review:
           action: "name" gives the name `name`. "deny" removes a wrong name. "ignore" removes the
             name or number of a person.
           of: the person to change, or the key of the appearance to change.
-          name: the new name. If it is an unknown person, such as `unknown 4`, the two are joined.
+          name: the new name, without repeated blanks. If it is an unknown person, such as
+            `unknown 4`, the two are joined.
           after: the person, or the key of the appearance, next to which the page shows the message.
 
         Raises:
           UserError: `of` is not on the page, or the name is not allowed.
         """
         clips, old, subject = self._find_clips(of)
-        name, enrolled = " ".join(name.split()), self._gallery.clips
+        enrolled = self._gallery.clips
         if action == "deny":
             entries = {clip: None for clip in clips if clip in enrolled}
             numbers = self._numbers.deny(self._films, clips, old)
@@ -174,7 +175,7 @@ class Review:
     def similar(self, name: str, of: str) -> str | None:
         """Returns an enrolled person other than `of` whose name is almost `name`, or None."""
         people = self._gallery.identities.keys() - {of}
-        if is_unknown(name) or normal_form(" ".join(name.split())) in people:
+        if is_unknown(name) or normal_form(name) in people:
             return None
         letters = {_fold_letters(person): person for person in people}
         best = closest(_fold_letters(name), letters, 0.8)
@@ -224,7 +225,7 @@ class Review:
 
     def _find_group(self, name: str) -> str:
         """Returns an unknown person's name as the page spells it, or raises UserError."""
-        group = " ".join(name.casefold().split())
+        group = name.casefold()
         if group not in self._decision.unknown.values():
             groups = sorted({*self._decision.unknown.values()}, key=parse_group_number)[:5]
             alternatives = f", or {', '.join(groups)} ..." if groups else ""
@@ -358,7 +359,8 @@ class _Pages:
     def _apply(self, form: Mapping[str, str], back: bool) -> Response:
         """Applies the change in a form, or if `back` is True, undoes the last change."""
         review = self._review
-        of, name = form.get("of", ""), form.get("person") or form.get("new", "")
+        of, typed = form.get("of", ""), form.get("person") or form.get("new", "")
+        name = " ".join(typed.split())
         view = dict(urllib.parse.parse_qsl(form.get("view", "")))
         view = {word: view[word] for word in ("film", "person") if word in view}
         problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
@@ -375,10 +377,10 @@ class _Pages:
                 else:
                     review.change(form.get("do", ""), of, name, form.get("next", ""))
                     if view.get("person") == of and name:
-                        view["person"] = " ".join(name.split())
+                        view["person"] = name
             except (Expected, OSError) as error:
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
-                problem = problem._replace(message=about, typed=name)
+                problem = problem._replace(message=about, typed=typed)
                 return HTMLResponse(review.render(**view, problem=problem), status, HEADERS)
         place = f"./?{urllib.parse.urlencode(view)}" if view else "./"
         headers, later = {"Location": place, **HEADERS}, BackgroundTask(review.save_later)
