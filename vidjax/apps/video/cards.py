@@ -20,7 +20,7 @@ from vidjax.utils.errors import UserError
 
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
-REMEDY = "make it again: vidjax convert --help"
+REMEDY = "convert the net again, see vidjax convert --help"
 DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` in cards of detectors
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
@@ -121,11 +121,11 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
-    # The places (x, y) in pixels to which the five points of a face are aligned in the input.
+    # The points (x, y), in pixels of the input, to which the five points of a face are moved.
     template: tuple[Point, Point, Point, Point, Point] | None = None
     around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
     width: Size | None = None  # the number of values of an embedding
-    norm_is_quality: bool  # whether longer embeddings are of better pictures; only for information
+    norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None
     licence: Licence
     source: Source

@@ -83,11 +83,16 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Returns the log-likelihood ratios of "same person" to "two people" for photos and people.
+    """Compares photos with the other photos of K people.
 
-    Each photo is compared with the other photos of a person. `count` is the number of these other
-    photos, and `mean` is the mean of their unit embeddings. `product` is the inner product of
-    `mean` and the unit embedding of the photo. If there are no other photos, the ratio is 0.
+    Returns the logarithms of the likelihood ratios of "the photo shows this person" to "the photo
+    shows someone else", in the shape of `product`. If a person has no other photos, it is 0.
+
+    Args:
+      count: [K], the number of other photos of each person.
+      mean: [K, D], the mean unit embedding of these photos.
+      product: [K] or [N, K], the inner products of `mean` and the unit embeddings of the compared
+        photos. [K] is for one photo of each person, and [N, K] for N photos.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

@@ -196,7 +196,7 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar. The caller removes finished files from `left`, the sizes in bytes."""
+    """Shows a progress bar. `left` is file -> bytes; the caller removes finished files from it."""
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
