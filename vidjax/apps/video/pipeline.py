@@ -424,12 +424,9 @@ def _sha256_or_of_name(path: Path) -> str:
 
 def _find_film(out: Path, stem: str) -> Film | None:
     """Returns the film of an earlier call. If its files are incomplete or damaged, returns None."""
-    path = out / VIDEOS / f"{stem}.json"
-    if not files.exists(path):
-        return None
     try:
-        film = features_folder.read_film(path)
-    except UserError:
+        film = features_folder.read_film(out / VIDEOS / f"{stem}.json")
+    except (UserError, FileNotFoundError):
         return None
     return film if files.exists(out / f"{stem}.npz") else None
 

@@ -152,9 +152,8 @@ class Review:
           UserError: `of` is not on the page, or the name is not allowed.
         """
         clips, old, subject = self._find_clips(of)
-        enrolled = self._gallery.clips
         if action == "deny":
-            entries = {clip: None for clip in clips if clip in enrolled}
+            entries = {clip: None for clip in clips if clip in self._gallery.clips}
             numbers = self._numbers.deny(self._films, clips, old)
             self._finish(f"{subject} is not {old}", of, "", entries, numbers)
             new = next(x.identity for x in self._decision.appearances if clips[0] in x.clips)
