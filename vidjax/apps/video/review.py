@@ -29,7 +29,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from vidjax.apps.gallery.answers import IGNORED, parse_group_number
+from vidjax.apps.gallery.answers import IGNORED
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
 from vidjax.apps.gallery.store import StoredClip
@@ -226,9 +226,9 @@ class Review:
         """Returns an unknown person's name as the page spells it, or raises UserError."""
         group = name.casefold()
         if group not in self._decision.unknown.values():
-            groups = sorted({*self._decision.unknown.values()}, key=parse_group_number)[:5]
-            alternatives = f", or {', '.join(groups)} ..." if groups else ""
-            raise UserError(f"{group} is not on the page: type a name{alternatives}")
+            raise UserError(
+                f"'{name}' is not an unknown person on this page: type the name of a person"
+            )
         return group
 
     def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
