@@ -221,7 +221,10 @@ def _load_template() -> "jinja2.Template":
 
 
 def format_appearance_time(appearance: Appearance, film: Film) -> str:
-    """Returns the start and end of an appearance as text, such as 3:12\u20133:15."""
+    """Returns the start and end of an appearance as text, such as 3:12\u20133:15.
+
+    If the film is a photo, the text is "in the photo".
+    """
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 

@@ -444,8 +444,8 @@ def serve_review(
 ) -> who.WhoResults:
     """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
 
-    `out` is the folder of results. A clip gets a name by the rule `fpir` or `threshold`, see
-    `Gallery.identify`. In cut lists, `padding` seconds are added before and after each appearance.
+    `out` is the folder of results, and `decision` are the people before the corrections. For the
+    other arguments, see `who.name_people`.
     """
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits

@@ -61,7 +61,7 @@ PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
-NUMBERS_BYTES = 256 * files.MB
+NUMBERS_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 
 
@@ -240,7 +240,8 @@ def name_people(
       out: the folder for results. If it does not exist, it is created, readable only by its owner.
       thumbnails: True keeps a picture of each face. False deletes the pictures of earlier calls.
         None keeps the choice of the last call.
-      fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`.
+      fpir: the largest share of strangers that may get a name, see `Gallery.identify`.
+      threshold: the probability that a name needs. If it is given, `fpir` must be None.
       padding: the seconds that are added before and after each appearance in cut lists.
       prune: whether films of earlier calls are removed if their files no longer exist.
       models, settings, workers, check, done: see `pipeline.extract_folders`.
