@@ -263,12 +263,8 @@ class Review:
     ) -> None:
         """Applies a change that can be undone, and sets the message of the page.
 
-        Args:
-          words: a description of the change.
-          of, after: see `change`.
-          clips: the new entry of each changed clip in the gallery. If it is None, the clip is
-            removed.
-          numbers: the new contents of `unknown.json`. If it is None, the contents are unchanged.
+        `words` describe the change. `clips` are the new entries of the gallery, and None removes a
+        clip. `numbers` are the new contents of `unknown.json`. For `of` and `after`, see `change`.
         """
         before = self._numbers
         self._steps.append(Step(words, of, self._put(clips), before))
