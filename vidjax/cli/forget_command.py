@@ -40,7 +40,7 @@ def add_flags(parser: Parser) -> None:
     for flag, what in {"identity": "person", "clip": "clip"}.items():
         about = f"the name of a {what}; may be repeated"
         parser.add_argument(f"--{flag}", metavar="NAME", action="append", default=[], help=about)
-    about = "deletes the names from galleries, caches and results of `vidjax who`"
+    about = "deletes the clips from galleries, and deletes converted datasets"
     parser.add_argument("--delete", action="store_true", help=about)
     parser.command(forget_names, "--identity=Ada", "--identity=Ada --delete")
 
