@@ -413,7 +413,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a list of at most one warning, which names the runs trained on these clips."""
+    """Returns [] or, if runs were trained on these clips, a warning that names the runs."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
@@ -433,7 +433,7 @@ def _format_latex_cell(text: str) -> str:
 
 
 def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns the last part of each run's path. If two are equal, returns the whole paths."""
+    """Returns the name of each run's folder. If two names are equal, returns the whole paths."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 

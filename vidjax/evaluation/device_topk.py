@@ -1,7 +1,8 @@
-"""Finds the k best clips of every identity, exactly, from blocks of scores on the devices.
+"""Ranks clips whose scores are on the devices: finds the exact k best clips of every identity.
 
-If the devices are CPUs, the host ranks the clips with `topk`. Accelerators rank the clips
-themselves, because copying the scores to the host would take longer than ranking them.
+The scores come in blocks, see `topk`. If the devices are CPUs, the host ranks the clips with
+`topk`. Accelerators rank the clips themselves, because copying the scores to the host would take
+longer than ranking them.
 """
 
 import functools
@@ -19,20 +20,20 @@ from vidjax.core.batch import Array
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, HostTopK, ScoreBlock, TopK, join_tops
 
 CHUNK = 1 << 14  # identities per merge, which limits the memory of a merge
-GROUP = 8  # rows per group; a group is sorted only if its best score can enter the top k
+GROUP = 8  # clips per group; a group is sorted only if its best score can enter the top k
 # Numbers of groups that may be sorted per identity. The smallest number that is enough for all
-# candidates is used. If neither is enough, all rows are sorted.
+# candidates is used. If neither is enough, all clips are sorted.
 MOST_GROUPS = (32, 128)
 
 
 def start_top_k(
     num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048, mesh: Mesh
 ) -> "DeviceTopK | RunningTopK":
-    """Returns an object that finds the k best clips of C identities from blocks of scores.
+    """Returns an object that ranks the clips of blocks of scores on the devices of `mesh`.
 
-    The blocks are on the devices of `mesh`. Accelerators collect `rows` clips before they merge
-    them into the k best clips, so they need O(C x rows) memory. The results do not depend on
-    `rows`.
+    The ranking has the k best clips of C identities. Accelerators collect the scores of `rows`
+    clips before they merge these clips into the k best clips. So they need O(C x rows) memory. The
+    ranking does not depend on `rows`.
     """
     if mesh.devices.flat[0].platform == "cpu":
         return RunningTopK(num_identities, k, mesh)
@@ -79,10 +80,11 @@ class RunningTopK:
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into the k best clips so far. The k clips are exact but unsorted.
 
-    A block is (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
-    occurs only once in the stream and is below 2**31 - 2**25. Rows outside the mask are ignored.
-    The result does not depend on the order, size and padding of the blocks. A few calls with many
-    clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
+    A block is (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool) for B clips and C
+    identities. Clips for which `batch_mask` is False are padding, and are ignored. A clip must not
+    be in two blocks. Its index must be below 2**31 - 2**25, so that `_select` can use it as a
+    float. The result does not depend on the order, size and padding of the blocks. A few calls with
+    many clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
     magnitudes below the smallest normal float32 count as 0.
     """
     num_identities = len(top.scores)
@@ -111,7 +113,7 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 class DeviceTopK:
     """Finds the k best clips of every identity from blocks of scores on accelerators.
 
-    Every device keeps the k best clips of its rows, so no scores of blocks move between devices.
+    Every device ranks its part of the clips, so the scores of blocks do not move between devices.
     `finish` joins the best clips of the devices.
     """
 
@@ -150,7 +152,7 @@ class DeviceTopK:
 
 @functools.cache
 def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
-    """Returns a compiled `update_top` that every device applies to its part of the rows."""
+    """Returns a compiled `update_top` that every device applies to its part of the clips."""
 
     def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
         blocks = list(zip(*columns, strict=True))
@@ -172,9 +174,9 @@ def _clean(scores: Array, batch_mask: Array) -> Array:
 def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
     """Merges the scores `rows` [B, C] of `clips` [B] into `old`, the k best clips so far.
 
-    After many clips, only a few rows can still enter the top k of an identity. The best score of
-    each group of 8 rows shows whether the group contains a candidate. Only groups with candidates
-    are sorted. If an identity has too many candidates, all rows are sorted.
+    After many clips, only a few new clips can still enter the top k of an identity. The best score
+    of each group of 8 clips shows whether the group contains such a candidate. Only groups with
+    candidates are sorted. If an identity has too many candidates, all clips are sorted.
     """
     num_groups = len(rows) // GROUP
     sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]

@@ -57,10 +57,10 @@ def embed_step(
 ) -> Array:
     """Computes the embeddings of B clips with one net of an ensemble, [B, D] float32.
 
-    If the model takes each frame as an example, the embedding of a clip is the mean over its
-    frames. The embedding of an example has length 1. If the model has several branches, every
-    branch that scores the example contributes a part of length 1. The embedding of a clip without a
-    usable frame is 0.
+    An embedding has length 1. If the model has several classifiers, an embedding consists of a
+    vector of length 1 for each classifier that scores the clip, and zeros for the others. If the
+    model takes each frame as an example, the embedding of a clip is the mean of the embeddings of
+    its frames. The embedding of a clip without a usable frame is 0.
     """
     forward = _make_forward(system, params, model_state, batch)
 
@@ -77,9 +77,10 @@ def embed_step(
 def attention_step(
     system: System, params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch
 ) -> Array | None:
-    """Computes the weight of input vector i in the attention of vector j, [B, M, M] float32.
+    """Computes the attention between the M input vectors of each of B clips, [B, M, M] float32.
 
-    Returns None if the model has no attention. The model must take a clip as a single example.
+    Element [b, i, j] is how much vector j attends to vector i in clip b. Returns None if the model
+    has no attention. The model must take a clip as a single example.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.config["matmul_precision"]):
@@ -193,8 +194,8 @@ def _choose_num_examples(clips: int, examples: int) -> int:
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
     """Returns a compiled `eval_step` that computes scores of identities only, [B, C].
 
-    Every device runs the same program on a part of the rows. So the scores are bit-equal on any
-    number of devices if the number of rows per device is the same.
+    Every device runs the same program on a part of the clips. So the scores are bit-equal on any
+    number of devices if the number of clips per device is the same.
     """
     identities = slice(1, 1 + system.task.num_identities)
     return _shard_rows(lambda *inputs: eval_step(system, *inputs)[:, identities], mesh)
@@ -216,7 +217,7 @@ def make_attention_step(system: System) -> EvalStep:
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
-    """Returns a compiled step that every device runs on a part of the rows."""
+    """Returns a compiled step that every device runs on a part of the clips."""
     whole = PartitionSpec()
 
     def apply(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
@@ -250,9 +251,10 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean of no scores yet. The scores to add are [B, K], as `like` is.
+    """Returns a mean to which no scores are added yet.
 
-    If `logs` is True, the scores are logarithms of probabilities.
+    `like` is an array [B, K] with the shape and dtype of the scores. If `logs` is True, the scores
+    are logarithms of probabilities.
     """
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)

@@ -4,10 +4,11 @@
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
 Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
-program runs on the same blocks. A request of at most SMALL_REQUEST clips in memory is scored in a
-small block, in milliseconds. The program of a small block rounds in a different order, so the same
+program runs on the same blocks (batches of clips). A request of at most 4 clips in memory is scored
+in a small block, in milliseconds. The program of a small block rounds in a different order. So a
 clip gets slightly different scores in a small and in a large request: logarithms differ by less
-than 1e-4. The scores of small requests agree to the bit. Clips in memory need no TensorFlow.
+than 1e-4. In all small requests, a clip gets the same scores to the bit. Clips in memory need no
+TensorFlow.
 """
 
 import functools
@@ -64,7 +65,7 @@ class Predictor(NamedTuple):
     The methods take `clips` in any of these forms:
     - a dict clip -> modality -> features [T, D]. Instead of features, a modality may have a dict of
       features and quality, as in `vidjax.load_data`.
-    - `MemoryClips`.
+    - `MemoryClips`, which the method `load` returns.
     - a dataset of `vidjax.load_data` and the name of a `split`. If `split` is None, the methods use
       the split that the run evaluates.
 
@@ -80,7 +81,8 @@ class Predictor(NamedTuple):
       results: content of `metrics.json` in `workdir`, or {} if it is of another step.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
-      params, model_state: parameters and other variable collections of the model, [E, ...].
+      params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
+        members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
       system: model, fusion and scores.
       score_fn, embed_fn: functions that return scores [B, C] and embeddings [B, D] of a member.
@@ -113,11 +115,12 @@ class Predictor(NamedTuple):
     def threshold(self) -> float | None:
         """The score that on average at most 1 % of new strangers reach, or None if it is unknown.
 
-        The threshold is unknown if fewer than 99 clips of strangers were evaluated. It is also
-        unknown if an ensemble was evaluated on its training clips. A training clip is scored only
-        by the few members that were not trained on this clip. A new clip is scored by all members.
-        The mean score of all members reaches such a threshold for fewer strangers, so the threshold
-        would be too strict.
+        The score is unknown in three cases:
+        - The checkpoint was not evaluated.
+        - Fewer than 99 clips of strangers were evaluated.
+        - An ensemble was evaluated on its training clips. Only the few members that were not
+          trained on a clip have scored the clip, but all members score a new clip. The mean score
+          of all members is lower for strangers, so the threshold would be too strict.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
@@ -158,8 +161,8 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            `threshold` is None and the threshold of the run is unknown. It is unknown if there are
-            no `results`, and in the cases that the property `threshold` lists.
+            `threshold` is None and the threshold of the run is unknown. It is unknown in the
+            cases that the property `threshold` lists.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -326,7 +329,10 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns the vectors of all members side by side for each block, [B, D], not scaled."""
+        """Returns the embeddings of the B clips of each block, [B, D].
+
+        An embedding consists of the vectors of all members. It is not scaled to length 1.
+        """
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
@@ -384,7 +390,7 @@ def restore(
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
     """Returns the content of `metrics.json`, or {} if the file does not belong to `step`.
 
-    If the file is damaged, it causes a warning, and the result is {}.
+    If the file is damaged, warns and returns {}.
     """
     try:
         results = folder.metrics()

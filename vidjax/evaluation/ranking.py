@@ -76,9 +76,9 @@ class Submission(NamedTuple):
     faults: dict[str, list[str]]
 
     def complaints(self) -> list[str]:
-        """Returns a sentence per kind of fault, with the first line and the number of lines."""
+        """Returns a sentence per kind of fault: on the first line with this fault, and how many."""
         return [
-            sentences[0] + (f" (lines like it: {len(sentences)})" if sentences[1:] else "")
+            sentences[0] + (f" ({len(sentences)} lines have this fault)" if sentences[1:] else "")
             for sentences in self.faults.values()
         ]
 
@@ -132,7 +132,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
             note("unknown identity", f"{place}: identity {identity!r} is not in the ground truth")
         ranking[identity] = names[:MAX_NAMES]
     if not lines:
-        note("empty file", f"{path}: the file is empty")
+        note("empty file", f"{path}: the file is empty: write a line for each identity")
     return Submission(ranking, faults)
 
 

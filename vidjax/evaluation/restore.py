@@ -1,9 +1,10 @@
 """Restores a trained run: checks the files in its folder and loads the weights.
 
-The manifest of a checkpoint contains the configuration and the sha256 of `identities.json` and
-`members.npz`, so that files of another run are detected. The entry `data` of the manifest contains
-digests of the data that the run has read. If a command reads the data again, it compares the
-digests. The `metrics.json` of a finished run contains the same digests in the entry `trained_on`:
+A checkpoint has a manifest, a JSON file. The manifest contains the configuration and the sha256 of
+`identities.json` and `members.npz`, so that files of another run are detected. Its entry `data`
+contains digests of the data that the run has read. If a command reads the data again, the command
+compares the digests. The entry `trained_on` in the `metrics.json` of a finished run contains the
+same digests:
 
     splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
               split that the run reads; labels are null if the split has no ground truth
@@ -39,8 +40,8 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 class FoundRun(NamedTuple):
     """The content of a run's folder, except for the weights. All files belong to the same run.
 
-    The sha256 of the files of `checkpoint` have been checked. `identities` are the names of the
-    class columns 1..C.
+    The sha256 of the files of `checkpoint` have been checked. `identities` has the names of the C
+    identities. Column c of the scores, 1..C, is for the c-th identity.
     """
 
     folder: RunFolder
@@ -181,7 +182,7 @@ def load_weights(
 def hash_companions(
     identities: Sequence[str], training_sets: ensemble.TrainingSets
 ) -> dict[str, str]:
-    """Returns the sha256 of both arguments, as entries of the manifest of a checkpoint."""
+    """Returns two entries of a manifest: the sha256 of the identities and of the training sets."""
     return {
         "identities_sha256": files.sha256_json(list(identities)),
         "members_sha256": ensemble.digest(training_sets),
@@ -189,9 +190,10 @@ def hash_companions(
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a run cannot be resumed, because `digests` are not in its manifest.
+    """Raises CheckpointError if a run was trained on other identities, clips or members.
 
-    The digests are the results of `hash_companions`.
+    `manifest` is the manifest of the run's checkpoint. `digests` is the result of `hash_companions`
+    for the training to resume.
     """
     for name, noun in {
         "identities_sha256": "another list of identities",
@@ -233,7 +235,7 @@ def _read_companion(
 
 
 def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
-    """Returns the digests of the data that a run reads, see the module docstring of `restore`."""
+    """Returns the digests of the data that a run reads, as the docstring of the module explains."""
     of_splits = data.report["splits"]
     weights = config.data.weights
     return {
@@ -271,11 +273,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns `sets`, the clips that each member must not score, or empty sets for other data.
+    """Returns the training clips, which a member must not score, or empty sets for other data.
 
-    The digests `own` identify the data that the run was trained on. In other data, a different clip
-    may have the name of a training clip. So in other data, all members score all clips, and a
-    warning is printed.
+    `sets` are the training clips of each member, and `own` are the digests of the data that the run
+    was trained on. In other data, a different clip may have the name of a training clip. So in
+    other data, all members score all clips, and a warning is printed.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -315,9 +317,11 @@ def check_data(
 ) -> None:
     """Raises ValueError if `data` differ from the data of a run, which have the digests `own`.
 
-    To continue a training (`trains`), all data must be unchanged. To evaluate, only `eval.split`
-    must be unchanged, and a split that is new to the run is accepted. If `named` is False, the
-    folder of the data is from `config.json`, which a stranger may have written. Then a new split is
+    If the training continues (`trains` is True), all splits of the run must be unchanged. If the
+    run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.
+
+    `named` is True if the user has named the folder of the data. If it is False, the folder is from
+    `config.json`, which a stranger may have written. Then a split that the run has not read is
     accepted only if at least one split of the run is unchanged.
     """
     split = config.eval.split

@@ -44,7 +44,8 @@ class TrainedModel(NamedTuple):
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
-      data: clips, labelled with the class columns of this model.
+      data: the clips. Their labels are class columns of this model: 1..C for the identities, and 0
+        for other people.
       weight: weight of this model in a blend of models.
       attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when used.
     """
@@ -71,7 +72,7 @@ class ModelScorer:
     If all members were trained on all training clips, they score these clips.
 
     Attributes:
-      use: [E, N] bool, True where a member scores a clip.
+      use: [E, N] bool, True where one of E members scores one of N clips.
       in_sample: True if a member scores clips that it was trained on.
     """
 
@@ -86,10 +87,10 @@ class ModelScorer:
         return ensemble.take((self.model.params, self.model.model_state), member)
 
     def score(self, blocks: Sequence[Batch], rankings: Sequence[Ranking] = ()) -> list[Array]:
-        """Returns the scores [B, C] of every block, averaged over the members that score a clip.
+        """Returns the scores of every block, [B, C] for B clips and C identities.
 
-        `rankings` is empty or has a ranking for each member. The scores of a member are also added
-        to the ranking of this member.
+        The score of a clip is the mean over the members that score the clip. `rankings` is empty or
+        has a ranking for each member, to which the scores of this member are added.
         """
         model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
@@ -179,19 +180,19 @@ def iterate_block_groups(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Reads a split and yields groups of blocks of clips. A group has a list of blocks per model.
+    """Reads the clips of a split in groups of blocks, and yields a list of blocks for each model.
 
-    A block has `block_size` clips per device and is on the devices. On accelerators, several blocks
-    of short clips are joined, because a program takes longer to start than to score few clips.
+    A block is a batch of `block_size` clips per device. On accelerators, several blocks of short
+    clips are joined, because a program takes longer to start than to score few clips.
 
     All members of an ensemble score a group before the next group is read. If there is a single
     member, a group is a single block. Otherwise the size of a group is limited by the memory for
-    its features and scores. A dataset that models share is read only once. Different datasets must
-    have the same clips.
+    its features and scores. If models share a dataset, it is read only once. Different datasets
+    must have the same clips.
 
-    `use` is [E, N] bool, True where a member of any model scores a clip. Clips that the same
-    members score share blocks. Clips that no member scores are left out. If `use` is None, the
-    groups contain all clips.
+    `use` is [E, N] bool, True where one of the E members of all models scores one of the N clips.
+    Clips that the same members score share blocks. Clips that no member scores are left out. If
+    `use` is None, the groups contain all clips.
     """
     sharing: dict[int, list[TrainedModel]] = {}  # dataset -> its models
     for model in models:
@@ -253,11 +254,13 @@ def choose_window_rows(num_identities: int) -> int:
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Splits the buckets of a plan by the members that score each clip, `use` [E, N] bool.
+    """Changes a plan so that the same members score all clips of a block.
 
-    A bucket is a set of clips that are padded to the same length. It is read in blocks of `rows`
-    clips. If the clips that a set of members scores would not fill a block, they stay in a common
-    bucket, because separate blocks would be mostly padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. A plan divides the clips
+    into buckets, which are read in blocks of `rows` clips. The clips of a bucket are padded to the
+    same length. This function splits each bucket by the members that score its clips. If the clips
+    of some members would not fill a block, they stay in a common bucket, because separate blocks
+    would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket
@@ -306,7 +309,10 @@ class Evaluation(NamedTuple):
 
 
 def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Counts the clips that show each identity, [C] int, among the clips in `pool`, [N] bool."""
+    """Returns the number of clips that show each identity, [C] int.
+
+    Only the clips for which `pool` [N] bool is True are counted.
+    """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside
 
@@ -457,10 +463,11 @@ class _Ranker:
             self.best = _add_best(self.best, self._labels, *scored)
 
     def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-        """Returns the entries `runs` and `members` of `metrics.json`, with the MAP of each of them.
+        """Returns the entries `runs` and `members` of `metrics.json`.
 
-        Each entry is a list with a dict for each model or member. If there is only one model, or no
-        model has several members, the entry is left out.
+        `runs` is a list with the MAP of each model. If there is only one model, it is left out.
+        `members` is a list with the MAP of each member. If no model has several members, or the MAP
+        of members is not wanted, it is left out.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):
@@ -527,11 +534,11 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     message = (
         f"{count} of {total} clips of {split.name} have scores of NaN, such as {', '.join(first)}\n"
         "features of these clips or of training clips are too large for float32: divide all "
-        "features by a constant"
+        "features by a constant, and train the run again"
     )
     if count == total:
         raise UserError(message)
-    warn(f"{message}; they are ranked last")
+    warn(f"{message}\nuntil then, the clips with scores of NaN are ranked last")
     best = np.where(nan, np.float32(-np.inf), clips.best)
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 

@@ -1,7 +1,8 @@
-"""Finds the k best clips of every identity, exactly, from a stream of blocks of scores, with numpy.
+"""Ranks clips with numpy: finds the exact k best clips of every identity.
 
-Clips are ordered by descending score. Clips with equal scores are ordered by ascending clip index,
-which is the order of their names.
+The scores come in blocks. A block has the scores of B clips for all C identities. Clips are ordered
+by descending score. Clips with equal scores are ordered by ascending clip index, which is the order
+of their names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +19,17 @@ EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_C
 
 
 class TopK(NamedTuple):
-    """The best clips of every identity: scores [C, k] float32 and clip indices [C, k] int32.
+    """The k best clips of C identities: scores [C, k] float32 and clip indices [C, k] int32.
 
-    An empty entry has the score -inf and the index NO_CLIP. The arrays are numpy or jax arrays.
+    If there are fewer than k clips, the empty entries have the score -inf and the index NO_CLIP.
+    The arrays are numpy or jax arrays.
     """
 
     scores: Any
     index: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
-ScoreBlock = tuple[Any, Any, Any]  # scores [B, C], clip_index [B], batch_mask [B]
+ScoreBlock = tuple[Any, Any, Any]  # the arguments of `HostTopK.add`
 
 
 class HostTopK:
@@ -38,7 +40,7 @@ class HostTopK:
     """
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
-        """Starts with no clips for each of C identities."""
+        """Makes an empty ranking, which will list at most `k` clips for each identity."""
         self._k = k
         self._chunks = [
             _Chunk(min(CHUNK, num_identities - first), k)
@@ -46,11 +48,12 @@ class HostTopK:
         ]
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray, batch_mask: np.ndarray) -> None:
-        """Adds scores [B, C] of clips `clip_index` [B] int32, except where `batch_mask` is False.
+        """Adds a block: the scores [B, C] of B clips for C identities.
 
-        Every clip occurs only once in the stream. The result does not depend on the order, size and
-        padding of the blocks. NaN counts as -inf, and magnitudes below the smallest normal float32
-        count as 0.
+        `clip_index` [B] int32 has the indices of the clips. `batch_mask` [B] bool is False for
+        padding, which is ignored. A clip must not be added twice. The result does not depend on the
+        order, size and padding of the blocks. NaN counts as -inf, and magnitudes below the smallest
+        normal float32 count as 0.
         """
         if not batch_mask.all():
             scores, clip_index = scores[batch_mask], clip_index[batch_mask]
@@ -67,7 +70,10 @@ class HostTopK:
 
 
 class _Chunk:
-    """Collects the k best clips of up to CHUNK identities as unsorted `keys`, [C, k] uint64."""
+    """Collects the k best clips of C identities, at most CHUNK.
+
+    `keys` [C, k] uint64 has the keys (see `_make_keys`) of the clips, in any order.
+    """
 
     def __init__(self, num_identities: int, k: int):
         self.keys = np.full((num_identities, k), EMPTY)
@@ -76,7 +82,7 @@ class _Chunk:
         self._num_waiting = 0
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
-        """Collects the candidates among scores [B, C] float32, which may be NaN."""
+        """Collects the scores [B, C] float32 that can be among the k best, and drops the others."""
         places = np.flatnonzero(~(scores < self._least))
         rows, identities = np.divmod(places.astype(np.uint32), np.uint32(len(self.keys)))
         keys = _make_keys(scores[rows, identities], clip_index[rows])
@@ -93,7 +99,7 @@ class _Chunk:
         order = np.argsort(identities, kind="stable")
         (num_identities, k), counts = self.keys.shape, np.bincount(identities)
         ends = np.cumsum(counts)
-        place = np.arange(len(keys)) - np.repeat(ends - counts, counts)  # within an identity
+        place = np.arange(len(keys)) - np.repeat(ends - counts, counts)  # index within an identity
         most = int(counts.max())
         table = np.full((num_identities, k + most), EMPTY)
         table[:, :k] = self.keys
@@ -133,7 +139,7 @@ def _read_sorted(keys: np.ndarray, k: int) -> TopK:
 
 
 def join_tops(tops: TopK) -> TopK:
-    """Joins the k best clips of n separate sets of clips, [n, C, k], into the k best of all."""
+    """Joins rankings [n, C, k] of n separate sets of clips into a ranking [C, k] of all clips."""
     keys = np.concatenate(_make_keys(*tops), axis=1)
     return _read_sorted(keys, tops.index.shape[2])
 
@@ -147,7 +153,10 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
 
 
 def count_ties(top: TopK) -> int:
-    """Counts ranked clips that have the same score, above -inf, as the clip before them."""
+    """Counts ranked clips whose score equals the score of the clip before them in the list.
+
+    Clips with the score -inf are not counted.
+    """
     scores = np.asarray(top.scores)
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 

@@ -23,7 +23,7 @@ from vidjax.training import train_step
 from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
-# One entry for each group of members (nets of an ensemble) that a single program trains.
+# Both have an entry for each group of members (nets of an ensemble) that a single program trains.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
 # The new states, and the results of the last steps, as `Feed._dispatch` explains.
@@ -81,9 +81,9 @@ class Feed(abc.ABC):
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
-        The outer list has an entry for each of the last calls of the compiled loop, at most two. An
-        entry is a list of the results of all groups of members. The results of earlier calls have
-        no `bad_step`, because the loop is not called again after a bad step.
+        The results are a list with an entry for the last call of the compiled loop, or for the last
+        two calls. An entry is a list with the result of each group of members. Earlier calls had no
+        `bad_step`, because the loop is not called again after a bad step.
         """
 
 

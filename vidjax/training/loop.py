@@ -383,7 +383,10 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Relabels the distractors that each member is trained on, as `plan.relabel` describes."""
+        """Gives the distractors in no cluster new labels, see `plan.relabel`.
+
+        Each member has labels for the distractors that it is trained on.
+        """
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -415,14 +418,20 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with `more` in the manifest, or adds `more` to a saved checkpoint."""
+        """Saves a checkpoint, with the entries `more` in its manifest.
+
+        If this step has a checkpoint already, the entries are added to its manifest.
+        """
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self.next_save = time.monotonic() + self._config.checkpoint_every_seconds
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split`. Between blocks of clips, `check` may raise an error to end."""
+        """Ranks `config.eval.split`.
+
+        `check` is called between blocks of clips. It may raise an error to end the evaluation.
+        """
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval

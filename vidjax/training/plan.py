@@ -189,8 +189,9 @@ def label_distractors(
 ) -> tuple[np.ndarray, NoiseClassLayout]:
     """Clusters distractors (label 0), and gives each cluster a class column.
 
-    Other distractors get random mirror columns, see `initial_labels`. Returns the new labels [N]
-    int32 and the order of the class columns.
+    Each identity also gets a mirror column, for strangers who resemble it. A distractor in no
+    cluster gets the mirror column of a random identity. Returns the new labels [N] int32 and the
+    order of the class columns.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -475,10 +476,10 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
     """Returns the first class column of each distractor, [n] int32.
 
-    A distractor of a cluster gets the column of the cluster. A distractor in no cluster gets the
-    mirror column of a random identity. A mirror column is the second column of an identity, for
-    strangers who resemble it. The choice depends only on the seed and the row. `clusters` are
-    [n] int, the cluster of each distractor, or -1 if it is in no cluster.
+    A distractor in a cluster gets the column of the cluster. A distractor in no cluster gets the
+    mirror column of a random identity, which depends only on `seed` and on the place of the
+    distractor in `clusters`. A mirror column is the second column of an identity, for strangers who
+    resemble it. `clusters` [n] int has the cluster of each distractor, or -1 if it is in none.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift

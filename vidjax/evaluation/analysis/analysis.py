@@ -94,8 +94,8 @@ def measure_quality_and_attention(
 
     The quality is the mean over the clip's frames of the primary modality, or 0 if there are none.
     The attention is between the V input vectors of the first member. Element [i, j] is how much
-    vector j attends to vector i, a mean over the clips that have vector j. If the model fills
-    missing vectors, it is a mean over all clips. The attention is None if `attention` is False, the
+    vector j attends to vector i, as a mean over the clips that have vector j. If the model fills
+    missing vectors, all clips have vector j. The attention is None if `attention` is False, the
     model has no attention, or each frame of a clip is a separate example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
@@ -148,12 +148,17 @@ def write_results(
 ) -> None:
     """Writes the ranking and the metrics and, if `analysed` is given, the analysis and the report.
 
-    Deletes the analysis and the report of an earlier evaluation of the split. All processes call
-    `analysed`, which returns the result of `analyse`, and the first process writes the files. The
-    ranking and the metrics (`values`) are written first, so an error in the analysis or the report
-    does not change them. If `ends_training` is True, the metrics are marked as `finished` after the
-    report is written. If the process is killed before, the user can repeat the command, which then
-    writes the report.
+    The ranking and the metrics are written first, so an error in the analysis or the report does
+    not change them. The analysis and the report of an earlier evaluation of the split are deleted.
+    If there are several processes, all of them call this function, and the first process writes the
+    files.
+
+    Args:
+      values: the metrics.
+      analysed: computes the result of `analyse`. It is called in all processes.
+      ends_training: if True, the metrics are marked as `finished` only after the report is written.
+        If the process is killed before, the user can repeat the command, which then writes the
+        report.
     """
     if distributed.is_first():
         paths.analysis.unlink(missing_ok=True)

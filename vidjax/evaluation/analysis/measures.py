@@ -406,11 +406,11 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
 
 
 def measure_calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
-    """Compares the probabilities of the best identities with the share of them that is right.
+    """Compares the probability of each clip's best identity with how often this identity is right.
 
-    Returns the number of clips, their mean probability and the share that is right for each range
-    of probabilities, [bins, 3] float, and the expected calibration error, 0..1. If no clip has a
-    score, returns None.
+    Returns a table [bins, 3] float and the expected calibration error, 0..1. The table has a row
+    for each range of probabilities: the number of clips, their mean probability, and the share of
+    the clips whose best identity is right. If no clip has a score, returns None.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 LONGEST_WORD = 16  # letters; a longer word in a table may be broken
-STACKED = 5  # fewest columns of a table whose cells a phone stacks
+STACKED = 5  # on a phone, a table with this many columns or more shows one cell per line
 NONE = "none"  # text for an unknown number
 
 
@@ -134,7 +134,10 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML with blocks of a kind, `figures` or `tables`, in a row if the page is wide."""
+    """Returns HTML that shows figures or tables next to each other if the page is wide.
+
+    `kind` is the CSS class of the row, `figures` or `tables`.
+    """
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
@@ -215,15 +218,16 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML, with the text `caption` or, if it is empty, `title` below.
+        """Returns the figure as HTML.
 
-        `key` is unique on the page. `description` is for a reader who cannot see the figure.
+        `key` is unique on the page. `description` is for a reader who cannot see the figure. The
+        text below the figure is `caption`, or `title` if `caption` is empty.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)
 
     def _svg(self, key: str) -> str:
-        """Returns the drawing as SVG with colours of the theme. `key` becomes part of all ids."""
+        """Returns the drawing as SVG with colours of the theme. All ids in it start with `key`."""
         content = io.BytesIO()
         for patch in (self.figure.patch, *(axes.patch for axes in self.figure.axes)):
             patch.set(facecolor="none", edgecolor="none")

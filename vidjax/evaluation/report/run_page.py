@@ -26,6 +26,7 @@ from vidjax.utils.errors import UserError
 
 Rows = list[tuple[object, ...]]
 
+# Errors of a function that makes a section, if the files come from different evaluations.
 MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
@@ -74,7 +75,7 @@ class RunFiles(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
     def identity(self, column: int) -> str:
-        """Returns the name of the identity with this index."""
+        """Returns the name of an identity. `column` is its index in `identities`."""
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
