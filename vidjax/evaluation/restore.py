@@ -73,7 +73,7 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    `config.eval.checkpoint` selects the checkpoint. If it is damaged, an intact checkpoint
+    `config.eval.checkpoint` selects the checkpoint. If this checkpoint is damaged, an intact one
     is used, with a warning. Raises CheckpointError if the folder has no checkpoint, a file is
     damaged, or files of different runs are mixed. Raises ValueError if `config.modalities` are not
     the modalities of the run.
@@ -138,7 +138,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
-    """Checks that a run can evaluate `data`, and labels the clips with the run's class columns.
+    """Returns `data` with labels that fit a run: the columns of the identities in its scores.
 
     Raises ValueError if the data have other modalities or widths, are not the data of the run (see
     `check_data`), or their ground truth contains no identity of the run.
@@ -158,7 +158,10 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
 
 
 def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
-    """Raises ValueError if a dataset lacks a modality of a run, or the widths differ."""
+    """Raises ValueError if a dataset lacks a modality of a run, or its features have another width.
+
+    `modalities` has the feature width of each modality of the run.
+    """
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:

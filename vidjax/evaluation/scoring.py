@@ -180,15 +180,15 @@ def iterate_block_groups(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Reads the clips of a split in groups of blocks, and yields a list of blocks for each model.
+    """Reads the clips of a split in groups of blocks. Yields each group as a list for each model.
 
     A block is a batch of `block_size` clips per device. On accelerators, several blocks of short
     clips are joined, because a program takes longer to start than to score few clips.
 
     All members of an ensemble score a group before the next group is read. If there is a single
     member, a group is a single block. Otherwise the size of a group is limited by the memory for
-    its features and scores. If models share a dataset, it is read only once. Different datasets
-    must have the same clips.
+    its features and scores. If models share a dataset, the dataset is read only once. Different
+    datasets must have the same clips.
 
     `use` is [E, N] bool, True where one of the E members of all models scores one of the N clips.
     Clips that the same members score share blocks. Clips that no member scores are left out. If
@@ -318,7 +318,10 @@ def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of `top` on clips in `pool`, [N] bool, or None if no clip has an identity."""
+    """Returns the MAP of `top` on the clips for which `pool` [N] bool is True.
+
+    If none of these clips shows an identity, returns None.
+    """
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -337,8 +340,9 @@ def score(
 ) -> Evaluation:
     """Scores and ranks the clips of a split with a model or a blend of models.
 
-    Clips are left out if all members of a model were trained on them, unless all members were
-    trained on all training clips. Clips with NaN scores are ranked last, with a warning.
+    A clip is left out if all members of a model were trained on it. But if all members were trained
+    on all training clips, no clip is left out. Clips with NaN scores are ranked last, with a
+    warning.
 
     Args:
       block_size: number of clips that a device scores at a time.
@@ -465,9 +469,9 @@ class _Ranker:
     def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
         """Returns the entries `runs` and `members` of `metrics.json`.
 
-        `runs` is a list with the MAP of each model. If there is only one model, it is left out.
-        `members` is a list with the MAP of each member. If no model has several members, or the MAP
-        of members is not wanted, it is left out.
+        `runs` is a list with the MAP of each model. `runs` is left out if there is only one model.
+        `members` is a list with the MAP of each member. `members` is left out if no model has
+        several members, or if `each_member` is False.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):

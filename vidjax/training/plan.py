@@ -55,7 +55,8 @@ class RunPlan(NamedTuple):
     Attributes:
       task: the sizes of the training data. They decide the shapes of the parameters.
       training_sets: the E members of the ensemble, and the training clips of each.
-      labels: [N] int32, class columns of the training clips at step 0.
+      labels: [N] int32, the class column of each training clip at step 0, which is the column of
+        the model's scores for the clip's class.
       constants: the weights of the clips and the settings of each member.
       batches: decides which clips are in the batch of a step.
     """
@@ -261,7 +262,10 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes the argument of `Identifier.prepare`. TrainingClips explains `labels` and `used`."""
+    """Makes the training clips from which a model computes its settings, see `Identifier.prepare`.
+
+    `TrainingClips` explains `labels` and `used`.
+    """
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -307,7 +311,7 @@ def check_model(config: Config) -> None:
 def dry_run(config: Config) -> None:
     """Raises UserError if a system cannot be built or trained from a configuration.
 
-    It reads no features and uses no device. It only traces the system, in a tenth of a second.
+    No features are read, and no device is used. The system is only traced, in a tenth of a second.
     """
     check_model(config)
     known = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)

@@ -312,11 +312,12 @@ def make_train_loop(
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The first argument is
-    donated. The number of steps is an argument, so that the function is compiled only once. If
-    `count` is None, the function takes one step without a loop, because a loop on a GPU waits for
-    the host after each step. Two calls give the same result as one call with the sum of the counts.
-    `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
-    is the batch.
+    donated: its memory is used again. `draw` maps (clips, step) to the batch of a step, on the
+    devices. If clips are streamed, `clips` is the batch.
+
+    `count` is an argument, so that the function is compiled only once. Two calls give the same
+    result as one call with the sum of the counts. If `count` is None, the function takes one step
+    without a loop, because a loop on a GPU waits for the host after each step.
     """
 
     def loop(

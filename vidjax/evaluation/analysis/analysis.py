@@ -92,7 +92,7 @@ def measure_quality_and_attention(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the mean quality of each clip, [N], and the mean attention, [V, V], both float64.
 
-    The quality is the mean over the clip's frames of the primary modality, or 0 if there are none.
+    The quality is the mean over the clip's frames of the first modality, or 0 if there are none.
     The attention is between the V input vectors of the first member. Element [i, j] is how much
     vector j attends to vector i, as a mean over the clips that have vector j. If the model fills
     missing vectors, all clips have vector j. The attention is None if `attention` is False, the
@@ -190,9 +190,9 @@ def write_report(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception in a `with` block into a warning that all other results are in `workdir`.
+    """Turns an exception of the analysis or the report into a warning.
 
-    Exceptions of failed writes and of signals are raised. If there are several processes, every
+    The warning says that all other results are in `workdir`. Exceptions of failed writes and of signals are raised. If there are several processes, every
     exception is raised, because the other processes would wait for this one.
     """
     try:

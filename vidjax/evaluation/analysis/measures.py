@@ -58,7 +58,7 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """The class column of every ranked clip, [C, k] int. It is -1 at an empty place."""
+        """The class column of every ranked clip, [C, k] int. It is -1 after the end of a list."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
@@ -74,10 +74,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precision of each identity with only the clips in `chosen`, [N] bool.
+        """Computes average precisions for which only the clips in `chosen` [N] bool are wanted.
 
-        The other clips of an identity are removed from its list. An identity without a chosen clip
-        is left out. Also returns the number of chosen clips of identities.
+        The other clips of an identity are removed from its list. Returns the average precision of
+        each identity with a chosen clip, and the number of chosen clips that show an identity.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -374,11 +374,11 @@ def resample_fnir(
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
     """Returns the 95 % intervals of the metrics `top1` and `auroc`.
 
-    If there are no distractors, `auroc` is left out. Both intervals are from a Bayesian bootstrap:
-    each person, with all their clips, gets random weights. So does an unseen person, who is added.
-    About half of the unseen person's clips are right and score above all distractors. The other
-    clips are wrong and score below all distractors. For `auroc`, each distractor and an unseen
-    distractor get random weights, too.
+    Both intervals are from a Bayesian bootstrap over people: all clips of a person get the same
+    random weight. An unseen person is added. About half of the unseen person's clips are right and
+    score above all distractors. The other clips are wrong and score below all distractors. For
+    `auroc`, each distractor and an unseen distractor get random weights, too. If there are no
+    distractors, `auroc` is left out.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)

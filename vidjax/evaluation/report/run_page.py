@@ -53,7 +53,7 @@ class RunFiles(NamedTuple):
 
     Attributes:
       lines: the lines of `metrics.jsonl`, the metrics during training.
-      identities: the names of class columns 1..C.
+      identities: the names of the C identities.
       other_metrics: split -> content of `metrics_<split>.json`, for each other evaluated split.
       split: the evaluated split.
       analysed: the other splits that have an `analysis_<split>.npz`.
@@ -538,7 +538,7 @@ def render(run: RunFiles) -> str:
 
 
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
-    """Reads the files of a run, with its results on the split `other` or, if None, `eval.split`."""
+    """Reads the files of a run: its results on `eval.split` or, if given, on the split `other`."""
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
     analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})
