@@ -39,9 +39,9 @@ class RankedRun(NamedTuple):
 
     Attributes:
       name: the folder of the run, as the user typed it.
-      identities: [C] names of the identities of the ground truth that the run was trained on.
+      identities: names of the C identities in the ground truth that are in the training data, too.
       ap, positives: [C] average precision and number of clips of each identity.
-      num_others: number of identities of the ground truth that the run was not trained on.
+      num_others: number of identities in the ground truth that are not in the training data.
       metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
       seeds: if these are the mean results of runs that differ only in their seeds, the name and
         the MAP of each of these runs.

@@ -79,13 +79,14 @@ class Predictor(NamedTuple):
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
       results: content of `metrics.json` in `workdir`, or {} if it is of another step.
-      identities: [C] names of the class columns.
+      identities: names of the C identities, in the order of the scores.
       modalities: name -> feature width.
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
       system: model, fusion and scores.
-      score_fn, embed_fn: functions that return scores [B, C] and embeddings [B, D] of a member.
+      score_fn, embed_fn: functions that compute scores [B, C] and embeddings [B, D] of B clips with
+        a member.
     """
 
     workdir: Path

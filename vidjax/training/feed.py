@@ -60,8 +60,8 @@ class Feed(abc.ABC):
     ) -> DispatchResult:
         """Runs training steps for about a second: at least 1 step, at most `most` steps.
 
-        `step` is the number of steps before the call. The arrays of `states` are donated to the
-        compiled program, so that the caller must use the returned states.
+        `step` is the number of steps before the call. The caller must use the returned states,
+        because the memory of `states` is reused (the arrays are donated).
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, count)))

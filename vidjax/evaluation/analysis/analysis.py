@@ -192,8 +192,9 @@ def write_report(folder: RunFolder) -> None:
 def describe_faults(workdir: Path) -> Iterator[None]:
     """Turns an exception of the analysis or the report into a warning.
 
-    The warning says that all other results are in `workdir`. Exceptions of failed writes and of signals are raised. If there are several processes, every
-    exception is raised, because the other processes would wait for this one.
+    The warning says that all other results are in `workdir`. Exceptions of failed writes and of
+    signals are raised. If there are several processes, every exception is raised, because the other
+    processes would wait for this one.
     """
     try:
         yield
