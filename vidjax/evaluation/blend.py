@@ -1,7 +1,6 @@
 """Blends trained runs (`vidjax evaluate --runs`), by the weighted mean of their probabilities."""
 
 import copy
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +53,6 @@ def blend_runs(
     if folder.has(CONFIG):  # `eval.split` stays the split of the first evaluation
         kept.eval.split = folder.config.eval.split
     folder.write_config(kept)
-    identities = models[0].data.identities
     results = evaluation.results | {
         "data": models[0].data.report["data"],
         "eval_seconds": time.monotonic() - began,
@@ -62,12 +60,8 @@ def blend_runs(
         "versions": devices.collect_versions(),
         **({"command": command} if command else {}),
     }
-    files.write_json(folder.path / IDENTITIES, list(identities))
-    analysis.write_results(
-        folder, identities, evaluation, results, paths=folder.paths(spec.split),
-        analysed=functools.partial(analysis.analyse, models, evaluation, mesh, configs[0])
-        if spec.report else None,
-    )  # fmt: skip
+    files.write_json(folder.path / IDENTITIES, list(models[0].data.identities))
+    analysis.write_results(folder, models, evaluation, results, mesh, report=spec.report)
     return results
 
 

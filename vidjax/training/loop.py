@@ -1,7 +1,6 @@
 """Trains a system: takes optimiser steps, evaluates, writes logs and saves checkpoints."""
 
 import contextlib
-import functools
 import json
 import statistics
 import threading
@@ -107,11 +106,9 @@ def train(
     results = {"data": data.report["data"], **evaluation.results, **run.results()}
     if command:
         results["command"] = command
-    models, folder = [run.trained_model()], RunFolder(workdir)
     analysis.write_results(
-        folder, data.identities, evaluation, results, paths=folder.paths(), ends_training=True,
-        analysed=functools.partial(analysis.analyse, models, evaluation, mesh, config)
-        if analyse else None,
+        RunFolder(workdir), [run.trained_model()], evaluation, results, mesh,
+        report=analyse, ends_training=True,
     )  # fmt: skip
     return results
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.runs import config as config_lib
 from vidjax.runs import results
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import ResultPaths, RunFolder
+from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils.errors import warn
 
@@ -41,7 +41,7 @@ _FREE = (
 
 
 def analyse(
-    models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh, config: Config
+    models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh
 ) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
@@ -51,9 +51,10 @@ def analyse(
     counted.
     """
     model, split = models[0], evaluation.split
+    config = model.system.config
     names = model.system.model.vector_names if len(models) == 1 else ()
     quality, matrix = measure_quality_and_attention(
-        model, split.name, mesh, config.eval.block_size, attention=bool(names)
+        model, split.name, mesh, config["eval"]["block_size"], attention=bool(names)
     )
     logs = model.system.scores_are_logs
     values: Values = {
@@ -70,7 +71,7 @@ def analyse(
     pool = evaluation.clips.pool
     positives = count_positives(split, pool)
     scored = ScoredSplit(evaluation.top, split.labels, split.clips, pool, positives)
-    train_clips = measures.count_train_clips(model, config.data.train_splits)
+    train_clips = measures.count_train_clips(model, config["data"]["train_splits"])
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
@@ -138,15 +139,15 @@ def import_slow_libraries(*, report: bool) -> None:
 
 def write_results(
     folder: RunFolder,
-    identities: Sequence[str],
+    models: Sequence[TrainedModel],
     evaluation: Evaluation,
     values: Mapping[str, Any],
+    mesh: Mesh,
     *,
-    paths: ResultPaths,
-    analysed: Callable[[], tuple[Values, Arrays]] | None,
+    report: bool,
     ends_training: bool = False,
 ) -> None:
-    """Writes the ranking and the metrics and, if `analysed` is given, the analysis and the report.
+    """Writes the ranking and the metrics and, if `report` is True, the analysis and the report.
 
     The ranking and the metrics are written first, so an error in the analysis or the report does
     not change them. The analysis and the report of an earlier evaluation of the split are deleted.
@@ -154,26 +155,29 @@ def write_results(
     files.
 
     Args:
-      values: the metrics.
-      analysed: computes the result of `analyse`. It is called in all processes.
+      models: the models that were evaluated.
+      values: the metrics. If there is an entry `overrides`, the names of the files contain the name
+        of the split, so that no result of the training is replaced.
       ends_training: if True, the metrics are marked as `finished` only after the report is written.
         If the process is killed before, the user can repeat the command, which then writes the
         report.
     """
+    split, identities = evaluation.split, models[0].data.identities
+    paths = folder.paths(split.name, apart=bool(values.get("overrides")))
     if distributed.is_first():
         paths.analysis.unlink(missing_ok=True)
         paths.report.unlink(missing_ok=True)
-        ranking.write_ranking(paths.ranking, identities, evaluation.split.clips, evaluation.top)
+        ranking.write_ranking(paths.ranking, identities, split.clips, evaluation.top)
         pending = {"finished": False} if ends_training else {}
         folder.write_metrics({**values, **pending}, paths)
-    if analysed:
+    if report:
         with describe_faults(folder.path):
-            analysis = analysed()
+            analysis = analyse(models, evaluation, mesh)
             if distributed.is_first():
                 results.save_analysis(paths.analysis, *analysis)
     if not distributed.is_first():
         return
-    if analysed:
+    if report:
         write_report(folder)
     if ends_training:
         folder.write_metrics(values, paths)
@@ -241,9 +245,5 @@ def evaluate(
         "eval_date": results.now(),
         **({"overrides": changed} if changed else {}),
     }
-    write_results(
-        folder, run.identities, evaluation, trained | values,
-        paths=folder.paths(spec.split, apart=bool(changed)),
-        analysed=functools.partial(analyse, models, evaluation, mesh, config) if report else None,
-    )  # fmt: skip
+    write_results(folder, models, evaluation, trained | values, mesh, report=report)
     return values
