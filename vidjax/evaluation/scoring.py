@@ -359,15 +359,13 @@ def score(
     if block_size < 1:
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
-    scorers = [ModelScorer(model, split.clips, mesh) for model in models]
-    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)  # [N]
-    if not pool.any():
+    ranker = _Ranker(models, split, mesh, each_member=each_member)
+    if not (pool := ranker.pool).any():
         raise UserError(
             f"config.eval.split={split_name}: all members of the run were trained on all clips of "
             "this split\nchoose another split with --config.eval.split"
         )
-    use = np.concatenate([scorer.use for scorer in scorers]) & pool
-    ranker = _Ranker(models, scorers, split, pool, mesh, each_member=each_member)
+    use = np.concatenate([scorer.use for scorer in ranker.scorers]) & pool
     began = time.monotonic()
     with devices.compile_seconds() as compiling:
         progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
@@ -383,11 +381,11 @@ def score(
     seconds = time.monotonic() - began - sum(compiling)
     clips, num_nan = _without_nan(split, devices.fetch(ranker.best))
     results = {
-        **_compute_metrics(top, clips, split, scorers),
+        **_compute_metrics(top, clips, split, ranker.scorers),
         **num_nan,
         "num_ties": topk.count_ties(top),
         "eval_clips_per_second": int(pool.sum()) / max(seconds, 1e-9),
-        **ranker.compute_maps(split, pool),
+        **ranker.compute_maps(),
     }
     return Evaluation(split, top, clips, results)
 
@@ -403,9 +401,8 @@ def start_compiling(
     must start all programs in the same order.
     """
     split = model.data.split(split_name)
-    scorer = ModelScorer(model, split.clips, mesh)  # copies the weights, which training donates
-    pool = np.ones(len(split.clips), bool)
-    ranker = _Ranker([model], [scorer], split, pool, mesh, each_member=False)
+    # This copies the weights, because the next training step donates them.
+    ranker = _Ranker([model], split, mesh, each_member=False)
 
     def score_block() -> None:
         with contextlib.suppress(Exception):  # `score` raises the error again
@@ -413,7 +410,7 @@ def start_compiling(
             ranker.add(window)
             ranker.ranking.finish()
             if model.attention_step:
-                scorer.compute(model.attention_step, window[0][0])
+                ranker.scorers[0].compute(model.attention_step, window[0][0])
 
     thread = threading.Thread(target=score_block)
     thread.start()
@@ -423,37 +420,36 @@ def start_compiling(
 class _Ranker:
     """Scores clips with models, and ranks the clips by the blend, by each model and each member.
 
-    `ranking` ranks by the blend of all models, or by the only model. `best` has the best score of
-    each clip, on the devices.
+    Attributes:
+      scorers: a scorer for each model.
+      pool: [N] bool, True for the clips that all models score.
+      ranking: ranks by the blend of all models, or by the only model.
+      best: the best score of each clip, on the devices.
     """
 
     def __init__(
-        self,
-        models: Sequence[TrainedModel],
-        scorers: Sequence[ModelScorer],
-        split: Split,
-        pool: np.ndarray,
-        mesh: Mesh,
-        *,
-        each_member: bool,
+        self, models: Sequence[TrainedModel], split: Split, mesh: Mesh, *, each_member: bool
     ):
-        num_identities = models[0].system.task.num_identities
-        rows = min(choose_window_rows(num_identities), len(pool))
+        self._models, self._split = models, split
+        self.scorers = [ModelScorer(model, split.clips, mesh) for model in models]
+        self.pool = np.all([scorer.use.any(axis=0) for scorer in self.scorers], axis=0)
+        num_identities, num_clips = models[0].system.task.num_identities, len(split.clips)
+        rows = min(choose_window_rows(num_identities), num_clips)
         new_ranking = functools.partial(start_top_k, num_identities, rows=rows, mesh=mesh)
-        self._models, self._scorers = models, scorers
         self.ranking = new_ranking()
         self._by_model = [new_ranking() for _ in models if len(models) > 1]
         self._by_member = [
             [new_ranking() for _ in scorer.use] if each_member and len(scorer.use) > 1 else []
-            for scorer in scorers
+            for scorer in self.scorers
         ]
-        best = ClipScores(pool, np.full(len(pool), -np.inf, np.float32), np.zeros(len(pool), bool))
+        lowest = np.full(num_clips, -np.inf, np.float32)
+        best = ClipScores(self.pool, lowest, np.zeros(num_clips, bool))
         self.best, self._labels = devices.replicate(mesh, (best, split.labels))
 
     def add(self, window: Sequence[Sequence[Batch]]) -> None:
         """Scores a list of blocks for each model, and adds the scores to the rankings."""
         scores = []
-        for number, (scorer, blocks) in enumerate(zip(self._scorers, window, strict=True)):
+        for number, (scorer, blocks) in enumerate(zip(self.scorers, window, strict=True)):
             scores.append(scorer.score(blocks, self._by_member[number]))
             if self._by_model:
                 for block, block_scores in zip(blocks, scores[-1], strict=True):
@@ -466,7 +462,7 @@ class _Ranker:
             self.ranking.add(scored)
             self.best = _add_best(self.best, self._labels, *scored)
 
-    def compute_maps(self, split: Split, pool: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    def compute_maps(self) -> dict[str, list[dict[str, Any]]]:
         """Returns the entries `runs` and `members` of `metrics.json`.
 
         `runs` is a list with the MAP of each model. `runs` is left out if there is only one model.
@@ -474,17 +470,17 @@ class _Ranker:
         several members, or if `each_member` is False.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
-        for number, (model, scorer) in enumerate(zip(self._models, self._scorers, strict=True)):
+        for number, (model, scorer) in enumerate(zip(self._models, self.scorers, strict=True)):
             run: dict[str, Any] = {}
             if self._by_model:
-                value = compute_map(self._by_model[number].finish(), split, pool)
+                value = compute_map(self._by_model[number].finish(), self._split, self.pool)
                 row = {"name": model.name, "weight": model.weight, "map": value}
                 rows.setdefault("runs", []).append(row)
                 run = {"run": model.name}
             rankings = self._by_member[number]
             members = zip(model.training_sets.members, scorer.use, rankings, strict=False)
             for member, used, ranking in members:
-                value = compute_map(ranking.finish(), split, used & pool)
+                value = compute_map(ranking.finish(), self._split, used & self.pool)
                 rows.setdefault("members", []).append({**run, **_describe(member), "map": value})
         return rows
 
