@@ -232,7 +232,8 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     return devices.jit(apply, out_shardings=devices.row_layout(mesh))
 
 
-# Running means of scores over the branches of a model, the examples of a clip, members and runs.
+# Running means of scores over the classifiers of a model, the examples of a clip, the members of an
+# ensemble, and the runs of a blend.
 
 LOG_2 = math.log(2.0)
 

@@ -41,7 +41,7 @@ from vidjax.runs.terminal import ignore_count
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument, warn
 
-SMALL_REQUEST = 4  # most clips of a small request, and rows of its block
+SMALL_REQUEST = 4  # most clips of a small request, which is scored in a block of this size
 THRESHOLD = "threshold_at_fpir_0.01"  # key in `metrics.json`
 Advance = Callable[[int], None]  # receives the number of rows of a finished block
 

@@ -27,12 +27,12 @@ from vidjax.models.system import System
 from vidjax.runs.terminal import Progress
 from vidjax.utils.errors import UserError, warn
 
-# Number of clips that a member scores before the next member starts. A larger window keeps more
-# scores in memory. A smaller window slices the parameters of each member more often.
+# A window is the clips that a member scores before the next member starts. A larger window keeps
+# more scores in memory. A smaller window slices the parameters of each member more often.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
 JOINED_FRAMES = 1 << 17  # most frames of a modality, with padding, in joined blocks
-WAITING_BYTES = 1 << 30  # most scores that wait to be merged into the ranking
+WAITING_BYTES = 1 << 30  # a window is smaller if the scores of its clips would take more memory
 Ranking = DeviceTopK | RunningTopK
 
 
@@ -249,7 +249,7 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
 
 
 def choose_window_rows(num_identities: int) -> int:
-    """Returns how many clips a member scores before the next member starts, limited by memory."""
+    """Returns how many clips are in a window, which is limited by the memory for their scores."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
@@ -401,7 +401,7 @@ def start_compiling(
     must start all programs in the same order.
     """
     split = model.data.split(split_name)
-    # This copies the weights, because the next training step donates them.
+    # This copies the weights, because the next training step overwrites them.
     ranker = _Ranker([model], split, mesh, each_member=False)
 
     def score_block() -> None:

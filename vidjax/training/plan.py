@@ -423,8 +423,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
 # Noise classes: distractors are labelled as clusters or as mirrors of identities. Each cluster of
 # distractor clips is a class. Each of the C identities also has a mirror class. A distractor in no
-# cluster starts in a random mirror class. Every `noise.relabel_every_epochs` epochs it moves to the
-# mirror class of the identity that the model predicts.
+# cluster starts in a random mirror class. Every `noise.relabel_every_epochs` epochs, the distractor
+# moves to the mirror class of the identity that the model predicts.
 #
 # Source: noise classes (5th place 2018). The shift of 8,652 in the article is a misprint of
 # 4934 + 3691 = 8625. If the model predicts no identity, the article keeps the label of the clip,
