@@ -232,8 +232,7 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
     return devices.jit(apply, out_shardings=devices.row_layout(mesh))
 
 
-# Running means of scores over the classifiers of a model, the examples of a clip, the members of an
-# ensemble, and the runs of a blend.
+# Running means of scores over a model's classifiers, a clip's examples, members, or runs.
 
 LOG_2 = math.log(2.0)
 

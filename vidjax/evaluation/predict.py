@@ -85,8 +85,7 @@ class Predictor(NamedTuple):
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
       system: model, fusion and scores.
-      score_fn, embed_fn: functions that compute scores [B, C] and embeddings [B, D] of B clips with
-        a member.
+      score_fn, embed_fn: compute a member's scores [B, C] and embeddings [B, D] of B clips.
     """
 
     workdir: Path
@@ -330,10 +329,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns the embeddings of the B clips of each block, [B, D].
-
-        An embedding consists of the vectors of all members. It is not scaled to length 1.
-        """
+        """Returns the embeddings of each block, [B, D]: the vectors of all members, not scaled."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)

@@ -158,10 +158,7 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
 
 
 def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
-    """Raises ValueError if a dataset lacks a modality of a run, or its features have another width.
-
-    `modalities` has the feature width of each modality of the run.
-    """
+    """Raises ValueError if a dataset lacks a modality of a run, or has another feature width."""
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:

@@ -309,19 +309,13 @@ class Evaluation(NamedTuple):
 
 
 def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns the number of clips that show each identity, [C] int.
-
-    Only the clips for which `pool` [N] bool is True are counted.
-    """
+    """Returns how many clips in `pool` [N] bool show each identity, [C] int."""
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside
 
 
 def compute_map(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of `top` on the clips for which `pool` [N] bool is True.
-
-    If none of these clips shows an identity, returns None.
-    """
+    """Returns the MAP of `top` on clips in `pool` [N] bool, or None if they show no identity."""
     positives = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
@@ -340,9 +334,8 @@ def score(
 ) -> Evaluation:
     """Scores and ranks the clips of a split with a model or a blend of models.
 
-    A clip is left out if all members of a model were trained on it. But if all members were trained
-    on all training clips, no clip is left out. Clips with NaN scores are ranked last, with a
-    warning.
+    A clip is left out if all members of a model were trained on it. If all members were trained on
+    all training clips, no clip is left out. Clips with NaN scores are ranked last, with a warning.
 
     Args:
       block_size: number of clips that a device scores at a time.
@@ -465,9 +458,8 @@ class _Ranker:
     def compute_maps(self) -> dict[str, list[dict[str, Any]]]:
         """Returns the entries `runs` and `members` of `metrics.json`.
 
-        `runs` is a list with the MAP of each model. `runs` is left out if there is only one model.
-        `members` is a list with the MAP of each member. `members` is left out if no model has
-        several members, or if `each_member` is False.
+        `runs` has the MAP of each model, and is left out if there is only one model. `members` has
+        the MAP of each member, and is left out if no model has several or `each_member` is False.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self.scorers, strict=True)):

@@ -21,8 +21,8 @@ EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_C
 class TopK(NamedTuple):
     """The k best clips of C identities: scores [C, k] float32 and clip indices [C, k] int32.
 
-    If there are fewer than k clips, the empty entries have the score -inf and the index NO_CLIP.
-    The arrays are numpy or jax arrays.
+    A list of fewer clips is filled with the score -inf and the index NO_CLIP. The arrays are numpy
+    or jax arrays.
     """
 
     scores: Any
@@ -70,10 +70,7 @@ class HostTopK:
 
 
 class _Chunk:
-    """Collects the k best clips of C identities, at most CHUNK.
-
-    `keys` [C, k] uint64 has the keys (see `_make_keys`) of the clips, in any order.
-    """
+    """Collects the k best clips of C identities (at most CHUNK) as unsorted `keys` [C, k] uint64."""
 
     def __init__(self, num_identities: int, k: int):
         self.keys = np.full((num_identities, k), EMPTY)
@@ -153,10 +150,7 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
 
 
 def count_ties(top: TopK) -> int:
-    """Counts ranked clips whose score equals the score of the clip before them in the list.
-
-    Clips with the score -inf are not counted.
-    """
+    """Counts ranked clips with the same score as the clip before them in the list, except -inf."""
     scores = np.asarray(top.scores)
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 

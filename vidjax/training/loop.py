@@ -380,10 +380,7 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Gives the distractors in no cluster new labels, see `plan.relabel`.
-
-        Each member has labels for the distractors that it is trained on.
-        """
+        """Gives each member new labels for the distractors in no cluster, see `plan.relabel`."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -415,20 +412,14 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint, with the entries `more` in its manifest.
-
-        If this step has a checkpoint already, the entries are added to its manifest.
-        """
+        """Saves a checkpoint with the entries `more`, or adds the entries to a saved checkpoint."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self.next_save = time.monotonic() + self._config.checkpoint_every_seconds
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split`.
-
-        `check` is called between blocks of clips. It may raise an error to end the evaluation.
-        """
+        """Ranks `config.eval.split`. `check` runs between blocks, and may raise an error to end."""
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval

@@ -55,8 +55,7 @@ class RunPlan(NamedTuple):
     Attributes:
       task: the sizes of the training data. They decide the shapes of the parameters.
       training_sets: the E members of the ensemble, and the training clips of each.
-      labels: [N] int32, the class column of each training clip at step 0, which is the column of
-        the model's scores for the clip's class.
+      labels: [N] int32, the class (column of the scores) of each training clip at step 0.
       constants: the weights of the clips and the settings of each member.
       batches: decides which clips are in the batch of a step.
     """
@@ -262,10 +261,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes the training clips from which a model computes its settings, see `Identifier.prepare`.
-
-    `TrainingClips` explains `labels` and `used`.
-    """
+    """Makes the argument of `Identifier.prepare`. TrainingClips explains `labels` and `used`."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])

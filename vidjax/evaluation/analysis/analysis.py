@@ -155,7 +155,6 @@ def write_results(
     files.
 
     Args:
-      models: the models that were evaluated.
       values: the metrics. If there is an entry `overrides`, the names of the files contain the name
         of the split, so that no result of the training is replaced.
       ends_training: if True, the metrics are marked as `finished` only after the report is written.

@@ -362,8 +362,7 @@ def resample_fnir(
     rng = np.random.default_rng(0)
     num = len(strange)
     names, person = np.unique(people, return_inverse=True)
-    # In ascending order of scores, the last score below the threshold has this position.
-    place = num - 1 - metrics.count_allowed(num, rate)
+    place = num - 1 - metrics.count_allowed(num, rate)  # of the last score below the threshold
     rates = []
     for _ in range(RESAMPLES):
         refused = np.partition(strange[rng.integers(0, num, num)], place)[place]

@@ -134,10 +134,7 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML that shows figures or tables next to each other if the page is wide.
-
-    `kind` is the CSS class of the row, `figures` or `tables`.
-    """
+    """Returns HTML with `figures` or `tables` (the `kind`) side by side if the page is wide."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
@@ -218,10 +215,9 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML.
+        """Returns the figure as HTML. The text below is `caption`, or `title` without a caption.
 
-        `key` is unique on the page. `description` is for a reader who cannot see the figure. The
-        text below the figure is `caption`, or `title` if `caption` is empty.
+        `key` is unique on the page. `description` is for a reader who cannot see the figure.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)
