@@ -70,7 +70,7 @@ class HostTopK:
 
 
 class _Chunk:
-    """Collects the k best clips of C identities (at most CHUNK) as unsorted `keys` [C, k] uint64."""
+    """Collects the k best clips of at most CHUNK identities as unsorted `keys`, [C, k] uint64."""
 
     def __init__(self, num_identities: int, k: int):
         self.keys = np.full((num_identities, k), EMPTY)

@@ -3,7 +3,6 @@
 A member is one net of the ensemble. A single net is an ensemble with E = 1.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,15 +123,14 @@ def convert_to_items(state: TrainState) -> dict[str, Any]:
 
     An evaluation reads only `params` and `model_state`. The item `train` has all other fields.
     """
-    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    items = {name: rest.pop(name) for name in ("params", "model_state")}
-    return {**items, "train": rest}
+    rest = dict(vars(state))
+    params, model_state = rest.pop("params"), rest.pop("model_state")
+    return {"params": params, "model_state": model_state, "train": rest}
 
 
 def convert_from_items(items: Mapping[str, Any]) -> TrainState:
     """Converts the items of a checkpoint to a state."""
-    fields = {name: item for name, item in items.items() if name != "train"}
-    return TrainState(**fields, **items["train"])
+    return TrainState(params=items["params"], model_state=items["model_state"], **items["train"])
 
 
 StepClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
