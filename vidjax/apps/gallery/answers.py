@@ -35,7 +35,8 @@ ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no clear face
-PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")  # optional, after GROUP_COLUMNS
+# Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
+PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")
 NUM_TABLE_PEOPLE = 3  # best identities that a line of text lists
 SCORE_ROUNDING = 1e-7  # largest relative difference of a stranger's score in another batch of clips
 
@@ -105,10 +106,13 @@ class NamingRule(NamedTuple):
     """The rule that decides if a clip gets the name of its most probable identity.
 
     Attributes:
-      by: the origin of the threshold. It is `threshold` if the user chose a probability, `fpir` if
-        the threshold was measured on strangers, and `new` if there are too few strangers to measure
-        one. With `fpir` and `new`, a name also needs a probability above 0.5.
-      score: the threshold of the logarithm of the probability. With `new`, it is -inf.
+      by: the kind of the rule.
+        `threshold`: a name needs the probability that the user chose.
+        `fpir`: a name needs a probability above 0.5, and above a threshold that was measured on
+          strangers.
+        `new`: a name needs a probability above 0.5. There are too few strangers to measure a
+          threshold.
+      score: the threshold of the logarithm of the probability. It is -inf for the kind `new`.
       default: True if the user chose neither a probability nor a rate.
       threshold: the measured threshold; None unless `by` is `fpir`.
       about: a description of the rule for the user.
@@ -292,7 +296,10 @@ def write(path: Path, answers: Answers) -> None:
 
 
 class Identify(bulk.TableTask):
-    """Identifies the clips of a table with a gallery. `options` are options of `identify`."""
+    """Identifies the clips of a table with a gallery.
+
+    `options` are arguments of `Gallery.identify`.
+    """
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the answers for clips as the columns of a table."""

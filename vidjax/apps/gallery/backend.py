@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
 MAX_PAIRED_NUMBERS = 1 << 20  # coordinates that are multiplied at once for pairs of clip and person
+# The coefficients of people are stored in blocks of this size, which threads compare in parallel.
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
@@ -159,9 +160,9 @@ class Backend(NamedTuple):
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Centres the vectors [Q, D] of M parts, and scales them to unit length as float64.
+        """Centres vectors of Q clips, M arrays [Q, D], and scales them to unit length as float64.
 
-        The vector of a missing part is 0, and stays 0.
+        If a clip lacks a part, the vector is 0 and stays 0.
         """
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
@@ -209,8 +210,8 @@ def fit(
     Args:
       vectors: part -> unit vectors [N, D] float32. The vector of a missing part is 0.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: part -> [N, D] float32, the vectors with which the clips are enrolled. The default
-        is `vectors`.
+      enrolled: part -> [N, D] float32, the vectors with which the same people are enrolled, such as
+        means over the clips of a film. The default is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too.
     """
@@ -369,7 +370,8 @@ class Ratios:
     ) -> None:
         """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
-        `rows` and `owner` are the indices of the people and of the clips. `terms` are from `ask`.
+        `rows` are the indices of the people, and `owner` the indices of the clips, see
+        `Index._add_up`. `terms` are from `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -584,7 +586,11 @@ class Index:
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares clips or groups for the comparison. `_groups` returns the arguments."""
+        """Prepares Q clips or groups of clips for the comparison.
+
+        `units` are M arrays [Q, D], the means of their unit vectors. `effective` are M arrays [Q],
+        the effective numbers of their clips, see `_groups`.
+        """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
             z, more = scorer.ask(x, k)

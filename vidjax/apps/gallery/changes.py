@@ -63,8 +63,8 @@ class Draft:
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
         """Adds the modalities that enrolled clips lack.
 
-        `vectors` are clip -> vector of all modalities. A clip is skipped if a modality of the
-        enrolled clip differs. Returns the names of the enrolled clips that were not skipped.
+        `vectors` are clip -> vector of all modalities. A clip is skipped if it is not enrolled, or
+        if it is enrolled with another vector of a modality. Returns the names of all other clips.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -104,7 +104,7 @@ class Draft:
         """Gives a person another name; returns the number of clips."""
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
-            raise UserError(f"'{show(to)}' already has this name: choose another name")
+            raise UserError(f"the person '{show(to)}' already has this name: choose another name")
         if to in self.groups and not merge:
             raise UserError(
                 f"'{show(to)}' is already enrolled, so two people would become one\n"
@@ -190,7 +190,7 @@ class Draft:
 
     @property
     def refits(self) -> bool:
-        """True if a fitted vector changes or is removed, so the back end must be fitted again."""
+        """True if the back end was fitted to a clip that is removed or whose vector changes."""
         fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 

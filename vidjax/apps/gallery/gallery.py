@@ -12,15 +12,15 @@ Thresholds are measured on strangers, which are clips of people who are not enro
 changes does not matter: a new gallery of the same clips gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed it. A `State` is immutable, so an answer in another thread uses one state from its beginning
-to its end. A change is first written to the folder. If writing fails, folder and memory stay as
-they were.
+changed the folder. A change makes a new `State`, the content in memory, and never edits the old
+state. So a thread that computes an answer uses the same state from its beginning to its end. A
+change is first written to the folder. If writing fails, folder and memory stay as they were.
 
-A removed person leaves no trace in the folder. The back end is the set of parameters that score
-pairs of clips. If it was fitted to a removed clip, the vector of this clip could be computed from
-the back end and the other clips. Therefore `remove` fits the back end again. The training run still
-depends on its training clips, and so does the back end of a gallery that was made with
-`empty=True`. Only a new training run without the clips removes this dependence.
+A removed person leaves no trace in the folder. The back end, the set of parameters that compare
+vectors, is fitted to clips. From the back end and all clips but one, the vector of the last clip
+could be computed. Therefore `remove` fits the back end again to the clips that are left. The
+training run still depends on its training clips, and so does the back end of a gallery that was
+made with `empty=True`. Only a new training run without the clips removes this dependence.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 256  # clips that are scored together
 EMBED_ROWS = 32  # clips that are embedded together
-EMBEDDING = "embedding"  # name of the only part of the vectors, if the run is not PLDA
+EMBEDDING = "embedding"  # stands for the modality if the run is not PLDA
 
 
 class Enrolment(NamedTuple):
@@ -106,8 +106,9 @@ class Vectors(NamedTuple):
 
     Attributes:
       names: the names of the clips.
-      parts: modality -> [N, D] float32. The vector is 0 if a clip lacks the modality. If the clips
-        were embedded by a run that is not PLDA, the only key is `embedding`.
+      parts: modality -> vectors [N, D] float32, of length D in this modality. If a clip lacks the
+        modality, the vector is 0. If a run that is not PLDA embedded the clips, the only key is
+        `embedding`.
       labels: the person of each clip, or None if the person is not known.
     """
 
@@ -130,8 +131,10 @@ class NobodyError(UserError):
 class Gallery:
     """A gallery in a folder. `len`, `in` and iteration apply to the names of the enrolled people.
 
-    Methods with an argument `clips` accept a dataset together with the name of a `split`, clips in
-    memory as for `Predictor.embed`, or the vectors that `embed` returns.
+    The argument `clips` of a method is one of these:
+      clips in memory, {clip: {modality: features}}, as for `Predictor.embed`;
+      a dataset, together with the name of a `split`;
+      the vectors that `embed` returns.
 
     A method that changes the gallery returns when the change is on the disk. It raises ValueError
     if another process is changing the gallery, and OSError if the folder cannot be written. In both
@@ -156,7 +159,8 @@ class Gallery:
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
-        self._calibration: tuple[State, np.ndarray] | None = None  # the strangers' best scores
+        # A state, and for each of its strangers the score of the most probable person.
+        self._calibration: tuple[State, np.ndarray] | None = None
 
     @classmethod
     def create(
@@ -227,11 +231,11 @@ class Gallery:
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes a gallery of models: an empty gallery that has no training run.
+        """Makes an empty gallery for vectors of pretrained models, without a training run.
 
-        Its clips are features that `vidjax extract` has computed with the given models. They are
-        compared by distances. The card of each model, a JSON file that describes the model,
-        contains the distribution of these distances.
+        `vidjax extract` computes the vectors with the given models. They are compared by distances.
+        The card of each model, a JSON file that describes the model, contains the distribution of
+        these distances.
 
         Args:
           folder: a new or empty folder.
@@ -263,7 +267,8 @@ class Gallery:
           origin: the run or the models that computed the vectors.
           backend: the parameters that compare vectors.
           clips: name -> clip.
-          run: the loaded run, if `origin` is a run. By default, it is loaded from its folder.
+          run: the loaded run, if `origin` is a run. By default, the run is loaded from its folder
+            when a vector must be computed.
         """
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
@@ -330,7 +335,7 @@ class Gallery:
 
     @property
     def backend(self) -> Backend:
-        """The trained parameters of the comparison of vectors."""
+        """The parameters that compare the vectors of clips."""
         return self._state.index.backend
 
     @property
@@ -430,7 +435,7 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """The width of the features of each modality, and the value of `config.data.quality`."""
+        """How clips are loaded: modality -> width of its features, and `config.data.quality`."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
@@ -472,7 +477,8 @@ class Gallery:
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
-        Clips without a usable frame are left out. If any other clip is wrong, no clip is enrolled.
+        Clips without a usable frame are left out. If any other clip is refused, no clip is
+        enrolled.
 
         Args:
           clips, split: see the class.
@@ -529,9 +535,8 @@ class Gallery:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        Clips that are already enrolled are skipped, with one exception: an enrolled stranger gets
-        the person of the new clip with the same name. An enrolled clip of a person never becomes a
-        stranger.
+        A clip that is already enrolled is skipped. Exception: if the clip is enrolled as a
+        stranger, and `clips` contain a person for the clip, the clip gets this person.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another
@@ -610,10 +615,10 @@ class Gallery:
         return tuple(part for part in now if part not in was)
 
     def complete(self, vectors: Vectors) -> set[str]:
-        """Adds missing modalities to enrolled clips.
+        """Adds the modalities that enrolled clips lack.
 
-        `vectors` contain all modalities. A clip is skipped if a modality of the enrolled clip
-        differs. Returns the names of the enrolled clips that were not skipped.
+        `vectors` contain all modalities. A clip is skipped if it is not enrolled, or if it is
+        enrolled with another vector of a modality. Returns the names of all other clips.
         """
         rows = zip(*vectors.parts.values(), strict=True)
         joined = dict(zip(vectors.names, map(np.concatenate, rows), strict=True))
@@ -733,7 +738,7 @@ class Gallery:
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns them. All clips of a group are compared together
             and get the same answer. Only a gallery of models accepts groups.
-          advance: is called with the number of clips of each answer.
+          advance: is called with the number of clips that get each answer.
 
         Raises:
           ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, the features
@@ -777,8 +782,8 @@ class Gallery:
 
         Args:
           clips, split: see the class.
-          fpir, threshold: if one of them is given, clips that would not get a name by the rule of
-            `identify` are left out.
+          fpir, threshold: if one of them is given, the list of a person contains only clips that
+            are probable enough for a name, by the rule of `identify`.
           advance: is called with the number of clips of each finished block.
 
         Returns:
@@ -807,7 +812,8 @@ class Gallery:
                 scores = np.full((len(index), len(columns)), -np.inf, np.float32)
                 for place, clip_logs in enumerate(itertools.islice(logs, len(index))):
                     row, best = scores[place], clip_logs[columns]
-                    # float32 is too coarse: a threshold lies just above the score of a stranger.
+                    # Scores are compared in float64, because a threshold is only slightly higher
+                    # than the score of a stranger.
                     passes = True if rule is None else rule.names(best)
                     if rule is not None and state.run.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, at + place] @ person_has
@@ -831,7 +837,7 @@ def check_new(folder: Path) -> None:
     if foreign := store.foreign():
         remedy = "name a new folder"
         if files.exists(store.folder / "config.json"):
-            remedy = f"it is a run: Gallery.create('NEW_FOLDER', {str(store.folder)!r})"
+            remedy = f"it is a run; make a gallery from it: vidjax gallery create NEW_FOLDER --run={store.folder}"
         raise UserError(f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n{remedy}")
     with contextlib.suppress(NoGalleryError):
         store.sha256()
@@ -843,14 +849,14 @@ def _check_width(backend: Backend) -> int:
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
-            f"the vectors of the run have {width:,} numbers, but a gallery can store at most "
-            f"{MAX_VECTOR_WIDTH:,}\nuse a run with fewer members, or with a narrower net"
+            f"the vector of a clip has {width:,} numbers, but a gallery can store at most "
+            f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble with fewer members, or a narrower net"
         )
     return width
 
 
 def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
-    """Extends a clip's vector from the parts of `backend` to the parts of `wide` with zeros."""
+    """Adds zeros to a clip's vector for the modalities that `wide` has and `backend` lacks."""
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
@@ -1006,11 +1012,16 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits PLDA to clips with a person; see `backend.fit` for `centred` and `settings`.
+    """Fits PLDA to the clips that have a person, and returns it as a back end.
 
-    Clips of a person from the same film are alike, so PLDA is fitted to only one of them. People
-    are enrolled with the mean of their clips in each film. The order of `clips` does not matter.
-    `widths` are modality -> D.
+    Clips of a person from the same film are alike. So PLDA is fitted to only one clip of each
+    person in a film, although people are enrolled with the mean of their clips in each film. The
+    order of `clips` does not matter.
+
+    Args:
+      clips: name -> clip.
+      widths: modality -> length of its vectors.
+      centred, settings: see `backend.fit`.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)
@@ -1025,7 +1036,7 @@ def fit_backend(
 
 
 def _refit(state: State) -> State:
-    """Returns the same content with a back end that is fitted to its clips."""
+    """Fits the back end to the clips of a state again; returns the new state."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()

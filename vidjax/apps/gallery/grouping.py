@@ -27,7 +27,8 @@ MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are al
 MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
 MIN_PROBABILITY = 0.6  # a small group is joined to a larger group above this probability
 MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
-MAX_KEPT_SHARE = 0.75  # if this share of rows or less is in use, the other rows are dropped
+# Arrays of groups are shortened if at most this share of the groups still has clips.
+MAX_KEPT_SHARE = 0.75
 
 
 class Groups:

@@ -7,14 +7,14 @@ For speed, a row of a table contains many people or clips: their names are the l
 `words`, and their numbers are entries of an array in the column `numbers`.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. An enrolment adds entries at the end. If several entries have the same name, the last one is
-valid. Any other change deletes all rows and inserts the new content, so that no byte of a removed
-person remains. (`secure_delete` of SQLite overwrites empty pages, but rows that SQLite has moved
-may leave copies in other pages.)
+it. An enrolment adds people and clips at the end of their tables. If a name occurs several times in
+a table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
+that no byte of a removed person remains. (`secure_delete` of SQLite overwrites empty pages, but
+rows that SQLite has moved may leave copies in other pages.)
 
-The file may come from a stranger. It must be a regular file with exactly the tables of SCHEMA, and
-the lengths of its values are limited. A journal is checked before SQLite uses it, because a journal
-may contain the path of another file, which SQLite would delete.
+The file may be forged. So it must be a regular file with exactly the tables of SCHEMA, and the
+lengths of its values are limited. A journal is checked before SQLite uses it, because a journal may
+contain the path of another file, which SQLite would delete.
 """
 
 import contextlib
@@ -319,8 +319,8 @@ class Store:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
         If `new` and `people` are given, only these clips and people are added to the file. All rows
-        are written again if either is None, if the state was never written, or if more than half of
-        the entries in the file would be replaced by later entries.
+        are written again in three cases: either is None, the state was never written, or more than
+        half of the entries in the file would be replaced by later entries.
 
         Args:
           connection: an open transaction.
@@ -406,12 +406,15 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
             if write:
                 raise OSError(number, f"cannot write '{path}': {error}") from error
-            raise UnreadableError(f"cannot read '{path}': {error}") from error
+            raise UnreadableError(
+                f"cannot read '{path}': {error}\n"
+                "check the disk, and the permissions of this file and its folder"
+            ) from error
         raise damaged(path, show(str(error))) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Opens an existing file that may come from a stranger. SQL code in the file never runs."""
+    """Opens an existing file, which may be forged. SQL code in the file never runs."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
