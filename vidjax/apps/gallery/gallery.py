@@ -837,7 +837,7 @@ def check_new(folder: Path) -> None:
     if foreign := store.foreign():
         remedy = "name a new folder"
         if files.exists(store.folder / "config.json"):
-            remedy = f"it is a run; make a gallery from it: vidjax gallery create NEW_FOLDER --run={store.folder}"
+            remedy = f"it is a run: vidjax gallery create NEW_FOLDER --run={store.folder}"
         raise UserError(f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n{remedy}")
     with contextlib.suppress(NoGalleryError):
         store.sha256()
