@@ -184,11 +184,10 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the lowest threshold that a new stranger reaches with probability `fpir` at most.
 
     `best` [S] float64 is the logarithm of the best identity's probability for each of S strangers.
-    Raises UserError if there are fewer than 1 / fpir - 1 strangers.
+    There must be enough strangers, see `check_strangers`.
 
     Source: FPIR of ISO/IEC 19795-1.
     """
-    check_strangers(len(best), fpir)
     score = metrics.find_threshold(best, fpir=fpir)
     assert score is not None  # there are enough strangers
     score += SCORE_ROUNDING * abs(score)
