@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from vidjax.evaluation.predict import Predictor
 
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
-RANK_ROWS = 256  # clips that are scored together
+RANK_ROWS = 64  # clips that are ranked together
 EMBED_ROWS = 32  # clips that are embedded together
 EMBEDDING = "embedding"  # stands for the modality if the run is not PLDA
 
@@ -620,10 +620,9 @@ class Gallery:
         `vectors` contain all modalities. A clip is skipped if it is not enrolled, or if it is
         enrolled with another vector of a modality. Returns the names of all other clips.
         """
-        rows = zip(*vectors.parts.values(), strict=True)
-        joined = dict(zip(vectors.names, map(np.concatenate, rows), strict=True))
+        clips = select_usable_clips(vectors)
         with self.change() as draft:
-            return draft.complete(joined)
+            return draft.complete({name: clip.vector for name, clip in clips.items()})
 
     # ---- answers
 
@@ -796,8 +795,7 @@ class Gallery:
         """
         self.rule(fpir=fpir, threshold=threshold)  # computing vectors takes long: mistakes first
         vectors, state = self.embed(clips, split), self._require_people()
-        is_limited, searched = fpir is not None or threshold is not None, state.index
-        rule = self._rule(state, fpir, threshold) if is_limited else None
+        rule, searched = self._rule(state, fpir, threshold), state.index
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
@@ -808,24 +806,21 @@ class Gallery:
 
         def blocks() -> Iterator[topk.ScoreBlock]:
             for at in range(0, len(order), RANK_ROWS):
-                index = np.arange(at, min(at + RANK_ROWS, len(order)), dtype=np.int32)
-                scores = np.full((len(index), len(columns)), -np.inf, np.float32)
-                for place, clip_logs in enumerate(itertools.islice(logs, len(index))):
-                    row, best = scores[place], clip_logs[columns]
-                    # Scores are compared in float64, because a threshold is only slightly higher
-                    # than the score of a stranger.
-                    passes = True if rule is None else rule.names(best)
-                    if rule is not None and state.run.cards:  # as in `NamingRule.answer`
-                        passes &= clip_has[:, at + place] @ person_has
-                    np.copyto(row, best, where=passes, casting="same_kind")
+                scores = np.array([row[columns] for row in itertools.islice(logs, RANK_ROWS)])
+                index = np.arange(at, at + len(scores), dtype=np.int32)
+                if not rule.default:
+                    # In float64: a threshold is only slightly higher than a stranger's score.
+                    passes = rule.names(scores)
+                    if state.run.cards:  # as in `NamingRule.answer`
+                        passes &= clip_has[:, index].T @ person_has
+                    scores[~passes] = -np.inf
                 yield scores, index, np.ones(len(index), bool)
                 advance(len(index))
 
         top = topk.rank(blocks(), len(columns))
         names = {place: vectors.names[row] for place, row in enumerate(order.tolist())}
-        if rule is not None:
-            scores, index = np.asarray(top.scores), np.asarray(top.index)
-            top = topk.TopK(scores, np.where(scores > -np.inf, index, topk.NO_CLIP))
+        if not rule.default:
+            top = top._replace(index=np.where(top.scores > -np.inf, top.index, topk.NO_CLIP))
         return topk.convert_to_lists(identities, names, top)
 
 
