@@ -144,7 +144,8 @@ class State(NamedTuple):
       index: the enrolled people with their coefficients.
       clips: name -> clip, including strangers.
       groups: identity -> the sorted names of its clips. The key of strangers is the empty string.
-      rows: the sum of the digests of all rows in the file. It is 0 if the state was not written.
+      rows: the sum of the sha256 of all rows in the file, which shows if a row is damaged. It is 0
+        if the state was not written.
       entries: the number of people and clips in all rows, including entries that were replaced.
       sha256: the digest of the whole content. It is empty if the state was not written.
     """
@@ -318,26 +319,19 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
-        If `new` and `people` are given, only these clips and people are added to the file. All rows
-        are written again in three cases: either is None, the state was never written, or more than
-        half of the entries in the file would be replaced by later entries.
+        By default, all rows are written again. If `new` and `people` are given, only these clips
+        and people are added to the file, unless later entries would then replace more than half of
+        the entries in the file.
 
         Args:
-          connection: an open transaction.
-          state: the new state. Its `sha256` is the digest of the earlier state that was changed.
+          connection: a transaction that `open` began before the state was made.
+          state: the new state.
           new, people: all clips and all people that differ from the file.
-
-        Raises:
-          InUseError: the file has changed since the state was made.
         """
-        with _translate_errors(self.path):
-            changed = bool(state.sha256) and _read_facts_row(connection)[1] != state.sha256
-        if changed:
-            raise InUseError(f"gallery '{self.folder}' was changed meanwhile\ntry again")
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
         with _translate_errors(self.path, write=True):
-            if rows and new is not None and people is not None and entries + len(new) < most:
+            if new is not None and people is not None and entries + len(new) < most:
                 blocks, clips = [people] if people.names else [], new
             else:
                 rows = entries = 0
@@ -629,7 +623,11 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields blocks of people. If a person has several entries, the last entry is valid."""
+    """Yields the people of the table `person` in blocks.
+
+    `names` and `numbers` are all entries of the table. If a person has several entries, the last
+    entry is valid.
+    """
     if (numbers["num_clips"] < 0).any():
         raise UserError("its table 'person' contains a number of clips below 0")
     last = {name: place for place, name in enumerate(names)}
