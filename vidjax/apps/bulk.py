@@ -39,9 +39,9 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Base class of a callable that makes results from tables of clips.
+    """Makes results from parquet tables of clips. It is the base class of `Embed` and `Rank`.
 
-    Ray Data can use it: `dataset.map_batches(Embed, fn_constructor_args=...)`.
+    Ray Data can use these classes: `dataset.map_batches(Embed, fn_constructor_args=...)`.
     """
 
     joined = False  # True if `best` joins the results of all tables
@@ -221,7 +221,10 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes a new file of results. If another process has already written it, does nothing."""
+    """Writes the results of a table to a new file.
+
+    If another process has already written the same results, the file is not written.
+    """
     try:
         tables.write_new(results, content)
     except UserError:
@@ -230,9 +233,10 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns the note that identifies the clips of a table and the task. Results contain it.
+    """Returns the note that is stored in the results of a table.
 
-    It is JSON with the size and the time of the table, and the values of `TableTask.made_by`.
+    The note identifies the clips of the table and the task. It is JSON with the size of the table,
+    the time of its last change, and the values of `TableTask.made_by`.
     """
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

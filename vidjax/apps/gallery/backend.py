@@ -144,7 +144,7 @@ def join(blocks: Sequence[People]) -> People:
 
 
 class Backend(NamedTuple):
-    """The parameters of M parts, and the settings that PLDA uses for all of them."""
+    """The parameters that compare clips in all M parts, and the settings of PLDA for all parts."""
 
     parts: tuple[Part, ...]
     settings: Settings
@@ -167,9 +167,9 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Computes the coordinates [Q, D] float64 of M parts of Q clips, see `Part.coordinates`.
+        """Returns the coordinates of Q clips, M arrays [Q, D] float64, see `Part.coordinates`.
 
-        The vector of a missing part is 0 in `parts`, and its coordinates are NaN.
+        If a clip lacks a part, the vector in `parts` is 0, and the coordinates are NaN.
         """
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
@@ -205,7 +205,7 @@ def fit(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits PLDA to the vectors of labelled clips.
+    """Fits a back end, with PLDA for each part, to N labelled clips.
 
     Args:
       vectors: part -> unit vectors [N, D] float32. The vector of a missing part is 0.
@@ -220,10 +220,8 @@ def fit(
     plda_fit.report_few_people(labels, say)
     if settings is None:
         wanted = plda_fit.draw_identities(labels, 0) if len(labels) else np.zeros(0, bool)
-        some, films = (
-            {name: x[wanted] for name, x in by_part.items()}
-            for by_part in (vectors, enrolled or vectors)
-        )
+        some = {name: x[wanted] for name, x in vectors.items()}
+        films = {name: x[wanted] for name, x in (enrolled or vectors).items()}
         settings = plda_fit.fit_settings(some, labels[wanted], {}, 0, films)
     parts = []
     for name, x in vectors.items():
@@ -259,18 +257,19 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the counts [num] and sums [num, D] of the unit vectors [N, D] of people or groups.
+    """Counts and adds up the vectors of each owner: returns counts [num] and sums [num, D].
 
-    `owner` [N] are the people or groups of the vectors. Vectors that are 0 are not counted.
+    `units` are N unit vectors [N, D]. `owner` [N] is the index, below `num`, of the person or group
+    that each vector belongs to. Vectors that are 0 are not counted.
     """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Subtracts the centre of a part from x [N, D], and scales the results to unit length.
+    """Subtracts the centre of a part from N vectors x [N, D], and scales them to unit length.
 
-    A row of zeros, which stands for a missing part, stays 0.
+    If a clip lacks the part, the vector is 0 and stays 0.
     """
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
@@ -422,7 +421,8 @@ class DistanceRatios:
         """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
         `units` [Q, D] are the means of the unit vectors of each group, and `effective` [Q] the
-        effective numbers of its clips, see `distance.effective_count`.
+        effective numbers of its clips, see `distance.effective_count`. The terms of a mean x are
+        x . m, |x - m|^2, the variance of x, and the log density of x if it shows a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean

@@ -825,7 +825,10 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError if a folder contains files, except for leftovers of a killed process."""
+    """Raises UserError unless a gallery can be made in a folder, which must be new or empty.
+
+    Files that a killed process has left in the folder are ignored.
+    """
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -957,7 +960,7 @@ def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns name -> clip for clips with a usable frame. All other clips have the vector 0."""
+    """Returns the clips with a usable frame, name -> clip. Other clips have the vector 0."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}

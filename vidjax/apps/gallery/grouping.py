@@ -86,11 +86,11 @@ class Groups:
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
-        """Compares the group with index `row` with all groups; returns ratios [G] float64.
+        """Compares the group with index `row` with all groups; returns G log-likelihood ratios.
 
-        A log-likelihood ratio is log(p(clips | the same person) / p(clips | two people)). It is
-        -inf for the group `row`, for groups that certainly show another person, and for groups that
-        have no part in common with the group `row`.
+        A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
+        `row` itself, for groups without clips, for groups that certainly show another person, and
+        for groups that have no part in common with the group `row`.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
