@@ -70,7 +70,8 @@ class Part(NamedTuple):
         """Returns the PLDA coordinates [N, D] of unit vectors x. For distances, returns x."""
         if self.space is None:
             return x
-        return _product(x - self.space.mean, np.asarray(self.space.transform))
+        with _one_thread():
+            return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Computes `linear` [P, D] and `constant` [P] of P people, see `People`.
@@ -80,8 +81,8 @@ class Part(NamedTuple):
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
             return mean, np.vecdot(mean, mean)
-        sums = _product(total - count[:, None] * self.space.mean, np.asarray(self.space.transform))
-        enrolled = two_covariance.compute_coefficients(self.space, count.astype(np.float64), sums)
+        with _one_thread():
+            enrolled = two_covariance.enrol(self.space, count, total)
         return np.asarray(enrolled.linear), np.asarray(enrolled.constant)
 
     def arrays(self) -> list[np.ndarray]:
@@ -311,11 +312,6 @@ _libraries = functools.cache(ThreadpoolController)  # the search for libraries i
 def _one_thread() -> contextlib.AbstractContextManager[object]:
     """Limits BLAS to one thread, because BLAS threads that wait for work use whole processors."""
     return _libraries().limit(limits=1, user_api="blas")
-
-
-def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    with _one_thread():
-        return x @ y
 
 
 class _Queries(NamedTuple):
