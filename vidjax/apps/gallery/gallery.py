@@ -510,7 +510,7 @@ class Gallery:
         if not vectors.names and strangers:
             raise UserError(
                 "every clip has a label, so no clip shows a stranger\n"
-                "leave out --strangers, or strangers=True in Python"
+                "leave out --strangers, in Python strangers=True"
             )
         if not vectors.names:
             raise UserError(
@@ -835,7 +835,7 @@ def check_new(folder: Path) -> None:
     if foreign := store.foreign():
         remedy = "name a new folder"
         if files.exists(store.folder / "config.json"):
-            remedy = f"it is a run: vidjax gallery create NEW_FOLDER --run={store.folder}"
+            remedy = f"it is a run: Gallery.create('NEW_FOLDER', {str(store.folder)!r})"
         raise UserError(f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n{remedy}")
     with contextlib.suppress(NoGalleryError):
         store.sha256()

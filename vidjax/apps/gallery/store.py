@@ -235,7 +235,9 @@ class Store:
             )
         for ending in ("-wal", "-shm"):
             if files.exists(foreign := self.path.with_name(GALLERY_FILE + ending)):
-                raise damaged(foreign, "vidjax never writes this file")
+                raise UnreadableError(
+                    f"'{foreign}' was written by another program, not by vidjax\n{REMEDY}"
+                )
         journal = self.path.with_name(JOURNAL_FILE)
         with contextlib.suppress(FileNotFoundError), files.open_regular(journal) as file:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
