@@ -38,7 +38,8 @@ IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no cl
 # Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")
 NUM_TABLE_PEOPLE = 3  # best identities that a line of text lists
-SCORE_ROUNDING = 1e-7  # largest relative difference of a stranger's score in another batch of clips
+# The score of a clip depends on the batch of clips that it is in, by at most this relative error.
+SCORE_ROUNDING = 1e-7
 
 
 class Answer(NamedTuple):

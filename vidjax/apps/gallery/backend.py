@@ -42,7 +42,8 @@ MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
-PEAK_PEOPLE = 32  # size of groups of people, whose best logits bound the k-th highest logit
+# To bound the k-th highest logit of all people, the best logits of groups of this size are enough.
+PEAK_PEOPLE = 32
 
 
 class Part(NamedTuple):

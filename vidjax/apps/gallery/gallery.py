@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 64  # clips that are ranked together
 EMBED_ROWS = 32  # clips that are embedded together
-EMBEDDING = "embedding"  # stands for the modality if the run is not PLDA
+EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modality
 
 
 class Enrolment(NamedTuple):
@@ -751,7 +751,7 @@ class Gallery:
                 "groups need a gallery that was created with --models; this gallery has a run\n"
                 "leave groups out"
             )
-        if not isinstance(clips, Vectors):  # computing vectors takes long, so mistakes come first
+        if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)
         vectors, state = self.embed(clips, split), self._require_people()
         rule, parts = self._rule(state, fpir, threshold), list(vectors.parts.values())
@@ -793,7 +793,7 @@ class Gallery:
         Raises:
           ValueError: as in `identify`.
         """
-        self.rule(fpir=fpir, threshold=threshold)  # computing vectors takes long: mistakes first
+        self.rule(fpir=fpir, threshold=threshold)  # reports mistakes before vectors are computed
         vectors, state = self.embed(clips, split), self._require_people()
         rule, searched = self._rule(state, fpir, threshold), state.index
         identities = sort_identities(searched.names)
@@ -809,7 +809,7 @@ class Gallery:
                 scores = np.array([row[columns] for row in itertools.islice(logs, RANK_ROWS)])
                 index = np.arange(at, at + len(scores), dtype=np.int32)
                 if not rule.default:
-                    # In float64: a threshold is only slightly higher than a stranger's score.
+                    # Compared in float64: a threshold is hardly higher than a stranger's score.
                     passes = rule.names(scores)
                     if state.run.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, index].T @ person_has
