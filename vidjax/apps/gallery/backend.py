@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
 MAX_PAIRED_NUMBERS = 1 << 20  # coordinates that are multiplied at once for pairs of clip and person
-# The coefficients of people are stored in blocks of this size, which threads compare in parallel.
+# The coefficients of people are in blocks of at most this size. Threads compare blocks in parallel.
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of

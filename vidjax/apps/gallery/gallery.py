@@ -231,11 +231,11 @@ class Gallery:
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes an empty gallery for vectors of pretrained models, without a training run.
+        """Makes an empty gallery for features of pretrained models, without a training run.
 
-        `vidjax extract` computes the vectors with the given models. They are compared by distances.
-        The card of each model, a JSON file that describes the model, contains the distribution of
-        these distances.
+        `vidjax extract` computes the features with the given models. Clips are compared by the
+        distances of their vectors. The card of each model, a JSON file that describes the model,
+        contains the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
