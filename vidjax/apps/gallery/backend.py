@@ -101,7 +101,6 @@ class People(NamedTuple):
     person's unit vectors, and `constant` the squared length of this mean.
 
     Attributes:
-      names: the names of the people.
       linear: M arrays [P, D] float32.
       constant: [M, P] float64.
       num_clips: [M, P] int32, the number of each person's clips that have the part.

@@ -327,10 +327,7 @@ def _check_length(kind: str, name: str) -> str:
 
 
 def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns the value of a person or clip in `among`, or raises NotEnrolledError.
-
-    `kind` is the word for the name in the message: `identity` or `clip`.
-    """
+    """Returns `among[name]`, or raises NotEnrolledError. `kind` is `identity` or `clip`."""
     if name not in among:
         raise NotEnrolledError(kind, name, among)
     return among[name]

@@ -145,7 +145,6 @@ class Gallery:
         """Opens a gallery.
 
         Args:
-          folder: the folder of the gallery.
           run: the training run that the gallery was made with, or the folder of this run. The
             default is the folder that is stored in the gallery. The run is loaded when a vector
             must be computed.
@@ -179,7 +178,6 @@ class Gallery:
 
         Args:
           folder: a new or empty folder.
-          run: the run, or its folder.
           data: the dataset of the run. By default, it is loaded.
           strangers: the name of a split. Its clips without a label become strangers. The default is
             the evaluated split, if any of its clips has a label.
@@ -260,15 +258,10 @@ class Gallery:
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
-        """Makes a gallery of clips whose vectors are known.
+        """Makes a gallery of clips whose vectors are known, in a new or empty folder.
 
-        Args:
-          folder: a new or empty folder.
-          origin: the run or the models that computed the vectors.
-          backend: the parameters that compare vectors.
-          clips: name -> clip.
-          run: the loaded run, if `origin` is a run. By default, the run is loaded from its folder
-            when a vector must be computed.
+        `origin` is the run or the models that computed the vectors. `run` is the run if it is
+        already loaded. By default, the run is loaded when a vector must be computed.
         """
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
@@ -1014,12 +1007,8 @@ def fit_backend(
 
     Clips of a person from the same film are alike. So PLDA is fitted to only one clip of each
     person in a film, although people are enrolled with the mean of their clips in each film. The
-    order of `clips` does not matter.
-
-    Args:
-      clips: name -> clip.
-      widths: modality -> length of its vectors.
-      centred, settings: see `backend.fit`.
+    order of `clips` does not matter. `widths` are modality -> length of its vectors. For `centred`
+    and `settings`, see `backend.fit`.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)

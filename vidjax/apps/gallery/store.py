@@ -321,14 +321,11 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
-        By default, all rows are written again. If `new` and `people` are given, only these clips
-        and people are added to the file, unless later entries would then replace more than half of
-        the entries in the file.
+        By default, all rows are written again. If `new` and `people` are given, they are all clips
+        and people that differ from the file, and only they are added to the file. Exception: if
+        later entries would then replace more than half of the entries, all rows are written again.
 
-        Args:
-          connection: a transaction that `open` began before the state was made.
-          state: the new state.
-          new, people: all clips and all people that differ from the file.
+        `connection` is a transaction that `open` began before the state was made.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
