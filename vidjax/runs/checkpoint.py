@@ -66,7 +66,10 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 
 
 def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
-    """Adds `info` to a manifest. Returns False if the manifest is missing or damaged."""
+    """Adds `info` to the manifest of a checkpoint, and returns True.
+
+    If the manifest is missing or damaged, changes nothing, and returns False.
+    """
     try:
         files.write_manifest(folder / MANIFEST, read_manifest(folder) | dict(info))
     except CheckpointError:
@@ -75,7 +78,10 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint to a hidden folder, then renames it. Every process writes its arrays."""
+    """Writes a checkpoint to a hidden folder, and renames the folder when it is complete.
+
+    If several processes train the run, every process writes its part of the arrays.
+    """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -99,7 +105,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         if distributed.is_first():  # errors are ignored, because Orbax may still write there
             shutil.rmtree(partial.parent, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if len(reason) > 200:  # it begins with the path, which the message contains already
+        if len(reason) > 200:  # a long reason begins with the path, which the message has already
             reason = f"... {reason[-120:]}"
         raise DiskError(
             f"cannot save a checkpoint in '{folder}': {reason}\n"
@@ -153,7 +159,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
         )
 
     def rank(step: int) -> tuple[float, int]:
-        # A damaged manifest has no MAP. It comes first, so that a warning mentions it.
+        # A step with a damaged manifest has no MAP. It comes first, so that a warning names it.
         score = known[step].get("map", -1.0) if step in known else 2.0
         return (score if prefer == "best" else 0.0, step)
 
@@ -206,7 +212,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints after `step`, because a resumed run will save these steps again."""
+    """Renames the checkpoints after `step`, so that a resumed run can save these steps again."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
@@ -276,7 +282,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Renames `<step>`, a folder or a file, to `<step>.damaged` or `<step>.damaged-<number>`."""
+    """Renames the folder of a step to `<step>.damaged`, so that the step can be saved again.
+
+    If this name exists, the new name is `<step>.damaged-2` and so on.
+    """
     if files.exists(folder):
         numbers = ("", *(f"-{number}" for number in range(2, 1000)))
         names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)
@@ -292,7 +301,10 @@ def _refuse_link(folder: Path) -> None:
 
 
 def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
-    """Returns path in the trees -> dtype and shape of each array, such as `float32[4, 2]`."""
+    """Returns path in the trees -> dtype and shape of each array.
+
+    An entry is, for example, `['params']['bias']` -> `float32[4]`.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(dict(items))
     return {jax.tree_util.keystr(k): f"{x.dtype}{list(jnp.shape(x))}" for k, x in leaves}
 

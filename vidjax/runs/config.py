@@ -45,7 +45,7 @@ class Field(NamedTuple):
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
         None, the value must be finite.
-      choices: the accepted values. If there are none, this class does not limit the values.
+      choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the code reads the field. None means always.
       movable: True if the field may change when a run resumes, because it does not affect the
         results. A path may change, because the content of the files is compared.
@@ -71,9 +71,10 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights in `loss.schedule`. If it is malformed, returns (0.5,).
+    """Returns the weights in `loss.schedule`.
 
-    With (0.5,), both losses count as used. Another function reports the mistake.
+    If the schedule is malformed, returns (0.5,), so that both losses count as used. The function
+    that makes the schedule reports the mistake.
     """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
@@ -542,10 +543,10 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset and the splits of a configuration, as `words` demand.
+    """Sets the dataset and the splits of a configuration to those that `words` name.
 
-    The words are keys of SCALE_WORDS, such as `iqiyi_vid` or `everything`. Returns True if the
-    other fields should have the values for the full size of iQIYI-VID.
+    `words` contains keys of SCALE_WORDS, such as `iqiyi_vid`. Other words are ignored. Returns True
+    if a configuration should use its values for the full size of iQIYI-VID.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -582,7 +583,10 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word in `names`, or the default. Raises UserError for two words in `names`."""
+    """Returns the only word that is in `names`. If no word is in `names`, returns `default`.
+
+    Raises UserError if several words are in `names`, because such names exclude each other.
+    """
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
@@ -591,7 +595,7 @@ def choose_name(words: Collection[str], names: Collection[str], default: str) ->
 
 
 def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns (the only modality,) or (default,). Raises UserError if there are several."""
+    """Returns `modalities`, or (default,) if it is empty. Raises UserError if it has several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: this system uses only one of the modalities {', '.join(modalities)}\n"

@@ -43,7 +43,8 @@ def load_file(spec: str) -> Config:
         raise UserError(f"--config: {_locate(path, error)}: {_describe(error)}") from error
     except SystemExit as error:
         raise UserError(
-            f"--config: '{path}' ended the program with sys.exit({error.code!r})\nremove this call"
+            f"--config: '{path}' calls sys.exit({error.code!r}), which would end vidjax\n"
+            "remove this call from the file"
         ) from error
     if not hasattr(config, "to_dict"):
         raise UserError(
@@ -126,7 +127,7 @@ def _describe(error: Exception) -> str:
 
 
 def override_names(overrides: Sequence[str]) -> list[str]:
-    """Returns the field names (FIELD) of words such as `--config.FIELD=VALUE`."""
+    """Returns the name of the field that each word, such as `--config.seed=1`, overrides."""
     return [word.removeprefix("--config.").partition("=")[0] for word in overrides]
 
 
@@ -135,8 +136,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
     Each word of `overrides` is a `--config.FIELD=VALUE`. The value is converted to the type of the
     field. A tuple may be written `face,head` or as in Python. If two words set the same field, the
-    last word counts. Raises UserError if a word has another form, the field is unknown, or the
-    value does not have the type of the field.
+    last word counts. Raises UserError if a word does not begin with `--config.` or has no value,
+    the field is unknown, or the value does not have the type of the field.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
@@ -254,8 +255,8 @@ def _with_tuples(value: Any) -> Any:
 def load_workdir(workdir: Path) -> Config:
     """Returns the configuration of the run in `workdir`, with `data.cache_dir` unset.
 
-    The folder of the run may come from a stranger. A cache folder that `config.json` names may
-    contain harmful programs.
+    The folder of the run may come from a stranger. Then the cache folder that `config.json` names
+    may contain harmful compiled programs, so it is not used.
     """
     path = workdir / "config.json"
     try:

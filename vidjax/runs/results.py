@@ -127,10 +127,11 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Explains why the MAP of a run cannot be measured, and suggests a remedy, or returns "".
+    """Returns a sentence why the MAP of a run cannot be measured, and how to measure it.
 
-    A MAP can be measured on a split with ground truth on which the run was not trained. It can also
-    be measured if each member of an ensemble left out clips of a training split.
+    Returns "" if a MAP can be measured: on a split with ground truth on which the run was not
+    trained, or on clips that members of an ensemble left out of their training. Also returns "" if
+    no split has ground truth.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -149,10 +150,11 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl` or `timing.jsonl`. Without a file, returns [].
+    """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
     Damaged lines are skipped, because a run may still write the last line. If the log has more than
-    20,000 lines, about 20,000 evenly spaced lines and the first 20,000 evaluations are returned.
+    20,000 lines, not all are returned, but about 20,000 evenly spaced lines, and the lines of the
+    first 20,000 evaluations.
     """
     if not files.exists(path):
         return []
@@ -195,8 +197,8 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
 def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Removes the lines of a .jsonl file after `step`, because a resumed run writes them again.
 
-    Damaged lines are also removed, with a warning. A damaged last line gives no warning, because a
-    killed process leaves one. If `evaluated` is False, the evaluation of `step` is removed, too.
+    If `evaluated` is False, the evaluation of `step` is removed, too. Damaged lines are also
+    removed. They cause a warning, except for the last line: a killed process may leave half a line.
     """
     if not files.exists(path):
         return

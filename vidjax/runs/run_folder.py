@@ -39,8 +39,8 @@ class ResultPaths(NamedTuple):
 class RunFolder:
     """The files of a run. Each file is read at its first use, and not read again.
 
-    If another object or program changes a file, only a new RunFolder reads the change. A damaged
-    file raises UserError.
+    If another object or program changes a file, only a new RunFolder reads the change. If a file is
+    damaged, the method that reads the file raises UserError.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -154,10 +154,10 @@ def refuse_folder_of_data(folder: Path) -> None:
 
 
 def describe_changes(old: Config, new: Config) -> str:
-    """Returns a text of the fields that differ and that a resumed run must not change.
+    """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    Fields that do not affect the results may change, and `num_epochs` may grow. If no other field
-    differs, returns "". The text has at most 300 characters.
+    A run can resume if only fields changed that do not affect the results, or `num_epochs` grew.
+    Then the text is "". It is cut after 300 characters.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:

@@ -20,6 +20,7 @@ from vidjax.utils.errors import UserError
 T = TypeVar("T")
 
 _LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= _LOWEST_FLOAT`
+# The largest accepted number of entries of a list or dict.
 MANY, TABLE, FEW = (Meta(max_length=length) for length in (10_000, 1000, 100))
 Text = Annotated[str, Meta(max_length=10_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -161,7 +162,7 @@ class Mistake(Struct, kw_only=True):
 
 
 Mistakes = Annotated[list[Mistake], TABLE]
-Pair = tuple[Column, Column]  # an identity or -1, and a count
+Pair = tuple[Column, Column]  # the column of an identity or -1, and a number of clips
 
 
 class WorstIdentity(Struct, kw_only=True):
@@ -205,8 +206,10 @@ class WrongClips(Struct, kw_only=True):
 class Rate(Struct, kw_only=True):
     """A threshold for identification, and the rates of errors at this threshold.
 
-    The false positive identification rate (FPIR) is at most `rate`. If there are fewer than
-    `fewest` distractors, no threshold can be measured.
+    The threshold limits the false positive identification rate (FPIR), the share of distractors
+    that get a name, to `rate`. If there are fewer than `fewest` distractors, no threshold can be
+    measured. FNIR is the share of clips of known people that get no name or a wrong name. `low` and
+    `high` are the ends of 95 % intervals.
     """
 
     rate: Share

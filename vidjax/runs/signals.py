@@ -33,7 +33,10 @@ class Interruption:
             self.signum = signum
 
     def agree(self, *, save_due: bool) -> bool:
-        """Returns True if a process got a signal or has `save_due`. All processes must call it."""
+        """Returns True if a process got a signal, or `save_due` is True in a process.
+
+        All processes must call the method at the same step.
+        """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
         return bool(signum or due)

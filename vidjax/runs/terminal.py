@@ -13,7 +13,11 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 
 
 def is_quiet() -> bool:
-    """Returns True if messages are off: TQDM_DISABLE is set, or this is not the first process."""
+    """Returns True if this process must print no messages.
+
+    Only the first process of a run prints messages, and no process does if the environment variable
+    TQDM_DISABLE is set.
+    """
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 

@@ -191,9 +191,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
-    """Raises UserError unless `name`, the value of `field`, is in `table`.
+    """Raises UserError unless `name`, the value of `field`, is in `table`, such as `OPTIMIZERS`.
 
-    A configuration file may add entries to `table`, so the message explains how to load the file.
+    A user's own configuration file may add entries to `table`, so the message explains how to load
+    such a file.
     """
     if name not in table:
         raise UserError(

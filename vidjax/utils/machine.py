@@ -41,10 +41,7 @@ def memory_bytes(root: Path = ROOT) -> int:
 
 
 def free_bytes(root: Path = ROOT) -> float:
-    """Returns the bytes of memory that this process can still take. If unknown, returns 0.
-
-    `root` is the folder that contains `proc` and `sys`. Only tests pass another folder than "/".
-    """
+    """Returns the bytes of memory that this process can still take. If unknown, returns 0."""
     free = [limit - used for limit, used in _read_memory_limits(root)]
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()

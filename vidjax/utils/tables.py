@@ -59,8 +59,8 @@ def write(
 ) -> None:
     """Writes a table to the new file `path`, in the format of its ending.
 
-    A .jsonl contains the JSON `objects`. The other formats contain `rows`, where None is an empty
-    cell. `columns` is a dict, name -> type in Apache Arrow, such as `float32`.
+    A .jsonl contains `objects`, one on each line. The other formats contain `rows`, where None is
+    an empty cell. `columns` is a dict, name -> type in Apache Arrow, such as `float32`.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)

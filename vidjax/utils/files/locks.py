@@ -20,7 +20,8 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    Raises InUseError if another process has locked it. `name` is the word for it in messages.
+    Raises InUseError if another process has locked the folder. `name` is the word for the folder in
+    messages, such as `gallery`.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -63,9 +64,10 @@ def find_foreign_folder(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if other users, except root, may change a folder with the given `os.stat`.
+    """Returns True if other users, except root, may replace files in a folder.
 
-    A change is to replace a file. If `last` is True, to add a file is a change, too.
+    `status` is the result of `os.stat` for the folder. If `last` is True, also returns True if
+    other users may only add files.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):

@@ -135,7 +135,8 @@ def walk(folder: Path) -> Iterator[str]:
 def refuse_links(folder: Path) -> None:
     """Raises UserError if a folder contains a link, a pipe or a device, at any depth.
 
-    The folder itself may be a link, because a user chose its path. It may also be missing.
+    The folder itself may be a link, because a user chose its path. If the folder does not exist,
+    nothing is raised.
     """
     if os.path.isdir(folder):
         for _ in walk(folder):
@@ -247,7 +248,8 @@ def max_unpacked_bytes(size: int) -> int:
 def npz_bytes(content: bytes, limit: int) -> int:
     """Returns how many bytes the arrays of an `.npz` need as float32, according to their headers.
 
-    See `load_npz` for `limit` and the errors.
+    `content` is the content of the file. Raises UserError if the arrays need more than `limit`
+    bytes.
     """
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
