@@ -5,11 +5,13 @@
 Time: about 21 seconds on 2 CPU cores.
 Score: MAP@100 0.853 on the small synthetic dataset (means of 3 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. Name only `face`,
-only `scene` (this trains the second model), or other modalities instead of `scene`.
+The system has two models. The first model uses the face and the scene. The second model uses only
+the scene, and scores clips without a face. If the face vectors of a clip are among the shortest
+1 %, both models score the clip.
 
-A clip without a face is scored by a second model, which uses only the scene. Both models score a
-clip whose face vectors are among the shortest 1 % of the training clips.
+Arguments: the words of WORDS below, in any combination, and names of modalities. With only `face`,
+there is no second model. With only `scene`, only the second model is trained. You can also name
+other modalities instead of `scene`.
 
 The official files have no scene features, so `iqiyi_vid` uses only the face. To add a scene, put
 pickles `scene_{train,val,test}.pickle` next to the official files, with a list of (frame, feature)
@@ -17,8 +19,8 @@ for each clip, and name both modalities: `iqiyi_vid,face,scene`. The team used 2
 frame per clip, from a SE-ResNeXt that was trained for 20 epochs to name the person.
 
 `published` is the system that the team ran. If the article does not describe a value, or if it
-contradicts the team's code, the value is from the code. Add `views` for the team's
-eleven nets, and `trainval` for its clips. A batch has 4096 clips. With `few`, or with synthetic
+contradicts the team's code, the value is from the code. Add `views` for the team's eleven nets, and
+`trainval` for the team's training clips. A batch has 4096 clips. With `few`, or with synthetic
 clips, there are not enough clips, and a batch has 128.
 
 A comment after each value names its source: `paper` (the team's article), `code` (the team's code,
@@ -69,9 +71,10 @@ def get_config(args: str = "") -> config_lib.Config:
         config.ensemble.bootstraps = 11  # ours: as many as views
         config.ensemble.resample = "all"  # paper
 
-    # Code: for the scene, a quarter and a sixteenth of its 2048 features; for the face, twice its
-    # 514 values (features, quality, detection). A view has a sixteenth less. Paper: 128 for the
-    # scene. Ours: the sizes of a view, except for `published`.
+    # Widths of layers. Code: the layers of the scene have a quarter and a sixteenth of its 2048
+    # features, and the layer of the face has twice its 514 values (512 features, quality and
+    # detection). With `views`, a net has a sixteenth fewer features and narrower layers. Paper:
+    # 128 for the scene. Ours: the widths of `views`, except for `published`.
     whole = published and "views" not in words
     model = {
         "name": "deepmef",

@@ -6,8 +6,8 @@ Time: about 18 seconds on 2 CPU cores.
 Score: MAP@100 0.902 on the small synthetic dataset, 0.901 on the small real dataset (means of 3
 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. The following
-arguments give the rows of the paper's table 3. Put `published` before them for the paper's net:
+Arguments: the words of WORDS below, in any combination, and names of modalities. These arguments
+give the rows of the paper's table 3. For the paper's net, put `published` before them:
 
     average,concat,face                    Face (for Head, Audio and Body, replace `face`)
     average,concat,face,head               Face + Head (then append `audio`, and then `body`)
@@ -55,7 +55,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "name": "mma",
             "netvlad": () if "average" in words else ("face",),  # paper
             "num_clusters": 3,  # ours: 8 is no better
-            "netvlad_reduce": "mean",  # ours: no dependence on the number of frames
+            "netvlad_reduce": "mean",  # ours: does not depend on the number of frames
             "netvlad_norms": ("batch",),  # paper; the original NetVLAD has ("l2",)
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
@@ -106,7 +106,8 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.warmup = 0.1  # ours
     config.optim.total_decay = 2.0  # ours
     if "ensemble" in words:  # paper: different partitions, like a cross-validation
-        # ours: with 3 folds of six clips per identity every member scored lower
+        # Ours: an identity has about six clips. With 3 folds instead of 10, a member is trained on
+        # four of them, and every member scored lower.
         config.ensemble.folds = 3 if "published" in words else 10
         config.ensemble.only = (0, 1, 2)  # paper: three models
 

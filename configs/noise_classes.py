@@ -6,15 +6,19 @@ Time: about 22 seconds on 2 CPU cores.
 Score: MAP@100 0.892 on the small synthetic dataset, 0.832 on the small real dataset, out of fold
 (means of 3 seeds).
 
+DBSCAN groups the distractors into clusters, and each cluster is a class. Each identity also has a
+mirror class. A distractor in no cluster begins in a random mirror class. After every epoch, if the
+model takes the distractor for an identity, it moves to the mirror class of this identity.
+
 Only val has distractors, so the members are trained on folds of train and val. Every clip of val is
 scored by the member that was not trained on it. The clustering uses the distractors of all folds,
 but no identities.
 
 Arguments: the words of WORDS below, in any combination, and a modality to use instead of `face`.
 
-`published` is the system that the author ran. Training, frames and test are as in his code, if the
-article does not describe them. A batch has 10,240 clips. With `few`, or with synthetic clips, there
-are not enough clips, and a batch has 256.
+`published` is the system that the author ran. If the article does not describe a value, the value
+is from the author's code. A batch has 10,240 clips. With `few`, or with synthetic clips, there are
+not enough clips, and a batch has 256.
 
 A comment after each value names its source: `paper` (the author's article), `code` (the author's
 code, github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
@@ -24,7 +28,8 @@ from ml_collections import ConfigDict
 
 from vidjax.runs import config as config_lib
 
-STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)  # code: weights of the mirrors
+# Code: loss weights of the distractors in mirror classes, each for a tenth of the training.
+STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 WORDS = {
     **config_lib.SCALE_WORDS,
     "published": "the code's folds, epochs, learning rate, loss, frame weights, pieces and crops",

@@ -8,10 +8,10 @@ seeds).
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
 
-The team planned to join five nets x five folds, and completed a part of them. configs/README.md has
-the commands that train and join all of them. Column 0 of the classifier, "other", is trained if the
-training clips contain distractors. In the official files, only val has distractors: to train column
-0, add `trainval`.
+The team planned to join 25 nets, the five nets below on each of five folds, and completed some of
+them. configs/README.md has the commands that train and join all of them. Column 0 of the classifier
+is the class "other". It is trained if the training clips contain distractors. In the official
+files, only val has distractors: to train column 0, add `trainval`.
 
 A comment after each value names its source: `paper` (the team's article and slides), `code` (the
 team's code) or `ours`.
@@ -95,7 +95,7 @@ def get_config(args: str = "") -> config_lib.Config:
 
     config.loss.focal = "binary"  # code
     config.loss.gamma = 2.0  # code
-    part = config.num_epochs / 200.0  # the published stages, of 200 epochs
+    part = config.num_epochs / 200.0  # scales the stages, which are published for 200 epochs
     last = 99.0 if to_the_letter else 100.0  # code: with epoch 100, counted from 1; ours
     config.loss.schedule = (  # code
         (0.0, 0.75),

@@ -51,14 +51,15 @@ def get_config(args: str = "") -> config_lib.Config:
         config.num_epochs = 8.0  # paper
         config.batch_size = 64 if full else 16  # ours: a few thousand, or hundred, frames
         config.data.max_frames = 512  # paper: all frames
-        config.transforms = ("by_example",)  # paper: draws frames, so that long clips count more
+        config.transforms = ("by_example",)  # paper: frames are drawn, so long clips count more
     config.after_fusion = "examples"  # paper
     if "one" not in words:
         above = [float(np.nextafter(np.float32(q), np.float32(np.inf))) for q in (20, 40)]
         least = above if published else (20.0, 40.0)  # paper: all, > 20, > 40; ours: from 20, 40 on
         config.ensemble.min_quality = (-1000.0, *least)
-        # Paper: a subset lacks clips without a frame of this quality. Ours: it has all frames of
-        # these clips, also without faces: official heads, bodies and voices have no quality.
+        # Paper: a clip without a frame of this quality is not in the subset. Ours: the subset has
+        # all frames of the clip. If the main modality is not the face, this is also so with
+        # `published`, because official heads, bodies and voices have no quality.
         config.ensemble.poor_clips = "drop" if published and main == "face" else "keep"
     config.ensemble.folds = 5 if "folds" in words else 0  # ours
     if "trainval" in words:
