@@ -200,19 +200,17 @@ def list_partials(folder: Path) -> list[Path]:
 
 def _rename_to_new(partial: Path, folder: Path) -> None:
     """Renames the folder `partial` to `folder`. Raises UserError if `folder` exists."""
-    exists = os.path.lexists(folder)
     try:
-        if not exists:
-            os.rename(partial, folder)
-    except OSError as error:  # the target is a folder with content, or a file
+        if os.path.lexists(folder):  # a rename would replace an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(partial, folder)
+    except OSError as error:  # ENOTEMPTY: a folder with content; ENOTDIR: a file
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        exists = True
-    if exists:
         raise UserError(
             f"another process has made '{folder}' in the meantime, and it is not replaced\n"
-            "move it elsewhere, and repeat the command"
-        )
+            "move this folder elsewhere, and repeat the command"
+        ) from error
 
 
 def make_private(folder: Path) -> None:
