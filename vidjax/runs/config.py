@@ -143,8 +143,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("matmul_precision", "highest", "precision of matrix products in evaluation, on every "
           "backend: `highest` (float32) or another value of `jax.default_matmul_precision`. "
           "Training on a GPU uses TF32, or float32 with `JAX_DEFAULT_MATMUL_PRECISION=highest`"),
-    Field("deterministic", False, "make runs on a GPU bit-identical, at some cost in speed; runs "
-          "on a CPU always are"),
+    Field("deterministic", False, "`True`: repeated runs on a GPU give the same bits, but are "
+          "slower; repeated runs on a CPU always give the same bits"),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
           "the model takes one fused frame at a time, and evaluation combines the scores of the "
           "frames as `eval.reduce` says", choices=("pool", "examples")),
@@ -177,9 +177,9 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.train_distractors", 0.0, "share of synthetic train clips that show a stranger, 0 "
           "to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
           read_when=SYNTHETIC),
-    Field("data.missing_rate", 0.0, "share of synthetic clips without face, head, body or audio, "
-          "in addition to the clips that lack one in every synthetic dataset", low=0,
-          high=LARGEST.missing_rate, read_when=SYNTHETIC),
+    Field("data.missing_rate", 0.0, "share of synthetic clips without a face; the same share lacks "
+          "the head, the body and the audio. In addition, 0.02 to 0.15 of the clips always lack "
+          "each of them", low=0, high=LARGEST.missing_rate, read_when=SYNTHETIC),
     Field("data.false_modality", 0.0, "share of synthetic clips whose face or voice belongs to "
           "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
@@ -203,8 +203,8 @@ TABLE: tuple[Field | Group, ...] = (
           choices=("other", "leave_out", "noise")),
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
           "is not named has weight 1", movable=True),
-    Field("data.balance", 0.0, "exponent of class balancing: a clip of a class of n clips has the "
-          "loss weight n ** -balance, divided by the mean weight; 0: equal weights"),
+    Field("data.balance", 0.0, "class balancing: a clip of a class of n clips has the loss weight "
+          "n ** -balance, divided by the mean weight; 0: equal weights"),
 
     Group("ensemble", "the members of an ensemble: all combinations of folds, bootstrap "
           "samples, views, qualities and seeds"),
@@ -236,8 +236,8 @@ TABLE: tuple[Field | Group, ...] = (
           "for distractors in no cluster. With `data.distractors=noise`"),
     Field("noise.eps", 0.9, "largest Euclidean distance between the unit vectors of two "
           "neighbours in DBSCAN, above 0 to 2", above=0, high=2, read_when=NOISE_CLASSES),
-    Field("noise.min_samples", 2, "least number of vectors in a neighbourhood, its centre "
-          "included, for a cluster", low=1, read_when=NOISE_CLASSES),
+    Field("noise.min_samples", 2, "DBSCAN: number of vectors within `noise.eps` of a vector, "
+          "including this vector, from which they form a cluster", low=1, read_when=NOISE_CLASSES),
     Field("noise.modality", "face", "modality whose mean frames are clustered",
           read_when=NOISE_CLASSES),
     Field("noise.relabel_every_epochs", 1.0, "epochs after which the distractors in no cluster get "
@@ -247,11 +247,11 @@ TABLE: tuple[Field | Group, ...] = (
           choices=("label", "prediction"), read_when=NOISE_CLASSES),
     Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
           "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
-    Field("noise.relabel_by", "evaluate", "fusion with which a model predicts the new labels: "
-          "`evaluate`, or `train`, which then must not be random",
+    Field("noise.relabel_by", "evaluate", "entry of the group `fusion` with which a model predicts "
+          "the new labels: `evaluate`, or `train` if this fusion is not random",
           choices=("evaluate", "train"), read_when=NOISE_CLASSES),
-    Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
-          "`data.distractors` `noise` or `other`",
+    Field("noise.join", False, "`True`: in training, short distractor clips are joined and long "
+          "distractor clips are cut. With `data.distractors` `noise` or `other`",
           read_when=_read_unless("data.distractors", "leave_out", "noise")),
     Field("noise.pieces", "equal", "pieces of a long distractor clip: `equal`, of 50 frames, or "
           "of `random` length. With `noise.join`", choices=("equal", "random"),
@@ -266,13 +266,15 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
           "members, and the order of clips that are ranked by probability", above=0),
-    Field("eval.top_classes", 0, "number of identities for which each clip is ranked, its "
-          "identities with the highest scores; 0: all", low=0),
+    Field("eval.top_classes", 0, "number of identities for which a clip is ranked, the "
+          "identities with the highest scores of the clip; 0: all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),
-    Field("eval.members", True, "also rank with every member of an ensemble separately"),
-    Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
+    Field("eval.members", True, "`True`: every member of an ensemble also ranks separately, and "
+          "`metrics.json` has the MAP of each member"),
+    Field("eval.report", True, "`True`: write `analysis.npz` and `report.html` at the end",
+          movable=True),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
           "`best` by MAP", choices=("latest", "best"), movable=True),
 
@@ -326,8 +328,8 @@ TABLE: tuple[Field | Group, ...] = (
           "its gradient", low=0),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
           "a weight matrix would shrink by exp(-total_decay)", low=0),
-    Field("optim.decay_all", False, "let both decays act on biases and on the parameters of "
-          "normalisations, too"),
+    Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` also act "
+          "on biases and on the parameters of normalisations"),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=_read_if("optim.name", "sgd")),
     Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "
@@ -594,11 +596,11 @@ def choose_name(words: Collection[str], names: Collection[str], default: str) ->
     return chosen[0] if chosen else default
 
 
-def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
+def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str, ...]:
     """Returns `modalities`, or (default,) if it is empty. Raises UserError if it has several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: this system uses only one of the modalities {', '.join(modalities)}\n"
             f"name one, or use a system for several: --config=plda:{','.join(modalities)}"
         )
-    return (modalities or (default,))[0:1]
+    return modalities or (default,)
