@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from vidjax.data.synthetic import LARGEST
-from vidjax.utils.errors import UserError, closest, describe_missing_packages
+from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.files import INTEGER_LIMIT
 
 Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()`
@@ -471,9 +471,12 @@ def _find_untrainable(values: Values) -> Iterator[str]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
     if values["data.mode"] == "streaming":
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
-        yield from describe_missing_packages(
-            "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
-        )
+        try:
+            require_packages(
+                "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
+            )
+        except UserError as error:
+            yield str(error)
     split = values["eval.split"]
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
     if split in values["data.train_splits"] and not leaves_clips_out:

@@ -85,17 +85,9 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
     The message is "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]', or INSTEAD".
     `instead` is an imperative that describes a way to continue without the packages.
     """
-    for problem in describe_missing_packages(what, *packages, extra=extra, instead=instead):
-        raise UserError(problem)
-
-
-def describe_missing_packages(
-    what: str, *packages: str, extra: str, instead: str = ""
-) -> Iterator[str]:
-    """Yields the message of `require_packages`, or nothing if all `packages` are installed."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
-        yield (
+        raise UserError(
             f"{what} needs {names}: install it with pip install 'vidjax[{extra}]', "
             f"or in a checkout with pip install -e '.[{extra}]'"
             + (f", or {instead}" if instead else "")
