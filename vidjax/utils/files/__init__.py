@@ -8,7 +8,6 @@ from vidjax.utils.files.reading import (
     CONFIG_BYTES,
     INTEGER_LIMIT,
     JSON_BYTES,
-    LARGE_BYTES,
     MAX_ITEMS,
     MB,
     PIECE_BYTES,
