@@ -171,7 +171,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `values`, which have the form of `schemas.Analysis`, and `arrays` to an .npz file."""
+    """Writes an analysis to an .npz file. `values` has the keys of `schemas.Analysis`."""
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
