@@ -66,10 +66,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 
 
 def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
-    """Adds `info` to the manifest of a checkpoint, and returns True.
-
-    If the manifest is missing or damaged, changes nothing, and returns False.
-    """
+    """Adds `info` to the manifest of a checkpoint. Returns False if no manifest can be read."""
     try:
         files.write_manifest(folder / MANIFEST, read_manifest(folder) | dict(info))
     except CheckpointError:
@@ -78,10 +75,7 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint to a hidden folder, and renames the folder when it is complete.
-
-    If several processes train the run, every process writes its part of the arrays.
-    """
+    """Writes a checkpoint to a hidden folder, and renames the folder when it is complete."""
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -93,7 +87,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
             files.remove_tree(partial.parent)  # a previous save may have been killed
             partial.mkdir(parents=True)
         distributed.barrier()
-        ocp.save_checkpointables(str(partial / "state"), filled)
+        ocp.save_checkpointables(str(partial / "state"), filled)  # each process writes its arrays
         distributed.barrier()
         if distributed.is_first():
             digests = files.sha256_folder(partial / "state")
@@ -301,10 +295,7 @@ def _refuse_link(folder: Path) -> None:
 
 
 def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
-    """Returns path in the trees -> dtype and shape of each array.
-
-    An entry is, for example, `['params']['bias']` -> `float32[4]`.
-    """
+    """Returns path -> dtype and shape of each array, such as `['params']['b']` -> `float32[4]`."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(items))
     return {jax.tree_util.keystr(k): f"{x.dtype}{list(jnp.shape(x))}" for k, x in leaves}
 

@@ -13,11 +13,7 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 
 
 def is_quiet() -> bool:
-    """Returns True if this process must print no messages.
-
-    Only the first process of a run prints messages, and no process does if the environment variable
-    TQDM_DISABLE is set.
-    """
+    """Returns True if TQDM_DISABLE is set, or another process prints the messages of the run."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 
