@@ -1,5 +1,5 @@
 """Reads features and labels of video clips, checks them, and makes batches of numpy arrays.
 
-`records/` stores checked features on disk. Only this folder imports TensorFlow. `untrusted/` reads
-files that may come from strangers.
+`records/` stores checked features on disk, and is the only folder that imports TensorFlow.
+`untrusted/` reads files that may come from strangers.
 """

@@ -196,8 +196,8 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
     """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet.
 
-    `present` are the splits with clips. If a table is the only one whose name begins with a split
-    that is not in `present`, the name is probably misspelt, and another function reports it.
+    `present` are the splits with clips. If a split has no clips, a single table whose name begins
+    with this split is probably misspelt. `refuse_split` reports this table.
     """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]

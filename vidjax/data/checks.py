@@ -37,8 +37,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is a part of the name of the file `path`, which would be ignored. `present` has the
-    splits with correct names. If `word` resembles one of them, there is no error.
+    `word` is a part of the name of the file `path`, which would be ignored. If `word` resembles a
+    split in `present`, which has correct names, there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]

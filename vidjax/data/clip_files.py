@@ -102,9 +102,8 @@ def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     """Reads a clip from the content of an `.npz` file in memory.
 
-    `limit` is the maximum number of bytes of the arrays as float32. They are counted before the
-    arrays are unpacked. Raises UserError if the content is damaged, has several clips, or exceeds
-    `limit`.
+    Raises UserError if the content is damaged, has several clips, or if its arrays would take more
+    than `limit` bytes as float32. These bytes are counted before the arrays are unpacked.
     """
     clean = clean_name_at("clip:", name)
     with prefix_errors(f"clip {show(clean)}"):

@@ -30,7 +30,7 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The number of values D of each feature, and the dtype on disk, such as 'float16'."""
+    """The features of a modality: width D (number of values), and dtype on disk ('float16')."""
 
     dim: int
     dtype: str
@@ -125,10 +125,11 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Divides clips into blocks of at most `rows` clips of the same bucket.
+    """Divides clips into blocks of at most `rows` clips. All clips of a block are in one bucket.
 
-    `bucket` is [N] int, the bucket of each clip, or -1 for a clip that is left out. Yields the
-    bucket of each block, and [n] int, the positions of its n clips in `bucket`.
+    `bucket` is [N] int, the bucket (group of clips of similar length) of each clip. It is -1 for a
+    clip that is left out. Yields the bucket of each block, and [n] int, the positions of the n
+    clips of the block in `bucket`.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -188,7 +189,8 @@ class TrainingData(ClipSource, Protocol):
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
         """Reads every clip of a split once, with all frames, a few clips at a time.
 
-        Yields the `clip_index` of n clips [n] int32, and a dict, modality -> their joined frames.
+        Yields [n] int32, the `clip_index` of n clips; and a dict, modality -> the frames of these
+        clips, joined in one array per field.
         """
         ...
 
@@ -259,9 +261,9 @@ def make_eval_plan(
       lengths: [N] int, the length that decides the group of each clip. The default is the number of
         frames in the longest modality of the clip. A length must not be shorter than the default.
       only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
-      join: if True, short clips are grouped with longer clips if that adds at most 65536 frames of
-        padding. So a small split needs only one compiled program. Models of single frames do not
-        benefit, because their time grows with the padding.
+      join: if True, a group is joined with the next longer group, unless this adds more than 65536
+        frames of padding. So a small split needs only one compiled program. Models of single frames
+        do not benefit, because their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)
@@ -348,7 +350,7 @@ def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
 
 
 def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
-    """Returns a batch that begins with the clips `clip_index` [n] int32. Other rows are empty."""
+    """Returns a batch of `rows` rows: the clips `clip_index` [n] int32, and then empty rows."""
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from vidjax.utils import files
 
-# A frame whose feature has a NaN, an Inf or a value beyond float32 is left out, or is an error.
+# What to do with a frame whose feature has a NaN, an Inf or a value beyond float32: `drop` leaves the
+# frame out, and `error` raises UserError.
 NonFinite = Literal["drop", "error"]
-# `given` uses the quality of frames in the file, or the L2 norm of the feature if the file has no
-# quality. `norm` always uses the norm.
+# The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
+# feature if the file has no quality. `norm` is always the norm.
 Quality = Literal["given", "norm"]
 LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 

@@ -100,7 +100,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks the clips of a dict, clip -> modality -> features [T, D]. See `pack`."""
+        """Makes an object from a dict, clip -> modality -> features [T, D]. See `pack`."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are of type {type(clips).__name__}: "
@@ -116,7 +116,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks clips, and returns them as an object of this class.
+        """Checks clips, and makes an object of this class from them.
 
         If no clip has a modality that the model reads, but a clip has another modality, a warning
         asks whether the name is misspelt.

@@ -378,7 +378,7 @@ class StagedSplit(NamedTuple):
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Finds the frames of each clip in all modalities, and chooses the order of the clips.
+    """Finds the frames of each clip in all modalities, and chooses the order of storing the clips.
 
     The clips of 'train' are shuffled; in other splits they are sorted by name.
     """

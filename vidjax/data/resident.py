@@ -1,8 +1,8 @@
 """Keeps the clips of a dataset on the devices during training, if they fit.
 
-The frames of all clips are joined in one array per modality and field. The devices draw each batch
-from the seed and the number of the step, so several steps run without the host. A step reads only
-the frames that its fusion chooses.
+The frames of all clips are joined in one array per modality and field. The devices themselves
+choose the clips of each batch, from the seed and the number of the step. So several steps run
+without the host. A step reads only the frames that the fusion of the model uses.
 """
 
 import functools
@@ -43,7 +43,8 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
     """Draws the batch of a training step from clips on the devices.
 
-    The features of the batch are not gathered yet, because a fusion may choose only some frames.
+    The features of the batch are not gathered yet, because the fusion of a model may use only some
+    frames.
 
     Args:
       clips: a dict, modality -> the joined frames of all clips. The last frame consists of zeros,
@@ -76,7 +77,7 @@ def gather_frames(
       batch_mask: [B] bool, False for rows that stay empty.
       window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
         None, the first `size` frames are taken.
-      lazy: if True, features are gathered later, after a fusion has chosen frames.
+      lazy: if True, features are gathered later, after the fusion of the model has chosen frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
@@ -288,7 +289,7 @@ def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames that are not divided into clips. `fields` are in the order of BATCHED."""
+    """Returns frames without a division into clips. `fields` has an array per name in BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 

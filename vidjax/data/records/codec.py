@@ -1,4 +1,4 @@
-"""Writes the metadata with which TFDS can read the TFRecord files.
+"""Writes metadata with which TensorFlow Datasets (TFDS) can read the TFRecord files.
 
 The values of all frames of a clip are stored as one string of bytes per field, because
 `tf.train.Example` has no float16, and a list of floats takes several times as long to decode.

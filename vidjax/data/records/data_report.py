@@ -126,7 +126,10 @@ def label_records(
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns the number of clips, the modalities, and digests of names, features and labels."""
+    """Returns the number of clips of a split, and digests of its names, features and labels.
+
+    A later evaluation compares them, to find out whether the split has changed.
+    """
     clips, shards = records.splits[split].clips, records.splits[split].shards
     features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
     return {

@@ -79,7 +79,7 @@ class Reader:
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Computes the place of each value in some records. See `locate_values` for the result."""
+        """Returns the position of each value in the records `places`, as `locate_values` does."""
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)

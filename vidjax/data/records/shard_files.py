@@ -42,10 +42,10 @@ class Shard(NamedTuple):
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Compares files whose size or time has changed with their sha256.
+    """Checks TFRecord files, and returns `shards` with the present times of the files.
 
-    Returns `shards` with the present times of the files. Raises UserError if a file is missing or
-    damaged.
+    Only files whose size or time has changed are read and compared with their sha256. Raises
+    UserError if a file is missing or damaged.
     """
     checked = []
     for shard in shards:
@@ -173,7 +173,7 @@ def _sort_key(key: str) -> str:
 
 
 def _count_field_bytes(size: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of fields: tag, length, and `size` [N] bytes of content."""
+    """Returns [N] int64, the bytes of N protobuf fields: tag, length, and `size` [N] of content."""
     return 1 + count_varint_bytes(size) + size
 
 
@@ -184,9 +184,9 @@ def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes before a value of `size` bytes in an `Example`: key, tags and lengths.
+    """Returns the bytes before a value in a `tf.train.Example`: key, tags and lengths.
 
-    `kind` is the tag of the list of bytes or of the list of integers in a `Feature`.
+    The value has `size` bytes. `kind` is FIRST_TAG for a string, and THIRD_TAG for an integer.
     """
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature

@@ -84,7 +84,7 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
 
 
 def _close(queue: Any) -> None:
-    """Closes a queue of TensorFlow, also if it is called while TensorFlow traces a function."""
+    """Closes a queue of TensorFlow, even while TensorFlow traces a function."""
     with tf.init_scope():
         queue.close()
 

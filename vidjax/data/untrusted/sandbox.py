@@ -241,7 +241,7 @@ def _describe_type(value: object) -> str:
 
 
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the names of the fields that the entries of a clip must have.
+    """Returns the fields that each entry of a clip must have. An entry describes a frame.
 
     The modalities of iQIYI-VID have fixed fields. In others, the majority of the clips decides.
     """
@@ -254,7 +254,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     if length not in _ENTRIES:
         raise UserError(
             f"the entries of {modality} have {length} fields, but may have only "
-            f"{', '.join(_ENTRIES[5])}"
+            f"{', '.join(_ENTRIES[5])}: {REMEDY}"
         )
     return _ENTRIES[length]
 
@@ -293,7 +293,7 @@ def _read_frames(
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Checks the T entries of a clip, and returns their features [T, D].
+    """Checks the T entries of a clip, one per frame, and returns their features [T, D].
 
     Raises UserError if an entry does not have `fields`, or if widths or dtypes of features differ.
     """
