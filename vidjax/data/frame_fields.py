@@ -13,8 +13,8 @@ import numpy as np
 
 from vidjax.utils import files
 
-# What to do with a frame whose feature has a NaN, an Inf or a value beyond float32: `drop` leaves the
-# frame out, and `error` raises UserError.
+# If a feature has a NaN, an Inf or a value beyond float32, `drop` leaves its frame out, and `error`
+# raises UserError.
 NonFinite = Literal["drop", "error"]
 # The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
 # feature if the file has no quality. `norm` is always the norm.
@@ -55,6 +55,7 @@ FRAME_FIELDS = {
     "detection": FrameField("float32", 1, 1.0, official="det_score"),  # detection score
     "box": FrameField("float32", 4, 0.0, official="bbox"),  # x1, y1, x2, y2 in pixels
 }
+DTYPES = ("float16", "float32", "float64", "int8")  # of features
 STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on the modality
 
 

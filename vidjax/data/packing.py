@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vidjax.data.frame_fields import (
+    DTYPES,
     FRAME_FIELDS,
     STORED,
     FlatFiles,
@@ -25,7 +26,6 @@ from vidjax.utils.errors import UserError
 
 Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
 
-DTYPES = (np.float16, np.float32, np.float64, np.int8)
 ORDER_SEED = 0
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
 NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
@@ -103,11 +103,10 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
             f"{place}: features have shape {list(features.shape)}: "
             "give an array [T, D], with D numbers for each of T frames"
         )
-    if features.dtype not in DTYPES:
-        kinds = "float16, float32, float64 or int8"
+    if features.dtype.name not in DTYPES:
         raise UserError(
-            f"{place}: features are {features.dtype}, but must be {kinds}: "
-            "use features.astype('float32')"
+            f"{place}: features are {features.dtype}, but must be {', '.join(DTYPES[:-1])} or "
+            f"{DTYPES[-1]}: use features.astype('float32')"
         )
     frames = {"features": features}
     for name, field in FRAME_FIELDS.items():

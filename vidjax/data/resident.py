@@ -113,7 +113,6 @@ class ResidentPlan(NamedTuple):
 
     train_splits: tuple[str, ...]
     splits: tuple[str, ...]
-    modalities: tuple[str, ...]
     num_frames: Mapping[str, int]
     best: Mapping[tuple[str, str, str], int]
     nbytes: int
@@ -141,8 +140,7 @@ def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> 
         dim, dtype = data.modalities[name]
         nbytes += count * (dim * np.dtype(dtype).itemsize + SCALAR_BYTES)
     widths = {name: data.modalities[name].dim for name in plan.modalities}
-    layout = (plan.splits, tuple(splits), plan.modalities, num_frames, best, nbytes, widths)
-    return ResidentPlan(*layout)
+    return ResidentPlan(plan.splits, tuple(splits), num_frames, best, nbytes, widths)
 
 
 def step_bytes(
@@ -217,15 +215,15 @@ class Resident:
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
-            for name in layout.modalities
+            for name in layout.widths
         }
         # Each table is [2, N]: the first frame and the number of frames of each clip.
         tables = {
             (split, phase, name): np.zeros((2, len(data.split(split).clips)), np.int32)
-            for split, phase, name in itertools.product(layout.splits, PHASES, layout.modalities)
+            for split, phase, name in itertools.product(layout.splits, PHASES, layout.widths)
         }
         for split in layout.splits:
-            for clip_index, chunk in data.packed(split, layout.modalities):
+            for clip_index, chunk in data.packed(split, list(layout.widths)):
                 for name, packed in chunk.items():
                     begin = fillers[name].append(packed)
                     for phase in PHASES:

@@ -128,7 +128,8 @@ def label_records(
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
     """Returns the number of clips of a split, and digests of its names, features and labels.
 
-    A later evaluation compares them, to find out whether the split has changed.
+    A later evaluation compares them, to find out whether the split has changed. The digests do not
+    depend on the paths and times of files, so equal data have equal digests on all machines.
     """
     clips, shards = records.splits[split].clips, records.splits[split].shards
     features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
@@ -139,23 +140,6 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
         "features": sha256_json(features),
         "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
     }
-
-
-def digest_data(records: Records, truth: Truth) -> str:
-    """Returns the sha256 of all clip names, frames and labels, in hexadecimal.
-
-    The digest does not depend on the paths and times of files, so equal data have equal digests on
-    all machines.
-    """
-    splits = {
-        name: {
-            "clips": split.clips,
-            "shards": [shard.sha256 for shard in split.shards],
-            "labels": sorted(truth[name].items()) if name in truth else None,
-        }
-        for name, split in sorted(records.splits.items())
-    }
-    return sha256_json([sorted(records.modalities.items()), splits])
 
 
 def _report_labels(

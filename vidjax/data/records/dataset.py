@@ -13,10 +13,11 @@ from vidjax.data.checks import find_equal_quality, find_misspelt, find_transpose
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import Origin
 from vidjax.data.labels import Truth
-from vidjax.data.records.data_report import digest_data, label_records
+from vidjax.data.records.data_report import label_records
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.record_reader import Reader, eval_batches
 from vidjax.utils.errors import UserError, require_packages, warn
+from vidjax.utils.files import sha256_json
 
 MAX_PACKED_CLIPS = 256  # clips in a chunk of `Dataset.packed`
 
@@ -52,7 +53,8 @@ class Dataset:
         self._origin = origin or Origin("records")
         self.modalities: dict[str, Modality] = records.modalities
         self.identities, self._splits, self.report = label_records(records, truth, identities)
-        self.report["data"] = self._origin._asdict() | {"digest": digest_data(records, truth)}
+        digests = sorted((name, split["sha256"]) for name, split in self.report["splits"].items())
+        self.report["data"] = self._origin._asdict() | {"digest": sha256_json(digests)}
         for name, split in records.splits.items():
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
         lengths = {name: split.lengths for name, split in records.splits.items()}

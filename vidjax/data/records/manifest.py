@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import DTYPES
 from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -24,7 +25,6 @@ from vidjax.utils.files import hash_opened, sha256_file
 VERSION = "1.3.0"
 NAME = "iqiyi_vid"  # the name of every dataset in TFDS
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
-DTYPES = ("float16", "float32", "float64", "int8")
 
 
 class SplitRecords(NamedTuple):

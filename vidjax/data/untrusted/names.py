@@ -115,7 +115,7 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
     All names have been checked by `clean_identity`.
     """
     new, known = [*new], [*known] if new else []
-    folded, known_folded = _fold_all(new), _fold_all(known)
+    folded, known_folded = [*map(fold, new)], [*map(fold, known)]
     words = set(folded)
     if len(words) == len(new) and words.isdisjoint(known_folded):  # usual, and fast
         return {}
@@ -124,16 +124,6 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
         if (other := seen.setdefault(word, name)) != name:
             similar[name] = other
     return {name: similar[name] for name in new if name in similar}
-
-
-def _fold_all(names: list[str]) -> list[str]:
-    """Calls `fold` for many names at once. Single calls for a million names take two seconds."""
-    text = "\n".join(names)
-    folded = re.sub("  +", " ", text).casefold().split("\n") if names else []
-    if text.isascii():
-        return folded
-    pairs = zip(folded, names, strict=True)
-    return [word if name.isascii() else fold(name) for word, name in pairs]
 
 
 def make_file_stems(labels: Iterable[str]) -> list[str]:
