@@ -96,13 +96,8 @@ class Dataset:
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
-        Raises UserError if a split is unknown or lacks a modality, `step` is negative, or a file is
-        damaged.
+        Raises UserError if TensorFlow is not installed, or a file is damaged.
         """
-        if step < 0:
-            raise UserError(f"step={step} is negative: choose 0 or more")
-        for split in plan.splits:
-            check_modalities(self.split(split), plan.modalities)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         require_packages(
             "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
@@ -114,10 +109,9 @@ class Dataset:
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        See `ClipSource`. Clips of similar length are in the order on disk. Raises UserError if the
-        split is unknown or lacks a modality, or a file is damaged.
+        See `ClipSource`. Clips of similar length are in the order on disk. Raises UserError if a
+        file is damaged.
         """
-        check_modalities(self.split(plan.split), plan.modalities)
         return eval_batches(self._records, plan, rows)
 
     def packed(
