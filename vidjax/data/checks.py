@@ -25,7 +25,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device. It may be missing."""
+    """Raises UserError if a path is a folder, a broken link or a device, but not if it is missing."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -76,8 +76,9 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for each pair of modalities with similar names, if no clip has both.
+    """Yields a message for each modality whose name is probably misspelt.
 
+    A modality is reported if another has a similar name (`face`, `faces`), and no clip has both.
     `splits` is a dict, split -> modality -> [N] int, the number of frames of each of N clips.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})

@@ -290,10 +290,10 @@ def make_batch_plan(
     seed: int,
     epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
-    """Plans the training batches. A batch may have more rows than there are clips.
+    """Returns a plan of the training batches.
 
     A modality is padded to the length of its longest clip, rounded up, but at most `max_frames`.
-    For `crop`, `seed` and `epoch_clips`, see BatchPlan.
+    A batch may have more rows than there are clips. For the other arguments, see BatchPlan.
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)

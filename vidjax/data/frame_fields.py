@@ -60,7 +60,7 @@ STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on th
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """A dict, field -> its values for all frames. A folder has a file `FIELD.bin` for each field.
+    """A dict, field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
 
     Each access to a field memory-maps the file again. The file stays open while the array exists.
     """

@@ -322,7 +322,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """If most identities are whole numbers, raises UserError unless all are numbers above 0."""
+    """Raises UserError if most identities are whole numbers, but not all are numbers above 0."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():

@@ -120,7 +120,7 @@ class ResidentPlan(NamedTuple):
 
 
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
-    """Computes which clips training and evaluation need on the devices, and their size."""
+    """Plans which clips are copied to the devices for training and evaluation."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
     for split in splits.values():

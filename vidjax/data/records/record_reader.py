@@ -46,7 +46,7 @@ class Reader:
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
-        """Computes the place of each record. Raises UserError if a file has an unexpected size."""
+        """Computes where each record begins. Raises UserError if a file has an unexpected size."""
         self._modalities = records.modalities
         parts = [records.splits[name] for name in splits]
         before = np.cumsum([0, *(len(split.clips) for split in parts)])
