@@ -113,7 +113,7 @@ def test_failure_of_one_process_ends_the_other_processes():
         if item == "fails":
             time.sleep(0.3)
             raise ValueError("a file is damaged")
-        children.run("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)")
+        children.run("code", given=b"import time; time.sleep(60)\n", timeout=60)
 
     began = time.monotonic()
     with pytest.raises(ValueError, match="a file is damaged"):

@@ -25,7 +25,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device, but not if it is missing."""
+    """Raises UserError if a path is a folder, a broken link or a device. It need not exist."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"

@@ -59,17 +59,12 @@ class Children:
         self._stopped = False
 
     def run(
-        self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
+        self, module: str, *, given: bytes, timeout: float
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a Python module in a child process, and waits until it ends.
+        """Runs a Python module in a child process, with `given` as its standard input.
 
-        Args:
-          words: the command-line arguments.
-          given: bytes for standard input.
-          timeout: seconds after which the child is killed. If it is None, there is no limit.
-
-        Raises:
-          subprocess.TimeoutExpired: the child was killed after `timeout`.
+        Waits until the child ends. Raises subprocess.TimeoutExpired if the child was killed,
+        because it took more than `timeout` seconds.
         """
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
@@ -82,7 +77,7 @@ class Children:
             "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
             "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
         }
-        command, pipe = [sys.executable, "-P", "-m", module, *map(str, words)], subprocess.PIPE
+        command, pipe = [sys.executable, "-P", "-m", module], subprocess.PIPE
         with self._lock:
             if self._stopped:
                 raise InterruptedError("stopped")  # `map_children` ignores this error
@@ -155,15 +150,13 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.setrlimit(kind, (soft, hard))
 
 
-def forbid_connections() -> bool:
-    """Prevents this process from opening sockets and starting programs, until it ends.
-
-    Returns False if the system does not support this.
+def forbid_connections() -> None:
+    """Prevents this process from opening sockets and starting programs, if the system supports it.
 
     Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
     """
     if sys.platform != "linux" or platform.machine() not in _CALLS:
-        return False
+        return
     machine, calls = _CALLS[platform.machine()]
     refuse = len(calls) + 1  # steps to skip from here to the last step, which refuses the call
     steps = [
@@ -180,10 +173,8 @@ def forbid_connections() -> bool:
     program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(buffer)))
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     zero = ctypes.c_ulong(0)
-    return (
-        prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), zero, zero, zero) == 0
-        and prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), program, zero, zero) == 0
-    )
+    prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), zero, zero, zero)
+    prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), program, zero, zero)
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:

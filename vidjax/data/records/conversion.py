@@ -252,42 +252,23 @@ def write_shard(
 def _write_clips(
     file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> None:
+    """Appends the clips at the positions `order` in `split.clips` to a file, one record each."""
     # Each call maps the files of frames again, so that the memory of their pages is freed.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
-    empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
-
-    def read_frames(name: str, clip: int) -> dict[str, np.ndarray]:
-        length = int(split.lengths[name][clip]) if name in split.lengths else 0
-        if not length:
-            modality = modalities[name]
-            return {"features": np.zeros((0, modality.dim), modality.dtype), **empty}
-        start = int(split.starts[name][clip])
-        return {field: mapped[name][field][start : start + length] for field in STORED}
-
     for clip in order:
-        frames = {name: read_frames(name, clip) for name in modalities}
-        record = _encode_clip(split.clips[clip], clip, frames, modalities)
-        file.write(shard_files.make_record(record))
-
-
-def _encode_clip(
-    clip: str,
-    index: int,
-    frames: Mapping[str, Mapping[str, np.ndarray]],
-    modalities: Mapping[str, Modality],
-) -> bytes:
-    """Encodes a clip as a `tf.train.Example`.
-
-    `index` is the position of the clip in the sorted names of its split. `frames` is a dict,
-    modality -> field -> the values of all frames.
-    """
-    values: dict[str, bytes | int] = {"clip": clip.encode(), "clip_index": index}
-    for name, fields in frames.items():
-        for field, array in fields.items():
-            kind = FRAME_FIELDS[field] if field in FRAME_FIELDS else modalities[name]
-            dtype = np.dtype(kind.dtype).newbyteorder("<")
-            values[f"frames/{name}/{field}"] = array.astype(dtype, copy=False).tobytes()
-    return shard_files.encode(values)
+        values: dict[str, bytes | int] = {"clip": split.clips[clip].encode(), "clip_index": clip}
+        for name, modality in modalities.items():
+            length = split.lengths[name][clip] if name in mapped else 0
+            for field in STORED:
+                content = b""
+                if length:
+                    start = split.starts[name][clip]
+                    kind = FRAME_FIELDS.get(field, modality)
+                    dtype = np.dtype(kind.dtype).newbyteorder("<")
+                    frames = mapped[name][field][start : start + length]
+                    content = frames.astype(dtype, copy=False).tobytes()
+                values[f"frames/{name}/{field}"] = content
+        file.write(shard_files.make_record(shard_files.encode(values)))
 
 
 def run_command(
