@@ -28,7 +28,7 @@ from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
-from vidjax.utils.errors import DiskError, NoFileError, UserError, prefix_errors
+from vidjax.utils.errors import DiskError, UserError, prefix_errors
 
 MB = 1 << 20
 # Normal files load at tens of MB per CPU second, so the limit allows a much slower machine.
@@ -68,9 +68,9 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(
-    path: str | os.PathLike[str],
+    path: Path,
     modality: str,
-    out_dir: str | os.PathLike[str],
+    out_dir: Path,
     *,
     non_finite: NonFinite = "drop",
     children: processes.Children | None = None,
@@ -94,11 +94,6 @@ def unpack(
       UserError: the file is refused, damaged or truncated, or its structure does not match its
         modality.
     """
-    path, out_dir = Path(path), Path(out_dir)
-    if not path.exists():
-        raise NoFileError(f"'{path}' does not exist: correct the path")
-    if not path.is_file():
-        raise UserError(f"'{path}' is not a regular file: put a file there, or rename it")
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
     arguments = {
