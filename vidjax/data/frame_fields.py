@@ -184,9 +184,9 @@ class Origin(NamedTuple):
     dir: str | None = None
 
     @classmethod
-    def from_folder(cls, name: str, folder: str | Path | None) -> "Origin":
-        """Returns the origin of the dataset `name`. If `folder` is None, `dir` is None, too."""
-        return cls(name, str(files.absolute(folder)) if folder else None)
+    def from_folder(cls, name: str, folder: str | Path) -> "Origin":
+        """Returns the origin of the dataset `name` whose files are in `folder`."""
+        return cls(name, str(files.absolute(folder)))
 
 
 class RecordSource(Protocol):

@@ -7,7 +7,6 @@ stay plain bytes, so numpy never unpickles them. A few bytes can still allocate 
 """
 
 import pickle
-import struct
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,11 +14,7 @@ import numpy as np
 from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import UserError
 
-_STRUCT_CODES = {
-    "f2": "e", "f4": "f", "f8": "d", "b1": "?",
-    "i1": "b", "i2": "h", "i4": "i", "i8": "q",
-    "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
-}  # fmt: skip
+_DTYPES = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 
 # First bytes of a file that users mistake for a pickle -> kind of the file. No pickle begins with
 # these bytes.
@@ -62,7 +57,7 @@ class _DType(metaclass=_Sealed):
 
     def __new__(cls, code: object, align: object = False, copy: object = False) -> "_DType":
         name = str(code, "latin-1") if isinstance(code, bytes) else code
-        if not isinstance(name, str) or name not in _STRUCT_CODES:
+        if not isinstance(name, str) or name not in _DTYPES:
             raise UserError("the pickle contains an array whose dtype is not a real number")
         self = object.__new__(cls)
         self.itemsize = int(name[1])
@@ -154,8 +149,7 @@ class _Scalar(metaclass=_Sealed):
     def __new__(cls, dtype: object, data: object) -> float:
         if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.itemsize:
             raise UserError("the pickle contains a damaged numpy scalar")
-        order = ">" if dtype.code[0] == ">" else "<"
-        return struct.unpack(order + _STRUCT_CODES[dtype.code[1:]], data)[0]
+        return np.frombuffer(data, dtype.code).item()
 
 
 class _Encode(metaclass=_Sealed):
