@@ -164,5 +164,5 @@ def test_identities_sort_as_numbers_if_all_are_numbers():
 def test_weights_with_few_unknown_clips_warn_only(tmp_path):
     clips = [f"c{i:03d}" for i in range(200)]
     text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
-    with pytest.warns(UserWarning, match=r"1 of 200 clips have no features, for example x$"):
+    with pytest.warns(UserWarning, match=r"1 of 200 clips have no features, for example x\n"):
         assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]

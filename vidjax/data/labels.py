@@ -404,7 +404,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
             f"{message}\n"
             f"at most {MAX_UNKNOWN_RATE:.0%} is allowed: remove these lines, or add the features"
         )
-    warn(message)
+    warn(f"{message}\nremove these lines, or add the features")
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:

@@ -233,13 +233,13 @@ def _warn_of_unused(modality: str, flat: PackedClips) -> None:
         lost = f"\n{clips:,} clips lose all frames" if clips else ""
         warn(
             f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
-            f"are not finite{lost}"
+            f"are not finite{lost}\nto use these frames, compute their features again"
         )
     for name, count in flat.warnings.items():
         field = name.removeprefix("non_finite_")
         warn(
             f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
-            "it is replaced by 0"
+            f"it is replaced by 0\nto use the {field}, write finite numbers"
         )
 
 

@@ -156,5 +156,6 @@ def _warn_of_gaps(
         if dropped := counts["frames_skipped"].get("non_finite"):
             warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames are left out, "
-                f"because their {modality} features have a NaN, an Inf or a value beyond float32"
+                f"because their {modality} features have a NaN, an Inf or a value beyond float32\n"
+                "to use these frames, compute their features again"
             )
