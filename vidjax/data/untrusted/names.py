@@ -114,14 +114,10 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
     All names have been checked by `clean_identity`.
     """
-    new, known = [*new], [*known] if new else []
-    folded, known_folded = [*map(fold, new)], [*map(fold, known)]
-    words = set(folded)
-    if len(words) == len(new) and words.isdisjoint(known_folded):  # usual, and fast
-        return {}
+    new = [*new]
     seen, similar = dict[str, str](), dict[str, str]()
-    for word, name in zip(known_folded + folded, known + new, strict=True):
-        if (other := seen.setdefault(word, name)) != name:
+    for name in [*known, *new]:
+        if (other := seen.setdefault(fold(name), name)) != name:
             similar[name] = other
     return {name: similar[name] for name in new if name in similar}
 
