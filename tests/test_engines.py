@@ -15,7 +15,7 @@ from tests.helpers.datasets import record_digests
 from vidjax.data import arrays, cache, processes
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.conversion import convert
-from vidjax.utils import machine
+from vidjax.utils import files, machine
 from vidjax.utils.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
@@ -74,18 +74,18 @@ def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
     """On a file system with ticks of 2 s, a second write in a tick does not change the time."""
-    path, sha256_each, tick = tmp_path / "a.npz", cache._sha256_each, 10**8
+    path, sha256_file, tick = tmp_path / "a.npz", files.sha256_file, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
     changed = time.time_ns()
     # Inode, size and times stay the same.
     monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
 
-    def slow(paths):
+    def slow(path):
         time.sleep(2 * tick / 10**9)  # other files take long
-        return sha256_each(paths)
+        return sha256_file(path)
 
-    monkeypatch.setattr(cache, "_sha256_each", slow)
+    monkeypatch.setattr(files, "sha256_file", slow)
 
     first = cache.digest_files([path], tmp_path / "cache")
     path.write_bytes(b"2")

@@ -48,11 +48,9 @@ def digest_files(
         if len(text) == DIGEST_LETTERS:
             return text
     sha256 = hashlib.sha256()
-    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
     with ThreadPoolExecutor(workers or num_cores()) as threads:
-        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
-            for path, digest in zip(group, digests, strict=True):
-                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
+        for path, digest in zip(paths, threads.map(files.sha256_file, paths), strict=True):
+            sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
@@ -67,10 +65,6 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
     """Returns inode, size and times of a file. Every write changes at least one of them."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _sha256_each(paths: Sequence[Path]) -> list[str]:
-    return [files.sha256_file(path) for path in paths]
 
 
 @contextlib.contextmanager
