@@ -171,10 +171,6 @@ class TrainingData(ClipSource, Protocol):
         """Returns the same clips with other classes. Clips of other identities have the label 0."""
         ...
 
-    def order(self, split: str) -> np.ndarray:
-        """Returns the order of the N clips on disk, [N] int32, as positions in `Split.clips`."""
-        ...
-
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the training batches of `plan` without end, beginning with the batch of `step`."""
         ...

@@ -89,10 +89,6 @@ class Dataset:
             return self
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
-    def order(self, split: str) -> np.ndarray:
-        """Returns the order of the N clips on disk, [N] int32, as positions in `Split.clips`."""
-        return self._records.splits[self.split(split).name].order
-
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
