@@ -3,7 +3,6 @@
 The number of frames of each clip is known. So the position of each value in a file is computed.
 """
 
-import contextlib
 import io
 import math
 import os
@@ -99,7 +98,11 @@ class Reader:
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             starts, sizes = self.start[places[rows]], self._size[places[rows]]
-            with self._open(number, whole=whole) as file:
+            if not files.exists(self.shards[number].path):
+                check_shard(self.shards[number])
+            with files.open_regular(self.shards[number].path) as file:
+                if whole:
+                    self._check_whole(number, file)
                 for row, start, size in zip(
                     rows.tolist(), starts.tolist(), sizes.tolist(), strict=True
                 ):
@@ -109,21 +112,14 @@ class Reader:
                         raise self._damaged(number)
         return messages
 
-    @contextlib.contextmanager
-    def _open(self, number: int, *, whole: bool = True) -> Iterator[io.FileIO]:
-        """Opens a file in a `with` block. If `whole`, first checks its sha256, once per file."""
-        shard = self.shards[number]
-        if not files.exists(shard.path):
-            check_shard(shard)
-        with files.open_regular(shard.path) as file:
-            if whole:
-                stat = os.fstat(file.fileno())
-                state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if number not in self._states and files.hash_opened(file) == shard.sha256:
-                    self._states[number] = state
-                if self._states.get(number) != state:
-                    raise self._damaged(number)
-            yield file
+    def _check_whole(self, number: int, file: io.FileIO) -> None:
+        """Raises UserError if a file does not match its sha256. Later calls compare size and time."""
+        stat = os.fstat(file.fileno())
+        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:
+            self._states[number] = state
+        if self._states.get(number) != state:
+            raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
         """Raises UserError if a file is damaged. Otherwise, returns the error that it changed."""
