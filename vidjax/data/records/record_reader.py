@@ -113,7 +113,7 @@ class Reader:
         return messages
 
     def _check_whole(self, number: int, file: io.FileIO) -> None:
-        """Raises UserError if a file does not match its sha256. Later calls compare size and time."""
+        """Raises UserError if a file does not match its sha256. Later calls compare its state."""
         stat = os.fstat(file.fileno())
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:
