@@ -83,7 +83,7 @@ class BatchPlan(NamedTuple):
       batch_size: B, the number of clips of a batch.
       num_clips: N, the number of clips of an epoch.
       padded_lengths: a dict, modality -> T, the number of frames to which clips are padded.
-      windowed: the modalities in which at least one clip is cut to a random window of T frames.
+      longer: the modalities in which at least one clip has more than T frames.
       crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
         start. 'quality' takes the T frames of the best quality, in time order.
       seed: the seed for the order of the clips and for random windows.
@@ -96,7 +96,7 @@ class BatchPlan(NamedTuple):
     batch_size: int
     num_clips: int
     padded_lengths: Mapping[str, int]
-    windowed: tuple[str, ...]
+    longer: tuple[str, ...]
     crop: str
     seed: int
     epoch_clips: np.ndarray | None = None
@@ -117,6 +117,11 @@ class BatchPlan(NamedTuple):
     def modalities(self) -> tuple[str, ...]:
         """The names of the modalities."""
         return tuple(self.padded_lengths)
+
+    @property
+    def windowed(self) -> tuple[str, ...]:
+        """The modalities whose longer clips are cut to a random window."""
+        return self.longer if self.crop == "window" else ()
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -299,7 +304,6 @@ def make_batch_plan(
         name: max(int(split.lengths[name].max()) for split in splits) for name in modalities
     }
     padded_lengths = {name: padded(longest_clip[name], max_frames) for name in modalities}
-    longer = tuple(name for name in modalities if longest_clip[name] > padded_lengths[name])
     return BatchPlan(
         splits=names,
         batch_size=batch_size,
@@ -307,7 +311,7 @@ def make_batch_plan(
         if epoch_clips is None
         else len(epoch_clips),
         padded_lengths=padded_lengths,
-        windowed=longer if crop == "window" else (),
+        longer=tuple(name for name in modalities if longest_clip[name] > padded_lengths[name]),
         crop=crop,
         seed=seed,
         epoch_clips=epoch_clips,

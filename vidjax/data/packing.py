@@ -359,7 +359,7 @@ class Packer(contextlib.ExitStack):
 
 
 class StagedSplit(NamedTuple):
-    """The clips of a split, with the position of their frames in the arrays of each modality.
+    """The clips of a split, with the place of their frames in the arrays of each modality.
 
     Attributes:
       clips: N clip names in byte order.

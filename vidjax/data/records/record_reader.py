@@ -1,6 +1,6 @@
 """Reads clips from TFRecord files (shards) without TensorFlow.
 
-The number of frames of each clip is known. So the position of each value in a file is computed.
+The number of frames of each clip is known, so the place of each value in a file can be computed.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Reads and writes TFRecord files (shards) without TensorFlow, which takes long to import.
 
 A record is a serialised `tf.train.Example`. All records have the same keys in the same order, so
-the lengths of the values determine the position of each value.
+the lengths of the values determine the place of each value.
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.
