@@ -109,7 +109,7 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
 
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path)
-        assert "fewer than 2 pictures per second" in text
+        assert "fewer than 2 frames per second" in text
         assert text.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == count
 
 

@@ -68,7 +68,7 @@ def test_score_command_prints_the_score_on_the_last_line(tmp_path, command):
 
 
 def test_score_of_0_without_any_match_prints_a_hint(tmp_path, command):
-    for submission, hint in (("1 a b\n", "suffix"), ("id1 a.mp4\n", "no identity")):
+    for submission, hint in (("1 a b\n", "no clip"), ("id1 a.mp4\n", "no identity")):
         code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
         assert (code, out.splitlines()[-1]) == (0, "0")
         assert hint in err
