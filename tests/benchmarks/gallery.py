@@ -18,17 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tests.benchmarks import common
+from tests.benchmarks.decision import CARD
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
-from vidjax.apps.video.cards import BackEnd
 from vidjax.models.two_covariance import Settings
 
 WIDTH = 512
@@ -139,14 +138,11 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
 
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
     faces = unit(np.random.default_rng(0).standard_normal((175, 128))).astype(np.float32)
-    # Cosines of dlib's vectors of faces.
-    facts: Any = {"same": (0.958, 0.0146), "different": (0.83, 0.0352), "pairs": (1, 1)}
-    card = BackEnd(centre=[0.0] * 128, data="made-up", **facts)
     clips = {
         f"clip {n}": StoredClip(f"person {n}" if n < 20 else None, face)
         for n, face in enumerate(faces[:-5])
     }
-    Gallery.of_clips(folder / "people", CARDS, backend_lib.make_card_backend({"face": card}), clips)
+    Gallery.of_clips(folder / "people", CARDS, backend_lib.make_card_backend({"face": CARD}), clips)
     (folder / "clips").mkdir()
     for number, face in enumerate(faces[-5:]):
         np.savez(folder / "clips" / f"{number}.npz", face=face)

@@ -16,7 +16,6 @@ import pickle
 import pickletools
 import random
 import resource
-import shutil
 import struct
 import sys
 import tarfile
@@ -92,11 +91,9 @@ class Attack(NamedTuple):
     error_words: str
 
 
-def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Yields (name, words of the error, pickle) for every way to run code.
-
-    Each pickle would run `touch MARK`, or create the file `mark` in another way.
-    """
+def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yields (name, words of the error, pickle)."""
+    # Every way to run code. Each pickle would run `touch MARK`, or create this file in another way.
     command, path, system = text(f"touch {mark}"), text(str(mark)), name("os system")
     run = call("os system", command)
     yield "GLOBAL REDUCE", "os.system", system + command + b"\x85R."
@@ -136,25 +133,17 @@ def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "within a clip", "os.system", b"}U\x01a](" + run + b"es."
     yield "before a sound dict", "os.system", run + b"0}."
 
-
-def attacks(mark: Path) -> dict[str, Attack]:
-    """Returns name -> pickle that would create the file `mark`, or do other harm."""
-    path = text(str(mark))
-    routes = {words: Attack(data, error_words) for words, error_words, data in _routes(mark)}
-    for words, error_words, data in (
-        ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
-        ("PERSID", "outside the file", b"Pthing\n."),
-        ("BINPERSID", "outside the file", b"NQ."),
-        ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
-        ("strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."),
-    ):
-        routes[words] = Attack(data, error_words)
+    # Other harm.
+    yield "EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."
+    yield "PERSID", "outside the file", b"Pthing\n."
+    yield "BINPERSID", "outside the file", b"NQ."
+    yield "NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."
+    yield "strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."
     calls: dict[str, list[bytes]] = {
         "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
-        "io open": [path, text("w")],
-        "os remove": [text(str(mark.parent / "keep"))],
+        "io open": [path, text("w")], "os remove": [text(str(mark.parent / "keep"))],
         "subprocess Popen": [b"](" + text("touch") + path + b"e"],
-        "atexit register": [name("os system"), text(f"touch {mark}")],
+        "atexit register": [system, command],
         "os _exit": [part(0)], "__main__ Array": [], "time sleep": [part(3600)],
         "builtins bytearray": [b"J\xff\xff\xff\x7f"],
         "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
@@ -164,14 +153,18 @@ def attacks(mark: Path) -> dict[str, Attack]:
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
     }  # fmt: skip
     for words, arguments in calls.items():
-        routes[words] = Attack(call(words, *arguments) + b".", words.replace(" ", "."))
+        yield words, words.replace(" ", "."), call(words, *arguments) + b"."
     for words in (
         "numpy ndarray.__init_subclass__.__self__",
         "numpy.core.numeric _frombuffer.__globals__",
         "builtins bytes.fromhex",
     ):
-        routes[words] = Attack(dotted(words) + b".", words.replace(" ", "."))
-    return routes
+        yield words, words.replace(" ", "."), dotted(words) + b"."
+
+
+def attacks(mark: Path) -> dict[str, Attack]:
+    """Returns name -> pickle that would create the file `mark`, or do other harm."""
+    return {words: Attack(data, error_words) for words, error_words, data in _attacks(mark)}
 
 
 def _tricks() -> Iterator[tuple[str, bytes]]:
@@ -226,7 +219,6 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
 TRICKS = dict(_tricks())
 
 # Greed: each pickle asks for gigabytes, for hours of time, or for a deep stack.
-
 
 FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
@@ -359,15 +351,14 @@ class _Fork(processes.Children):
         streams[0].write_bytes(given)
         child = os.fork()
         if child == 0:
-            status = 1
             try:
                 for number, stream in enumerate(streams):
                     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
                     os.dup2(os.open(stream, flags), number)
-                status = processes.serve(sandbox.work)
+                os._exit(processes.serve(sandbox.work))
             except BaseException:
                 os.write(2, traceback.format_exc().encode())
-            os._exit(status)
+                os._exit(1)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         return CompletedProcess([], code, *(stream.read_bytes() for stream in streams[1:]))
@@ -409,7 +400,6 @@ def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
 
 def set_canary(folder: Path) -> None:
     """Creates the folder that no pickle may change, with one file."""
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "keep").write_text("keep")
 
