@@ -11,9 +11,8 @@ The net is the MLP of `configs/quality_fusion.py`, the clips are made up, and on
     eager, compiled    with `--peer`, the same net and ranking in PyTorch (the extra `bench`), on
                        padded blocks in memory
 
-All take turns in one process. `--published` instead times the nets of the two publications that
-report a time of their test. `--clips` should be many times `--block_size`, because the last block
-of each length is filled up.
+`--published` instead times the nets of the two publications that report a time of their test.
+`--clips` should be many times `--block_size`, because the last block of each length is filled up.
 """
 
 # pyright: reportMissingImports=false

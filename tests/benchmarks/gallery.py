@@ -2,14 +2,12 @@
 
     python -m tests.benchmarks.gallery [--people=10000] [--start]
 
-Up to 100,000 people have a face, a head and an audio vector of 512 each, and more people have one
-vector of 512. A person has one clip. Times are medians of several tries in a process that has
-opened the gallery, with processor times in brackets. A search needs at least one product of numpy's
-with all coefficients. A removal writes all rows again, and is measured up to 100,000 people.
+Up to 100,000 people have a face, a head and an audio vector of 512 each. More people have one
+vector of 512, and nobody is removed. Times are medians, with processor times in brackets. A search
+needs at least one product of numpy's with all coefficients.
 
-With `--start`, times of processes that ask a gallery of cards of 20 people and 150 strangers once,
-from their start to their end: medians of seven turns, after a turn that fills caches, in seconds,
-seconds of the processor, and the ratio to a process that only imports numpy.
+With `--start`, whole processes ask a gallery of cards of 20 people and 150 strangers once. The
+times are medians of seven turns, after a turn that fills caches.
 """
 
 import os

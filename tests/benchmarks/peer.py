@@ -425,15 +425,11 @@ def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
 def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
     """Returns batches: of train, shuffled and of one size; of others, by length and all.
 
-    `columns` are identity -> class column, from 1; clips of no column have 0, but not of train.
+    `columns` are identity -> class column, from 1; clips of no column have 0.
     """
     train, truth = split == "train", load_truth(directory, split)
-    clips = sorted(load_clips(directory, split).items())
+    clips = sorted(load_clips(directory, split).items(), key=lambda item: len(item[1][0]))
     examples: Any = [(clip, columns.get(truth.get(name, -1), 0)) for name, clip in clips]
-    if train:
-        examples = [(clip, column) for clip, column in examples if column]
-    else:  # by length, so that blocks have little padding
-        examples.sort(key=lambda example: len(example[0][0]))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 

@@ -3,9 +3,8 @@
     python -m tests.benchmarks.serve [--people=20000] [--clients=32] [--seconds=60]
 
 Each client sends one clip, one frame of 512 as a binary tensor, waits for its answer and sends the
-next clip. One clip in five shows a stranger. Clients and server share the machine, which must be
-idle: `server_cpu_ms` and `client_cpu_ms` are processor times of a request. The other server is
-`PLAIN`: Python's http.server, and the same gallery. The figures are printed as JSON lines.
+next clip. One clip in five shows a stranger. The other server is `PLAIN`: Python's http.server, and
+the same gallery. The figures are printed as JSON lines.
 """
 
 import asyncio
@@ -95,9 +94,8 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
 
     async def run() -> list[tuple[list[float], int]]:
         end = time.perf_counter() + seconds
-        return await asyncio.gather(
-            *(send(port, requests[n::clients], end) for n in range(clients))
-        )
+        clips = (requests[n::clients] for n in range(clients))
+        return await asyncio.gather(*(send(port, own, end) for own in clips))
 
     began, before = time.perf_counter(), time.process_time()
     answers = uvloop.run(run())

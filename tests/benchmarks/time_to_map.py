@@ -3,10 +3,9 @@
     python -m tests.benchmarks.time_to_map [--clips=20000] [--epochs=10] [--rounds=1] [--streaming]
 
 The MLP of `configs/quality_fusion.py` at published size trains on made-up official files; only by
-softmax, as the focal loss learns little from two clips a person. RUNS take turns, after a run of
-each kind that fills its cache: ours, and PyTorch's (the extra `bench`) with the same net, files,
-batches and schedule. With `--streaming`, clips that tf.data streams (the extra `tensorflow`) are
-compared with resident clips, without PyTorch.
+softmax, as the focal loss learns little from two clips a person. RUNS have the same net, files,
+batches and schedule, and take turns, after a run of each kind that fills its cache. PyTorch needs
+the extra `bench`, and `--streaming` the extra `tensorflow`, but not PyTorch.
 """
 
 import argparse
@@ -146,12 +145,11 @@ def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str,
 
     finals = {name: [course[-1][1] for course in courses] for name, courses in found.items()}
     lowest = min(map(min, finals.values()))
-    titles = ("to its MAP", "to the lowest MAP", "in all")
-    times: dict[str, dict[str, list[float]]] = {title: {} for title in titles}
-    for name, courses in found.items():
-        times["to its MAP"][name] = [seconds_to(course[-1][1], course) for course in courses]
-        times["to the lowest MAP"][name] = [seconds_to(lowest, course) for course in courses]
-        times["in all"][name] = [course[-1][0] for course in courses]
+    times: dict[str, dict[str, list[float]]] = {
+        "to its MAP": {name: [seconds_to(x[-1][1], x) for x in found[name]] for name in RUNS},
+        "to the lowest MAP": {name: [seconds_to(lowest, x) for x in found[name]] for name in RUNS},
+        "in all": {name: [x[-1][0] for x in found[name]] for name in RUNS},
+    }
     rows, ratios = [], []
     for name in RUNS:
         cells = [f"{common.median(of_runs[name]):.0f}" for of_runs in times.values()]

@@ -2,16 +2,12 @@
 
     VIDJAX_MODELS=models VIDJAX_SPEECH=FOLDER python -m tests.benchmarks.voices
 
-The folder has SPEAKER/*.flac. The first three utterances of each speaker are enrolled in a gallery
-of the models, and the others are identified. Each speaker in turn is a stranger: not enrolled.
+The folder has SPEAKER/*.flac. README.md describes the measurement. The figures, as JSON:
 
-    cosines         mean and deviation of pairs of utterances, as in the card
+    cosines         mean, deviation and number of pairs of utterances, as in the card
     first           utterances whose most probable identity is right, and their number
     by_card         shares with the right name, a wrong name, and strangers with a name
-    at_1_percent    the same by a threshold that at most 1 % of strangers reach: for the utterances
-                    of each speaker, it is set on all other speakers
-
-The figures are printed as JSON.
+    at_1_percent    the same by a threshold that at most 1 % of strangers reach
 """
 
 import itertools
@@ -72,10 +68,9 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         vectors = embed(speech, models, Gallery.of_models(f"{folder}/none", models))
         speaker = dict(zip(vectors.names, vectors.labels, strict=True))
-        of_each = {
-            one: [x for x in speaker if speaker[x] == one]
-            for one in sorted({*map(str, vectors.labels)})
-        }
+        of_each: dict[str, list[str]] = {}
+        for name, one in speaker.items():
+            of_each.setdefault(str(one), []).append(name)
         first = {name for names in of_each.values() for name in names[:ENROLLED]}
         asked = vectors.only({*speaker} - first)
 

@@ -107,7 +107,7 @@ PLACES = [
     Case(f"{TRAIN} --config.data.dir=official", "--config.data.name=iqiyi_vid"),
     Case(f"{TRAIN} --config.data.dir=own", "--config.data.name=arrays"),
     Case(f"{OWN}own --config.eval.split=test", "train, val"),
-    Case(f"{OWN}own", "labels.csv", seconds=60),
+    Case(f"{OWN}own", "labels.csv"),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
 ]  # fmt: skip
 # In a separate process, with the trained run of `prepare`. CPU time is not measured.
