@@ -8,6 +8,7 @@ settings of `vidjax who` are compared: names, times and CPU time. Without `--peo
 memory of `vidjax extract` is measured, for films that show moving patches.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -29,16 +30,14 @@ PRESETS = {
     "default": features_folder.ExtractionSettings(),
     "fast": features_folder.ExtractionSettings(fps=2, size=448),
 }
-SHOT_S = 7
 
 
-def pictures(height: int, width: int) -> Iterator[np.ndarray]:
-    """Yields frames of 15 shots of 4 s: a window that moves over a larger picture."""
-    for shot in range(15):
-        whole = films.scene(shot, height * 5 // 4, width * 5 // 4)
-        for number in range(4 * FPS):
-            top, left = number * height // 400, number * width // 400
-            yield np.ascontiguousarray(whole[top : top + height, left : left + width])
+def panned(picture: np.ndarray, height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
+    """Yields the frames of a shot: a window that moves over a larger picture."""
+    room = np.subtract(picture.shape[:2], (height, width))
+    for number in range(seconds * FPS):
+        top, left = room * number // (seconds * FPS)
+        yield np.ascontiguousarray(picture[top : top + height, left : left + width])
 
 
 def repeated(path: Path, source: Path, times: int) -> Path:
@@ -70,23 +69,21 @@ def peak(path: Path, out: Path, models: Path) -> int:
     return done.peak
 
 
-def panned(photo: Path, height: int, width: int) -> Iterator[np.ndarray]:
-    """Yields the frames of a shot: a photo that moves by a tenth of the picture."""
+def framed(photo: Path, height: int, width: int) -> np.ndarray:
+    """Returns a photo on a grey wall, which is larger than a frame of the film by a tenth."""
     from PIL import Image
 
     picture, room = Image.open(photo).convert("RGB"), height * 9 // 10
     picture = picture.resize((round(picture.width * room / picture.height), room))
-    for number in range(SHOT_S * FPS):
-        frame = Image.new("RGB", (width, height), (60, 70, 90))
-        step = number / (SHOT_S * FPS)
-        left, top = (width - picture.width) // 3 + step * width / 10, step * height / 10
-        frame.paste(picture, (round(left), round(top)))
-        yield np.array(frame)
+    wall = Image.new("RGB", (width * 11 // 10, height * 11 // 10), (60, 70, 90))
+    wall.paste(picture, ((width - picture.width) // 3 + width // 10, height // 10))
+    return np.array(wall)
 
 
 def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
-    minute = folder / "minute.mp4"
-    films.write(minute, pictures(180, 320))
+    minute, size = folder / "minute.mp4", (180, 320)
+    shots = (panned(films.scene(shot, 225, 400), *size, seconds=4) for shot in range(15))
+    films.write(minute, itertools.chain.from_iterable(shots))
     for minutes in (3, 30):
         path = repeated(folder / f"{minutes}.mp4", minute, minutes)
         peak_mb = peak(path, folder / f"out{minutes}", models) >> 20
@@ -112,7 +109,8 @@ def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[n
     """Yields the frames of a film that shows all photos in turn. `photos` has a list a person."""
     for turn in range(max(map(len, photos))):
         for own in photos:
-            yield from panned(own[turn % len(own)], height, width)
+            wall = framed(own[turn % len(own)], height, width)
+            yield from panned(wall, height, width, seconds=7)
 
 
 def compare_presets(

@@ -2,17 +2,15 @@
 
     python -m tests.benchmarks.rehearsal FOLDER [--only=STEP,STEP] [--scale=F] [--collect]
 
-The official files are gone. So the step `files` writes files of their layout and size: 10,034
-identities, 57,620 clips to train on, and 72,730 to rank, of which 27,274 are distractors. The other
-steps run commands of a user in child processes, and add rows to `FOLDER/rows.json`. Steps with a
-row are skipped, and unfinished runs are resumed, so the script can be interrupted. Delete a row to
-repeat its step. All steps take more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
+The step `files` writes files of the official layout and size: 57,620 clips to train on, and 72,730
+to rank, of which 27,274 are distractors. The other steps run commands of a user in child processes,
+and add rows to `FOLDER/rows.json`. Steps with a row are skipped, and unfinished runs are resumed,
+so the script can be interrupted. Delete a row to repeat its step.
 
 - `--only` names the steps to run.
-- `--scale` is the share of the identities. Below 1, runs have two epochs at most, to test this
-  script.
-- `--collect` runs nothing. It adds the rows to `rehearsal.json`, and writes the table `rehearsal`
-  of the main README.
+- `--scale` is the share of the identities. Below 1, to test this script, runs have two epochs.
+- `--collect` runs nothing. It adds the rows to `rehearsal.json`, and writes the table of the main
+  README.
 """
 
 import functools

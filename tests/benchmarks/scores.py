@@ -5,14 +5,13 @@
 The tables say what is run. A row of the table `scores` is a configuration with its overrides, or a
 join of several by ` + `; a row of the tables with a column `to` compares two of these rows. A new
 row has empty cells for what is measured, or the reason why there is no run. The script trains every
-run that FOLDER lacks, one after the other (hours). It writes the results into `scores.json`, from
-there into the tables, and time and score into the docstrings of the configurations.
+run that FOLDER lacks. It writes the results into `scores.json`, from there into the tables, and
+time and score into the docstrings of the configurations.
 
 - `--collect` trains nothing. Runs that FOLDER lacks keep the figures of `scores.json`.
 - `--real` names a folder of official files, for the columns of real clips.
-- `--only` names the rows to train or to time, without `.py`, separated by `;`. `*` stands for any
-  text.
-- `--time` measures the commands of the main README instead (minutes, on an idle machine).
+- `--only` names the rows to train or to time, without `.py`, separated by `;`. `*` is any text.
+- `--time` measures the commands of the main README instead.
 """
 
 import fnmatch

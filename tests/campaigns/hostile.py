@@ -370,11 +370,6 @@ def _used() -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
-def _adopt_orphans() -> None:
-    """Makes orphaned descendants children of this process, so that they are found at the end."""
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-
 def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
     """Yields [name, error, CPU seconds, seconds, largest memory so far in MB] for every file.
 
@@ -382,7 +377,9 @@ def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
     """
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
-    _adopt_orphans()
+    # PR_SET_CHILD_SUBREAPER: orphaned descendants become children of this process, and are found
+    # at the end.
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for path in sorted(folder.iterdir()):
         cpu, start, error = _used()[0], time.perf_counter(), ""
         try:
