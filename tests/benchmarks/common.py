@@ -193,9 +193,9 @@ def make_bare(found: Sequence[Any], times: int) -> Callable[[], Array]:
     The program repeats all of them `times` times in a loop, as training repeats its steps.
     Otherwise it would also measure how the system hands out memory for new results.
     """
-    keys = iter(jax.random.split(jax.random.key(1), 2 * len(found)))
-    operands = [  # all differ, so no product stands for another
-        [jax.random.normal(next(keys), x.aval.shape, x.aval.dtype) for x in product.invars]
+    key = jax.random.key(1)
+    operands = [
+        [jax.random.normal(key, x.aval.shape, x.aval.dtype) for x in product.invars]
         for product in found
     ]
 

@@ -12,6 +12,7 @@ after every epoch, saves a checkpoint, and prints one line of JSON. Other benchm
 import argparse
 import collections
 import functools
+import itertools
 import json
 import math
 import pickle
@@ -141,12 +142,6 @@ def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
 # Nets: functions of modality -> Fused, with logits [B N, 1 + C] of N fused vectors of a clip.
 
 
-def make_layer(in_dim: int, width: int, activation: nn.Module, batch_norm: bool) -> nn.Module:
-    """Returns a linear layer, an activation, BatchNorm or not, dropout."""
-    norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
-    return nn.Sequential(make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
-
-
 def make_linear(in_dim: int, width: int) -> nn.Linear:
     linear = nn.Linear(in_dim, width)
     nn.init.xavier_uniform_(linear.weight)
@@ -154,32 +149,27 @@ def make_linear(in_dim: int, width: int) -> nn.Linear:
     return linear
 
 
-class MLP(nn.Module):
-    """Quality fusion (4th place 2019), its main net: swish layers with dropout, a classifier."""
+class Dense(nn.Module):
+    """Layers with dropout, and a classifier: the two dense nets of NETS.
 
-    def __init__(self, num_classes: int):
+    With `residual`, layers have BatchNorm, and h1 = f1(x), h2 = h1 + f2(h1), h3 = h2 + f3(h2).
+    """
+
+    def __init__(
+        self, num_classes: int, *, widths: Sequence[int], activation: nn.Module, residual: bool
+    ):
         super().__init__()
-        pairs = ((DIM, 1024), (1024, 1024))
-        self.layers = nn.Sequential(*(make_layer(*pair, nn.SiLU(), False) for pair in pairs))
-        self.classifier = make_linear(1024, num_classes)
-
-    def forward(self, fused: Mapping[str, Fused]) -> Tensor:
-        return self.classifier(self.layers(fused["face"].features.flatten(0, 1)))
-
-
-class ResidualDense(nn.Module):
-    """Residual Dense Net (2nd place 2019): h1 = f1(x), h2 = h1 + f2(h1), h3 = h2 + f3(h2)."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        widths = ((DIM, 4096), (4096, 4096), (4096, 4096))
-        self.layers = nn.ModuleList(make_layer(*pair, nn.ReLU(), True) for pair in widths)
-        self.classifier = make_linear(4096, num_classes)
+        self.residual, self.layers = residual, nn.ModuleList()
+        for in_dim, width in itertools.pairwise((DIM, *widths)):
+            norm = nn.BatchNorm1d(width) if residual else nn.Identity()
+            parts = (make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
+            self.layers.append(nn.Sequential(*parts))
+        self.classifier = make_linear(widths[-1], num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
         x = fused["face"].features.flatten(0, 1)
         for i, layer in enumerate(self.layers):
-            x = x + layer(x) if i else layer(x)
+            x = x + layer(x) if self.residual and i else layer(x)
         return self.classifier(x)
 
 
@@ -286,7 +276,12 @@ FUSION: dict[str, tuple[Sequence[str], dict[str, Any], str]] = {
     ),
     "mma": (MMA_MODALITIES, {"num_draws": 4, "weighting": "quality"}, "quality"),
 }  # fmt: skip
-NETS = {"mlp": MLP, "residual": ResidualDense, "mma": MMA}
+# Quality fusion (4th place 2019), Residual Dense Net (2nd place 2019), and the paper's system.
+NETS: dict[str, Callable[[int], nn.Module]] = {
+    "mlp": functools.partial(Dense, widths=[1024] * 2, activation=nn.SiLU(), residual=False),
+    "residual": functools.partial(Dense, widths=[4096] * 3, activation=nn.ReLU(), residual=True),
+    "mma": MMA,
+}
 
 
 def make_recipe(name: str, num_classes: int) -> Recipe:
