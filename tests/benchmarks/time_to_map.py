@@ -63,18 +63,20 @@ def write_files(directory: Path, counts: Mapping[str, int], num_identities: int)
         write_truth(directory, split, labels)
 
 
-def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str]]:
-    """Returns the lines that a process wrote, with seconds from its start; "" at its end."""
-    began, lines = time.perf_counter(), []
+def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, float]]:
+    """Returns seconds from the start of a process, and MAP, after every epoch and at the end."""
+    began, lines, course = time.perf_counter(), [], []
     pipes: Any = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [sys.executable, "-m", *words]
     with subprocess.Popen(command, cwd=common.ROOT, env=env, **pipes) as process:
         assert process.stdout
         for line in process.stdout:
-            lines.append((time.perf_counter() - began, line))
+            lines.append(line)
+            if match := SCORE.search(line):
+                course.append((time.perf_counter() - began, float(match[1])))
     if process.returncode:
-        raise SystemExit("".join(line for _, line in lines[-20:]))
-    return [*lines, (time.perf_counter() - began, "")]
+        raise SystemExit("".join(lines[-20:]))
+    return [*course, (time.perf_counter() - began, course[-1][1])]
 
 
 def main() -> None:
@@ -119,7 +121,6 @@ def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str,
     """Prints the medians of each kind of run, and how much faster ours are than PyTorch's."""
 
     def measure(name: str, turn: int, epochs: int) -> list[tuple[float, float]]:
-        """Returns seconds and MAP after every epoch, and at the end of the process."""
         if "PyTorch" in name:
             words = ["tests.benchmarks.peer", str(folder), f"--epochs={epochs}"]
             words += [f"--batch_size={args.batch_size}", f"--learning_rate={RATE}"]
@@ -128,10 +129,7 @@ def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str,
             words += ["--config.loss.schedule=((0.0, 0.0),)", "--config.eval.every_epochs=1"]
             words += [f"--config.optim.learning_rate={RATE}", "--config.optim.warmup=0.1"]
             words += ["--config.optim.warmup_scale=0"]  # as PyTorch's
-        lines = run([*words, *RUNS[name]], env)
-        matches = [(seconds, SCORE.search(line)) for seconds, line in lines]
-        course = [(seconds, float(match[1])) for seconds, match in matches if match]
-        return [*course, (lines[-1][0], course[-1][1])]
+        return run([*words, *RUNS[name]], env)
 
     for name in RUNS:
         measure(name, 0, 1)
