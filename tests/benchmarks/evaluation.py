@@ -11,8 +11,9 @@ The net is the MLP of `configs/quality_fusion.py`, the clips are made up, and on
     eager, compiled    with `--peer`, the same net and ranking in PyTorch (the extra `bench`), on
                        padded blocks in memory
 
-`--published` instead times the nets of the two publications that report a time of their test.
-`--clips` should be many times `--block_size`, because the last block of each length is filled up.
+All take turns in one process. `--published` instead times the nets of the two publications that
+report a time of their test. `--clips` should be many times `--block_size`, because the last block
+of each length is filled up.
 """
 
 # pyright: reportMissingImports=false
@@ -29,7 +30,7 @@ from tests.benchmarks import common
 from vidjax.core import devices, ensemble
 from vidjax.core.batch import Batch
 from vidjax.data import resident
-from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_batch, make_eval_plan, split_blocks
+from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan, split_blocks
 from vidjax.evaluation import eval_step as eval_step_lib
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
@@ -64,13 +65,14 @@ class MadeUp:
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        clips = self.run.clips
         for bucket, chosen in split_blocks(plan.bucket, rows):
-            batch = make_batch({}, chosen.astype(np.int32), rows)
+            clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
+            batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
+            clips = self.run.clips
             sizes = tuple(min(BUCKETS[bucket], common.PLACES[name]) for name in clips)
-            where = (batch.clip_index, batch.batch_mask)
-            frames = self._gathered([*clips.values()], *where, sizes=sizes)
-            yield batch._replace(frames=dict(zip(clips, frames, strict=True)))
+            laid = self._gathered(list(clips.values()), clip_index, batch_mask, sizes=sizes)
+            frames = dict(zip(clips, laid, strict=True))
+            yield Batch(frames, clip_index, batch_mask)
 
 
 def make_functions(

@@ -12,7 +12,6 @@ after every epoch, saves a checkpoint, and prints one line of JSON. Other benchm
 import argparse
 import collections
 import functools
-import itertools
 import json
 import math
 import pickle
@@ -142,6 +141,12 @@ def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
 # Nets: functions of modality -> Fused, with logits [B N, 1 + C] of N fused vectors of a clip.
 
 
+def make_layer(in_dim: int, width: int, activation: nn.Module, batch_norm: bool) -> nn.Module:
+    """Returns a linear layer, an activation, BatchNorm or not, dropout."""
+    norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+    return nn.Sequential(make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
+
+
 def make_linear(in_dim: int, width: int) -> nn.Linear:
     linear = nn.Linear(in_dim, width)
     nn.init.xavier_uniform_(linear.weight)
@@ -149,27 +154,32 @@ def make_linear(in_dim: int, width: int) -> nn.Linear:
     return linear
 
 
-class Dense(nn.Module):
-    """Layers with dropout, and a classifier: the two dense nets of NETS.
+class MLP(nn.Module):
+    """Quality fusion (4th place 2019), its main net: swish layers with dropout, a classifier."""
 
-    With `residual`, layers have BatchNorm, and h1 = f1(x), h2 = h1 + f2(h1), h3 = h2 + f3(h2).
-    """
-
-    def __init__(
-        self, num_classes: int, *, widths: Sequence[int], activation: nn.Module, residual: bool
-    ):
+    def __init__(self, num_classes: int):
         super().__init__()
-        self.residual, self.layers = residual, nn.ModuleList()
-        for in_dim, width in itertools.pairwise((DIM, *widths)):
-            norm = nn.BatchNorm1d(width) if residual else nn.Identity()
-            parts = (make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
-            self.layers.append(nn.Sequential(*parts))
-        self.classifier = make_linear(widths[-1], num_classes)
+        pairs = ((DIM, 1024), (1024, 1024))
+        self.layers = nn.Sequential(*(make_layer(*pair, nn.SiLU(), False) for pair in pairs))
+        self.classifier = make_linear(1024, num_classes)
+
+    def forward(self, fused: Mapping[str, Fused]) -> Tensor:
+        return self.classifier(self.layers(fused["face"].features.flatten(0, 1)))
+
+
+class ResidualDense(nn.Module):
+    """Residual Dense Net (2nd place 2019): h1 = f1(x), h2 = h1 + f2(h1), h3 = h2 + f3(h2)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        widths = ((DIM, 4096), (4096, 4096), (4096, 4096))
+        self.layers = nn.ModuleList(make_layer(*pair, nn.ReLU(), True) for pair in widths)
+        self.classifier = make_linear(4096, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
         x = fused["face"].features.flatten(0, 1)
         for i, layer in enumerate(self.layers):
-            x = x + layer(x) if self.residual and i else layer(x)
+            x = x + layer(x) if i else layer(x)
         return self.classifier(x)
 
 
@@ -276,12 +286,7 @@ FUSION: dict[str, tuple[Sequence[str], dict[str, Any], str]] = {
     ),
     "mma": (MMA_MODALITIES, {"num_draws": 4, "weighting": "quality"}, "quality"),
 }  # fmt: skip
-# Quality fusion (4th place 2019), Residual Dense Net (2nd place 2019), and the paper's system.
-NETS: dict[str, Callable[[int], nn.Module]] = {
-    "mlp": functools.partial(Dense, widths=[1024] * 2, activation=nn.SiLU(), residual=False),
-    "residual": functools.partial(Dense, widths=[4096] * 3, activation=nn.ReLU(), residual=True),
-    "mma": MMA,
-}
+NETS = {"mlp": MLP, "residual": ResidualDense, "mma": MMA}
 
 
 def make_recipe(name: str, num_classes: int) -> Recipe:
@@ -420,11 +425,15 @@ def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
 def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
     """Returns batches: of train, shuffled and of one size; of others, by length and all.
 
-    `columns` are identity -> class column, from 1; clips of no column have 0.
+    `columns` are identity -> class column, from 1; clips of no column have 0, but not of train.
     """
     train, truth = split == "train", load_truth(directory, split)
-    clips = sorted(load_clips(directory, split).items(), key=lambda item: len(item[1][0]))
+    clips = sorted(load_clips(directory, split).items())
     examples: Any = [(clip, columns.get(truth.get(name, -1), 0)) for name, clip in clips]
+    if train:
+        examples = [(clip, column) for clip, column in examples if column]
+    else:  # by length, so that blocks have little padding
+        examples.sort(key=lambda example: len(example[0][0]))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 

@@ -3,9 +3,11 @@
     python -m tests.benchmarks.training_step [--nets=mlp,residual,mma] [--peer] [--bfloat16]
         [--batch_size=1024] [--num_identities=10034] [--rounds=5]
 
-A step is a step of training on resident clips; four steps are one dispatch. The bare products are
-the products of the step's trace and nothing between them. With `--peer`, the same nets in PyTorch
-(the extra `bench`), eager and by torch.compile, train on padded batches in memory.
+The nets of `configs/` have their published size, but the residual net is 4096 wide with one draw a
+clip. A step is a step of training on resident clips; four steps are one dispatch. The bare products
+are the products of the step's trace and nothing between them. With `--peer`, the same nets in
+PyTorch (the extra `bench`), eager and by torch.compile, train on padded batches in memory. All take
+turns in one process, because machines drift: the ratios are medians over rounds.
 """
 
 # pyright: reportMissingImports=false
