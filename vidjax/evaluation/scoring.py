@@ -411,13 +411,13 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores clips with models, and ranks the clips by the blend, by each model and each member.
+    """Scores clips with models. Ranks clips by the blend of all models, by each model and member.
 
     Attributes:
       scorers: a scorer for each model.
       pool: [N] bool, True for the clips that all models score.
       ranking: ranks by the blend of all models, or by the only model.
-      best: the best score of each clip, on the devices.
+      best: for each clip, the highest score of an identity, as an array on the devices.
     """
 
     def __init__(

@@ -401,7 +401,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Builds the schedule of a run. If it has no noise classes, `relabel` is empty."""
+    """Builds the schedule of a run. Without noise classes, `Schedule.relabel` is empty."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:

@@ -354,7 +354,8 @@ class Ratios:
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `coordinates` [Q, D] and `terms` [Q, U] of Q clips, see `_Queries`.
 
-        `units` [Q, D] are their unit vectors. `effective` is used only in `DistanceRatios.ask`.
+        `units` [Q, D] are the unit vectors of the clips. `effective` [Q], the effective numbers of
+        clips, is used only in `DistanceRatios.ask`.
         """
         del effective
         z = self._part.coordinates(units)

@@ -79,8 +79,8 @@ def find_appearances(
 
     Args:
       answers: the answer of the gallery for each clip, after `settle_answers`.
-      groups: the unknown person, such as `unknown 3`, of each clip without a name. A clip that
-        has neither a name nor an unknown person is an appearance of an ignored person.
+      groups: clip -> unknown person, such as `unknown 3`. A clip that has no name and is not in
+        `groups` shows a person whom the user ignores. Each such clip is an appearance.
     """
     appearances = []
     for film in films:

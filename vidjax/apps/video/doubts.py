@@ -50,7 +50,7 @@ def compare_photos(
     Args:
       distances: the distributions of distances between faces of one person and of two people.
       units: [N, D] float64, the embeddings of N photos, scaled to unit length.
-      owner: [N] int, the number, counted from 0, of the person under whose name each photo is.
+      owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
       A dict from the row of a doubtful photo to the number of the person whom it resembles. If the

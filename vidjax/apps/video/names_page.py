@@ -177,7 +177,7 @@ def render(
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns pictures of a person's photos. If there are none, pictures of the entries."""
+        """Returns the photos of the person `name`. Without photos, returns faces of `entries`."""
         longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
         chosen = [entries[n] for n in sorted(longest)]
         pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]

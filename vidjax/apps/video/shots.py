@@ -142,7 +142,7 @@ class ShotDetector:
 
         The numbers are the difference and 1 - likeness of the last two pictures. A number stands
         out if it is above `times_usual` times its median in recent changes, and above `times_last`
-        times its value in the last change.
+        times its value in the change before.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)

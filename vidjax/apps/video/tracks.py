@@ -249,7 +249,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the current shot, which is also the number of its track."""
+        """The number of the track that has not ended. It is the number of the current shot."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
