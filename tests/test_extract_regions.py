@@ -21,11 +21,6 @@ BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(
 ).encode()
 DEEP = xmp.packet("<rdf:Bag><rdf:li>" * 60_000 + "</rdf:li></rdf:Bag>" * 60_000)
 FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # in a picture of 400 x 300 pixels
-# EXIF orientation -> a function from the displayed picture to the stored picture.
-STORED = {
-    1: np.asarray, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose,
-    6: np.rot90, 7: lambda x: np.rot90(x, 2).T, 8: lambda x: np.rot90(x, 3),
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -168,7 +163,7 @@ def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content,
 @pytest.mark.parametrize("shape_is_known", [True, False])
 def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
     """Programs tag the stored or the displayed picture. FACES refer to the displayed picture."""
-    for orientation, stored in STORED.items():
+    for orientation, stored in xmp.STORED.items():
         tags, shape = [], (0, 0)
         for number, (left, top, right, bottom) in enumerate(FACES):
             picture = np.zeros((300, 400))

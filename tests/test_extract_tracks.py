@@ -5,7 +5,6 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,14 +32,16 @@ def walk(start, speed):
     return lambda time_s: np.tile(np.add(start, np.multiply(time_s, speed)), 2) + half
 
 
-def follow(people, seconds, *, fps=5, noise=1.0, unseen=lambda person, time_s: False, seed=0):
-    """Tracks people, given as functions of time.
+def follow(people, seconds, *, fps=5, noise=1.0, hidden=(0, 0.0, 0.0), seed=0):
+    """Tracks people, given as functions of time. `hidden` is a person and two times in seconds.
 
     Returns the tracks, and for each track the numbers of the people in it.
     """
     rng, tracker, owners = np.random.default_rng(seed), tracks.Tracker(), defaultdict(set)
+    who, begin_s, end_s = hidden
     for time_s in np.arange(0, seconds, 1 / fps):
-        visible = [n for n in rng.permutation(len(people)) if not unseen(n, time_s)]
+        away = {who} if begin_s < time_s < end_s else set()
+        visible = [n for n in rng.permutation(len(people)) if n not in away]
         boxes = np.array([people[n](time_s) for n in visible]).reshape(-1, 4)
         boxes += rng.normal(0, noise, boxes.shape)
         # Like a detector, keeps only one of two boxes that overlap by half.
@@ -70,22 +71,15 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
 
 def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
     people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]  # they meet after 2.5 s
-
-    def hidden(person, time_s):
-        return person == 1 and 2.05 < time_s < 2.95
-
     for seed in range(5):
-        _, owners = follow(people, seconds=5, unseen=hidden, seed=seed)
+        _, owners = follow(people, seconds=5, hidden=(1, 2.05, 2.95), seed=seed)
         assert all(len(who) == 1 for who in owners), (seed, owners)
         assert len(owners) <= 4, (seed, owners)  # each person's track may end when they meet
 
 
 def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
-    def gap_until(end_s):
-        return lambda person, time_s: 2 < time_s < end_s
-
     for end_s, numbers in ((2.7, [0]), (3.9, [0, 1])):
-        ended, _ = follow([walk((100, 100), (20, 0))], seconds=6, unseen=gap_until(end_s))
+        ended, _ = follow([walk((100, 100), (20, 0))], seconds=6, hidden=(0, 2.0, end_s))
         assert [track.number for track in ended] == numbers
 
 
@@ -229,9 +223,7 @@ def test_track_of_slow_pictures_is_split_at_every_other_person():
 @pytest.mark.skipif(not TRACKS.exists(), reason="no tracks next to VIDJAX_REAL_DATA")
 def test_real_tracks_are_split_only_if_they_show_two_people():
     """In 13 tracks, over a fifth of the faces show a second person. Fewer faces are a dissolve."""
-    with np.load(TRACKS) as file:
-        arrays = dict(file)
-
+    arrays = dict(np.load(TRACKS))
     split = {True: [], False: []}  # shows two people -> whether each track is split
     for low, high in zip(arrays["track_begin"][:-1], arrays["track_begin"][1:], strict=True):
         person = arrays["person"][low:high]
@@ -273,9 +265,9 @@ def test_warp_is_bilinear_interpolation(place):
 
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     x, y, _ = np.moveaxis(np.stack([u, v, np.ones_like(u)], -1) @ inverse.T, -1, 0)
-    options: Any = {"order": 1, "mode": "grid-constant"}  # bilinear; black outside of the picture
     channels = np.moveaxis(rgb.astype(float), -1, 0)
-    expected = [ndimage.map_coordinates(channel, (y, x), **options) for channel in channels]
+    bilinear = functools.partial(ndimage.map_coordinates, order=1, mode="grid-constant")
+    expected = [bilinear(channel, (y, x)) for channel in channels]  # black outside of the picture
 
     crop = align.warp_faces(rgb, matrix[None], 24)[0]
     assert crop.dtype == np.uint8 and np.abs(crop - np.stack(expected, -1)).max() <= 0.51
@@ -529,12 +521,10 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     long = "\U0001f600" * 300
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
     source = film("a.mp4", 25)
-    (tmp_path / "cuts").mkdir()
 
-    appearances = [seen(source, 1, 2, name) for name in names]
-    cuts.write(tmp_path / "cuts", appearances, [source], padding_s=1.0)
+    cuts.write(tmp_path, [seen(source, 1, 2, name) for name in names], [source], padding_s=1.0)
 
-    files = [path.name for path in (tmp_path / "cuts").iterdir()]
+    files = [path.name for path in tmp_path.iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     # 200 bytes and `.edl`.
     assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)

@@ -1,5 +1,13 @@
-"""XMP with tags of faces, as programs for photos spell it."""
+"""Metadata of photos: EXIF orientations, and XMP with tags of faces as each program spells it."""
 
+import numpy as np
+
+# EXIF orientation -> a function from the displayed picture to the stored picture.
+STORED = {
+    1: np.asarray, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1), 6: np.rot90, 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: lambda x: np.rot90(x, 3),
+}  # fmt: skip
 SPACES = {
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
     "mwg-rs": "http://www.metadataworkinggroup.com/schemas/regions/",
