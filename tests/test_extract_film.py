@@ -25,6 +25,12 @@ ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back"
 BOTH = [ADA, BACK]
 
 
+def shoot(path, models, *shots, unit="track", **options):
+    """Writes a film; returns what is extracted from it, and its clips."""
+    write_film(path, *shots, **options)
+    return extract(path, path.with_suffix(""), models, unit=unit)
+
+
 def read_tracks(path, models):
     """Returns (begin, end, name of the person) of each track of a film, in order of time."""
     extracted, clips = extract(path, path.with_suffix(""), models)
@@ -72,10 +78,10 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
 
 @pytest.mark.slow
 def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
-    write_film(tmp_path / "long.mkv", (30, 20, [("Ada", 0, 30)]), size=(96, 256))
-    extracted, clips = extract(tmp_path / "long.mkv", tmp_path / "out", drawn.models)
-    (track,) = extracted.tracks
-    number = clips[track.clip]["face_number"]
+    shot = (30, 20, [("Ada", 0, 30)])
+    _, clips = shoot(tmp_path / "long.mkv", drawn.models, shot, size=(96, 256))
+    (clip,) = clips.values()
+    number = clip["face_number"]
     assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
     assert number[0] < 20 and number[-1] > 280, "of 300 frames"
     assert np.diff(number).max() < 25
@@ -120,14 +126,9 @@ def _back(monkeypatch):
 
 
 @pytest.fixture
-def silent(drawn):
-    return drawn.models
-
-
-@pytest.fixture
-def models(silent):
+def models(drawn):
     """Nets of faces and voices."""
-    return write_voices(silent)
+    return write_voices(drawn.models)
 
 
 def add(models, role, **fields):
@@ -137,14 +138,13 @@ def add(models, role, **fields):
     return made_nets.write(models, role, role, **fields)
 
 
-def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, silent):
+def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, drawn):
     """A body is below the face, the head around it, and the scene is the whole picture."""
-    add(silent, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
-    add(silent, "body_embedder", around=[0, 1, 1, 3])
-    add(silent, "scene_embedder")
-    write_film(tmp_path / "film.mkv", (2, 20, [ADA]))
+    add(drawn.models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
+    add(drawn.models, "body_embedder", around=[0, 1, 1, 3])
+    add(drawn.models, "scene_embedder")
 
-    (clip,) = extract(tmp_path / "film.mkv", tmp_path / "out", silent)[1].values()
+    (clip,) = shoot(tmp_path / "film.mkv", drawn.models, (2, 20, [ADA]))[1].values()
 
     left, top, right, bottom = clip["face_box"].T
     side = right - left
@@ -159,15 +159,14 @@ def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, silent):
         np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
 
 
-def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, silent):
+def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, drawn):
     """A head without a face gives a track. A face without a head stays a track."""
     path = tmp_path / "film.mkv"
-    write_film(path, (2, 20, [*BOTH, EVE]))
-    _, before = extract(path, tmp_path / "before", silent)
+    _, before = shoot(path, drawn.models, (2, 20, [*BOTH, EVE]))
 
-    add(silent, "head_detector", **RED)
-    add(silent, "head_embedder")
-    extracted, clips = extract(path, tmp_path / "out", silent)
+    add(drawn.models, "head_detector", **RED)
+    add(drawn.models, "head_embedder")
+    extracted, clips = extract(path, tmp_path / "out", drawn.models)
 
     face_and_head = sorted(("face" in clip, "head" in clip) for clip in clips.values())
     assert face_and_head == [(False, True), (True, False), (True, True)]  # the back, Eve, Ada
@@ -179,46 +178,44 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, silen
         assert_equal({field: new[field] for field in old}, old)
 
 
-def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, silent):
-    add(silent, "head_detector", **RED)
-    add(silent, "head_embedder")
+def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, drawn):
+    add(drawn.models, "head_detector", **RED)
+    add(drawn.models, "head_embedder")
     drawn_people.write_photo(tmp_path / "photo.png", *BOTH)
 
-    extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", silent)
+    _, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
 
-    assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
+    assert {*clips} == {"photo"} and "face" in clips["photo"]
 
 
-def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, silent):
-    add(silent, "body_embedder")
+def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, drawn):
+    add(drawn.models, "body_embedder")
     words = ("body_embedder.json", '"around"', "body_detector")
-    refused(lambda: film.load_nets(cards.load(silent), 640), *words)
+    refused(lambda: film.load_nets(cards.load(drawn.models), 640), *words)
 
-    add(silent, "body_detector", **RED)
-    write_film(tmp_path / "film.mkv", (2, 20, [ADA, EVE]))
-    _, clips = extract(tmp_path / "film.mkv", tmp_path / "out", silent)
+    add(drawn.models, "body_detector", **RED)
+    _, clips = shoot(tmp_path / "film.mkv", drawn.models, (2, 20, [ADA, EVE]))
     assert sorted("body" in clip for clip in clips.values()) == [False, True]  # Eve is not red
 
-    card = add(silent, "body_embedder", around=[0, 1, 0, 2])  # a box without width
+    card = add(drawn.models, "body_embedder", around=[0, 1, 0, 2])  # a box without width
     refused(lambda: cards.read(card), "body_embedder", "around")
 
 
-def test_galleries_do_not_use_body_and_scene_embeddings(silent):
+def test_galleries_do_not_use_body_and_scene_embeddings(drawn):
     for part in ("head", "body", "scene"):
-        add(silent, f"{part}_embedder", back_end=made_nets.back_end())
-    _, back_ends = make_models_origin(silent)
+        add(drawn.models, f"{part}_embedder", back_end=made_nets.back_end())
+    _, back_ends = make_models_origin(drawn.models)
     assert {*back_ends} == {"face", "head"}
 
 
 @pytest.mark.usefixtures("read_here")
-def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, recwarn):
+def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, models, recwarn):
     """Only the head of BACK is found. Without a back end, the gallery does not compare heads.
 
     Ada has a photo, and Eve has none.
     """
-    write_voices(drawn.models)
-    add(drawn.models, "head_detector", **RED)
-    add(drawn.models, "head_embedder")
+    add(models, "head_detector", **RED)
+    add(models, "head_embedder")
     drawn.befriend("Ada")
     write_film(drawn.folder / "film.mkv", (2, 20, [*BOTH, EVE]))
 
@@ -245,19 +242,12 @@ def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
     assert sorted(drawn.names().values()) == ["Ada", "unknown 1"]
 
 
-def hear(folder, models, name, *shots, unit="track", **sound):
-    """Writes a film with sound; returns what is extracted from it, and its clips."""
-    path = folder / name
-    write_film(path, *shots, **sound)
-    return extract(path, folder / path.stem, models, unit=unit)
-
-
 def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):
     """A tone begins at 1 s of the first shot; the second shot has two faces."""
     sound = tone(440, 12)
     sound[:16_000] = 0
     shots = (4, 20, [ADA]), (4, 60, [ADA, BOB]), (4, 35, [BOB])
-    extracted, clips = hear(tmp_path, models, "film.mkv", *shots, sound=sound)
+    extracted, clips = shoot(tmp_path / "film.mkv", models, *shots, sound=sound)
 
     voice = {name for name, arrays in clips.items() if "audio" in arrays}
     assert voice == {"film.s000.t00", "film.s002.t00"} and extracted.voices == 2
@@ -283,23 +273,22 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
 
 @pytest.mark.slow
 def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, models, drawn):
-    shots = (4, 20, [ADA]), (4, 60, [BOB])
-    sound = tone(440, 8)
+    path, shots = tmp_path / "broken.mkv", ((4, 20, [ADA]), (4, 60, [BOB]))
 
     # The sound of the first shot is broken.
-    extracted, clips = hear(tmp_path, models, "broken.mkv", *shots, sound=sound, broken=0.5)
+    extracted, clips = shoot(path, models, *shots, sound=tone(440, 8), broken=0.5)
 
     assert [name for name, clip in clips.items() if "audio" in clip] == ["broken.s001.t00"]
     assert extracted.lost_sound > 10 and not extracted.damaged and extracted.refused == 0
 
-    _, warnings = drawn.extract(tmp_path / "broken.mkv")
+    _, warnings = drawn.extract(path)
     assert f"{extracted.lost_sound:,} pieces of sound could not be decoded" in warnings
 
 
 @pytest.mark.slow
 def test_films_without_sound_have_no_voices(tmp_path, models):
     for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
-        extracted, clips = hear(tmp_path, models, f"{name}.mkv", (4, 20, [ADA]), sound=sound)
+        extracted, clips = shoot(tmp_path / f"{name}.mkv", models, (4, 20, [ADA]), sound=sound)
         assert len(clips) == 1 and extracted.voices == 0 and extracted.lost_sound == 0
 
 
@@ -307,11 +296,11 @@ def test_films_without_sound_have_no_voices(tmp_path, models):
 def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
     """Bob leaves the picture in the first shot. The second shot always shows two people."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
-    sound = {"sound": tone(440, 16), "size": (240, 320)}
-    _, clips = hear(tmp_path, models, "film.mkv", *shots, unit="shot", **sound)
+    path, options = tmp_path / "film.mkv", {"sound": tone(440, 16), "size": (240, 320)}
+    _, clips = shoot(path, models, *shots, unit="shot", **options)
     assert {*clips} == {"film.s000", "film.s002"}
 
-    extracted, by_track = extract(tmp_path / "film.mkv", tmp_path / "tracks", models)
+    extracted, by_track = extract(path, tmp_path / "tracks", models)
     # Bob leaves. Ada stays until 8 s.
     gone = max(each.end_s for each in extracted.tracks if each.shot == 0 and each.end_s < 7)
     begins = clips["film.s000"]["audio_number"]
@@ -343,8 +332,8 @@ def speak(tmp_path, models):
     """Returns a function: name of a face, pitch of a voice -> the frames of both in a film."""
 
     def extract_clip(name, hertz):
-        shot, sound = (4, 20, [(name, 40, 40)]), tone(hertz, 4)
-        (arrays,) = hear(tmp_path, models, f"{name}{hertz}.mkv", shot, sound=sound)[1].values()
+        path, shot = tmp_path / f"{name}{hertz}.mkv", (4, 20, [(name, 40, 40)])
+        (arrays,) = shoot(path, models, shot, sound=tone(hertz, 4))[1].values()
         return {
             part: {"features": arrays[part], "quality": arrays[f"{part}_quality"]}
             for part in ("face", "audio")
