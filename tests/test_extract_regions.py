@@ -19,7 +19,7 @@ MWG = xmp.packet(xmp.attributes(SPELLED))
 BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(
     "Ada" * 1000, "&a;" * 1000, "&b;" * 1000
 ).encode()
-DEEP = xmp.packet("<rdf:Bag><rdf:li>" * 60_000 + "</rdf:li></rdf:Bag>" * 60_000)
+DEEP = xmp.packet("<MPRI:Regions><rdf:li>" * 60_000 + "</rdf:li></MPRI:Regions>" * 60_000)
 FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # in a picture of 400 x 300 pixels
 
 
@@ -141,7 +141,7 @@ HOSTILE = {
     "entities": (lambda: BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined", 0),
     "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "does not end within", 0),
     "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
-    "deep": (lambda: DEEP.replace(b"rdf:Bag", b"MPRI:Regions"), "", 0),
+    "deep": (lambda: DEEP, "", 0),
     "prefix": (lambda: MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),
     "10,000": (lambda: xmp.packet(xmp.attributes([EVE] * 10_000)), "more than 500 face tags", 500),
     "a large packed one": (lambda: photo("png, packed", b" " * 50_000_000 + MWG), "", 0),

@@ -15,21 +15,19 @@ from vidjax.data.iqiyi_vid import find_pickles
 from vidjax.data.untrusted import sandbox
 
 
-def clips(rng, lengths, width=8):
-    """Returns clips of these lengths. A frame is [number, box, detection, quality, features]."""
-    scores = ((500 * rng.uniform(size=4)).tolist(), float(rng.uniform()), float(rng.normal()))
-
-    def frame(number):
-        return [b"%d" % number, *scores, rng.normal(size=width).astype(np.float16)]
-
-    return {b"c%d" % clip: [*map(frame, range(count))] for clip, count in enumerate(lengths)}
-
-
 def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     """The child process does not import modules, such as numpy.py, from the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('wrong module')")
-    value = clips(np.random.default_rng(0), [3, 0, 2, 40])
+    rng = np.random.default_rng(0)
+
+    def frame(number):
+        box, detection, quality = 500 * rng.uniform(size=4), *rng.normal(size=2)
+        features = rng.normal(size=8).astype(np.float16)
+        return [b"%d" % number, box.tolist(), float(detection), float(quality), features]
+
+    lengths = {b"c0": 3, b"c1": 0, b"c2": 2, b"c3": 40}
+    value = {clip: [*map(frame, range(count))] for clip, count in lengths.items()}
     value[b"c2"][1][4][5] = np.nan  # a feature of frame 1
     kept = [entry for entries in value.values() for entry in entries if np.isfinite(entry[4]).all()]
 

@@ -81,22 +81,19 @@ def double(path: Path, made: Path, *, cover: bool) -> None:
     with av.open(str(path)) as one, av.open(str(path)) as other, av.open(str(made), "w") as both:
         sources = (one, other)
         streams = [both.add_stream_from_template(source.streams.video[0]) for source in sources]
-        still = None
         if cover:
             still = both.add_stream("mjpeg")
             assert isinstance(still, av.VideoStream)
             still.width, still.height, still.pix_fmt = 160, 120, FORMATS["mjpeg"]
             still.disposition = Disposition.attached_pic
+            packet = av.Packet(photo(scene(0), "mjpeg"))
+            packet.stream = still
+            both.mux(packet)
         for source, stream in zip(sources, streams, strict=True):
             for packet in source.demux(video=0):
                 if packet.dts is not None:
                     packet.stream = stream
                     both.mux(packet)
-        if still:
-            frame = av.VideoFrame.from_ndarray(scene(0), format="rgb24")
-            frame.pts = 0
-            frame = frame.reformat(format=FORMATS["mjpeg"])
-            both.mux([*still.encode(frame), *still.encode(None)])
 
 
 def _sound(

@@ -46,7 +46,7 @@ def attributes(tags, shape=(400, 300), unit=' stArea:unit="normalized"', kind="F
     )
 
 
-def elements(tags, shape=(400, 300), resource=RESOURCE, bag="Seq"):
+def elements(tags, resource=RESOURCE, bag="Seq"):
     """Returns regions in elements, as of Apple, Picasa and ExifTool."""
     begin, end = (f" {resource}>", "") if resource else ("><rdf:Description>", "</rdf:Description>")
     items = "".join(
@@ -57,8 +57,8 @@ def elements(tags, shape=(400, 300), resource=RESOURCE, bag="Seq"):
         for name, x, y, w, h in tags
     )
     return (
-        f"<mwg-rs:Regions{begin}<mwg-rs:AppliedToDimensions{begin}<stDim:w>{shape[0]}</stDim:w>"
-        f"<stDim:h>{shape[1]}</stDim:h>{end}</mwg-rs:AppliedToDimensions><mwg-rs:RegionList>"
+        f"<mwg-rs:Regions{begin}<mwg-rs:AppliedToDimensions{begin}<stDim:w>400</stDim:w>"
+        f"<stDim:h>300</stDim:h>{end}</mwg-rs:AppliedToDimensions><mwg-rs:RegionList>"
         f"<rdf:{bag}>{items}</rdf:{bag}></mwg-rs:RegionList>{end}</mwg-rs:Regions>"
     )
 
