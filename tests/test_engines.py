@@ -93,7 +93,6 @@ def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monk
 
 
 def test_file_that_changes_during_the_conversion_is_refused(tmp_path):
-    """A file of val changes, but its time of change stays the same."""
     folder = clip_files.write_npz(tmp_path / "source", SOME)
     clip = folder / "val" / "1_030.npz"
 
@@ -101,7 +100,7 @@ def test_file_that_changes_during_the_conversion_is_refused(tmp_path):
         def read(self, scratch, non_finite):
             features, stat = super().read(scratch, non_finite), clip.stat()
             clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
-            os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the times stay the same
             return features
 
     with pytest.raises(ValueError, match="changed while they were converted"):

@@ -109,7 +109,6 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
 
 
 def test_suppression_keeps_the_better_of_two_overlapping_faces():
-    """The oracle visits the faces in the order of their scores."""
     corner, size = rng(0).uniform(0, 60, (60, 2)), rng(1).uniform(5, 40, (60, 2))
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60

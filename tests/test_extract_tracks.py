@@ -347,13 +347,6 @@ def landscape(rng, bright):
     return np.clip(picture + rng.uniform(60, 170, 3), 0, 255) * bright
 
 
-def view(picture, x, y, zoom):
-    """Returns what a camera sees around (x, y), float [36, 64, 3]."""
-    rows = np.clip(y + np.linspace(-70, 70, 72) * zoom, 0, 239).astype(int)
-    columns = np.clip(x + np.linspace(-125, 125, 128) * zoom, 0, 479).astype(int)
-    return picture[rows][:, columns].reshape(36, 2, 64, 2, 3).mean((1, 3))
-
-
 def shot(rng, camera, frames, bright):
     """Returns a shot with a head that walks through it, float [frames, 36, 64, 3]."""
     background, colour = landscape(rng, bright), rng.uniform(0, 255, 3) * bright
@@ -371,7 +364,10 @@ def shot(rng, camera, frames, bright):
     for n in range(frames):
         picture = background.copy()
         picture[95:145, head[n] - 18 : head[n] + 18] = colour
-        pictures.append(view(picture, x[n], y[n], zoom[n]))
+        # The camera sees the part of the picture around (x, y).
+        rows = np.clip(y[n] + np.linspace(-70, 70, 72) * zoom[n], 0, 239).astype(int)
+        columns = np.clip(x[n] + np.linspace(-125, 125, 128) * zoom[n], 0, 479).astype(int)
+        pictures.append(picture[rows][:, columns].reshape(36, 2, 64, 2, 3).mean((1, 3)))
     return np.array(pictures)
 
 

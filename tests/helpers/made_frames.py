@@ -27,13 +27,13 @@ def pad(frames, count):
     return jax.tree.map(lambda a, b: np.concatenate([a, b.astype(a.dtype)], 1), frames, garbage)
 
 
-def one_hot_frames(quality, detection=1.0, *, padding=3, dim=None, dtype="float16"):
+def one_hot_frames(quality, detection=1.0, *, padding=3, dtype="float16"):
     """Returns one clip whose frame t is the t-th unit vector, so a fused frame shows the shares."""
     length = len(quality)
     total = length + padding
     real = np.arange(total) < length
     return Frames(
-        features=np.eye(total, dim or length, dtype=dtype)[None],
+        features=np.eye(total, length, dtype=dtype)[None],
         quality=np.pad(np.array([quality], np.float32), ((0, 0), (0, padding))),
         detection=np.pad(np.broadcast_to(np.float32(detection), length), (0, padding))[None],
         number=np.arange(total, dtype=np.int32)[None],
