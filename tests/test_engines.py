@@ -163,11 +163,11 @@ def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
         "cpu/pod/one/cpu.cfs_quota_us": 50000, "cpu/pod/one/cpu.cfs_period_us": 100000,
     }, 16 * MB, 8 * MB, 1),
 ])  # fmt: skip
-def test_memory_and_cores_are_read_from_the_cgroups_of_a_container(
-    tmp_path, groups, files, most, free, cores
-):
+def test_memory_and_cores_are_read_from_cgroups(tmp_path, groups, files, most, free, cores):
     texts = {f"sys/fs/cgroup/{name}": f"{value}\n" for name, value in files.items()}
-    for name, text in (texts | ({"proc/self/cgroup": groups} if groups else {})).items():
+    if groups:
+        texts["proc/self/cgroup"] = groups
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
 

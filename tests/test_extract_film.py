@@ -16,8 +16,8 @@ from vidjax.apps.gallery.gallery import Gallery, make_models_origin
 from vidjax.apps.video import cards, film, pipeline, voices
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
-# Name -> signs of the colour minus the mean that the net subtracts.
-PEOPLE = {"Ada": (1, 1, -1), "Bob": (1, -1, 1), "Eve": (-1, 1, 1)}
+# Signs of the colour of a face minus the mean that the net subtracts -> name.
+PEOPLE = {(1, 1, -1): "Ada", (1, -1, 1): "Bob", (-1, 1, 1): "Eve"}
 # A detector of red: it finds Ada, Bob and the back of a head, but not Eve.
 RED = {"content": made_nets.detector((0.8, 0, 0))}
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
@@ -36,9 +36,8 @@ def read_tracks(path, models):
     extracted, clips = extract(path, path.with_suffix(""), models)
     rows = []
     for track in extracted.tracks:
-        mean = clips[track.clip]["face"].mean(0)[:3]
-        name = max(PEOPLE, key=lambda name, mean=mean: mean @ PEOPLE[name])
-        rows.append((round(track.start_s, 3), round(track.end_s, 3), name))
+        signs = np.sign(clips[track.clip]["face"].mean(0)[:3])
+        rows.append((round(track.start_s, 3), round(track.end_s, 3), PEOPLE[tuple(signs)]))
     return rows
 
 

@@ -156,7 +156,7 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
 
     order = [0, 1, 2] if colour == "rgb" else [2, 1, 0]
     x = (crops.astype(float)[..., order] - mean) * scale
-    expected = x.reshape(3, -1) @ made_nets.embedder_weights().astype(float)
+    expected = x.reshape(3, -1) @ made_nets.WEIGHTS.astype(float)
 
     vectors = embedder(crops)
 
@@ -189,7 +189,7 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     """A card contains four numbers of the answer of the net for an image that a formula gives."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
-    vector = image @ made_nets.embedder_weights().astype(float)
+    vector = image @ made_nets.WEIGHTS.astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)

@@ -247,20 +247,18 @@ def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
-@pytest.mark.parametrize(("most_pixels", "refused"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
-def test_pictures_that_grow_beyond_the_limit_are_left_out(
-    tmp_path, monkeypatch, most_pixels, refused
-):
+@pytest.mark.parametrize(("limit", "lost"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
+def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch, limit, lost):
     """Two MPEG streams of different sizes, one after the other, are one film."""
     small, large = [films.scene(0, 120, 160)] * 10, [films.scene(0, 480, 640)] * 10
     films.write(tmp_path / "small.ts", small)
     films.write(tmp_path / "large.ts", large)
     path = tmp_path / "grows.ts"
     path.write_bytes(b"".join((tmp_path / f"{x}.ts").read_bytes() for x in ("small", "large")))
-    monkeypatch.setattr(decode, "MOST_PIXELS", most_pixels)
+    monkeypatch.setattr(decode, "MOST_PIXELS", limit)
 
     frames, video = read(path, fps=25)
 
     widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
-    assert widths == ({160} if refused else {160, 640})
-    assert video.counts.refused == refused
+    assert widths == ({160} if lost else {160, 640})
+    assert video.counts.refused == lost

@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 SIDE, WIDTH = 8, 5  # of the embedder's crops and vectors
 FACE = 16  # side in pixels of the squares that the detector finds
 POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
+# The matrix of the embedder, for pixels row by row in rgb.
+WEIGHTS = np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, WIDTH)).astype(np.float32)
 # Inputs of Silero's net in addition to the samples.
 SILERO = {"state": (TensorProto.FLOAT, [2, "B", 128]), "sr": (TensorProto.INT64, [])}
 IMAGE = {
@@ -23,19 +25,14 @@ CARD = {
 }  # fmt: skip
 
 
-def embedder_weights():
-    """Returns the matrix [8 * 8 * 3, 5] of the embedder, for pixels row by row in rgb."""
-    return np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, WIDTH)).astype(np.float32)
-
-
 def colours():
     """Returns the matrix [8 * 8 * 3, 5] of an embedder that averages each colour of a crop."""
     return np.tile(np.eye(3, WIDTH, dtype=np.float32), (SIDE * SIDE, 1)) / SIDE**2
 
 
-def embedder(layout="NCHW", weights=None):
+def embedder(layout="NCHW", weights=WEIGHTS):
     """Returns the net x -> x W. The rows of W are in the order of the layout."""
-    weights, shape = embedder_weights() if weights is None else weights, [SIDE, SIDE, 3]
+    shape = [SIDE, SIDE, 3]
     if layout == "NCHW":
         weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
         shape = [3, SIDE, SIDE]
