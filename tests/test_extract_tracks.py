@@ -33,7 +33,7 @@ def walk(start, speed):
 
 
 def follow(people, seconds, *, fps=5, noise=1.0, hidden=(0, 0.0, 0.0), seed=0):
-    """Tracks people, given as functions of time. `hidden` is a person and two times in seconds.
+    """Tracks people, given as functions of time. `hidden` is (person, begin, end) of a gap.
 
     Returns the tracks, and for each track the numbers of the people in it.
     """

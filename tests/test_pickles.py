@@ -121,28 +121,21 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     refused(lambda: truth(tmp_path, both, "gt.txt"), "gt.txt: no name ends in .mp4")
 
 
-WRONG_LABELS = (
-    ("\ufeff\n \n", "is empty: write one line per clip"),
-    (b"a.mp4 1\n\xff.mp4 2\n", "line 2 is not UTF-8 text (byte 8)"),
-    ("a.mp4 1\nb.mp4 2 3\n", "line 2: the line has 3 words: write a clip and its"),
-    ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
-    ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
-    ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with the identity 1"),
-    ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: identity x is not a whole number, unlike most"),
-    ("0 b.mp4\n1 a.mp4\n", "line 1: identity 0 is less than 1"),
-)
-WRONG_WEIGHTS = (
-    ("a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 words: write a clip and its w"),
-    ("a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
-    ("a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
-    ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
-    ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips have no features, for example x\nat most 1% is allowed"),
-    ("a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe file names a.avi, "),
-)
-
-
 @pytest.mark.parametrize(("read", "text", "expected"), [
-    *((truth, *case) for case in WRONG_LABELS), *((weights, *case) for case in WRONG_WEIGHTS),
+    (truth, "\ufeff\n \n", "is empty: write one line per clip"),
+    (truth, b"a.mp4 1\n\xff.mp4 2\n", "line 2 is not UTF-8 text (byte 8)"),
+    (truth, "a.mp4 1\nb.mp4 2 3\n", "line 2: the line has 3 words: write a clip and its"),
+    (truth, "a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
+    (truth, "1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
+    (truth, "1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with the identity 1"),
+    (truth, "a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: identity x is not a whole number, unlike most"),
+    (truth, "0 b.mp4\n1 a.mp4\n", "line 1: identity 0 is less than 1"),
+    (weights, "a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 words: write a clip and its w"),
+    (weights, "a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
+    (weights, "a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
+    (weights, "a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
+    (weights, "a.mp4 1\nx.mp4 1\n", "1 of 2 clips have no features, for example x\nat most 1%"),
+    (weights, "a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe file names a.avi, "),
 ])  # fmt: skip
 def test_errors_in_label_and_weight_files_name_the_line(read, text, expected, tmp_path):
     message = refused(lambda: read(tmp_path, text), expected)

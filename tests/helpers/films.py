@@ -111,8 +111,7 @@ def _sound(
         frame.time_base = Fraction(1, rate)
         packets += stream.encode(frame)
     packets += stream.encode(None)
-    for number in range(round(broken * len(packets))):
-        old = packets[number]
+    for number, old in enumerate(packets[: round(broken * len(packets))]):
         bad = packets[number] = av.Packet(bytes(range(200)))
         bad.pts, bad.dts, bad.time_base, bad.stream = old.pts, old.dts, old.time_base, stream
     return packets

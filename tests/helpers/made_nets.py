@@ -46,19 +46,16 @@ def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
 
     `channels` are the weights of red, green and blue in the score of a square.
     """
-    weights = np.array(channels, np.float32) / FACE**2
-    kernel = np.tile(weights[None, :, None, None], (1, 1, FACE, FACE))
+    mean = np.array(channels, np.float32) / FACE**2 / 255
+    kernel = np.tile(mean[None, :, None, None], (1, 1, FACE, FACE))
     zero = np.zeros((1, 3, 1, 1), np.float32)
     constants = {
         "scale": np.log([FACE / 4, FACE / 4]),
         "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
         "points": POINTS[:, ::-1].ravel(),
     }
-    weights = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}
-    nodes = [
-        helper.make_node("Conv", ["x", "kernel"], ["mean"], strides=[4, 4], pads=[8, 8, 4, 4]),
-        helper.make_node("Mul", ["mean", "gain"], ["heat"]),
-    ]
+    weights, pads = {"kernel": kernel}, [8, 8, 4, 4]
+    nodes = [helper.make_node("Conv", ["x", "kernel"], ["heat"], strides=[4, 4], pads=pads)]
     for name, values in constants.items():
         weights[f"{name}_w"] = np.repeat(zero, len(values), 0)
         weights[f"{name}_b"] = values.astype(np.float32)
