@@ -317,10 +317,6 @@ def test_sharpness_separates_detail_from_film_grain():
 
 
 def test_dark_glasses_are_detected_and_shadows_are_not():
-    """The first three pictures show bare eyes, lit evenly, lit from one side, and in the dark.
-
-    The other pictures show dark glasses, one dark lens, and nothing.
-    """
     y, x = np.mgrid[:150, :150]
     bare = np.full((150, 150), 150.0)
     for eye in TEMPLATE[:2]:
@@ -331,6 +327,7 @@ def test_dark_glasses_are_detected_and_shadows_are_not():
     lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
     glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
 
+    # Eyes that are lit evenly, from one side, and dimly; glasses, one dark lens, and nothing.
     pictures = [bare, lit, 0.2 * bare, glasses, np.where(lens, 30.0, bare), 0 * bare]
     crops = np.array(pictures).astype(np.uint8)[..., None].repeat(3, -1)
     assert align.has_dark_eyes(crops, TEMPLATE).tolist() == [False] * 3 + [True, False, False]
