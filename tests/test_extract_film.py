@@ -78,9 +78,9 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
 @pytest.mark.slow
 def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
     shot = (30, 20, [("Ada", 0, 30)])
-    _, clips = shoot(tmp_path / "long.mkv", drawn.models, shot, size=(96, 256))
-    (clip,) = clips.values()
-    number = clip["face_number"]
+    extracted, clips = shoot(tmp_path / "long.mkv", drawn.models, shot, size=(96, 256))
+    (track,) = extracted.tracks
+    number = clips[track.clip]["face_number"]
     assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
     assert number[0] < 20 and number[-1] > 280, "of 300 frames"
     assert np.diff(number).max() < 25
@@ -182,9 +182,9 @@ def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, drawn):
     add(drawn.models, "head_embedder")
     drawn_people.write_photo(tmp_path / "photo.png", *BOTH)
 
-    _, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
+    extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
 
-    assert {*clips} == {"photo"} and "face" in clips["photo"]
+    assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 
 def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, drawn):
