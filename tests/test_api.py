@@ -13,6 +13,14 @@ from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import RunFolder
 
 KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
+UNTYPED: Any = vidjax  # tests give arguments of wrong types
+
+
+def refused(message, function, *arguments, **options):
+    """Asserts that a function raises a short error, which names no flag of the command."""
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        function(*arguments, **options)
+    assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +68,12 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     with pytest.raises(ValueError, match=r"config\.eval\.report=True"):  # `words` set False
         tested.average_precisions()
 
-    run: Any = vidjax.restore(folder, num_devices=1)  # arguments of wrong types are intended
+    run = UNTYPED.restore(folder, num_devices=1)
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
     assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # new: person_2
-    for call, message in (
-        (lambda: run.rank(str(folder)), "clips must be a dict .* not str"),
-        (lambda: run.identify(new, "2"), "identify: k must be a number"),
-        (lambda: run.identify(new, threshold="0.5"), "identify: threshold must be a score"),
-    ):
-        with pytest.raises(TypeError, match=message):
-            call()
+    refused("clips must be a dict .* not str", run.rank, str(folder))
+    refused("identify: k must be a number", run.identify, new, "2")
+    refused("identify: threshold must be a score", run.identify, new, threshold="0.5")
 
 
 def test_results_contain_average_precisions_and_user_defined_metrics(tmp_path):
@@ -90,47 +94,36 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
     )
 
 
-@pytest.fixture
-def call():
-    """Returns the module vidjax without its types, as tests give arguments of wrong types."""
-    functions: Any = vidjax
-    return functions
+def test_load_config_describes_the_expected_arguments():
+    load = UNTYPED.load_config
+
+    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load, "mma", {"seed": 1})
+    refused(r"such as '--config\.seed=1'", load, "mma", "config.seed=1")
+    refused("load_config: spec must be a name .* not None", load, None)
 
 
-def refused(message, function, *arguments, **options):
-    """Asserts that a function raises a short error, which names no flag of the command."""
-    with pytest.raises((ValueError, TypeError), match=message) as caught:
-        function(*arguments, **options)
-    assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
+def test_load_data_describes_the_expected_arguments(clips, labels, official_dir, tmp_path):
+    config, load = vidjax.load_config(KNN), UNTYPED.load_data
+
+    refused("load_data: source must be a folder, .* not list", load, [clips])
+    refused(r"set config\.data\.cache_dir", load, config, cache_dir=tmp_path)
+    refused(r"set config\.data\.quality", load, config, quality="norm")
+    refused(r"config\.data\.dir", load, config, labels)
+    refused("leave `quality` out", load, official_dir, quality="norm")
+    refused(r"train_gt\.txt", load, official_dir, labels)
+    refused("'.*new' does not exist", load, tmp_path / "new")
+    refused("labels must be a dict", load, clips, [1])
 
 
-def test_load_config_describes_the_expected_arguments(call):
-    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", call.load_config, "mma", {"seed": 1})
-    refused(r"such as '--config\.seed=1'", call.load_config, "mma", "config.seed=1")
-    refused("load_config: spec must be a name .* not None", call.load_config, None)
-
-
-def test_load_data_describes_the_expected_arguments(call, clips, labels, official_dir, tmp_path):
-    config = vidjax.load_config(KNN)
-
-    refused("load_data: source must be a folder, .* not list", call.load_data, [clips])
-    refused(r"set config\.data\.cache_dir", call.load_data, config, cache_dir=tmp_path)
-    refused(r"set config\.data\.quality", call.load_data, config, quality="norm")
-    refused(r"config\.data\.dir", call.load_data, config, labels)
-    refused("leave `quality` out", call.load_data, official_dir, quality="norm")
-    refused(r"train_gt\.txt", call.load_data, official_dir, labels)
-    refused("'.*new' does not exist", call.load_data, tmp_path / "new")
-    refused("labels must be a dict", call.load_data, clips, [1])
-
-
-def test_train_and_restore_describe_the_expected_arguments(call, made, tmp_path):
+def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
+    train, restore = UNTYPED.train, UNTYPED.restore
     config, misspelt, new = vidjax.load_config(KNN), vidjax.load_config(KNN), tmp_path / "new"
     misspelt.optim.learn_rate = 1
 
-    refused("train: config must be a configuration", call.train, str(new), config, made)
-    refused("train: workdir must be the path of a folder", call.train, config, made, new)
-    refused("data must be the result of vidjax.load_data", call.train, config, new, str(new))
-    refused(r"learn_rate .*optim\.learning_rate", call.train, misspelt, new, made)
-    refused("restore: workdir must be the path", call.restore, config)
-    refused(f"no run in '{new}'", call.restore, new)
+    refused("train: config must be a configuration", train, str(new), config, made)
+    refused("train: workdir must be the path of a folder", train, config, made, new)
+    refused("data must be the result of vidjax.load_data", train, config, new, str(new))
+    refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
+    refused("restore: workdir must be the path", restore, config)
+    refused(f"no run in '{new}'", restore, new)
     assert not new.exists()

@@ -80,8 +80,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
 
-    words = f"--config.data.dir={folder}/official", "--config.eval.split=train"
-    code, lines = check_run(*words)
+    code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
 
     assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
 
@@ -90,15 +89,13 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     check, official_dir, cache_dir
 ):
     spec = f"{Path(__file__).parents[1]}/configs/mma.py:iqiyi_vid,face,head,audio"
-    words = (f"--config={spec}", f"--config.data.cache_dir={cache_dir}")
-    official = f"--config.data.dir={official_dir}"
+    words = [f"--config={spec}", f"--config.data.cache_dir={cache_dir}"]
+    official = [*words, f"--config.data.dir={official_dir}"]
 
-    assert check(*words, official)[1][-1] == "all good"
-    for message, given in (
-        ("config.data.dir", []),
-        ("embed_dim", [official, "--config.model.embed_dim=0"]),
-    ):
-        code, lines = check(*words, *given)
+    assert check(*official)[1][-1] == "all good"
+    no_width = [*official, "--config.model.embed_dim=0"]
+    for message, given in (("config.data.dir", words), ("embed_dim", no_width)):
+        code, lines = check(*given)
         assert code == 2 and message in lines[-2], lines
 
 

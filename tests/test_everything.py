@@ -59,9 +59,8 @@ def test_run_on_everything_ranks_the_test_split(everything):
 
     results = read_metrics(folder)
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
-    lists = made_runs.lists(folder / "ranking.txt")
-    assert len(lists) == 12
-    assert all("_TEST_" in name for names in lists.values() for name in names)
+    lists = made_runs.lists(folder / "ranking.txt").values()
+    assert len(lists) == 12 and all("_TEST_" in name for names in lists for name in names)
     assert "MAP@100     none: test has no ground truth" in out
 
 

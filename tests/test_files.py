@@ -152,17 +152,16 @@ def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, 
 
 
 def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
-    for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
-        checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
+    for step, facts in enumerate(({"map": 0.2}, {"map": 0.9}, {"map": 0.5}, {}, {"map": 0.1}), 1):
+        checkpoint.save(tmp_path, step, items, facts)
 
     assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
 
-def test_latest_and_last_evaluated_checkpoints_are_kept(tmp_path, items):
-    """The last evaluated checkpoint replaces the second latest."""
-    for step in (1, 2, 3, 4):
-        facts = {"evaluated": True, "map": 0.5} if step < 3 else {}
+def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path, items):
+    evaluated = {"evaluated": True, "map": 0.5}
+    for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
         checkpoint.save(tmp_path, step, items, facts)
 
     assert list(checkpoint.manifests(tmp_path)) == [2, 4]

@@ -26,8 +26,6 @@ PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 # Packages that are installed on a hosted machine, in versions above our lower bounds.
 HOSTED = {"jax": "0.99.0", "jaxlib": "0.99.0", "numpy": "2.2.6", "tensorflow": "2.20.0"}
 
-notebooks = pytest.mark.parametrize("name", PATHS)
-
 
 def read(name):
     notebook: Any = nbformat.reads(PATHS[name].read_text(), as_version=4)
@@ -43,7 +41,7 @@ def output_texts(cell):
                 yield text if isinstance(text, str) else json.dumps(text)
 
 
-@notebooks
+@pytest.mark.parametrize("name", PATHS)
 def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     code = [cell for cell in read(name).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

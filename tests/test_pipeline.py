@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
-from tests.helpers.clip_files import RAGGED, ragged_clips, random_clip, write_ragged
+from tests.helpers.clip_files import RAGGED, as_read, ragged_clips, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.core.batch import Frames
@@ -37,12 +37,8 @@ def take(dataset, count, **options):
 def source_clip(dataset, split, modality, index):
     """Returns the frames that a batch must contain of a clip of CLIPS."""
     empty = random_clip(np.random.default_rng(0), 0, RAGGED[modality])
-    clip = CLIPS[split][modality].get(dataset.split(split).clips[index], empty)
-    if modality == "face":
-        return clip
-    ones = np.ones(len(clip.features), np.float32)  # without scores
-    clip = clip._replace(quality=0 * ones, detection=ones)
-    return clip if modality == "body" else clip._replace(number=np.zeros(len(ones), np.int32))
+    name = dataset.split(split).clips[index]
+    return as_read(modality, CLIPS[split][modality].get(name, empty))
 
 
 def real_fields(frames):

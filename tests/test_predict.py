@@ -1,7 +1,6 @@
 """`predict.restore`: a run scores clips in memory exactly as `vidjax evaluate` does."""
 
 import functools
-import pickle
 import resource
 import shutil
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from tests.helpers import clip_files, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
-from vidjax.data import iqiyi_vid, sources
+from vidjax.data import sources
 from vidjax.evaluation import predict
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs import config as config_lib
@@ -40,24 +39,12 @@ def restored(train):
 
 
 @pytest.fixture(scope="module")
-def clips(official_dir):
-    """The official files as arrays: split -> clip -> modality -> field -> frames.
-
-    The clips are in the reverse order of the files.
-    """
-    splits: Any = {}
-    for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
-        for name, frames in reversed(pickle.loads(path.read_bytes()).items()):
-            frames = [[frames]] if modality == "audio" else frames
-            *columns, features = zip(*frames, strict=True) if frames else [()]
-            fields = dict(zip(("number", "box", "detection", "quality"), columns, strict=False))
-            # Files without frame numbers or qualities are converted with 0.
-            fields = {"number": [0] * len(frames), "quality": [0] * len(frames), **fields}
-            fields["number"] = [int(number) for number in fields["number"]]
-            shape = len(frames), clip_files.WIDTHS[modality]
-            fields["features"] = np.array(features, "f2").reshape(shape)
-            splits.setdefault(split, {}).setdefault(name.decode(), {})[modality] = fields
-    return splits
+def clips():
+    """The clips of the official files, in reverse order: split -> clip -> modality -> frames."""
+    return {
+        split: dict(reversed(clip_files.as_arrays(clips).items()))
+        for split, clips, _ in clip_files.learnable_clips()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +188,7 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
 def test_threshold_needs_at_least_99_distractors(restored, new):
     """The threshold lets 1 % of strangers pass."""
     run = restored("knn")
-    with_face = {name: clip for name, clip in new.items() if clip["face"]["number"]}
+    with_face = {name: clip for name, clip in new.items() if len(clip["face"]["number"])}
     three = first(with_face, 3)
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))

@@ -2,7 +2,7 @@
 
 import csv
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,26 @@ def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="floa
         number=np.sort(rng.integers(0, 1000, num_frames)).astype(np.int32),
         box=rng.uniform(0, 500, (num_frames, 4)).astype(np.float32),
     )
+
+
+def as_read(modality: str, clip: Clip) -> Clip:
+    """Returns the frames of a clip as they are read from a file of `write_pickle`."""
+    if modality != "face":
+        clip = clip._replace(quality=np.zeros_like(clip.quality))
+    if modality not in ("face", "head"):
+        clip = clip._replace(detection=np.ones_like(clip.detection))
+    if modality == "audio":
+        clip = clip._replace(number=0 * clip.number, box=0 * clip.box)
+    return clip
+
+
+def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[str, Any]]:
+    """Returns clip -> modality -> field -> frames, as they are read from files."""
+    clips: dict[str, dict[str, Any]] = {}
+    for modality, frames_of in modalities.items():
+        for name, frames in frames_of.items():
+            clips.setdefault(name, {})[modality] = as_read(modality, frames)._asdict()
+    return clips
 
 
 def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
@@ -63,27 +83,31 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
 def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Returns clip -> name -> array of all `.npz` files of a folder, without empty arrays."""
     return {
-        clip.name: {
-            part if field == "features" else f"{part}_{field}": array
-            for part, fields in clip.modalities.items()
-            for field, array in fields.items()
-            if len(array)
-        }
+        clip.name: {name: x for name, x in npz_arrays(clip.modalities).items() if len(x)}
         for clip in read_npz(sorted(folder.glob("*.npz")))
     }
 
 
+def fields_of(modality: Any) -> Mapping[str, Any]:
+    """Returns field -> frames of a modality: an array of features, or already a dict of fields."""
+    return modality if isinstance(modality, Mapping) else {"features": modality}
+
+
+def npz_arrays(modalities: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns name -> array, as a `.npz` file stores the modalities of one clip."""
+    return {
+        modality if field == "features" else f"{modality}_{field}": x
+        for modality, given in modalities.items()
+        for field, x in fields_of(given).items()
+    }
+
+
 def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
-    """Writes `SPLIT/CLIP.npz`. A modality is an array of features, or a dict of fields."""
+    """Writes `SPLIT/CLIP.npz`. For the values of modalities see `fields_of`."""
     for split, clips in splits.items():
         (folder / split).mkdir(parents=True)
         for clip, modalities in clips.items():
-            content: dict[str, Any] = {}
-            for name, given in modalities.items():
-                fields = given if isinstance(given, Mapping) else {"features": given}
-                for field, x in fields.items():
-                    content[name if field == "features" else f"{name}_{field}"] = x
-            np.savez(folder / split / f"{clip}.npz", **content)
+            np.savez(folder / split / f"{clip}.npz", **npz_arrays(modalities))
     return folder
 
 
@@ -99,14 +123,14 @@ def write_parquet(
 ) -> Path:  # fmt: skip
     """Writes a table with a row per frame, in which clips alternate; returns its path.
 
-    `clips` are clip -> modality -> features, or a dict of fields. In addition to features, `fields`
-    are written. Lists of features have a `width`; -1 allows any length.
+    For the values of modalities see `fields_of`. In addition to features, `fields` are written.
+    Lists of features have a `width`; -1 allows any length.
     """
     import pyarrow
     from pyarrow import parquet
 
     every = [
-        (clip, modality, given if isinstance(given, Mapping) else {"features": given})
+        (clip, modality, fields_of(given))
         for clip, modalities in clips.items()
         for modality, given in modalities.items()
     ]
@@ -159,10 +183,10 @@ WIDTHS = {"face": 24, "head": 16, "audio": 8}
 CLIPS = {"train": 96, "val": 60, "test": 40}
 
 
-def write_learnable(
-    directory: Path, *, num_identities: int = 12, num_clips: Mapping[str, int] = CLIPS
-) -> None:
-    """Writes splits that a net learns in a few steps. Test has no ground truth.
+def learnable_clips(
+    num_identities: int = 12, num_clips: Mapping[str, int] = CLIPS
+) -> Iterator[tuple[str, dict[str, dict[str, Clip]], dict[str, str]]]:
+    """Yields splits that a net learns: the name, modality -> clip -> frames, and clip -> identity.
 
     A third of the val and test clips are distractors. Each modality lacks a tenth of the clips.
     """
@@ -173,15 +197,23 @@ def write_learnable(
         labels = np.arange(count) % num_identities + 1
         if split != "train":
             labels[rng.permutation(count)[: count // 3]] = 0
+        clips: dict[str, dict[str, Clip]] = {modality: {} for modality in WIDTHS}
         for modality, dim in WIDTHS.items():
-            clips = {}
             for name, label in zip(names, labels, strict=True):
                 length = 0 if rng.random() < 0.1 else int(rng.integers(1, 12))
                 point = centres[modality][label] if label else rng.normal(size=dim)
                 noise = 0.7 * rng.normal(size=(length, dim))
                 clip = random_clip(rng, length, dim)
-                clips[name] = clip._replace(features=(3 * (point + noise)).astype(np.float16))
-            write_pickle(directory, modality, split, clips)
+                clip = clip._replace(features=(3 * (point + noise)).astype(np.float16))
+                most = 1 if modality == "audio" else length
+                clips[modality][name] = Clip(*(field[:most] for field in clip))
+        yield split, clips, {n: str(i) for n, i in zip(names, labels, strict=True) if i}
+
+
+def write_learnable(directory: Path, **options: Any) -> None:
+    """Writes the official files of `learnable_clips`. Test has no ground truth."""
+    for split, clips, truth in learnable_clips(**options):
+        for modality, some in clips.items():
+            write_pickle(directory, modality, split, some)
         if split != "test":
-            truth = {n: str(i) for n, i in zip(names, labels, strict=True) if i}
             write_truth(directory, split, truth)

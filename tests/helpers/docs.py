@@ -1,10 +1,8 @@
 """The Markdown tables of configs/README.md: fields, names and arguments.
 
-python -m tests.helpers.docs                      # prints them
-python -m tests.helpers.docs configs/README.md    # writes them into the page
+`python -m tests.helpers.docs configs/README.md` writes them into the page.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +17,16 @@ from vidjax.runs.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
 from vidjax.runs.config_io import value_text
 
 
-def documentation() -> Mapping[str, str]:
-    """Returns section of `configs/README.md` -> its Markdown."""
+def update(page: str) -> str:
+    """Returns a page with new text between each `<!-- NAME -->` and `<!-- /NAME -->`."""
     known = _known_names()
     fields, names = _field_tables(known), _name_tables(known)
-    return {"arguments": _argument_table(), "fields": fields, "names": names}
+    for name, new in {"arguments": _argument_table(), "fields": fields, "names": names}.items():
+        before, start, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert start and end, f"no section '<!-- {name} -->' ... '<!-- /{name} -->'"
+        page = f"{before}{start}\n{new}\n{end}{after}"
+    return page
 
 
 def _known_names() -> Mapping[str, Mapping[str, str]]:
@@ -101,22 +104,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]]) + "\n"
 
 
-def replace_section(page: str, name: str, content: str) -> str:
-    """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`; returns the new page."""
-    pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    page, count = re.subn(pattern, lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
-    assert count == 1, f"{count} sections '<!-- {name} -->' ... '<!-- /{name} -->'"
-    return page
-
-
-def main(paths: Sequence[str]) -> None:
-    """Prints the tables, or writes them into pages."""
-    for name, content in documentation().items():
-        if not paths:
-            sys.stdout.write(f"{content}\n")
-        for path in map(Path, paths):
-            path.write_text(replace_section(path.read_text(), name, content))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    path = Path(sys.argv[1])
+    path.write_text(update(path.read_text()))

@@ -20,12 +20,13 @@ def write(
     folder: Path, averages: Mapping[str, float], *overrides: str, positives: int = 3,
     num_clips: int = 50, split: str = "val", suffix: str = "", truth: bool = True,
     results: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None,
+    analysis: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Writes configuration, identities, results and analysis of a run; returns its folder.
 
     `averages` are identity -> average precision. Each identity has `positives` clips. The `suffix`
-    is `_SPLIT` if training did not evaluate the split. `results` and `arrays` are additional values
-    of `metrics.json` and `analysis.npz`.
+    is `_SPLIT` if training did not evaluate the split. `results` are additional values of
+    `metrics.json`; `arrays` and `analysis` are additional arrays and values of `analysis.npz`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
@@ -40,8 +41,9 @@ def write(
     facts |= results or {}
     (folder / f"metrics{suffix}.json").write_text(json.dumps(facts))
     parts = {"ap": ap, "positives": np.full(len(ap), positives)} if truth else {}
-    told = {"split": split, "num_others": 0, "vectors": ["face", "head"], "runs": []}
-    results_lib.save_analysis(folder / f"analysis{suffix}.npz", told, parts | dict(arrays or {}))
+    values = {"split": split, "num_others": 0, "vectors": ["face", "head"], "runs": []}
+    values, parts = values | dict(analysis or {}), parts | dict(arrays or {})
+    results_lib.save_analysis(folder / f"analysis{suffix}.npz", values, parts)
     return folder
 
 

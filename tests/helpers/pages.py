@@ -47,6 +47,9 @@ class Page(html.parser.HTMLParser):
     def all(self, name):
         return [attrs for tag, attrs, _ in self.tags if tag == name]
 
+    def text(self):
+        return "".join(text for text, _ in self.texts)
+
 
 def section(text, name):
     """Returns a section of a page, without its figures."""
