@@ -260,6 +260,12 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         refused(make_splits(), *words, labels=given)
 
 
+def test_load_errors_name_the_missing_setting_or_folder(tmp_path):
+    seen.refused(lambda: load_dataset("imagenet"), "'imagenet'", "synthetic, iqiyi_vid")
+    seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
+    seen.refused(lambda: load_dataset("iqiyi_vid", directory=tmp_path / "nowhere"), "nowhere")
+
+
 # Names of files and folders, and words of the error.
 @pytest.mark.parametrize(("names", "words"), [
     ("", ["contains no features", "SPLIT/CLIP.npz"]),

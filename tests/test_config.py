@@ -233,7 +233,7 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
 
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
-    # A run on official files reads no option of other datasets; test_sources has those.
+    # A run on official files reads no option of other datasets, which have other tests.
     others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
     names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
     assert names - reads == INVENTED.keys()

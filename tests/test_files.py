@@ -1,6 +1,7 @@
 """Files, folders, logs and checkpoints are written completely or not at all."""
 
 import concurrent.futures
+import functools
 import os
 import shutil
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers.batches import assert_equal
+from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import flat
 from vidjax.core import devices
@@ -51,6 +53,14 @@ def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
         for path in ("out/x", "inner/../../outer/x"):
             with pytest.raises(ValueError, match="by a copy of that folder"):
                 files.read_bytes(run / path, limit=9, below=run)
+
+
+def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
+    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path drops a slash
+        refused(functools.partial(files.local, text), "copy or mount the files")
+        refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
+    (tmp_path / "a").mkdir()
+    assert files.absolute(tmp_path / "a" / ".." / "b") == tmp_path.resolve() / "b"
 
 
 def test_concurrent_writers_do_not_mix_their_contents(tmp_path):

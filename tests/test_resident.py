@@ -69,12 +69,12 @@ def ragged(tmp_path_factory):
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
-def clips_of(data, modalities=MODALITIES, devices=1):
-    """Returns the train and val splits as Resident, and their layout."""
-    options: Any = {"batch_size": 8, "max_frames": 7, "crop": "window", "seed": 3}
-    plan = make_batch_plan([data.split("train")], modalities, **options)
+def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **changed):
+    """Returns the train and val splits as Resident, their layout, and a plan of training."""
+    options: Any = {"batch_size": 8, "max_frames": 7, "crop": "window", "seed": 3, **changed}
+    plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
     layout = resident.make_resident_plan(data, plan, "val")
-    return resident.Resident(data, layout, devices_lib.make_mesh(devices)), layout
+    return resident.Resident(data, layout, devices_lib.make_mesh(devices)), layout, plan
 
 
 @pytest.mark.slow
@@ -108,21 +108,17 @@ def test_resident_training_batches_equal_streaming_batches(
     ragged, crop, splits, modalities, first, epoch_clips
 ):
     """The steps cover three epochs of chosen clips or of all clips."""
-    batch_size = 12
-    options: Any = {"batch_size": batch_size, "max_frames": 7, "seed": 3}
-    options |= {"crop": crop, "epoch_clips": epoch_clips}
-    plan = make_batch_plan([ragged.split(name) for name in splits], modalities, **options)
-    layout = resident.make_resident_plan(ragged, plan, "val")
-    clips = resident.Resident(ragged, layout, devices_lib.make_mesh(1)).train
+    options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
+    clips, _, plan = clips_of(ragged, modalities, batch_size=12, **options)
 
     @jax.jit
     def draw(step):
-        batch = resident.draw_batch(clips, plan, step)
+        batch = resident.draw_batch(clips.train, plan, step)
         frames = {k: x._replace(features=fusion.read(x.features)) for k, x in batch.frames.items()}
         return batch._replace(frames=frames)
 
     stream = ragged.train_batches(plan, step=first)
-    for step in range(first, first + 3 * plan.num_places // batch_size):
+    for step in range(first, first + 3 * plan.num_places // plan.batch_size):
         jax.tree.map(np.testing.assert_array_equal, next(stream), draw(np.int32(step)))
 
 
@@ -194,7 +190,7 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 @pytest.mark.slow
 def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
-    clips, layout = clips_of(ragged)
+    clips, layout, _ = clips_of(ragged)
     # Features are float16.
     empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     fields = ("features", "quality", "detection", "number")
@@ -229,7 +225,7 @@ def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):
     """A chunk contains 4 frames of faces, so a longer clip is in several chunks."""
-    whole, _ = clips_of(data, ("face", "audio"))
+    whole, *_ = clips_of(data, ("face", "audio"))
     monkeypatch.setattr(resident, "CHUNK_BYTES", 4 * 48)  # a face has 24 float16
-    chunked, _ = clips_of(data, ("face", "audio"))
+    chunked, *_ = clips_of(data, ("face", "audio"))
     jax.tree.map(np.testing.assert_array_equal, chunked.train, whole.train)

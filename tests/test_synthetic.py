@@ -1,4 +1,4 @@
-"""The files of the synthetic set: layout, statistics, and the effect of each option."""
+"""The files of the synthetic set: layout, statistics, the effect of each option, and the cache."""
 
 import functools
 import itertools
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.datasets import load_dataset
 from vidjax.data import synthetic
 from vidjax.data.labels import load_ground_truth
 from vidjax.data.synthetic import SyntheticOptions
@@ -25,10 +27,6 @@ def file_name(modality, split):
 
 def clips_of(folder, modality, split):
     return pickle.loads((folder / file_name(modality, split)).read_bytes())
-
-
-def lines_of(path):
-    return [line.split(" ") for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +96,15 @@ def test_missing_rate_only_empties_modalities(make):
 @pytest.mark.slow
 def test_label_noise_and_distractors_change_only_train_files(make):
     plain, noisy, strange = make(), make(label_noise=0.2), make(train_distractors=0.375)
+    labels = [load_ground_truth(made / "train_gt.txt") for made in (plain, noisy, strange)]
+    before, after, labelled = labels
 
     assert changed_files(plain, noisy) == {"train_gt.txt"}
-    before, after = (dict(lines_of(x / "train_gt.txt")) for x in (plain, noisy))
     assert before.keys() == after.keys() and set(after.values()) <= set(before.values())
     assert 0.1 < np.mean([before[name] != after[name] for name in before]) < 0.3
 
-    names = {f"{name}.mp4" for name in clips_of(strange, "scene", "train")}
-    unlabelled = names - dict(lines_of(strange / "train_gt.txt")).keys()
-    assert len(unlabelled) / len(names) == pytest.approx(0.375, abs=0.01)
+    names = clips_of(strange, "scene", "train").keys()
+    assert len(names - labelled.keys()) / len(names) == pytest.approx(0.375, abs=0.01)
     train = {file_name(modality, "train") for modality in MODALITIES}
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
 
@@ -129,6 +127,24 @@ def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     share_of_kept_faces, _ = np.mean(kept_parts, axis=0)
     assert 0.4 < share_of_kept_faces < 0.62
     assert all(map(any, kept_parts))
+
+
+def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
+    written = []
+
+    def write(out_dir, *, size, seed, options):
+        written.append((size, seed, options.blur))
+        write_pickle(out_dir, "face", "train", {"a": random_clip(np.random.default_rng(), 2, 4)})
+        write_truth(out_dir, "train", {"a": "1"})
+
+    monkeypatch.setattr(synthetic, "write", write)
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
+
+    for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
+        dataset = load_dataset("synthetic", seed=seed, blur=blur)
+        assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
+        assert dataset.report["data"]["name"] == "synthetic" and not dataset.report["data"]["dir"]
+    assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
 
 
 def test_synthetic_command_refuses_existing_paths_and_wrong_flags(tmp_path, say):
