@@ -65,8 +65,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     assert tested.map_kind == "in_sample"
     assert tested.paths.ranking == folder / "ranking_train.txt"
     assert tested.paths.ranking.exists()
-    with pytest.raises(ValueError, match=r"config\.eval\.report=True"):  # `words` set False
-        tested.average_precisions()
+    refused(r"config\.eval\.report=True", tested.average_precisions)  # `words` set False
 
     run = UNTYPED.restore(folder, num_devices=1)
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}

@@ -30,28 +30,24 @@ def find_line(text, part):
     return line
 
 
-def train(folder, *words):
+def train(folder, spec, official_dir):
     """Trains a run by the command; returns its folder and what the command printed."""
+    words = [spec, f"--config.data.dir={official_dir}", f"--workdir={folder}"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert program.main([*words, f"--workdir={folder}"]) == 0
+        assert program.main(words) == 0
     return folder, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def data_flag(official_dir):
-    return f"--config.data.dir={official_dir}"
-
-
-@pytest.fixture(scope="module")
-def everything(data_flag, cache_dir, tmp_path_factory):
+def everything(official_dir, tmp_path_factory):
     """The folder of a run on train and val, and what the command printed."""
-    return train(tmp_path_factory.mktemp("everything"), f"{KNN},everything", data_flag)
+    return train(tmp_path_factory.mktemp("everything"), f"{KNN},everything", official_dir)
 
 
 @pytest.fixture(scope="module")
-def on_train(data_flag, cache_dir, tmp_path_factory):
+def on_train(official_dir, tmp_path_factory):
     """The folder of a run on train only."""
-    return train(tmp_path_factory.mktemp("on_train"), KNN, data_flag)[0]
+    return train(tmp_path_factory.mktemp("on_train"), KNN, official_dir)[0]
 
 
 def test_run_on_everything_ranks_the_test_split(everything):
@@ -75,13 +71,14 @@ def test_run_on_everything_learns_all_clips_and_reports_no_score(everything):
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
 
 
-def test_command_and_report_say_that_nothing_is_measured(everything, data_flag, say):
+def test_command_and_report_say_that_nothing_is_measured(everything, official_dir, say):
     folder, out = everything
 
     line = find_line(out, "  measured")
     assert "nothing: the run was trained on train and val" in line
     assert FOLDS in line and MEASURED in line
-    again = say(f"{KNN},everything", data_flag, f"--workdir={folder}")
+    data = f"--config.data.dir={official_dir}"
+    again = say(f"{KNN},everything", data, f"--workdir={folder}")
     assert "finished before" in again and line in again
     report = (folder / "report.html").read_text()
     check_numbers(folder, report)

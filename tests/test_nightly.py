@@ -3,11 +3,11 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -65,18 +65,15 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     run(month.replace("people-$day", "people").replace("$day", "first"), DAYS[0])
 
     # On the first day, Eve is unknown, and a user names her.
-    for day in DAYS:
+    for day, groups, name_of_eve in ((DAYS[0], {"unknown 1"}, ""), (DAYS[1], set(), "Eve")):
         run("day", day)
-        groups = answers_lib.read_groups(tmp_path / "unknown" / f"{day}.tsv", unknown=True)
-        assert {*groups.values()} == ({"unknown 1"} if day == DAYS[0] else set())
+        unknown = tmp_path / "unknown" / f"{day}.tsv"
+        assert {*answers_lib.read_groups(unknown, unknown=True).values()} == groups
         answers = (tmp_path / "answers" / f"{day}.tsv").read_text().splitlines()
         named = [line.split("\t")[1] for line in answers[1:]]
-        of_ada, of_eve = named[3:6], named[6:]  # after three clips of "3"
-        assert of_ada == ["Ada Lovelace"] * 3
-        assert of_eve == ([""] * 3 if day == DAYS[0] else ["Eve"] * 3)
+        assert named[3:] == ["Ada Lovelace"] * 3 + [name_of_eve] * 3  # after three clips of "3"
         if day == DAYS[0]:
-            path = tmp_path / "unknown" / f"{day}.tsv"
-            path.write_text(path.read_text().replace("unknown 1", "Eve"))
+            unknown.write_text(unknown.read_text().replace("unknown 1", "Eve"))
             run("named", day)
 
     # `forget` lists the files that a user must delete.
@@ -111,9 +108,8 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QDRANT", ":memory:")
     (program,) = re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
-    names: dict[str, Any] = {}
-    exec(compile(program, str(RECIPES), "exec"), names)  # noqa: S102
-    client = names["client"]
+    Path("recipe.py").write_text(program)
+    client = runpy.run_path("recipe.py")["client"]
 
     near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)
     for name, x in zip(("Ada", "Grace"), near, strict=True):

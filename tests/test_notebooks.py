@@ -96,21 +96,6 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
     assert "['jax'] upgraded: choose Runtime, Restart session" in capsys.readouterr().out
 
 
-# In a separate process, with its own event loop and sockets.
-EXECUTE = """
-import sys, nbformat
-from nbclient import NotebookClient
-given, done, where = sys.argv[1:]
-notebook = nbformat.read(given, as_version=4)
-client = NotebookClient(notebook, kernel_name="python3", timeout=600, allow_errors=True)
-client.record_timing = False
-try:
-    client.execute(cwd=where)
-finally:
-    nbformat.write(notebook, done)
-"""
-
-
 def run(notebook, folder, cache_dir, **more_env):
     """Runs a notebook from top to bottom in an empty folder; returns it with its outputs.
 
@@ -119,18 +104,19 @@ def run(notebook, folder, cache_dir, **more_env):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    where, given, done = folder / "at", folder / "given.ipynb", folder / "done.ipynb"
-    where.mkdir()
-    shutil.copytree(ROOT / "configs", where / "configs")
-    nbformat.write(notebook, given)
+    path = folder / "at" / "executed.ipynb"
+    shutil.copytree(ROOT / "configs", path.parent / "configs")
+    nbformat.write(notebook, path)
     env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    # The kernels of the user are not used.
-    env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"} | more_env
-    command = [sys.executable, "-c", EXECUTE, str(given), str(done), str(where)]
+    # The kernels and settings of the user are not used.
+    env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"}
+    env |= {"JUPYTER_NO_CONFIG": "1", **more_env}
+    command = [sys.executable, "-c", "from nbclient.cli import main; main()", str(path)]
+    command += ["--inplace", "--allow-errors", "--timeout=600", "--kernel_name=python3"]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
     if ran.returncode:
         raise RuntimeError(ran.stderr)
-    return nbformat.read(done, as_version=4)
+    return nbformat.read(path, as_version=4)
 
 
 @pytest.mark.slow

@@ -80,6 +80,13 @@ def example(name, page="README.md"):
     return blocks[0]
 
 
+def write(name, kind="own", page="README.md"):
+    """Writes the code block below `<!-- KIND: NAME -->` into a file; returns its name."""
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(example(f"{kind}: {name}", page))
+    return name
+
+
 def prose(page):
     """Returns the text of a page, or of the cells of a notebook, without blocks of code."""
     text = (ROOT / page).read_text()
@@ -113,11 +120,9 @@ def test_every_link_of_the_pages_has_a_target():
 
 
 @pytest.mark.slow
-def test_readme_example_of_a_system_runs(official_dir, say, one_device, tmp_path, monkeypatch):
-    (tmp_path / "configs").mkdir()
-    code = example("example: configs/mine.py", "configs/README.md")
-    (tmp_path / "configs" / "mine.py").write_text(code)
-    own, known = "--config=configs/mine.py", dict(identifier.MODELS)
+def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypatch):
+    path = write("configs/mine.py", kind="example", page="configs/README.md")
+    own, known = f"--config={path}", dict(identifier.MODELS)
 
     def command(*words, code=0):
         """Runs a command without the models of earlier commands; returns results or the error."""
@@ -137,7 +142,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, tmp_path
     assert command("--mode=evaluate", own)["map"] == results["map"]
     command("--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=a.tsv")
     assert len(Path("a.tsv").read_text().splitlines()) > 100
-    vidjax.load_config("configs/mine.py")
+    vidjax.load_config(path)
     assert len(vidjax.restore("run").identities) == 12
 
 
@@ -154,8 +159,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     shutil.copytree(ROOT / "configs", "configs")
     synthetic.main(["PATH"])
     runpy.run_path(write("features.py"))
-    Path("titles.py").write_text(example("text: titles.py", "vidjax/data/README.md"))
-    runpy.run_path("titles.py")
+    runpy.run_path(write("titles.py", kind="text", page="vidjax/data/README.md"))
     Path("ada").mkdir()
     shutil.copy("features/val/val_7.npz", "ada/clip.npz")
     drawn_people.write_models(Path("models"))
@@ -231,11 +235,6 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
-
-
-def write(name):
-    Path(name).write_text(example(f"own: {name}"))
-    return name
 
 
 @pytest.mark.slow
