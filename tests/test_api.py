@@ -65,7 +65,6 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     assert tested.map_kind == "in_sample"
     assert tested.paths.ranking == folder / "ranking_train.txt"
     assert tested.paths.ranking.exists()
-    refused(r"config\.eval\.report=True", tested.average_precisions)  # `words` set False
 
     run = UNTYPED.restore(folder, num_devices=1)
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
