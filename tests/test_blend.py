@@ -20,22 +20,24 @@ from vidjax.runs.run_folder import RunFolder
 
 FOLDS = "--config.ensemble.folds=2"
 SHORT = ("--config.num_epochs=1", "--config.eval.block_size=32", "--config.eval.members=false")
+# Each run has only a part of the modalities.
+pytestmark = pytest.mark.filterwarnings("ignore:.*the data have other modalities")
 
 
 @pytest.fixture(scope="module")
 def folders(official_dir, tmp_path_factory):
-    """The official files in two folders: faces in one, heads and voices in the other."""
+    """A folder with two folders of official files: of faces, and of heads and voices (others)."""
     root = tmp_path_factory.mktemp("apart")
     for name, left_out in {"faces": ("head_*", "audio_*"), "others": ("face_*",)}.items():
         shutil.copytree(official_dir, root / name, ignore=shutil.ignore_patterns(*left_out))
-    return {name: root / name for name in ("faces", "others")}
+    return root
 
 
 @pytest.fixture(scope="module")
 def load(cache_dir):
-    options = {"name": "iqiyi_vid", "cache_dir": cache_dir}
-    read = functools.cache(lambda folder: load_dataset(directory=folder, **options))
-    return lambda config: read(config.data.dir)
+    """Returns a function: configuration -> its dataset, which is read once."""
+    read = functools.cache(functools.partial(load_dataset, "iqiyi_vid", cache_dir=cache_dir))
+    return lambda config: read(directory=config.data.dir)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def runs(train, folders):
     """Two runs with folds. Their systems, modalities, folders of data and eval fields differ."""
     own = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
     return (
-        train("configs/quality_fusion.py:iqiyi_vid", folders["faces"], FOLDS),
-        train("configs/knn.py:iqiyi_vid,head", folders["others"], FOLDS, *own),
+        train("configs/quality_fusion.py:iqiyi_vid", folders / "faces", FOLDS),
+        train("configs/knn.py:iqiyi_vid,head", folders / "others", FOLDS, *own),
     )
 
 
@@ -70,8 +72,8 @@ def blend_runs(folder, runs, load, *overrides):
 
 def probabilities(folder, load, split):
     """Returns clip -> probabilities [C] float64 of a single run."""
-    words = [f"--config.eval.split={split}"]
-    config = config_io.override(config_io.load_workdir(folder), words)
+    config = config_io.load_workdir(folder)
+    config.eval.split = split
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     model = small_runs.restored(folder, load(config), config)
@@ -98,17 +100,18 @@ def test_blend_is_the_weighted_mean_of_probabilities():
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
     scores[1, 4] = np.nan  # clip 4 of run 1
 
-    def joined(numbers, weights):
-        return np.asarray(scoring.blend([jnp.asarray(scores[n]) for n in numbers], weights))
+    def blended(scores, weights):
+        return np.asarray(scoring.blend(list(jnp.asarray(scores)), weights))
 
-    logs = joined((0, 1, 2), (0.5, 2.0, 1.0))
+    logs = blended(scores, (0.5, 2.0, 1.0))
 
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
     np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
     # A NaN of a run stays NaN, unless the run has weight 0.
     assert np.isnan(logs[4]).all()
     assert np.isfinite(np.delete(logs, 4, axis=0)).all()
-    np.testing.assert_array_equal(joined((0, 1, 2), (1.0, 0.0, 3.0)), joined((0, 2), (1.0, 3.0)))
+    without_run_1 = blended(scores[[0, 2]], (1.0, 3.0))
+    np.testing.assert_array_equal(blended(scores, (1.0, 0.0, 3.0)), without_run_1)
 
 
 @pytest.mark.slow
@@ -124,14 +127,14 @@ def test_blend_refuses_runs_with_different_identities(runs, train, load, tmp_pat
 @pytest.mark.slow
 def test_blend_refuses_runs_with_different_clips(runs, load, folders, tmp_path):
     """The folder of one run gains a clip after training."""
-    moved = shutil.copytree(folders["others"], tmp_path / "moved")
+    moved = shutil.copytree(folders / "others", tmp_path / "moved")
     rng = np.random.default_rng(0)
     for name in ("head", "audio"):
         clip = clip_files.random_clip(rng, 3, clip_files.WIDTHS[name])
         clip_files.write_pickle(moved, name, "test", {"IQIYI_VID_TEST_9999999": clip})
 
     def load_moved(config):
-        if config.data.dir == str(folders["others"]):
+        if config.data.dir == str(folders / "others"):
             config.data.dir = str(moved)
         return load(config)
 
@@ -139,11 +142,7 @@ def test_blend_refuses_runs_with_different_clips(runs, load, folders, tmp_path):
         blend_runs(tmp_path / "out", runs, load_moved, "--config.eval.split=test")
 
 
-OTHER_DATA = "ignore:.*the data have other modalities"
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings(OTHER_DATA)
 def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_path, command):
     words = ("--mode=evaluate", f"--workdir={tmp_path}")
     given = f"--runs={runs[0]},{runs[1]}", "--config.join.weights=(1,3)"
@@ -171,7 +170,6 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(OTHER_DATA)
 def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, command):
     def blend_by_command(folder, runs, weights):
         given = f"--runs={','.join(map(str, runs))}", f"--config.join.weights=({weights})"

@@ -27,10 +27,9 @@ WORDS = (
     "--config.log_every_steps=1", "--config.eval.block_size=16",
 )  # fmt: skip
 # SGD with a constant learning rate. So a step does not depend on the number of epochs.
-SGD = tuple(
-    f"--config.optim.{word}"
-    for word in ("name=sgd", "learning_rate=0.01", "decay=constant", "warmup=0", "warmup_scale=0",
-                 "total_decay=0")
+SGD = (
+    "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.optim.warmup=0",
+    "--config.optim.decay=constant", "--config.optim.total_decay=0",
 )  # fmt: skip
 
 
@@ -48,10 +47,7 @@ def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    """Returns a function that starts two processes of a run.
-
-    Only the second process gets the words of `second`.
-    """
+    """Returns a function that starts two processes of a run; only the second gets `second`."""
     processes = []
 
     def run(*words, second=()):
@@ -96,8 +92,8 @@ def assert_close(left, right):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=str(name))
         assert name == other
 
-    texts = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (left, right)]
-    for mine, theirs in zip(*(map(json.loads, lines) for lines in texts), strict=True):
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (left, right)]
+    for mine, theirs in zip(*(map(json.loads, lines) for lines in logs), strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
@@ -108,10 +104,7 @@ def assert_close(left, right):
 @pytest.mark.slow
 @nightly_after_first("mode", ["resident", "streaming"])
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
-    """If a process is killed, the other process ends with an error.
-
-    In the nightly case (streaming), SIGTERM to one process first stops both after a checkpoint.
-    """
+    """In the nightly case, SIGTERM to one process first stops both processes at a checkpoint."""
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
     two, nightly = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
@@ -124,7 +117,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
         first, second = wait(pair)
         if signum == signal.SIGTERM:
             assert first == second == 143  # 128 + SIGTERM
-        else:
+        else:  # process 1 is killed, so process 0 ends with an error
             assert first not in (0, 143)
 
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()

@@ -1,7 +1,6 @@
-"""Ensembles: the clips that members train on, members equal separate runs, means of scores.
+"""Ensembles. Axes: E members, N or B clips, K identities."""
 
-Axes: E members, N or B clips, K identities.
-"""
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +123,7 @@ def train(folder, data, *words):
 @pytest.fixture(scope="module")
 def ensemble_run(data, tmp_path_factory):
     """The folder and the metrics of a run of three members."""
-    folder = tmp_path_factory.mktemp("members") / "all"
+    folder = tmp_path_factory.mktemp("members")
     return folder, train(folder, data)
 
 
@@ -157,9 +156,7 @@ def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_pa
 
 
 @pytest.mark.slow
-def test_members_do_not_depend_on_the_clips_they_leave_out(
-    data, ensemble_run, tmp_path, monkeypatch
-):
+def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_path, monkeypatch):
     """The features and labels of the clips that member 1 leaves out are spoilt."""
     plain, _ = ensemble_run
     left_out = ~ensemble.load(plain).trained[1]
@@ -170,8 +167,7 @@ def test_members_do_not_depend_on_the_clips_they_leave_out(
             split = data.split(name)
             wrong = np.full_like(split.positives, 99)
             labels = np.where(left_out[rows[name]], split.labels % 12 + 1, split.labels)
-            fields = {**vars(split), "labels": labels.astype(np.int32), "positives": wrong}
-            return split.__class__(**fields)
+            return dataclasses.replace(split, labels=labels.astype(np.int32), positives=wrong)
 
     # The folds depend on the labels, so the folds of the original labels are used.
     labels = np.concatenate([data.split(name).labels for name in rows])

@@ -45,16 +45,6 @@ BY_HAND = {
     "odd blanks": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
     "empty submission": ("1 a.mp4", "", (0, 1)),
 }
-# Name of a case -> ground truth, words of the error.
-REFUSED = {
-    "empty line": ("1 a.mp4\n\n2 b.mp4", "line 2"),
-    "repeated identity": ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),
-    "identity without a positive": ("1 a.mp4 b.mp4\n2", "line 2"),
-    "clip of two identities": ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),
-    "clip with two labels": ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),
-    "three words": ("a.mp4 1\nb.mp4 1 2", "line 2"),
-    "empty": ("", "gt"),
-}
 SPEC = "configs/mma.py:iqiyi_vid"
 
 
@@ -70,17 +60,23 @@ def write(folder, truth, submission):
     return folder / "gt.txt", folder / "ranking.txt"
 
 
-@pytest.mark.parametrize("case", BY_HAND)
-def test_map_of_files_matches_hand_computed_values(tmp_path, case):
-    ground_truth, submission, score = BY_HAND[case]
+@pytest.mark.parametrize(("ground_truth", "submission", "score"), BY_HAND.values(), ids=BY_HAND)
+def test_map_of_files_matches_hand_computed_values(tmp_path, ground_truth, submission, score):
     paths = write(tmp_path, ground_truth, submission)
     assert map_oracle.mean_average_precision(*paths) == Fraction(*score)
     assert score_files(*paths) == pytest.approx(float(Fraction(*score)), rel=0, abs=1e-15)
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_invalid_ground_truth_is_refused_with_its_line(tmp_path, case):
-    ground_truth, words = REFUSED[case]
+@pytest.mark.parametrize(("ground_truth", "words"), [
+    ("1 a.mp4\n\n2 b.mp4", "line 2"),  # an empty line
+    ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),  # a repeated identity
+    ("1 a.mp4 b.mp4\n2", "line 2"),  # an identity without a positive
+    ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),  # a clip of two identities
+    ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),  # a clip with two labels
+    ("a.mp4 1\nb.mp4 1 2", "line 2"),  # three words
+    ("", "gt"),  # the name of the file
+])  # fmt: skip
+def test_invalid_ground_truth_is_refused_with_its_line(tmp_path, ground_truth, words):
     paths = write(tmp_path, ground_truth, "1 a.mp4")
     with pytest.raises(map_oracle.Refused):
         map_oracle.mean_average_precision(*paths)
@@ -205,8 +201,7 @@ def test_identification_errors_match_hand_computed_values():
 
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("analysed") / "run"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("analysed")
     config = shrunk("--config.num_epochs=1", spec=SPEC)
     loop.train(config, folder, data, num_devices=1, analyse=True)
     return folder
@@ -334,13 +329,10 @@ def clip_scores(best, right):
     return ClipScores(np.ones(len(best), bool), np.asarray(best, np.float32), np.asarray(right))
 
 
-def normal(rng, num_strange=150, num_known=200):
-    """Returns scores and labels of clips of strangers, and of people with one clip each.
-
-    The scores are normal: around 0 for strangers, and around 2 for people.
-    """
-    labels = np.r_[np.zeros(num_strange, int), np.arange(1, num_known + 1)]
-    best = rng.normal(size=len(labels)) + 2 * (labels > 0)
+def normal(rng):
+    """Returns scores and labels: 150 clips of strangers, and a clip of each of 200 people."""
+    labels = np.r_[np.zeros(150, int), np.arange(1, 201)]
+    best = rng.normal(size=len(labels)) + 2 * (labels > 0)  # around 0 for strangers, else 2
     return clip_scores(best, labels > 0), labels
 
 
@@ -390,8 +382,8 @@ def test_intervals_treat_clips_of_one_person_as_dependent():
     copies = clip_scores(clips.best[again], clips.right[again])
     copied = open_set(copies, labels[again], 200)["rates"][1]
 
-    for end in ("fnir_low", "fnir_high"):
-        assert single[end] == copied[end]
+    assert single["fnir_low"] == copied["fnir_low"]
+    assert single["fnir_high"] == copied["fnir_high"]
 
 
 def test_calibration_stays_finite_for_certain_but_wrong_clips():

@@ -1,7 +1,6 @@
-"""Nets and layers equal float64 oracles that are written from the equations; dropout.
+"""Nets and layers equal float64 oracles. Axes: B clips, T frames, D features.
 
-An oracle computes in NumPy, often clip by clip. `made.randomised` replaces all parameters by random
-values, because parameters that start at 0 or 1 hide mistakes. Axes: B clips, T frames, D features.
+`made.randomised` moves all parameters, because parameters that start at 0 or 1 hide mistakes.
 """
 
 import functools
@@ -32,12 +31,9 @@ WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
 
 
 def netvlad_oracle(params, features, mask, reduce, norms):
-    """Returns pooled frames [B, K, D] by section 5.2 of the iQIYI-VID paper.
-
-    BatchNorm uses the statistics of the real frames.
-    """
+    """Returns pooled frames [B, K, D] by section 5.2 of the iQIYI-VID paper."""
     z = features @ params["assignment"]["kernel"] + params["assignment"].get("bias", 0)
-    if "batch" in norms:
+    if "batch" in norms:  # the statistics are of the real frames
         z = (z - z[mask].mean(axis=0)) / np.sqrt(z[mask].var(axis=0) + 1e-5)
         z = z * params["norm"]["scale"] + params["norm"]["bias"]
     share = np.exp(z)
@@ -59,12 +55,11 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
         model = NetVLAD(3, reduce=reduce, norms=norms, dtype=FLOAT64)
-        variables = made.init(model, frames.features, frames.mask, train=False)
-        params = made.randomised(variables["params"])
+        variables = randomised(model, frames.features, frames.mask)
 
-        given = {**variables, "params": params}
-        pooled = train(model, given, frames.features, frames.mask)
+        pooled = train(model, variables, frames.features, frames.mask)
 
+        params = variables["params"]
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce, norms)
         np.testing.assert_allclose(pooled, expected, atol=1e-6)
         np.testing.assert_array_equal(pooled[2], 0)  # clip 2 has no frames
@@ -107,21 +102,18 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
     clips = ClipInfo(np.arange(10, dtype=np.int32)[::-1], np.arange(10) < 9, labels)
     spec = {"name": "knn", "logit_scale": 16.0}
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
-    nobody_known = 16 * -2  # instead of a cosine
-
     blank = made.init_identifier(model, {"face": frames}, clips)
     _, memory = made.train_logits(model, blank, {"face": frames}, clips)
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=vectors[10:, None])
-    scores = made.eval_logits(
-        model, memory, {"face": queries}, jax.tree.map(lambda x: x[:4], clips)
-    )
+    four_clips = jax.tree.map(lambda x: x[:4], clips)
+    scores = made.eval_logits(model, memory, {"face": queries}, four_clips)
 
     x = unit(vectors)
     for query, row in zip(x[10:13], scores[:3], strict=True):
         cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, x[:10] @ query)
         best = [cosines[labels == column].max() for column in range(5)]
         np.testing.assert_allclose(row, 16 * np.array(best), atol=1e-5)
-    np.testing.assert_array_equal(scores[3], nobody_known)  # a query without a frame
+    np.testing.assert_array_equal(scores[3], 16 * -2)  # a query without a frame has no cosine
 
 
 def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
@@ -145,15 +137,13 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     operands = [draw(size=shape).astype("f4") for shape in ((40, 30), (30, 50), (40, 50))]
     x, kernel, weight = operands  # `weight` multiplies the output
 
-    def matmul(x, kernel) -> Any:
-        return layers.trained_matmul(x, kernel, jnp.dtype(dtype))
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def gradient(x, kernel):
+        value: Any = layers.trained_matmul(x, kernel, jnp.dtype(dtype))
+        return jnp.sum(value * weight), value
 
-    def total(x, kernel):
-        return jnp.sum(matmul(x, kernel) * weight)
-
-    value = matmul(x, kernel)
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
-    gradients = gradient(x, kernel)
+    gradients, value = gradient(x, kernel)
     assert {value.dtype, *(g.dtype for g in gradients)} == {jnp.dtype("float32")}
 
     # Products of rounded numbers are exact, so only sums in float32 are rounded.
@@ -173,10 +163,7 @@ ACTIVATIONS = {
 
 
 def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
-    """Returns rows after a linear layer, an activation, and BatchNorm by the real rows.
-
-    With `norm_first`, BatchNorm comes before the activation.
-    """
+    """Returns rows after a linear layer, an activation and BatchNorm (or first BatchNorm)."""
 
     def norm(x):
         real = x[np.asarray(mask)]
@@ -296,10 +283,7 @@ def weights_oracle(params, clip, scores, aggregation):
 
 
 def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
-    """Returns the logits [B, C] of the whole system.
-
-    BatchNorm uses the clips that have the modality.
-    """
+    """Returns the logits [B, C]. BatchNorm uses the clips that have the modality."""
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
@@ -341,10 +325,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
     ("none", True, False, "quality"),
 ])  # fmt: skip
 def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
-    """The forms of attention are given by ORACLES. test_published.py tests the form "channels".
-
-    `aggregation` gives the weights of the frames in the mean face of a clip.
-    """
+    """ORACLES has the forms of attention. test_published.py tests the form "channels"."""
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
         options = {"channel_attention": form, "rms_norm": rms_norm}
@@ -359,10 +340,7 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, a
 
 
 def cosine_oracle(params, stats, frames, clips, *, feature_scale):
-    """Returns the embedding and the logits. If `stats` is None, BatchNorm uses the batch.
-
-    The embedding of a clip joins the weighted unit vectors of its modalities, and has length 1.
-    """
+    """Returns the embedding, of length 1, and the logits. BatchNorm uses the batch or `stats`."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     z = np.zeros((len(clips.mask), len(frames), COSINE["embed_dim"]))
     for m, (name, part) in enumerate(frames.items()):
@@ -395,11 +373,11 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         stats = jax.tree.map(np.abs, made.randomised(variables["batch_stats"]))
         variables = {"params": params, "batch_stats": stats}
         if train:
+            stats = None
             output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
         else:
             output = made.eval_output(model, variables, frames, clips)
 
-        stats = None if train else stats
         z, logits = cosine_oracle(params, stats, frames, clips, feature_scale=feature_scale)
         assert output.embedding.dtype == np.float64
         np.testing.assert_allclose(output.embedding, z, atol=1e-6)
@@ -432,10 +410,10 @@ def test_fallback_keeps_the_learned_logit_scale_of_each_model():
 
 
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
-    """Returns X after attention, and the weights Y [M, M]: equations 1 to 3 for one clip.
+    """Returns X [D, M] of one clip after attention, and the weights Y [M, M]: equations 1 to 3.
 
-    X [D, M] has M vectors; W_F and W_G are [D~, D]. In the paper, W_G is W_F. A missing vector has
-    the weight 0. With `fill`, attention replaces a missing vector by a mean of the other vectors.
+    W_F and W_G are [D~, D], and equal in the paper. Missing vectors have weight 0. With `fill`,
+    attention replaces a missing vector by a mean of the other vectors.
     """
     z = np.where(np.asarray(exists)[:, None], scale * (w_f @ x).T @ (w_g @ x), -np.inf)
     y = np.exp(z - np.maximum(z.max(axis=0), -1e9))  # against overflow; the factor cancels
@@ -468,18 +446,14 @@ def test_attention_matches_equations_1_to_3_with_both_masks(form):
                 expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
                 np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
                 np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
-        # Vector 1 of clip 1 is missing. It stays 0, or is filled by gamma times the mean of the
-        # vectors that exist, 0 and 2.
+        # Vector 1 of clip 1 is missing. It stays 0, or becomes gamma x the mean of vectors 0 and 2.
         (unfilled, _), (filled, _) = outputs
         assert not np.asarray(unfilled)[1, 1].any()
         np.testing.assert_allclose(filled[1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
 
 
 def video_level(params, name, frames, clip, *, netvlad, unit):
-    """Returns one vector of the frames of a clip: NetVLAD of section 5.2, or a mean.
-
-    NetVLAD has BatchNorm (with the initial statistics) and no L2 norm.
-    """
+    """Returns one vector of the frames of a clip: NetVLAD of section 5.2, or a mean."""
     features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
     if name == "face":  # the 32 frames of highest quality; a shorter clip repeats random frames
         order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
@@ -487,8 +461,8 @@ def video_level(params, name, frames, clip, *, netvlad, unit):
         again = (draws * len(order)).astype(int)
         features = features[order[[t if t < len(order) else again[t] for t in range(32)]]]
     if name == "face" and netvlad:
-        pool = jax.tree.map(lambda p: np.asarray(p, np.float64), params["face_netvlad"])
-        score = features @ pool["assignment"]["kernel"] / np.sqrt(1 + 1e-5)
+        pool = params["face_netvlad"]
+        score = features @ pool["assignment"]["kernel"] / np.sqrt(1 + 1e-5)  # initial statistics
         share = np.exp(score * pool["norm"]["scale"] + pool["norm"]["bias"])
         share /= share.sum(axis=1, keepdims=True)
         return (share.T @ features - share.sum(axis=0)[:, None] * pool["centers"]).reshape(-1)

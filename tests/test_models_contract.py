@@ -1,7 +1,6 @@
-"""Properties of every model: padding, missing clips, dropout, options, outputs; the fallback model.
+"""Properties of every model. `tiny.make_batch` returns 6 clips and 2 padded rows.
 
 The fallback has two branches. `main` needs a face. `other` answers if the face is missing or poor.
-`tiny.make_batch` returns 6 clips and 2 padded rows of at most 4 frames.
 """
 
 import functools
@@ -14,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from tests.helpers import made_models as tiny
-from tests.helpers.batches import real_frames
+from tests.helpers.batches import assert_equal, real_frames
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import pad
 from tests.helpers.small_runs import shrunk
@@ -31,8 +30,6 @@ DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.0),)}
 COSINE = {"head": "cosine", "logit_scale": 64.0}
 DEEPMEF = {"name": "deepmef", "branch_dims": (6, 4), "hidden_dim": 8, "dropout_rate": 0.0}
 RESIDUAL = {"name": "dense", "backbone": "residual", "width": 9, "dropout_rate": 0.0}
-QUICK, SLOW = ("dense, cosine", "knn"), ("mma", "deepmef")
-MARKS = {**dict.fromkeys(QUICK, ()), **dict.fromkeys(SLOW, (pytest.mark.slow,))}
 PLDA = {"name": "plda"}
 assert_close = functools.partial(np.testing.assert_allclose, atol=1e-6)
 
@@ -130,10 +127,9 @@ MODELS = {
     "knn": ({"name": "knn"}, tiny.DIMS["face"]),
     "fallback": (FALLBACK | {"main": DENSE, "other": DENSE}, 7 + 7),
 }
-NETS = [pytest.param(name, marks=MARKS.get(name, (pytest.mark.nightly,))) for name in MODELS]
+MARKS = {"dense, cosine": (), "knn": (), "mma": pytest.mark.slow, "deepmef": pytest.mark.slow}
+NETS = [pytest.param(name, marks=MARKS.get(name, pytest.mark.nightly)) for name in MODELS]
 LEARNED = [net for net in NETS if net.values != ("knn",)]
-PADDED = [net for net in NETS if net.values != QUICK[:1]]  # by day without "dense, cosine"
-PADDED.append(pytest.param(QUICK[0], marks=pytest.mark.nightly))
 
 
 class Net(NamedTuple):
@@ -186,7 +182,7 @@ def test_every_model_is_tested_against_the_contract():
     assert {spec["name"] for spec, _ in MODELS.values()} == identifier.MODELS.keys() - {"plda"}
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", NETS)
 def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     net = made(name)
     output, after, _ = learned(*net)
@@ -204,8 +200,7 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
 
     # Training gives the same logits and statistics.
     results = [learned(*net._replace(frames=frames))[:2] for frames in (reverse, garbage)]
-    seed_of_learned = jax.random.key(5)
-    results.append(tiny.train_output(*net._replace(frames=longer), seed_of_learned))
+    results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
     scale = net.model.logit_scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
     for other, new in results:
@@ -217,9 +212,7 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     before, _ = evaluated(net.model, after, net.frames, net.clips)
     other, _ = evaluated(net.model, after, garbage, net.clips)
     compared = slice(6 if name == "knn" else 8)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a[compared], b[compared]), other, before
-    )
+    assert_equal(*jax.tree.map(lambda x: x[compared], (before, other)))
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -307,15 +300,11 @@ def test_impossible_model_options_are_refused(spec, options, message):
 
 @pytest.mark.parametrize("name", NETS)
 def test_embedding_is_the_input_of_the_classifier(name):
-    """The embedding of a fallback is the unit vectors that its two classifiers get.
-
-    A unit vector is replaced by 0 if its classifier has the weight 0 for a clip.
-    """
     net = made(name)
     output, inputs = evaluated(*net)
 
     wanted = inputs
-    if name == "fallback":
+    if name == "fallback":  # the unit vectors of both branches, or 0 if a branch has the weight 0
         weights = np.moveaxis(np.asarray(output.eval_weight), 1, 0)[..., None]
         counted = [x * (weight > 0) for x, weight in zip(inputs, weights, strict=True)]
         wanted = [x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-12) for x in counted]

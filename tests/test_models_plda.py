@@ -1,11 +1,9 @@
-"""PLDA: sums of training, log-likelihood ratios, missing modalities, and fitted settings.
+"""PLDA models a vector as person + noise, both normal.
 
-PLDA models a vector as person + noise, both normal. `within` and `between` are shares by which the
-covariances of noise and people are shrunk to a multiple of the identity matrix. Label 0 is a
-stranger, and column 0 of the logits is a new person.
+`within` and `between` are shares by which the covariances of noise and people are shrunk to a
+multiple of the identity matrix. Label 0 is a stranger, and column 0 of the logits a new person.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -38,20 +36,16 @@ TWICE = [*range(NUM_CLIPS)] * 2
 EVERY = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
 
 
-def make_model():
-    spec = {"name": "plda", **SETTINGS._asdict()}
-    return make_identifier(spec, modalities=DIMS, num_classes=NUM_CLASSES, num_clips=NUM_CLIPS)
+SPEC = {"name": "plda", **SETTINGS._asdict()}
+MODEL: Any = make_identifier(SPEC, modalities=DIMS, num_classes=NUM_CLASSES, num_clips=NUM_CLIPS)
 
 
 def make_clips():
-    """Returns frames of all clips and their labels, 0 to 4. Some clips lack a modality.
-
-    Nobody of identity 4 has a voice, and identity 5 has no clip.
-    """
+    """Returns frames of all clips and their labels, 0 to 4. Some clips lack a modality."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 5, NUM_CLIPS).astype(np.int32)
+    labels = rng.integers(0, 5, NUM_CLIPS).astype(np.int32)  # identity 5 has no clip
     lengths = {name: rng.integers(0, 4, NUM_CLIPS) for name in DIMS}
-    lengths["audio"][labels == 4] = 0
+    lengths["audio"][labels == 4] = 0  # nobody of identity 4 has a voice
     frames = {}
     for name, dim in DIMS.items():
         noise = make_frames(lengths[name], max_frames=3, dim=dim, seed=dim, dtype="float32")
@@ -64,19 +58,26 @@ def take(frames, rows):
     return {name: jax.tree.map(lambda x: x[rows], part) for name, part in frames.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
-def apply(model, state, frames, clips, *, train):
-    return model.apply(state, frames, clips, train=train, mutable=["sums"] if train else False)
+@jax.jit
+def step(state, frames, clips):
+    """Returns the variables after a training step."""
+    return MODEL.apply(state, frames, clips, train=True, mutable=["sums"])[1]
 
 
-def train(model, frames, labels, batches):
+@jax.jit
+def logits_of(state, frames):
+    """Returns the logits [N, K] of all clips."""
+    return MODEL.apply(state, frames, EVERY, train=False).logits[:, 0]
+
+
+def train(frames, labels, batches):
     """Returns the variables after training on batches of rows; -1 is a padded row."""
     blank = ClipInfo(np.zeros(1, np.int32), np.ones(1, bool), np.zeros(1, np.int32))
-    state = init_identifier(model, take(frames, np.zeros(1, int)), blank)
+    state = init_identifier(MODEL, take(frames, np.zeros(1, int)), blank)
     for rows in batches:
         rows = np.asarray(rows)
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
-        state = apply(model, state, take(frames, rows), clips, train=True)[1]
+        state = step(state, take(frames, rows), clips)
     return state
 
 
@@ -95,16 +96,13 @@ def oracle(frames, labels, name, used):
 
 
 def test_plda_training_counts_every_clip_once():
-    """Two batches of 30 rows contain two passes over 23 clips, and 14 repeated clips.
-
-    Clips of another fold are padded rows.
-    """
+    """Two batches of 30 rows contain two passes over 23 clips, and 14 repeated clips."""
     frames, labels = make_clips()
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]
-    stream = [*TWICE, *range(-len(TWICE) % 30)]
-    stream = np.where(np.isin(stream, used), stream, -1)
+    stream = [*TWICE, *range(14)]
+    stream = np.where(np.isin(stream, used), stream, -1)  # clips of another fold are padded rows
 
-    state = train(make_model(), frames, labels, np.split(stream, 2))["sums"]
+    state = train(frames, labels, np.split(stream, 2))["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
         mean = state[name]["centre"] / state[name]["num"]
@@ -113,10 +111,10 @@ def test_plda_training_counts_every_clip_once():
             np.testing.assert_allclose(state[name][key], wanted, atol=2e-6, err_msg=key)
 
 
-def solved(model, *states):
+def solved(*states):
     """Returns the variables for the evaluation of each member."""
     together = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    collections = model.finalise_state({}, together)
+    collections = MODEL.finalise_state({}, together)
     return [ensemble.take(collections, number) for number in range(len(states))]
 
 
@@ -126,9 +124,8 @@ def test_plda_logits_match_the_equations():
         frames, labels = make_clips()
         for name, part in frames.items():
             frames[name] = part._replace(features=part.features.astype(np.float64))
-        model = make_model()
-        (state,) = solved(model, train(model, frames, labels, [TWICE]))
-        output = apply(model, state, frames, EVERY, train=False)
+        (state,) = solved(train(frames, labels, [TWICE]))
+        logits = logits_of(state, frames)
 
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
@@ -145,32 +142,28 @@ def test_plda_logits_match_the_equations():
             ratios = np.asarray(log_ratios(space, enrolled, x))
             wanted[has_frames] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
         wanted[:, 0] = 0.5 + np.log(4)  # `stranger` + log of 4 identities that have clips
-    np.testing.assert_allclose(output.logits[:, 0, :5], wanted[:, :5], atol=1e-9)
-    assert not special.softmax(output.logits[:, 0], axis=-1)[:, 5].any()
+    np.testing.assert_allclose(logits[:, :5], wanted[:, :5], atol=1e-9)
+    assert not special.softmax(logits, axis=-1)[:, 5].any()
 
 
 @pytest.mark.slow
 def test_plda_members_with_different_clips_are_solved_separately():
     """Members with different numbers of clips per identity share an array of coefficients."""
     frames, labels = make_clips()
-    model = make_model()
     half = [clip if clip % 2 else -1 for clip in TWICE]
-    states = [train(model, frames, labels, [rows]) for rows in (TWICE, half)]
+    states = [train(frames, labels, [rows]) for rows in (TWICE, half)]
 
-    for state, of_two in zip(states, solved(model, *states), strict=True):
-        (of_one,) = solved(model, state)
-        logits = [apply(model, x, frames, EVERY, train=False).logits for x in (of_one, of_two)]
-        np.testing.assert_array_equal(*logits)
+    for state, of_two in zip(states, solved(*states), strict=True):
+        (of_one,) = solved(state)
+        np.testing.assert_array_equal(logits_of(of_one, frames), logits_of(of_two, frames))
 
 
 @pytest.mark.slow
 def test_fitted_settings_favour_no_modality():
-    """Half of the people are enrolled without a voice. They are named as often as the others.
-
-    Every second of 12 clips of 60 people is enrolled; the other clips are identified.
-    """
+    """Half of the people are enrolled without a voice. They are named as often as the others."""
     rng = np.random.default_rng(1)
     labels = np.repeat(np.arange(1, 61), 12)
+    # Every second clip of a person is enrolled. The other clips are identified.
     enrolled, voiceless = np.arange(len(labels)) % 2 == 0, labels > 30
     vectors = {}
     for name in ("face", "audio"):

@@ -1,7 +1,4 @@
-"""Noise classes: clusters of distractors, and relabelling, which equals the published code.
-
-Classes are "other", identities, clusters of distractors, and a mirror class of each identity.
-"""
+"""Noise classes: clusters of distractors, and a mirror class of each identity."""
 
 import numpy as np
 import pytest
@@ -10,8 +7,8 @@ from tests.helpers.seen import refused
 from vidjax.core.batch import NoiseClassLayout
 from vidjax.training import plan
 
+# Classes: 0 is other, 1 to 3 are identities, 4 and 5 clusters, and 6 to 8 mirror classes.
 LAYOUT = NoiseClassLayout(num_identities=3, num_clusters=2)
-COLUMNS = np.arange(9)  # 0: other, 1 to 3: identities, 4 and 5: clusters, 6 to 8: mirror classes
 
 
 @pytest.mark.parametrize(("min_samples", "wanted"), [
@@ -33,11 +30,7 @@ def test_clusters_are_chains_of_neighbouring_directions(min_samples, wanted):
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
 def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
-    """A prediction l becomes l + C + K if l is an identity. Otherwise the label or l is kept.
-
-    C is the number of identities, and K of clusters. The published code has no class "other", so
-    its numbers are lower by 1.
-    """
+    """The published code has no class "other", so its numbers are lower by 1."""
     published = NoiseClassLayout(num_identities=4934, num_clusters=3691)
     assert published.num_columns == 1 + 2 * 4934 + 3691
     theirs = np.arange(published.num_columns - 1)
@@ -46,7 +39,7 @@ def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     ours = plan.relabel(start, theirs + 1, published, keep=keep)
 
     kept = theirs if keep == "prediction" else start - 1
-    wanted = np.where(theirs < 4934, theirs + 4934 + 3691, kept)
+    wanted = np.where(theirs < 4934, theirs + 4934 + 3691, kept)  # below 4934: an identity
     np.testing.assert_array_equal(ours, 1 + wanted)
 
 
@@ -63,7 +56,7 @@ def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> N
 
 
 def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
-    labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]
+    labels, predicted = np.indices((9, 9))  # every label with every prediction
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
     new = plan.relabel(labels, predicted, LAYOUT)
     np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT

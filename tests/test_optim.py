@@ -13,28 +13,26 @@ import pytest
 from vidjax.core import optim
 from vidjax.runs import config as config_lib
 
-SPEC = {"learning_rate": 0.1, "warmup": 0.2}
-DEFAULTS = config_lib.default().optim.to_dict()
+SPEC = {**config_lib.default().optim.to_dict(), "learning_rate": 0.1, "warmup": 0.2}
 
 
-def rates(count, *, total_steps, steps_per_epoch=1.0, **spec):
-    """Returns the learning rates of the first steps of a run."""
+def rates(*, total_steps, steps_per_epoch=1.0, **spec: Any):
+    """Returns the learning rates of all steps of a run."""
     sizes = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    return np.asarray(jax.jit(optim.make_schedule({**DEFAULTS, **spec}, **sizes))(np.arange(count)))
+    schedule = jax.jit(optim.make_schedule(SPEC | spec, **sizes))
+    return np.asarray(schedule(np.arange(total_steps)))
 
 
-def make_optimizer(spec, *, total_steps) -> Any:
-    whole = {**DEFAULTS, **spec}
-    tx, _ = optim.make_optimizer(whole, total_steps=total_steps, steps_per_epoch=1.0)
+def make_optimizer(*, total_steps, **spec) -> Any:
+    tx, _ = optim.make_optimizer(SPEC | spec, total_steps=total_steps, steps_per_epoch=1.0)
     return tx._replace(update=jax.jit(tx.update))
 
 
 def test_warmup_and_cosine_decay_match_their_formula():
     # The warm-up takes 10 of 50 steps. A scale of 0 means 1/10.
     for scale, start in ((0.0, 0.01), (0.3, 0.03)):
-        spec: Any = {**SPEC, "final_scale": 0.01, "warmup_scale": scale}
-        computed = rates(51, total_steps=50, **spec)
-        cosine = 0.5 * (1 + np.cos(np.pi * np.arange(41) / 40))
+        computed = rates(total_steps=50, final_scale=0.01, warmup_scale=scale)
+        cosine = 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40))
         wanted = [*np.linspace(start, 0.1, 10, endpoint=False), *(0.1 * (0.01 + 0.99 * cosine))]
         np.testing.assert_allclose(computed, wanted, rtol=1e-5)
 
@@ -45,29 +43,27 @@ def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epo
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
     # The rate falls every `width` steps, in exact arithmetic.
     width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
-    expected = np.array([0.01 * 0.7 ** (step // width) for step in range(60)])
+    expected = np.array([0.1 * 0.7 ** (step // width) for step in range(60)])
     for warmup in (0.0, 0.5):
         # Over 30 steps, the factor rises from 1/30 to 1.
         factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
-        computed = rates(60, learning_rate=0.01, warmup=warmup, **options)
+        computed = rates(warmup=warmup, **options)
         np.testing.assert_allclose(computed, expected * factors, rtol=1e-5)
 
 
 def test_piecewise_decay_jumps_and_interpolates_between_points():
     points = ((0, 0.5), (2, 0.5), (2, 1.0), (4, 0.2))  # (epoch, factor)
-    spec: Any = {**SPEC, "decay": "piecewise", "points": points, "warmup": 0.0}
     epochs = (np.arange(60) + 0.5) / 10  # at the middle of each step
     factors = np.interp(epochs, [2, 4], [1.0, 0.2])
     factors[epochs < 2] = 0.5
-    computed = rates(60, total_steps=60, steps_per_epoch=10, **spec)
+    computed = rates(total_steps=60, steps_per_epoch=10, decay="piecewise", points=points, warmup=0)
     np.testing.assert_allclose(computed, 0.1 * factors, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_short_runs_have_positive_learning_rates(decay, total):
-    spec: Any = {"learning_rate": 0.1, "warmup": 0.1, "final_scale": 0.0, "decay": decay}
-    computed = rates(total, total_steps=total, steps_per_epoch=0.5, **spec)
+    computed = rates(total_steps=total, steps_per_epoch=0.5, final_scale=0.0, decay=decay)
     assert ((computed > 0) & (computed <= np.float32(0.1))).all(), computed
 
 
@@ -78,8 +74,8 @@ def test_short_runs_have_positive_learning_rates(decay, total):
     (0.5, [[-0.16, -0.18]]),
 ], ids=["clipped gradient", "weight decay"])  # fmt: skip
 def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
-    spec = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "warmup": 0.0}
-    tx = make_optimizer({**spec, "clip_norm": 1.0, "weight_decay": weight_decay}, total_steps=10)
+    spec = {"name": "sgd", "momentum": 0.0, "warmup": 0.0, "weight_decay": weight_decay}
+    tx = make_optimizer(total_steps=10, clip_norm=1.0, **spec)
     weights, gradient = jnp.array([[2.0, 2.0]]), jnp.array([[3.0, 4.0]])
     updates: Any = tx.update(gradient, tx.init(weights), weights)[0]
     np.testing.assert_allclose(updates, wanted, rtol=1e-6)
@@ -87,8 +83,7 @@ def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
 
 def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
     """With gradients of 0, matrices shrink by exp(-total_decay), and biases do not change."""
-    spec = {**SPEC, "name": "adam", "learning_rate": 1e-3, "total_decay": 0.7}
-    tx = make_optimizer(spec, total_steps=300)
+    tx = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
     state, zeros = tx.init(params), jax.tree.map(np.zeros_like, params)
     for _ in range(300):
@@ -105,16 +100,15 @@ def test_weight_decay_is_added_to_gradients_of_matrices_only(name):
     penalised = {**grads, "kernel": grads["kernel"] + np.float32(0.05) * params["kernel"]}
     updates = []
     for decay, given in ((0.0, penalised), (0.05, grads)):
-        tx = make_optimizer({**SPEC, "name": name, "weight_decay": decay}, total_steps=9)
+        tx = make_optimizer(total_steps=9, name=name, weight_decay=decay)
         updates.append(tx.update(given, tx.init(params), params)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
 
 
 def test_optimizer_restart_equals_a_fresh_optimizer():
-    options = {**SPEC, "name": "adam", "decay": "constant", "warmup": 0.0}
-    plain, restarted = (
-        make_optimizer({**options, "restart_epoch": epoch}, total_steps=6) for epoch in (0.0, 3.0)
-    )  # an epoch has one step; 0 means no restart
+    options = {"total_steps": 6, "name": "adam", "decay": "constant", "warmup": 0.0}
+    plain = make_optimizer(**options)
+    restarted = make_optimizer(**options, restart_epoch=3.0)  # an epoch has one step
     params = {"kernel": np.full((2, 3), 2, "f4")}
     grads = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
     state, plain_state = restarted.init(params), plain.init(params)
@@ -134,4 +128,4 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
 ])  # fmt: skip
 def test_impossible_optimiser_specifications_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        make_optimizer({**SPEC, **spec}, total_steps=1)
+        make_optimizer(total_steps=1, **spec)

@@ -7,7 +7,6 @@ github.com/luckycallor/IQIYI_VID_5th at 72a2368.
 import functools
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,33 +23,25 @@ from vidjax.core.batch import Frames, ModelOutput
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.layers import ResidualBlock
 from vidjax.models.system import System, TaskSpec, make_system
-from vidjax.runs import config_io
+from vidjax.runs.config_io import load_file
 from vidjax.training import train_step
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
-CLIPS, IDENTITIES = 57_820, 10_034  # of train
-NUM_CLUSTERS = 3691  # published: noise classes, 2018
+CLIPS = 57_820  # of train
 DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
 QUALITY_FUSION = "quality_fusion:iqiyi_vid,published"
 RESIDUAL_DENSE = "residual_dense:iqiyi_vid,published"
 
 
-def config_of(spec: str) -> Any:
-    """Returns a shipped configuration of NAME:ARGS."""
-    name, _, words = spec.partition(":")
-    return config_io.load_file(f"{ROOT}/configs/{name}.py:{words}")
-
-
 @functools.cache
 def official(spec: str) -> tuple[Any, System]:
     """Returns a configuration, and its system with the sizes of the official data."""
-    config = config_of(spec)
+    config = load_file(spec)
     widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
-    clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
+    clusters = 3691 if config.data.distractors == "noise" else None
     steps = math.ceil(config.num_epochs * CLIPS / config.batch_size)
-    task = TaskSpec(widths, IDENTITIES, clusters, CLIPS, steps, train_other=True)
+    task = TaskSpec(widths, 10_034, clusters, CLIPS, steps, train_other=True)
     return config, make_system(config.to_dict(), task)
 
 
@@ -122,11 +113,8 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
 
     # A clip has the weight of its frames and of as many merged frames.
     frames = one_clip([-5.0, 19.9, 20.0, 20.1, 40.0, 40.1])
-    counts = []
-    for member in members:
-        _, (weight,) = trained_on(system, frames, member.min_quality)
-        counts.append(weight / 2)
-    assert counts == [6, 3, 1]  # L32: all, > 20, > 40
+    weights = [trained_on(system, frames, member.min_quality)[1][0] for member in members]
+    assert weights == [2 * 6, 2 * 3, 2 * 1]  # L32: all, > 20, > 40
     # The second member drops a clip whose frames are all at most 20.
     _, weight = trained_on(system, one_clip([20.0, 3.0]), members[1].min_quality)
     assert weight == 0
@@ -247,7 +235,7 @@ def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
     assert sizes["face_netvlad/norm/scale"] == (clusters,)
     maps = {f"{name}_map" for name in ("face", "head", "body", "audio", "attention")}
     assert {name.split("/")[0] for name in sizes} == {*maps, "classifier", "face_netvlad"}
-    model = config_of("mma:published,iqiyi_vid").model.to_dict()
+    model = load_file("mma:published,iqiyi_vid").model.to_dict()
     assert model["gamma"] == 0.05 and not model["train_gamma"]  # L215
     assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (L159)
     assert (model["attention_form"], model["gram_scale"]) == ("gram", 1.0)  # equation 2 (L176)
@@ -256,7 +244,7 @@ def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
 
 def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
     """L142 of the paper. The fusion `top` is tested in test_fusion.py."""
-    config = config_of("mma:published,iqiyi_vid")
+    config = load_file("mma:published,iqiyi_vid")
     assert config.data.crop == "quality"  # the best faces of the clip, not of a window
     top = {"name": "top", "num_frames": 32}
     assert config.fusion.face.to_dict() == {"train": top, "evaluate": top | {"repeats": "random"}}
@@ -264,7 +252,7 @@ def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
 
 def test_mma_trains_three_nets_on_different_parts_of_the_clips():
     """Three models "trained on different partition of the training set" (L252)."""
-    spec = config_of("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
+    spec = load_file("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
     labels = np.repeat(np.arange(1, 21), 6)
     uses = ensemble.count_clip_uses(ensemble.make_members(spec), labels, spec["folds"], seed=0)
     np.testing.assert_array_equal(uses.sum(axis=0), [2] * 120)  # each clip is left out by one net
@@ -284,7 +272,7 @@ def test_deepmef_has_the_training_settings_of_its_code():
     # demo_test_face_scene_multi_view.py: Softmax of the net's output, without the factor of 30.
     assert config.eval.temperature == 30 == system.model.logit_scale
     assert (config.mixup, config.transforms, config.model.main.modality_dropout_rate) == (0, (), 0)
-    assert config_of(f"{DEEPMEF},trainval").data.train_splits == ("train", "val")
+    assert load_file(f"{DEEPMEF},trainval").data.train_splits == ("train", "val")
     # sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection.
     assert (main.rms_norm, main.feature_scale, main.num_frames) == (False, 1, 40)
     forms = (main.channel_attention, main.channel_norm, main.layer_form)
@@ -293,7 +281,7 @@ def test_deepmef_has_the_training_settings_of_its_code():
 
 def test_deepmef_weight_decay_applies_to_every_parameter():
     """Two steps equal SGD(momentum=0.9, weight_decay=1e-5), computed by hand."""
-    spec = config_of(DEEPMEF).optim.to_dict()
+    spec = load_file(DEEPMEF).optim.to_dict()
     tx, _ = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -5.0), "slope": jnp.float32(7)}
     grads = jax.tree.map(lambda x: 0.25 * jnp.ones_like(x), params)
@@ -326,7 +314,7 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
             hidden = np.s_[width // 16 * view : width // 16 * (view + 1)]
             assert {*seen[name].features[0, 0].tolist()} == {*np.delete(range(width), hidden)}
 
-    only_scene = config_of("deepmef:scene,published,views").ensemble.to_dict()
+    only_scene = load_file("deepmef:scene,published,views").ensemble.to_dict()
     views = [member.view for member in ensemble.make_members(only_scene)]
     assert views == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
 
@@ -398,8 +386,8 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
 @pytest.mark.nightly
 def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     """np.random.choice(frames, 40, replace=len(frames) < 40); evaluation always draws the same."""
-    spec = config_of(DEEPMEF).fusion.face.train.to_dict()
-    assert spec == config_of(DEEPMEF).fusion.face.evaluate.to_dict()
+    spec = load_file(DEEPMEF).fusion.face.train.to_dict()
+    assert spec == load_file(DEEPMEF).fusion.face.evaluate.to_dict()
     sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
     draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
 
@@ -429,15 +417,12 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
 
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
-    """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean.
-
-    The batch of a branch contains only the clips that the branch learns from.
-    """
+    """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean."""
     cosines = np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2, 5))  # [clips, branches, classes]
     labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # row 5 is padding
-    sees[2, 0] = 0  # branch 0 does not learn from clip 2
-    spec = config_of(DEEPMEF).loss.to_dict()
+    sees[2, 0] = 0  # branch 0 does not learn from clip 2, so it is not in the batch of branch 0
+    spec = load_file(DEEPMEF).loss.to_dict()
     objective = losses.make_objective(spec, None, 14.125, logit_scale=30.0)
 
     def total(cosines):
@@ -471,7 +456,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
 
 def test_noise_classes_have_the_training_settings_of_their_code():
     """parse_args and the main program of fn_weightedMean_v2_multiModel_refuse_v4.py."""
-    config = config_of(NOISE)
+    config = load_file(NOISE)
     assert (config.batch_size, config.num_epochs, config.ensemble.folds) == (10_240, 200, 8)
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.total_decay) == ("adam", 0, 0)
@@ -502,7 +487,7 @@ def shares_of_frames(spec, quality, detection):
 @pytest.mark.nightly
 def test_noise_classes_weight_frames_by_their_squared_quality():
     """feat_weighted_mean: weights are proportional to q squared; frames below 0 are left out."""
-    spec = config_of(NOISE).fusion.face
+    spec = load_file(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
     article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"
     ones = [1.0, 1.0, 1.0]  # detection scores
@@ -522,7 +507,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
 @pytest.mark.nightly
 def test_noise_classes_crop_short_clips_as_the_code_does():
     """load_data in ..._predict_v2.py."""
-    spec = config_of(NOISE).fusion.face.evaluate.to_dict()
+    spec = load_file(NOISE).fusion.face.evaluate.to_dict()
     # The frames of the 4 crops of clips with 1, 3 and 7 frames.
     for wanted in ("0 0 0 0", "012 12 01 1", "0123456 23456 01234 12345"):
         count = len(wanted.split()[0])

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import write_npz, write_parquet
+from tests.helpers.embeddings import unit
 from vidjax.data import memory, sources
 
 DIM = 5
@@ -19,8 +19,7 @@ GIVEN = [9.0, 7.0, 8.0]
 
 
 def norm(frames):
-    """Returns the length of each vector in float64."""
-    return np.sqrt((frames.astype(float) ** 2).sum(axis=1))
+    return np.linalg.norm(frames.astype(float), axis=1)
 
 
 @pytest.fixture
@@ -34,13 +33,13 @@ def clips():
 
 
 def qualities(source, modality="face"):
-    """Returns clip number -> qualities of its frames, as a model would get them."""
-    return {clip: frames.quality for clip, frames in real_frames(source, "val", modality)}
+    """Returns the qualities of the frames of each clip, as a model would get them."""
+    return [frames.quality for _, frames in sorted(real_frames(source, "val", modality))]
 
 
 def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_path):
     """Records in the cache of one setting are not used for the other setting."""
-    a, b = (norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"]))
+    a, b = norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"])
     widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
     folder = write_npz(tmp_path / "own", {"val": clips})
 
@@ -53,15 +52,14 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
             memory.MemoryClips.from_dict(clips, widths, (), quality),
             memory.load_clips(folder, widths, (), quality=quality),
         ):
-            by_clip = qualities(reader)
-            np.testing.assert_allclose([by_clip[0], by_clip[1]], of_clips, rtol=1e-6)
+            np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)
         np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
 
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
         table = write_parquet(tmp_path / "table.parquet", faces)
-        by_clip = qualities(memory.load_clips(table, widths, ()))
-        np.testing.assert_allclose([by_clip[0], by_clip[1]], [a, b], rtol=1e-6)
+        by_table = qualities(memory.load_clips(table, widths, ()))
+        np.testing.assert_allclose(by_table, [a, b], rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -88,17 +86,17 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
 def test_unit_length_features_without_quality_warn_once(tmp_path):
     """The lengths of unit vectors are no quality, which matters for clips of several frames."""
     x = np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float32)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    units = unit(x)
 
     def load(*clips):
         splits = {"val": {f"c{number}": clip for number, clip in enumerate(clips)}}
         sources.load(splits, cache_dir=tmp_path)
 
     with pytest.warns(UserWarning, match=r"(?s)^face:.*face_quality") as caught:
-        load({"face": unit.astype(np.float16), "head": x})
+        load({"face": units.astype(np.float16), "head": x})
     assert len(caught) == 1
 
-    with warnings.catch_warnings(action="error"):
-        load({"face": x})  # not of unit length
-        load({"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
-        load({"face": unit[:1]}, {"face": unit[1]})  # clips of one frame
+    # Tests turn other warnings into errors.
+    load({"face": x})  # not of unit length
+    load({"face": {"features": units, "quality": [1.0, 2.0, 3.0, 4.0]}})
+    load({"face": units[:1]}, {"face": units[1]})  # clips of one frame

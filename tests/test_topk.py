@@ -84,9 +84,9 @@ def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name
     rng = np.random.default_rng(1)
     scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
     clip_index = rng.permutation(1500).astype(np.int32)
-    no_scores, no_clips = (jnp.full((C, K), x) for x in (jnp.float32(-jnp.inf), topk.NO_CLIP))
+    top = topk.TopK(jnp.full((C, K), jnp.float32(-jnp.inf)), jnp.full((C, K), topk.NO_CLIP))
 
-    top, needed_groups = topk.TopK(no_scores, no_clips), []
+    needed_groups = []
     for block in blocks_of(scores, clip_index, 60, rng):
         block_scores, _, real = block
         best = np.where(real[:, None], block_scores, -np.inf).reshape(15, 4, C).max(axis=1)

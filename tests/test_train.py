@@ -82,9 +82,9 @@ def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
 def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
     folder, scores = trained(MLP), []
     for devices, batch_size in [(1, 1), (8, 64)]:
-        words = [f"--config.batch_size={batch_size}", "--config.eval.block_size=256"]
         config, mesh = config_io.load_workdir(folder), devices_lib.make_mesh(devices)
-        run = small.restored(folder, data, config_io.override(config, words), mesh)
+        config.batch_size, config.eval.block_size = batch_size, 256
+        run = small.restored(folder, data, config, mesh)
         scores.append(small.scores([run], mesh=mesh, block_size=256))
     assert scores[0].shape == (60, 12)  # clips, identities
     np.testing.assert_array_equal(*scores)
@@ -100,7 +100,7 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path):
     path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, own, strict=True) if w != 1))
 
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
-    words = (*words, "--config.data.balance=0.5", f"--config.data.weights={path}")
+    words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
     weight = make_plan(small.shrunk(*words, spec=MLP), data).constants.weight[0]
 
     wanted = own * np.array([np.sum(labels == label) for label in labels]) ** -0.5
