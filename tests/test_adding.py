@@ -1,7 +1,4 @@
-"""A new loss, model, dataset and so on needs one function, and one line in one table.
-
-The test adds them to a copy of the repository, and runs the command there.
-"""
+"""A new loss, model, dataset and so on needs one function, and one line in one table."""
 
 import json
 import re
@@ -12,16 +9,18 @@ import pytest
 from tests.conftest import ROOT, execute
 from tests.helpers.small_runs import QUICK
 
-COSFACE = '''
+COSFACE = """
 def cosface(logits, labels, class_mask=None, *, logit_scale, margin):
-    """Returns softmax cross-entropy with an additive cosine margin (CosFace, equation 4)."""
     label = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return softmax_cross_entropy(logits - logit_scale * margin * label, labels, class_mask)
-'''
-MODEL = '''
-class Centroid(Identifier):
-    """Cosines between the mean frame of the first modality and a direction per class."""
+"""
+MODEL = """
+import flax.linen as nn
+from vidjax.core import fusion
+from vidjax.core.batch import ModelOutput
+from vidjax.models.layers import CosineClassifier, real_frames
 
+class Centroid(Identifier):
     modalities: Mapping[str, int]
     num_classes: int
     logit_scale: float = 16.0
@@ -32,13 +31,10 @@ class Centroid(Identifier):
         x = fusion.mean_frame(next(iter(frames.values()))).features[:, 0]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         return ModelOutput(logits[:, None], embedding=x)
-'''
-MODEL_IMPORTS = """import flax.linen as nn
-from vidjax.core import fusion
-from vidjax.core.batch import ModelOutput
-from vidjax.models.layers import CosineClassifier, real_frames
 """
 DATASET = """
+import numpy as np
+
 def open_blobs(data, digests):
     rng = np.random.default_rng(data["seed"])
     people = rng.normal(size=(6, 12))
@@ -63,14 +59,14 @@ def confident(clips, labels):
     return float(np.mean(clips.best[clips.pool] > np.log(0.5)))
 """
 CONFIDENT = '"confident": Metric("confident clips", "above 0.5", confident, log=True)'
-# Rows: file, more imports of the file, table, new function, new line of the table.
+# Rows: file, table, new function, new line of the table.
 ADDITIONS = (
-    ("core/losses.py", "", "CLASSIFICATION", COSFACE, '"cosface": cosface'),
-    ("models/identifier.py", MODEL_IMPORTS, "MODELS", MODEL, '"centroid": Centroid'),
-    ("data/sources.py", "import numpy as np\n", "DATASETS", DATASET, '"blobs": open_blobs'),
-    ("core/fusion.py", "", "FUSIONS", FUSION, '"first": first_frame'),
-    ("core/augment.py", "", "TRANSFORMS", TRANSFORM, '"halve": Transform(halve)'),
-    ("core/metrics.py", "", "CLIP_METRICS", METRIC, CONFIDENT),
+    ("core/losses.py", "CLASSIFICATION", COSFACE, '"cosface": cosface'),
+    ("models/identifier.py", "MODELS", MODEL, '"centroid": Centroid'),
+    ("data/sources.py", "DATASETS", DATASET, '"blobs": open_blobs'),
+    ("core/fusion.py", "FUSIONS", FUSION, '"first": first_frame'),
+    ("core/augment.py", "TRANSFORMS", TRANSFORM, '"halve": Transform(halve)'),
+    ("core/metrics.py", "CLIP_METRICS", METRIC, CONFIDENT),
 )
 EXPERIMENT = """
 from vidjax.runs import config as config_lib
@@ -92,12 +88,11 @@ def get_config(args=""):
 def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path):
     for name in ("vidjax", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file, imports, table, function, line in ADDITIONS:
+    for file, table, function, line in ADDITIONS:
         path = tmp_path / "vidjax" / file
-        source = re.sub(r"(?m)^(?=import |from )", imports, path.read_text(), count=1)
         # The function comes before the table, and the line comes first in the table.
-        pattern = rf"(?m)^((?:#.*\n)*{table}: .*\{{\n)"
-        source, count = re.subn(pattern, rf"{function.lstrip()}\n\n\1    {line},\n", source)
+        start = rf"(?m)^{table}: .*\{{\n"
+        source, count = re.subn(start, rf"{function}\n\g<0>    {line},\n", path.read_text())
         assert count == 1, f"{file} has no table {table}"
         path.write_text(source)
     (tmp_path / "configs" / "probe.py").write_text(EXPERIMENT)

@@ -16,12 +16,12 @@ from tests.helpers import made_models as made
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_frames import make_frames
-from vidjax.core import fusion
 from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier, layers
 from vidjax.models.dense import MLP, ResidualDenseNet
 from vidjax.models.layers import CosineClassifier, Dropout, NetVLAD, drop_modalities
 from vidjax.models.multimodal import MultimodalAttention, SigmoidGate
+from vidjax.models.system import TaskSpec, make_system
 from vidjax.runs import config_io
 
 FLOAT64 = jnp.dtype("float64")
@@ -183,7 +183,6 @@ def randomised(model, x, mask):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(model, variables, x, mask):
-    """Returns the output of a training step."""
     return model.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]
 
 
@@ -500,8 +499,9 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     """The cases are the paper's net and the simplest nets of its table 3."""
     config = config_io.load_file(f"mma:published,{words}").to_dict()
     sizes = {name: WIDTHS[name] for name in config["modalities"]}
-    spec = {**config["model"], "embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
-    model = identifier.make_identifier(spec, modalities=sizes, num_classes=7, num_clips=4)
+    config["model"] |= {"embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
+    task = TaskSpec(sizes, 6, None, num_clips=4, total_steps=9, train_other=True)
+    system = make_system(config, task)
 
     # Three clips of up to 40 faces. The second has no audio, and the third no face.
     lengths = {"face": [40, 3, 0], "head": [9, 2, 4], "body": [3, 1, 1], "audio": [1, 0, 1]}
@@ -511,24 +511,16 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     }
     clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, bool), np.zeros(3, np.int32))
 
-    def fused():
-        specs = {name: config["fusion"].get(name, {}).get("evaluate") for name in sizes}
-        fuse = {name: fusion.make_fusion(specs[name] or {"name": "all"}) for name in sizes}
-        return {name: fuse[name](None, value) for name, value in frames.items()}
-
     # Random parameters, and the initial statistics of BatchNorm.
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), fused(), clips, train=False))
+    fused = jax.jit(lambda: system.fuse(None, frames, jnp.int32(-1)))()
+    shapes = jax.eval_shape(lambda: made.init_identifier(system.model, fused, clips))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])
     norm = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
     stats = {"face_netvlad": {"norm": norm}} if parts["netvlad"] else {}
 
-    @jax.jit
-    def run(params):
-        variables = {"params": params, "batch_stats": stats}
-        return model.apply(variables, fused(), clips, train=False).logits[:, 0]
-
-    logits = run(params)
+    variables = {"params": params, "batch_stats": stats}
+    logits = made.eval_logits(system.model, variables, fused, clips)
     for clip in range(3):
         expected = logits_of_the_paper(params, frames, clip, **parts)
         np.testing.assert_allclose(logits[clip], expected, atol=1e-3, rtol=1e-4)

@@ -59,8 +59,7 @@ def take(frames, rows):
 
 
 @jax.jit
-def step(state, frames, clips):
-    """Returns the variables after a training step."""
+def after_step(state, frames, clips):
     return MODEL.apply(state, frames, clips, train=True, mutable=["sums"])[1]
 
 
@@ -77,7 +76,7 @@ def train(frames, labels, batches):
     for rows in batches:
         rows = np.asarray(rows)
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
-        state = step(state, take(frames, rows), clips)
+        state = after_step(state, take(frames, rows), clips)
     return state
 
 

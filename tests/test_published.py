@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from scipy import special
 
 from tests.helpers.made_frames import make_frames, one_hot_frames
@@ -50,9 +51,7 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     _, system = official(spec)
     labels, rngs = jnp.zeros((1, CLIPS), jnp.int32), ensemble.make_rngs((ensemble.Member(),), 0)
     params = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels)).params
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): x.shape[1:] for path, x in leaves}
+    return {name: x.shape[1:] for name, x in flatten_dict(params, sep="/").items()}
 
 
 # The rate of an epoch such as 8.9 is the rate of the first step after it.

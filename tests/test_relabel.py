@@ -54,7 +54,6 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
 
 
 def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
-    """Distractors move into clusters, and stay in or return to mirror classes."""
     run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
 
     (start, layout), end = starting(data), labels_of(tmp_path)

@@ -57,15 +57,10 @@ def init(system, labels):
     return state.replace(params=moved)
 
 
-def trainer(system):
-    """Returns (state, batch, weights of its clips) -> the next state and the loss, compiled."""
-    step = jax.jit(functools.partial(train_step.train_step, system))
-
-    def train(state, batch, weight=None):
-        weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
-        return step(state, train_step.make_member_constants((ensemble.Member(),), weight), batch)
-
-    return train
+def train(system, state, batch, weight):
+    """Returns the next state, and the loss."""
+    constants = train_step.make_member_constants((ensemble.Member(),), weight[None])
+    return jax.jit(functools.partial(train_step.train_step, system))(state, constants, batch)
 
 
 def evaluate(system, state, batch):
@@ -99,7 +94,6 @@ EXAMPLES: Any = {"after_fusion": "examples"}
 @nightly_after_first("reduce", ["mean", "max"])
 @nightly_after_first("scores", ["log_softmax", "log_sigmoid", "logits"])
 def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
-    """Frames vote by probabilities or logits."""
     system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
     batch = make_batch()
     state = init(system, np.arange(5))
@@ -124,7 +118,7 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])
     system = make(**EXAMPLES, loss__mean_over=mean_over)
     state = init(system, labels)
-    _, loss = trainer(system)(state, batch, weight)
+    _, loss = train(system, state, batch, weight)
 
     weight[3] = 0  # clip 3 has no frames
     total = 0.0
@@ -225,7 +219,7 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     layers, x = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
     logits = [x @ layer["kernel"] + layer["bias"] for layer in layers]
 
-    _, loss = trainer(system)(state, batch, weight)
+    _, loss = train(system, state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
     wanted_loss = np.sum(train_weight * losses, axis=1) @ weight / weight.sum()
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
@@ -255,9 +249,8 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
     spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
     spoilt_labels = jnp.where(unused, 9, state.labels)
 
-    train = trainer(system)
-    left, left_loss = train(state, batch)
-    right, right_loss = train(state.replace(labels=spoilt_labels), spoilt)
+    left, left_loss = train(system, state, batch, np.ones(5))
+    right, right_loss = train(system, state.replace(labels=spoilt_labels), spoilt, np.ones(5))
 
     first, second = ((x.params, x.model_state, x.sums) for x in (left, right))
     jax.tree.map(np.testing.assert_array_equal, (left_loss, *first), (right_loss, *second))

@@ -1,7 +1,6 @@
 """MAP@100 of two files in exact rational arithmetic: the oracle of the scorer.
 
-It is written from the description of the organisers' script, shares nothing with the package, and
-goes name by name, so that it can be read against the description.
+It is written from the description of the organisers' script, and shares nothing with the package.
 """
 
 from fractions import Fraction
