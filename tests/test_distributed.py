@@ -28,8 +28,8 @@ WORDS = (
 )  # fmt: skip
 # SGD with a constant learning rate. So a step does not depend on the number of epochs.
 SGD = (
-    "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.optim.warmup=0",
-    "--config.optim.decay=constant", "--config.optim.total_decay=0",
+    "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.optim.decay=constant",
+    "--config.optim.warmup=0", "--config.optim.warmup_scale=0", "--config.optim.total_decay=0",
 )  # fmt: skip
 
 

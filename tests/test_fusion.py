@@ -31,8 +31,7 @@ def test_number_of_fused_frames_follows_probs():
 
     shares = draw(2, np.ones(300), num_draws=4_000, probs=probs)
 
-    # If n different frames are averaged, the smallest share is 1 / n. Frames that are drawn from
-    # 300 frames are nearly always different.
+    # The smallest share of n different frames is 1 / n. Of 300 frames, few are drawn twice.
     smallest = np.where(shares > 0, shares, 1).min(axis=1)
     counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:]
     np.testing.assert_allclose(counts / 4_000, probs, atol=0.03)
@@ -355,8 +354,7 @@ def test_frames_are_drawn_in_proportion_to_quality():
     assert np.all(frequency[expected == 0] == 0)
 
 
-# Seven clips to join with each other, up to 6 frames. Clips 0, 1 and 3 are short, clip 2 is too
-# long, and clip 5 has no frame.
+# Clips to join, up to 6 frames. Clips 0, 1 and 3 are short, clip 2 is too long, clip 5 is empty.
 JOINED = {
     "face": make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9),
     "audio": make_frames([1, 0, 7, 2, 1, 0, 1], max_frames=7, seed=4),

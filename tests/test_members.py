@@ -205,8 +205,7 @@ def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):
-        config = config_io.load_file(f"{spec},few")
-        return plan_lib.make_plan(config, data).training_sets.trained
+        return plan_lib.make_plan(config_io.load_file(f"{spec},few"), data).training_sets.trained
 
     # A tenth: the three nets of different quality bounds leave out the same clips.
     three_nets = trained("residual_dense:iqiyi_vid,trainval,face")

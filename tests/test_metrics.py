@@ -100,8 +100,7 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     gt = "".join(f"{c} {' '.join(listed)}\n" for c, listed in names.items() if listed)
     gt_path, path = write(tmp_path, gt, "")
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
-    clips = [f"c{i}" for i in range(400)]
-    ranking.write_ranking(path, [str(c) for c in range(1, 31)], clips, top)
+    ranking.write_ranking(path, list(map(str, names)), [f"c{i}" for i in range(400)], top)
 
     assert score_files(gt_path, path) == score
     assert abs(Fraction(score) - map_oracle.mean_average_precision(gt_path, path)) < 1e-12
@@ -161,8 +160,8 @@ def test_identification_errors_match_a_direct_count(dtype):
         ranked = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
         passed = ranked >= dtype(errors.threshold)
         assert errors.fpir == pytest.approx(passed[~known].mean(), rel=0, abs=1e-15)
-        missed = 1 - (passed & correct)[known].mean()
-        assert errors.fnir == pytest.approx(missed, rel=0, abs=1e-15)
+        found = (passed & correct)[known].mean()
+        assert errors.fnir == pytest.approx(1 - found, rel=0, abs=1e-15)
 
         # The rate is kept even if one more stranger comes and passes. With a lower threshold, the
         # best of the refused strangers would pass, and the rate would be exceeded.

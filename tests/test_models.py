@@ -364,8 +364,7 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         options = {"feature_scale": feature_scale, "logit_scale": 9.0}
         model = made.make_model(COSINE, dtype="float64", **options)
         variables = made.init_identifier(model, frames, clips)
-        initial_weights = [1, 0.5, 0.25]  # of the modalities
-        np.testing.assert_array_equal(variables["params"]["weights"], initial_weights)
+        np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
         assert variables["params"]["scale"] == 9
 
         params = made.randomised(variables["params"])

@@ -71,8 +71,7 @@ def logits_of(state, frames):
 
 def train(frames, labels, batches):
     """Returns the variables after training on batches of rows; -1 is a padded row."""
-    blank = ClipInfo(np.zeros(1, np.int32), np.ones(1, bool), np.zeros(1, np.int32))
-    state = init_identifier(MODEL, take(frames, np.zeros(1, int)), blank)
+    state = init_identifier(MODEL, frames, EVERY)
     for rows in batches:
         rows = np.asarray(rows)
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
@@ -226,8 +225,7 @@ def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     ("plda", "mixup=0.2"), ("knn", "ensemble.bootstraps=3"), ("plda", "optim.learning_rate=0.1"),
 ])  # fmt: skip
 def test_closed_form_models_refuse_settings_of_gradient_training(data, name, word):
-    spec = f"configs/{name}.py:iqiyi_vid,face"
-    config = small_runs.shrunk(f"--config.{word}", spec=spec)
+    config = small_runs.shrunk(f"--config.{word}", spec=f"configs/{name}.py:iqiyi_vid,face")
     with pytest.raises(ValueError, match=rf"config\.{word.split('=')[0]}=.*has no optimiser"):
         plan.make_plan(config, data)
 

@@ -33,6 +33,7 @@ DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
 QUALITY_FUSION = "quality_fusion:iqiyi_vid,published"
 RESIDUAL_DENSE = "residual_dense:iqiyi_vid,published"
+one_clip = functools.partial(one_hot_frames, padding=0, dtype="float32")
 
 
 @functools.cache
@@ -71,13 +72,6 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
     np.testing.assert_allclose(rates, published, rtol=1e-5)
 
 
-def one_clip(quality, detection=0.9):
-    """Returns a clip whose frames have these qualities and the same detection score."""
-    frames = make_frames([len(quality)], max_frames=len(quality), dtype="float32")
-    quality = np.array([quality], np.float32)
-    return frames._replace(quality=quality, detection=np.full_like(quality, detection))
-
-
 def trained_on(system, frames, min_quality=-1000.0):
     """Returns the face frames of a training step, and the weights of the losses of the clips."""
     ones = jnp.ones(len(frames.mask))
@@ -111,7 +105,7 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     assert [member.fold for member in members] == [0, 0, 0]
 
     # A clip has the weight of its frames and of as many merged frames.
-    frames = one_clip([-5.0, 19.9, 20.0, 20.1, 40.0, 40.1])
+    frames = one_clip([-5, 19.9, 20, 20.1, 40, 40.1])
     weights = [trained_on(system, frames, member.min_quality)[1][0] for member in members]
     assert weights == [2 * 6, 2 * 3, 2 * 1]  # L32: all, > 20, > 40
     # The second member drops a clip whose frames are all at most 20.
@@ -203,7 +197,7 @@ def test_quality_fusion_drops_training_clips_without_a_good_face():
 def test_quality_fusion_weights_evaluated_faces_by_graded_quality():
     quality = np.array([-1, 0, 10, 20, 25, 30, 35, 40, 90], np.float32)
     wanted = 0.9 * quality * [0, 0.2, 0.2, 0.3, 0.3, 0.6, 0.6, 1, 1]  # inference.py:95-104
-    weights = fusion.frame_weights(one_clip(quality), "graded")[0]
+    weights = fusion.frame_weights(one_clip(quality, detection=0.9), "graded")[0]
     np.testing.assert_allclose(weights, wanted, rtol=1e-6)
 
 
@@ -407,8 +401,7 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     np.testing.assert_allclose(counts.mean(axis=1), 8, atol=0.4)
     np.testing.assert_allclose(counts.var(axis=1), 40 * 0.2 * 0.8, rtol=0.25)
 
-    # Evaluation, without a key, always makes the same draw. Clips of equal length use the same
-    # frames.
+    # Evaluation has no key. It always makes the same draw, also for clips of equal length.
     fixed = np.asarray(sample(None, frames).number) // 10
     assert len(set(fixed[0].tolist())) == 40 and (np.diff(fixed[0]) < 0).any()
     np.testing.assert_array_equal(fixed[2], fixed[3])
@@ -479,8 +472,7 @@ def test_weight_of_mirror_classes_rises_every_20_epochs():
 
 def shares_of_frames(spec, quality, detection):
     """Returns the share of each frame in each fused frame of one clip."""
-    frames = one_hot_frames(quality, detection, padding=0, dtype="float32")
-    return np.asarray(fusion.make_fusion(spec)(None, frames).features[0])
+    return np.asarray(fusion.make_fusion(spec)(None, one_clip(quality, detection)).features[0])
 
 
 @pytest.mark.nightly
