@@ -54,10 +54,6 @@ def make_clips():
     return frames, labels
 
 
-def take(frames, rows):
-    return {name: jax.tree.map(lambda x: x[rows], part) for name, part in frames.items()}
-
-
 @jax.jit
 def after_step(state, frames, clips):
     return MODEL.apply(state, frames, clips, train=True, mutable=["sums"])[1]
@@ -75,7 +71,8 @@ def train(frames, labels, batches):
     for rows in batches:
         rows = np.asarray(rows)
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
-        state = after_step(state, take(frames, rows), clips)
+        batch = jax.tree.map(lambda x, rows=rows: x[rows], frames)
+        state = after_step(state, batch, clips)
     return state
 
 

@@ -96,10 +96,7 @@ def flat(tree):
 
 def assert_equal_weights(left, right):
     """Asserts that two runs have the same weights, bit for bit."""
-    left, right = weights(left), weights(right)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        np.testing.assert_array_equal(value, right[name], err_msg=name)
+    np.testing.assert_equal(weights(left), weights(right))
 
 
 RUN_FILES = ("metrics.jsonl", "ranking.txt", "config.json", "identities.json")
