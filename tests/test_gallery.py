@@ -11,27 +11,17 @@ from scipy import special, stats
 from tests.helpers import embeddings, made_galleries
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
-from tests.helpers.made_galleries import SETTINGS, identify, make, make_clip, make_clips
+from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.changes import enrol
-from vidjax.apps.gallery.gallery import Gallery, Vectors, fit_backend
-from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.gallery.gallery import Gallery, fit_backend
+from vidjax.apps.gallery.store import StoredClip, group
 from vidjax.models import distance
 
-NOBODY_IS_NEW = made_galleries.SETTINGS._replace(stranger=-6.0)
+NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)
 PEOPLE = 700
-
-
-def parts_of(gallery, clips):
-    return gallery.backend.split(np.stack([clip.vector for clip in clips]))
-
-
-def vectors_of(gallery, clips):
-    """Returns clips, name -> StoredClip, as the vectors that a gallery enrols."""
-    parts = dict(zip(made_galleries.WIDTHS, parts_of(gallery, clips.values()), strict=True))
-    return Vectors(tuple(clips), parts, tuple(clip.identity for clip in clips.values()))
 
 
 def ratio(space, clips, query):
@@ -137,9 +127,10 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     assert gallery.rule().threshold == gallery.threshold(0.01)
 
 
-def known_and_new_clips(count):
-    """Returns clips of the 12 enrolled people and of 12 other people, in turn."""
-    return [make_clip(700 + n, f"person {n % 24}") for n in range(count)]
+def queries(gallery):
+    """Returns 50 clips: of the 12 enrolled people and of 12 other people, in turn."""
+    clips = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
+    return vectors_of(gallery, clips)
 
 
 def test_fpir_rule_names_no_clip_with_a_probability_of_one_half_or_less():
@@ -171,17 +162,15 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
 
     assert people.rule(fpir=0.25).score != before.score
-    parts = parts_of(people, known_and_new_clips(50))
-    for answer in identify(people, parts, fpir=0.25):
+    for answer in people.identify(queries(people), fpir=0.25).values():
         assert (answer.identity is not None) == people.rule(fpir=0.25).names(answer.score)
 
 
 def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path):
     people = make(tmp_path / "g")
-    parts = parts_of(people, known_and_new_clips(50))
 
     for least in (1e-6, 0.3, 1.0):
-        for answer in identify(people, parts, threshold=least):
+        for answer in people.identify(queries(people), threshold=least).values():
             assert (answer.identity is not None) == (answer.score >= np.log(least))
 
 
@@ -189,18 +178,23 @@ def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path)
 def test_one_photo_per_person_names_these_people_and_few_strangers(tmp_path, capsys, num_people):
     """The vectors are as similar as dlib's. A warning reports too few clips for a fit."""
     made = embeddings.Population(0)
-    photos = made.photos(made.people(num_people), 1 + 10).astype(np.float32)  # 10 are queries
-    strangers = made.photos(made.people(300), 1)[:, 0].astype(np.float32)
-    enrolled = {f"{n}": StoredClip(f"{n}", photos[n, 0]) for n in range(num_people)}
+
+    def draw(people, count):
+        photos = made.photos(made.people(people), count).astype(np.float32)
+        places = np.ndindex(people, count)
+        return {f"{n}/{turn}": StoredClip(f"{n}", photos[n, turn]) for n, turn in places}
+
+    clips, strangers = draw(num_people, 1 + 10), draw(300, 1)
+    enrolled = {name: clips.pop(name) for name in [*clips][::11]}  # the first of 11 photos
 
     front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
     assert "have two clips or more, too few" in capsys.readouterr().err
     gallery = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
 
-    named = [answer.identity for answer in identify(gallery, [np.concatenate(photos[:, 1:])])]
-    assert np.mean(np.array(named) == np.repeat([*enrolled], 10)) >= 0.9
-    strange = [answer.identity is not None for answer in identify(gallery, [strangers])]
-    assert np.mean(strange) <= 0.02
+    answers = gallery.identify(vectors_of(gallery, clips))
+    assert np.mean([answers[name].identity == clips[name].identity for name in clips]) >= 0.9
+    answers = gallery.identify(vectors_of(gallery, strangers))
+    assert np.mean([answer.identity is not None for answer in answers.values()]) <= 0.02
 
 
 def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
@@ -238,17 +232,15 @@ def test_gallery_acts_as_a_collection_of_people(tmp_path):
 def make_index(*, cards=False, **settings):
     """Returns an index of PEOPLE in three blocks.
 
-    If `cards`, the back end compares distances, as for nets with cards. If not, it has a fitted
-    space.
+    With `cards`, the back end compares distances, as for nets with cards.
     """
     backend = made_galleries.make_front(SETTINGS._replace(**settings))
     if cards:
         distances = distance.from_cosines((0.85, 0.1), (0.0, 0.3))
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, backend.settings)
-    clips = [clip for clip in make_clips(PEOPLE).values() if clip.identity]
-    names, owner = np.unique([str(clip.identity) for clip in clips], return_inverse=True)
-    everybody = backend.enrol(names.tolist(), np.stack([clip.vector for clip in clips]), owner)
+    clips = make_clips(PEOPLE, strangers=0)
+    everybody = enrol(backend, group(clips), clips)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
     return backend_lib.Index(backend, map(everybody.take, blocks))
 
@@ -327,5 +319,5 @@ def test_equally_probable_people_are_sorted_by_name(tmp_path, monkeypatch):
 
     for limit in (30, 50):  # fewer and more than the equally probable people
         monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", limit)
-        (answer,) = reverse.nearest(parts_of(people, [clip]), 20)
+        (answer,) = reverse.nearest(people.backend.split(clip.vector[None]), 20)
         assert [name for name, _ in answer.best] == names[:20]

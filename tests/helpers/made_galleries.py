@@ -1,6 +1,7 @@
 """Galleries of made-up vectors with two parts, face and audio."""
 
-from collections.abc import Sequence
+from collections import UserDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ import numpy as np
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import store
-from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.models.two_covariance import Settings
@@ -60,16 +60,13 @@ def make(folder, clips=None, *, settings: Settings = SETTINGS) -> Gallery:
     return Gallery.of_clips(folder, RUN, make_front(settings), clips)
 
 
-class Answers(dict[tuple[int, str], float]):
+class Answers(UserDict[tuple[int, str], float]):
     """(Number of a clip, name of a person) -> log-probability; equal up to 1e-6."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Answers) or self.keys() != other.keys():
             return False
         return np.allclose(list(self.values()), [other[key] for key in self], rtol=1e-6, atol=1e-6)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
 
 
 def answers(people: Gallery, count: int = 6) -> Answers:
@@ -90,9 +87,8 @@ def contents(folder) -> dict[str, Any]:
     return {"run": state.run, "backend": (numbers, settings), "person": people, "clip": clips}
 
 
-def identify(gallery: Gallery, parts: Sequence[np.ndarray], k: int = 1, **rule) -> list[Answer]:
-    """Returns the answers for clips, which are given as vectors: M arrays [Q, D]."""
-    names = tuple(map(str, range(len(parts[0]))))
-    vectors = dict(zip(gallery.backend.widths, parts, strict=True))
-    found = Vectors(names, vectors, (None,) * len(names))
-    return list(gallery.identify(found, k, **rule).values())
+def vectors_of(gallery: Gallery, clips: Mapping[str, StoredClip]) -> Vectors:
+    """Returns clips as the vectors that a gallery enrols or identifies."""
+    x = gallery.backend.split(np.stack([clip.vector for clip in clips.values()]))
+    parts = dict(zip(gallery.backend.widths, x, strict=True))
+    return Vectors(tuple(clips), parts, tuple(clip.identity for clip in clips.values()))
