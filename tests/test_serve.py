@@ -103,15 +103,6 @@ def net(trained):
 CLIPS = {f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", 3) for n in range(6)}
 
 
-def clips_of(run, *lengths):
-    """Returns random clips with the modalities of a run; clip n has `lengths[n]` frames."""
-    rng, widths = np.random.default_rng(len(lengths)), run.modalities.items()
-    return {
-        f"clip {n}": {k: rng.normal(size=(length, d)).astype(np.float32) for k, d in widths}
-        for n, length in enumerate(lengths)
-    }
-
-
 def question(clips):
     return served_models.Question({
         name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
@@ -223,7 +214,7 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
 @pytest.mark.slow
 def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monkeypatch):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
-    clips = clips_of(net.run, 1, 8, 15)
+    clips = made_galleries.random_clips(net.run, 1, 8, 15)
 
     # Two questions in a batch.
     asked, other = question(clips), question({"clip 0": clips["clip 0"]})
@@ -254,7 +245,7 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
     kinds = itertools.product((names, names[:1], names[1:]), ([1], [7, 1], [8] * 6))
     with jax.log_compiles():
         for modalities, lengths in kinds:
-            clips = clips_of(net.run, *lengths)
+            clips = made_galleries.random_clips(net.run, *lengths)
             partial = {name: {k: clip[k] for k in modalities} for name, clip in clips.items()}
             net.answer_batch([question(partial)])
 

@@ -20,18 +20,12 @@ RUN = VectorOrigin("somewhere", "0" * 64, centred=False)
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
     """Returns a clip near other clips of the person. It may lack a part."""
-    rng = np.random.default_rng(number)
-    centre = np.random.default_rng(abs(hash_of(person or str(number))))
-    parts = []
+    rng, parts = np.random.default_rng(number), []
+    centre = np.random.default_rng(int.from_bytes((person or str(number)).encode()))
     for name, width in WIDTHS.items():
         x = centre.standard_normal(width) + 0.4 * rng.standard_normal(width)
         parts.append(0 * x if name == lacks else x / np.linalg.norm(x))
     return StoredClip(person, np.concatenate(parts).astype(np.float32))
-
-
-def hash_of(text: str) -> int:
-    """Returns a number that depends only on the text; `hash` differs between processes."""
-    return int.from_bytes(text.encode())
 
 
 def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
@@ -85,6 +79,15 @@ def contents(folder) -> dict[str, Any]:
     numbers, settings = state.index.backend.numbers().tobytes(), state.index.backend.settings
     people = {*state.index.names}
     return {"run": state.run, "backend": (numbers, settings), "person": people, "clip": clips}
+
+
+def random_clips(run: Any, *lengths: int) -> dict[str, dict[str, np.ndarray]]:
+    """Returns clips with the modalities of a run; clip n has `lengths[n]` frames."""
+    draw, widths = np.random.default_rng(0).normal, run.modalities.items()
+    return {
+        f"clip {n}": {name: draw(size=(length, d)).astype(np.float32) for name, d in widths}
+        for n, length in enumerate(lengths)
+    }
 
 
 def vectors_of(gallery: Gallery, clips: Mapping[str, StoredClip]) -> Vectors:
