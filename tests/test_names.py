@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files
-from tests.helpers.made_galleries import make, make_clip
+from tests.helpers.made_galleries import make, make_clip, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import changes
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program
 from vidjax.data import labels, memory
 from vidjax.data.untrusted import names
@@ -30,7 +30,7 @@ def test_names_with_invisible_letters_are_refused(tmp_path):
 
     # All functions that accept names of people refuse the last of these names.
     gallery = make(tmp_path / "g")
-    vectors = Vectors(("x",), {"face": np.ones((1, 8), np.float32)}, (None,))
+    vectors = vectors_of(gallery, {"x": make_clip(1, None)})
     refused(lambda: gallery.rename("person 1", name), "invisible letter")
     refused(lambda: gallery.add({"x": make_clip(1, name)}), "invisible letter")
     refused(lambda: gallery.enrol(vectors, name), "invisible letter")
@@ -99,10 +99,9 @@ def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other, tmp_path):
     gallery = make(tmp_path / "a gallery", {"x": make_clip(1, name)})
-    parts = {"face": np.ones((1, 8), np.float32), "audio": np.zeros((1, 5), np.float32)}
 
     with pytest.warns(UserWarning, match="looks like") as caught:
-        done = gallery.enrol(Vectors(("y",), parts, (None,)), other)
+        done = gallery.enrol(vectors_of(gallery, {"y": make_clip(2, None)}), other)
 
     new, message = names.clean_identity(other), str(caught[0].message)
     assert done.similar == {new: name}

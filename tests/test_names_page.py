@@ -4,17 +4,10 @@ import base64
 import hashlib
 import re
 
-import msgspec
-
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.video import names_page
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.features_folder import FileStamp, Film
-
-FILM = Film(
-    video="a.mp4", source=FileStamp(address="/a.mp4", size=1, mtime_ns=0, inode=1), sha256="0" * 64,
-    photo=False, seconds=100.0, shots=[], tracks=[], frames=9,
-)  # fmt: skip
 
 
 def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
@@ -23,9 +16,12 @@ def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
-    film, pictures = msgspec.structs.replace(FILM, photo=photo), {name: [] for name in people}
-    arguments = (pictures, "{}.png".format, answers or {}, address)
-    return names_page.render(appearances, [film], *arguments)
+    film = Film(
+        video="a.mp4", source=FileStamp(address="/a.mp4", size=1, mtime_ns=0, inode=1),
+        sha256="0" * 64, photo=photo, seconds=100.0, shots=[], tracks=[], frames=9,
+    )  # fmt: skip
+    pictures = {name: [] for name in people}
+    return names_page.render(appearances, [film], pictures, "{}.png".format, answers or {}, address)
 
 
 def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):

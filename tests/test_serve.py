@@ -32,9 +32,8 @@ from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
 from tests.helpers.embeddings import unit
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.serve import app as app_lib
 from vidjax.apps.serve import limits as limits_lib
@@ -259,11 +258,10 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
 
     # The clips and the file that the requests name; 2 features a frame, as in the README.
     faces = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
-    labels, settings = np.repeat(np.arange(1, 31), 2), made_galleries.SETTINGS
-    backend = backend_lib.fit({"face": faces[:60]}, labels, centred=False, settings=settings)
-    origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
     clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(faces)}
     clips["p1"] = StoredClip("Bo", faces[0])
+    backend = fit_backend(clips, {"face": 2}, centred=False, settings=made_galleries.SETTINGS)
+    origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
     monkeypatch.chdir(tmp_path)
     np.savez("c1.npz", face=faces[:3])
 
@@ -665,7 +663,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
     monkeypatch.setattr(app_lib, "UNREAD_SECONDS", 2)
     # 256 answers with 60 names of 900 letters take 14 MB, and the server may hold 20 MiB.
     clips = {f"c {n}": made_galleries.make_clip(n, f"{n} {'x' * 900}") for n in range(60)}
-    people = Gallery.of_clips(tmp_path / "g", servers.CARDS, made_galleries.make_front(), clips)
+    people = made_galleries.make(tmp_path / "g", clips, origin=servers.CARDS)
     queries = {f"q {n}": servers.make_frames(7000 + n, "nobody") for n in range(256)}
     body = json.dumps({"clips": servers.as_json(queries), "k": 1000}).encode()
     limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)

@@ -31,14 +31,14 @@ def tags(*faces, size=(96, 128)):
     return xmp.packet(xmp.attributes(parts, shape=size[::-1]))
 
 
-def write_photo(path, *faces, size=(96, 128), dim=False, tagged=()):
+def write_photo(path, *faces, dim=False, tagged=()):
     """Writes a photo, maybe with face tags. In a `dim` photo, faces hardly differ from the rest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rgb = picture(faces, size=size)
+    rgb = picture(faces)
     if dim:
         around = np.array(COLOURS[faces[0][0]]) // 3 * 2 * 0.9
         rgb = np.where(rgb.max(-1, keepdims=True) < 21, around, rgb // 3 * 2).astype(np.uint8)
-    path.write_bytes(films.photo(rgb, "png") + (tags(*tagged, size=size) if tagged else b""))
+    path.write_bytes(films.photo(rgb, "png") + (tags(*tagged) if tagged else b""))
 
 
 def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):
@@ -108,21 +108,17 @@ class Drawn:
         for name in names:
             write_photo(self.friends / name / "1.png", (name, 40, 40))
 
-    def run(self, *words):
-        """Runs a command; returns the exit code, the result of --json, and the messages."""
+    def run(self, *words, code=0):
+        """Runs a command that must end with a code; returns what --json prints, and messages."""
         self._capsys.readouterr()
-        code = program.main([*map(str, words), "--json"])
-        said = self._capsys.readouterr()
-        if code == 2:
-            assert "Traceback" not in said.err, said.err
-        return code, json.loads(said.out) if said.out else {}, said.err
+        found, said = program.main([*map(str, words), "--json"]), self._capsys.readouterr()
+        assert found == code and (code != 2 or "Traceback" not in said.err), said.err
+        return json.loads(said.out) if said.out else {}, said.err
 
     def who(self, *films, people=True, flags=(), code=0):
         flags = [f"--models={self.models}", f"--out={self.out}", *flags]
         flags += [f"--people={self.friends}"] if people else []
-        found, content, said = self.run("who", *films, *flags)
-        assert found == code, said
-        return content, said
+        return self.run("who", *films, *flags, code=code)
 
     def meet(self, *names, flags=()):
         """Writes photos of people and the film, and runs `vidjax who`; returns the film's path."""
@@ -131,11 +127,9 @@ class Drawn:
         self.who(film, flags=flags)
         return film
 
-    def extract(self, *paths, out=None, flags=(), code=0):
-        flags = [f"--models={self.models}", f"--out={out or self.out}", *flags]
-        found, content, said = self.run("extract", *paths, *flags)
-        assert found == code, said
-        return content, said
+    def extract(self, *paths, flags=(), code=0):
+        flags = [f"--models={self.models}", f"--out={self.out}", *flags]
+        return self.run("extract", *paths, *flags, code=code)
 
     def rows(self):
         return [json.loads(line) for line in (self.out / "names.jsonl").read_text().splitlines()]
@@ -143,7 +137,5 @@ class Drawn:
     def names(self):
         return {clip: row["identity"] for row in self.rows() for clip in row["clips"]}
 
-    def gallery(self, command, *words, code=0):
-        found, _, said = self.run("gallery", command, self.out / "gallery", *words)
-        assert found == code, said
-        return said
+    def gallery(self, command, *words):
+        self.run("gallery", command, self.out / "gallery", *words)

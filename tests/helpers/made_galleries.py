@@ -48,10 +48,10 @@ def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
     return backend_lib.fit(vectors, labels, centred=False, settings=settings)
 
 
-def make(folder, clips=None, *, settings: Settings = SETTINGS) -> Gallery:
+def make(folder, clips=None, *, settings=SETTINGS, origin=RUN) -> Gallery:
     """Makes a gallery of clips, by default of `make_clips()`."""
     clips = make_clips() if clips is None else clips
-    return Gallery.of_clips(folder, RUN, make_front(settings), clips)
+    return Gallery.of_clips(folder, origin, make_front(settings), clips)
 
 
 class Answers(UserDict[tuple[int, str], float]):
@@ -63,9 +63,9 @@ class Answers(UserDict[tuple[int, str], float]):
         return np.allclose(list(self.values()), [other[key] for key in self], rtol=1e-6, atol=1e-6)
 
 
-def answers(people: Gallery, count: int = 6) -> Answers:
-    """Returns the log-probabilities of all people for new clips of some of them."""
-    shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(count)]
+def answers(people: Gallery) -> Answers:
+    """Returns the log-probabilities of all people for new clips of six of them."""
+    shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(6)]
     parts = people.backend.split(np.stack([clip.vector for clip in shown]))
     people.refresh()
     found = enumerate(people.index.nearest(parts, 10**6))

@@ -21,10 +21,9 @@ from vidjax.apps.gallery.store import VectorOrigin
 CARDS = VectorOrigin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galleries.WIDTHS})
 
 
-def make_gallery(folder: Path, people: int = 12, strangers: int = 6) -> Gallery:
-    """Returns a gallery of people whose clips are means of frames, as of a gallery of models."""
-    clips = made_galleries.make_clips(people, strangers)
-    return Gallery.of_clips(folder, CARDS, made_galleries.make_front(), clips)
+def make_gallery(folder: Path) -> Gallery:
+    """Makes a gallery whose vectors are means of frames, as in a gallery of models."""
+    return made_galleries.make(folder, origin=CARDS)
 
 
 def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
@@ -73,11 +72,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(folder: Path, *words: str) -> Iterator[Served]:
+def served(folder: Path) -> Iterator[Served]:
     """Runs `vidjax serve` at a free port while the context is open; it is ready."""
     command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-    with limits.running([*command, *words], env=env) as process:
+    with limits.running(command, env=env) as process:
         assert process.stdout and process.stderr
         line = process.stdout.readline()
         if not line.startswith("http://"):
