@@ -118,8 +118,7 @@ def test_fpir_with_a_rounding_error_counts_as_the_exact_fpir():
 
 def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
-    assert rule.default
-    assert rule.by == "new"
+    assert rule.default and rule.by == "new"
     assert "99 clips of strangers instead of 98" in rule.about
 
     gallery = make(tmp_path / "enough", make_clips(strangers=99))
@@ -222,11 +221,8 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
 def test_gallery_acts_as_a_collection_of_people(tmp_path):
     people, nobody = make(tmp_path / "g"), make(tmp_path / "none", {})
 
-    people.remove(identity="person 3")
-    assert len(people) == 11 and list(people) == list(people.identities)
-    assert "person 2" in people and "person 3" not in people
-    assert len(nobody) == 0
-    assert nobody  # an empty gallery is true
+    assert len(people) == 12 and list(people) == list(people.identities)
+    assert len(nobody) == 0 and nobody  # an empty gallery is true
 
 
 def make_index(*, cards=False, **settings):

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import io
 import itertools
 import json
 import os
@@ -126,7 +125,7 @@ def test_identify_writes_equal_answers_in_each_format(tell, folder, tmp_path, ma
     json_lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [*map(json.loads, json_lines)] == tell(*words, "--json")["answers"] == as_json
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == as_rows
-    csv_rows = [*csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))]
+    csv_rows = [*csv.DictReader((tmp_path / "a.csv").read_text().splitlines())]
     texts = [{k: "" if cell is None else str(cell) for k, cell in row.items()} for row in as_rows]
     assert csv_rows == texts
     table, _, _ = tell(*words).partition("\nidentify\n")

@@ -83,7 +83,6 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
 def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, together):
-    # Clips of person 3, 7, 1 and 5.
     three, seven, one, five = (group(CLIPS)[f"person {n}"] for n in (3, 7, 1, 5))
 
     with gallery.change() if together else contextlib.nullcontext(gallery) as people:
