@@ -509,9 +509,6 @@ def test_dataset_of_two_splits_is_no_folder_of_tables(day):
     assert bulk.list_tables(day) == []
 
 
-# ---- Ray Data
-
-
 # A worker kills itself once, at its second table. A kill from outside may come after the work.
 KILLED = """
 import os, signal
@@ -538,7 +535,7 @@ RAY_COMMANDS = {
 
 
 def write_recipes(names):
-    """Writes recipes.py with the recipes of the page, for one worker, which is killed once."""
+    """Writes recipes.py for Ray Data, for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
     # One worker and one partition.
@@ -550,7 +547,6 @@ def write_recipes(names):
 
 
 def sorted_rows(folder):
-    """Returns the rows of all tables of a folder, sorted by person and clip."""
     return sorted(rows_of(Path(folder)), key=lambda row: (row.get("identity") or "", row["clip"]))
 
 
