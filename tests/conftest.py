@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ |= {"NPROC": "64", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 import contextlib
+import functools
 import gc
 import json
 import subprocess
@@ -26,7 +27,7 @@ import jax
 import pytest
 from jax._src import compiler
 
-from tests.helpers import clip_files
+from tests.helpers import clip_files, limits
 
 ROOT = Path(__file__).parent.parent
 # Fewer programs in flight, and no memory of several.
@@ -84,21 +85,15 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def resident() -> int:
-    """Returns the bytes of memory of this process, 0 where it is not known."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
     """Compiled programs of many modules fill several GiB of memory, which other tests need."""
     yield
-    if resident() > MOST_RESIDENT[0]:
+    if limits.held_by(os.getpid()) > MOST_RESIDENT[0]:
         jax.clear_caches()
         gc.collect()
         # What is free is not always given back, and another look would find as much.
-        MOST_RESIDENT[0] = max(MOST_RESIDENT[0], resident() + (1 << 29))
+        MOST_RESIDENT[0] = max(MOST_RESIDENT[0], limits.held_by(os.getpid()) + (1 << 29))
 
 
 # Fusion emitters take half of the time of compilation; jax has no setting for them. A program in
@@ -205,16 +200,12 @@ def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """Trains a system on the official files for one epoch, once; nobody changes its folder."""
     from tests.helpers import small_runs
 
-    folders: dict[tuple[str, ...], Path] = {}
-
+    @functools.cache
     def train(spec: str, *overrides: str) -> Path:
-        key = (spec, *overrides)
-        if key not in folders:
-            config = small_runs.shrunk("--config.num_epochs=1", *overrides, spec=spec)
-            folder = tmp_path_factory.mktemp("runs") / Path(spec).stem
-            small_runs.run(config, folder, official_data)
-            folders[key] = folder
-        return folders[key]
+        config = small_runs.shrunk("--config.num_epochs=1", *overrides, spec=spec)
+        folder = tmp_path_factory.mktemp("runs") / Path(spec).stem
+        small_runs.run(config, folder, official_data)
+        return folder
 
     return train
 
@@ -303,18 +294,18 @@ def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path | None]]:
     """Mounts a file system with some options; returns None if this is not allowed."""
-    with contextlib.ExitStack() as stack:
+    place, unmount = tmp_path / "mounted", []
 
-        def mount(options: str) -> Path | None:
-            place = tmp_path / "mounted"
-            place.mkdir()
-            for sudo in ((), ("sudo", "-n")):
-                words = [*sudo, "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-                with contextlib.suppress(FileNotFoundError):
-                    if subprocess.run(words, capture_output=True).returncode == 0:
-                        unmount = [*sudo, "umount", str(place)]
-                        stack.callback(subprocess.run, unmount, check=True)
-                        return place
-            return None
+    def mount(options: str) -> Path | None:
+        place.mkdir()
+        for sudo in ((), ("sudo", "-n")):
+            words = [*sudo, "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+            with contextlib.suppress(FileNotFoundError):
+                if subprocess.run(words, capture_output=True).returncode == 0:
+                    unmount.extend([*sudo, "umount", str(place)])
+                    return place
+        return None
 
-        yield mount
+    yield mount
+    if unmount:
+        subprocess.run(unmount, check=True)

@@ -40,19 +40,11 @@ DEEP = b"[" * 200_000 + b"]" * 200_000
 def stranger(tmp_path):
     """A folder that looks like the folder of a finished run."""
     folder = made_runs.write(tmp_path / "theirs", {"anna": 0.5, "ben": 0.7})
-    for name, text in {
-        "metrics.jsonl": '{"step": 1, "epoch": 1.0}\n', "ranking.txt": "anna a.mp4\nben b.mp4\n",
-        "data_report.json": '{"splits": {}}', ".lock": "process 1 on host",
-    }.items():  # fmt: skip
-        (folder / name).write_text(text)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 1.0}\n')
+    (folder / "ranking.txt").write_text("anna a.mp4\nben b.mp4\n")
+    (folder / "data_report.json").write_text('{"splits": {}}')
+    (folder / ".lock").write_text("process 1 on host")
     return folder
-
-
-@pytest.fixture
-def victim(tmp_path):
-    path = tmp_path / "mine.txt"
-    path.write_text("mine\n")
-    return path
 
 
 @pytest.fixture
@@ -74,7 +66,7 @@ def complaint(command):
     return run
 
 
-def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
+def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path):
     """A hard link gives a file a second name: `cp -al` or a stranger may have made it."""
     lock, empty = tmp_path / ".lock", tmp_path / "empty"
     lock.write_text("my notes")
@@ -88,6 +80,8 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path, victim):
     with files.lock(tmp_path):
         assert not empty.read_text()  # the lock is not written there
 
+    victim = tmp_path / "mine.txt"
+    victim.write_text("mine\n")
     for name in ("timing.jsonl", "metrics.json"):
         (tmp_path / name).symlink_to(victim)
     refused(lambda: files.open_log(tmp_path / "timing.jsonl"), "copy")
@@ -194,8 +188,14 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
 
-    (place / "3").symlink_to(save(tmp_path / "other", 3))
+    real, link = save(tmp_path / "other", 3), place / "3"
+    before = contents(real)
+    link.symlink_to(real)
+    with pytest.raises(checkpoint.DamagedError, match="is a link"):
+        checkpoint.verify(link)
     assert load(place.parent)[1]["step"] == 2
+    checkpoint.save(place.parent, 3, ITEMS, {"map": 0.5})
+    assert not link.is_symlink() and contents(real) == before
 
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
@@ -264,84 +264,67 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
             checkpoint.load(saved, ITEMS, everywhere)
 
 
-def test_linked_checkpoint_is_damaged_and_its_target_is_not_changed(tmp_path):
-    real = save(tmp_path / "other", 1)
-    save(tmp_path / "run", 0)
-    link = tmp_path / "run" / "checkpoints" / "1"
-    before = (real / "manifest.json").read_bytes()
-    link.symlink_to(real, target_is_directory=True)
-
-    with pytest.raises(checkpoint.DamagedError, match="is a link"):
-        checkpoint.verify(link)
-    assert load(tmp_path / "run")[1]["step"] == 0
-
-    checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
-    assert not link.is_symlink()
-    assert (real / "manifest.json").read_bytes() == before
-
-
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
-def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, victim, kind):
+def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, kind):
     """The sparse file has 500 GB. The missing file is a file outside, which the manifest lists."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
     path = folder / "state" / max(manifest["files"])
     if kind == "a pipe":
-        mutations.put(path, "pipe", victim)
+        mutations.put(path, "pipe", target=folder)
     elif kind == "holes":
         os.truncate(path, 500 << 30)
     else:
-        listed = manifest["files"] | {f"../../../{victim.name}": "0" * 64}
+        (tmp_path / "mine.txt").write_text("mine")
+        listed = manifest["files"] | {"../../../mine.txt": "0" * 64}
         files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
 
     with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match=kind):
         checkpoint.verify(folder)
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    """A cache with the records of clips, the clips, and their labels."""
-    folder, face = tmp_path_factory.mktemp("shared"), np.arange(8, dtype="f4").reshape(2, 4)
-    made = {x: {f"{x}_{i}": {"face": face} for i in range(3)} for x in ("train", "val")}
-    labels = dict.fromkeys([*made["train"], *made["val"]], "p")
-    sources.load(made, labels, cache_dir=folder)
-    return folder, made, labels
-
-
-def reload(folder, converted):
+def read_train_clips(cache):
+    face = np.arange(8, dtype="f4").reshape(2, 4)
+    clips = {x: {f"{x}_{i}": {"face": face} for i in range(3)} for x in ("train", "val")}
+    labels = dict.fromkeys([*clips["train"], *clips["val"]], "p")
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        data = sources.load(*converted[1:], cache_dir=folder)
+        data = sources.load(clips, labels, cache_dir=cache)
         list(data.packed("train", ("face",)))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache with the records of the clips."""
+    read_train_clips(tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize(
     "name", ["manifest.json", "index.npz", "data_report.json", "*train.tfrecord-00000*"]
 )
-def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, converted, name):
-    cache = shutil.copytree(converted[0], tmp_path / "cache")
+def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cache, name):
     (path,) = cache.rglob(name)
     kept = path.read_bytes()
     (tmp_path / "kept").write_bytes(kept)
 
     for kind in ("pipe", "zero", "link", "folder", "sparse"):
         mutations.put(path, kind, tmp_path / "kept")
-        refused(lambda: reload(cache, converted), "delete")
+        refused(lambda: read_train_clips(cache), "delete")
         path.rmdir() if kind == "folder" else path.unlink()
     flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])
     for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
         path.write_bytes(damaged)
-        refused(lambda: reload(cache, converted), name.strip("*"), "delete")
+        refused(lambda: read_train_clips(cache), name.strip("*"), "delete")
 
 
-def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, converted):
-    cache = shutil.copytree(converted[0], tmp_path / "cache")
+def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, cache):
     (manifest,) = cache.rglob("manifest.json")
     folder = manifest.parents[1]
     theirs = folder.rename(tmp_path / "theirs")
     folder.symlink_to(theirs, target_is_directory=True)
     before = contents(theirs)
 
-    refused(lambda: reload(cache, converted), "is a link")
+    refused(lambda: read_train_clips(cache), "is a link")
 
     assert contents(theirs) == before
 
@@ -352,15 +335,14 @@ def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, convert
     lambda m: m["splits"]["train"].update(shards=5),
     lambda m: m.update(files={}),
 ], ids=["width", "path outside", "shards", "files"])  # fmt: skip
-def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(tmp_path, converted, change):
-    cache = shutil.copytree(converted[0], tmp_path / "cache")
+def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(cache, change):
     (path,) = cache.rglob("manifest.json")
     values = json.loads(path.read_text())
     del values["sha256"]
     change(values)
     files.write_manifest(path, values)
 
-    refused(lambda: reload(cache, converted), "to convert again")
+    refused(lambda: read_train_clips(cache), "to convert again")
 
 
 def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):

@@ -1,24 +1,22 @@
-"""Processes that always end, and commands with few open files or little memory."""
+"""Processes that always end, the memory of a command, small files and small disks."""
 
 import contextlib
 import functools
 import os
 import re
 import resource
-import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-GB = 1 << 30
 
 
 class Ended(NamedTuple):
-    """A command that has ended. If it used too much memory, it was ended by SIGKILL.
+    """A command that has ended.
 
     `peak` is the most memory of the command and its children in bytes, without pages of files.
     """
@@ -54,36 +52,12 @@ def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.
             process.kill()
 
 
-def run(
-    words: Sequence[str | Path], *, files: int | None = None, memory: int | None = None,
-    env: Mapping[str, str] | None = None, timeout: float = 600,
-) -> Ended:  # fmt: skip
-    """Runs a command in the root of the repository, as under `ulimit -n` and a memory cgroup.
-
-    All processes of the command together may use `memory` bytes. Their memory is measured fifty
-    times a second. If they use more, they are killed.
-    """
-    command = [*map(str, words)]
-    if files:
-        command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files), *command]
-    env, pipe = {**os.environ, "XLA_FLAGS": "", **(env or {})}, subprocess.PIPE
-    more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
-    more |= {"cwd": ROOT, "env": env, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, **more) as child:
-
-        def measure() -> int:
-            held = held_by(child.pid)
-            if memory and held > memory:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-            return held
-
-        with peak_of(measure, every_s=0.02) as peak:
-            try:
-                stdout, stderr = child.communicate(timeout=timeout)
-            except BaseException:
-                os.killpg(child.pid, signal.SIGKILL)
-                raise
+def run(words: Sequence[str | Path], **env: str) -> Ended:
+    """Runs a command in the root of the repository, and measures its memory."""
+    env = {**os.environ, "XLA_FLAGS": "", **env}
+    with running(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL) as child:
+        with peak_of(lambda: held_by(child.pid), every_s=0.02) as peak:
+            stdout, stderr = child.communicate(timeout=600)
     return Ended(child.returncode, stdout, stderr, peak[0])
 
 
@@ -106,14 +80,14 @@ def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def file_limit(size: int, kind: int = resource.RLIMIT_FSIZE) -> Iterator[None]:
-    """Limits the size of files that this process writes, in bytes, or another `kind` of limit."""
-    before = resource.getrlimit(kind)
-    resource.setrlimit(kind, (size, before[1]))
+def file_limit(size: int) -> Iterator[None]:
+    """Limits the size of files that this process writes, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(kind, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager
