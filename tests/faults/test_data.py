@@ -1,7 +1,6 @@
 """Official files with wrong content: what is wrong is counted, or it is one error."""
 
 import functools
-import json
 import pickle
 import warnings
 from typing import Any
@@ -166,21 +165,19 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
 
 def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
     # A few val clips are silent: no face or only NaN, no head, no audio. All qualities are bad.
-    rng, silent = np.random.default_rng(0), [f"val{i:02d}" for i in range(0, 30, 5)]
+    silent = [f"val{i:03d}" for i in range(0, 30, 5)]
     for split, count in (("train", 32), ("val", 30)):
-        clips: dict[str, Any] = {"face": {}, "head": {}, "audio": {}}
-        for i, name in enumerate(f"{split}{i:02d}" for i in range(count)):
-            face = clips["face"][name] = random_clip(rng, 2, DIM)
+        faces = clips_of(split, count)
+        write_truth(tmp_path, split, {name: str(1 + i % 4) for i, name in enumerate(faces)})
+        for i, face in enumerate(faces.values()):
             face.quality[:] = (np.nan, -np.inf, -5.0, 0.0)[i % 4]
-            if name in silent[:2]:
-                clips["face"][name] = random_clip(rng, 0, DIM)
-            elif name in silent:
-                face.features[:] = np.nan
-            else:
-                clips["head"][name], clips["audio"][name] = random_clip(rng, 2, 3), face
-        for modality, arrays in clips.items():
-            write_pickle(tmp_path, modality, split, arrays)
-        write_truth(tmp_path, split, {x: str(1 + i % 4) for i, x in enumerate(clips["face"])})
+        loud = {name: face for name, face in faces.items() if name not in silent}
+        if split == "val":
+            for name in silent:
+                faces[name].features[:] = np.nan
+            faces |= dict.fromkeys(silent[:2], random_clip(np.random.default_rng(0), 0, DIM))
+        for modality, clips in {"face": faces, "head": loud, "audio": loud}.items():
+            write_pickle(tmp_path, modality, split, clips)
 
     with warnings.catch_warnings(action="ignore"):
         data = load(tmp_path)
@@ -194,8 +191,8 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
     results = small_runs.run(config, tmp_path / "run", data)
 
     assert np.isfinite(results["map"])
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
-        assert all(np.isfinite(v) for v in json.loads(line).values() if isinstance(v, float))
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in logged and "Infinity" not in logged
     for row in (tmp_path / "run" / "ranking.txt").read_text().splitlines():
         ranked = [name.removesuffix(".mp4") for name in row.split()[1:]]
         assert sorted(ranked) == sorted(data.split("val").clips)

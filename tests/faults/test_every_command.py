@@ -48,20 +48,21 @@ TRAIN += " --config.eval.block_size=16 --config.eval.report=False"
 NETS = "--models={world}/models"
 TABLES = "--input={world}/tables --out={at}"
 ROWS = {
+    # These four commands write into folders of the user or delete files there. They come first.
     "train": Row("run", f"{TRAIN} --config.num_epochs=4", 2),
+    "who": Row("who", f"who {{world}}/film.mkv --people={{world}}/friends {NETS} --out={{at}}"),
+    "extract": Row("features", f"extract {{world}}/film.mkv {NETS} --out={{at}}"),
+    "forget": Row("cache", "forget --clip=train_00 --delete {at}"),
     "evaluate": Row("run", f"evaluate {ON_RUN}", 1),
     "rank": Row("ranked", f"rank --workdir={{world}}/run {TABLES}"),
     "embed": Row("embedded", f"embed --workdir={{world}}/run {TABLES}"),
     "compare": Row("compared", "compare --runs={world}/run,{world}/run2 --workdir={at}"),
     "report": Row("run", f"report {ON_RUN}"),
     **dict.fromkeys(("check", "config", "score"), READS),
-    "extract": Row("features", f"extract {{world}}/film.mkv {NETS} --out={{at}}"),
     "convert": Row("models", "convert centerface {package} --out={at}"),
-    "who": Row("who", f"who {{world}}/film.mkv --people={{world}}/friends {NETS} --out={{at}}"),
     "serve": Row("it changes galleries by the functions of the commands of galleries"),
     "export": Row("run", "export {at} --to={new} --format=safetensors", 1),
     "import": Row("exported", "import {at} --to={new}"),
-    "forget": Row("cache", "forget --clip=train_00 --delete {at}"),
     "gallery create": Row("gallery", "gallery create {at} --run={world}/run"),
     "gallery enrol": Row("gallery", "gallery enrol {at} --input={world}/ada --identity=Ada"),
     "gallery identify": Row("answered", f"gallery identify {{world}}/gallery {TABLES}"),
@@ -83,8 +84,7 @@ MADE = {
     "exported": "export {world}/run --to={at} --format=safetensors",
     "cache": ROWS["vidjax.data.arrays"].words,
 }  # fmt: skip
-PROGRAMS = {f"vidjax.data.{module.__name__.rpartition('.')[2]}": module.main
-            for module in (arrays, iqiyi_vid, synthetic)}  # fmt: skip
+PROGRAMS = {module.__name__: module.main for module in (arrays, iqiyi_vid, synthetic)}
 
 
 def test_table_of_this_file_has_a_row_for_every_command():
@@ -96,8 +96,7 @@ def test_table_of_this_file_has_a_row_for_every_command():
 def call(text, **places):
     """Runs a command in this process, in at most 20 s of CPU time; returns its exit code."""
     words, began = shlex.split(text.format(**places)), time.process_time()
-    execute = PROGRAMS.get(words[0], program.main)
-    words = words[words[0] in PROGRAMS :]
+    execute = PROGRAMS[words.pop(0)] if words[0] in PROGRAMS else program.main
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
         code = program.messages.run_to_exit_code(lambda: execute(words), words)
     assert time.process_time() - began < 20
@@ -126,9 +125,8 @@ def world(tmp_path_factory, nearest_run, official_dir):
     for name in ("tables", "ada", "synthetic"):
         (folder / name).mkdir()
     face = {"face": rng.normal(size=(2, clip_files.WIDTHS["face"])).astype(np.float32)}
-    for table in ("0", "1"):
-        clips = {f"c{table}-{i}": face for i in range(3)}
-        clip_files.write_parquet(folder / "tables" / f"{table}.parquet", clips)
+    for clip in ("a", "b"):
+        clip_files.write_parquet(folder / "tables" / f"{clip}.parquet", {clip: face})
     np.savez(folder / "ada" / "a.npz", face=face["face"])
     own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
     labels = dict.fromkeys(["a_00", "train_00", "b"], "p")
@@ -159,11 +157,9 @@ def entries(folder, depth):
     return found.values()
 
 
-# These commands write into folders of the user or delete files there. They come first.
-BOLD = ("train", "who", "extract", "forget")
-WRITERS = (*BOLD, *(name for name, row in ROWS.items() if row.words and name not in BOLD))
+WRITERS = [name for name, row in ROWS.items() if row.words]
+bold_first = quick_first(WRITERS, 4, mark=pytest.mark.nightly)
 KEPT = ("thesis.txt", "wedding.jpg", "a.b.npz", "thumbnails2019/x.png", "old.partial/keep")
-bold_first = quick_first(WRITERS, len(BOLD), mark=pytest.mark.nightly)
 
 
 def add_user_files(folder):
@@ -216,7 +212,9 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
         return Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
 
     before = count_user_files()
+
     call(row.words, at=at, new=tmp_path / "new", **world)
+
     assert count_user_files() == before
 
 

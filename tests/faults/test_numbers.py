@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import time
+import types
 
 import numpy as np
 import pytest
@@ -29,16 +30,28 @@ from vidjax.training import plan
 DIM = 4
 
 
-def make_clips(change=lambda x: x):
-    """Returns 6 clips in train and in val; `change` gets and returns the 2 frames of a clip."""
+def make_clips(change=lambda x: x, count=6, widths=types.MappingProxyType({"face": DIM})):
+    """Returns split -> clip -> modality -> 2 frames, which `change` gets and returns.
+
+    Train and val have `count` clips each, of nine people in turn.
+    """
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
-    for split, i in itertools.product(clips, range(6)):
-        features = rng.normal(size=(2, DIM)).astype(np.float32)
-        clips[split][f"{split}{i}"] = {"face": change(features)}
+    people = {part: rng.normal(size=(9, width)) for part, width in widths.items()}
+    for split, n in itertools.product(clips, range(count)):
+        clips[split][f"{split}{n}"] = {
+            part: change(x[n % 9] + rng.normal(size=(2, x.shape[1]))) for part, x in people.items()
+        }
     return clips
 
 
-LABELS = {f"{split}{i}": f"p{i % 3}" for split in ("train", "val") for i in range(6)}
+def labels_of(clips):
+    """Returns the labels of all clips but those of the ninth person."""
+    numbered = [pair for split in clips.values() for pair in enumerate(split)]
+    return {name: f"p{n % 9 + 1}" for n, name in numbered if n % 9 < 8}
+
+
+def load(folder, clips):
+    return sources.load(clips, labels_of(clips), cache_dir=folder)
 
 
 def make_config(*words):
@@ -55,8 +68,7 @@ def make_config(*words):
 ], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
 def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
-        data = sources.load(make_clips(value), LABELS, cache_dir=tmp_path)
-        plan.make_plan(make_config(), data)
+        plan.make_plan(make_config(), load(tmp_path, make_clips(value)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -64,9 +76,9 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path, command):
     clips = make_clips()
     for split, offset in {"train": np.nan, "val": 0}.items():
         for modalities in clips[split].values():
-            modalities["head"] = modalities["face"] + np.float32(offset)
+            modalities["head"] = modalities["face"] + offset
     folder = write_npz(tmp_path / "own", clips)
-    write_labels(folder / "labels.csv", LABELS)
+    write_labels(folder / "labels.csv", labels_of(clips))
     data = ("--config.data.name=arrays", f"--config.data.dir={folder}")
 
     for words in (("train", f"--workdir={tmp_path / 'run'}"), ("check",)):
@@ -80,9 +92,8 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path, command):
 
 def test_splits_of_zero_features_or_without_frames_are_reported(tmp_path):
     clips = make_clips() | {"val": make_clips(np.zeros_like)["val"]}
-    data = sources.load(clips, LABELS, cache_dir=tmp_path)
     with pytest.warns(UserWarning, match="all features of val are 0"):
-        plan.make_plan(make_config(), data)
+        plan.make_plan(make_config(), load(tmp_path, clips))
 
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
     report = {"splits": {"train": {"modalities": nothing}}}
@@ -92,7 +103,7 @@ def test_splits_of_zero_features_or_without_frames_are_reported(tmp_path):
 def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
     clips = make_clips(lambda x: np.array([x[0], np.full(DIM, 1e39)]))
     with pytest.warns(UserWarning, match="6 of 12 frames"):
-        data = sources.load(clips, LABELS, cache_dir=tmp_path)
+        data = load(tmp_path, clips)
     counts = data.report["splits"]["train"]["modalities"]["face"]
     assert counts["frames_skipped"] == {"non_finite": 6}
     assert counts["frames"] == 6
@@ -138,7 +149,7 @@ def test_total_decay_is_refused_if_the_learning_rates_sum_to_infinity():
 
 def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     """The data have 6 training clips."""
-    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
+    data = load(tmp_path, make_clips())
 
     def note(size, *words):
         config = make_config(f"batch_size={size}", *words)
@@ -236,22 +247,10 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     words = ("--config.num_epochs=2", "--config.batch_size=12", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec=f"configs/{system}")
     for name, (odd, refuses) in ODD.items():
-        # Clips of 3 frames around the centres of five people. The fifth has no labels.
-        rng = np.random.default_rng(0)
-        centres = {part: rng.normal(size=(5, dim)) for part, dim in clip_files.WIDTHS.items()}
-        splits, labels = {"train": {}, "val": {}}, {}
-        for split, count in {"train": 36, "val": 18}.items():
-            for n in range(1 if name == "one clip" else count):
-                splits[split][f"{split}{n}"] = {
-                    part: odd(x[n % 5] + rng.normal(size=(3, x.shape[1])))
-                    for part, x in centres.items()
-                }
-                if n % 5 < 4:
-                    labels[f"{split}{n}"] = f"{n % 5 + 1}"
+        clips = make_clips(odd, 1 if name == "one clip" else 36, clip_files.WIDTHS)
 
         try:
-            data = sources.load(splits, labels, cache_dir=tmp_path / "cache")
-            results = small_runs.run(config, tmp_path / name, data)
+            results = small_runs.run(config, tmp_path / name, load(tmp_path / "cache", clips))
         except (ValueError, CheckpointError) as error:
             assert refuses is not False and 1 <= len(str(error).splitlines()) <= 3, (name, error)
             continue

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import sys
-from contextlib import ExitStack
 
 import pytest
 
@@ -12,32 +11,27 @@ from tests.campaigns import hostile
 from tests.helpers import limits, python2
 
 
-def start_reader(canary, *words):
-    """Starts a process that reads hostile files, in the folder `canary`, which must not change."""
-    env = os.environ | {"HOME": str(canary), "TMPDIR": str(canary), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.campaigns.hostile", *words]
-    env |= {"PYTHONPATH": str(limits.ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    return limits.running(command, cwd=canary, env=env)
-
-
-def read_all(files, folder, mode, readers=2):
-    """Reads files in several processes; returns name -> [error, CPU seconds, seconds, MB].
+def read_all(files, folder, mode):
+    """Reads files in two processes; returns name -> [error, CPU seconds, seconds, MB].
 
     Asserts that no file was changed. `mode` is a mode of `tests.campaigns.hostile`.
     """
     canary = folder / "canary"
     hostile.set_canary(canary)
     before = hostile.listing(canary)
-    with ExitStack() as stack:
-        started = []
-        for number in range(readers):
-            (folder / f"{number}").mkdir()
-            for name in list(files)[number::readers]:
-                (folder / f"{number}" / name).write_bytes(files[name])
-            started.append(stack.enter_context(start_reader(canary, mode, folder / f"{number}")))
+    env = os.environ | {"HOME": str(canary), "TMPDIR": str(canary), "OPENBLAS_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(limits.ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "tests.campaigns.hostile", mode]
 
-        ends = {}
-        for reader in started:
+    def start(part):
+        (folder / part).mkdir()
+        for name in list(files)[int(part) :: 2]:
+            (folder / part / name).write_bytes(files[name])
+        return limits.running([*command, folder / part], cwd=canary, env=env)
+
+    ends = {}
+    with start("0") as first, start("1") as second:
+        for reader in (first, second):
             output, errors = reader.communicate(timeout=800)
             assert reader.returncode == 0, errors
             ends |= {name: rest for name, *rest in map(json.loads, output.splitlines())}
@@ -59,8 +53,11 @@ def collection(mark):
         "greed": hostile.GREED,
         "damage": hostile.damage(python2.real()["python2-numpy1.16 protocol 2"]),
     }
-    every = [(group, *one) for group, files in groups.items() for one in files.items()]
-    return {f"{group} {name}".replace("/", "|"): data for group, name, data in every}
+    return {
+        f"{group} {name}".replace("/", "|"): data
+        for group, files in groups.items()
+        for name, data in files.items()
+    }
 
 
 def check_refused(ends, *, strict):

@@ -38,7 +38,7 @@ STREAM: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_source(folder, seed):
+def write_source(folder, seed=0):
     folder.mkdir()
     rng = np.random.default_rng(seed)
     clips = {f"c{i:03d}": random_clip(rng, 1 + i % 3, 5) for i in range(NUM_CLIPS)}
@@ -49,7 +49,7 @@ def write_source(folder, seed):
 
 @pytest.fixture
 def source(tmp_path):
-    return write_source(tmp_path / "official", 0)
+    return write_source(tmp_path / "official")
 
 
 @pytest.fixture
@@ -91,13 +91,12 @@ READERS: tuple[Callable[[Dataset], Any], ...] = (
 
 
 def verify(records):
-    """Returns the problems of the index and of each shard."""
-    calls = [(manifest_lib.load_index, records.folder)]
-    calls += [(check_shard, shard) for shard in shards_of(records)]
+    """Returns the problems of the shards; asserts that the index has none."""
+    manifest_lib.load_index(records.folder)
     problems = []
-    for check, place in calls:
+    for shard in shards_of(records):
         try:
-            check(place)
+            check_shard(shard)
         except ValueError as error:
             problems.append(str(error))
     return problems
@@ -219,7 +218,6 @@ def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_pa
     _, *lines = err.splitlines()  # the first line names the data
     assert "was killed, perhaps for lack of memory" in lines[0] and len(lines) <= 3, lines
     assert names(cache / "iqiyi_vid") == set()
-    assert iqiyi_vid.main([str(source), f"--cache_dir={cache}", "--workers=2"]) == 0
     assert record_digests(prepare(source, cache).folder) == whole
 
 

@@ -22,7 +22,6 @@ from tests.benchmarks import gallery as made
 from tests.helpers import servers
 from tests.helpers.cases import quick_first
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +32,11 @@ def npz_of(array, method):
     with zipfile.ZipFile(content, "w", method) as archive, archive.open("face.npy", "w") as file:
         np.lib.format.write_array(file, array)
     return content.getvalue()
+
+
+def memory_mb(server, kind):
+    facts = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(facts.split(f"{kind}:")[1].split()[0]) >> 10
 
 
 WIDTH = made.WIDTH
@@ -52,9 +56,8 @@ def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path,
     """64 clients ask at the same time. An early server took 4 GB for the arrays of uint8."""
     rng, body = np.random.default_rng(0), LARGE[kind]()
     content = {"Content-Type": f"application/{'json' if body[:1] == b'{' else 'x-npz'}"}
-    clips = {f"c {n}": StoredClip(f"p {n}", x) for n, x in enumerate(np.eye(WIDTH, dtype="f4"))}
-    origin, front = VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64}), made.make_front
-    Gallery.of_clips(tmp_path / "g", origin, front(["face"], rng), clips)
+    clips = made.make_clips(num_parts=1, count=WIDTH, rng=rng)
+    Gallery.of_clips(tmp_path / "g", made.CARDS, made.make_front(["face"], rng), clips)
     with servers.served(tmp_path / "g") as server, ThreadPoolExecutor(64) as pool:
 
         def ask(body):
@@ -64,9 +67,7 @@ def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path,
 
         assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
 
-        facts = Path(f"/proc/{server.process.pid}/status").read_text()
-        peak_kb = int(facts.split("VmHWM:")[1].split()[0])
-        assert peak_kb < 1000 << 10  # 1000 MB
+        assert memory_mb(server, "VmHWM") < 1000  # the most so far
 
         # The server still answers.
         status, answer = server.ask("POST", "/identify", {"clips": MANY[:1], "threshold": 0.5})
@@ -120,8 +121,7 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
                 best = server.ask("POST", "/identify", query)[1]["clips"][0]
                 assert best["identity"] == wanted["identity"] == "person 3"
                 assert best["score"] == pytest.approx(wanted["score"], abs=1e-6)
-                facts = Path(f"/proc/{server.process.pid}/status").read_text()
-                resident_mb.append(int(facts.split("VmRSS:")[1].split()[0]) >> 10)
+                resident_mb.append(memory_mb(server, "VmRSS"))
         assert server.end() == 0
 
     assert statuses[b"422"] > statuses.total() / 8  # many bodies were parsed

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import resource
+import shutil
 import subprocess
 import threading
 import time
@@ -55,9 +56,11 @@ def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.
 def run(words: Sequence[str | Path], **env: str) -> Ended:
     """Runs a command in the root of the repository, and measures its memory."""
     env = {**os.environ, "XLA_FLAGS": "", **env}
-    with running(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL) as child:
-        with peak_of(lambda: held_by(child.pid), every_s=0.02) as peak:
-            stdout, stderr = child.communicate(timeout=600)
+    with (
+        running(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL) as child,
+        peak_of(lambda: held_by(child.pid), every_s=0.02) as peak,
+    ):
+        stdout, stderr = child.communicate(timeout=600)
     return Ended(child.returncode, stdout, stderr, peak[0])
 
 
@@ -94,14 +97,9 @@ def file_limit(size: int) -> Iterator[None]:
 def filled(folder: Path, left: int) -> Iterator[None]:
     """Fills a small file system, except for `left` bytes."""
     filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(4096)):
-            pass
-    os.truncate(filler, filler.stat().st_size - left // 4096 * 4096)
-    try:
-        yield
-    finally:
-        filler.unlink()
+    filler.write_bytes(bytes(shutil.disk_usage(folder).free - left))
+    yield
+    filler.unlink()
 
 
 def children_of(pid: int) -> list[int]:
