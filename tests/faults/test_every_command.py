@@ -75,7 +75,7 @@ ROWS = {
     "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
 }  # fmt: skip
-# Folder -> the command that makes it, once, when a test needs it.
+# Folder -> the command that makes it.
 MADE = {
     "features": ROWS["extract"].words, "who": f"{ROWS['who'].words} --thumbnails",
     "gallery": ROWS["gallery create"].words, "ranked": ROWS["rank"].words,
@@ -131,19 +131,11 @@ def world(tmp_path_factory, nearest_run, official_dir):
     own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
     labels = dict.fromkeys(["a_00", "train_00", "b"], "p")
     clip_files.write_labels(clip_files.write_npz(folder / "own", own) / "labels.csv", labels)
+
+    for name, command in MADE.items():
+        assert call(command, at=folder / name, **words) == 0, name
+    words["clip"] = shlex.quote(min(Gallery(folder / "gallery").clips))
     return words
-
-
-def ready(world, name):
-    """Returns a folder that a command needs. The first call makes the folder."""
-    folder = world["world"] / name
-    if name in MADE and not folder.exists():
-        if "{world}/gallery" in MADE[name]:
-            ready(world, "gallery")
-        assert call(MADE[name], at=folder, **world) == 0, name
-        if name == "gallery":
-            world["clip"] = shlex.quote(min(Gallery(folder).clips))
-    return folder
 
 
 def entries(folder, depth):
@@ -173,7 +165,7 @@ def add_user_files(folder):
 def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, name):
     """A pipe or a device in the folder does not block a command."""
     row = ROWS[name]
-    whole = ready(world, row.made)
+    whole = world["world"] / row.made
     victim, at = tmp_path / "victim", tmp_path / "at"
     for number, entry in enumerate(entries(whole, row.depth)):
         other = "pipe" if number % 2 else "zero"  # only in place of a file
@@ -203,7 +195,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
 @pytest.mark.parametrize("name", bold_first)
 def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name):
     row = ROWS[name]
-    at = shutil.copytree(ready(world, row.made), tmp_path / "at")
+    at = shutil.copytree(world["world"] / row.made, tmp_path / "at")
     for folder in [at, *filter(Path.is_dir, entries(at, row.depth))]:
         add_user_files(folder)
 
