@@ -52,7 +52,8 @@ def shapes(spec: str) -> dict[str, tuple[int, ...]]:
     _, system = official(spec)
     labels, rngs = jnp.zeros((1, CLIPS), jnp.int32), ensemble.make_rngs((ensemble.Member(),), 0)
     params = jax.eval_shape(lambda: train_step.init_state(system, rngs, labels)).params
-    return {name: x.shape[1:] for name, x in flatten_dict(params, sep="/").items()}
+    flat: Any = flatten_dict(params, sep="/")
+    return {name: x.shape[1:] for name, x in flat.items()}
 
 
 # The rate of an epoch such as 8.9 is the rate of the first step after it.

@@ -4,7 +4,8 @@ import functools
 import itertools
 import json
 import time
-import types
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -28,9 +29,10 @@ from vidjax.runs.checkpoint import CheckpointError
 from vidjax.training import plan
 
 DIM = 4
+FACES = MappingProxyType({"face": DIM})
 
 
-def make_clips(change=lambda x: x, count=6, widths=types.MappingProxyType({"face": DIM})):
+def make_clips(change=lambda x: x, count=6, widths: Mapping[str, int] = FACES):
     """Returns split -> clip -> modality -> 2 frames, which `change` gets and returns.
 
     Train and val have `count` clips each, of nine people in turn.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
@@ -30,7 +31,7 @@ def colours():
     return np.tile(np.eye(3, WIDTH, dtype=np.float32), (SIDE * SIDE, 1)) / SIDE**2
 
 
-def embedder(layout="NCHW", weights=WEIGHTS):
+def embedder(layout="NCHW", weights: Any = WEIGHTS):
     """Returns the net x -> x W. The rows of W are in the order of the layout."""
     shape = [SIDE, SIDE, 3]
     if layout == "NCHW":
@@ -54,8 +55,8 @@ def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
         "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
         "points": POINTS[:, ::-1].ravel(),
     }
-    weights, pads = {"kernel": kernel}, [8, 8, 4, 4]
-    nodes = [helper.make_node("Conv", ["x", "kernel"], ["heat"], strides=[4, 4], pads=pads)]
+    weights: dict[str, Any] = {"kernel": kernel}
+    nodes = [helper.make_node("Conv", ["x", "kernel"], ["heat"], strides=[4, 4], pads=[8, 8, 4, 4])]
     for name, values in constants.items():
         weights[f"{name}_w"] = np.repeat(zero, len(values), 0)
         weights[f"{name}_b"] = values.astype(np.float32)
