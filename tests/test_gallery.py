@@ -97,6 +97,18 @@ def test_true_false_positive_rate_lies_within_the_reported_interval():
     assert 0.6 * 0.01 < np.mean(rates) < 1.05 * 0.01
 
 
+def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path):
+    clips, front = make_clips(), made_galleries.make_front()  # 6 strangers
+    centres = front.split(clips["stranger 0"].vector[None])
+    parts = [p._replace(centre=x[0]) for p, x in zip(front.parts, centres, strict=True)]
+    front = front._replace(parts=tuple(parts))
+    people = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, clips)
+
+    # The vector minus the centre is 0, as if the clip had no modality.
+    assert people.threshold(0.15).num_alarms == 0
+    assert people.threshold(0.99).num_alarms == 5  # the other strangers
+
+
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
 

@@ -676,7 +676,8 @@ class Gallery:
         if calibrated is not state:
             vectors = np.stack([state.clips[name].vector for name in strangers])
             nearest = state.index.nearest(state.index.backend.split(vectors), 1)
-            best = np.array([match.best[0][1] for match in nearest])
+            # A stranger who equals the centre of all vectors resembles nobody.
+            best = np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
             self._calibration = state, best
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
