@@ -509,8 +509,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         the end, the frames of best quality.
 
     Returns:
-      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key.
-        `sample`, `top` and `windows` also accept None as the key.
+      Function (rng, Frames [B, T]) -> Frames [B, T']. `rng` is a PRNG key. `all`, `crops` and
+        `mean` ignore `rng`. For `sample`, `top` and `windows`, `rng` may be None.
     """
     options = dict(spec)
     name = options.pop("name", None)

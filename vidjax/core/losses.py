@@ -208,9 +208,9 @@ def make_objective(
     """Builds the training objective, a function that computes the loss of each example.
 
     A model may return several sets of logits, its branches. The loss of an example is the sum of
-    `ModelOutput.train_weight` x loss over the branches. If `spec["mean_over"]` is `branches`, each
-    `train_weight` is divided by the share of the examples that its branch learns from. Then the
-    loss of a branch is averaged over these examples only. For the arguments see `make_loss`.
+    `ModelOutput.train_weight` x loss over the branches. If `spec["mean_over"]` is `branches`, the
+    loss of a branch is averaged over only the examples that the branch learns from. For this, each
+    `train_weight` is divided by the share of these examples. For the arguments see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 

@@ -138,7 +138,10 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the norm or quality of `modality`, [B], or None if there is no `threshold`."""
+        """Returns the mean norm or quality of the frames of each clip in `self.modality`, [B].
+
+        `self.measure` chooses the norm or the quality. If `self.threshold` is 0, returns None.
+        """
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(

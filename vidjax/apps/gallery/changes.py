@@ -230,9 +230,9 @@ def enrol(
 ) -> People:
     """Computes the coefficients of people. `groups` are identity -> the names of its clips.
 
-    PLDA counts all clips of a person in a film as a single clip, because they are alike. A gallery
-    of models compares clips by distances, which show how alike clips are. So its clips are counted
-    separately; see `distance.effective_count`.
+    With PLDA, all clips of a person in a film count as a single clip, because such clips are alike.
+    With distances, clips are counted separately, whatever their film. But clips of a person that
+    are alike count less; see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str

@@ -184,10 +184,10 @@ def measure_size(points: np.ndarray) -> np.ndarray:
 def measure_sharpness(crops: np.ndarray) -> np.ndarray:
     """Returns the sharpness v / (v + 1200) of each crop [N, S, S, 3] uint8: [N], 0 to 1.
 
-    v is a variance of the Laplacian of grey levels, minus the share of noise in this variance. The
-    crop is first divided into about 37 x 37 squares, and each square is replaced by its mean. The
-    noise is estimated in the same way from squares of half the side, in which faces have little
-    detail. This estimate is scaled down, because the mean of a larger square contains less noise.
+    v is the variance of the Laplacian of grey levels, minus the noise. The crop is first divided
+    into about 37 x 37 squares, and each square is replaced by its mean. The noise is estimated as
+    the variance for squares of half the side, because faces have little detail at this size. The
+    estimate is scaled down, because the mean of a larger square contains less noise.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)

@@ -584,8 +584,8 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
 
     New photos of a person are enrolled under the label. It may differ from the name, because a user
     may have renamed the person in the gallery. The label is the most frequent label of the person's
-    enrolled photos. A label that is another name in `names` is chosen only if there is no other
-    label. If no photo of the person is enrolled, the label is the name.
+    enrolled photos. But labels that are names of other people in `names` are chosen only if the
+    photos have no other labels. If no photo of the person is enrolled, the label is the name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
