@@ -108,7 +108,7 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cach
     assert source.read_labels(records.clips) == {}
     assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
     lengths = records.splits["train"].lengths["face"].tolist()
-    assert {1, 2, 3} <= {*lengths}  # see make_splits
+    assert {1, 2, 3} <= {*lengths}  # clip i has i % 4 frames
 
 
 def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):

@@ -78,14 +78,14 @@ def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monk
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
     changed = time.time_ns()
-    # Inode, size and times stay the same.
+    # Inode, size and times stay the same at the second write.
     monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
 
-    def slow(path):
-        time.sleep(2 * tick / 10**9)  # other files take long
+    def slow_sha256_file(path):
+        time.sleep(2 * tick / 10**9)  # the tick in which the file changed is over
         return sha256_file(path)
 
-    monkeypatch.setattr(files, "sha256_file", slow)
+    monkeypatch.setattr(files, "sha256_file", slow_sha256_file)
 
     first = cache.digest_files([path], tmp_path / "cache")
     path.write_bytes(b"2")

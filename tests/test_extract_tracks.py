@@ -290,7 +290,8 @@ def test_reduced_crops_are_means_over_areas():
 def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head():
     profile = TEMPLATE.copy()
     profile[2, 0] += 40  # moves the nose beyond the right eye
-    faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, 2)[:, :2].T, profile])
+    rotation = turn(angle=1, scale=2)[:, :2]  # in the plane of the picture
+    faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ rotation.T, profile])
 
     # The eyes of the small face are 5.65 pixels apart; 40 pixels are full size.
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 5.65 / 40])

@@ -64,7 +64,7 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
     assert video.counts.seconds == pytest.approx(1.2, abs=0.002)
 
 
-# An aspect ratio of 64 is ignored as a mistake.
+# The stored pictures have a width of 160. An aspect ratio of 64 is ignored as a mistake.
 @pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
 def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
     path = tmp_path / "a.mp4"
@@ -160,7 +160,8 @@ def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
 
 
 def test_bad_time_stamps_are_repaired():
-    # Time stamps of frames, repaired times, number of repairs.
+    # Time stamps of frames, repaired times, number of repairs. The change of a bad time stamp
+    # applies to all later time stamps, too. It counts as one repair.
     for stamps, times, repaired in (
         ([0.0, 0.1, 0.5], [0.0, 0.1, 0.5], 0),
         ([None, None, None], [0.0, 0.1, 0.2], 3),

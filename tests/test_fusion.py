@@ -56,9 +56,10 @@ def test_drawn_frames_are_weighted_by_quality():
 @pytest.mark.slow
 def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
     """With parameters 1 and three frames, mean 1/3, variance 1/18, median 1 - 1/sqrt(2)."""
+    # Each fused frame contains all three frames.
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
 
-    shares = draw(8, np.ones(3), weighting="mixup", **options)
+    shares = draw(seed=8, weights=np.ones(3), weighting="mixup", **options)
 
     np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
@@ -67,7 +68,8 @@ def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
 
 def test_weights_that_are_all_0_count_as_equal():
     """Otherwise they would give 0 / 0. Negative qualities count as 0."""
-    draw(4, [-1, -1, 5], num_draws=200, weighting="quality")  # asserts that shares sum to 1
+    # Some draws contain only frames of quality -1. `draw` asserts that all shares sum to 1.
+    draw(seed=4, weights=[-1, -1, 5], num_draws=200, weighting="quality")
 
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]

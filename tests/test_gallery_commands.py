@@ -560,7 +560,7 @@ def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, 
     """
     pytest.importorskip("ray")
     assert set(RECIPES) == {*RAY_COMMANDS}
-    (day / "part-2.parquet").unlink()  # the empty table
+    (day / "part-2.parquet").unlink()  # the empty table, which has tests above
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "own").symlink_to(nearest_run)
     folder.rename(tmp_path / "people")

@@ -51,7 +51,10 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)
-    task = TaskSpec({"face": 8}, 12, None, num_clips=20, total_steps=1, train_other=True)
+    task = TaskSpec(
+        {"face": 8}, num_identities=12, num_clusters=None,
+        num_clips=20, total_steps=1, train_other=True,
+    )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         make_members(**change)
         make_model(config.to_dict(), task)

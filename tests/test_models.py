@@ -229,6 +229,7 @@ def test_residual_dense_net_matches_its_equations(shortcut):
     mask = np.arange(8) != 2
     with jax.enable_x64(True):
         x = np.random.default_rng(1).standard_normal((8, 3))
+        # Width 5, 4 layers, no dropout.
         model = ResidualDenseNet(5, 4, "swish", 0.0, shortcut, gate=True, dtype=FLOAT64)
         variables = randomised(model, x, mask)
         params = variables["params"]

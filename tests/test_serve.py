@@ -161,6 +161,7 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         assert_close(answer, wanted_answer)
         assert_close(ask_with_npz(**CLIPS[clip])[1]["clips"][0], wanted_answer)
 
+    # The server takes at most 1 MiB as float32, 1000 frames, and no pickles.
     beyond_float32, too_large_as_float32 = np.full((1, 8), 1e39), np.ones((1 << 15, 9), np.uint8)
     too_many_frames, pickled = np.ones((1001, 8), np.uint8), np.array([{}], object)
     for wrong in (beyond_float32, too_large_as_float32, too_many_frames, pickled):

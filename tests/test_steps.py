@@ -206,6 +206,7 @@ class TwoBranches(Identifier):
 @pytest.mark.slow
 @nightly_after_first("scores", ["log_softmax", "logits"])
 def test_losses_and_scores_of_branches_are_weighted(scores):
+    # A row for each clip, a column for each branch.
     train_weight = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
     eval_weight = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])
     make_two: Any = TwoBranches
@@ -214,6 +215,7 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     batch = make_batch(audio=(1, 1, 1, 1, 1))
     labels, weight = np.array([3, 1, 4, 1, 5]), np.array([1.0, 2.0, 1.0, 0.5, 3.0])
     state = init(system, labels)
+    # x[0] belongs to the first and only member of the ensemble.
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
     layers, x = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
     logits = [x @ layer["kernel"] + layer["bias"] for layer in layers]

@@ -79,7 +79,7 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
 def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name):
     """If at most 3 of the 15 groups of 4 rows can change a top list, other groups are skipped."""
     monkeypatch.setattr(device_topk, "GROUP", 4)
-    monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))
+    monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))  # sorts 1 group, 3 groups, or all
     update = jax.jit(lambda top, block: device_topk.update_top(top, [block]))
     rng = np.random.default_rng(1)
     scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
@@ -96,7 +96,7 @@ def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name
     joined = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
     np.testing.assert_equal(joined, full_sort(scores, clip_index, K))
     assert needed_groups[0] > 3  # all rows were used
-    if name != "all equal":
+    if name != "all equal":  # with equal scores, every group can change a top list
         assert min(needed_groups) <= 1  # rows were skipped
 
 

@@ -173,7 +173,7 @@ def test_person_in_the_photos_may_not_be_called_unknown(drawn, name):
 
 @pytest.mark.slow
 def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
-    film = drawn.meet("Ada")
+    film = drawn.meet("Ada")  # runs `vidjax who` with a photo of Ada
     assert "Ada" in drawn.names().values()
     drawn.who(film, flags=["--threshold=1"])
     assert "Ada" not in drawn.names().values()
@@ -463,6 +463,7 @@ def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
 
     with pytest.warns(UserWarning, match=r"odd\.png: the photo shows no face"):
         drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")
+    # Now two.png has one track, so its face enrols Ada. A clip without a track enrols Ada, too.
     assert {*Gallery(g).clips} == {"odd", "two.f01"}
 
 

@@ -267,6 +267,7 @@ def assert_nothing_lost(folder, before):
 
 
 def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, parts, whole):
+    """The run in `parts` was stopped before step 12, at which its next checkpoint is due."""
     step = max(checkpoint.manifests(parts))
     before = contents(parts / "checkpoints")
     # The largest file of a save has no room.
