@@ -52,9 +52,10 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns the checks that the flags ask for: subject, such as `data` -> function.
+    """Returns subject -> function for each check that the flags ask for.
 
-    A function returns a summary of its subject, or raises an error if the subject has a fault.
+    A subject is a word such as `data`. The function returns a summary of the subject, or raises an
+    error if the subject has a fault.
     """
     if args.workdir and args.config:
         raise UserError("--workdir and --config cannot be checked together: leave one of them out")
@@ -63,7 +64,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
             f"{args.overrides[0]} has no effect without a configuration\n"
             "add --workdir=FOLDER or --config=FILE"
         )
-    # If the run is still training, its accelerator has little free memory.
+    # If a run is training now, little memory of the accelerator is free, so none is reserved.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.apps.gallery import store
     from vidjax.runs import checkpoint

@@ -49,7 +49,7 @@ def add_import_flags(parser: Parser) -> None:
 def _export(args: argparse.Namespace) -> Result:
     """Exports a run or a gallery into a new folder.
 
-    The folder appears only if the exported functions return the same results as vidjax.
+    The folder appears only if the exported model or gallery gives the same results as vidjax.
     """
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS

@@ -356,8 +356,10 @@ def _drop_group_photos(
 ) -> dict[str, str]:
     """Returns clip -> person, without the clips of photos that show several people.
 
-    A warning names each such photo. `path` is the folder of the clips. Only features of `vidjax
-    extract` say which clips are from a photo. Without this information, all clips are kept.
+    A warning names each such photo. `identity` is the person of all `clips`, or a dict, clip ->
+    person. `path` is the folder of the clips. If `identity` is a dict, `path` has a folder for each
+    person. Only features of `vidjax extract` say which clips are from a photo, so all other
+    clips are kept.
     """
     from vidjax.apps.video import features_folder
 

@@ -267,7 +267,10 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
 
 
 def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
-    """Returns a hint about the likely meaning of a word that no flag precedes, or None."""
+    """Returns a hint about the likely meaning of a word that no flag precedes, or None.
+
+    `strays` are all words of the command line that the command does not know.
+    """
     if word in COMMANDS:
         return f"write the command first: vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):

@@ -191,7 +191,7 @@ def write_report(args: argparse.Namespace) -> Result:
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Makes the folder of a run and locks it. Signals such as Ctrl-C then stop the run safely."""
+    """Makes and locks the folder of a run. From then on, Ctrl-C stops even a long compilation."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
     return make_and_lock(path)
@@ -202,7 +202,8 @@ def summarise(
 ) -> Result:
     """Returns the printed result of a command: the scores of a run, and the paths of its files.
 
-    `results` is the content of `metrics.json`. If the run was finished before, `seconds` is None.
+    `results` is the content of `metrics.json`. `seconds` is the time that the run or the evaluation
+    took. It is None if an earlier command has finished the run.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})

@@ -47,9 +47,10 @@ def score_files(args: argparse.Namespace) -> Result:
 def _warn_if_nothing_matches(
     path: Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> None:
-    """Warns if the submission has no identity or no clip of the ground truth, so its score is 0.
+    """Warns if the score is 0 because the submission has no identity or clip of the ground truth.
 
-    `path` and `ranking` are the submission, `positives` is the ground truth: identity -> clips.
+    `path` is the file of the submission. `ranking` is the submission and `positives` is the ground
+    truth, both as a dict, identity -> clips.
     """
     if positives.keys().isdisjoint(ranking):
         messages.print_problem(

@@ -1,10 +1,10 @@
 """Saves, finds and loads checkpoints with Orbax, and compares them with sha256 digests.
 
 The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes, and
-`manifest.json`. The manifest lists the sha256 of every file in `state`, and contains the sha256 of
-its other entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest
-is complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file
-that the manifest does not list, or if a path contains a link.
+`manifest.json`. The manifest lists the sha256 of every file in `state`. Its entry `sha256` is the
+digest of all other entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when
+the manifest is complete. A checkpoint is not used if a file differs from the manifest, if `state`
+has a file that the manifest does not list, or if a path contains a link.
 
 At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
 evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint
@@ -149,7 +149,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(
             f"no checkpoint in '{workdir}' has a MAP, so there is no best one\n"
-            "use the latest checkpoint: --config.eval.checkpoint=latest"
+            "use the latest checkpoint: --config.eval.checkpoint=latest, or --checkpoint=latest of "
+            "vidjax export"
         )
 
     def rank(step: int) -> tuple[float, int]:
@@ -173,11 +174,11 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
     """Reads the arrays of a checkpoint. Returns name -> tree of arrays, as in `abstract`.
 
-    `abstract` has arrays or ShapeDtypeStructs with the expected shapes and dtypes. Only its names
-    are read. `layout` is the sharding of all arrays, or a tree of shardings. The number of devices
-    may have changed since the checkpoint was saved. Raises CheckpointError if the shape or dtype of
-    an array differs from `abstract`, and DamagedError if a file is missing or not listed, or Orbax
-    cannot read the arrays.
+    `abstract` has arrays or ShapeDtypeStructs with the expected shapes and dtypes. Trees of other
+    names are not read. `layout` is the sharding of all arrays, or a tree of shardings. The number
+    of devices may have changed since the checkpoint was saved. Raises CheckpointError if the shape
+    or dtype of an array differs from `abstract`, and DamagedError if a file is missing or not
+    listed, or Orbax cannot read the arrays.
     """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 

@@ -22,12 +22,12 @@ Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()
 
 
 class ReadWhen(NamedTuple):
-    """The condition under which the code reads a field of the configuration.
+    """The condition under which the code reads a field, such as `optim.momentum`.
 
     Attributes:
-      field: the name of another field, whose value decides.
-      condition: maps the values of all fields to True if the field is read.
-      remedy: the flags with which the field is read.
+      field: the name of the other field whose value decides, such as `optim.name`.
+      condition: returns True if the code reads `optim.momentum`, given the values of all fields.
+      remedy: the flags with which the code reads it, such as `--config.optim.name=sgd`.
     """
 
     field: str
@@ -71,10 +71,10 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights in `loss.schedule`.
+    """Returns the weights of the loss `loss.focal` in `loss.schedule`.
 
-    If the schedule is malformed, returns (0.5,), so that both losses count as used. The function
-    that makes the schedule reports the mistake.
+    If the schedule is malformed, returns (0.5,): then `loss.focal` and `loss.classification` both
+    count as used. The function that makes the schedule reports the mistake.
     """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
@@ -85,9 +85,9 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses of the logits whose weight is above 0 at some epoch.
 
-    `GAMMA` uses these names to decide whether `loss.gamma` is read, and `SMOOTHING` to decide
-    whether `loss.label_smoothing` is read. Both remove the losses of vidjax that do not read the
-    field. If a loss remains, the field is read. A loss that a user has added always remains.
+    `GAMMA` and `SMOOTHING` need these names. From the names, `GAMMA` removes the losses of vidjax
+    that do not read `loss.gamma`. If a name remains, `loss.gamma` is read. `SMOOTHING` does the
+    same for `loss.label_smoothing`. The name of a loss that a user has added always remains.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -177,9 +177,10 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.train_distractors", 0.0, "share of synthetic train clips that show a stranger, 0 "
           "to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
           read_when=SYNTHETIC),
-    Field("data.missing_rate", 0.0, "share of synthetic clips without a face; the same share lacks "
-          "the head, the body and the audio. In addition, 0.02 to 0.15 of the clips always lack "
-          "each of them", low=0, high=LARGEST.missing_rate, read_when=SYNTHETIC),
+    Field("data.missing_rate", 0.0, "share of synthetic clips without a face; head, body and audio "
+          "are each missing in the same share of clips. In addition, each of these four modalities "
+          "is always missing in 0.02 to 0.15 of the clips", low=0, high=LARGEST.missing_rate,
+          read_when=SYNTHETIC),
     Field("data.false_modality", 0.0, "share of synthetic clips whose face or voice belongs to "
           "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
@@ -266,8 +267,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
           "members, and the order of clips that are ranked by probability", above=0),
-    Field("eval.top_classes", 0, "number of identities for which a clip is ranked, the "
-          "identities with the highest scores of the clip; 0: all", low=0),
+    Field("eval.top_classes", 0, "a clip is ranked only for this number of identities, for "
+          "which its scores are highest; 0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),

@@ -162,9 +162,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the overridden fields as the end of a folder name, such as `_seed=1`.
 
-    Each word of `overrides` is a `--config.FIELD=VALUE`. Fields are sorted. Fields in `without` are
-    left out. Characters that are unusual in a file name become `-`. If the text is then ambiguous
-    or too long, it is shortened and ends in a digest.
+    `config` is the configuration after the overrides. Each word of `overrides` is a
+    `--config.FIELD=VALUE`. Fields are sorted. Fields in `without` are left out. Characters that are
+    unusual in a file name become `-`. If a character changed or the text is too long, the text is
+    cut to 91 characters, and a digest is added.
     """
     values = dict(fields(config))
     parts = []

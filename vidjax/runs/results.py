@@ -44,7 +44,7 @@ def now() -> str:
 
 
 class Results(schemas.Metrics, kw_only=True):
-    """The results of a run on a split of the data: `map`, `top1` and other entries of a JSON file.
+    """The results of a run on a split. Entries of `metrics.json`, such as `map`, are attributes.
 
     Attributes:
       split: the name of the split.
@@ -84,7 +84,8 @@ class Results(schemas.Metrics, kw_only=True):
         if not files.exists(self.paths.analysis):
             raise UserError(
                 f"'{self.paths.analysis}' is missing\n"
-                "to write it, run vidjax evaluate --workdir=FOLDER --config.eval.report=True"
+                "to write it, run vidjax evaluate --workdir=FOLDER --config.eval.report=True "
+                f"--config.eval.split={self.split}"
             )
         names = load_identities(self.paths.metrics.with_name("identities.json"))
         arrays = load_analysis(self.paths.analysis)[1]

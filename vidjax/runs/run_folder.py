@@ -156,8 +156,8 @@ def refuse_folder_of_data(folder: Path) -> None:
 def describe_changes(old: Config, new: Config) -> str:
     """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    A run can resume if only fields changed that do not affect the results, or `num_epochs` grew.
-    Then the text is "". It is cut after 300 characters.
+    The text is cut after 300 characters. The text is "" if the run can resume: if only fields
+    changed that do not affect the results, or `num_epochs` grew.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:

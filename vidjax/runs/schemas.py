@@ -64,7 +64,7 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data on which a run was trained. `evaluation.restore` compares them."""
+    """The digests of the data of a run. `evaluation.restore` compares them with the data in use."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
     weights: Text | None = None
@@ -127,15 +127,15 @@ class Manifest(Struct, kw_only=True):
     num_identities: Size = 1
     num_clips: Size = 1
     total_steps: Size = 1
-    num_clusters: Count | None = None
-    train_other: bool = False
+    num_clusters: Count | None = None  # of noise classes; None: no noise classes
+    train_other: bool = False  # True if distractors were trained on as class column 0
     identities_sha256: Text = ""
     members_sha256: Text = ""
     mode: Text = ""
     evaluated: bool = False
     seconds: float = 0.0
     settings: Annotated[dict[str, NotNaN | Annotated[list[NotNaN], MANY]], TABLE] | None = None
-    num_places: Size | None = None
+    num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
 class Line(Struct, kw_only=True):
@@ -241,8 +241,9 @@ class Analysis(Struct, kw_only=True):
     modalities: Annotated[list[Text], TABLE] | None = None
     lead: Text | None = None  # the modality whose quality and length divide the clips into strata
     logs: bool | None = None  # True if scores are logarithms of probabilities
-    intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}  # 95 % of `top1` and `auroc`
-    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # names, rows of `attention`
+    # `top1` and `auroc` -> the ends of the 95 % interval.
+    intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}
+    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # names of attention rows
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
     strata: Annotated[list[Strata], FEW] | None = None

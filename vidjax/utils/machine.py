@@ -63,9 +63,10 @@ def keep_freed_memory() -> None:
 
     By default, glibc returns arrays above 32 MB to the kernel, which clears their memory before the
     next batch. This halves the number of batches per second. Each arena of malloc keeps its own
-    freed memory, so the number of arenas is limited. Fewer arenas would slow down compilation,
-    because threads wait for an arena. Only the command `vidjax` calls this function, because it
-    affects the whole process. With another C library it has no effect.
+    freed memory, so the number of arenas is limited to the number of cores plus 2. With fewer
+    arenas, compilation would be slower, because threads wait for an arena. Only the command
+    `vidjax` calls this function, because it affects the whole process. With another C library it
+    has no effect.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -268,7 +268,8 @@ class _Printable(logging.Formatter):
 def _open_closed_streams() -> None:
     """Opens /dev/null for each standard stream that was closed, for example by `2>&-`.
 
-    Otherwise the next opened file would get its number, and messages would go into this file.
+    Otherwise the next opened file would get the number of the stream, and messages would go into
+    this file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

@@ -2,7 +2,7 @@
 
 The functions check the size of a file before they read it. They open only regular files. Only
 `open_input` opens a symbolic link. They return bytes, JSON, or arrays without Python objects. They
-raise UserError or FileNotFoundError.
+raise UserError or an OSError, such as FileNotFoundError.
 """
 
 import contextlib
@@ -89,7 +89,10 @@ def open_regular(
 
 
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
-    """Raises UserError unless `path` is a regular file. If it is open, `descriptor` is examined."""
+    """Raises UserError unless `path` is a regular file.
+
+    `descriptor` is the number of the open file. If it is None, the path is examined instead.
+    """
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
         return
@@ -274,8 +277,8 @@ def _open_arrays(
 ) -> Iterator[tuple[str, IO[bytes], int]]:
     """Yields (name, open file, bytes in memory) for every array of an `.npz`.
 
-    Raises UserError if all arrays need more than `limit` bytes, an array contains Python objects,
-    or the size in the header of an array is wrong. For `least`, see `load_npz`.
+    Raises UserError if the arrays together need more than `limit` bytes, an array contains Python
+    objects, or the size in the header of an array is wrong. For `least`, see `load_npz`.
     """
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file has no name for its array: use numpy.savez")

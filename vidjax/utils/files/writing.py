@@ -136,7 +136,10 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 
 def _make_disk_error(path: object, error: OSError) -> DiskError:
-    with_number = DiskError(f"cannot write '{path}': {error.strerror}")
+    with_number = DiskError(
+        f"cannot write '{path}': {error.strerror}\n"
+        "choose another folder or disk; if the disk is full, free some space"
+    )
     with_number.errno = error.errno
     return with_number
 
@@ -158,7 +161,10 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest is wrong."""
+    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest is wrong.
+
+    For `below`, see `open_regular`.
+    """
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
