@@ -6,8 +6,8 @@ parquet table:
     train/CLIP.npz    contains an array [T, D] for each modality, with features of width D for each
                       of T frames. The array has the name of the modality, such as `face`.
                       Optional are `face_quality` and `face_detection` [T] (scores of the face
-                      detector), `face_number` [T] (of the frame in the video) and `face_box`
-                      [T, 4] (x1, y1, x2, y2 in pixels).
+                      detector), `face_number` [T] (number of the frame in the video) and
+                      `face_box` [T, 4] (x1, y1, x2, y2 in pixels).
     train.parquet     has a row for each frame, with the columns `clip`, `modality` and `features`
                       (a list). The columns `quality`, `detection` and `number` are optional.
 
@@ -86,7 +86,10 @@ class FeatureDict:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns a dict, split -> clip -> identity. `clips` is split -> names of its clips."""
+        """Returns a dict, split -> clip -> identity.
+
+        `clips` is a dict, split -> the names of its clips.
+        """
         return load_label_table(self._labels, clips)
 
 
@@ -145,7 +148,10 @@ class FeatureFolder:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns a dict, split -> clip -> identity. `clips` is split -> names of its clips."""
+        """Returns a dict, split -> clip -> identity.
+
+        `clips` is a dict, split -> the names of its clips.
+        """
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)

@@ -25,7 +25,10 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device. It need not exist."""
+    """Raises UserError if a path is a folder, a broken link or a device.
+
+    If nothing exists at the path, there is no error.
+    """
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -37,8 +40,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is a part of the name of the file `path`, which would be ignored. If `word` resembles a
-    split in `present`, which has correct names, there is no error.
+    `word` is a part of the name of the file `path`, which would be ignored. `present` are the
+    splits that have files with correct names. If `word` resembles one of them, there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]

@@ -64,8 +64,8 @@ class EvalPlan(NamedTuple):
     """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
-      bucket: [N] int, the group of each clip: 0 for at most 32 frames, 1 for at most 128, and 2 for
-        longer clips. It is -1 for a clip that is left out.
+      bucket: [N] int, the group of each clip. Group 0 is for at most 32 frames, group 1 for at most
+        128, and group 2 for any number. The value is -1 for a clip that is left out.
       padded_lengths: a dict, modality -> the number of frames after padding, for each group.
     """
 
@@ -79,7 +79,8 @@ class BatchPlan(NamedTuple):
     """Settings that determine which clips and frames form each training batch.
 
     Attributes:
-      splits: names of the training splits. `clip_index` counts their clips, split after split.
+      splits: names of the training splits. Their clips are numbered from 0, split after split. The
+        number of a clip is its `clip_index`.
       batch_size: B, the number of clips of a batch.
       num_clips: N, the number of clips of an epoch.
       padded_lengths: a dict, modality -> T, the number of frames to which clips are padded.
@@ -87,9 +88,9 @@ class BatchPlan(NamedTuple):
       crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
         start. 'quality' takes the T frames of the best quality, in time order.
       seed: the seed for the order of the clips and for random windows.
-      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. With it, the last batch of
-        an epoch may have empty rows. If it is None, an epoch has all clips, and a batch may contain
-        clips of two epochs.
+      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch
+        may then have empty rows. If `epoch_clips` is None, an epoch has all clips, and a batch may
+        contain clips of two epochs.
     """
 
     splits: tuple[str, ...]
@@ -128,8 +129,8 @@ def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarra
     """Divides clips into blocks of at most `rows` clips. All clips of a block are in one bucket.
 
     `bucket` is [N] int, the bucket (group of clips of similar length) of each clip. It is -1 for a
-    clip that is left out. Yields the bucket of each block, and [n] int, the positions of the n
-    clips of the block in `bucket`.
+    clip that is left out. Yields the bucket of each block, and [n] int, the positions in `bucket`
+    of the n clips of the block.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -258,8 +259,8 @@ def make_eval_plan(
         frames in the longest modality of the clip. A length must not be shorter than the default.
       only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
       join: if True, a group is joined with the next longer group, unless this adds more than 65536
-        frames of padding. So a small split needs only one compiled program. Models of single frames
-        do not benefit, because their time grows with the padding.
+        frames of padding. So a small split needs only one compiled program. Use False for models
+        that score each frame separately, because their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)

@@ -101,8 +101,8 @@ class PackedClips:
       skipped: {"non_finite": number of frames that were left out because of a NaN or an Inf}.
       skipped_clips: number of clips without frames, by reason. The reason is `empty` if the file
         has no frames of the clip, and `non_finite` if all its frames were left out.
-      warnings: number of frames in which a value was not finite and was replaced by 0, by field.
-        The keys are `non_finite_quality`, `non_finite_detection` and `non_finite_box`.
+      warnings: {"non_finite_FIELD": number of frames in which a value of the field was not finite
+        and became 0}. FIELD is `quality`, `detection` or `box`.
     """
 
     names: tuple[str, ...]

@@ -95,8 +95,8 @@ class OfficialFiles:
             return sandbox.unpack(path, modality, folder, non_finite=non_finite, children=children)
 
         keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
-        # A pickle that cannot be read in pieces needs about twice its size. All together may need
-        # half of the memory.
+        # A pickle that cannot be read in pieces needs about twice its size. The pickles that are
+        # read at once may need half of the memory.
         totals = itertools.accumulate(sizes[key] for key in keys)
         fitting = sum(4 * total <= memory_bytes() for total in totals)
         workers = self._workers or max(1, min(num_cores(), fitting))

@@ -221,8 +221,8 @@ def load_ground_truth(
 
     Raises:
       UserError: the text is not UTF-8; the form is ambiguous; a line has the other form; a clip or
-        an identity comes twice; an identity has no clips; or most labels are whole numbers above 0,
-        but at least one is not. The message contains the number of the line.
+        an identity comes twice; an identity has no clips; or most labels are whole numbers, but at
+        least one is not a whole number above 0. The message contains the number of the line.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")

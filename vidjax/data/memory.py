@@ -116,8 +116,8 @@ class MemoryClips:
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        If no clip has a modality that the model reads, but a clip has another modality, a warning
-        asks whether the name is misspelt.
+        A warning appears if the model reads a modality that no clip has, and a clip has a modality
+        that the model does not read. The reason may be a misspelt name.
 
         Args:
           modalities: a dict, modality that the model reads -> feature width.

@@ -68,7 +68,7 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
 
     Returns:
       [B] int32, uniformly distributed over the windows that lie in the clip. If a clip is shorter
-      than a window, it is 0.
+      than a window, its first frame is 0.
     """
     places = jnp.maximum(length - size, 0) + 1
     return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)

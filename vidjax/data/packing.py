@@ -214,7 +214,10 @@ def pack(
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if the modality `name` cannot be a folder next to the folders `known`."""
+    """Raises UserError if the modality `name` cannot be the name of a new folder.
+
+    `known` are the modalities that already have folders.
+    """
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
         problem = " may have only letters, digits, '-' and '_': rename it"
@@ -297,7 +300,10 @@ class Packer(contextlib.ExitStack):
             self._write_field(name, column if keep.all() else column[keep])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError if features differ from most clips in width or dtype."""
+        """Raises UserError if features differ from most clips in width or dtype.
+
+        If `non_finite` is 'error', features that are not finite are an error, too.
+        """
         width, dtype = self._kind or (0, None)
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:

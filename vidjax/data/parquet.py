@@ -30,7 +30,7 @@ TEXT_COLUMNS = ("clip", "modality")
 COLUMNS = (*TEXT_COLUMNS, "features")
 OPTIONAL_COLUMNS = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
 MAX_PAGES = 300_000  # most writers make pages of 1 MB
-HEADER_BYTES = (1 << 10, 1 << 20)  # bytes to read for a page header; the second if it is longer
+HEADER_BYTES = (1 << 10, 1 << 20)  # bytes to read for a page header, and for a longer header
 BATCH_VALUES = 1 << 20  # numbers of features that are decoded at once
 MAX_HEADER_DEPTH = 8  # nested structs
 # Physical type -> bytes of a value in memory. Text is dictionary-encoded: its values are indices.
@@ -135,9 +135,9 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Raises UserError if `features` are not lists of numbers, or another column is not numeric.
+    """Checks that `features` are lists of numbers, and that the optional columns are numbers.
 
-    `clip` and `modality` are not checked here.
+    The optional columns are `quality`, `detection` and `number`. Raises UserError if a type differs.
     """
     from pyarrow import types
 
@@ -276,7 +276,7 @@ class _Compact:
             case 12:
                 return self.struct(depth + 1)
             case _:
-                raise ValueError("a page with a damaged header")
+                raise ValueError("a page has a damaged header")
         return None
 
     def _byte(self) -> int:
@@ -291,7 +291,7 @@ class _Compact:
             if byte < 128:
                 return value
             shift += 7
-        raise ValueError("a page with a damaged header")
+        raise ValueError("a page has a damaged header")
 
     def _int(self) -> int:
         value = self._varint()

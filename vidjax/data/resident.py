@@ -2,7 +2,8 @@
 
 The frames of all clips are joined in one array per modality and field. The devices themselves
 choose the clips of each batch, from the seed and the number of the step. So several steps run
-without the host. A step reads only the frames that the fusion of the model uses.
+without the host. The fusion of a model selects or averages frames. A step reads only the features
+of frames that the fusion uses.
 """
 
 import functools
@@ -102,8 +103,8 @@ class ResidentPlan(NamedTuple):
     """The clips that are copied to the devices, and the memory that they need.
 
     Attributes:
-      train_splits: the training splits. `clip_index` counts their clips, split after split.
-      splits: the training splits and the split to evaluate.
+      train_splits: names of the training splits, as in `BatchPlan.splits`.
+      splits: names of the training splits and of the split to evaluate.
       num_frames: a dict, modality -> number of frames, including the copies of `best`.
       best: a dict, (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip
         has more than T frames, this phase uses a copy of its T frames of the highest quality.

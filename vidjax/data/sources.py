@@ -148,7 +148,7 @@ def load(
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:
-    """Returns a dict, modality -> feature width, without reading a file.
+    """Returns a dict, modality -> feature width, without reading features.
 
     If the width of a modality is unknown, it is 0. If the names of the files do not contain the
     modalities, the dict is empty. `data` is the section `data` of a configuration. Raises UserError

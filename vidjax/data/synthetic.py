@@ -76,7 +76,7 @@ _MODALITIES = {
 class Size(NamedTuple):
     """The size and the difficulty of a dataset.
 
-    If another attribute is changed, `spread` must be calibrated again.
+    If any other attribute is changed, `spread` must be calibrated again.
 
     Attributes:
       identities: number of identities.
@@ -130,12 +130,12 @@ class SyntheticOptions(NamedTuple):
       train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
         has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
       missing_rate: share of clips without a face. Clips without head, body or audio are drawn
-        independently, with the same share. It is added to the shares that every dataset has: 0.02,
-        0.02, 0.05 and 0.15. No rate is published. In the small real dataset of our tests, 0.1 of
-        the clips have no face, and 0.1 have no voice.
+        independently, with the same share. In addition, every dataset lacks faces, heads, bodies
+        and voices in 0.02, 0.02, 0.05 and 0.15 of the clips. No rate is published. In the small
+        real dataset of our tests, 0.1 of the clips have no face, and 0.1 have no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
-        to another person in all frames. The causes are a tracker that followed the wrong face, or a
-        voice-over. The iQIYI-VID paper mentions both (sections 1 and 6.4) without a rate.
+        to another person in all frames. In real data the cause is a tracker that followed the wrong
+        face, or a voice-over. The iQIYI-VID paper mentions both without a rate (sections 1, 6.4).
     """
 
     wrong_clips: float = 0.15
@@ -431,7 +431,7 @@ class _Clips:
           points: [F, RANK], the vector of the person that each frame shows.
           spread: the length of the displacement of each track. A track is a person in a clip.
           track: [F] int, the track of each frame.
-          position: [F] int, the position of each frame in its clip, in which features drift slowly.
+          position: [F] int, the position of each frame in its clip. Features drift along positions.
           quality: [F], the quality of each frame.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)

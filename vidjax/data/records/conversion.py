@@ -1,7 +1,7 @@
 """Converts the features of a dataset to TFRecord files (shards) in the cache.
 
-The clips are divided, in their order, into shards of about 256 MB, which several threads write.
-Equal datasets give equal files.
+The clips are divided, in their order, into at least 8 shards of at most about 256 MB. Several
+threads write the shards. Equal datasets give equal files.
 """
 
 import itertools
@@ -156,7 +156,8 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
         if not split.clips:
             paths = ", ".join(str(source.path_of(modality, name)) for modality in split.packed)
             raise UserError(
-                f"{paths or source.place}: split {name!r} has no clips: add clips, or remove it"
+                f"{paths or source.place}: split {name!r} has no clips: "
+                "add clips, or remove the split"
             )
 
 
@@ -216,9 +217,10 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Divides the clips of a split into shards of about 256 MB, whose paths begin with `prefix`.
+    """Divides the clips of a split into shards, whose paths begin with `prefix`.
 
-    Returns the path of each shard, and [n] int32, the positions of its n clips in `split.clips`.
+    There are at least 8 shards of at most about 256 MB, but not more shards than clips. Returns the
+    path of each shard, and [n] int32, the positions of its n clips in `split.clips`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))

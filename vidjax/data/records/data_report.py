@@ -118,7 +118,8 @@ def label_records(
         if positives[0]:
             warn(
                 f"{positives[0]} clips of {name} show identities that are not in the training data"
-                "\nthese clips count as distractors, and the MAP of these identities is 0"
+                "\nthese clips count as distractors, and the AP of these identities is 0\n"
+                "to rank these identities, add clips of them to train, and train again"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
         report["splits"][name]["sha256"] = _digest_split(records, truth, name)

@@ -40,7 +40,7 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Labels converted clips.
+        """Adds labels to converted clips.
 
         Args:
           truth: a dict, split -> clip -> identity, of the splits with labels.

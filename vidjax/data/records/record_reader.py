@@ -113,7 +113,11 @@ class Reader:
         return messages
 
     def _check_whole(self, number: int, file: io.FileIO) -> None:
-        """Raises UserError if a file does not match its sha256. Later calls compare its state."""
+        """Raises UserError if a file does not match its sha256.
+
+        The first call compares the sha256. Later calls check that the size and the time of the file
+        have not changed.
+        """
         stat = os.fstat(file.fileno())
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:
@@ -122,7 +126,10 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Raises UserError if a file is damaged. Otherwise, returns the error that it changed."""
+        """Returns the error that a file was changed while it was read.
+
+        If the file is damaged, raises UserError instead.
+        """
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"

@@ -49,7 +49,7 @@ tf: Any = tensorflow
 # Only JAX uses the accelerator, because TensorFlow would take all of its memory.
 tf.config.set_visible_devices([], "GPU")
 
-NUM_AHEAD = 2  # batches that are being read, and batches that wait for TensorFlow
+NUM_AHEAD = 2  # number of batches that are read at once, and that wait for TensorFlow
 NUM_READERS = 16  # records that are read at once; most reads wait for the disk
 # `decode_raw` cannot pad float16, so the bits are decoded as an integer of the same size.
 CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}

@@ -3,10 +3,10 @@
 pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time as a new
 dict, which is called a piece. pickle also numbers most objects, to refer to them later, and an
 unpickler keeps all numbered objects in its memo. Pickles of features refer only to objects of the
-same clip, and to a few objects that all arrays share. These shared objects are in the first piece.
-So the numbered objects of every other piece are replaced by None when the next piece is loaded. If
-a pickle refers to a replaced object, a clip gets a value None, which is refused. The pickle then
-has to be loaded as a whole.
+same clip, and to a few objects that all arrays share. These shared objects are in the first piece,
+whose objects stay in the memo. The numbered objects of each later piece are replaced by None when
+the next piece is loaded. If a pickle refers to a replaced object, a clip gets a value None, which
+is refused. The pickle then has to be loaded as a whole.
 """
 
 import io
@@ -32,8 +32,8 @@ _SIZED = {
     for code in codes
 }
 _FRAME = 0x95  # opcode before 8 bytes with the number of bytes that a reader should fetch at once
-# Opcode with an argument of fixed size -> the size of the argument. The opcodes of dicts and the
-# last opcode of a pickle are left out.
+# Opcode with an argument of fixed size -> the size of the argument. _FRAME, the opcodes of dicts
+# and the last opcode of a pickle are left out.
 _PLAIN = {
     ord(x.code): x.arg.n if x.arg else 0
     for x in pickletools.opcodes

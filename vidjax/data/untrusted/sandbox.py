@@ -205,7 +205,10 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts the empty clips among `among` clips. Raises UserError if there are too many."""
+        """Counts `num_clips` empty clips. Raises UserError if there are too many.
+
+        `among` is the number of clips of which they are a part, for the message.
+        """
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
@@ -238,7 +241,8 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the fields that each entry of a clip must have. An entry describes a frame.
 
-    The modalities of iQIYI-VID have fixed fields. In others, the majority of the clips decides.
+    The modalities of iQIYI-VID have fixed fields. In other modalities, the majority of the clips
+    decides.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:

@@ -196,7 +196,7 @@ class Unpickler(pickle.Unpickler):
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        """Raises UserError. A pickle calls it to get an object that is not in the file."""
+        """Raises UserError, because the pickle asks for an object that is not in the file."""
         raise UserError("the pickle is refused, because it refers to an object outside the file")
 
 
