@@ -171,7 +171,10 @@ def find_unusable(
         if not seen:
             yield f"{modality}: no clip of {place} has a frame{remedy}"
         elif not any(count["frames"] for count in counts):
-            yield f"{modality}: all {seen} frames of {place} contain a NaN or an Inf{remedy}"
+            yield (
+                f"{modality}: all {seen} frames of {place} contain a NaN, an Inf or a value "
+                f"beyond float32{remedy}"
+            )
         else:
             norms = [count["norm"] for count in counts if count["frames"]]
             yield from _check_norms(modality, place, norms)

@@ -98,7 +98,7 @@ class PackedClips:
       frames: a dict, field -> array with a row per frame. `features` is [F, D] float16, float32,
         float64 or int8; D is 0 if there are no frames. The other fields are in FRAME_FIELDS.
       seen: number of frames in the file. This is F plus the number of skipped frames.
-      skipped: {"non_finite": number of frames that were left out because of a NaN or an Inf}.
+      skipped: {"non_finite": number of frames whose feature is not finite in float32}.
       skipped_clips: number of clips without frames, by reason. The reason is `empty` if the file
         has no frames of the clip, and `non_finite` if all its frames were left out.
       warnings: {"non_finite_FIELD": number of frames in which a value of the field was not finite
@@ -218,7 +218,7 @@ class RecordSource(Protocol):
         Args:
           scratch: a folder for files of frames. It must exist as long as the returned arrays, which
             may be memory maps.
-          non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
+          non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
             'error' raises UserError.
         """
         ...

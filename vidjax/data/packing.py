@@ -180,7 +180,7 @@ def pack(
     Args:
       out_dir: folder to which the arrays are written. It must exist as long as the returned arrays,
         which are memory maps. If it is None, the arrays are in memory.
-      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
+      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
         'error' raises UserError.
       quality: 'given' or 'norm', as in `read_frames`.
 

@@ -115,7 +115,10 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of columns to read. Raises UserError if a name is missing or misspelt."""
+    """Returns the names of the columns to read. `names` are the names of all columns of the table.
+
+    Raises UserError if a name is missing or misspelt.
+    """
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -137,7 +140,7 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
     """Checks that `features` are lists of numbers, and that the optional columns are numbers.
 
-    The optional columns are `quality`, `detection` and `number`. Raises UserError if a type differs.
+    The optional columns are `quality`, `detection` and `number`. Raises UserError otherwise.
     """
     from pyarrow import types
 

@@ -50,7 +50,7 @@ def convert(
 
     Args:
       cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
+      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
         'error' raises UserError.
       workers: number of threads that write files. If it is None, it is the number of cores.
 

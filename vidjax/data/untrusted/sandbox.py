@@ -86,7 +86,7 @@ def unpack(
         the iQIYI-VID dataset. Otherwise the majority of the clips decides which fields they have.
       out_dir: a folder that only this call uses. It is made if it does not exist, and must exist as
         long as the returned arrays.
-      non_finite: 'drop' leaves out and counts frames whose feature contains a NaN or an Inf.
+      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
         'error' refuses the file.
       children: an object with which another thread can kill the child process.
 
