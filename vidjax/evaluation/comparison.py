@@ -43,8 +43,8 @@ class RankedRun(NamedTuple):
       ap, positives: [C] average precision and number of clips of each identity.
       num_others: number of identities in the ground truth that are not in the training data.
       metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
-      seeds: if these are the mean results of runs that differ only in their seeds, the name and
-        the MAP of each of these runs.
+      seeds: the name and the MAP of each run of a group of seeds, if the results are the means of
+        the group.
     """
 
     name: str

@@ -183,8 +183,8 @@ def _reduce_examples(
 def _choose_num_examples(clips: int, examples: int) -> int:
     """Returns how many examples of each clip a model computes together.
 
-    The number is 1, to save memory. Only an exported function, whose sizes are symbols, computes
-    several examples together, because the iterations of a loop are slow in other runtimes.
+    The number is 1, to save memory. If the sizes are symbols, the model is being exported. Then the
+    number may be larger, because the iterations of a loop are slow in other runtimes.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1

@@ -161,8 +161,8 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            `threshold` is None and the threshold of the run is unknown. It is unknown in the
-            cases that the property `threshold` lists.
+            `threshold` is None and the threshold of the run is unknown (see the property
+            `threshold`). If the run evaluated no strangers, no error is raised.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:

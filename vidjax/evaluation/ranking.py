@@ -76,7 +76,7 @@ class Submission(NamedTuple):
     faults: dict[str, list[str]]
 
     def complaints(self) -> list[str]:
-        """Returns a sentence per kind of fault: on the first line with this fault, and how many."""
+        """Returns a sentence per kind of fault: the first fault, and the number of such lines."""
         return [
             sentences[0] + (f" ({len(sentences)} lines have this fault)" if sentences[1:] else "")
             for sentences in self.faults.values()
@@ -116,7 +116,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
             note("empty line", f"{place}: the line is empty: delete it")
             continue
         if line != " ".join(fields):
-            note("separators", f"{place}: fields are not separated by single spaces")
+            note("separators", f"{place}: fields are not separated by a single space: type one")
         if not _is_text(line):
             note("encoding", f"{place}: the line is not UTF-8 text: save the file as UTF-8")
         identity, given = normal_form(fields[0]), fields[1:]
@@ -129,7 +129,11 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         if identity in ranking:
             note("second line", f"{place}: identity {identity!r} already has a line: join both")
         if identities is not None and identity not in identities:
-            note("unknown identity", f"{place}: identity {identity!r} is not in the ground truth")
+            note(
+                "unknown identity",
+                f"{place}: identity {identity!r} is not in the ground truth: correct the name, or "
+                "delete the line",
+            )
         ranking[identity] = names[:MAX_NAMES]
     if not lines:
         note("empty file", f"{path}: the file is empty: write a line for each identity")

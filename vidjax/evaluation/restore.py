@@ -138,7 +138,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
-    """Returns `data` with labels that fit a run: the columns of the identities in its scores.
+    """Returns `data` with the labels of a run. A label is an identity's column in the scores.
 
     Raises ValueError if the data have other modalities or widths, are not the data of the run (see
     `check_data`), or their ground truth contains no identity of the run.
@@ -273,11 +273,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips, which a member must not score, or empty sets for other data.
+    """Returns the clips that each member must not score: its training clips, or none in other data.
 
-    `sets` are the training clips of each member, and `own` are the digests of the data that the run
-    was trained on. In other data, a different clip may have the name of a training clip. So in
-    other data, all members score all clips, and a warning is printed.
+    `sets` are the training clips of each member. `own` are the digests of the data that the run was
+    trained on. In other data, a different clip may have the name of a training clip. So all members
+    score all clips of other data. If the names of training clips occur there, a warning is printed.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

@@ -180,7 +180,9 @@ def iterate_block_groups(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Reads the clips of a split in groups of blocks. Yields each group as a list for each model.
+    """Reads the clips of a split in groups of blocks.
+
+    Yields each group as a list, which has a list of blocks for each model.
 
     A block is a batch of `block_size` clips per device. On accelerators, several blocks of short
     clips are joined, because a program takes longer to start than to score few clips.
@@ -411,12 +413,12 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores clips with models. Ranks clips by the blend of all models, by each model and member.
+    """Scores clips, and ranks them by a blend of all models, by each model and by each member.
 
     Attributes:
       scorers: a scorer for each model.
       pool: [N] bool, True for the clips that all models score.
-      ranking: ranks by the blend of all models, or by the only model.
+      ranking: the ranking by the blend of all models, or by the only model.
       best: for each clip, the highest score of an identity, as an array on the devices.
     """
 
@@ -459,7 +461,8 @@ class _Ranker:
         """Returns the entries `runs` and `members` of `metrics.json`.
 
         `runs` has the MAP of each model, and is left out if there is only one model. `members` has
-        the MAP of each member, and is left out if no model has several or `each_member` is False.
+        the MAP of each member. It is left out if each model has one member, or `each_member` is
+        False.
         """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self.scorers, strict=True)):

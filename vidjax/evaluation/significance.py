@@ -2,13 +2,13 @@
 
 The interval of a single run, or of the difference between two runs, comes from a Bayesian bootstrap
 over the identities: MAP is computed many times, each time with random weights of the identities.
+The interval of the difference between two groups of runs is a t interval.
 
-An unseen identity is added to the identities. Without it, the interval would have no width if all
-values are equal. Its average precisions in two runs are (0, 0), (0, 1), (1, 0) or (1, 1), each with
-a quarter of the weight of an identity. So in a single run, its average precision is 0 or 1, each
-with half of the weight. Its difference between two runs is -1 or 1 with a quarter of the weight
-each, and 0 with half of the weight. The interval of the difference between two groups of runs is a
-t interval.
+The bootstrap adds an unseen identity. Without this identity, the interval would have no width if
+all values are equal. Its average precisions in two runs are (0, 0), (0, 1), (1, 0) or (1, 1), each
+with a quarter of the weight of an identity. So in a single run, its average precision is 0 or 1,
+each with half of the weight. Its difference between two runs is -1 or 1 with a quarter of the
+weight each, and 0 with half of the weight.
 
 If all values are 0 or 1, the bootstrap interval of MAP equals the Jeffreys interval of a
 proportion. If the values vary, it is hardly wider than a t interval. If most values are equal and a

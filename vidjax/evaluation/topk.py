@@ -29,7 +29,7 @@ class TopK(NamedTuple):
     index: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
-ScoreBlock = tuple[Any, Any, Any]  # the arguments of `HostTopK.add`
+ScoreBlock = tuple[Any, Any, Any]  # scores, clip_index and batch_mask, see `HostTopK.add`
 
 
 class HostTopK:
@@ -70,7 +70,10 @@ class HostTopK:
 
 
 class _Chunk:
-    """Collects the k best clips of at most CHUNK identities as unsorted `keys`, [C, k] uint64."""
+    """Collects the k best clips of each of C identities, where C is at most CHUNK.
+
+    `keys` [C, k] uint64 has a number for each of these clips, see `_make_keys`. It is not sorted.
+    """
 
     def __init__(self, num_identities: int, k: int):
         self.keys = np.full((num_identities, k), EMPTY)

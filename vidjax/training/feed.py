@@ -23,7 +23,7 @@ from vidjax.training import train_step
 from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
-# Both have an entry for each group of members (nets of an ensemble) that a single program trains.
+# These lists have an entry for each group of members (nets of an ensemble) that a program trains.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
 # The new states, and the results of the last steps, as `Feed._dispatch` explains.
@@ -82,8 +82,8 @@ class Feed(abc.ABC):
         """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
         The results are a list with an entry for the last call of the compiled loop, or for the last
-        two calls. An entry is a list with the result of each group of members. Earlier calls had no
-        `bad_step`, because the loop is not called again after a bad step.
+        two calls. An entry is a list with the result of each group of members. Earlier results are
+        not needed: they have no `bad_step`, because at most one call follows a bad step.
         """
 
 

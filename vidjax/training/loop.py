@@ -54,7 +54,7 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
+    """Returns the `metrics.json` of a run, or None if the epochs of `config` are not finished.
 
     Raises UserError if the run cannot resume with `config`.
     """
@@ -116,7 +116,7 @@ def train(
 def _take_steps(
     run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, split: str, analyse: bool
 ) -> Evaluation | None:
-    """Trains, logs, saves and evaluates. Returns the last evaluation if this process evaluated."""
+    """Trains, logs, saves and evaluates. Returns the last evaluation, or None without one."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
@@ -412,7 +412,10 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint with the entries `more`, or adds the entries to a saved checkpoint."""
+        """Saves a checkpoint of this step, with the entries `more` in its manifest.
+
+        If this step already has a checkpoint, the entries are added to that manifest.
+        """
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

@@ -261,7 +261,10 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes the argument of `Identifier.prepare`. TrainingClips explains `labels` and `used`."""
+    """Makes a description of the training clips, from which a model computes its settings.
+
+    It is the argument of `Identifier.prepare`. `TrainingClips` explains `labels` and `used`.
+    """
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -422,10 +425,11 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 # cluster starts in a random mirror class. Every `noise.relabel_every_epochs` epochs, the distractor
 # moves to the mirror class of the identity that the model predicts.
 #
-# Source: noise classes (5th place 2018). The shift of 8,652 in the article is a misprint of
-# 4934 + 3691 = 8625. If the model predicts no identity, the article keeps the label of the clip,
-# but the author's code takes the prediction (`noise.keep`). The code moves all distractors. We and
-# the article move only distractors in no cluster.
+# Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
+# its mirror column. This is a misprint of 4934 + 3691 = 8625. If the model predicts no identity,
+# the article keeps the label of the clip, but the author's code takes the prediction
+# (`noise.keep`). The code moves all distractors. We and the article move only distractors in no
+# cluster.
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:

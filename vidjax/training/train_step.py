@@ -1,6 +1,6 @@
 """Updates the members of an ensemble with an optimiser step.
 
-A member is one net of the ensemble. A single net is an ensemble with E = 1.
+An ensemble has E members. A member is one net. A single net is an ensemble with E = 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -128,7 +128,7 @@ def import_slow_libraries(*, report: bool) -> None:
     """Starts a thread that imports Orbax and, if wanted, the report. Both take half a second."""
 
     def load() -> None:
-        with contextlib.suppress(ImportError):  # the code that needs them reports it
+        with contextlib.suppress(ImportError):  # the code that needs a library reports it
             from orbax.checkpoint import v1  # noqa: F401
 
             if report:

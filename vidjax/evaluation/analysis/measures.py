@@ -1,8 +1,8 @@
 """Measures MAP of groups of identities and clips, lists mistakes, and measures error rates.
 
-A distractor is a clip of a stranger: it shows none of the identities. FPIR is the share of
-distractors whose score reaches a threshold. FNIR is the share of known clips that do not reach it
-or get a wrong identity.
+A known clip shows one of the identities. A distractor shows none of them: it is a clip of a
+stranger. FPIR is the share of distractors whose score reaches a threshold. FNIR is the share of
+known clips that get a wrong identity, or whose score does not reach the threshold.
 """
 
 import dataclasses
@@ -74,10 +74,11 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Computes average precisions for which only the clips in `chosen` [N] bool are wanted.
+        """Computes average precisions for a group of clips, for which `chosen` [N] is True.
 
-        The other clips of an identity are removed from its list. Returns the average precision of
-        each identity with a chosen clip, and the number of chosen clips that show an identity.
+        Other clips of an identity are removed from the list of the identity. Returns the average
+        precision of each identity with a chosen clip, and the number of chosen clips that show an
+        identity.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -209,11 +210,11 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
 def find_worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities with the lowest average precision, worst first.
 
-    `lost_to` and `mixed_with` are up to three pairs of another identity and a number of clips:
-    - `lost_to`: the number of clips of the identity that score highest in the list of the other
-      identity. -1 stands for clips that are in no list.
-    - `mixed_with`: the number of clips of the other identity among the first n places in the list
-      of the identity, if the identity has n clips. -1 stands for distractors.
+    `lost_to` and `mixed_with` are up to three pairs (index of a second identity, number of clips):
+    - `lost_to` counts clips of the identity that score highest in the list of the second identity.
+      Clips that are in no list are counted in a pair with the index -1.
+    - `mixed_with` counts clips of the second identity among the first n places in the list of the
+      identity, if the identity has n clips. Distractors are counted in a pair with the index -1.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)

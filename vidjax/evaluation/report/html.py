@@ -134,7 +134,7 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML with `figures` or `tables` (the `kind`) side by side if the page is wide."""
+    """Puts blocks side by side if the page is wide. `kind` is `figures` or `tables`."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
@@ -215,9 +215,10 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML. The text below is `caption`, or `title` without a caption.
+        """Returns the figure as HTML. The text below the figure is `caption`.
 
-        `key` is unique on the page. `description` is for a reader who cannot see the figure.
+        If `caption` is empty, the text is `title`. `key` is unique on the page. `description` is
+        for a reader who cannot see the figure.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)

@@ -1,4 +1,4 @@
-"""Makes the report of a run from its files: `report.html`, and a page for each other split.
+"""Makes `report.html` from the files of a run, and a page for each other evaluated split.
 
 A page needs no other file, no network and no script. The report needs no clips and no model. Each
 section is made by a function that takes `RunFiles` and returns HTML, or None to leave out the
@@ -26,7 +26,7 @@ from vidjax.utils.errors import UserError
 
 Rows = list[tuple[object, ...]]
 
-# Errors of a function that makes a section, if the files come from different evaluations.
+# If the files come from different evaluations, a function that makes a section may raise these.
 MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
@@ -173,7 +173,10 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns rows (label, number), one for each (key, label, digits) whose key has a value."""
+    """Returns a row (label, number) for each of `labels`, (key, label, digits).
+
+    A key that `values` lacks, or that has the value None, gets no row.
+    """
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -214,7 +217,7 @@ def _join(values: Iterable[object] | None) -> str:
 
 
 def _data_of(run: RunFiles) -> str:
-    """Returns the title of a run's dataset. If it has none, returns its name and its folder."""
+    """Returns the title of a run's dataset. Without a title, returns the name and the folder."""
     values = run.config["data"] | run.values.get("data", {})
     if values.get("title"):
         return str(values["title"])
@@ -367,7 +370,8 @@ def strata(run: RunFiles) -> Markup | None:
     words = html.paragraph(
         "MAP of groups of identities, and of groups of clips. For a group of clips, the other "
         "clips of an identity are removed from its list. Distractors and clips of other identities "
-        "stay. The interval is from a bootstrap over the identities. Fewer than {} are too few.",
+        "stay. The interval is from a bootstrap over the identities. Fewer than {} identities "
+        "are too few for an interval.",
         html.number(run.analysis.fewest_identities),
     )
     return words + html.beside("tables", tables)
@@ -504,9 +508,10 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes a page for every split that has an analysis, and returns the path of `report.html`.
+    """Writes `report.html`, and a page for every other split that has an analysis.
 
-    A page is written completely or not at all. Raises UserError if a file is missing or damaged.
+    A page is written completely or not at all. Returns the path of `report.html`. Raises UserError
+    if a file is missing or damaged.
     """
     run = load(folder)
     for split in run.analysed:
