@@ -4,8 +4,9 @@
     OUT/NAME.parquet      the results for these clips
 
 The classes `Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify` make the results of a table.
-`process_tables` uses one of them on one machine. On several machines, each worker of Ray Data
-constructs it once and calls it with paths. See vidjax/data/README.md, "Clips at size".
+`process_tables` uses one of these classes on one machine. On several machines, each worker of Ray
+Data makes one object of the class, and calls the object with paths. See vidjax/data/README.md,
+"Clips at size".
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +50,8 @@ class TableTask:
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
 
-        `options` belong to the method that makes the results, such as `fpir` of `Gallery.identify`.
+        `options` are arguments of the method that makes the results, such as `fpir` of
+        `Gallery.identify`.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -287,7 +289,10 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings of tables in `folder` one by one, because they may not fit in memory."""
+    """Joins the rankings of the tables `inputs`; `folder` contains a ranking for each table.
+
+    The rankings are read one by one, because all rankings together may not fit in memory.
+    """
     import pyarrow
     from pyarrow import parquet
 

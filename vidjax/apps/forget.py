@@ -136,7 +136,7 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Finds the galleries, runs and files below the folders `places` that contain people or clips.
+    """Searches the folders `places` for galleries, runs and files that contain people or clips.
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets

@@ -1,7 +1,8 @@
 """Decides which clips get a name, and writes the answers of a gallery to tables.
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
-chooses the threshold. By default, it is measured on strangers, so that few strangers reach it.
+can choose the threshold. By default, the threshold is measured on strangers, clips of people who
+are not enrolled, so that few strangers reach it.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vidjax.data.packing import Clips
 
 DEFAULT_FPIR = 0.01  # false positive identification rate, if there are enough strangers
-MIN_NAMED_PROBABILITY = 0.5  # a name is more probable than all other answers together
+MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other answers together
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
@@ -109,8 +110,8 @@ class NamingRule(NamedTuple):
     Attributes:
       by: the kind of the rule.
         `threshold`: a name needs the probability that the user chose.
-        `fpir`: a name needs a probability above 0.5, and above a threshold that was measured on
-          strangers.
+        `fpir`: a name needs a probability that is above 0.5, and that reaches a threshold which
+          was measured on strangers.
         `new`: a name needs a probability above 0.5. There are too few strangers to measure a
           threshold.
       score: the threshold of the logarithm of the probability. It is -inf for the kind `new`.
@@ -214,10 +215,11 @@ def parse_group_number(group: str) -> int:
 def write_groups(
     path: Path, groups: Mapping[str, str], places: Mapping[str, tuple[str, str, str]] | None = None
 ) -> None:
-    """Writes a new table of clips and groups, in which the user replaces groups by people.
+    """Writes a new table of clips and their groups.
 
-    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If
-    `places`, clip -> (video, start, end), are given, the table has three more columns.
+    The user edits the table: the name of a person replaces the name of a group. The ending of
+    `path` is the format. `groups` are clip -> group, such as `unknown 1`. If `places`, clip ->
+    (video, start, end), are given, the table has three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -258,7 +260,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Formats a rate in per cent with 2 significant digits, or with 4 if it is above 99 %."""
+    """Formats a rate in per cent with 2 significant digits, or with 4 if it is 99 % or more."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"

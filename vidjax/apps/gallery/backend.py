@@ -1,7 +1,8 @@
 """The back end of a gallery, which computes how probably a clip shows each enrolled person.
 
-The vector of a clip consists of M parts, one for each modality, such as face or audio. A gallery
-of a run that is not PLDA has a single part, the embedding. A part is compared in one of two ways:
+The vector of a clip consists of M parts, one for each modality, such as face or audio. If a run
+that is not PLDA computes the vectors, there is a single part, the embedding. A part is compared in
+one of two ways:
 
 - PLDA: `fit` learns the parameters of a part from labelled clips.
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
-MAX_PAIRED_NUMBERS = 1 << 20  # coordinates that are multiplied at once for pairs of clip and person
+MAX_PAIRED_NUMBERS = 1 << 20  # numbers in an array with a vector for each pair of clip and person
 # The coefficients of people are in blocks of at most this size. Threads compare blocks in parallel.
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
@@ -42,7 +43,8 @@ MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
-# To bound the k-th highest logit of all people, the best logits of groups of this size are enough.
+# People are split into groups of this size. The k-th highest of the best logits of all groups is a
+# lower bound of the k-th highest logit of all people.
 PEAK_PEOPLE = 32
 
 
@@ -170,7 +172,8 @@ class Backend(NamedTuple):
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the coordinates of Q clips, M arrays [Q, D] float64, see `Part.coordinates`.
 
-        If a clip lacks a part, the vector in `parts` is 0, and the coordinates are NaN.
+        `parts` are the vectors of the clips, M arrays [Q, D]. If a clip lacks a part, the vector is
+        0, and the coordinates are NaN.
         """
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
@@ -211,8 +214,8 @@ def fit(
     Args:
       vectors: part -> unit vectors [N, D] float32. The vector of a missing part is 0.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: part -> [N, D] float32, the vectors with which the same people are enrolled, such as
-        means over the clips of a film. The default is `vectors`.
+      enrolled: part -> [N, D] float32. Row n enrols the person of clip n, and may be the mean over
+        the person's clips in a film. The default is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too.
     """
@@ -380,7 +383,9 @@ class DistanceRatios:
 
     Attributes:
       population: the distribution of all people, with the mean m; see `distance.population`.
-      share, variance: [N] float64, see `distance.Posterior`.
+      share: [N] float64, the position of a person's posterior mean between m (0) and the mean of
+        the person's clips (1); see `distance.Posterior`.
+      variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
 
@@ -418,8 +423,9 @@ class DistanceRatios:
         """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
         `units` [Q, D] are the means of the unit vectors of each group, and `effective` [Q] the
-        effective numbers of its clips, see `distance.effective_count`. The terms of a mean x are
-        x . m, |x - m|^2, the variance of x, and the log density of x if it shows a stranger.
+        effective numbers of its clips, see `distance.effective_count`. The coordinates of a mean x
+        are x - m. The terms are (x - m) . m, |x - m|^2, the variance of x if the person is known,
+        and the log density of x if the clips show a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -603,8 +609,8 @@ class Index:
 
         def score(place: int) -> None:
             rows = slice(self._ends[place], self._ends[place + 1])
-            # BLAS multiplies few clips faster if the people are the first factor. OpenBLAS rarely
-            # reports an invalid value although all numbers are finite.
+            # BLAS multiplies few clips faster if the people are the first factor. In rare cases,
+            # OpenBLAS reports an invalid value although all numbers are finite.
             with np.errstate(invalid="ignore"):
                 first, *others = (
                     (people @ x.T).T
@@ -642,11 +648,12 @@ class Index:
         owner: np.ndarray,
         queries: _Queries,
     ) -> np.ndarray:
-        """Turns the products of each part into ratios, and returns their sums: the logits.
+        """Returns the logits of pairs of a clip and a person: sums of the log-likelihood ratios.
 
-        The M arrays `products` are [Q, R] for all pairs of Q clips and R people, or [R] for R
-        pairs. The logits overwrite the first array. `rows` are the indices of the people. `owner`
-        are the indices of the clips, [Q, 1] for all pairs or [R] for R pairs.
+        `products` are M arrays, the products of the clips' coordinates and `People.linear`. They
+        are [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The logits overwrite
+        the first array. `rows` are the indices of the people. `owner` are the indices of the
+        clips, [Q, 1] for all pairs or [R] for R pairs.
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):

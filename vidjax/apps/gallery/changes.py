@@ -64,7 +64,8 @@ class Draft:
         """Adds the modalities that enrolled clips lack.
 
         `vectors` are clip -> vector of all modalities. A clip is skipped if it is not enrolled, or
-        if it is enrolled with another vector of a modality. Returns the names of all other clips.
+        if it is enrolled with another vector of a modality. Returns the names of the clips in
+        `vectors` that are not skipped.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -118,7 +119,7 @@ class Draft:
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
-        if old is None:  # suggests no similar name, because that clip may show another person
+        if old is None:  # no hint: a clip with a similar name may show another person
             raise UserError(
                 f"no clip '{show(clip)}' is enrolled: enrol it with an identity or --strangers\n"
                 "to see all clips: vidjax gallery list G --clips"
@@ -171,7 +172,7 @@ class Draft:
         if problem:
             raise UserError(
                 f"clip '{show(name)}' is already enrolled {problem}\n"
-                "if it is another clip, give it another name"
+                "if it is another clip, give it another name; if not, remove the enrolled clip"
             )
         return old.identity != clip.identity
 
@@ -286,8 +287,8 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     """Checks a clip, and returns it with the cleaned name of its person.
 
-    Raises UserError if a name is invalid, the vector is not finite float32 [width], or it is 0,
-    which means that the clip has no usable frame.
+    Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
+    clip has no usable frame, so that the vector is 0.
     """
     _check_length("clip name", check_name(name))
     if clip.identity is not None:

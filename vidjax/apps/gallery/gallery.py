@@ -17,7 +17,7 @@ state. So a thread that computes an answer uses the same state from its beginnin
 change is first written to the folder. If writing fails, folder and memory stay as they were.
 
 A removed person leaves no trace in the folder. The back end, the set of parameters that compare
-vectors, is fitted to clips. From the back end and all clips but one, the vector of the last clip
+vectors, is fitted to clips. From the back end and all clips but one, the vector of this one clip
 could be computed. Therefore `remove` fits the back end again to the clips that are left. The
 training run still depends on its training clips, and so does the back end of a gallery that was
 made with `empty=True`. Only a new training run without the clips removes this dependence.
@@ -106,9 +106,9 @@ class Vectors(NamedTuple):
 
     Attributes:
       names: the names of the clips.
-      parts: modality -> vectors [N, D] float32, of length D in this modality. If a clip lacks the
-        modality, the vector is 0. If a run that is not PLDA embedded the clips, the only key is
-        `embedding`.
+      parts: modality -> vectors [N, D] float32. The length D depends on the modality. If a clip
+        lacks the modality, the vector is 0. If a run that is not PLDA embedded the clips, the only
+        key is `embedding`.
       labels: the person of each clip, or None if the person is not known.
     """
 
@@ -137,8 +137,8 @@ class Gallery:
       the vectors that `embed` returns.
 
     A method that changes the gallery returns when the change is on the disk. It raises ValueError
-    if another process is changing the gallery, and OSError if the folder cannot be written. In both
-    cases nothing is changed.
+    if another process is changing the gallery, or if the gallery is read-only. It raises OSError if
+    the disk is full or fails. After an error, nothing is changed.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -611,7 +611,8 @@ class Gallery:
         """Adds the modalities that enrolled clips lack.
 
         `vectors` contain all modalities. A clip is skipped if it is not enrolled, or if it is
-        enrolled with another vector of a modality. Returns the names of all other clips.
+        enrolled with another vector of a modality. Returns the names of the clips in `vectors` that
+        are not skipped.
         """
         clips = select_usable_clips(vectors)
         with self.change() as draft:
@@ -731,7 +732,7 @@ class Gallery:
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns them. All clips of a group are compared together
             and get the same answer. Only a gallery of models accepts groups.
-          advance: is called with the number of clips that get each answer.
+          advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
           ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, the features
@@ -803,7 +804,7 @@ class Gallery:
                 scores = np.array([row[columns] for row in itertools.islice(logs, RANK_ROWS)])
                 index = np.arange(at, at + len(scores), dtype=np.int32)
                 if not rule.default:
-                    # Compared in float64: a threshold is hardly higher than a stranger's score.
+                    # float64 is needed: a threshold is hardly higher than a stranger's score.
                     passes = rule.names(scores)
                     if state.run.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, index].T @ person_has

@@ -1,8 +1,8 @@
 """Groups clips of unknown people, so that the clips of a group show the same person.
 
 1. Each clip starts as a group. The two groups that most probably show the same person are joined,
-   again and again, until the probability is below 0.5 for every pair. The prior probability that a
-   pair shows the same person is 1 / G, where G is the present number of groups.
+   again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
+   shows the same person are 1 / G, where G is the present number of groups.
 2. Small groups are joined to larger groups. The prior probability that a small group belongs to a
    group of n clips is proportional to n. The prior probability that the small group shows a new
    person is proportional to the number of groups with a single clip.
@@ -50,10 +50,11 @@ class Groups:
         labels: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
-        """Stores the groups of N clips at the start.
+        """Makes groups of N clips.
 
-        `coordinates` are M arrays [N, D], see `Backend.whiten`. `labels` [N] int is the group of
-        each clip. `apart` are pairs of clips, by their indices, that show different people.
+        `coordinates` are M arrays [N, D], see `Backend.whiten`, but 0 in a missing part. `labels`
+        [N] int is the group of each clip. `apart` are pairs of clips, by their indices, that show
+        different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
@@ -195,9 +196,10 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 def _agglomerate(groups: Groups) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    Returns the group [G] to which each group was joined. The highest ratio of each group is stored.
-    When two groups are joined, the stored ratios to these groups become stale. A stale ratio is
-    treated as an upper bound. It is computed again only when it is the highest of all ratios.
+    Returns the group [G] to which each group was joined. For each group, the highest of the
+    log-likelihood ratios of its pairs is stored. When two groups are joined, the stored ratios to
+    these groups become stale. A stale ratio is treated as an upper bound. It is computed again only
+    when it is the highest of all ratios.
     """
     num = left = len(groups.sizes)
     labels, best, highest = np.arange(num), np.zeros(num, int), np.full(num, np.inf)

@@ -9,8 +9,8 @@ For speed, a row of a table contains many people or clips: their names are the l
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
 it. An enrolment adds people and clips at the end of their tables. If a name occurs several times in
 a table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
-that no byte of a removed person remains. (`secure_delete` of SQLite overwrites empty pages, but
-rows that SQLite has moved may leave copies in other pages.)
+that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
+that SQLite has moved may leave copies in other pages.)
 
 The file may be forged. So it must be a regular file with exactly the tables of SCHEMA, and the
 lengths of its values are limited. A journal is checked before SQLite uses it, because a journal may
@@ -278,7 +278,8 @@ class Store:
     def remove_leftovers(self) -> None:
         """Deletes the journal of an interrupted change, because it contains names and vectors.
 
-        SQLite keeps the journal of a change that was interrupted before the file was changed.
+        SQLite itself deletes a journal after it has undone the change. If the change was
+        interrupted before the file was changed, SQLite keeps the journal.
         """
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
             self.path.with_name(JOURNAL_FILE).unlink()
@@ -322,8 +323,8 @@ class Store:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
         By default, all rows are written again. If `new` and `people` are given, they are all clips
-        and people that differ from the file, and only they are added to the file. Exception: if
-        later entries would then replace more than half of the entries, all rows are written again.
+        and people that differ from the file, and only they are added to the file. If more than
+        half of the entries in the file would then be outdated, all rows are written again.
 
         `connection` is a transaction that `open` began before the state was made.
         """
@@ -592,8 +593,8 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
     """Raises UserError if a name is invalid.
 
-    `names` are the names of `clips`, followed by the names of their people. The name of a
-    stranger's person is empty.
+    `names` are the names of `clips`, followed by the names of their people. If a clip shows a
+    stranger, the name of the person is empty.
     """
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
