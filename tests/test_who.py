@@ -388,7 +388,7 @@ def test_adding_voice_models_keeps_all_names(drawn):
     # With voice models, all files are read again. The names from the user do not change.
     write_voices(drawn.models)
     _, output = drawn.who(film)
-    assert output.count("there are new nets (audio): all files are") == 1
+    assert output.count("there are new nets (audio): the films and photos of this call are") == 1
     assert drawn.names() == before
     clips = Gallery(drawn.out / "gallery").clips
     assert clips["people/Ada/2"].identity is None and clips["film.s001.t00"].identity == "Bob"

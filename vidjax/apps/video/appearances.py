@@ -79,8 +79,9 @@ def find_appearances(
 
     Args:
       answers: the answer of the gallery for each clip, after `settle_answers`.
-      groups: clip -> unknown person, such as `unknown 3`. A clip that has no name and is not in
-        `groups` shows a person whom the user ignores. Each such clip is an appearance.
+      groups: clip -> unknown person, such as `unknown 3`. If a clip has no name and is not in
+        `groups`, the user ignores the person, or no face in the clip is clear. Each of these clips
+        is an appearance of an ignored person.
     """
     appearances = []
     for film in films:
@@ -206,7 +207,11 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row of the table. Several values are joined by blanks; no name is `ignored`."""
+    """Returns a row of the table.
+
+    If a cell has several values, blanks separate them. If a person is ignored, the cell with the
+    name is `ignored`.
+    """
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)

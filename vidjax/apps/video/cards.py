@@ -65,7 +65,8 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
       centre: the mean embedding. It is subtracted before embeddings are scaled to unit length.
-      same, different: the mean and standard deviation of the cosine for one person, for two people.
+      same: the mean and standard deviation of the cosine of two embeddings of one person.
+      different: the mean and standard deviation of the cosine of embeddings of two people.
       pairs: the number of measured pairs of embeddings of one person, and of two people.
       data: a description of the measured data.
     """
@@ -102,9 +103,10 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Four numbers of a net's output for a test image. They are checked when the net is loaded.
+    """Four numbers of a net's output for a test. They are checked when the net is loaded.
 
-    `nets.make_formula_image` makes the image from `seed`. Each number may differ by `tolerance`.
+    `nets.make_formula_inputs` makes the input of the test, an image or sound, from `seed`. Each
+    number may differ by `tolerance`.
     """
 
     seed: Count

@@ -1,11 +1,15 @@
 """Finds photos that may show a person other than the person under whose name they are enrolled.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
-people. A photo is doubtful if the odds that it shows one of the other people are above 200 to 1.
-All other people have the same prior probability. If the named person has at least two other photos,
-a photo is also doubtful if the odds that it shows a different person than these photos are above
-200 to 1. The most doubtful photo of each person is then set aside, and the remaining photos are
-compared again, because a wrong photo makes the right photos doubtful.
+people. A photo is doubtful in two cases:
+
+- The odds that the photo shows one of the other people are above 200 to 1. All other people have
+  the same prior probability.
+- The named person has at least two other photos, and the odds that the photo shows a different
+  person than these photos are above 200 to 1.
+
+A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
+most doubtful photo of each person is set aside, and the remaining photos are compared again.
 """
 
 from collections.abc import Mapping
@@ -24,8 +28,8 @@ FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differi
 def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
     """Finds the photos of a gallery that may show a person other than their label.
 
-    Returns the person whom each doubtful photo resembles, by the name of the clip. If the photo
-    resembles no other person, it is None. `person_of` contains the person of each photo to check.
+    Each photo is a clip. `person_of` is clip -> person for the photos to check. Returns clip of a
+    doubtful photo -> the person whom the photo resembles, or None if it resembles no other person.
     If the card of the net contains no distribution of distances, no photo is doubtful.
     """
     doubtful: dict[str, str | None] = {}
@@ -86,13 +90,15 @@ def _compute_log_ratios(
     """Compares photos with the other photos of K people.
 
     Returns the logarithms of the likelihood ratios of "the photo shows this person" to "the photo
-    shows someone else", in the shape of `product`. If a person has no other photos, it is 0.
+    shows someone else", in the shape of `product`. If a person has no other photos, the logarithm
+    is 0.
 
     Args:
       count: [K], the number of other photos of each person.
       mean: [K, D], the mean unit embedding of these photos.
       product: [K] or [N, K], the inner products of `mean` and the unit embeddings of the compared
-        photos. [K] is for one photo of each person, and [N, K] for N photos.
+        photos. If it is [K], photo k is compared with person k. If it is [N, K], N photos are
+        compared with all K people.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

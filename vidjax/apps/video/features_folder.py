@@ -189,9 +189,10 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Returns the stem, with which the names of a file's clips begin, from the file's name.
+    """Makes the stem of a file from the file's name.
 
-    The stem contains only letters, digits, `_` and `-`.
+    The names of the file's clips begin with the stem. It contains only letters, digits, `_` and
+    `-`.
     """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"

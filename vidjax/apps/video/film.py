@@ -307,7 +307,10 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip; `faces` contains the embedding of each sighting by its number."""
+        """Makes a clip with the name `name` from the sightings `pictures` of a track.
+
+        `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
+        """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
@@ -384,8 +387,8 @@ def extract(
     """Writes the features of a video or photo to `out/STEM.npz`; returns its description.
 
     Each face of a photo is a clip. If `out` contains a folder for thumbnails, a picture of the best
-    face of each clip is written into this folder. The memory grows only with the number of clips. A
-    clip needs 12 kB if embeddings have 128 values.
+    face of each clip is written into this folder. The memory grows only with the number of clips.
+    The faces of a clip need at most 18 kB if embeddings have 128 values.
 
     Args:
       out: an existing folder.

@@ -130,7 +130,8 @@ def extract_folders(
         files that no longer exist; or "others", features of all files that are not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has nets with which the features were not computed. True
-        computes the features again. False raises an error.
+        removes all features of the folder, and computes the features of the files in `paths` again.
+        False raises an error.
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
@@ -224,8 +225,8 @@ def _prepare_folder(
 ) -> dict[Path, str]:
     """Prepares a folder of features for the files `listed`; returns file -> stem.
 
-    The names of the clips of a file begin with the stem. The folder is cleared of the features that
-    `drop` names, see `extract_folders`, and if `pictures` is False, of all thumbnails.
+    The names of the clips of a file begin with the stem. `drop` says which features are removed,
+    see `extract_folders`. If `pictures` is False, all thumbnails are removed, too.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -250,7 +251,8 @@ def _prepare_folder(
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
     """Divides files into batches. A process reads a batch.
 
-    Each film is a batch. Batches of photos follow, because a process for each photo would be slow.
+    The first batches contain one film each. The other batches contain up to 50 photos each, because
+    a process for each photo would be slow.
     """
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
@@ -343,7 +345,7 @@ def _check_extraction(
     """Returns the settings of a folder of features. A new folder gets the given settings.
 
     `digests` contains the sha256 of the card of each net, by role. If there are new nets and
-    `upgrade` is True, all features are removed. They are then extracted again with the new nets.
+    `upgrade` is True, all features in the folder are removed.
 
     Raises UserError if the features are of other nets or settings, or another program wrote the
     folder.
@@ -440,7 +442,10 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts features from a batch of files in one process. Unchanged files are skipped."""
+    """Extracts features from a batch of files in one process. Unchanged files are skipped.
+
+    `title` is the name of a film with its number, which is printed. For photos, it is empty.
+    """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
     for job in jobs:

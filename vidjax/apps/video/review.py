@@ -57,7 +57,8 @@ class Step(NamedTuple):
 
     Attributes:
       words: a description of the change.
-      at: the changed person, or the key of the changed appearance.
+      at: the changed person, or the key of the changed appearance. A key is a text that identifies
+        an appearance on the page, see `PageEntry`.
       clips: the entry of each changed clip in the gallery before the change. If the clip was not
         enrolled, the entry is None.
       numbers: the contents of `unknown.json` before the change.
@@ -72,7 +73,7 @@ class Step(NamedTuple):
 class Review:
     """Applies a user's corrections to the names in a folder of results.
 
-    `version` is the number of changes so far, including undone changes.
+    `version` is the number of changes so far. Undoing a change counts as a change.
     """
 
     def __init__(
@@ -120,9 +121,10 @@ class Review:
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of all names, or of the names in a film or of a person, as HTML.
+        """Returns the page of all names, of the names in `film`, or of `person`, as HTML.
 
-        If there is no `problem`, the first call after a change shows the message of the change.
+        `problem` is the state of the forms after a change that was refused. Without a `problem`,
+        the first call after a change shows the message of the change.
         """
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
@@ -144,8 +146,8 @@ class Review:
           action: "name" gives the name `name`. "deny" removes a wrong name. "ignore" removes the
             name or number of a person.
           of: the person to change, or the key of the appearance to change.
-          name: the new name, without repeated blanks. If it is an unknown person, such as
-            `unknown 4`, the two are joined.
+          name: the new name, without repeated blanks. If `name` is an unknown person, such as
+            `unknown 4`, this person and the person `of` are joined. `of` must be unknown, too.
           after: the person, or the key of the appearance, next to which the page shows the message.
 
         Raises:
@@ -227,7 +229,7 @@ class Review:
         group = name.casefold()
         if group not in self._decision.unknown.values():
             raise UserError(
-                f"'{name}' is not an unknown person on this page: type the name of a person"
+                f"'{name}' is not an unknown person on this page: give the unknown person a name"
             )
         return group
 
@@ -386,7 +388,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
     """Returns the web application of the page of names.
 
     A request is refused if the address does not begin with the secret word `token`, or if the
-    `Host` header has another host than this machine or another port than `port`.
+    `Host` header does not name this machine and the port `port`.
     """
     pages = _Pages(review, token, port)
 
@@ -426,7 +428,9 @@ async def _read_form(request: Request) -> dict[str, str]:
     async for piece in request.stream():
         body += piece
         if len(body) > FORM_BYTES:
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The form is too large.")
+            raise HTTPException(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The name is too long: type a shorter name."
+            )
     return dict(urllib.parse.parse_qsl(body.decode(errors="replace")))
 
 

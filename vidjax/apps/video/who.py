@@ -17,8 +17,8 @@ The results are these files:
 Each call replaces the tables, the page, the subtitles and the cut lists. If a person or a photo is
 removed from the folder of people, the next call forgets the person or the photo. A call without a
 folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or `relabel`
-changed are kept. If nets are added to the models, all films and photos are read again, and the
-names are kept.
+changed are kept. If nets are added to the models, the films and photos of the call are read again,
+the features of all other films are removed, and the names are kept.
 """
 
 import functools
@@ -120,14 +120,20 @@ class UnknownNumbers(Struct, kw_only=True):
         return max((n for clips in self.films.values() for n in clips.values()), default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name of an unknown person, such as `unknown 5`, after all joins in `same`."""
+        """Returns the name that the unknown person `group` has after all joins in `same`.
+
+        Both names are texts such as `unknown 5`.
+        """
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns a copy in which `groups` are one person, who gets their lowest number."""
+        """Returns a copy in which the unknown people `groups` are one person.
+
+        The person gets the lowest number of these people.
+        """
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
@@ -174,7 +180,8 @@ class Decision(NamedTuple):
       vectors: the embeddings of all clips. If there are no clips, it is None.
       vote_groups: the group of each clip. The clips of a group vote on their name.
       answers: the answer of the gallery for each clip.
-      unknown: the unknown person, such as `unknown 3`, of each clip without a name.
+      unknown: the unknown person, such as `unknown 3`, of each clip without a name. Clips of
+        ignored people are left out.
       appearances: the appearances in order of time.
     """
 
@@ -302,7 +309,9 @@ def _update_people(
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols photos, and forgets people without photos.
 
-    Returns the remedy for each unusable photo by path, and the names of all people with photos.
+    `photos` contains the photos of each person. `options` are further arguments of
+    `pipeline.extract_folders`. Returns the remedy for each unusable photo by path, and the names of
+    all people with photos.
     """
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
@@ -318,7 +327,8 @@ def _read_photos(
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts features from the photos of each person, and writes them to a folder `out / name`.
 
-    Returns the outcomes of the photos in each of these folders.
+    `photos` contains the photos of each person. `options` are further arguments of
+    `pipeline.extract_folders`. Returns the outcomes of the photos in each of these folders.
     """
     folders = [(out / name, paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
@@ -359,7 +369,10 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
         return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
     if roles := gallery.widen(models):
-        say(f"there are new nets ({', '.join(roles)}): all files are read again; names are kept")
+        say(
+            f"there are new nets ({', '.join(roles)}): the films and photos of this call are read "
+            "again; add all other films to the command, too; names are kept"
+        )
     return gallery
 
 
@@ -580,12 +593,13 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns name in the folder of photos -> label, the name in the gallery, for all `names`.
+    """Chooses the label under which new photos of each person are enrolled in the gallery.
 
-    New photos of a person are enrolled under the label. It may differ from the name, because a user
-    may have renamed the person in the gallery. The label is the most frequent label of the person's
-    enrolled photos. But labels that are names of other people in `names` are chosen only if the
-    photos have no other labels. If no photo of the person is enrolled, the label is the name.
+    Returns name -> label. `names` are the names of the people in the folder of photos. A label
+    differs from the name if a user has renamed the person in the gallery. The label is the most
+    frequent label of the person's enrolled photos. Labels that are names of other people in `names`
+    are chosen only if the photos have no other labels. If no photo of the person is enrolled, the
+    label is the name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -788,7 +802,8 @@ def _keep_numbers(
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
     group keeps the number that most of its clips had, unless another group has more clips with this
-    number. The other groups get new numbers above `highest`, in the order of their old numbers.
+    number. The other groups get new numbers above `highest`, in the order of their numbers in
+    `groups`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
