@@ -4,25 +4,26 @@ Each format is a function that writes a file, and also loads the file with the r
 format, so that the results can be compared with vidjax.
 
 The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
-scores clips:
+scores clips. PART is a modality, and D is the length of its vectors. N is the number of people, in
+the order of identities.json. E is the number of ensemble members.
 
     scale                        [E], a factor of the log-likelihood ratios
-    unenrolled                   [E], replaces scale x ratio for people without a clip of the part
+    unenrolled                   [E], the scaled ratio for people without a clip of the part
     stranger                     [E], the logarithm of the prior odds of a stranger
     temperature                  [E], divides the logits, see `config.eval.temperature`
     PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
     PART/mean, PART/transform    [E, D] and [E, D, D], z = (unit vector - mean) @ transform
-    PART/linear, PART/constant   [E, N, D] and [E, N], log-likelihood ratios are polynomials of z
-    PART/curve                   [E, U, D], the coefficients of z^2 in these polynomials
+    PART/linear, PART/constant   [E, N, D] and [E, N], the coefficients of z and of 1
+    PART/curve                   [E, U, D], the coefficients of z^2
     PART/kind                    [E, N] int32, the row of each person in `curve`
     PART/known                   [E, N] int32, 1 for people with a clip that has the part
     PART/scale                   [E], an additional factor of the ratios of the part
     PART/limit                   [E], a bound of the ratios of clips that also have other parts
 
-PART is a modality, and D is the length of its vectors. N is the number of people, in the order of
-identities.json. E is the number of ensemble members. People with the same number of clips share one
-of the U rows of `curve`. Arrays without a dtype are float32 or float64. Parts that are compared by
-distances have other arrays, see `make_gallery_arrays`.
+The log-likelihood ratio of a part is a polynomial of z with the coefficients `linear`, `constant`
+and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
+a dtype are float32 or float64. Parts that are compared by distances have other arrays, see
+`make_gallery_arrays`.
 """
 
 import shutil
@@ -155,7 +156,7 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Returns a function that predicts with the weights in the folder, after an import as a run.
+    """Imports the weights in the folder as a run; returns a function that computes its outputs.
 
     Nothing is written, because `vidjax export` has already written the weights, as for all formats.
     """
@@ -267,7 +268,9 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
     """Returns the arrays of a gallery, name -> array. The docstring of this file lists them.
 
     People are in the order of `gallery.index.names`. A part that is compared by distances has the
-    arrays of `backend.DistanceRatios` instead of `transform`, `curve` and `kind`.
+    arrays `share`, `radius`, `variance` and `card` instead of `transform`, `constant`, `curve`,
+    `kind` and `scale`. They are from `backend.DistanceRatios`, but `variance` also contains the
+    variance of the vectors of a person, `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

@@ -249,7 +249,10 @@ class Graph:
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere."""
+        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere.
+
+        `aval` is the abstract value of the result in the jaxpr, which has a dtype.
+        """
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
@@ -267,7 +270,7 @@ class Graph:
     ) -> list[str]:
         """Adds the nodes of a jaxpr; returns the names of its results.
 
-        `consts` are the values of the constants of the jaxpr. `inputs` are names.
+        `consts` are the values of the constants of the jaxpr. `inputs` are the names of its inputs.
         """
         values: dict[Any, str] = {}
 
@@ -528,9 +531,10 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a scatter of JAX that combines N rows with K rows by addition or maximum.
+    """Adds nodes for a scatter of JAX that adds N rows to rows of an array, or takes the maximum.
 
-    A row whose index is outside of 0 to K - 1 is written to an additional row K, which is removed.
+    The array has K rows. If the index of one of the N rows is outside of 0 to K - 1, this row is
+    written to an additional row K, which is removed.
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:

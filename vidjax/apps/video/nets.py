@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK_CROPS = 32  # the largest number of crops in one call of a net
 LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
-WEAK_SCORE = 0.2  # near a detection with a higher score, the frames before and after are searched
+WEAK_SCORE = 0.2  # places with a higher score are searched in the frames before and after, too
 MOST_OVERLAP = 0.3  # the largest intersection over union of two faces in an image
 MOST_CANDIDATES = 5000  # only the best detections enter non-maximum suppression
 # Around a known face, a square is searched whose sides are 2 * NEAR times the longer side of the
@@ -56,7 +56,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels. A detector multiplies its sides by `scale`, at most 1."""
+    """A rectangle of an image in pixels. For a search, it is shrunk by the factor `scale` <= 1."""
 
     left: int
     top: int
@@ -159,7 +159,7 @@ class Embedder:
 def open_session(card: Card) -> "InferenceSession":
     """Opens the net that a card describes, for use in a single thread.
 
-    Raises UserError if the net is missing or damaged, or its output for a test image has changed.
+    Raises UserError if the net is missing or damaged, or its output for a test input has changed.
     """
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
@@ -185,7 +185,7 @@ def _make_error(card: Card, error: Exception) -> UserError:
 
 
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Raises UserError if the net's output for a test image differs from the output in `card`."""
+    """Raises UserError if the net's output for a test input differs from the output in `card`."""
     output = answer_formula(card, session, card.test.seed)
     gap = float(np.abs(output - np.array(card.test.output)).max())
     if not gap <= card.test.tolerance:  # NaN, too
@@ -197,7 +197,7 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
 
 
 def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
-    """Returns four numbers, float64, of a net's output for a test image. Cards store such numbers.
+    """Returns four numbers, float64, of a net's output for a test input. Cards store such numbers.
 
     The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. This output
     contains the points of faces, an embedding, or the state of the net for speech. It reveals
@@ -269,7 +269,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Pads an image [H, W, 3] with black at the right and the bottom.
+    """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
 
     If `height` or `width` is 0, this side is padded to the next multiple of 32.
     """
@@ -298,7 +298,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
     """Interpolates an image, as float32, to `length` rows (axis 0) or columns (axis 1).
 
-    Beyond the centres of the outermost pixels, these pixels are repeated.
+    Places beyond the centres of the outermost pixels get the values of these pixels.
     """
     at = (np.arange(length) + 0.5) * (image.shape[axis] / length) - 0.5
     at = np.clip(at, 0, image.shape[axis] - 1)
@@ -334,12 +334,13 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Returns a region of whole pixels that contains the part of a square in the image.
+    """Returns a region of whole pixels that contains a square, except for parts outside the image.
 
-    A detector divides the image, after it is shrunk by `scale`, into cells of 4 x 4 pixels. The
-    region begins at the corner of a cell, so that the detections are nearly the same as in the
-    whole image. The sides of the shrunk region are multiples of 32 pixels, as detectors require,
-    unless the region ends at the border of the image.
+    `square` is left, top, right and bottom in pixels. A detector divides the image, after it is
+    shrunk by `scale`, into cells of 4 x 4 pixels. The region begins at the corner of a cell, so
+    that the detections are nearly the same as in the whole image. The sides of the shrunk region
+    are multiples of 32 pixels, as detectors require, unless the region ends at the border of the
+    image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
@@ -395,10 +396,10 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Returns the faces in the outputs of YuNet, in pixels of its input of `width` pixels.
+    """Returns the faces in the outputs of YuNet, in pixels of the input.
 
-    The net divides its input into cells with sides of S = 8, 16 and 32 pixels. For each S, there
-    are n cells, row by row, and these outputs:
+    The input is `width` pixels wide. The net divides the input into cells with sides of S = 8,
+    16 and 32 pixels. For each S, there are n cells, row by row, and these outputs:
       cls_S: [1, n, 1], the probability that a cell shows a face.
       obj_S: [1, n, 1], the predicted overlap of the cell's box with the face.
       bbox_S: [1, n, 4], x and y of the centre from the cell's corner, in cells, and the logarithms
@@ -426,11 +427,11 @@ def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Returns the faces in the outputs of SCRFD, in pixels of its input of `width` pixels.
+    """Returns the faces in the outputs of SCRFD, in pixels of the input.
 
-    The net divides its input into cells with sides of 8, 16 and 32 pixels. For each of these sizes,
-    there are n cells, row by row, with two anchors each. The outputs are first the scores for the
-    three sizes, then the boxes, then the points:
+    The input is `width` pixels wide. The net divides the input into cells with sides of 8, 16 and
+    32 pixels. For each of these sizes, there are n cells, row by row, with two anchors each. The
+    outputs are first the scores for the three sizes, then the boxes, then the points:
       scores: [2 n, 1], the probability of a face.
       boxes: [2 n, 4], the distances from the cell's corner to the left, top, right and bottom side
         of the box, in cells.

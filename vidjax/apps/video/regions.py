@@ -198,9 +198,9 @@ def match_faces(
     """Returns the index of the detected face at each of n tags: int [n], or -1 if there is no face.
 
     By the standard, the boxes of tags belong to the stored picture, which may lie on its side. But
-    some programs draw them in the displayed, upright picture. If only one of the two pictures is
-    wide or tall like `tags.shape`, this picture is used. If not, the picture in which more tags
-    have a face is used.
+    some programs draw them in the displayed, upright picture. If one of the two pictures is wide
+    and the other is tall, `tags.shape` shows which picture a program has used. If not, the picture
+    in which more tags have a face is used.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture. `size` is the width and height of
     the displayed picture. `orientation` is the EXIF orientation of the stored picture, 1 to 8.

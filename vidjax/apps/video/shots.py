@@ -20,7 +20,7 @@ LEAST_DIFFERENCE = 3.0  # smaller differences come from noise and compression
 UNLIKE = 0.5  # a change with a smaller likeness is a cut if it stands out by CLEAR
 LIKE = 0.9  # a change with a larger likeness is never a cut
 # A change that stands out by LIKELY is a cut if its difference is larger than LARGE_DIFFERENCE, or
-# if the colour changes in more than this share of the pixels.
+# if the colour changes in more than the share RECOLOURED_SHARE of the pixels.
 LARGE_DIFFERENCE, RECOLOURED_SHARE = 18.0, 0.5
 # A change stands out if it exceeds the first factor times the median of recent changes, and the
 # second factor times the last change. The second factor avoids several cuts when a fast pan starts.
@@ -42,9 +42,13 @@ MIXED_REST = 0.35  # the largest error of the weighted sum, in standard deviatio
 
 
 class _Picture:
-    """A small picture, uint8 [h, w, 3], and its grey levels, float32 [h, w].
+    """A small picture and its grey levels.
 
-    `centred` [h * w] are the grey levels minus their mean; `deviation` is their standard deviation.
+    Attributes:
+      small: uint8 [h, w, 3], the picture.
+      grey: float32 [h, w], the grey levels.
+      centred: [h * w], the grey levels minus their mean.
+      deviation: the standard deviation of the grey levels.
     """
 
     def __init__(self, small: np.ndarray):
@@ -116,8 +120,8 @@ class ShotDetector:
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
         """Returns whether the change from the last picture to `picture` is a cut.
 
-        `change` [2] is the difference and 1 - likeness of these pictures. After a cut, `picture`
-        must also differ from the two pictures before the last.
+        `change` [2] is the difference and 1 - likeness of these pictures. The change is a cut only
+        if `picture` also differs from the two pictures before the last picture.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
@@ -158,8 +162,8 @@ class _Dissolve:
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
         """Adds the next picture; returns True if it is the first still picture after a dissolve.
 
-        `middle_s` is then the time at which both still pictures have the same weight. `difference`
-        is the difference from the previous picture.
+        If the result is True, `self.middle_s` is the time at which both still pictures have the
+        same weight. `difference` is the difference of `picture` from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
@@ -213,9 +217,10 @@ def _measure_likeness(first: _Picture, second: _Picture) -> float:
 
 
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the largest correlation of the middle of `first` with a part of `second` of its size.
+    """Returns the largest correlation of the middle of `first` with any part of `second`.
 
-    Both are grey levels [h, w]. The middle lacks MOST_SHIFT pixels at each side.
+    Both pictures are grey levels [h, w]. A part has the size of the middle. The middle
+    lacks MOST_SHIFT pixels at each side.
     """
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]

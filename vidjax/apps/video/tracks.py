@@ -55,7 +55,7 @@ class Track:
         self.end_sighting(time_s)
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Returns the parts of the track between the times `at`, which are in seconds.
+        """Splits the track at the times `at`, in seconds; returns the parts in order.
 
         Each part must contain at least one sighting.
         """
@@ -69,7 +69,10 @@ class Track:
 class _Motion:
     """Predicts the next box of a track, as if each side of the box moved at a constant speed.
 
-    `last` [4] is the last detected box, and `time_s` the time of this detection in seconds.
+    Attributes:
+      track: the track.
+      last: [4], the last detected box.
+      time_s: the time of the last detection in seconds.
 
     Source: the alpha-beta filter with fixed gains, Bar-Shalom et al. 2001, "Estimation with
     Applications to Tracking and Navigation", section 6.5.
@@ -102,10 +105,10 @@ class Tracker:
     """Joins the detections of a film into tracks, frame by frame.
 
     A detection is assigned to the track whose predicted box it overlaps most. If it overlaps no
-    predicted box enough, it is compared with the last detected box of each track. A track with a
-    single sighting has no prediction yet. For such a track, both boxes are doubled in size before
-    they are compared. If one person may hide another, the detection is dropped, because a lost
-    detection is better than a switched identity.
+    predicted box enough, it is compared with the last detected box of each track. A track that
+    began in the previous frame has no prediction yet. For such a track, the last box and the box of
+    the detection are doubled in size and compared again. If one person may hide another, the
+    detection is dropped, because a lost detection is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -366,8 +369,8 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns for each of N detections whether one person may hide another there: bool [N].
 
-    This is so if the predicted boxes of several tracks overlap there, but fewer detections than
-    tracks are near these boxes.
+    One person may hide another if the predicted boxes of several tracks overlap each other and the
+    detection, but fewer detections than tracks are near these boxes.
 
     `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] is the intersection
     over union of the predicted boxes and the detections.
