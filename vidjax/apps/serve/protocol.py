@@ -153,7 +153,9 @@ def parse(
             at += size
         tensors[name] = array.reshape(tensor.shape)
     if at != len(body):
-        raise unprocessable(f"the body has {len(body) - at:,} bytes that belong to no tensor")
+        raise unprocessable(
+            f"the body has {len(body) - at:,} bytes that belong to no tensor: remove them"
+        )
     return request, tensors
 
 
