@@ -44,12 +44,12 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops the frames whose quality is below `clips.min_quality`.
 
-    If all frames of a clip in a modality are below this quality, the clip keeps them. If
-    `poor_clips` is `drop` and this happens in the first modality of `clips.frames`, the weight of
-    the clip becomes 0. `rng` is not used.
+    If all frames of a clip in a modality are below this quality, the clip keeps them. With
+    `poor_clips="drop"`, the weight of a clip becomes 0 if all its frames in the first modality of
+    `clips.frames` are below this quality. `rng` is not used.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
-    option `keep`. It also drops frames whose quality equals the limit.
+    option `keep`. The paper also drops frames whose quality equals the limit.
     """
     frames = {
         name: fusion.filter_frames(frames, min_quality=clips.min_quality)
@@ -97,10 +97,10 @@ def concat_clips(
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
     A short clip that is `chosen` is extended with probability 0.5, by the frames of another chosen
-    short clip. The frame numbers continue. A long clip that is `chosen` is cut: it keeps
-    `max_frames` consecutive real frames from a random start, or all frames if the modality has
-    fewer. With `pieces="random"`, it keeps the frames from a random first to a random last frame
-    (both uniform). All other clips stay unchanged.
+    short clip. The numbers of these frames follow the last number of the clip. A long clip that is
+    `chosen` is cut: it keeps `max_frames` consecutive real frames from a random start, or all
+    frames if the modality has fewer. With `pieces="random"`, it keeps the frames from a random
+    first to a random last frame (both uniform). All other clips stay unchanged.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
     same partner, and cut a clip at the same relative position.

@@ -200,7 +200,7 @@ def check_size(training_sets: TrainingSets) -> None:
     if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
         raise UserError(
             f"the list of the {count:,} training clips of {members} members has {size:,} bytes\n"
-            f"it may have {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES - files.MB:,} bytes\n"
+            f"the limits are {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES - files.MB:,} bytes\n"
             "leave some clips out, or train with fewer members"
         )
 
@@ -268,7 +268,7 @@ def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Selects a member from a tree of arrays [E, ...]. All members use the same program."""
+    """Selects a member from a tree of arrays [E, ...]. One compiled program serves all members."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=False), tree)
 
 

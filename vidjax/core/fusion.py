@@ -105,8 +105,8 @@ def sample_frames(
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
       replacement: if True, the frames of a clip with fewer than `num_frames` frames are drawn with
-        replacement. If `rng` is None, the frames of all clips are then drawn with a fixed key,
-        instead of evenly spaced, with the same draws for clips of equal length.
+        replacement. With `replacement`, frames are never evenly spaced. If `rng` is None, they are
+        drawn with a fixed key, and clips of equal length get the same draws.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -262,9 +262,10 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    A clip with fewer frames keeps all frames and repeats random frames. With `replacement` all its
-    frames are random. If `rng` is None, frames are repeated in turn. But if `replacement` or
-    `fixed_draws` is set, they are drawn with a fixed key.
+    `order` lists the frame indices of each clip. A clip with fewer frames keeps all frames and
+    repeats random frames. With `replacement`, all frames of this clip are random. If `rng` is None,
+    frames are repeated in turn. If `replacement` or `fixed_draws` is also set, they are drawn with
+    a fixed key instead.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -320,10 +321,10 @@ def random_fusion(
         without frames, the mask is False and the features are 0.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, a fused vector per clip
-    and step, weights quality x detection. `replacement=False`: the shuffled and merged frames of
-    Residual Dense Net (2nd place 2019), whose mean contains the first frame. `mixup`: Zhang et al.,
-    but within a clip, so that labels need no mixing. Unlike the papers, a clip may have many draws,
-    and the weights are uniform if no frame of the clip has a positive, finite weight.
+    and step, weights quality x detection. `replacement=False`: Residual Dense Net (2nd place 2019),
+    which shuffles and merges the frames of a clip. `mixup`: Zhang et al., but within a clip, so
+    that labels need no mixing. Unlike the papers, a clip may have many draws, and the weights are
+    uniform if no frame of the clip has a positive, finite weight.
     """
     if rng is None:
         raise UserError(
@@ -355,7 +356,7 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     """Returns the frames and, for each frame, its mean with 1 to `max_frames` - 1 other frames.
 
     The other frames follow the frame in a random, cyclic order of the clip's frames. A cheaper way
-    to draw such frames is `random_fusion` with half of `probs` on 1 frame and `replacement=False`.
+    to get such frames is `random_fusion` with `replacement=False` and probability 0.5 for 1 frame.
 
     Args:
       rng: PRNG key. If it is None, the order depends only on the number of real frames.
@@ -454,8 +455,8 @@ def crop_means(
 
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth. Thirds and sixths are rounded down, so no crop of a clip with
-    frames is empty. With `always_shorter`, a third or sixth is at least 1 frame, if another frame
-    is left.
+    frames is empty. With `always_shorter`, a third is at least 1 frame if the clip has 2 frames or
+    more, and a sixth is at least 1 frame if the clip has 3 frames or more.
 
     Returns Frames [B, 4], see `mean_frame`. `weighting` is a weighting of `frame_weights`.
 

@@ -163,8 +163,9 @@ def batch_focal(
 
     Args:
       logits, labels, gamma, class_mask: as in `multiclass_focal`. If there are G sets, the first
-        axis has B G rows, with the G rows of an example next to each other.
-      counted: [B, G] float, the weights of the means. None means a single set with equal weights.
+        axis of `logits` and `labels` has B G rows: the G rows of an example are neighbours.
+      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single set with
+        equal weights.
 
     Returns:
       The loss of each label, [...] float.
@@ -240,17 +241,17 @@ def make_loss(
     """Builds the loss of logits, w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
-      spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w);
-        `margin_type`, a name in MARGINS, and `margin`, applied to the logits of each loss that has
-        no `margin` option. Further entries are options of the losses.
+      spec: the fields of `config.loss`: `classification` and `focal`, names in CLASSIFICATION;
+        `schedule`, pairs (epoch, w); `margin_type`, a name in MARGINS; `margin`, the size of the
+        margin; options of the losses. A loss without the option `margin` gets logits with margin.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.
 
     Returns:
       Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
-        float. The step may be traced. If `scale`, a learned scale that broadcasts to [...], is not
-        None, it replaces `logit_scale`. For `counted` see `batch_focal`.
+        float. The step may be traced. `scale` is a learned scale that broadcasts to [...], or None.
+        A learned scale replaces `logit_scale`. For `counted` see `batch_focal`.
 
     Raises:
       UserError: a name is unknown, the schedule is not in order or has weights outside 0 to 1, or

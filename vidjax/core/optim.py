@@ -220,7 +220,8 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: the name or the decay is unknown, or `total_decay` is set and no rate is above 0.
+      UserError: the name, or the decay of the rate, is unknown; or `total_decay` is set and no rate
+        is above 0.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

@@ -48,7 +48,7 @@ class DeepMEF(Identifier):
       branch_dims: widths of the dense layers of each other modality.
       hidden_dim: width of the first layer of f.
       layer_form: ours | published, the layers of f and of the other modalities, see below.
-      dropout_rate: dropout rate of all these layers; if `published`, except for the last ones.
+      dropout_rate: dropout rate of the layers that have dropout, see below.
       modality_dropout_rate: probability that training drops a modality of a clip. At least one
         modality stays.
       logit_scale: factor on the cosines.
@@ -119,7 +119,7 @@ class DeepMEF(Identifier):
         return ModelOutput(logits[:, None], embedding=x)
 
     def _apply_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
-        """Applies the residual layer x + f(x) to x [B, D]; `layer_form` chooses the layers of f."""
+        """Applies the residual layer x + f(x) to x [B, D]. For f see the docstring of the class."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
             return block(x, has_frames, train=train)
@@ -130,7 +130,7 @@ class DeepMEF(Identifier):
         return x + Linear(x.shape[-1], self.dtype, kernel_init=zeros, name="back")(hidden)
 
     def _aggregate(self, real: Frames, *, train: bool) -> Array:
-        """Pools the frames of `modality` into a vector [B, D + 2], which is 0 without frames."""
+        """Pools frames of `self.modality` into vectors [B, D + 2]. Without frames a vector is 0."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5

@@ -144,7 +144,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Computes the output of the last layer, [B, D'] float32; without layers, returns x."""
+        """Computes the output of the last layer, [B, D'] float32; without layers, returns x.
+
+        Arguments: see DenseLayer.
+        """
         for i, layer in enumerate(self.layers):
             _check_layer(layer)
             x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)

@@ -9,14 +9,15 @@ dimensions:
     |x - x'|^2 of a person     has the mean 2 W, and spreads like a sum of n_same squares
     |x - x'|^2 of two people   has the mean 2 (W + B), and spreads like a sum of n_different squares
 
-The sum of n equal squares of Gaussians has a gamma distribution with the shape n / 2. The vector e
-has a direction that is uniform in n_different dimensions, and its squared length has a gamma
-distribution. The vectors of the population are Gaussian in these dimensions. So all densities are
-defined on the same space, and probabilities computed from their ratios sum to 1 for any number N of
-people.
+The sum of the squares of n independent Gaussians of equal variance has a gamma distribution with
+the shape n / 2. The vector e has a direction that is uniform in n_different dimensions, and its
+squared length has a gamma distribution. The vectors of the population are Gaussian in these
+dimensions. So all densities are defined on the same space, and probabilities computed from their
+ratios sum to 1 for any number N of people.
 
 The N enrolled people determine m. If each has a single clip, the posterior of m has the variance
-(W + B) / N. For N = 1 the ratio is the ratio of the two gamma densities.
+(W + B) / N. For N = 1, the likelihood ratio of this person against a stranger is the ratio of the
+two gamma densities.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
 each other than the card predicts, and k clips count only as `effective_count` clips.
@@ -44,7 +45,7 @@ class Distances(NamedTuple):
       between: B, the variance of the means of people, summed over the dimensions.
       same: the shape of the gamma distribution of squared distances within a person, half of its
         degrees of freedom.
-      different: the same shape for squared distances between two people.
+      different: the shape of the gamma distribution of squared distances between two people.
     """
 
     within: float
@@ -64,10 +65,11 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
     """Computes the distribution of distances from statistics of cosines.
 
     `same` is the mean and the standard deviation of the cosine of two clips of the same person.
-    `different` is the same for clips of two people.
+    `different` is the mean and the standard deviation of the cosine of clips of two people.
 
-    A shape is (mean / deviation)^2. The shape for the same person is limited to the shape for two
-    people, because distances between people do not spread less than distances within a person.
+    A shape (see Distances) is the squared ratio of the mean to the standard deviation of
+    1 - cosine. The shape for the same person is limited to the shape for two people, because
+    distances between people do not spread less than distances within a person.
     """
     within, total = 1 - same[0], 1 - different[0]
     shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
@@ -77,10 +79,10 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
     """Computes the effective number of clips of each of K people, [K] float64.
 
-    It is the number of independent clips whose mean has the same variance. Clips of the same day
-    have a share r of their variance W = `distances.within` in common. So the mean of k clips has
-    the variance (r + (1 - r) / k) W. The spread of the clips about their mean gives an estimate of
-    r.
+    It is the number of independent clips whose mean has the same variance as the mean of the
+    person's clips. Clips of the same day have a share r of their variance W = `distances.within` in
+    common. So the mean of k clips has the variance (r + (1 - r) / k) W. The spread of the clips
+    about their mean gives an estimate of r.
 
     Args:
       count: [K], the number k of clips of each person.
@@ -98,10 +100,14 @@ def population(
     effective: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> Population:
-    """Computes the posterior of the mean vector of all people, who are given in several blocks.
+    """Computes the posterior of the mean vector of all people.
 
-    A block of P people has the mean of the unit vectors of each person [P, D], and the effective
-    and the real number of clips of each person [P]. People without a clip are ignored.
+    The people are given in blocks of P people. People without a clip are ignored.
+
+    Args:
+      means: for each block, the mean of the unit vectors of each person, [P, D].
+      effective: for each block, the effective number of clips of each person, [P].
+      counts: for each block, the real number of clips of each person, [P].
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)

@@ -109,8 +109,9 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Computes the `threshold` below which the share `threshold_share` of the measures lies.
 
-        The measures of all training clips with the modality count, in all folds, with or without an
-        identity. If some measures are equal, the share is smaller.
+        The measures are those of all training clips that have the modality `self.modality`, in all
+        folds, with or without an identity. If several measures are equal, the share may be
+        smaller.
         """
         if not self.threshold_share:
             return {}
@@ -163,7 +164,10 @@ class FallbackIdentifier(Identifier):
             rows = clips.mask & sees if train else clips.mask
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
-                raise UserError("model 'fallback': main and other must have one branch each")
+                raise UserError(
+                    "model 'fallback': main and other must have one branch each\n"
+                    "choose models other than 'fallback' for main and other"
+                )
             outputs.append(output)
 
         poor = jnp.zeros_like(main_sees)

@@ -227,7 +227,7 @@ class DenseLayer(nn.Module):
           x: [B, D] float.
           mask: [B] bool, True for rows that count in the batch statistics.
           train: if True, dropout is applied (rng `dropout`), BatchNorm uses the batch statistics,
-            and the running statistics in `batch_stats` are updated (the collection is mutable).
+            and the running statistics in `batch_stats` change; this collection must be mutable.
         """
         check_choice("activation", self.activation, sorted([*_ACTIVATIONS, "prelu"]))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -330,8 +330,8 @@ class NetVLAD(nn.Module):
       num_clusters: number of clusters, K.
       reduce: `sum`, as published, adds the frames. `mean` (not in the paper) divides the sum by the
         number of real frames, so that the scale does not depend on this number.
-      norms: a tuple of `batch`, `l2`, both or none. `batch` applies BatchNorm after the fully
-        connected layer, which otherwise has a bias. `l2` scales each descriptor, then all
+      norms: a tuple of `batch`, `l2`, both or none. `batch` applies BatchNorm after the linear map
+        of the frames. Without `batch`, this map has a bias. `l2` scales each descriptor, then all
         descriptors of a clip together, to length 1. The paper uses only `batch`, the original
         NetVLAD only `l2`.
       dtype: dtype of the matrix products. Parameters, sums and softmax are float32 or wider.

@@ -27,8 +27,8 @@ class MultimodalIdentifier(Identifier):
     """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
     The feature map of a clip is a matrix with one or more vectors for each modality. The vectors of
-    a missing modality are exactly 0, because no bias is added to them. With `fill_missing`,
-    attention fills them from the other vectors.
+    a missing modality are set to 0. With `fill_missing`, attention fills them from the other
+    vectors.
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
@@ -180,8 +180,7 @@ class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map a mean of all vectors, weighted by correlation.
 
     The feature map is [B, M, D], a vector per row. In the paper, the feature map X of a clip is the
-    transpose, [D, M]. The weight Y[b, i, j] of vector i in the new vector j has the indices of the
-    paper.
+    transpose, [D, M]. Y[b, i, j] is the weight of vector i in the new vector j, as in the paper.
 
     Attributes:
       dim: width of the space in which correlations are computed, D~ in the paper.

@@ -105,7 +105,7 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Subtracts `share` of the mean from unit vectors. Returns [B, D] of each modality.
+        """Subtracts `share` x the mean from vectors. Returns unit vectors [B, D] per modality.
 
         `vectors` maps a modality to [B, D], with rows of length 1 or 0. If `update` is set, the
         vectors are also added to the collection `sums`: at the first occurrence of a clip to the

@@ -37,7 +37,8 @@ class System(NamedTuple):
       column_weight: (labels [B], step) -> weight [B] of each clip, by its class column.
       score_fn: (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
       scores_are_logs: True if scores are logarithms; then their exponentials are averaged.
-      class_mask: [K] bool, False for columns without training clips.
+      class_mask: [K] bool, True for columns that take part. Column 0 is False if no clip of this
+        column is trained on, unless the model has `scores_unknown`. Other columns are True.
     """
 
     config: Mapping[str, Any]

@@ -98,10 +98,10 @@ def covariances(sums: Sums) -> Covariances:
     """Estimates the covariances W within classes and B between classes from sums over clips.
 
     W is pooled over N - C degrees of freedom, for N clips and C classes. B is the second moment
-    minus W. At least one clip is needed. Both are averaged with typical covariances of embeddings,
-    which count as PRIOR clips and PRIOR people. This matters for few data: a single photo of each
-    person gives no information about W, and a single person gives none about B. The mean in the
-    result is the mean of all vectors multiplied by `centre_share`.
+    minus W. W and B are averaged with typical covariances of embeddings, which count as PRIOR clips
+    and PRIOR people. At least one clip is needed. The typical covariances matter for few data: a
+    single photo of each person gives no information about W, and a single person gives none about
+    B. The mean in the result is the mean of all vectors multiplied by `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
@@ -193,7 +193,7 @@ class Settings(NamedTuple):
 
     Attributes:
       within: share of the within-class covariance that is replaced by a multiple of the identity.
-      between: the same share of the between-class covariance.
+      between: share of the between-class covariance that is replaced by such a multiple.
       scale: factor on the log-likelihood ratios. Without it they would be too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.
