@@ -49,8 +49,7 @@ SHARES: Mapping[str, tuple[float, ...]] = {
 # log(scale), and PRIOR for the other settings; its standard deviations are DEVIATIONS. The means
 # are typical of embeddings. The cosines of different people spread as in 46 dimensions for the 128
 # numbers of dlib, and as in 109, 78 and 29 for the 512 numbers of faces, heads and voices of the
-# small real dataset. There `unenrolled` is about -0.7 and `stranger` -2. For nine sets of
-# synthetic people that follow the model, `unenrolled` is -0.3 to -1.4, and `stranger` -0.6 to -2.1.
+# small real dataset. There `unenrolled` is about -0.7 and `stranger` -2.
 DIRECTIONS = 32
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
 DEVIATIONS = np.array([2.0, 1.0, 1.0])
