@@ -109,9 +109,8 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Computes the `threshold` below which the share `threshold_share` of the measures lies.
 
-        The measures are those of all training clips that have the modality `self.modality`, in all
-        folds, with or without an identity. If several measures are equal, the share may be
-        smaller.
+        All training clips that have the modality `self.modality` are measured, in all folds, with
+        or without an identity. If several measures are equal, the share may be smaller.
         """
         if not self.threshold_share:
             return {}

@@ -162,17 +162,19 @@ class Draft:
             return True
         if clip.identity is None and old.identity is not None:
             return False
-        problem = ""
+        problem = remedy = ""
         if old.identity not in (None, clip.identity):
             problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
+            remedy = "relabel the enrolled clip"
         elif old.vector.tobytes() != clip.vector.tobytes():
             problem = (
                 "with another vector: its features have changed, or another clip has this name"
             )
+            remedy = "remove the enrolled clip"
         if problem:
             raise UserError(
                 f"clip '{show(name)}' is already enrolled {problem}\n"
-                "if it is another clip, give it another name; if not, remove the enrolled clip"
+                f"if it is another clip, give it another name; if not, {remedy}"
             )
         return old.identity != clip.identity
 
