@@ -62,8 +62,9 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     Raises:
       UserError: `margin` or `scale` is out of range.
 
-    Source: Deng et al., ArcFace, equation 3, with the second formula of the authors' code. Unlike
-    in their code, the derivative of the sine is 0 at cosines of 1 and -1, where it does not exist.
+    Source: Deng et al., ArcFace, equation 3. The formula for angles above pi - m is from the
+    authors' code. At cosines of 1 and -1, the derivative of the sine is infinite. Unlike that code,
+    this function replaces the infinite derivative by 0.
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
     if not 0 <= margin <= np.pi / 2:

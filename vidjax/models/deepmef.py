@@ -90,7 +90,7 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C], with the input of the classifier as embedding."""
+        """Computes logits [B, 1, 1 + C]. The embedding is the input of the classifier."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         has_frames = jnp.any(present, axis=1)
         present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)

@@ -149,9 +149,9 @@ class FallbackIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits of both models, and the weights of both for each clip.
 
-        Branch 0 is `main`, branch 1 is `other`. In training, the `clips.mask` of each model is True
-        only for the clips that it learns from. If `clips.measure` is None, no clip is poor. The
-        embedding joins the unit vectors of both models, with 0 for a model of weight 0.
+        Branch 0 is `main`, branch 1 is `other`. In training, each model gets a mask of the clips
+        from which it learns. If `clips.measure` is None, no clip is below the threshold. The
+        embedding joins the unit vectors of both models. If a model has weight 0, its vector is 0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]

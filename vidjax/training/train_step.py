@@ -310,8 +310,8 @@ def make_train_loop(
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The first argument is
-    donated: its memory is used again. `draw` maps (clips, step) to the batch of a step, on the
-    devices. If clips are streamed, `clips` is the batch.
+    donated: its memory is used again. `draw` maps (clips, step) to the batch of a step. It runs on
+    the devices. If clips are streamed, `clips` already is this batch, so `draw` returns `clips`.
 
     `count` is an argument, so that the function is compiled only once. Two calls give the same
     result as one call with the sum of the counts. If `count` is None, the function takes one step

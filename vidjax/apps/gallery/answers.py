@@ -114,7 +114,8 @@ class NamingRule(NamedTuple):
           was measured on strangers.
         `new`: a name needs a probability above 0.5. There are too few strangers to measure a
           threshold.
-      score: the threshold of the logarithm of the probability. It is -inf for the kind `new`.
+      score: the threshold of the logarithm of the probability. It does not include the limit of
+        0.5, so it is -inf for the kind `new`.
       default: True if the user chose neither a probability nor a rate.
       threshold: the measured threshold; None unless `by` is `fpir`.
       about: a description of the rule for the user.
