@@ -47,22 +47,26 @@ def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
 
     `channels` are the weights of red, green and blue in the score of a square.
     """
-    mean = np.array(channels, np.float32) / FACE**2 / 255
-    kernel = np.tile(mean[None, :, None, None], (1, 1, FACE, FACE))
+    weights = np.array(channels, np.float32) / FACE**2
+    kernel = np.tile(weights[None, :, None, None], (1, 1, FACE, FACE))
     zero = np.zeros((1, 3, 1, 1), np.float32)
     constants = {
         "scale": np.log([FACE / 4, FACE / 4]),
         "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
         "points": POINTS[:, ::-1].ravel(),
     }
-    weights: dict[str, Any] = {"kernel": kernel}
-    nodes = [helper.make_node("Conv", ["x", "kernel"], ["heat"], strides=[4, 4], pads=[8, 8, 4, 4])]
+    # With 1 / 255 in a separate node, faces of equal brightness have equal scores.
+    arrays: dict[str, Any] = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["mean"], strides=[4, 4], pads=[8, 8, 4, 4]),
+        helper.make_node("Mul", ["mean", "gain"], ["heat"]),
+    ]
     for name, values in constants.items():
-        weights[f"{name}_w"] = np.repeat(zero, len(values), 0)
-        weights[f"{name}_b"] = values.astype(np.float32)
+        arrays[f"{name}_w"] = np.repeat(zero, len(values), 0)
+        arrays[f"{name}_b"] = values.astype(np.float32)
         inputs = ["x", f"{name}_w", f"{name}_b"]
         nodes.append(helper.make_node("Conv", inputs, [name], strides=[4, 4]))
-    return model(nodes, weights, [3, "H", "W"], ["heat", *constants])
+    return model(nodes, arrays, [3, "H", "W"], ["heat", *constants])
 
 
 def voice_weights():
