@@ -76,7 +76,7 @@ def make_who(folder, person, named):
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder with places of GONE, whose clip is `ada 1`, and with places of other people."""
+    """A folder with places of GONE and of others. In the gallery `g`, GONE has the clip `ada 1`."""
     fitted = {"ada 1": made_galleries.make_clip(9001, GONE)._replace(fitted=True)}
     made_galleries.make(tmp_path / "g", made_galleries.make_clips() | fitted)
     made_galleries.make(tmp_path / "others")
@@ -124,7 +124,8 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
     assert GONE not in people.identities
     assert made_galleries.contents(others.folder) == before
 
-    # Three runs and two folders of `vidjax who` are left to the user.
+    # Three runs and two folders of `vidjax who` are left to the user. The gallery no longer lists
+    # the clip of GONE, so the command names the clip.
     text = forget(f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
     assert "places      5, 0 of them deleted" in text and "train without them" in text
 
@@ -189,9 +190,10 @@ def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_
 
     answer = forget(f"--identity={name}", folder, "--json", code=1)
 
-    # If compression leaves a short name readable, its file is left; otherwise it is unread.
+    # `left` counts files with a readable name, `unread` counts other compressed files. Compression
+    # may leave a short name readable.
     assert answer["left"] + answer["unread"] == 2
-    assert answer["unread"] >= 1  # the other file
+    assert answer["unread"] >= 1  # the file of somebody else
     (command,) = answer["commands"]
     assert f"\n  {command}\n" in forget(f"--identity={name}", folder, code=1)
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True)
@@ -216,8 +218,9 @@ def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, forget):
 
     kinds = sorted(place["kind"] for place in answer["places"])
     assert kinds == ["file"] * 6 + ["gallery", "records", "run"]
-    assert (answer["deleted"], answer["left"]) == (2, 7)  # gallery and records are deleted
+    assert (answer["deleted"], answer["left"]) == (2, 7)  # gallery, records; 6 files, run
     assert len(gallery) == 0
+    # --clip also finds names of people, in the same 7 places.
     assert forget(f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 7
 
 
@@ -317,9 +320,10 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, forget, places):
     words = (f"--identity={GONE}", *(f"--clip={clip}" for clip in gone), tmp_path)
     forget(*words, "--delete", code=1)
     left = places(*words)
+    # The gallery is still listed, because its run was trained with the person.
     assert {kind for kind, _ in left.values()} == {"run", "gallery", "file"}
 
-    for path in map(Path, left):  # the command says that the user has to delete these places
+    for path in map(Path, left):  # the user has to delete these places
         if path == features / "labels.csv":
             clip_files.write_labels(path, {x: who for x, who in labels.items() if who != GONE})
         elif path.is_dir():

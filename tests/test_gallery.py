@@ -20,7 +20,7 @@ from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip, group
 from vidjax.models import distance
 
-NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)
+NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)  # logarithm of the prior odds of a stranger
 PEOPLE = 700
 
 
@@ -70,7 +70,7 @@ def test_probabilities_match_the_float64_equations(tmp_path, lacks):
 
 
 def test_log_softmax_is_exact():
-    """The oracle is log p = -log(1 + sum of the odds of others) in 80 bits, exact for p near 1."""
+    """In 80 bits, the oracle is x - max(x) - log1p(sum of exp(x - max(x)) over the others)."""
     rng = np.random.default_rng(0)
     for spread, size in ((1, 1), (1, 50), (30, 3), (300, 2), (300, 50)):
         logits = rng.normal(0, spread, size)
@@ -90,11 +90,11 @@ def test_true_false_positive_rate_lies_within_the_reported_interval():
         low, high = threshold.interval
         rates.append(1 - threshold.score)
         inside.append(low <= rates[-1] <= high)
-        # 1 % of the 99 strangers and the next stranger is one stranger: the next.
+        # 1 % of 100 strangers, the 99 and the next stranger, is one: the next stranger.
         assert threshold.num_alarms == 0
 
-    assert abs(np.mean(inside) - 0.95) < 0.011  # neither too narrow nor too wide
-    assert 0.6 * 0.01 < np.mean(rates) < 1.05 * 0.01
+    assert abs(np.mean(inside) - 0.95) < 0.011  # it is a 95 % interval
+    assert 0.6 * 0.01 < np.mean(rates) < 1.05 * 0.01  # at most 1 %, but not much less
 
 
 def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path):
@@ -113,9 +113,10 @@ def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
 
-    threshold = people.threshold(0.29)  # 2 of 7 may pass: one stranger and the next stranger
+    threshold = people.threshold(fpir=0.29)  # 2 of 7 may pass: one stranger and the next stranger
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
 
+    # 0.14 * 7 < 1, so not even the next stranger may pass. 0.14 * 8 > 1.
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
@@ -124,14 +125,14 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
 
 
 def test_fpir_with_a_rounding_error_counts_as_the_exact_fpir():
-    # 1 - 0.9 is a little less than 0.1, but counts as 0.1: none of 9 strangers passes.
+    # 1 - 0.9 is a little less than 0.1, but counts as 0.1: 1 of 10 may pass, the next stranger.
     threshold = answers_lib.threshold(np.arange(-9.0, 0), fpir=1 - 0.9, num_identities=1)
-    assert threshold.num_alarms == 0
+    assert threshold.num_alarms == 0  # none of the 9 strangers
 
 
 def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
-    assert rule.default and rule.by == "new"
+    assert rule.default and rule.by == "new"  # a name needs a probability above one half
     assert "99 clips of strangers instead of 98" in rule.about
 
     gallery = make(tmp_path / "enough", make_clips(strangers=99))
@@ -159,7 +160,7 @@ def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path)
     strangers = vectors_of(people, {name: clips[name] for name in people.strangers})
 
     for fpir in (0.01, 0.2, 0.5):
-        answers = people.identify(strangers, 1, fpir=fpir)
+        answers = people.identify(strangers, k=1, fpir=fpir)
         named = {name for name, answer in answers.items() if answer.identity}
         lists = people.rank(strangers, fpir=fpir)
         assert named == {clip for pairs in lists.values() for clip, _ in pairs}
@@ -191,13 +192,14 @@ def test_one_photo_per_person_names_these_people_and_few_strangers(tmp_path, cap
     """The vectors are as similar as dlib's. A warning reports too few clips for a fit."""
     made = embeddings.Population(0)
 
-    def draw(people, count):
-        photos = made.photos(made.people(people), count).astype(np.float32)
-        places = np.ndindex(people, count)
-        return {f"{n}/{turn}": StoredClip(f"{n}", photos[n, turn]) for n, turn in places}
+    def draw(count, *, photos_each):
+        """Returns the clips PERSON/PHOTO of new people."""
+        photos = made.photos(made.people(count), photos_each).astype(np.float32)
+        places = np.ndindex(count, photos_each)
+        return {f"{n}/{photo}": StoredClip(f"{n}", photos[n, photo]) for n, photo in places}
 
-    clips, strangers = draw(num_people, 1 + 10), draw(300, 1)
-    enrolled = {name: clips.pop(name) for name in [*clips][::11]}  # the first of 11 photos
+    clips, strangers = draw(num_people, photos_each=1 + 10), draw(300, photos_each=1)
+    enrolled = {f"{n}/0": clips.pop(f"{n}/0") for n in range(num_people)}
 
     front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
     assert "have two clips or more, too few" in capsys.readouterr().err
@@ -220,15 +222,15 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
     films_and_photos = people.index.counts[:, columns].max(axis=0)  # of both parts
     assert people.identities["Ada"] == 3
-    assert films_and_photos.tolist() == [1, 2]
+    assert films_and_photos.tolist() == [1, 2]  # Bob: the film and a photo
 
-    # Ada has the coefficients of a person with one clip, whose vector is the mean.
+    # Ada gets the coefficients of a person with one clip, whose vector is the mean of the 3 clips.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
     mean_clip = StoredClip("Ada", mean.astype(np.float32))
     expected = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
     (block,) = (block for block in people.index.blocks if "Ada" in block.names)
-    for x, y in zip(block.linear, expected.linear, strict=True):
-        np.testing.assert_array_equal(x[block.names.index("Ada")], y[0])
+    for coefficients, (wanted,) in zip(block.linear, expected.linear, strict=True):
+        np.testing.assert_array_equal(coefficients[block.names.index("Ada")], wanted)
 
 
 def test_gallery_acts_as_a_collection_of_people(tmp_path):
@@ -276,7 +278,7 @@ def assert_near(answers, wanted):
 @nightly_after_first("cards, scale", itertools.product([False, True], [0.3, 1.0]))
 def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scale):
     index = make_index(cards=cards, scale=scale)
-    parts = index.backend.split(query_vectors(15))
+    parts = index.backend.split(query_vectors(15))  # of 30 clips
     everybody, order = backend_lib.join(index.blocks), np.random.default_rng(0).permutation(PEOPLE)
     blocks = [everybody.take(rows) for rows in np.array_split(order, [1, 50, 500])]
     shuffled = backend_lib.Index(index.backend, blocks)
@@ -291,11 +293,12 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
 
 @nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
-    """The oracle computes the logits of all people. The search computes the logits of a few."""
+    """The search computes only the logits of few people in float64. The oracle computes all."""
     index = make_index(stranger=stranger, scale=scale)
     parts = index.backend.split(query_vectors(20))
 
-    asked = index._prepare(index.backend.units(parts), [np.ones(len(x)) for x in parts])
+    clips_per_query = [np.ones(len(x)) for x in parts]
+    asked = index._prepare(index.backend.units(parts), clips_per_query)
     found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
     for row, (answer, logs) in enumerate(found):
         logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)

@@ -133,8 +133,9 @@ def test_identify_writes_equal_answers_in_each_format(tell, folder, tmp_path, ma
     csv_rows = [*csv.DictReader((tmp_path / "a.csv").read_text().splitlines())]
     texts = [{k: "" if cell is None else str(cell) for k, cell in row.items()} for row in as_rows]
     assert csv_rows == texts
-    table, _, _ = tell(*words).partition("\nidentify\n")
-    printed = [line.split()[:2] for line in table.splitlines()[1:]]
+    answer_table, _, _ = tell(*words).partition("\nidentify\n")  # a summary comes after the table
+    _, *lines = answer_table.splitlines()
+    printed = [line.split()[:2] for line in lines]
     assert printed == [[clip, answer.identity or "unknown"] for clip, answer in answers.items()]
     assert "exists and is not overwritten" in tell(*words, f"--out={tmp_path}/a.csv", code=2)
 
@@ -207,8 +208,8 @@ def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, 
     words = ("--config.data.name=arrays", f"--config.data.dir={dataset}", "--split=train")
 
     assert "people      14" in tell("enrol", folder, *words)  # 12 of the run, Ada and Grace
-    named = {line.split()[0] for line in tell("identify", folder, *words).splitlines()}
-    assert named >= {"Ada", "Grace", "nobody"}
+    first_words = {line.split()[0] for line in tell("identify", folder, *words).splitlines()}
+    assert first_words >= {"Ada", "Grace", "nobody"}  # of the clips Ada 0, Ada 1, Grace 0, ...
 
     before = len(Gallery(folder).strangers)
     output = tell("enrol", folder, *words, "--strangers")  # the two clips without a label
@@ -280,9 +281,10 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
     assert rows.keys() == enrolled.keys()
     for name, clip in enrolled.items():
         assert rows[name]["identity"] == clip.identity
-        z = people.backend.whiten(people.backend.split(clip.vector[None]))
-        for part, (own,) in zip(people.backend.widths, z, strict=True):
-            wanted = 0 * own if np.isnan(own[0]) else own / np.linalg.norm(own)
+        white_parts = people.backend.whiten(people.backend.split(clip.vector[None]))
+        for part, (white,) in zip(people.backend.widths, white_parts, strict=True):
+            # NaN stands for a part that the clip lacks. The table has zeros instead.
+            wanted = 0 * white if np.isnan(white[0]) else white / np.linalg.norm(white)
             np.testing.assert_allclose(rows[name][part], np.nan_to_num(wanted), atol=1e-6)
 
     assert "exists and is not overwritten" in tell(*words, code=2)
@@ -301,6 +303,7 @@ def test_check_mode_detects_a_damaged_gallery(folder, command):
     assert "FAULT" in damaged.out
 
 
+# The page contains programs for Ray Data: name -> program.
 PAGE = Path(vidjax.__file__).parent / "data" / "README.md"
 RECIPES = dict(re.findall(r"<!-- recipe: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
 
@@ -371,7 +374,7 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_ru
 @pytest.mark.slow
 def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, day, tmp_path):
     """Two more tables have 90 equal clips, whose scores tie. Each list has at most 100 clips."""
-    twins = [f"twin {n % 2}{n}" for n in range(90)]
+    twins = [f"twin {n % 2}{n}" for n in range(90)]  # "twin 0..." in part-4, "twin 1..." in part-5
     twins[3] += ".mp4"  # does not count in the order of names
     for number, names in ((4, twins[0::2]), (5, twins[1::2])):
         write_parquet(day / f"part-{number}.parquet", dict.fromkeys(names, CLIPS["clip 0-0"]))
@@ -387,13 +390,14 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
     scores = [row.pop("score") for row in rows]
     assert scores == pytest.approx([row.pop("score") for row in wanted], abs=1e-5)
     assert rows == wanted
+    # Each list has 100 of the 15 + 90 clips.
     places = itertools.product(vidjax.restore(nearest_run).identities, range(1, 101))
     assert [(row["identity"], row["rank"]) for row in rows] == [*places]
 
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
-    """One name ends in `.mp4`. Before this clip, part-4 lists 100 equal clips, the maximum."""
+    """`z` and `z.mp4` are one clip. In part-4, 100 equal clips, the maximum, rank before `z`."""
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
@@ -434,7 +438,7 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
         _, errors = other.communicate(timeout=200)
         assert other.returncode == 0, errors
 
-    assert ask(*words, f"--out={out}")["skipped"] == 16
+    assert ask(*words, f"--out={out}")["skipped"] == 16  # the other call has written all tables
     ask(*words, f"--out={tmp_path / 'whole'}")
     assert tables_in(out) == tables_in(tmp_path / "whole")
     assert len(tables_in(out)) == 16
@@ -445,7 +449,7 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
     out = tmp_path / "out"
     words = ["gallery", "identify", folder, f"--input={day}", f"--out={out}"]
     ask(*words)
-    (out / "part-0.parquet").unlink()
+    (out / "part-0.parquet").unlink()  # so the next call has to write part-0
     if change == "clips":
         write_parquet(day / "part-1.parquet", clips_of(7))
     elif change == "rule":
@@ -460,7 +464,7 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
 
     if change == "clips":
         (out / "part-1.parquet").unlink()
-        assert ask(*words)["skipped"] == 2  # parts 2 and 3
+        assert ask(*words)["skipped"] == 2  # parts 2 and 3; parts 0 and 1 are written
 
 
 @pytest.mark.slow
@@ -475,7 +479,7 @@ def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_pa
     monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
     words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}")
     assert "was changed during the command" in ask(*words, code=2)
-    assert [*tables_in(out)] == ["part-0.parquet"]
+    assert [*tables_in(out)] == ["part-0.parquet"]  # was written before the change
 
 
 def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folder, day, tmp_path):
@@ -538,8 +542,9 @@ def write_recipes(names):
     """Writes recipes.py for Ray Data, for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
-    # One worker and one partition.
-    for old, new in (("bulk.Rank", "killed.Rank"), ("size=2", "size=1"), ("ns=4", "ns=1")):
+    changes = {"bulk.Rank": "killed.Rank", "(size=2)": "(size=1)"}  # size: the number of workers
+    changes["num_partitions=4"] = "num_partitions=1"
+    for old, new in changes.items():
         assert old in recipes
         recipes = recipes.replace(old, new)
     Path("recipes.py").write_text(recipes)

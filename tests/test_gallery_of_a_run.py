@@ -51,7 +51,7 @@ def test_gallery_ranks_like_its_run(made, run, data):
 def test_gallery_has_the_settings_and_clips_of_its_run(made, run, data):
     """At most 3 training clips have no usable frame and are not enrolled.
 
-    Strangers are distractors of val.
+    All strangers are distractors of val.
     """
     settings = dict(run.manifest["settings"]) | {"within": 0.5}  # of `trained_plda`
     assert made.backend.settings._asdict() == settings
@@ -98,7 +98,8 @@ def test_gallery_of_a_run_with_folds_uses_vectors_of_one_member(tmp_path, traine
 
 def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_path, data):
     gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
-    assert list(gallery.backend.widths) == ["embedding"] and not gallery.origin.centred
+    assert list(gallery.backend.widths) == ["embedding"]
+    assert not gallery.origin.centred  # only PLDA subtracts a centre
 
     of_run = map_of(gallery.run.rank(data, split="val"), data)
     assert map_of(gallery.rank(data, split="val"), data) > of_run - 0.05

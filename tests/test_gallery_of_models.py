@@ -50,7 +50,7 @@ def test_mean_vectors_weight_frames_by_quality():
         "none": {"face": None},
         "a": {"face": {"features": x[:2], "quality": 0 * quality[:2]}},
     }
-    loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, ())
+    loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
 
     vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
     np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
@@ -75,8 +75,8 @@ def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
         strangers = draw(rng, people=60, clips=1)[:, 0]
         enrolled, clips = friends[:, :photos], friends[:, photos:].reshape(30, WIDTH)
         logs = log_probabilities(enrolled, np.concatenate([clips, strangers]))[:, 1:]  # of friends
-        names = np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1)
-        of_friends, of_strangers = np.split(names, [30])
+        names = np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1)  # -1: no name
+        of_friends, of_strangers = names[:30], names[30:]
         right.append(of_friends == truth)
         wrong.append((of_friends >= 0) & (of_friends != truth))
         strange.append(of_strangers >= 0)
@@ -165,7 +165,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     words = (gallery.folder, f"--input={features}")
 
     say("gallery", "group", *words, f"--out={groups}")
-    grouped = answers_lib.read_groups(groups, unknown=True)  # Ada is known
+    grouped = answers_lib.read_groups(groups, unknown=True)  # without Ada, who is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
 
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
@@ -210,7 +210,8 @@ def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
     found = [appearance("unknown 1", 1, 2), appearance("Ada O", 3, 4), appearance("Ada_O", 5, 6)]
     first, *rows = appearances.to_rttm(found).splitlines()
     assert first == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
-    assert [row.split()[7] for row in rows] == ["Ada%20O", "Ada_O"]
+    names = [row.split()[7] for row in rows]  # of the columns, as in `first`
+    assert names == ["Ada%20O", "Ada_O"]
 
 
 def test_simultaneous_tracks_never_get_the_same_name():
@@ -246,6 +247,7 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, model
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = {"voice": {"audio": VOICE}, "face": {"face": ada[1:]}}
 
+    # The voice shows Ada or a new person with the probability 0.5, above the threshold.
     assert gallery.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
@@ -282,7 +284,7 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
 def test_clips_that_a_user_grouped_stay_together(gallery):
     ada, eve = draw(6, people=2, clips=6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # groups of two
+    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # a0: a0 and a1
     names = {"a": "unknown 1", "e": "unknown 2"}
 
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}
@@ -293,7 +295,7 @@ def test_clips_that_a_user_grouped_stay_together(gallery):
     assert groups["e0"] == groups["a0"] == groups["a1"]
 
     # a2 and a4 are visible at the same time, so they show two people.
-    groups = gallery.group(vectors, [("a2", "a4")], begin=begin)
+    groups = gallery.group(vectors, apart=[("a2", "a4")], begin=begin)
     assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
 
@@ -352,21 +354,27 @@ def test_tables_with_missing_enormous_or_contradicting_names_are_refused(tmp_pat
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
-    """A card describes squared distances in pairs of one and of two people by gamma densities."""
-    rng, (within, between, same, different) = np.random.default_rng(0), DLIB
+    """The mean of a squared distance is 2 W for one person, and 2 (W + B) for two people."""
+    rng, (within, between, same_shape, different_shape) = np.random.default_rng(0), DLIB  # W, B
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
 
     stranger, person = log_probabilities(photo[None, None], clips).T
 
     square = np.sum((clips - photo) ** 2, axis=1)
-    same_person = stats.gamma.logpdf(square, same, scale=2 * within / same)
-    other_person = stats.gamma.logpdf(square, different, scale=2 * (within + between) / different)
+    same_scale = 2 * within / same_shape  # the mean of a gamma density is its shape x its scale
+    different_scale = 2 * (within + between) / different_shape
+    same_person = stats.gamma.logpdf(square, same_shape, scale=same_scale)
+    other_person = stats.gamma.logpdf(square, different_shape, scale=different_scale)
     np.testing.assert_allclose(person - stranger, same_person - other_person, atol=1e-4)
 
 
 def test_photos_that_are_alike_count_less():
-    """`square` is the squared length of the mean vector, 1 for equal photos."""
+    """`square` is the squared length of the mean vector, 1 for equal photos.
+
+    A prior with the weight of one photo says that photos differ. So k equal photos share
+    r = 1 - 1 / k of their variance, and count as 1 / (r + (1 - r) / k) photos.
+    """
     independent = 1 - 0.9 * DLIB.within  # `square` of 10 photos as different as in the card
     for count, square, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
         counted = distance.effective_count(DLIB, np.array(count), np.array(square))
@@ -376,19 +384,21 @@ def test_photos_that_are_alike_count_less():
 @pytest.mark.parametrize("people", [1, 7])
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     """With gamma shapes D / 2, vectors are Gaussian. The oracle integrates the mean out."""
-    rng, width, wide = np.random.default_rng(people), 6, 1e6
-    card = distance.Distances(0.3, 0.9, width / 2, width / 2)
+    rng, width = np.random.default_rng(people), 6
+    wide = 1e6  # variance of the mean of the population, whose prior is flat
+    card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
     photos, clip = rng.normal(size=(len(owner), width)), rng.normal(size=width)
 
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
-    known = distance.population(card, [means], [counts.astype(float)], [counts])
-    share, variance = distance.posterior(card, known, counts.astype(float))
+    effective = counts.astype(float)  # independent photos: all count
+    known = distance.population(card, [means], [effective], [counts])
+    share, variance = distance.posterior(card, known, effective)
     centres = known.mean + share[:, None] * (means - known.mean)
-    square, far = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
+    square, square_to_mean = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
     new = distance.stranger_log_density(
-        card, np.array(far), np.array(card.within + card.between + known.variance)
+        card, np.array(square_to_mean), np.array(card.within + card.between + known.variance)
     )
     ratios = distance.person_log_density(card, square, variance + card.within) - new
 
@@ -429,15 +439,15 @@ def measure_groups(num_people, clips_of_each):
 
 
 def test_grouping_makes_one_group_per_person(monkeypatch):
-    count, purity = measure_groups(10, 10)
+    count, purity = measure_groups(num_people=10, clips_of_each=10)
     assert count <= 11 and purity > 0.99
 
-    count, _ = measure_groups(60, 1)  # nobody appears twice
+    count, _ = measure_groups(num_people=60, clips_of_each=1)  # nobody appears twice
     assert count >= 56
 
     # If there are more clips than are compared at once, each film is grouped first.
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
-    count, purity = measure_groups(8, 15)
+    count, purity = measure_groups(num_people=8, clips_of_each=15)
     assert count <= 9 and purity > 0.99
 
 

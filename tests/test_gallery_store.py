@@ -34,6 +34,7 @@ from vidjax.models import two_covariance
 from vidjax.utils import errors
 
 CLIPS = made_galleries.make_clips()
+# The same clips, after the back end of the gallery was fitted to the clips of people.
 FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIPS.items()}
 NEW = {"new": make_clip(7777, "new")}
 
@@ -62,44 +63,46 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
     """One to four times, random clips are added or removed. The gallery is sometimes reopened."""
     folder, names = tmp_path_factory.mktemp("swaps"), sorted(CLIPS)
     with pytest.MonkeyPatch.context() as patch:
+        # Small blocks, so that changes of 12 people split and join blocks.
         patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
         patch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
-        there = data.draw(st.sets(st.sampled_from(names)))
-        people = make(folder / "g", {name: CLIPS[name] for name in there})
+        present = data.draw(st.sets(st.sampled_from(names)))
+        people = make(folder / "g", {name: CLIPS[name] for name in present})
 
         for _ in range(data.draw(st.integers(1, 4))):
             batch = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=12))
             if data.draw(st.booleans()):
-                assert people.add({name: CLIPS[name] for name in batch}) == len(batch - there)
-                there |= batch
-            elif batch & there:
-                assert people.remove(clip=batch & there) == len(batch & there)
-                there -= batch
+                assert people.add({name: CLIPS[name] for name in batch}) == len(batch - present)
+                present |= batch
+            elif batch & present:
+                assert people.remove(clip=batch & present) == len(batch & present)
+                present -= batch
             if data.draw(st.integers(0, 3)) == 0:
                 people = Gallery(folder / "g")
 
-        check_same(people, make(folder / "once", {name: CLIPS[name] for name in there}))
+        check_same(people, make(folder / "once", {name: CLIPS[name] for name in present}))
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
 def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, together):
-    three, seven, one, five = (group(CLIPS)[f"person {n}"] for n in (3, 7, 1, 5))
+    clips_of = group(CLIPS)  # person -> names of clips
 
     with gallery.change() if together else contextlib.nullcontext(gallery) as people:
-        assert people.rename("person 3", "Ada") == len(three)
-        assert people.relabel(seven[0], "Grace") == "person 7"
+        assert people.rename("person 3", "Ada") == len(clips_of["person 3"])
+        assert people.relabel(clips_of["person 7"][0], "Grace") == "person 7"
         assert people.relabel("stranger 1", "Ada") is None
-        assert people.rename("person 1", "person 2", merge=True) == len(one)
+        assert people.rename("person 1", "person 2", merge=True) == len(clips_of["person 1"])
         assert people.relabel("clip 90", None) == "person 9"
         people.add(NEW)
-        people.remove(clip=five[0])
+        people.remove(clip=clips_of["person 5"][0])
 
-    assert gallery.version == 1 + (1 if together else 7)  # changes
+    assert gallery.version == 1 + (1 if together else 7)  # the calls above are 7 changes
     # Clip -> its new person.
-    names = dict.fromkeys([*three, "stranger 1"], "Ada") | dict.fromkeys(one, "person 2")
-    names |= {seven[0]: "Grace", "clip 90": None}
+    names = dict.fromkeys([*clips_of["person 3"], "stranger 1"], "Ada")
+    names |= dict.fromkeys(clips_of["person 1"], "person 2")
+    names |= {clips_of["person 7"][0]: "Grace", "clip 90": None}
     wanted = {n: x._replace(identity=names.get(n, x.identity)) for n, x in (CLIPS | NEW).items()}
-    del wanted[five[0]]
+    del wanted[clips_of["person 5"][0]]
     check_same(gallery, make(gallery.folder.parent / "once", wanted))
 
 
@@ -132,7 +135,7 @@ def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
     vector = good.vector
 
     for name, fields, *words in (
-        ("bad", {"vector": vector[:5]}, "'bad'", "shape (13,)"),
+        ("bad", {"vector": vector[:5]}, "'bad'", "shape (13,)"),  # 8 + 5
         ("bad", {"vector": vector.astype(np.float64)}, "'bad'", "float64"),
         ("bad", {"vector": vector * np.nan}, "'bad'", "not finite"),
         ("bad", {"vector": vector * 0}, "'bad'", "no usable frame"),
@@ -160,14 +163,14 @@ def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
 def test_removed_clip_is_gone_even_if_a_new_clip_gets_its_name(tmp_path):
     """The back end was fitted only to clips of people: a stranger's removal does not change it."""
     gallery = make(tmp_path / "g", FITTED)
-    for name, person, refitted in (("stranger 0", None, False), ("clip 71", "person 7", True)):
+    for name, person, must_refit in (("stranger 0", None, False), ("clip 71", "person 7", True)):
         before = gallery.backend.numbers()
 
         with gallery.change() as draft:
             draft.remove(clip=name)
             draft.add({name: make_clip(9999, person)})
 
-        assert np.array_equal(gallery.backend.numbers(), before) != refitted
+        assert np.array_equal(gallery.backend.numbers(), before) != must_refit
         assert answers(Gallery(gallery.folder)) == answers(gallery)
 
 
@@ -273,7 +276,10 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
         return float(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
 
-    assert abs(attack()) < 0.9 if empty else attack() > 0.9999999
+    if empty:
+        assert abs(attack()) < 0.9  # a cosine of 0.9 does not reveal the vector
+    else:
+        assert attack() > 0.9999999
 
     people.remove(identity=["p0"])
     assert abs(attack()) < 0.9
@@ -300,7 +306,7 @@ def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
     def slow_read():
         state = read()
         has_read.set()
-        time.sleep(0.2)
+        time.sleep(0.2)  # meanwhile, `person 2` is removed
         return state
 
     monkeypatch.setattr(gallery._store, "read", slow_read)
@@ -365,18 +371,19 @@ def test_a_change_of_a_file_with_hard_links_is_refused(gallery, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, campaign):
+    """`fill_once` and `kill_once` compare the gallery with both states."""
     failed = 0
     for turn in range(100 if campaign else 1):
         place = tmp_path / f"full {turn}"
         failed += gallery_kills.fill_once(place / "g", place, random.Random(3 + turn))
-    assert failed  # at least one change
+    assert failed  # at least one change failed, so the test has tested something
 
     for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
-# A process that ends in the middle of writing a change.
+# A process that ends in the middle of a change. With a cache of one page, pages are written early.
 UNFINISHED_CHANGE = """
 import os, sqlite3, sys
 gallery = sqlite3.connect(sys.argv[1])
@@ -414,6 +421,7 @@ def test_journal_that_names_another_file_is_refused(gallery, tmp_path):
     cut_off(gallery.folder)
     name = str(thesis).encode()
     checksum = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF  # of signed bytes
+    # The end of such a journal: 4 zero bytes, the name, its length, its checksum, 8 fixed bytes.
     with (gallery.folder / (store_lib.GALLERY_FILE + "-journal")).open("ab") as journal:
         journal.write(b"\0\0\0\0" + name)
         journal.write(len(name).to_bytes(4, "big") + checksum.to_bytes(4, "big"))
@@ -469,7 +477,7 @@ DAMAGES = {
     "link": lambda path: path.symlink_to(path.rename(path.parent.parent / "elsewhere")),
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "gone": lambda path: path.unlink(),
-    "of write-ahead": lambda path: path.write_bytes(  # bytes 18 and 19 are the mode of writing
+    "write-ahead mode": lambda path: path.write_bytes(  # bytes 18 and 19 are the mode
         path.read_bytes()[:18] + b"\2\2" + path.read_bytes()[20:]
     ),
     "pipe as journal": lambda path: os.mkfifo(f"{path}-journal"),
@@ -534,15 +542,15 @@ FORGED = (
 )
 # Wrong rows with a correct digest.
 ILL_FORMED = (
-    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # a vector of NaN
-    END.format("clip", 4, "02000000"),  # of the field `fitted`
-    END.format("person", 76, "ff" * 76),  # all bits are 1
+    END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # 13 float32 NaN, `fitted` is 0
+    END.format("clip", 4, "02000000"),  # `fitted` is 2
+    END.format("person", 76, "ff" * 76),  # all bytes of a person
     "UPDATE clip SET numbers = zeroblob(length(numbers) - 4)",
     "UPDATE clip SET words = words || char(10)",
     "UPDATE clip SET words = replace(words, 'clip 30', '')",
     "UPDATE clip SET words = replace(words, 'clip 30', 'a' || char(7))",
     "UPDATE clip SET words = replace(words, 'person 7', 'nobody')",
-    "UPDATE person SET words = replace(words, 'person 7', 'e' || char(769))",
+    "UPDATE person SET words = replace(words, 'person 7', 'e' || char(769))",  # is not NFC
 )
 # Wrong facts with a correct digest.
 FACTS = (
@@ -576,6 +584,7 @@ def test_forged_tables_and_facts_are_refused(gallery):
 def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monkeypatch):
     """Each page of the schema refers to the next page 300 times: 300 ** 15 rows in 64 KB.
 
+    Without the limit SCHEMA_SECONDS, the test would not end.
     https://www.sqlite.org/fileformat.html has the layout of pages.
     """
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
@@ -607,20 +616,21 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
 
 
 def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
-    """The file contains a gallery of an earlier version, vectors, and the answers for them."""
+    """The file contains a gallery of an earlier version, vectors `shown`, and their answers."""
     with np.load(Path(__file__).parent / "helpers" / "frozen_gallery.npz") as file:
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
 
     people = Gallery(tmp_path)
 
-    assert people.threshold(2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
+    assert people.threshold(fpir=2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     shown = {f"query {n}": StoredClip(None, x) for n, x in enumerate(frozen["shown"])}
     found = people.identify(vectors_of(people, shown), k=len(people.identities)).values()
     assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
     best = np.array([answer.best for answer in found], object)  # [Q, N, 2]
     np.testing.assert_array_equal(best[..., 0], frozen["names"])
-    np.testing.assert_allclose(best[..., 1].astype(float), frozen["probabilities"], 0, atol=1e-6)
+    probabilities = best[..., 1].astype(float)
+    np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

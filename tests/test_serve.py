@@ -161,7 +161,7 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         assert_close(answer, wanted_answer)
         assert_close(ask_with_npz(**CLIPS[clip])[1]["clips"][0], wanted_answer)
 
-    # The server takes at most 1 MiB as float32, 1000 frames, and no pickles.
+    # In `SMALL`, the server takes at most 1 MiB as float32, 1000 frames, and no pickles.
     beyond_float32, too_large_as_float32 = np.full((1, 8), 1e39), np.ones((1 << 15, 9), np.uint8)
     too_many_frames, pickled = np.ones((1001, 8), np.uint8), np.array([{}], object)
     for wrong in (beyond_float32, too_large_as_float32, too_many_frames, pickled):
@@ -265,13 +265,14 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
 def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "vidjax/apps/serve/README.md").read_text()
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
-    assert len(block.splitlines()) == 6
+    assert len(block.splitlines()) == 6  # requests
 
-    # The clips and the file that the requests name; 2 features a frame, as in the README.
+    # The clips and the file that the requests name; 2 features a frame, as in the README. The FPIR
+    # of 0.01 in the README needs 99 strangers.
     faces = unit(np.random.default_rng(0).normal(size=(105, 2))).astype(np.float32)
     labels, settings = np.repeat(np.arange(1, 31), 2), made_galleries.SETTINGS
     backend = backend_lib.fit({"face": faces[:60]}, labels, centred=False, settings=settings)
-    origin = servers.VectorOrigin("/models", "0" * 64, True, {"face": "0" * 64})
+    origin = servers.VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
     clips = {f"s{n}": StoredClip(None, vector) for n, vector in enumerate(faces)}
     clips["p1"] = StoredClip("Bo", faces[0])
     monkeypatch.chdir(tmp_path)
@@ -396,7 +397,7 @@ def test_error_status_does_not_depend_on_names_that_clients_choose(folder, caplo
 
 def test_server_does_not_suggest_similar_names(inside, monkeypatch):
     """Comparing long names would lock the gallery for minutes."""
-    monkeypatch.setattr(errors.difflib, "get_close_matches", None)
+    monkeypatch.setattr(errors.difflib, "get_close_matches", None)  # a call would fail
     for path in ("/identities/persn%203", "/clips/clp%2030"):
         assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
 
@@ -486,6 +487,7 @@ def test_requests_from_other_sites_are_refused(inside):
 
 
 def test_ambiguous_or_unsupported_headers_are_refused(inside):
+    """Other headers are accepted: the status is 200, 405 (method), or 422 (body without clips)."""
     host, post = f"Host: 127.0.0.1:{inside.port}\r\n", "POST /identify HTTP/1.1\r\n"
     upgrade = "Connection: Upgrade\r\nUpgrade: h2c\r\n"
     body = "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -513,6 +515,7 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path):
 
     path.chmod(0o600)
     with Inside(people, token=limits_lib.read_token(path)) as server:
+        # With a token, the server accepts any host.
         for sent, status in (
             ("Bearer " + "a" * 40, 200), ("bearer  " + "a" * 40, 200),  # upper or lower case
             ("Bearer " + "b" * 40, 401), ("ä", 401), (None, 401),
@@ -551,14 +554,14 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
 
 
 def test_number_of_connections_is_limited(inside):
-    time.sleep(0.1)  # until connections of earlier tests are closed
+    time.sleep(0.1)  # the server closes connections of earlier tests
     address = "127.0.0.1", inside.port
     with contextlib.ExitStack() as stack:
         for _ in range(SMALL.connections):
             stack.enter_context(socket.create_connection(address))
-        time.sleep(0.05)
+        time.sleep(0.05)  # the server accepts the connections
         assert inside.ask("GET", "/v2/health/live")[0] == 503
-    time.sleep(0.05)
+    time.sleep(0.05)  # the server closes the connections
     assert inside.ask("GET", "/v2/health/live")[0] == 200
 
 
@@ -578,9 +581,9 @@ def test_full_queue_refuses_with_retry_after():
         asked = []
         for numbers in (range(3), range(3, 6)):
             asked += [asyncio.create_task(batcher.ask(n, size=1)) for n in numbers]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # at first, a batch of 2 begins
         slow = asyncio.create_task(changes.make(lambda: go.wait(5)))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the change begins
 
         for work in (batcher.ask(9, size=1), changes.make(lambda: None)):
             with pytest.raises(Refused) as error:
@@ -600,7 +603,7 @@ def test_full_queue_refuses_with_retry_after():
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     go = threading.Event()
     monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
-    monkeypatch.setattr(Inside, "wait", lambda server: None)
+    monkeypatch.setattr(Inside, "wait", lambda server: None)  # waits until ready
     with Inside(people) as server:
         assert server.ask("GET", "/v2/health/live")[0] == 200
         for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
@@ -622,9 +625,9 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
 
         # A list is read until `go` is set. A removal ends with `settle`.
         reading = asyncio.create_task(note_end("list", batcher.run(lambda: go.wait(5))))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the reading begins
         removal = asyncio.create_task(note_end("removal", batcher.settle()))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the removal could end here
         go.set()
         await asyncio.gather(reading, removal)
         batcher.stop()

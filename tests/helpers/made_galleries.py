@@ -15,11 +15,14 @@ from vidjax.models.two_covariance import Settings
 
 WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
-RUN = VectorOrigin("somewhere", "0" * 64, centred=False)
+RUN = VectorOrigin(workdir="somewhere", digest="0" * 64, centred=False)
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
-    """Returns a clip near other clips of the person. It may lack a part."""
+    """Returns a clip near other clips of the person. It may lack a part.
+
+    `number` is a seed. If `person` is None, each number is another stranger.
+    """
     rng, parts = np.random.default_rng(number), []
     centre = np.random.default_rng(int.from_bytes((person or str(number)).encode()))
     for name, width in WIDTHS.items():
@@ -29,7 +32,10 @@ def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip
 
 
 def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
-    """Returns 1 to 4 clips of each person, some without a part, and clips of strangers."""
+    """Returns 1 to 4 clips of each person, some without a part, and a clip of each stranger.
+
+    The clips of `person 3` are `clip 30`, `clip 31`, ...
+    """
     clips = {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
     for person in range(num_people):
         for turn in range(1 + person % 4):
@@ -40,7 +46,7 @@ def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip
 
 
 def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
-    """Returns a back end that is fitted to other people."""
+    """Returns a back end that is fitted to 30 other people, with 3 clips each."""
     rng, labels, vectors = np.random.default_rng(99), np.repeat(np.arange(1, 31), 3), {}
     for name, width in WIDTHS.items():
         x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))

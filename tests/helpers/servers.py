@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from tests.helpers import limits, made_galleries
+from tests.helpers.made_galleries import WIDTHS
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import VectorOrigin
 
-CARDS = VectorOrigin("/models", "0" * 64, True, {name: "0" * 64 for name in made_galleries.WIDTHS})
+CARDS = VectorOrigin(
+    workdir="/models", digest="0" * 64, centred=True, cards=dict.fromkeys(WIDTHS, "0" * 64)
+)
 
 
 def make_gallery(folder: Path) -> Gallery:
@@ -29,11 +32,12 @@ def make_gallery(folder: Path) -> Gallery:
 def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
     """Returns modality -> frames [T, D] of a clip that is similar to a person."""
     rows = [made_galleries.make_clip(number + turn, person).vector for turn in range(frames)]
-    parts = np.split(np.stack(rows), np.cumsum([*made_galleries.WIDTHS.values()])[:-1], axis=1)
-    return dict(zip(made_galleries.WIDTHS, parts, strict=True))
+    parts = np.split(np.stack(rows), np.cumsum([*WIDTHS.values()])[:-1], axis=1)
+    return dict(zip(WIDTHS, parts, strict=True))
 
 
 def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Returns clips as the value of `clips` in the JSON of a request."""
     lists = {clip: {k: x.tolist() for k, x in parts.items()} for clip, parts in clips.items()}
     return [{"clip": clip, **parts} for clip, parts in lists.items()]
 
@@ -56,8 +60,8 @@ class Served:
             connection.request(method, path, body, sent)
             answer = connection.getresponse()
             content = answer.read()
-            text = answer.getheader("content-type", "")
-            return answer.status, json.loads(content) if "json" in text else content
+            kind = answer.getheader("content-type", "")
+            return answer.status, json.loads(content) if "json" in kind else content
 
     def wait(self, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
