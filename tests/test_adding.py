@@ -104,7 +104,8 @@ def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run/metrics.json").read_text())
     assert 0 <= results["confident"] <= 1
-    assert results["map"] > 0.5  # EXPERIMENT uses the other additions
+    # EXPERIMENT uses the other additions. A random order of 6 people has a MAP of about 0.25.
+    assert results["map"] > 0.5
     # The added metric is printed, logged and reported.
     assert "confident" in done.stdout
     assert '"confident"' in (tmp_path / "run/metrics.jsonl").read_text()

@@ -17,7 +17,7 @@ UNTYPED: Any = vidjax  # tests give arguments of wrong types
 
 
 def refused(message, function, *arguments, **options):
-    """Asserts that a function raises a short error, which names no flag of the command."""
+    """Asserts that a function raises an error of 1 to 3 lines that names no flag of a command."""
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         function(*arguments, **options)
     assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
@@ -25,7 +25,7 @@ def refused(message, function, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def clips():
-    """Split -> clip -> modality -> features: of 4 people, 6 train and 3 val clips each."""
+    """Split -> clip -> modality -> features: 6 train and 3 val clips of each of 4 unlike people."""
     rng = np.random.default_rng(0)
     people = rng.standard_normal((4, 16))
 
@@ -55,7 +55,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
     results = vidjax.train(config, folder, made, num_devices=1)
-    assert results.map == pytest.approx(1.0)
+    assert results.map == pytest.approx(1.0)  # the people of `clips` are easy to tell apart
     assert results.to_dict() == json.loads(results.paths.metrics.read_text())
     assert "map=1.0, map_kind='val'" in repr(results)
     # A second call returns the results of the finished run.
@@ -103,6 +103,7 @@ def test_load_config_describes_the_expected_arguments():
 def test_load_data_describes_the_expected_arguments(clips, labels, official_dir, tmp_path):
     config, load = vidjax.load_config(KNN), UNTYPED.load_data
 
+    # A configuration has its own folders and options. Official files have their own labels.
     refused("load_data: source must be a folder, .* not list", load, [clips])
     refused(r"set config\.data\.cache_dir", load, config, cache_dir=tmp_path)
     refused(r"set config\.data\.quality", load, config, quality="norm")

@@ -130,7 +130,7 @@ def test_blend_refuses_runs_with_different_clips(runs, load, folders, tmp_path):
     moved = shutil.copytree(folders / "others", tmp_path / "moved")
     rng = np.random.default_rng(0)
     for name in ("head", "audio"):
-        clip = clip_files.random_clip(rng, 3, clip_files.WIDTHS[name])
+        clip = clip_files.random_clip(rng, num_frames=3, dim=clip_files.WIDTHS[name])
         clip_files.write_pickle(moved, name, "test", {"IQIYI_VID_TEST_9999999": clip})
 
     def load_moved(config):
@@ -151,7 +151,7 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
     assert done.code == 0, done.err
     results = json.loads((tmp_path / "metrics.json").read_text())
     assert f"{results['map']:.4f} on val" in done.out and results["map_kind"] == "val"
-    check_ranking(tmp_path / "ranking.txt", runs, load, (1.0, 3.0))
+    check_ranking(tmp_path / "ranking.txt", runs, load, weights=(1.0, 3.0))
     truth = official_dir / "val_gt.txt"
     oracle = map_oracle.mean_average_precision(truth, tmp_path / "ranking.txt")
     assert results["map"] == pytest.approx(float(oracle))
@@ -163,8 +163,9 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
 
     # The same folder evaluates another split with the same runs and weights.
     assert command(*words, "--config.eval.split=test").code == 0
-    check_ranking(tmp_path / "ranking_test.txt", runs, load, (1.0, 3.0), "test")
-    assert "map" not in json.loads((tmp_path / "metrics_test.json").read_text())
+    check_ranking(tmp_path / "ranking_test.txt", runs, load, weights=(1.0, 3.0), split="test")
+    of_test = json.loads((tmp_path / "metrics_test.json").read_text())
+    assert "map" not in of_test  # the official files have no ground truth of test
     assert json.loads((tmp_path / "metrics.json").read_text()) == results
     assert config_io.load_workdir(tmp_path).eval.split == "val"
 

@@ -41,7 +41,8 @@ def damage(folder, pattern):
     """Changes a byte of the largest file that matches a pattern."""
     path = max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
-    content[100 if path.suffix == ".npz" else len(content) // 2] ^= 1  # in an array
+    # Byte 100 of a .npz file is in its first array, so the checksum of the array is wrong.
+    content[100 if path.suffix == ".npz" else len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
@@ -50,6 +51,7 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
 
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")
+    # `conftest` emulates 8 devices. The clips are counted as in `clip_files.CLIPS`.
     for words in ("jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"):
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
@@ -92,7 +94,8 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     words = [f"--config={spec}", f"--config.data.cache_dir={cache_dir}"]
     official = [*words, f"--config.data.dir={official_dir}"]
 
-    assert check(*official)[1][-1] == "all good"
+    _, lines = check(*official)
+    assert lines[-1] == "all good"
     no_width = [*official, "--config.model.embed_dim=0"]
     for message, given in (("config.data.dir", words), ("embed_dim", no_width)):
         code, lines = check(*given)

@@ -28,10 +28,10 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
     which is equal for a third of the identities, better for a sixth and worse for a half.
     """
     rng = np.random.default_rng(50)
-    x = rng.random((400, 50)) ** (1 / 3)
+    x = rng.random((400, 50)) ** (1 / 3)  # 400 pairs of systems, 50 identities
     powers, shares = np.array([1.0, 0.5, 1.2]), np.array([1 / 3, 1 / 6, 1 / 2])
     gaps = x ** powers[rng.choice(3, x.shape, p=shares)] - x
-    true = np.sum(shares * (3 / (3 + powers) - 3 / 4))  # the mean of x ** g is 3 / (3 + g)
+    true = np.sum(shares * (3 / (3 + powers) - 3 / 4))  # the mean of x ** p is 3 / (3 + p)
 
     intervals = [significance.compute_gap_interval(row, draws=1000) for row in gaps]
     low, high, p = np.transpose(intervals)
@@ -42,9 +42,10 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
 
 def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
-    assert -0.04 < low < 0 < high < 0.04
+    assert -0.04 < low < 0 < high < 0.04  # not 0: the method adds an unseen identity to the 50
     assert p > 0.9
 
+    # The interval of groups is a t interval, which has no width if all differences are equal.
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([group, group])
     assert (same.mean, same.low, same.high) == (0, 0, 0)
@@ -53,7 +54,7 @@ def test_interval_of_equal_systems_or_groups_contains_zero():
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
     # In order of p: 3 * 0.01, 2 * 0.03 and 1 * 0.04. A later value is at least the earlier value.
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03])
-    assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert significance.holm([0.9, 0.8]) == [1.0, 1.0]  # at most 1
 
 
 def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
@@ -61,8 +62,10 @@ def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
         interval = significance.map_interval(np.arange(num) < hits)
         expected = special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
         assert interval == pytest.approx(expected.tolist(), abs=0.006)
-    assert significance.map_interval(np.ones(40))[1] == 1.0
-    assert significance.map_interval(np.zeros(40))[0] == 0.0
+    # The interval always contains MAP.
+    _, high = significance.map_interval(np.ones(40))
+    low, _ = significance.map_interval(np.zeros(40))
+    assert (low, high) == (0.0, 1.0)
 
 
 def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, compared):
@@ -75,6 +78,7 @@ def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, 
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Holm" in text and "Holm" in page and "b<i>" in Page(page).text()
     facts = json.loads(compared("--json", runs=names).out)
+    # The split and the 50 clips are defaults of `made_runs.write`.
     assert (facts["split"], facts["num_identities"], facts["num_clips"]) == ("val", len(NAMES), 50)
     assert [row["run"] for row in facts["runs"]] == [str(tmp_path / name) for name in names]
 
@@ -109,9 +113,9 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
 
 @pytest.fixture
 def compared(command, tmp_path):
-    """Returns a function that compares runs in a folder by the command.
+    """Returns a function that compares runs in `tmp_path` by the command, by default a and b.
 
-    A string is one run, or several runs of a group, such as "a1+a2".
+    Each item of `runs` is the name of a run, or a group of runs such as "a1+a2".
     """
 
     def run(*words, runs: Sequence[str] = "ab"):
@@ -163,6 +167,7 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
     made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1")  # the seed of b1
     made_runs.write(tmp_path / "c2", averages(0), "--config.num_epochs=7")
 
+    # A single run, a run of the first group, two runs with one seed, runs with other epochs.
     for group, words in {
         "b1": "--runs=A1+A2+A3,B1+B2+B3", "a1+b2+b3": "named twice",
         "b1+c1": "the same seed", "b1+c2": "the seed: num_epochs",
@@ -174,24 +179,26 @@ def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
     """An interval of two standard errors would cover the true difference in only 70 %."""
     rng, true, covered = np.random.default_rng(2), 0.05, []
     for _ in range(300):
-        base = rng.uniform(0.3, 0.6, (2, 50))
-        gaps = true + rng.normal(0, 0.05, (2, 1)) + rng.normal(0, 0.02, (2, 50))
+        base = rng.uniform(0.3, 0.6, (2, 50))  # two seeds, 50 identities
+        of_seeds, of_identities = rng.normal(0, 0.05, (2, 1)), rng.normal(0, 0.02, (2, 50))
+        gaps = true + of_seeds + of_identities
         (difference,) = significance.differences_of_seeds([list(base), list(base + gaps)])
         covered.append(difference.low <= true <= difference.high)
 
-    assert np.mean(covered) >= 0.88
+    assert np.mean(covered) >= 0.88  # of 95 % intervals, which are approximate for two seeds
 
 
 @pytest.mark.parametrize(("kinds", "sentence"), [
     (("val", "val"), "No run was trained on these clips."),
-    (("val", "out_of_fold"), "Out of fold: {}/1"),
-    (("val", "in_sample"), "In sample: {}/1 was trained on"),
+    (("val", "out_of_fold"), "Out of fold: {}/second"),
+    (("val", "in_sample"), "In sample: {}/second was trained on"),
 ])  # fmt: skip
 def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, kinds, sentence):
-    for name, kind in zip("01", kinds, strict=True):
+    names = ("first", "second")
+    for name, kind in zip(names, kinds, strict=True):
         made_runs.write(tmp_path / name, averages(0), results={"map_kind": kind})
 
-    comparison.compare([[str(tmp_path / name)] for name in "01"]).write(tmp_path)
+    comparison.compare([[str(tmp_path / name)] for name in names]).write(tmp_path)
 
     page = (tmp_path / "comparison.html").read_text()
     assert sentence.format(tmp_path) in Page(page).text()

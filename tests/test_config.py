@@ -42,6 +42,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         # Fields without a value can still be set.
         assert config_io.override(again, ["--config.data.dir=/data"]).data.dir == "/data"
 
+    # Both words choose the training clips.
     if name in ("deepmef", "quality_fusion", "residual_dense"):
         refused(lambda: load(f"{name}:trainval,everything"), "'everything' and 'trainval'")
     # Every word changes something, except `mlp5`, which names the default.
@@ -115,18 +116,19 @@ def problems(*words):
 
 
 def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
-    for read, fields in UNREAD.items():
+    for word, fields in UNREAD.items():
+        remedy = word.partition("=")[0] or "vidjax evaluate"
         for name, value in fields.items():
             (problem,) = problems(f"{name}={value}")
             assert problem.startswith(f"config.{name}=") and 1 <= len(problem.splitlines()) <= 3
-            assert (read.partition("=")[0] or "vidjax evaluate") in problem
-            if read:
-                assert problems(f"{name}={value}", read) == []
+            assert remedy in problem
+            if word:
+                assert problems(f"{name}={value}", word) == []
 
-    for name, (value, unread) in READ.items():
+    for name, (value, word) in READ.items():
         assert problems(f"{name}={value}") == []
-        assert len(problems(f"{name}={value}", unread)) == 1
-        assert problems(unread) == []  # the default is never refused
+        assert len(problems(f"{name}={value}", word)) == 1
+        assert problems(word) == []  # the default is never refused
 
 
 def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
@@ -142,6 +144,7 @@ def test_tables_of_this_file_list_every_field_that_is_not_always_read():
 
     tested = {name for fields in UNREAD.values() for name in fields}
 
+    # `join.runs` has no `read_when`: a training refuses it with a message of its own.
     assert conditional | {"join.runs"} == tested | READ.keys()
 
 
@@ -168,7 +171,7 @@ def test_values_outside_the_range_of_a_field_are_refused():
         for value in outside:
             with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
                 config_lib.check_ranges(values | {name: value})
-        for value in (field.low, field.high):
+        for value in (field.low, field.high):  # these bounds are accepted
             if value is not None and abs(value) < math.inf:
                 config_lib.check_ranges(values | {name: value})
 
@@ -221,12 +224,14 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
         "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
     ]  # fmt: skip
 
+    # Train, repeat the command of the finished run, evaluate, and blend two runs.
     assert main(words) == 0, capsys.readouterr().err
-    assert main(words) == 0  # the run is finished
+    assert main(words) == 0
     assert main(["--mode=evaluate", run]) == 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
     assert main([*joined, "--config.eval.report=false"]) == 0
+    # Other optimisers and decays than those of the run read other fields.
     for fields in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
         spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in fields]).optim
         optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)

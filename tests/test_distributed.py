@@ -40,7 +40,7 @@ def test_coordinator_without_the_number_of_processes_is_refused():
 
 
 def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
-    for number in (0, 9):
+    for number in (0, 9):  # `conftest` emulates 8 devices
         with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
             devices.make_mesh(number)
 
@@ -104,7 +104,10 @@ def assert_close(left, right):
 @pytest.mark.slow
 @nightly_after_first("mode", ["resident", "streaming"])
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
-    """In the nightly case, SIGTERM to one process first stops both processes at a checkpoint."""
+    """In the nightly case, SIGTERM to one process first stops both processes at a checkpoint.
+
+    Only the nightly case writes a report and evaluates with two processes.
+    """
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
     two, nightly = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
@@ -164,7 +167,7 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
         shutil.copytree(tmp_path / "one", tmp_path / "moved")
     moved, single = train("moved", devices=4, epochs=2), train("one", devices=1, epochs=2)
 
-    assert abs(moved["map"] - single["map"]) < 0.02
+    assert abs(moved["map"] - single["map"]) < 0.02  # rounding may swap clips in a ranking
     resumed, expected = weights(tmp_path / "moved"), weights(tmp_path / "one")
     assert resumed.keys() == expected.keys()
     for name, x in expected.items():
@@ -175,7 +178,7 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     chosen = jax.config.values["jax_platforms"]
     try:
-        # No warning if the user has chosen the CPU, or if there is no GPU.
+        # No warning (an error in tests) if the user has chosen the CPU, or if there is no GPU.
         for there, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
             monkeypatch.setattr(devices, "NVIDIA", there)
             jax.config.update("jax_platforms", platforms)

@@ -95,7 +95,7 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
     session = onnxruntime.InferenceSession(path)
     run = predict.restore(nearest_run, num_devices=1)
     for lengths in ((23, 5, 9), (700, 3)):  # a run uses the best 512 of 700 frames
-        monkeypatch.setattr(function, "LENGTHS", lengths)
+        monkeypatch.setattr(function, "LENGTHS", lengths)  # numbers of frames, one per clip
         clips = function.make_random_clips(run)
         given = {argument.name: clips.inputs[argument.name] for argument in session.get_inputs()}
         outputs = session.run(list(function.OUTPUTS), given)
@@ -105,17 +105,17 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
 
 @pytest.mark.slow
 def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path, export, command):
-    folders = (made("knn"), tmp_path / "again")
-    export(folders[0], "safetensors")
-    assert command("import", tmp_path / "out", f"--to={folders[1]}").code == 0
+    exported, imported = made("knn"), tmp_path / "again"
+    export(exported, "safetensors")
+    assert command("import", tmp_path / "out", f"--to={imported}").code == 0
 
-    before, after = (predict.restore(folder, num_devices=1) for folder in folders)
+    before, after = (predict.restore(folder, num_devices=1) for folder in (exported, imported))
     for fact in ("step", "identities", "threshold"):
         assert getattr(after, fact) == getattr(before, fact)
     for call in ("scores", "embed"):
         left, right = (getattr(run, call)(data, split="val") for run in (before, after))
         np.testing.assert_array_equal(left, right)
-    small_runs.assert_equal_weights(*folders)
+    small_runs.assert_equal_weights(exported, imported)
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
@@ -192,6 +192,7 @@ def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
 
 
 def make_gallery_of_cards(folder):
+    """Makes a gallery whose parameters come from cards of nets, not from a trained run."""
     fit: Any = {"same": (0.6, 0.2), "different": (0.0, 0.2), "pairs": (9, 9), "data": "made"}
     parts = made_galleries.WIDTHS.items()
     backend = make_card_backend({n: BackEnd(centre=[0.1] * width, **fit) for n, width in parts})
@@ -210,7 +211,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
     names = json.loads((tmp_path / "out" / "identities.json").read_text())
     assert names == list(gallery.index.names)
-    path = tmp_path / "out" / (FORMATS[name].file if name == "numpy" else "arrays.safetensors")
+    path = tmp_path / "out" / FORMATS[name].gallery_file
     arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
     # The exported reader computes the same numbers as the gallery.
     vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
@@ -218,6 +219,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
     np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
 
+    # A gallery is arrays without a net, so a format of programs is refused.
     complaint = export(gallery.folder, "stablehlo", to="none", code=2)
     assert "choose --format=safetensors or --format=numpy" in complaint
 
@@ -226,7 +228,8 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
     """The first of two people leads the second person by -900 to 690 nats.
 
-    The oracle is the logarithm of the mean probability of the members, in float64.
+    A lead is 1000 times the first coordinate of a vector, by `face/linear`. The oracle is the
+    logarithm of the mean probability of the members, in float64.
     """
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
@@ -246,7 +249,7 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
     sure = np.log1p(-np.exp(-np.logaddexp(0, abs(by_member))).mean(axis=0))
     other = np.logaddexp.reduce(-np.logaddexp(0, -by_member), axis=0) - np.log(members)
     np.testing.assert_allclose(logs, np.where(leads > 0, sure, other), rtol=1e-9)
-    assert (np.diff(logs) > 0).all()
+    assert (np.diff(logs) > 0).all()  # as the leads grow
 
 
 def loop(x):
@@ -346,7 +349,7 @@ def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, exp
     clips = function.make_random_clips(run)
     outputs = compiled({part.any_name: clips.inputs[part.any_name] for part in compiled.inputs})
     answers = {part.any_name: value for part, value in outputs.items()}
-    assert function.difference(answers, clips.expected) <= 1e-4
+    assert function.difference(answers, clips.expected) <= 1e-4  # OpenVINO rounds differently
 
 
 @pytest.mark.slow
@@ -361,12 +364,12 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     (tmp_path / "snippet.py").write_text(blocks["inputs"] + "\n" + blocks[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for module in ("exported", "exported.reader"):
+    for module in ("exported", "exported.reader"):  # the export of a case before
         monkeypatch.delitem(sys.modules, module, raising=False)
     variables = runpy.run_path(str(tmp_path / "snippet.py"))
 
     if name == "safetensors":
-        # 24 is the width of a face.
+        # The shape has one member, and the width 24 of a face twice.
         assert variables["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
 

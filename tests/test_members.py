@@ -93,7 +93,7 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     scores = np.minimum(scores, 0) if logs else scores
     has_score = rng.random((4, 6)) < 0.6  # [E, B]
     has_score[:, 0] = False  # no member scores clip 0
-    has_score[:, 1] = True
+    has_score[:, 1] = True  # all members score clip 1
 
     means = np.asarray(eval_step.mean_scores(add_up(scores, has_score, logs=logs)))
     assert (means[0] == -np.inf).all()
@@ -168,7 +168,8 @@ def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_p
     class Relabelled(Spoilt):
         def split(self, name):
             split = data.split(name)
-            wrong = np.full_like(split.positives, 99)
+            wrong = np.full_like(split.positives, 99)  # not the true numbers of clips
+            # 12 identities: a wrong label is the next identity.
             labels = np.where(left_out[rows[name]], split.labels % 12 + 1, split.labels)
             return dataclasses.replace(split, labels=labels.astype(np.int32), positives=wrong)
 
@@ -184,14 +185,18 @@ def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_p
 
 
 def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
-    """A draw of n from n clips lacks a clip with probability (1 - 1/n)^n, near exp(-1)."""
+    """A draw of n from n clips lacks a clip with probability (1 - 1/n)^n, near exp(-1).
+
+    So a draw from all clips lacks all n clips of an identity with a probability near exp(-n).
+    """
     labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two or three clips each
     draw = ensemble.draw_bootstrap
     of_identities = np.stack([draw(labels, number, seed=0) for number in range(400)])
     of_all = np.stack([draw(labels, number, seed=0, resample="all") for number in range(400)])
 
     assert (of_all.sum(axis=1) == len(labels)).all()
-    for n in (1, 2, 3):  # clips of an identity
+    for n in (1, 2, 3):
+        # Identities n - 1, n + 2, n + 5 and so on have n clips.
         masks = [labels == identity for identity in range(n - 1, 60, 3)]
         assert all((of_identities[:, clips].sum(axis=1) == n).all() for clips in masks)
         left_out = np.mean([of_identities[:, clips] == 0 for clips in masks])
@@ -214,8 +219,9 @@ def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
     three_nets = trained("residual_dense:iqiyi_vid,trainval,face")
     assert three_nets.shape == (3, len(truth))
     assert (three_nets == three_nets[0]).all()
-    for rows in (truth >= 0, truth == 0, truth > 0):
-        assert abs((~three_nets[0])[rows].sum() - rows.sum() / 10) <= 1.2
+    is_left_out = ~three_nets[0]
+    for some in (np.ones(len(truth), bool), truth == 0, truth > 0):  # all, distractors, others
+        assert abs(is_left_out[some].sum() - some.sum() / 10) <= 1.2  # folds differ by a clip
 
     # Five folds, each with a fifth of the clips of every label.
     left_out = ~trained("quality_fusion:iqiyi_vid,trainval")  # [5, N]

@@ -30,10 +30,14 @@ def test_clusters_are_chains_of_neighbouring_directions(min_samples, wanted):
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
 def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
-    """The published code has no class "other", so its numbers are lower by 1."""
+    """The published code has no class "other", so its numbers are lower by 1.
+
+    A prediction of an identity gives the mirror class of the identity. A prediction of another
+    class keeps the label, or is the new label.
+    """
     published = NoiseClassLayout(num_identities=4934, num_clusters=3691)
     assert published.num_columns == 1 + 2 * 4934 + 3691
-    theirs = np.arange(published.num_columns - 1)
+    theirs = np.arange(published.num_columns - 1)  # all predictions of the published code
     start = np.full(len(theirs), published.num_columns - 1)  # the last mirror class
 
     ours = plan.relabel(start, theirs + 1, published, keep=keep)

@@ -90,8 +90,10 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
 
 
 def test_best_step_can_be_restored(train):
-    run = predict.restore(train("knn"), step="best", num_devices=1)
-    assert run.workdir == train("knn") and run.step == run.manifest["step"]
+    folder = train("knn")
+    run = predict.restore(folder, step="best", num_devices=1)
+    (only_step,) = checkpoint.manifests(folder)
+    assert run.workdir == folder and run.step == only_step
 
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
@@ -125,15 +127,16 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
 
 
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
-    """All members score other clips that only have the names of training clips."""
+    """All members score other clips, even if these have the names of training clips."""
     run = restored("ensemble")
 
     def as_data(**splits):
         return sources.load(splits, cache_dir=tmp_path)
 
+    # The training data from memory, then from the official files (val is the default split).
     np.testing.assert_array_equal(run.scores(as_data(**clips), split="val"), run.scores(data))
 
-    # Each name gets the frames of the next clip.
+    # Each name of val gets the frames of the next clip. `wanted` are scores by all members.
     names, values = zip(*sorted(clips["val"].items()), strict=True)
     others = dict(zip(names, values[1:] + values[:1], strict=True))
     wanted = run.scores({f"new {name}": clip for name, clip in others.items()})
@@ -186,7 +189,7 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
 
 
 def test_threshold_needs_at_least_99_distractors(restored, new):
-    """The threshold lets 1 % of strangers pass."""
+    """The threshold lets 1 % of strangers pass: one of 99 distractors and a new stranger."""
     run = restored("knn")
     with_face = {name: clip for name, clip in new.items() if len(clip["face"]["number"])}
     three = first(with_face, 3)
@@ -234,4 +237,4 @@ def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
         predict.restore(folder, num_devices=1).scores(faces(2))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB, so 1 GB

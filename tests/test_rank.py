@@ -106,7 +106,7 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
 
 
 def test_rankings_are_written_on_file_systems_without_hard_links(tmp_path, monkeypatch):
-    def link(*_):
+    def link(*_):  # a hard link would not replace an existing file
         raise PermissionError("Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
@@ -127,6 +127,7 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
         refused(functools.partial(tables.check_new, tmp_path / name), *remedies)
 
 
+# Modality -> width, of two of the three official modalities.
 OFFICIAL = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
 
 
@@ -139,10 +140,11 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
     arrays = tmp_path / "arrays"
     # Of the folder with a table, only the table is read.
     for path, names in ((table, {*clips}), (tmp_path, {*clips}), (arrays, {"Ada Byron", "b.mp4"})):
-        assert {*load_clips(path, widths, NAMES).names} == names
-    refused(lambda: load_clips(tmp_path / "none.parquet", widths, ()), "does not exist")
-    val = load_clips(official_dir, OFFICIAL, (), split="val")
-    assert len(val.names) == len(val.split("any").clips) > 10
+        assert {*load_clips(path, widths, identities=NAMES).names} == names
+    missing = tmp_path / "none.parquet"
+    refused(lambda: load_clips(missing, widths, identities=()), "does not exist")
+    val = load_clips(official_dir, OFFICIAL, identities=(), split="val")  # has 60 clips
+    assert len(val.names) == len(val.split("any").clips) > 10  # its only split, by any name
 
 
 def test_load_clips_of_official_files_needs_a_split_and_their_modalities(official_dir):
@@ -170,6 +172,7 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
     assert made_runs.snapshot(run_dir) == before
 
     assert command(*words, f"--out={out}").refused("name another file, or delete it")
+    # `vidjax rank` does not train, so it has no seed. The error names a field that it has.
     other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
     assert command(*words, *other).refused("--config.eval.split")
 
@@ -178,7 +181,7 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
 def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     run, metrics = vidjax.restore(run_dir, num_devices=1), RunFolder(run_dir).metrics()
     limit = metrics["threshold_at_fpir_0.01"]
-    assert run.threshold == limit is not None
+    assert limit is not None and run.threshold == limit
     known, new = make_clips("val", seed=1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
 
     matches = run.identify(known | new)
@@ -186,6 +189,7 @@ def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
     for (clip, answers), row in zip(matches.items(), run.scores(known | new), strict=True):
         best = int(np.argmax(row))
         assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
+    # FNIR is the share of clips of known people with no name or a wrong name.
     named = [[name for name, _ in matches[clip]] for clip in known]
     missed = np.mean([given != [person] for given, person in zip(named, NAMES, strict=True)])
     assert missed == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)

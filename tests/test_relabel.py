@@ -54,6 +54,7 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
 
 
 def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
+    """Some distractors in no cluster end in clusters, others in mirror classes of identities."""
     run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
 
     (start, layout), end = starting(data), labels_of(tmp_path)
@@ -71,8 +72,9 @@ def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypa
     for step in (5, 8):
         done = max(checkpoint.manifests(tmp_path), default=0)
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step in each call
-            small.interrupt_dispatch(patch, step - 1 - done, signal.SIGINT)
+            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a dispatch is a single step
+            last = step - 1 - done  # the last step of this part, counted from 0
+            small.interrupt_dispatch(patch, number=last, signum=signal.SIGINT)
             run(config, tmp_path, data)
     run(config, tmp_path, data)
     small.assert_same_run(tmp_path, whole)
@@ -89,7 +91,8 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
 
 
 def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
-    config = shrunk(*WORDS, "--config.data.balance=1", spec=SPEC)
+    """The weights of frames are quality times detection, or equal if these are all 0."""
+    config = shrunk(*WORDS, spec=SPEC)
     (start, layout), labels = starting(data), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
@@ -100,14 +103,18 @@ def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
                 vectors[offset + clip] = np.average(frames.features, axis=0, weights=weight)
 
     # The classes of clusters follow the classes of identities. -1 stands for no cluster.
-    wanted = plan.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
+    distractors = vectors[labels == 0]
+    wanted = plan.cluster(distractors, eps=config.noise.eps, min_samples=config.noise.min_samples)
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
 
-    # With class balance, every class has the same weight, clusters included.
-    made = plan.make_plan(config, data)
+
+def test_all_classes_have_the_same_weight_with_class_balance_1(data):
+    """This includes the classes of clusters and the mirror classes."""
+    made = plan.make_plan(shrunk(*WORDS, "--config.data.balance=1", spec=SPEC), data)
     _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
-    share = made.constants.weight[0] * counts[column]  # 0 for clips of another fold
+    first_member, *_ = made.constants.weight
+    share = first_member * counts[column]  # 0 for clips that the member leaves out
     np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
 
 

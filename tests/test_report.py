@@ -66,6 +66,7 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
 
     text = (tmp_path / "report.html").read_text()
+    # Loss, scores and learning rate; histograms, error rates and calibration.
     assert len(check_page(text).all("figure")) == 6
     summary = section(text, "summary")
     numbers = values(summary)
@@ -141,6 +142,7 @@ def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     assert table.count("<tr>") == 2  # the head and one rate
     for name in ("threshold", "fpir", "fnir", "fnir_low", "fnir_high", "fpir_low", "fpir_high"):
         assert getattr(enough, name) in values(table), name
+    # A sentence explains `few`: its rate, and the fewest distractors for this rate.
     before, after = text.split("are too few for a threshold")
     assert values(before)[-1] == open_set.num_strange
     assert values(after)[:2] == [few.rate, few.fewest]
@@ -164,10 +166,11 @@ def test_report_escapes_hostile_text_of_run_files(full):
     run = full._replace(folder=Path(EVIL), split=EVIL, analysed=(EVIL,), **evil)
     page = check_page(run_page.render(run))
     assert [attrs["id"] for attrs in page.all("section")] == SECTIONS
-    assert page.text().count("onerror=alert(2)") > 50
+    assert page.text().count("onerror=alert(2)") > 50  # EVIL is shown as text, in many places
 
 
 def test_report_isolates_names_written_from_right_to_left(page):
+    """A name is in a `bdi` element, or in a title or a figure, where no `bdi` is allowed."""
     named = re.compile(r"(identity|clip) \d")
     tags_of_names = [tags for text, tags in Page(page).texts if named.search(text)]
     assert len(tags_of_names) > 9

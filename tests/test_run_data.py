@@ -61,7 +61,7 @@ def evaluate(own, say):
 @pytest.mark.slow
 def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evaluate):
     run, report = own / "run", "--config.eval.report=True"
-    evaluate(report, "--config.eval.block_size=3")
+    evaluate(report, "--config.eval.block_size=3")  # does not change results
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
 
@@ -136,8 +136,8 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         manifest["config"]["data"]["dir"] = str(place)
         files.write_manifest(folder / "manifest.json", manifest)
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
-        error = evaluate(test, code=code)
-    assert "--config.data.dir=" in error  # for `other`
+        printed = evaluate(test, code=code)
+        assert code == 0 or "--config.data.dir=" in printed
 
 
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):

@@ -25,8 +25,9 @@ def write(
     """Writes configuration, identities, results and analysis of a run; returns its folder.
 
     `averages` are identity -> average precision. Each identity has `positives` clips. The `suffix`
-    is `_SPLIT` if training did not evaluate the split. `results` are additional values of
-    `metrics.json`; `arrays` and `analysis` are additional arrays and values of `analysis.npz`.
+    is `_SPLIT` if training did not evaluate the split. If `truth` is False, the split has no ground
+    truth, so the run has no MAP. `results` are additional values of `metrics.json`; `arrays` and
+    `analysis` are additional arrays and values of `analysis.npz`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
@@ -70,9 +71,9 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def example(kind: Any, texts: Mapping[str, str], key="", counter: Any = None) -> Any:
-    """Returns JSON of a type of `vidjax.runs.schemas`. Each key has a different value.
+    """Returns JSON of a type of `vidjax.runs.schemas`. Neighbouring keys have different values.
 
-    `texts` are key -> text, in which {} becomes a number.
+    `texts` are key -> text, in which {} becomes a number. `counter` counts the values.
     """
     counter = counter or itertools.count()
     kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)

@@ -60,6 +60,7 @@ def evaluate(config, folder, data, **options):
 
 
 def run(config, folder, data, num_devices=1):
+    """Trains a run in a folder, or resumes it; returns the results."""
     folder.mkdir(exist_ok=True, parents=True)
     return loop.train(config, folder, data, num_devices=num_devices)
 
@@ -110,7 +111,7 @@ def assert_same_run(left, right, names=RUN_FILES[:2]):
 
 
 class Spoilt:
-    """A dataset whose hidden training clips have one value. `hidden` is split -> [n] bool."""
+    """A dataset in which all features of hidden clips are `value`; `hidden`: split -> [n] bool."""
 
     def __init__(self, data, hidden, value=7.0):
         self._data, self._hidden, self._value = data, hidden, value
@@ -138,7 +139,7 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset that sends a signal to this process when its n-th batch is fetched (STREAMED)."""
+    """A dataset that sends a signal to this process before it yields batch `batch` (STREAMED)."""
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -154,7 +155,7 @@ class Interrupting:
 
 
 def interrupt_dispatch(monkeypatch, number, signum):
-    """Sends a signal to this process after the n-th dispatch of steps (resident data)."""
+    """Sends a signal to this process after dispatch `number` of steps, from 0 (resident data)."""
     run, dispatches = feed.ResidentFeed.advance, itertools.count()
 
     def interrupted(self, *args):
