@@ -67,7 +67,7 @@ def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command)
 
 
 def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, python):
-    """JAX is told to use a GPU, as a user may do on a machine without a GPU."""
+    """JAX is told to use a GPU (`cuda`). A device would not start on a machine without a GPU."""
     python(
         "import sys\nfrom vidjax.cli.program import main\n"
         "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"

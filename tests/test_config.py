@@ -42,7 +42,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         # Fields without a value can still be set.
         assert config_io.override(again, ["--config.data.dir=/data"]).data.dir == "/data"
 
-    # Both words choose the training clips.
+    # `trainval` and `everything` choose different training clips.
     if name in ("deepmef", "quality_fusion", "residual_dense"):
         refused(lambda: load(f"{name}:trainval,everything"), "'everything' and 'trainval'")
     # Every word changes something, except `mlp5`, which names the default.
@@ -144,7 +144,7 @@ def test_tables_of_this_file_list_every_field_that_is_not_always_read():
 
     tested = {name for fields in UNREAD.values() for name in fields}
 
-    # `join.runs` has no `read_when`: a training refuses it with a message of its own.
+    # `join.runs` has no `read_when`, because training refuses it by a separate check.
     assert conditional | {"join.runs"} == tested | READ.keys()
 
 

@@ -226,7 +226,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The first of two people leads the second person by -900 to 690 nats.
+    """The first of two people leads the second person by -900 to 690 nats; a stranger has -9999.
 
     A lead is 1000 times the first coordinate of a vector, by `face/linear`. The oracle is the
     logarithm of the mean probability of the members, in float64.

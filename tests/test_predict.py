@@ -133,7 +133,7 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
     def as_data(**splits):
         return sources.load(splits, cache_dir=tmp_path)
 
-    # The training data from memory, then from the official files (val is the default split).
+    # The same training data from memory and from the official files. Both calls score val.
     np.testing.assert_array_equal(run.scores(as_data(**clips), split="val"), run.scores(data))
 
     # Each name of val gets the frames of the next clip. `wanted` are scores by all members.
@@ -237,4 +237,4 @@ def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
         predict.restore(folder, num_devices=1).scores(faces(2))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB, so 1 GB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB

@@ -24,7 +24,7 @@ FRAGMENTS = (
     *("<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->", "x" * 300),
     *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "NaN", "null", "-inf", "1e5", "007"),
 )
-# 130 names without outer blanks; some differ in only one letter.
+# 101 names without outer blanks; some differ in only one character.
 NAMES = [f"{part}Ada Byron".strip() for part in FRAGMENTS]
 NAMES += [f"{text}Ada" for text in NAMES]
 NAMES = [*dict.fromkeys([*NAMES, *filter(None, map(str.strip, FRAGMENTS))])]

@@ -91,6 +91,7 @@ def full(tmp_path_factory):
     ap[:3] = 1.0
     positives, known = rng.integers(1, 9, 12), rng.integers(0, 60, 40)
     facts = made_runs.example(schemas.Analysis, {"clip": "clip {}", "label": name, "vectors": name})
+    # A group without an interval; -1 is a distractor.
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
     facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
     facts["wrong_clips"]["distractors"][0]["shows"] = -1
